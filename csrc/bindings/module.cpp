@@ -1,0 +1,71 @@
+// The extension module: build facts, instruction set, graphs, and one register_* per kernel.
+#include <pybind11/pybind11.h>
+
+#include "bindings/tensor.h"
+#include "core/dispatch.h"
+#include "graph/cpu_graph.h"
+
+namespace specrt::bindings {
+
+void register_linear(py::module_& m);
+void register_rms_norm(py::module_& m);
+void register_rope_append(py::module_& m);
+void register_silu_mul(py::module_& m);
+void register_tree_attention(py::module_& m);
+void register_tree_accept(py::module_& m);
+void register_kv_commit(py::module_& m);
+
+namespace {
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = SPECRT_VERSION;
+    info["compiler"] = __VERSION__;
+#if defined(SPECRT_CUDA_VERSION)
+    info["cuda"] = SPECRT_CUDA_VERSION;
+    info["cuda_archs"] = SPECRT_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+    info["cuda_archs"] = py::none();
+#endif
+    py::list isas;
+    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512})
+        if (cpu_has(isa)) isas.append(isa_name(isa));
+    info["cpu_isas"] = isas;
+    info["active_isa"] = isa_name(active_isa());
+    return info;
+}
+
+void register_graph(py::module_& m) {
+    py::class_<CpuGraph>(m, "CpuGraph")
+        .def(py::init<>())
+        .def("begin", &CpuGraph::begin)
+        .def("end", &CpuGraph::end)
+        .def("replay",
+             [](const CpuGraph& graph) {
+                 const int threads = num_threads();
+                 py::gil_scoped_release release;
+                 graph.replay(threads);
+             })
+        .def_property_readonly("num_launches", &CpuGraph::num_launches);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "specrt's compiled kernels; use the typed wrappers in specrt.ops";
+    m.def("build_info", &build_info);
+    m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); });
+    m.def("active_isa", [] { return isa_name(active_isa()); });
+    m.def("set_thread_source", &set_thread_source);
+    register_graph(m);
+    register_linear(m);
+    register_rms_norm(m);
+    register_rope_append(m);
+    register_silu_mul(m);
+    register_tree_attention(m);
+    register_tree_accept(m);
+    register_kv_commit(m);
+}
+
+}  // namespace specrt::bindings

@@ -1,0 +1,34 @@
+// Which instruction set runs. Every CPU kernel is one source compiled once per set, in a namespace
+// of the set's name; all sets give the same bits (see core/simd.h), so the choice is speed alone.
+#pragma once
+#include "core/check.h"
+
+namespace specrt {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+Isa active_isa();                   // the best this CPU has, or what set_isa / SPECRT_ISA chose
+void set_isa(const char* name);     // "portable" | "avx2" | "avx512"; throws if the CPU lacks it
+const char* isa_name(Isa isa);
+bool cpu_has(Isa isa);
+
+// A launch's body: does share `part` of `num_parts` of the work that `params` describes.
+using PartFn = void (*)(const void* params, int part, int num_parts);
+
+}  // namespace specrt
+
+#if defined(SPECRT_X86)
+#define SPECRT_DECLARE_CPU(fn)                                        \
+    namespace portable { void fn(const void*, int, int); }            \
+    namespace avx2 { void fn(const void*, int, int); }                \
+    namespace avx512 { void fn(const void*, int, int); }              \
+    inline PartFn fn##_for(Isa isa) {                                 \
+        return isa == Isa::kAvx512 ? avx512::fn                       \
+               : isa == Isa::kAvx2 ? avx2::fn                         \
+                                   : portable::fn;                    \
+    }
+#else
+#define SPECRT_DECLARE_CPU(fn)                                        \
+    namespace portable { void fn(const void*, int, int); }            \
+    inline PartFn fn##_for(Isa) { return portable::fn; }
+#endif

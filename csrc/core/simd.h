@@ -1,0 +1,273 @@
+// Sixteen float lanes, three ways (AVX-512, two AVX2 halves, plain loops), one result.
+//
+// Invariant: every operation here is lane-wise IEEE arithmetic, or a reduction in one fixed tree
+// (lane i + lane i+8, then +4, +2, +1). So a kernel written with V16 gives the same bits under every
+// instruction set, whatever the compiler does; -ffp-contract=off keeps it from fusing on its own.
+//
+// Hazard: this header is compiled with different -m flags in different objects. Everything lives in
+// a namespace of the instruction set's name, and kernels must not instantiate std:: templates:
+// the linker would keep one copy of those, perhaps the AVX-512 one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if !defined(SPECRT_ISA)
+#error "core/simd.h is for *_cpu.cpp files, which the build compiles once per instruction set"
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace specrt {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+namespace SPECRT_ISA {
+
+inline float from_bits(uint32_t u) {
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline uint32_t to_bits(float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return u;
+}
+
+// --- scalar conversions ---------------------------------------------------------------------------
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(f16 x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+    // Scaling by 2^112 moves half's exponent bias to float's and normalises subnormals exactly.
+    return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, bf16* out) {  // round to nearest, ties to even
+    uint32_t u = to_bits(x);
+    const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+    u += 0x7fffu + ((u >> 16) & 1u);
+    out->bits = is_nan ? 0x7fc0 : static_cast<uint16_t>(u >> 16);
+}
+inline void from_float(float x, f16* out) {
+    const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
+    uint32_t half;
+    if (rest > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (rest >= 0x477ff000u) {  // rounds past 65504
+        half = 0x7c00u;
+    } else if (rest < 0x38800000u) {  // subnormal: adding 0.5 aligns and rounds the mantissa
+        half = to_bits(from_bits(rest) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
+    }
+    out->bits = static_cast<uint16_t>(sign | half);
+}
+
+// --- vectors ----------------------------------------------------------------------------------------
+#if defined(__AVX512F__)
+
+struct V16 {
+    __m512 v;
+};
+inline V16 zero() { return {_mm512_setzero_ps()}; }
+inline V16 splat(float x) { return {_mm512_set1_ps(x)}; }
+inline V16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline V16 load(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline V16 load(const f16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(V16 a, float* p) { _mm512_storeu_ps(p, a.v); }
+inline V16 add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline V16 sub(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline V16 mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline V16 div(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// a > b ? a : b, lane by lane: a NaN in b passes through.
+inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline V16 min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), value.v,
+                                 _mm512_setzero_ps())};
+}
+// value * 2^n, n the integer held in the low mantissa bits of `magic` (see exp below).
+inline V16 scale_pow2(V16 value, V16 magic) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
+}
+inline __m128 fold_to_4(V16 a) {
+    const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
+    const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
+    return _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#elif defined(__AVX2__)
+
+struct V16 {
+    __m256 lo, hi;
+};
+inline V16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline V16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m256 load8(const bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline __m256 load8(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline V16 load(const bf16* p) { return {load8(p), load8(p + 8)}; }
+inline V16 load(const f16* p) { return {load8(p), load8(p + 8)}; }
+inline void store(V16 a, float* p) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+inline V16 add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline V16 sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline V16 mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline V16 div(V16 a, V16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline V16 fma(V16 a, V16 b, V16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline V16 max(V16 a, V16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline V16 min(V16 a, V16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
+    return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, bound.lo, _CMP_LT_OQ), value.lo),
+            _mm256_andnot_ps(_mm256_cmp_ps(x.hi, bound.hi, _CMP_LT_OQ), value.hi)};
+}
+inline __m256 scale_pow2(__m256 value, __m256 magic) {
+    const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(magic), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), n));
+}
+inline V16 scale_pow2(V16 value, V16 magic) {
+    return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
+}
+inline __m128 fold_to_4(V16 a) {
+    const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
+    return _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#else
+
+struct V16 {
+    float v[16];
+};
+template <typename F>
+inline V16 lanes(F&& f) {
+    V16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = f(i);
+    return r;
+}
+inline V16 zero() { return lanes([](int) { return 0.0f; }); }
+inline V16 splat(float x) { return lanes([&](int) { return x; }); }
+template <typename T>
+inline V16 load(const T* p) {
+    return lanes([&](int i) { return to_float(p[i]); });
+}
+inline void store(V16 a, float* p) { std::memcpy(p, a.v, sizeof a.v); }
+inline V16 add(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
+inline V16 sub(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
+inline V16 mul(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
+inline V16 div(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
+inline V16 fma(V16 a, V16 b, V16 c) {
+    return lanes([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+inline V16 max(V16 a, V16 b) {
+    return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline V16 min(V16 a, V16 b) {
+    return lanes([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
+    return lanes([&](int i) { return x.v[i] < bound.v[i] ? 0.0f : value.v[i]; });
+}
+inline V16 scale_pow2(V16 value, V16 magic) {
+    return lanes([&](int i) { return from_bits(to_bits(value.v[i]) + (to_bits(magic.v[i]) << 23)); });
+}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+#endif
+
+// --- sums in the fixed tree --------------------------------------------------------------------------
+#if defined(__AVX2__)
+inline void reduce_add4(const V16 a[4], float* out) {
+    const __m128 a0 = fold_to_4(a[0]), a1 = fold_to_4(a[1]);
+    const __m128 a2 = fold_to_4(a[2]), a3 = fold_to_4(a[3]);
+    const __m128 x = _mm_add_ps(_mm_movelh_ps(a0, a1), _mm_movehl_ps(a1, a0));
+    const __m128 y = _mm_add_ps(_mm_movelh_ps(a2, a3), _mm_movehl_ps(a3, a2));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(x, y, 0x88), _mm_shuffle_ps(x, y, 0xdd)));
+}
+inline float reduce_add(V16 a) {
+    const __m128 s4 = fold_to_4(a);
+    const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
+#else
+inline float reduce_add(V16 a) {
+    for (int width = 8; width >= 1; width /= 2)
+        for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+    return a.v[0];
+}
+inline void reduce_add4(const V16 a[4], float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_add(a[i]);
+}
+#endif
+
+inline float reduce_max(V16 a) {
+    float lane[16];
+    store(a, lane);
+    float best = lane[0];
+    for (int i = 1; i < 16; ++i) best = lane[i] > best || lane[i] != lane[i] ? lane[i] : best;
+    return best;
+}
+
+// --- tails: n < 16 lanes, the rest zero ---------------------------------------------------------------
+template <typename T>
+inline V16 load_first(const T* p, int n) {
+    float lane[16] = {};
+    for (int i = 0; i < n; ++i) lane[i] = to_float(p[i]);
+    return load(lane);
+}
+template <typename T>
+inline void store_first(V16 a, T* p, int n) {
+    float lane[16];
+    store(a, lane);
+    for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
+}
+
+// e^x: 2^n * e^r, |r| <= ln2/2, degree-6 polynomial, within 2 ulp; 0 below -87.3, NaN stays NaN.
+inline V16 exp(V16 x) {
+    const V16 low = splat(-87.33654f);
+    const V16 clamped = min(splat(88.37626f), max(low, x));
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const V16 round = splat(12582912.0f);
+    const V16 magic = fma(clamped, splat(1.44269504f), round);
+    const V16 n = sub(magic, round);
+    V16 r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    V16 y = splat(1.9875691500e-4f);
+    y = fma(y, r, splat(1.3981999507e-3f));
+    y = fma(y, r, splat(8.3334519073e-3f));
+    y = fma(y, r, splat(4.1665795894e-2f));
+    y = fma(y, r, splat(1.6666665459e-1f));
+    y = fma(y, r, splat(5.0000001201e-1f));
+    y = fma(y, mul(r, r), add(r, splat(1.0f)));
+    return zero_where_less(scale_pow2(y, magic), x, low);
+}
+
+}  // namespace SPECRT_ISA
+}  // namespace specrt

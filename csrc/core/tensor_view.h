@@ -1,0 +1,69 @@
+// A borrowed tensor: pointer, type, shape and strides (in elements). Owns nothing.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "core/check.h"
+
+namespace specrt {
+
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kFloat64 };
+
+inline const char* name_of(DType dtype) {
+    constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "float64"};
+    return kNames[static_cast<int>(dtype)];
+}
+
+inline int64_t size_of(DType dtype) {
+    constexpr int64_t kSizes[] = {4, 2, 2, 4, 8, 8};
+    return kSizes[static_cast<int>(dtype)];
+}
+
+struct TensorView {
+    static constexpr int kMaxDim = 6;
+    void* data = nullptr;  // nullptr: the argument was None
+    int64_t shape[kMaxDim] = {};
+    int64_t stride[kMaxDim] = {};
+    int ndim = 0;
+    DType dtype = DType::kFloat32;
+    const char* name = "";  // the argument's name, for errors
+
+    explicit operator bool() const { return data != nullptr; }
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(data);
+    }
+    std::string describe() const {
+        std::string text = "[";
+        for (int i = 0; i < ndim; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+        return text + "] " + name_of(dtype);
+    }
+};
+
+// Expect a type and a shape; -1 accepts any size. The last dimension must be contiguous.
+template <typename... Sizes>
+inline void expect(const TensorView& t, DType dtype, const char* wanted, Sizes... sizes) {
+    const int64_t want[] = {static_cast<int64_t>(sizes)...};
+    constexpr int ndim = sizeof...(sizes);
+    bool fits = t.ndim == ndim && t.dtype == dtype;
+    for (int i = 0; fits && i < ndim; ++i) fits = want[i] < 0 || want[i] == t.shape[i];
+    if (!fits) {
+        std::string sized;
+        for (int i = 0; i < ndim; ++i)
+            sized += (i ? ", " : "") + (want[i] < 0 ? std::string("*") : std::to_string(want[i]));
+        fail(t.name, ": expected ", wanted, " = [", sized, "] ", name_of(dtype), ", got ",
+             t.describe());
+    }
+    SPECRT_CHECK(ndim == 0 || t.stride[ndim - 1] == 1 || t.shape[ndim - 1] <= 1, t.name,
+                 ": the last dimension must be contiguous, got stride ", t.stride[ndim - 1]);
+}
+
+inline void expect_contiguous(const TensorView& t) {
+    int64_t run = 1;
+    for (int i = t.ndim - 1; i >= 0; --i) {
+        SPECRT_CHECK(t.shape[i] <= 1 || t.stride[i] == run, t.name, ": must be contiguous");
+        run *= t.shape[i];
+    }
+}
+
+}  // namespace specrt

@@ -1,0 +1,34 @@
+"""Registration of kernels with ``torch.library``, so that ``torch.compile`` sees through them.
+
+Eager calls go straight to the extension: the dispatcher would cost more than a small kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from specrt import _C
+
+_C.set_thread_source(torch.get_num_threads)
+
+_LIBRARY = torch.library.Library("specrt", "DEF")
+
+
+def register(schema: str, kernel: Callable[..., None]) -> None:
+    """Register a kernel under ``torch.ops.specrt``.
+
+    Args:
+        schema: the op's schema. It returns nothing: outputs are arguments marked as mutated.
+        kernel: the extension's function, with the same arguments.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, kernel, "CPU")
+
+    def fake(*args: Any) -> None:
+        """Outputs are arguments, so there is no shape to infer."""
+
+    torch.library.register_fake(f"specrt::{name}", fake, lib=_LIBRARY)

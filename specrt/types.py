@@ -1,0 +1,96 @@
+"""The plain data that travels between the stages of a round.
+
+Shapes: B sequences, N tree nodes, D + 1 path entries, V vocabulary, H hidden size, W = ceil(N / 64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the key and the shapes."""
+
+
+class GenerationError(RuntimeError):
+    """A sequence that cannot go on (NaN logits, no memory for its cache)."""
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree of proposed tokens for each sequence; node 0 is the root, the last committed token.
+
+    Parents come before children (``parents[i] < i``), so a path's node indices increase.
+    Nodes at ``num_nodes[b]`` and beyond are padding.
+    """
+
+    draft_tokens: torch.Tensor
+    """``[B, N]`` int32."""
+    parents: torch.Tensor
+    """``[B, N]`` int32; the root's is -1."""
+    depth: torch.Tensor
+    """``[B, N]`` int32; distance from the root."""
+    ancestors: torch.Tensor
+    """``[B, N, W]`` int64 holding unsigned bits: bit j of row i means node j is i or above it."""
+    num_nodes: torch.Tensor
+    """``[B]`` int32, 1..N."""
+    draft_probs: torch.Tensor | None = None
+    """``[B, N, V]`` float32: row i is the law node i's children were drawn from, independently.
+    Given only by drafters that sample; acceptance then uses rejection with residuals."""
+
+
+class VerifyOutput(NamedTuple):
+    """What the target says about every node of a tree."""
+
+    logits: torch.Tensor
+    """``[B, N, V]`` float32, unprocessed. Valid until the target's next forward pass."""
+    taps: Mapping[str, torch.Tensor]
+    """Hidden states a drafter asked for, ``[B, N, H]`` float32, by name. Valid as ``logits``."""
+
+
+@dataclass(frozen=True)
+class AcceptResult:
+    """The longest agreed path of each sequence and the target's own token behind it."""
+
+    path: torch.Tensor
+    """``[B, D + 1]`` int32: node indices from the root (0) down, padded with -1."""
+    accept_length: torch.Tensor
+    """``[B]`` int32: accepted draft tokens, the bonus token excluded; -1 where logits were NaN."""
+    tokens: torch.Tensor
+    """``[B, D + 1]`` int32: accepted tokens, then the bonus token, padded with -1."""
+    logprobs: torch.Tensor | None = None
+    """``[B, D + 1]`` float32: log-probability of each token under the target's unprocessed law."""
+
+
+@dataclass
+class RoundStats:
+    """Counts and times of one sequence's generation; times in milliseconds, of whole rounds.
+
+    ``tau`` is the mean of ``accept_length + 1`` per round.
+    """
+
+    num_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    accept_ms: float = 0.0
+    prefill_ms: float = 0.0
+    accept_lengths: list[int] = field(default_factory=list)
+    proposed_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+
+    @property
+    def tau(self) -> float:
+        """Mean of accept_length + 1 per round (bonus token included)."""
+        return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> list[float]:
+        """Accepted / rounds that proposed something, at each depth from 1."""
+        pairs = zip(self.accepted_by_depth, self.proposed_by_depth, strict=True)
+        return [accepted / proposed if proposed else 0.0 for accepted, proposed in pairs]
