@@ -66,6 +66,24 @@ class AcceptResult:
     """``[B, D + 1]`` float32: log-probability of each token under the target's unprocessed law."""
 
 
+@dataclass(eq=False)
+class SequenceState:
+    """One sequence as the engine and the drafters see it. Only the engine writes to it."""
+
+    token_ids: list[int]
+    """Prompt, then output; the last one is the root of the next tree."""
+    prompt_len: int
+    max_len: int
+    """The sequence ends when ``token_ids`` is this long (token or context limit)."""
+    seed: int
+    temperature: float
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still come; a tree deeper than this less one is wasted."""
+        return self.max_len - len(self.token_ids)
+
+
 @dataclass
 class RoundStats:
     """Counts and times of one sequence's generation; times in milliseconds, of whole rounds.

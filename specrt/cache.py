@@ -1,0 +1,128 @@
+"""Paged keys and values.
+
+A :class:`KVCache` owns the pages; a :class:`CacheBatch` is the sequences that run together. Forward
+passes write rows past ``kv_len``; only :meth:`CacheBatch.commit` makes them part of a sequence, so
+that abandoning a round needs no undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from specrt import ops
+from specrt.config import ModelConfig
+
+
+@dataclass(eq=False)
+class CachedSequence:
+    """One sequence's pages and how many of its tokens they hold."""
+
+    pages: list[int]
+    length: int = 0
+    is_open: bool = field(default=True)
+
+
+class KVCache:
+    """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``.
+
+    It grows when sequences ask for more pages than there are; ``on_move`` is then called, because
+    recorded graphs hold the old addresses.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        page_size: int = 64,
+        on_move: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.page_size = page_size
+        self._shape = (config.num_layers, 2, 0, page_size, config.num_kv_heads, config.head_dim)
+        self._on_move = on_move
+        self.kv = torch.zeros(self._shape, dtype=dtype)
+        self._free: list[int] = []
+
+    @property
+    def num_pages(self) -> int:
+        """Pages there are, free ones included."""
+        return self.kv.shape[2]
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages no sequence holds."""
+        return len(self._free)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        layers, two, _, rows, heads, width = self._shape
+        return layers * two * rows * heads * width * self.kv.element_size()
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value pages of a layer, each ``[P, page_size, Hkv, d]``."""
+        return self.kv[index, 0], self.kv[index, 1]
+
+    def open(self, num_tokens: int) -> CachedSequence:
+        """Reserve pages for a sequence that will write at most ``num_tokens`` rows.
+
+        Raises:
+            MemoryError: there is no memory for them; says how much was needed.
+        """
+        needed = -(-num_tokens // self.page_size)
+        if needed > len(self._free):
+            self._grow(needed - len(self._free))
+        pages = [self._free.pop() for _ in range(needed)]
+        return CachedSequence(pages)
+
+    def close(self, sequence: CachedSequence) -> None:
+        """Give a sequence's pages back; closing twice is harmless."""
+        if sequence.is_open:
+            sequence.is_open = False
+            self._free.extend(sequence.pages)
+
+    def _grow(self, num_more: int) -> None:
+        old = self.num_pages
+        shape = (*self._shape[:2], old + num_more, *self._shape[3:])
+        try:
+            # Zeros, not empty: fresh pages come from the system untouched and cost no memory yet.
+            grown = torch.zeros(shape, dtype=self.kv.dtype)
+        except (RuntimeError, MemoryError) as error:
+            needed = (old + num_more) * self.page_bytes
+            raise MemoryError(
+                f"KV cache: no memory for {old + num_more} pages of {self.page_size} tokens, "
+                f"{needed / 2**20:.0f} MiB"
+            ) from error
+        grown[:, :, :old] = self.kv
+        self.kv = grown
+        self._free.extend(range(old + num_more - 1, old - 1, -1))
+        self._on_move()
+
+
+class CacheBatch:
+    """The sequences of one forward pass, as the tables the kernels read.
+
+    ``block_table [B, max_pages]`` and ``kv_len [B]``, both int32.
+    """
+
+    def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
+        self.cache = cache
+        self.sequences = list(sequences)
+        most = max(len(sequence.pages) for sequence in sequences)
+        # Unused entries repeat page 0; no kernel reads past kv_len + num_nodes.
+        rows = [sequence.pages + [0] * (most - len(sequence.pages)) for sequence in sequences]
+        self.block_table = torch.tensor(rows, dtype=torch.int32)
+        self.kv_len = torch.tensor([s.length for s in sequences], dtype=torch.int32)
+
+    def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
+        """Move the accepted rows into place and make them part of their sequences.
+
+        Args:
+            path: ``[B, D]`` int32, node indices from the root down.
+            num_path: ``[B]`` int32, how many of each row count; 0 or less commits nothing.
+        """
+        ops.kv_commit(self.cache.kv, self.block_table, path, num_path, self.kv_len)
+        for sequence, length in zip(self.sequences, self.kv_len.tolist(), strict=True):
+            sequence.length = length

@@ -1,0 +1,1 @@
+"""Drafters: small systems that propose trees of tokens for the target to verify."""

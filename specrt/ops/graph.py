@@ -1,0 +1,32 @@
+"""Recording of launches on the CPU, the twin of a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from specrt import _C
+
+
+class CpuGraph:
+    """Launches recorded once, replayed with the buffers' present contents."""
+
+    def __init__(self, graph: _C.CpuGraph) -> None:
+        self.replay: Callable[[], None] = graph.replay
+        """Run all launches in order, on ``torch.get_num_threads()`` threads."""
+        self._graph = graph
+
+    @classmethod
+    def capture(cls, launch: Callable[[], None]) -> CpuGraph:
+        """Run ``launch`` and record what it launched. An exception leaves nothing recorded."""
+        graph = _C.CpuGraph()
+        graph.begin()
+        try:
+            launch()
+        finally:
+            graph.end()
+        return cls(graph)
+
+    @property
+    def num_launches(self) -> int:
+        """How many kernels one replay runs."""
+        return int(self._graph.num_launches)
