@@ -102,6 +102,22 @@ class RoundStats:
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
 
+    def record(self, num_nodes: int, accept_length: int, depth: torch.Tensor | None) -> None:
+        """Count one round: a tree of ``num_nodes`` nodes whose depths are ``depth [N]``."""
+        self.num_rounds += 1
+        self.num_draft_tokens += num_nodes - 1
+        self.num_accepted_tokens += accept_length
+        self.accept_lengths.append(accept_length)
+        if depth is None:
+            return
+        deepest = max(depth.tolist()[:num_nodes])
+        missing = deepest - len(self.proposed_by_depth)
+        self.proposed_by_depth.extend([0] * missing)
+        self.accepted_by_depth.extend([0] * missing)
+        for level in range(deepest):
+            self.proposed_by_depth[level] += 1
+            self.accepted_by_depth[level] += accept_length > level
+
     @property
     def tau(self) -> float:
         """Mean of accept_length + 1 per round (bonus token included)."""

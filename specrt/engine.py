@@ -1,0 +1,415 @@
+"""The loop: draft, verify, accept, commit, observe, output.
+
+Plain decoding is this same loop with the empty drafter. The engine is the only one that knows all
+the stages; they exchange the plain types of :mod:`specrt.types` and never hold each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from specrt.accept import accept
+from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.draft.base import Budget, Drafter, RoundCost
+from specrt.models.llama import LlamaModel
+from specrt.sampling import SamplingParams, SamplingTable, draw_seed
+from specrt.stop import FinishReason, OutputEnd, TextTracker
+from specrt.tree import MAX_NODES, chain
+from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or chat messages (through the tokenizer's own template)."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One prompt's output."""
+
+    text: str
+    """Without special tokens; cut before a stop string."""
+    token_ids: list[int]
+    """Output tokens, an end-of-sequence token included."""
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float] | None
+    """Of each token under the target's unprocessed law, if asked for."""
+    stats: RoundStats
+    error: str | None = None
+    """What went wrong, where ``finish_reason`` is ``"error"``."""
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What one round gave one sequence."""
+
+    index: int
+    """Which prompt."""
+    text: str
+    """New text; concatenated, a sequence's chunks give its result's ``text``."""
+    token_ids: list[int]
+    num_accepted: int
+    """How many of ``token_ids`` (the first ones) the drafter had proposed."""
+    result: GenerationResult | None
+    """The whole result, with the sequence's last chunk."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One running sequence: what the engine keeps beside the state that drafters see."""
+
+    index: int
+    params: SamplingParams
+    state: SequenceState
+    end: OutputEnd
+    cached: CachedSequence
+    logprobs: list[float] = field(default_factory=list)
+    stats: RoundStats = field(default_factory=RoundStats)
+    error: str | None = None
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.state.token_ids[self.state.prompt_len :]
+
+    def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
+        """Take tokens until the output ends; return those taken."""
+        taken = 0
+        for token in tokens:
+            taken += 1
+            self.state.token_ids.append(token)
+            if self.end.push(token):
+                break
+        if logprobs is not None:
+            self.logprobs.extend(logprobs[:taken])
+        return list(tokens[:taken])
+
+
+class _Batch:
+    """The running sequences and the tables the kernels read, remade when one joins or leaves."""
+
+    def __init__(self, cache: KVCache, vocab_size: int) -> None:
+        self._cache = cache
+        self._vocab_size = vocab_size
+        self.sequences: list[_Sequence] = []
+        self._is_stale = True
+
+    def join(self, sequence: _Sequence) -> None:
+        self.sequences.append(sequence)
+        self._is_stale = True
+
+    def leave(self, sequence: _Sequence) -> None:
+        self.sequences.remove(sequence)
+        self._is_stale = True
+
+    def refresh(self) -> None:
+        """Make the tables fit the sequences."""
+        if not self._is_stale:
+            return
+        sequences = self.sequences
+        states = [sequence.state for sequence in sequences]
+        self.states = states
+        self.cached = CacheBatch(self._cache, [sequence.cached for sequence in sequences])
+        self.sampling = SamplingTable.build(
+            [sequence.params for sequence in sequences],
+            [state.prompt_len for state in states],
+            self._vocab_size,
+            seeds=[state.seed for state in states],
+        )
+        self.history = torch.zeros(
+            len(states), max(state.max_len for state in states), dtype=torch.int32
+        )
+        for row, state in enumerate(states):
+            known = torch.tensor(state.token_ids, dtype=torch.int32)
+            self.history[row, : len(known)] = known
+        self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
+        # Writing through numpy costs a tenth of writing through torch.
+        self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
+        self.has_logprobs = any(sequence.params.logprobs for sequence in sequences)
+        self._is_stale = False
+
+    def append(self, row: int, tokens: Sequence[int]) -> None:
+        """Add a sequence's new tokens to its row of the history."""
+        start = self._history_len[row]
+        self._history[row, start : start + len(tokens)] = tokens
+        self._history_len[row] = start + len(tokens)
+
+
+class Engine:
+    """A target, a drafter and the loop that joins them; made by :func:`specrt.load`.
+
+    Args:
+        target: the model whose words are spoken.
+        drafter: proposes; never changes the words.
+        tokenizer: for text prompts and text output.
+        max_batch: sequences that run together; further prompts wait for a place.
+        max_nodes: the largest tree a drafter may propose, root included.
+    """
+
+    def __init__(
+        self,
+        target: LlamaModel,
+        drafter: Drafter,
+        tokenizer: Any,
+        *,
+        max_batch: int = 8,
+        max_nodes: int = 64,
+    ) -> None:
+        if not 1 <= max_nodes <= MAX_NODES:
+            raise ValueError(f"max_nodes: expected 1..{MAX_NODES}, got {max_nodes}")
+        if max_batch < 1:
+            raise ValueError(f"max_batch: expected at least 1, got {max_batch}")
+        self.target = target
+        self.drafter = drafter
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+        self.max_nodes = max_nodes
+        self.cache = target.new_cache()
+        self._cost = RoundCost()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Any:
+        """Answer one prompt or many.
+
+        Args:
+            prompts: one prompt (text, token ids or chat messages) or a list of them.
+            sampling: for all prompts, or one each; greedy by default.
+
+        Returns:
+            A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
+            that failed has ``finish_reason == "error"`` and leaves the others untouched.
+
+        Raises:
+            ValueError: an empty prompt, one longer than the context, bad sampling options.
+            MemoryError: no memory for the KV cache; says how much was needed.
+        """
+        many = _is_many(prompts)
+        batch = list(prompts) if many else [prompts]
+        results: list[GenerationResult | None] = [None] * len(batch)
+        with closing(self._run(batch, sampling, has_text=False)) as chunks:
+            for chunk in chunks:
+                if chunk.result is not None:
+                    results[chunk.index] = chunk.result
+        return results if many else results[0]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamChunk]:
+        """As :meth:`generate`, but yield tokens as each round accepts them.
+
+        Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
+        Arguments are checked at the call, before the first chunk is asked for.
+        """
+        batch = list(prompts) if _is_many(prompts) else [prompts]
+        return self._run(batch, sampling, has_text=True)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids.
+
+        Raises:
+            ValueError: the prompt is empty or has ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            ids = list(self.tokenizer.encode(prompt)) if prompt else []
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = list(self.tokenizer.apply_chat_template(prompt))
+        else:
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        if not ids:
+            raise ValueError("prompt: expected at least one token, got an empty prompt")
+        vocab = self.target.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise ValueError(f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}")
+        return ids
+
+    def _checked(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[tuple[list[int], SamplingParams]]:
+        if sampling is None or isinstance(sampling, SamplingParams):
+            params = [sampling or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling)
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"sampling: expected one for each of {len(prompts)} prompts, got {len(params)}"
+            )
+        requests = [(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        limit = self.target.config.max_positions
+        for ids, _ in requests:
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"prompt: {len(ids)} tokens leave no room in the context of {limit}"
+                )
+        return requests
+
+    def _new_sequence(
+        self, index: int, ids: list[int], params: SamplingParams, has_text: bool
+    ) -> _Sequence:
+        wanted = len(ids) + params.max_new_tokens
+        max_len = min(wanted, self.target.config.max_positions)
+        tracks_text = has_text or bool(params.stop_strings)
+        stop_ids = () if params.ignore_eos else self.target.config.eos_ids
+        end = OutputEnd(
+            stop_ids=(*stop_ids, *params.stop_token_ids),
+            stop_strings=params.stop_strings,
+            num_left=max_len - len(ids),
+            limit_reason="length" if max_len == wanted else "context",
+            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
+        )
+        seed = draw_seed() if params.seed is None else params.seed
+        state = SequenceState(list(ids), len(ids), max_len, seed, params.temperature)
+        # Tree rows are written past the length, and the last tree may start at the last token.
+        cached = self.cache.open(max_len + self.max_nodes)
+        return _Sequence(index, params, state, end, cached)
+
+    def _result(self, sequence: _Sequence) -> GenerationResult:
+        ids = sequence.output_ids
+        text = str(self.tokenizer.decode(ids))
+        if sequence.end.cut is not None:
+            text = text[: sequence.end.cut]
+        return GenerationResult(
+            text=text,
+            token_ids=ids,
+            prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
+            finish_reason="error" if sequence.error else sequence.end.reason or "length",
+            logprobs=sequence.logprobs if sequence.params.logprobs else None,
+            stats=sequence.stats,
+            error=sequence.error,
+        )
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def _run(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        has_text: bool,
+    ) -> Iterator[StreamChunk]:
+        return self._rounds(deque(enumerate(self._checked(prompts, sampling))), has_text)
+
+    def _rounds(
+        self, waiting: deque[tuple[int, tuple[list[int], SamplingParams]]], has_text: bool
+    ) -> Iterator[StreamChunk]:
+        batch = _Batch(self.cache, self.target.config.vocab_size)
+        try:
+            while waiting or batch.sequences:
+                while waiting and len(batch.sequences) < self.max_batch:
+                    index, (ids, params) = waiting.popleft()
+                    batch.join(self._new_sequence(index, ids, params, has_text))
+                    self._start(batch.sequences[-1])
+                batch.refresh()
+                for chunk, sequence in self._round(batch):
+                    if chunk.result is not None:
+                        self._release(batch, sequence)
+                    yield chunk
+        finally:
+            for sequence in list(batch.sequences):
+                self._release(batch, sequence)
+
+    def _release(self, batch: _Batch, sequence: _Sequence) -> None:
+        batch.leave(sequence)
+        self.drafter.finish(sequence.state)
+        self.cache.close(sequence.cached)
+
+    def _start(self, sequence: _Sequence) -> None:
+        """Run the prompt but for its last token, which is the first round's root."""
+        started = perf_counter()
+        self.drafter.start(sequence.state)
+        batch = CacheBatch(self.cache, [sequence.cached])
+        ids = torch.tensor([sequence.state.token_ids[:-1]], dtype=torch.int32)
+        for start in range(0, ids.shape[1], MAX_NODES):
+            tree = chain(ids[:, start : start + MAX_NODES])
+            output = self.target.forward(tree, batch, taps=self.drafter.taps, has_logits=False)
+            num_path = tree.num_nodes
+            batch.commit(torch.arange(int(num_path), dtype=torch.int32)[None], num_path)
+            self.drafter.prefill(sequence.state, start, output.taps)
+        sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
+
+    def _round(self, batch: _Batch) -> list[tuple[StreamChunk, _Sequence]]:
+        """One round of every running sequence."""
+        drafter = self.drafter
+        times = [perf_counter()]
+        tree = drafter.propose(batch.states, Budget(self.max_nodes, self._cost))
+        times.append(perf_counter())
+        output = self.target.forward(tree, batch.cached, taps=drafter.taps)
+        times.append(perf_counter())
+        result = accept(
+            tree,
+            output.logits,
+            batch.sampling,
+            batch.history,
+            batch.history_len,
+            want_logprobs=batch.has_logprobs,
+        )
+        batch.cached.commit(result.path, result.accept_length + 1)
+        drafter.observe(batch.states, result, output.taps)
+        times.append(perf_counter())
+        draft_ms, verify_ms, accept_ms = (
+            1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)
+        )
+        self._cost.observe(tree.draft_tokens.numel(), verify_ms)
+        for sequence in batch.sequences:
+            stats = sequence.stats
+            stats.draft_ms += draft_ms
+            stats.verify_ms += verify_ms
+            stats.accept_ms += accept_ms
+        return self._output(batch, tree, result)
+
+    def _output(
+        self, batch: _Batch, tree: DraftTree, result: AcceptResult
+    ) -> list[tuple[StreamChunk, _Sequence]]:
+        """Append each sequence's new tokens and say what came of the round."""
+        lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
+        logprobs = None if result.logprobs is None else result.logprobs.tolist()
+        sizes = tree.num_nodes.tolist()
+        chunks = []
+        for row, sequence in enumerate(batch.sequences):
+            length = lengths[row]
+            if length < 0:
+                position = len(sequence.state.token_ids)
+                sequence.error = f"logits: NaN or no finite value at position {position}"
+                chunks.append((self._chunk(sequence, [], 0), sequence))
+                continue
+            row_logprobs = None if logprobs is None else logprobs[row]
+            taken = sequence.append(tokens[row][: length + 1], row_logprobs)
+            batch.append(row, taken)
+            sequence.stats.record(sizes[row], length, tree.depth[row] if sizes[row] > 1 else None)
+            chunks.append((self._chunk(sequence, taken, length), sequence))
+        return chunks
+
+    def _chunk(self, sequence: _Sequence, taken: list[int], length: int) -> StreamChunk:
+        is_over = sequence.end.reason is not None or sequence.error is not None
+        return StreamChunk(
+            index=sequence.index,
+            text=sequence.end.take_text(),
+            token_ids=taken,
+            num_accepted=min(length, len(taken)),
+            result=self._result(sequence) if is_over else None,
+        )
+
+
+def _is_many(prompts: Any) -> bool:
+    """A list of prompts, as opposed to one prompt of token ids or of chat messages."""
+    if isinstance(prompts, str) or not prompts:
+        return not isinstance(prompts, str) and isinstance(prompts, list) and not prompts
+    first = prompts[0]
+    return not isinstance(first, int | Mapping)
+
+
+DecodeFn = Callable[[list[int]], str]
