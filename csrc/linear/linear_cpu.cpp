@@ -2,29 +2,39 @@
 // tree. Blocking over rows and outputs only decides how often a weight is loaded, never the order,
 // so any number of rows gives the same bits. Weights are read from memory once, by the first block
 // of rows, which also prefetches the next outputs' weights; later blocks find them in the cache.
-#include "linear/linear.h"
-
 #include "core/simd.h"
+#include "linear/linear.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
 
-constexpr int kOutputs = 4;  // outputs a block computes together: one reduce_add4
-constexpr int kRows = 4;     // rows a block computes together
+// A block computes kRows x kOutputs results together; as large as the registers allow.
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kOutputs = 4;
+#else
+constexpr int kRows = 2, kOutputs = 3;
+#endif
+constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kAhead = 16 * 1024;  // fetch at least so far ahead: half of L1
 
+// Where a block starts, and which cache lines of the next outputs' weights it fetches meanwhile.
 struct Block {
-    const LinearParams& p;
     int64_t row, output;
+    int num_outputs;
+    const char* ahead;
+    int64_t num_lines, lines_per_step;
 };
 
 template <int R>
-void finish(const Block& at, const float (&sums)[R][kOutputs], int num_outputs) {
-    const LinearParams& p = at.p;
+void finish(const LinearParams& p, const Block& at, const V16 (&acc)[R][kOutputs]) {
     for (int r = 0; r < R; ++r) {
+        float sums[4];
+        const V16 four[4] = {acc[r][0], acc[r][1], acc[r][2], acc[r][kOutputs - 1]};
+        reduce_add4(four, sums);
         const int64_t row = at.row + r;
-        for (int j = 0; j < num_outputs; ++j) {
+        for (int j = 0; j < at.num_outputs; ++j) {
             const int64_t n = at.output + j;
-            float y = sums[r][j];
+            float y = sums[j];
             if (p.bias) y += p.bias[n];
             if (p.residual) y += p.residual[row * p.residual_stride + n];
             p.out[row * p.out_stride + n] = y;
@@ -32,15 +42,14 @@ void finish(const Block& at, const float (&sums)[R][kOutputs], int num_outputs) 
     }
 }
 
-// R rows x up to kOutputs outputs. With fewer outputs the last weight row is computed again in
-// place of the missing ones, which costs nothing that matters and keeps one code path.
-template <typename W, int R, bool kPrefetch>
-void block(const Block& at, int num_outputs) {
-    const LinearParams& p = at.p;
+// With fewer outputs than kOutputs the last weight row is computed again in place of the missing
+// ones, which costs nothing that matters and keeps one code path.
+template <typename W, int R>
+void block(const LinearParams& p, const Block& at) {
     const W* w[kOutputs];
     const float* x[R];
     for (int j = 0; j < kOutputs; ++j) {
-        const int64_t n = at.output + (j < num_outputs ? j : num_outputs - 1);
+        const int64_t n = at.output + (j < at.num_outputs ? j : at.num_outputs - 1);
         w[j] = static_cast<const W*>(p.weight) + n * p.depth;
     }
     for (int r = 0; r < R; ++r) x[r] = p.x + (at.row + r) * p.x_stride;
@@ -56,37 +65,49 @@ void block(const Block& at, int num_outputs) {
             for (int j = 0; j < kOutputs; ++j) acc[r][j] = fma(xv, wv[j], acc[r][j]);
         }
     };
-    // The next kOutputs weight rows start where these end.
-    const char* ahead = reinterpret_cast<const char*>(w[0] + kOutputs * p.depth);
-    int64_t k = 0;
+    int64_t k = 0, line = 0;
     for (; k + 16 <= p.depth; k += 16) {
-        if constexpr (kPrefetch) {
-            for (size_t line = 0; line < kOutputs * 16 * sizeof(W); line += 64)
-                prefetch(ahead + k * kOutputs * sizeof(W) + line);
-        }
+        for (int64_t i = 0; i < at.lines_per_step && line < at.num_lines; ++i, ++line)
+            prefetch(at.ahead + line * kLine);
         step([&](auto* row) { return load(row + k); });
     }
     const int rest = static_cast<int>(p.depth - k);
     if (rest > 0) step([&](auto* row) { return load_first(row + k, rest); });
-
-    float sums[R][kOutputs];
-    for (int r = 0; r < R; ++r) reduce_add4(acc[r], sums[r]);
-    finish<R>(at, sums, num_outputs);
+    finish<R>(p, at, acc);
 }
 
+template <typename W, int R = kRows>
+void block_of(const LinearParams& p, const Block& at, int64_t num_rows) {
+    if constexpr (R == 1) {
+        block<W, 1>(p, at);
+    } else {
+        if (num_rows >= R) {
+            block<W, R>(p, at);
+        } else {
+            block_of<W, R - 1>(p, at, num_rows);
+        }
+    }
+}
+
+// All rows against kOutputs outputs. The blocks share out the fetching of the next outputs' weights
+// evenly, so that memory is busy while the later blocks compute from the cache.
 template <typename W>
 void all_rows(const LinearParams& p, int64_t output, int num_outputs) {
-    int64_t row = 0;
-    if (p.num_rows >= kRows) {
-        block<W, kRows, true>({p, 0, output}, num_outputs);
-        for (row = kRows; row + kRows <= p.num_rows; row += kRows)
-            block<W, kRows, false>({p, row, output}, num_outputs);
-    } else {
-        block<W, 1, true>({p, 0, output}, num_outputs);
-        row = 1;
+    const int64_t num_blocks = (p.num_rows + kRows - 1) / kRows;
+    const int64_t bytes = kOutputs * p.depth * static_cast<int64_t>(sizeof(W));
+    const int64_t share = (bytes / kLine + num_blocks) / num_blocks;
+    const int64_t steps = p.depth / 16;
+    const char* ahead = static_cast<const char*>(p.weight) +
+                        output * p.depth * static_cast<int64_t>(sizeof(W)) +
+                        (bytes > kAhead ? bytes : kAhead);
+    const int64_t per_step = steps > 0 ? (share + steps - 1) / steps : 0;
+    // Rows are spread evenly (7 = 4 + 3, not 6 + 1): a lone row uses the weights it loads once.
+    for (int64_t i = 0, row = 0; i < num_blocks; ++i) {
+        const int64_t end = p.num_rows * (i + 1) / num_blocks;
+        block_of<W>(p, {row, output, num_outputs, ahead + i * share * kLine, share, per_step},
+                    end - row);
+        row = end;
     }
-    for (; row + 2 <= p.num_rows; row += 2) block<W, 2, false>({p, row, output}, num_outputs);
-    if (row < p.num_rows) block<W, 1, false>({p, row, output}, num_outputs);
 }
 
 template <typename W>
@@ -105,9 +126,12 @@ void linear_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const LinearParams*>(params);
     if (p.num_rows == 0) return;
     switch (p.weight_dtype) {
-        case DType::kBFloat16: return outputs_of_part<bf16>(p, part, num_parts);
-        case DType::kFloat16: return outputs_of_part<f16>(p, part, num_parts);
-        default: return outputs_of_part<float>(p, part, num_parts);
+        case DType::kBFloat16:
+            return outputs_of_part<bf16>(p, part, num_parts);
+        case DType::kFloat16:
+            return outputs_of_part<f16>(p, part, num_parts);
+        default:
+            return outputs_of_part<float>(p, part, num_parts);
     }
 }
 
