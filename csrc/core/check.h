@@ -16,7 +16,7 @@ template <typename... Args>
 }  // namespace specrt
 
 // SPECRT_CHECK(rows > 0, "x: expected at least one row, got ", rows)
-#define SPECRT_CHECK(condition, ...)                    \
-    do {                                                \
-        if (!(condition)) ::specrt::fail(__VA_ARGS__);  \
+#define SPECRT_CHECK(condition, ...)                   \
+    do {                                               \
+        if (!(condition)) ::specrt::fail(__VA_ARGS__); \
     } while (false)

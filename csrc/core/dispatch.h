@@ -7,8 +7,8 @@ namespace specrt {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
-Isa active_isa();                   // the best this CPU has, or what set_isa / SPECRT_ISA chose
-void set_isa(const char* name);     // "portable" | "avx2" | "avx512"; throws if the CPU lacks it
+Isa active_isa();                // the best this CPU has, or what set_isa / SPECRT_ISA chose
+void set_isa(const char* name);  // "portable" | "avx2" | "avx512"; throws if the CPU lacks it
 const char* isa_name(Isa isa);
 bool cpu_has(Isa isa);
 
@@ -18,17 +18,25 @@ using PartFn = void (*)(const void* params, int part, int num_parts);
 }  // namespace specrt
 
 #if defined(SPECRT_X86)
-#define SPECRT_DECLARE_CPU(fn)                                        \
-    namespace portable { void fn(const void*, int, int); }            \
-    namespace avx2 { void fn(const void*, int, int); }                \
-    namespace avx512 { void fn(const void*, int, int); }              \
-    inline PartFn fn##_for(Isa isa) {                                 \
-        return isa == Isa::kAvx512 ? avx512::fn                       \
-               : isa == Isa::kAvx2 ? avx2::fn                         \
-                                   : portable::fn;                    \
+#define SPECRT_DECLARE_CPU(fn)                                                                 \
+    namespace portable {                                                                       \
+    void fn(const void*, int, int);                                                            \
+    }                                                                                          \
+    namespace avx2 {                                                                           \
+    void fn(const void*, int, int);                                                            \
+    }                                                                                          \
+    namespace avx512 {                                                                         \
+    void fn(const void*, int, int);                                                            \
+    }                                                                                          \
+    inline PartFn fn##_for(Isa isa) {                                                          \
+        return isa == Isa::kAvx512 ? avx512::fn : isa == Isa::kAvx2 ? avx2::fn : portable::fn; \
     }
 #else
-#define SPECRT_DECLARE_CPU(fn)                                        \
-    namespace portable { void fn(const void*, int, int); }            \
-    inline PartFn fn##_for(Isa) { return portable::fn; }
+#define SPECRT_DECLARE_CPU(fn)      \
+    namespace portable {            \
+    void fn(const void*, int, int); \
+    }                               \
+    inline PartFn fn##_for(Isa) {   \
+        return portable::fn;        \
+    }
 #endif

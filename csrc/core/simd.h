@@ -1,8 +1,9 @@
 // Sixteen float lanes, three ways (AVX-512, two AVX2 halves, plain loops), one result.
 //
 // Invariant: every operation here is lane-wise IEEE arithmetic, or a reduction in one fixed tree
-// (lane i + lane i+8, then +4, +2, +1). So a kernel written with V16 gives the same bits under every
-// instruction set, whatever the compiler does; -ffp-contract=off keeps it from fusing on its own.
+// (lane i + lane i+8, then +4, +2, +1). So a kernel written with V16 gives the same bits under
+// every instruction set, whatever the compiler does; -ffp-contract=off keeps it from fusing on its
+// own.
 //
 // Hazard: this header is compiled with different -m flags in different objects. Everything lives in
 // a namespace of the instruction set's name, and kernels must not instantiate std:: templates:
@@ -41,9 +42,14 @@ inline uint32_t to_bits(float f) {
     return u;
 }
 
-// --- scalar conversions ---------------------------------------------------------------------------
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+// --- scalar conversions
+// ---------------------------------------------------------------------------
+inline float to_float(float x) {
+    return x;
+}
+inline float to_float(bf16 x) {
+    return from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
 inline float to_float(f16 x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
     if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
@@ -51,7 +57,9 @@ inline float to_float(f16 x) {
     return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
 }
 
-inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, float* out) {
+    *out = x;
+}
 inline void from_float(float x, bf16* out) {  // round to nearest, ties to even
     uint32_t u = to_bits(x);
     const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
@@ -73,15 +81,22 @@ inline void from_float(float x, f16* out) {
     out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// --- vectors ----------------------------------------------------------------------------------------
+// --- vectors
+// ----------------------------------------------------------------------------------------
 #if defined(__AVX512F__)
 
 struct V16 {
     __m512 v;
 };
-inline V16 zero() { return {_mm512_setzero_ps()}; }
-inline V16 splat(float x) { return {_mm512_set1_ps(x)}; }
-inline V16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline V16 zero() {
+    return {_mm512_setzero_ps()};
+}
+inline V16 splat(float x) {
+    return {_mm512_set1_ps(x)};
+}
+inline V16 load(const float* p) {
+    return {_mm512_loadu_ps(p)};
+}
 inline V16 load(const bf16* p) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
@@ -89,15 +104,31 @@ inline V16 load(const bf16* p) {
 inline V16 load(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline void store(V16 a, float* p) { _mm512_storeu_ps(p, a.v); }
-inline V16 add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline V16 sub(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline V16 mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline V16 div(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline void store(V16 a, float* p) {
+    _mm512_storeu_ps(p, a.v);
+}
+inline V16 add(V16 a, V16 b) {
+    return {_mm512_add_ps(a.v, b.v)};
+}
+inline V16 sub(V16 a, V16 b) {
+    return {_mm512_sub_ps(a.v, b.v)};
+}
+inline V16 mul(V16 a, V16 b) {
+    return {_mm512_mul_ps(a.v, b.v)};
+}
+inline V16 div(V16 a, V16 b) {
+    return {_mm512_div_ps(a.v, b.v)};
+}
+inline V16 fma(V16 a, V16 b, V16 c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
 // a > b ? a : b, lane by lane: a NaN in b passes through.
-inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline V16 min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline V16 max(V16 a, V16 b) {
+    return {_mm512_max_ps(a.v, b.v)};
+}
+inline V16 min(V16 a, V16 b) {
+    return {_mm512_min_ps(a.v, b.v)};
+}
 inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), value.v,
                                  _mm512_setzero_ps())};
@@ -112,16 +143,24 @@ inline __m128 fold_to_4(V16 a) {
     const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
     return _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 #elif defined(__AVX2__)
 
 struct V16 {
     __m256 lo, hi;
 };
-inline V16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline V16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline V16 zero() {
+    return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+inline V16 splat(float x) {
+    return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+inline V16 load(const float* p) {
+    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 inline __m256 load8(const bf16* p) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -129,21 +168,37 @@ inline __m256 load8(const bf16* p) {
 inline __m256 load8(const f16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline V16 load(const bf16* p) { return {load8(p), load8(p + 8)}; }
-inline V16 load(const f16* p) { return {load8(p), load8(p + 8)}; }
+inline V16 load(const bf16* p) {
+    return {load8(p), load8(p + 8)};
+}
+inline V16 load(const f16* p) {
+    return {load8(p), load8(p + 8)};
+}
 inline void store(V16 a, float* p) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
 }
-inline V16 add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-inline V16 sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-inline V16 mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-inline V16 div(V16 a, V16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline V16 add(V16 a, V16 b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline V16 sub(V16 a, V16 b) {
+    return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline V16 mul(V16 a, V16 b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline V16 div(V16 a, V16 b) {
+    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 inline V16 fma(V16 a, V16 b, V16 c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
-inline V16 max(V16 a, V16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-inline V16 min(V16 a, V16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline V16 max(V16 a, V16 b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+inline V16 min(V16 a, V16 b) {
+    return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
 inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, bound.lo, _CMP_LT_OQ), value.lo),
             _mm256_andnot_ps(_mm256_cmp_ps(x.hi, bound.hi, _CMP_LT_OQ), value.hi)};
@@ -159,7 +214,9 @@ inline __m128 fold_to_4(V16 a) {
     const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
     return _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 #else
 
@@ -172,17 +229,31 @@ inline V16 lanes(F&& f) {
     for (int i = 0; i < 16; ++i) r.v[i] = f(i);
     return r;
 }
-inline V16 zero() { return lanes([](int) { return 0.0f; }); }
-inline V16 splat(float x) { return lanes([&](int) { return x; }); }
+inline V16 zero() {
+    return lanes([](int) { return 0.0f; });
+}
+inline V16 splat(float x) {
+    return lanes([&](int) { return x; });
+}
 template <typename T>
 inline V16 load(const T* p) {
     return lanes([&](int i) { return to_float(p[i]); });
 }
-inline void store(V16 a, float* p) { std::memcpy(p, a.v, sizeof a.v); }
-inline V16 add(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
-inline V16 sub(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
-inline V16 mul(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
-inline V16 div(V16 a, V16 b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
+inline void store(V16 a, float* p) {
+    std::memcpy(p, a.v, sizeof a.v);
+}
+inline V16 add(V16 a, V16 b) {
+    return lanes([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline V16 sub(V16 a, V16 b) {
+    return lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline V16 mul(V16 a, V16 b) {
+    return lanes([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline V16 div(V16 a, V16 b) {
+    return lanes([&](int i) { return a.v[i] / b.v[i]; });
+}
 inline V16 fma(V16 a, V16 b, V16 c) {
     return lanes([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
 }
@@ -196,13 +267,17 @@ inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return lanes([&](int i) { return x.v[i] < bound.v[i] ? 0.0f : value.v[i]; });
 }
 inline V16 scale_pow2(V16 value, V16 magic) {
-    return lanes([&](int i) { return from_bits(to_bits(value.v[i]) + (to_bits(magic.v[i]) << 23)); });
+    return lanes(
+        [&](int i) { return from_bits(to_bits(value.v[i]) + (to_bits(magic.v[i]) << 23)); });
 }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch(const void* p) {
+    __builtin_prefetch(p);
+}
 
 #endif
 
-// --- sums in the fixed tree --------------------------------------------------------------------------
+// --- sums in the fixed tree
+// --------------------------------------------------------------------------
 #if defined(__AVX2__)
 inline void reduce_add4(const V16 a[4], float* out) {
     const __m128 a0 = fold_to_4(a[0]), a1 = fold_to_4(a[1]);
@@ -235,7 +310,8 @@ inline float reduce_max(V16 a) {
     return best;
 }
 
-// --- tails: n < 16 lanes, the rest zero ---------------------------------------------------------------
+// --- tails: n < 16 lanes, the rest zero
+// ---------------------------------------------------------------
 template <typename T>
 inline V16 load_first(const T* p, int n) {
     float lane[16] = {};

@@ -10,7 +10,8 @@ namespace specrt {
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kFloat64 };
 
 inline const char* name_of(DType dtype) {
-    constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "float64"};
+    constexpr const char* kNames[] = {"float32", "bfloat16", "float16",
+                                      "int32",   "int64",    "float64"};
     return kNames[static_cast<int>(dtype)];
 }
 

@@ -2,9 +2,8 @@
 // tree. Blocking over rows and outputs only decides how often a weight is loaded, never the order,
 // so any number of rows gives the same bits. Weights are read from memory once, by the first block
 // of rows, which also prefetches the next outputs' weights; later blocks find them in the cache.
-#include "linear/linear.h"
-
 #include "core/simd.h"
+#include "linear/linear.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
@@ -105,9 +104,12 @@ void linear_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const LinearParams*>(params);
     if (p.num_rows == 0) return;
     switch (p.weight_dtype) {
-        case DType::kBFloat16: return outputs_of_part<bf16>(p, part, num_parts);
-        case DType::kFloat16: return outputs_of_part<f16>(p, part, num_parts);
-        default: return outputs_of_part<float>(p, part, num_parts);
+        case DType::kBFloat16:
+            return outputs_of_part<bf16>(p, part, num_parts);
+        case DType::kFloat16:
+            return outputs_of_part<f16>(p, part, num_parts);
+        default:
+            return outputs_of_part<float>(p, part, num_parts);
     }
 }
 
