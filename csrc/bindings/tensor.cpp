@@ -95,6 +95,8 @@ int num_threads() {
     return static_cast<int>(PyLong_AsLong(value.ptr()));
 }
 
-void set_thread_source(py::object get_num_threads) { thread_source() = get_num_threads.release().ptr(); }
+void set_thread_source(py::object get_num_threads) {
+    thread_source() = get_num_threads.release().ptr();
+}
 
 }  // namespace specrt::bindings

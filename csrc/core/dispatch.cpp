@@ -49,8 +49,12 @@ bool cpu_has(Isa isa) {
     return isa == Isa::kPortable;
 }
 
-Isa active_isa() { return chosen_isa().load(std::memory_order_relaxed); }
+Isa active_isa() {
+    return chosen_isa().load(std::memory_order_relaxed);
+}
 
-void set_isa(const char* name) { chosen_isa().store(parse_isa(name)); }
+void set_isa(const char* name) {
+    chosen_isa().store(parse_isa(name));
+}
 
 }  // namespace specrt

@@ -152,8 +152,12 @@ void run_launches(const Launch* launches, size_t count, int num_threads) {
     owner.pool->run(launches, count);
 }
 
-void set_recorder(std::vector<Launch>* recorder) { current_recorder = recorder; }
-std::vector<Launch>* recorder() { return current_recorder; }
+void set_recorder(std::vector<Launch>* recorder) {
+    current_recorder = recorder;
+}
+std::vector<Launch>* recorder() {
+    return current_recorder;
+}
 
 void submit(const Launch& launch, int num_threads) {
     if (current_recorder) current_recorder->push_back(launch);

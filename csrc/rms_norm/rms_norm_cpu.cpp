@@ -1,6 +1,5 @@
-#include "rms_norm/rms_norm.h"
-
 #include "core/simd.h"
+#include "rms_norm/rms_norm.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
@@ -39,7 +38,8 @@ void rms_norm_part(const void* params, int part, int num_parts) {
         const int64_t row = i / p.num_slices, slice = i % p.num_slices;
         const float* x = p.x + row * p.x_stride[0] + slice * p.x_stride[1];
         if (p.residual) {
-            float* residual = p.residual + row * p.residual_stride[0] + slice * p.residual_stride[1];
+            float* residual =
+                p.residual + row * p.residual_stride[0] + slice * p.residual_stride[1];
             add_into(residual, x, p.width);
             x = residual;
         }

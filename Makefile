@@ -1,0 +1,71 @@
+# Every target sets up its own .venv; a fresh machine needs python3 (3.10+, with venv), a C++17
+# compiler and make. Run `make help` for the list.
+PYTHON ?= python3
+BIN := .venv/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+READY := .venv/.ready
+
+# Two workers of one thread each: the kernels' pool spins between launches, so two workers with
+# pools of their own size would fight for two cores. Tests of threading set their own count.
+# One file stays with one worker: its module fixtures load models.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+# Ours to keep clean; a user's newer compiler must not fail on a warning.
+export SPECRT_WERROR ?= ON
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint format bench ext clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+
+demo: $(READY)  ## generate with the bundled model, with and without speculation
+	$(BIN)/specrt demo
+
+test: lint ext  ## lint, build, and all tests but the slow ones
+	$(PYTEST)
+
+test-slow: lint ext  ## the same and the slow tests
+	$(PYTEST) -m "slow or not slow"
+
+lint: $(READY)  ## ruff, mypy and clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(READY)  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs $(BIN)/clang-format -i
+
+bench: ext  ## every benchmark; results land in bench/results/local
+	@$(PIP) gguf psutil
+	mkdir -p bench/results/local
+	set -e; for script in bench/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+ext: $(READY)  ## build the extension in place; compiles only what changed
+	@mkdir -p build
+	@$(PY) setup.py -q build_ext --inplace > build/ext.log 2>&1 || { cat build/ext.log; exit 1; }
+	@grep -h 'specrt: ' build/ext.log
+
+clean:  ## remove builds and caches; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis specrt/_C*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -f $(READY)
+
+# torch first and by itself: the other packages then find it there.
+$(READY): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "specrt needs Python 3.10 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv \
+	    || { rm -rf .venv; echo "no venv module: install python3-venv (or set PYTHON=)" >&2; exit 1; }
+	$(PIP) torch
+	$(PIP) setuptools pybind11 cmake ninja
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@

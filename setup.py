@@ -1,0 +1,80 @@
+"""Builds ``specrt._C`` with CMake; everything else is in pyproject.toml.
+
+Environment: SPECRT_CUDA=AUTO|ON|OFF, CMAKE_CUDA_ARCHITECTURES (default 80;90a), SPECRT_WERROR=ON|OFF
+(default OFF: a newer compiler's new warning must not stop an installation), CMAKE_ARGS (more flags).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_tool(name: str) -> str | None:
+    """The first ``name`` that runs: on PATH, else beside this interpreter (a venv not activated)."""
+    for candidate in (shutil.which(name), shutil.which(name, path=sysconfig.get_path("scripts"))):
+        if candidate is None:
+            continue
+        probe = subprocess.run([candidate, "--version"], capture_output=True, check=False)
+        if probe.returncode == 0:
+            return candidate
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt once; the extension lands where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cmake = find_tool("cmake")
+        if cmake is None:
+            raise RuntimeError("specrt needs cmake >= 3.22 to build: pip install cmake ninja")
+        ninja = find_tool("ninja")
+        cuda = os.environ.get("SPECRT_CUDA", "AUTO").upper()
+        if cuda not in ("AUTO", "ON", "OFF"):
+            raise ValueError(f"SPECRT_CUDA: expected AUTO, ON or OFF, got {cuda!r}")
+        # In place, the build folder outlives this command (setuptools' own may not), and so the
+        # next build compiles only what changed. Generator and CUDA mode are CMake's to cache.
+        base = ROOT / "build" / "inplace" if self.inplace else Path(self.build_temp).resolve()
+        folder = base / f"{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}-{cuda}"
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+
+        defines = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "SPECRT_CUDA": cuda,
+            "SPECRT_VERSION": self.distribution.get_version(),
+            "SPECRT_WERROR": os.environ.get("SPECRT_WERROR", "OFF"),
+        }
+        if ninja:
+            # Said anew each time: the one of an isolated build is gone by the next.
+            defines["CMAKE_MAKE_PROGRAM"] = ninja
+        if archs := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
+            defines["CMAKE_CUDA_ARCHITECTURES"] = archs
+        configure = [cmake, "-S", str(ROOT), "-B", str(folder)]
+        configure += ["-G", "Ninja" if ninja else "Unix Makefiles"]
+        configure += [f"-D{key}={value}" for key, value in defines.items()]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(configure, check=True)
+
+        build = [cmake, "--build", str(folder), "--target", "_C"]
+        if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
+            build += ["--parallel", str(os.cpu_count() or 1)]
+        subprocess.run(build, check=True)
+
+
+setup(ext_modules=[Extension("specrt._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
