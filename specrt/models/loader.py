@@ -23,8 +23,9 @@ from specrt.types import CheckpointError
 
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
-# Elements converted at a time: small enough to stay in cache for the check that follows.
-_CHUNK = 1 << 19
+# Elements converted at a time: few enough that torch does not split them over threads (waking those
+# costs more than it wins on a busy machine) and that they are still cached for the check.
+_CHUNK = (1 << 15) - 1
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EMBED = "model.embed_tokens.weight"
