@@ -1,0 +1,390 @@
+"""The shape of a target model, read from a Hugging Face ``config.json``.
+
+Only what specrt computes exactly is accepted; anything else is refused with one line that says what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specrt.types import CheckpointError
+
+FLOAT8_FORMAT = "float8_e4m3fn"
+"""Our own storage of matrices: float8 values beside power-of-two scales."""
+
+_REQUIRED = object()
+
+# What transformers takes when a key is missing. The sizes that define a model have no default here:
+# a checkpoint without them is broken, not a 7B Llama.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float32,  # no kernel reads float64 weights
+}
+_ROPE_FACTORS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of a target of the Llama, Mistral, Qwen2 or Qwen3 family."""
+
+    architecture: str
+    """The family: ``llama``, ``mistral``, ``qwen2`` or ``qwen3``."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None = field(hash=False)
+    """``None`` for plain rotary embedding, else ``rope_type`` (``linear`` or ``llama3``) and its
+    factors under transformers' names."""
+    max_positions: int
+    has_attention_bias: bool
+    """Biases on q, k and v."""
+    has_output_bias: bool
+    """A bias on o."""
+    has_mlp_bias: bool
+    has_qk_norm: bool
+    is_head_tied: bool
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    dtype: torch.dtype
+    """What the checkpoint says its weights are; float32 where it does not say."""
+    float8_scale_suffix: str | None = None
+    """Set when matrices are stored as float8 beside a scale whose key ends so."""
+
+    @classmethod
+    def from_directory(cls, path: str | os.PathLike[str]) -> ModelConfig:
+        """Read ``config.json`` and, where there is one, ``generation_config.json``.
+
+        Args:
+            path: a local Hugging Face directory.
+
+        Raises:
+            CheckpointError: no such directory or file, not JSON, or a model specrt cannot run.
+        """
+        directory = checkpoint_directory(path)
+        file = directory / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{directory}: no config.json")
+        generation_file = directory / "generation_config.json"
+        generation = read_json(generation_file) if generation_file.is_file() else {}
+        return cls.from_dict(read_json(file), generation, source=str(file))
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        *,
+        source: str = "config.json",
+    ) -> ModelConfig:
+        """Read the parsed content of a ``config.json``, of transformers 4 or 5.
+
+        Args:
+            data: the configuration.
+            generation: the content of ``generation_config.json``; its token ids go first.
+            source: what errors call the file.
+
+        Raises:
+            CheckpointError: a key is missing or malformed, or the model is not one specrt runs.
+        """
+        return _Reader(data, generation or {}, source).config()
+
+
+def config_fingerprint(config: ModelConfig) -> str:
+    """Sixteen hex digits that change when anything that defines the architecture changes.
+
+    Token ids, the checkpoint's dtype, its storage and the context limit do not count: a drafter
+    fits a target whatever these are.
+    """
+    apart = {"bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions"}
+    content = {name: value for name, value in vars(config).items() if name not in apart}
+    content["rope_scaling"] = dict(config.rope_scaling) if config.rope_scaling else None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a directory that exists.
+
+    Raises:
+        CheckpointError: it does not, or is a file.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{directory}: expected a checkpoint directory, got a file")
+    raise CheckpointError(f"{directory}: no such directory (specrt loads local directories only)")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON or holds no object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+class _Reader:
+    """Takes one ``config.json`` apart, naming the file and the key in every refusal."""
+
+    def __init__(self, data: Mapping[str, Any], generation: Mapping[str, Any], source: str) -> None:
+        self.data = data
+        self.generation = generation
+        self.source = source
+        self.family = self._family()
+
+    def config(self) -> ModelConfig:
+        self._refuse_unsupported()
+        num_heads = self._size("num_attention_heads")
+        head_dim = self._head_dim(num_heads)
+        rope = self._rope()
+        attention_bias = self.family in ("llama", "qwen3") and self._flag("attention_bias")
+        return ModelConfig(
+            architecture=self.family,
+            vocab_size=self._size("vocab_size"),
+            hidden_size=self._size("hidden_size"),
+            intermediate_size=self._size("intermediate_size"),
+            num_layers=self._size("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=self._num_kv_heads(num_heads),
+            head_dim=head_dim,
+            rms_norm_eps=self._positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+            rope_theta=self._positive(rope.pop("rope_theta"), "rope_theta"),
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+            max_positions=self._size("max_position_embeddings"),
+            has_attention_bias=attention_bias or self.family == "qwen2",
+            has_output_bias=attention_bias,
+            has_mlp_bias=self.family == "llama" and self._flag("mlp_bias"),
+            has_qk_norm=self.family == "qwen3",
+            is_head_tied=self._flag("tie_word_embeddings"),
+            bos_id=next(iter(self._token_ids("bos_token_id")), None),
+            eos_ids=self._token_ids("eos_token_id"),
+            dtype=self._dtype(),
+            float8_scale_suffix=self._scale_suffix(),
+        )
+
+    def _fail(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {message}")
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        """The key's value, or the family's default; a null stays a null, as in transformers."""
+        return self.data.get(key, _DEFAULTS[self.family].get(key, default))
+
+    def _family(self) -> str:
+        family = self.data.get("model_type")
+        supported = ", ".join(_DEFAULTS)
+        if not isinstance(family, str) or family not in _DEFAULTS:
+            raise self._fail(f"model_type {family!r} is not supported (supported: {supported})")
+        architectures = self.data.get("architectures")
+        if architectures and _ARCHITECTURES[family] not in architectures:
+            named = ", ".join(map(str, architectures))
+            wanted = ", ".join(_ARCHITECTURES.values())
+            raise self._fail(f"architecture {named} is not supported (supported: {wanted})")
+        return family
+
+    def _refuse_unsupported(self) -> None:
+        activation = self._get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise self._fail(f"hidden_act: expected silu, got {activation}")
+        if self.data.get("quantization_config") is not None:
+            quantization = self.data["quantization_config"]
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise self._fail(
+                f"quantization_config: quantised checkpoints ({method or 'unnamed'}) are not "
+                "supported; load the unquantised model"
+            )
+        window = self._active_window()
+        if window is not None:
+            raise self._fail(f"a sliding attention window ({window}) is not supported")
+
+    def _active_window(self) -> str | None:
+        """The window that would change what some layer attends to, or None."""
+        layer_types = self.data.get("layer_types")
+        if layer_types is not None:
+            other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
+            if other:
+                return f"layer_types has {', '.join(other)}"
+        window = self._get("sliding_window")
+        # A window as wide as the context never hides anything.
+        if window is None or window >= self._size("max_position_embeddings"):
+            return None
+        if self.family == "mistral":
+            return f"sliding_window {window}"
+        if self.family in ("qwen2", "qwen3") and self._flag("use_sliding_window"):
+            is_reached = self._size("num_hidden_layers") > self._get("max_window_layers")
+            if layer_types is None and is_reached:
+                return f"use_sliding_window with sliding_window {window}"
+        return None
+
+    def _size(self, key: str) -> int:
+        value = self._get(key, _REQUIRED)
+        if value is _REQUIRED:
+            raise self._fail(f"missing key {key}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._fail(f"{key}: expected a positive integer, got {value!r}")
+        return value
+
+    def _flag(self, key: str) -> bool:
+        value = self._get(key, False)
+        if not isinstance(value, bool):
+            raise self._fail(f"{key}: expected true or false, got {value!r}")
+        return value
+
+    def _positive(self, value: Any, key: str) -> float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value <= 0:
+            raise self._fail(f"{key}: expected a positive number, got {value!r}")
+        return float(value)
+
+    def _head_dim(self, num_heads: int) -> int:
+        if self._get("head_dim") is not None:
+            head_dim = self._size("head_dim")
+        else:
+            hidden_size = self._size("hidden_size")
+            if hidden_size % num_heads:
+                raise self._fail(
+                    f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
+                    f"{num_heads}"
+                )
+            head_dim = hidden_size // num_heads
+        if head_dim % 2:
+            raise self._fail(f"head_dim: rotary embedding needs an even size, got {head_dim}")
+        return head_dim
+
+    def _num_kv_heads(self, num_heads: int) -> int:
+        if self._get("num_key_value_heads") is None:
+            return num_heads
+        num_kv_heads = self._size("num_key_value_heads")
+        if num_heads % num_kv_heads:
+            raise self._fail(
+                f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
+                f"{num_kv_heads}"
+            )
+        return num_kv_heads
+
+    def _rope(self) -> dict[str, Any]:
+        """``rope_theta``, ``rope_type`` and that type's factors, whichever style they came in."""
+        given = self.data.get("rope_scaling") or self.data.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise self._fail(f"rope_scaling: expected an object, got {given!r}")
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in _ROPE_FACTORS:
+            supported = ", ".join(_ROPE_FACTORS)
+            raise self._fail(f"rope type {kind!r} is not supported (supported: {supported})")
+        partial = given.get("partial_rotary_factor", self.data.get("partial_rotary_factor"))
+        if partial not in (None, 1, 1.0):
+            raise self._fail(f"partial_rotary_factor: expected 1, got {partial!r}")
+        rope = {
+            "rope_theta": given.get("rope_theta", self.data.get("rope_theta", 10000.0)),
+            "rope_type": kind,
+        }
+        for key in _ROPE_FACTORS[kind]:
+            rope[key] = self._positive(self._rope_factor(given, key), f"rope_scaling.{key}")
+        return rope
+
+    def _rope_factor(self, given: Mapping[str, Any], key: str) -> Any:
+        if key == "original_max_position_embeddings":
+            # transformers lets the key at the top level win.
+            inner = given.get(key, self._size("max_position_embeddings"))
+            return self.data.get(key, inner)
+        if key not in given:
+            raise self._fail(f"missing key rope_scaling.{key}")
+        return given[key]
+
+    def _token_ids(self, key: str) -> tuple[int, ...]:
+        """The generation config's ids where it has some, else the model config's."""
+        value = self.generation.get(key)
+        if value is None:
+            value = self._get(key)
+        if value is None:
+            return ()
+        ids = value if isinstance(value, (list, tuple)) else [value]
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise self._fail(f"{key}: expected token ids, got {value!r}")
+        # Some checkpoints write -1 for "none"; an id no token has can never match either.
+        return tuple(token for token in ids if token >= 0)
+
+    def _dtype(self) -> torch.dtype:
+        name = self.data.get("dtype") or self.data.get("torch_dtype") or "float32"
+        dtype = _DTYPES.get(str(name).removeprefix("torch."))
+        if dtype is None:
+            raise self._fail(f"dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
+        return dtype
+
+    def _scale_suffix(self) -> str | None:
+        storage = self.data.get("specrt_storage")
+        if storage is None:
+            return None
+        if not isinstance(storage, Mapping) or storage.get("format") != FLOAT8_FORMAT:
+            raise self._fail(f"specrt_storage: expected format {FLOAT8_FORMAT}, got {storage!r}")
+        suffix = storage.get("scale_suffix")
+        if not isinstance(suffix, str) or not suffix:
+            raise self._fail(f"specrt_storage.scale_suffix: expected a string, got {suffix!r}")
+        return suffix

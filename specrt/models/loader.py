@@ -1,0 +1,398 @@
+"""Weights of a checkpoint, packed for streaming.
+
+Decoding is bound by reading every matrix once a step, so all of them lie in one arena in the order
+a step reads them: layer by layer qkv, o, gate_up, down, then the head. Each tensor is converted
+straight from its mapped file into its place, so loading needs hardly more memory than the arena.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from specrt.config import ModelConfig
+from specrt.models.checkpoint import Checkpoint, TensorInfo
+from specrt.types import CheckpointError
+
+_ALIGNMENT = 64
+_HUGE_PAGE = 2 << 20
+# Elements converted at a time: few enough that torch does not split them over threads (waking those
+# costs more than it wins on a busy machine) and that they are still cached for the check.
+_CHUNK = (1 << 15) - 1
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_EMBED = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. Matrices have the loaded dtype; norms and biases are float32.
+
+    H hidden size, I intermediate size, d head size, Q query heads, K key-value heads.
+    """
+
+    input_norm: torch.Tensor
+    """``[H]``"""
+    qkv: torch.Tensor
+    """``[(Q + 2K) * d, H]``: the rows of q, then k, then v."""
+    qkv_bias: torch.Tensor | None
+    """``[(Q + 2K) * d]``"""
+    q_norm: torch.Tensor | None
+    """``[d]``"""
+    k_norm: torch.Tensor | None
+    """``[d]``"""
+    o: torch.Tensor
+    """``[H, Q * d]``"""
+    o_bias: torch.Tensor | None
+    """``[H]``"""
+    post_norm: torch.Tensor
+    """``[H]``: the norm before the MLP."""
+    gate_up: torch.Tensor
+    """``[2I, H]``: the rows of gate, then up."""
+    gate_up_bias: torch.Tensor | None
+    """``[2I]``"""
+    down: torch.Tensor
+    """``[H, I]``"""
+    down_bias: torch.Tensor | None
+    """``[H]``"""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a target; every matrix is a contiguous view of ``arena``."""
+
+    arena: torch.Tensor
+    """``[bytes]`` uint8: layer by layer qkv, o, gate_up, down; then lm_head; then embed if it is
+    another matrix. Starts on a 2 MiB boundary, each matrix on 64 bytes."""
+    embed: torch.Tensor
+    """``[V, H]``"""
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    """``[H]`` float32"""
+    lm_head: torch.Tensor
+    """``[V, H]``; the very tensor ``embed`` when the head is tied."""
+
+
+def load_weights(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    progress: bool = False,
+) -> Weights:
+    """Load safetensors or PyTorch weights, single or sharded, into one arena.
+
+    Args:
+        path: a local Hugging Face directory.
+        config: that directory's configuration.
+        dtype: of the matrices: float32, bfloat16 or float16.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        ValueError: ``dtype`` is another one.
+        CheckpointError: files missing or corrupt; tensors missing, unknown, misshaped, of a wrong
+            dtype, not finite, or out of ``dtype``'s range.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    checkpoint = Checkpoint(path)
+    _check_tensors(checkpoint, config)
+    with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
+        return _Loader(checkpoint, config, dtype).load(advance)
+
+
+class _Arena:
+    """Hands out consecutive aligned matrices of one allocation."""
+
+    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._used = 0
+        self.memory = _allocate(sum(self._size(shape) for shape in shapes))
+
+    def take(self, shape: tuple[int, int]) -> torch.Tensor:
+        end = self._used + math.prod(shape) * self._dtype.itemsize
+        matrix = self.memory[self._used : end].view(self._dtype).view(shape)
+        self._used += self._size(shape)
+        return matrix
+
+    def _size(self, shape: tuple[int, int]) -> int:
+        size = math.prod(shape) * self._dtype.itemsize
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _allocate(size: int) -> torch.Tensor:
+    """``[size]`` bytes on a 2 MiB boundary, in huge pages where the system gives them."""
+    room = size + _HUGE_PAGE
+    if hasattr(mmap, "MAP_ANONYMOUS") and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            mapping = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"no memory for {size} bytes of weights") from error
+        try:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages: only slower
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    else:
+        memory = torch.empty(room, dtype=torch.uint8)
+    start = -memory.data_ptr() % _HUGE_PAGE
+    return memory[start : start + size]
+
+
+class _Loader:
+    """Fills an arena from a checkpoint whose keys, shapes and dtypes have been checked."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._shapes = _expected_shapes(config)
+        table = (config.vocab_size, config.hidden_size)
+        num_tables = 1 if config.is_head_tied else 2
+        matrices = [*_layer_matrices(config).values()] * config.num_layers
+        self._arena = _Arena(matrices + [table] * num_tables, dtype)
+
+    def load(self, advance: Callable[[], None]) -> Weights:
+        layers = []
+        for index in range(self._config.num_layers):
+            layers.append(self._layer(f"model.layers.{index}."))
+            self._checkpoint.release()
+            advance()
+        is_tied = self._config.is_head_tied
+        lm_head = self._matrix([_EMBED if is_tied else _HEAD])
+        embed = lm_head if is_tied else self._matrix([_EMBED])
+        final_norm = self._vector(["model.norm.weight"])
+        assert final_norm is not None
+        self._checkpoint.release()
+        advance()
+        return Weights(self._arena.memory, embed, tuple(layers), final_norm, lm_head)
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qkv = [f"{attention}{name}_proj" for name in "qkv"]
+        gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
+        input_norm = self._vector([f"{prefix}input_layernorm.weight"])
+        post_norm = self._vector([f"{prefix}post_attention_layernorm.weight"])
+        assert input_norm is not None and post_norm is not None
+        return LayerWeights(  # in the order a step reads the matrices
+            input_norm=input_norm,
+            qkv=self._matrix([f"{name}.weight" for name in qkv]),
+            qkv_bias=self._vector([f"{name}.bias" for name in qkv]),
+            q_norm=self._vector([f"{attention}q_norm.weight"]),
+            k_norm=self._vector([f"{attention}k_norm.weight"]),
+            o=self._matrix([f"{attention}o_proj.weight"]),
+            o_bias=self._vector([f"{attention}o_proj.bias"]),
+            post_norm=post_norm,
+            gate_up=self._matrix([f"{name}.weight" for name in gate_up]),
+            gate_up_bias=self._vector([f"{name}.bias" for name in gate_up]),
+            down=self._matrix([f"{mlp}down_proj.weight"]),
+            down_bias=self._vector([f"{mlp}down_proj.bias"]),
+        )
+
+    def _matrix(self, keys: list[str]) -> torch.Tensor:
+        """The arena's next matrix, filled with the rows of ``keys``."""
+        num_rows = sum(self._shapes[key][0] for key in keys)
+        matrix = self._arena.take((num_rows, self._shapes[keys[0]][1]))
+        self._fill(matrix, keys)
+        return matrix
+
+    def _vector(self, keys: list[str]) -> torch.Tensor | None:
+        """``keys`` behind one another in float32; None if the architecture has no such tensor."""
+        if keys[0] not in self._shapes:
+            return None
+        vector = torch.empty(sum(self._shapes[key][0] for key in keys), dtype=torch.float32)
+        self._fill(vector, keys)
+        return vector
+
+    def _fill(self, destination: torch.Tensor, keys: list[str]) -> None:
+        start = 0
+        for key in keys:
+            end = start + self._shapes[key][0]
+            info = self._checkpoint.infos[key]
+            scale = self._scale(key) if info.dtype == torch.float8_e4m3fn else None
+            _convert(self._checkpoint.tensor(key), scale, destination[start:end], (key, info))
+            start = end
+
+    def _scale(self, key: str) -> torch.Tensor:
+        """``[1, 1]`` or ``[rows, 1]`` float32: the factors of a float8 matrix."""
+        scale_key = f"{key}{self._config.float8_scale_suffix}"
+        scale = self._checkpoint.tensor(scale_key).to(torch.float32).reshape(-1, 1)
+        mantissa, _ = torch.frexp(scale)
+        # Only powers of two keep the dequantised weight exact in bfloat16.
+        if not bool((mantissa == 0.5).all() and torch.isfinite(scale).all()):
+            file = self._checkpoint.infos[scale_key].file
+            raise CheckpointError(f"{file}: {scale_key}: expected positive powers of two")
+        return scale
+
+
+def _convert(
+    source: torch.Tensor,
+    scale: torch.Tensor | None,
+    destination: torch.Tensor,
+    origin: tuple[str, TensorInfo],
+) -> None:
+    """Copy ``source`` (times ``scale``) into ``destination`` and its dtype, refusing NaN and inf."""
+    num_rows = max(1, _CHUNK // max(1, math.prod(source.shape[1:])))
+    for start in range(0, source.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        chunk = source[rows]
+        if scale is not None:
+            chunk = chunk.to(torch.float32).mul_(scale[rows] if len(scale) > 1 else scale)
+        destination[rows].copy_(chunk)
+        low, high = torch.aminmax(destination[rows])
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            raise _not_finite(chunk, destination.dtype, origin)
+
+
+def _not_finite(
+    chunk: torch.Tensor, dtype: torch.dtype, origin: tuple[str, TensorInfo]
+) -> CheckpointError:
+    key, info = origin
+    if not bool(torch.isfinite(chunk).all()):
+        return CheckpointError(f"{info.file}: {key}: has NaN or infinite values")
+    largest = chunk.abs().max().item()
+    return CheckpointError(
+        f"{info.file}: {key}: {largest:g} is out of {_name(dtype)}'s range; load it as another dtype"
+    )
+
+
+def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shapes of a layer's packed matrices, in the order a decode step reads them."""
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+    q_rows = config.num_heads * config.head_dim
+    kv_rows = config.num_kv_heads * config.head_dim
+    return {
+        "qkv": (q_rows + 2 * kv_rows, hidden_size),
+        "o": (hidden_size, q_rows),
+        "gate_up": (2 * intermediate_size, hidden_size),
+        "down": (hidden_size, intermediate_size),
+    }
+
+
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every key the architecture has, under Hugging Face's names."""
+    hidden_size = config.hidden_size
+    table = (config.vocab_size, hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {_EMBED: table, "model.norm.weight": (hidden_size,)}
+    if not config.is_head_tied:
+        shapes[_HEAD] = table
+    for index in range(config.num_layers):
+        for name, shape in _expected_layer_shapes(config).items():
+            shapes[f"model.layers.{index}.{name}"] = shape
+    return shapes
+
+
+def _expected_layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+    q_rows = config.num_heads * config.head_dim
+    kv_rows = config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q_rows, hidden_size, config.has_attention_bias),
+        "self_attn.k_proj": (kv_rows, hidden_size, config.has_attention_bias),
+        "self_attn.v_proj": (kv_rows, hidden_size, config.has_attention_bias),
+        "self_attn.o_proj": (hidden_size, q_rows, config.has_output_bias),
+        "mlp.gate_proj": (intermediate_size, hidden_size, config.has_mlp_bias),
+        "mlp.up_proj": (intermediate_size, hidden_size, config.has_mlp_bias),
+        "mlp.down_proj": (hidden_size, intermediate_size, config.has_mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden_size,),
+        "post_attention_layernorm.weight": (hidden_size,),
+    }
+    for name, (num_rows, num_columns, has_bias) in linears.items():
+        shapes[f"{name}.weight"] = (num_rows, num_columns)
+        if has_bias:
+            shapes[f"{name}.bias"] = (num_rows,)
+    if config.has_qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse a checkpoint that does not fit ``config``, from its headers alone."""
+    infos, expected = checkpoint.infos, _expected_shapes(config)
+    missing = [key for key in expected if key not in infos]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.directory}: missing tensor {missing[0]} "
+            f"{list(expected[missing[0]])}{_and_more(missing)}"
+        )
+    scales = set()
+    for key, shape in expected.items():
+        info = infos[key]
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: {key}: expected {list(shape)}, got {list(info.shape)}"
+            )
+        if config.float8_scale_suffix and len(shape) == 2 and info.dtype == torch.float8_e4m3fn:
+            scales.add(_check_scale(checkpoint, key, key + config.float8_scale_suffix))
+        elif info.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{info.file}: {key}: expected a floating-point tensor, got {_name(info.dtype)}"
+            )
+    unknown = [key for key in infos if key not in expected and key not in scales]
+    _check_unknown(checkpoint, unknown)
+
+
+def _check_scale(checkpoint: Checkpoint, key: str, scale_key: str) -> str:
+    matrix, scale = checkpoint.infos[key], checkpoint.infos.get(scale_key)
+    if scale is None:
+        raise CheckpointError(f"{matrix.file}: missing tensor {scale_key}, the scale of {key}")
+    num_rows = matrix.shape[0]
+    if scale.shape not in ((), (1,), (num_rows,), (num_rows, 1)):
+        raise CheckpointError(
+            f"{scale.file}: {scale_key}: expected [1] or [{num_rows}], got {list(scale.shape)}"
+        )
+    if scale.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{scale.file}: {scale_key}: expected float32, got {_name(scale.dtype)}"
+        )
+    return scale_key
+
+
+def _check_unknown(checkpoint: Checkpoint, unknown: list[str]) -> None:
+    """Tensors the architecture has no place for mean another model, bar two known harmless ones."""
+    bad = [key for key in unknown if not key.endswith(".rotary_emb.inv_freq")]
+    if _HEAD in bad:  # not expected, so the head is tied
+        head, embed = checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBED)
+        if head.dtype != embed.dtype or not torch.equal(head, embed):
+            raise CheckpointError(
+                f"{checkpoint.infos[_HEAD].file}: {_HEAD}: differs from {_EMBED}, "
+                "though the config says tie_word_embeddings"
+            )
+        bad.remove(_HEAD)
+        checkpoint.release()
+    if bad:
+        info = checkpoint.infos[bad[0]]
+        raise CheckpointError(
+            f"{info.file}: unknown tensor {bad[0]} {list(info.shape)}{_and_more(bad)}"
+        )
+
+
+def _and_more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _progress(is_shown: bool, total: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each of ``total`` steps."""
+    if not is_shown:
+        yield lambda: None
+        return
+    from rich.console import Console  # only where a bar is shown: importing it takes time
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=total)
+        yield lambda: bar.advance(task)
