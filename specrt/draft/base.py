@@ -12,35 +12,43 @@ from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
 class RoundCost:
-    """What verifying n rows costs relative to one row, measured as rounds go by.
+    """What a round of n verified rows costs relative to one row, measured as rounds go by.
 
-    Before there are measurements it assumes that memory traffic dominates, as it does for any model
-    larger than the caches. Measured times move trees, never tokens.
+    Between measured sizes it interpolates; before there are any it assumes that memory traffic
+    dominates, as it does for a model larger than the caches. Measured times move trees, never
+    tokens.
     """
 
-    def __init__(self, slope: float = 0.06, decay: float = 0.9) -> None:
+    def __init__(self, slope: float = 0.08, decay: float = 0.9) -> None:
         self._slope = slope
         self._decay = decay
         self._ms: dict[int, float] = {}
+        self._seen_once: set[int] = set()
 
     def observe(self, num_rows: int, ms: float) -> None:
-        """Record one round's verify time."""
-        known = self._ms.get(num_rows)
-        # A first sample includes the recording of the step's graph and is dropped.
-        if known is None:
-            self._ms[num_rows] = 0.0
-        elif known == 0.0:
-            self._ms[num_rows] = ms
-        else:
-            # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
-            self._ms[num_rows] = self._decay * known + (1 - self._decay) * min(ms, 2 * known)
+        """Record the verify and accept time of one round."""
+        if num_rows not in self._seen_once:
+            # The first round of a size also records its graph.
+            self._seen_once.add(num_rows)
+            return
+        known = self._ms.get(num_rows, ms)
+        # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
+        self._ms[num_rows] = self._decay * known + (1 - self._decay) * min(ms, 2 * known)
 
     def relative(self, num_rows: int) -> float:
         """Cost of ``num_rows`` rows over that of one row, at least 1."""
-        one, many = self._ms.get(1, 0.0), self._ms.get(num_rows, 0.0)
-        if one > 0.0 and many > 0.0:
-            return max(1.0, many / one)
-        return 1.0 + self._slope * (num_rows - 1)
+        one = self._ms.get(1)
+        if one is None or num_rows <= 1:
+            return 1.0 + self._slope * max(0, num_rows - 1)
+        below = max((n for n in self._ms if n <= num_rows), default=1)
+        above = min((n for n in self._ms if n >= num_rows), default=None)
+        low = self._ms[below] / one
+        if above is None:
+            return max(1.0, low + self._slope * (num_rows - below))
+        if above == below:
+            return max(1.0, low)
+        high, share = self._ms[above] / one, (num_rows - below) / (above - below)
+        return max(1.0, low + share * (high - low))
 
 
 class Budget:

@@ -1,0 +1,246 @@
+"""A small model of the same vocabulary drafts for a large one.
+
+It proposes a beam tree: at each depth the ``width`` continuations with the highest product of
+probabilities (width 1 is a chain). These drafts are deterministic, so acceptance draws from the
+target alone and a seed gives the same text as without drafting. With ``is_sampled`` it proposes a
+chain drawn from its own law and hands over ``draft_probs``; acceptance is then by rejection with
+residuals (Leviathan et al. 2023, Chen et al. 2023), which keeps the target's law but not the text
+of a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specrt import ops
+from specrt.cache import CacheBatch, CachedSequence
+from specrt.draft.base import Budget
+from specrt.models.llama import LlamaModel
+from specrt.tree import MAX_NODES, chain
+from specrt.types import AcceptResult, DraftTree, SequenceState
+
+_WORD = 63  # nodes whose ancestor bits fit one int64 without touching its sign
+
+
+@dataclass(eq=False)
+class _Level:
+    """The nodes of one depth, K a sequence, in the order they take in the tree."""
+
+    tokens: torch.Tensor
+    """``[B, K]`` int64."""
+    parents: torch.Tensor
+    """``[B, K]`` int64, node indices."""
+    ancestors: torch.Tensor
+    """``[B, K]`` int64 bits."""
+    scores: torch.Tensor
+    """``[B, K]`` float32, log-probability of the path from the root."""
+
+
+class SmallModelDrafter:
+    """Drafts with a second, smaller model.
+
+    Args:
+        model: shares the target's vocabulary (checked by whoever loads both).
+        depth: how many tokens ahead.
+        width: nodes at each depth.
+        is_sampled: draw a chain instead of taking the most likely tokens; needs width 1.
+
+    Raises:
+        ValueError: depth or width out of range, or a sampled tree wider than a chain.
+    """
+
+    taps: tuple[str, ...] = ()
+
+    def __init__(
+        self, model: LlamaModel, depth: int = 4, width: int = 1, is_sampled: bool = False
+    ) -> None:
+        if depth < 1 or width < 1:
+            raise ValueError(f"depth, width: expected at least 1, got {depth}, {width}")
+        if is_sampled and width != 1:
+            raise ValueError(f"width: expected 1 for sampled drafts, got {width}")
+        self._model = model
+        self._cache = model.new_cache()
+        self._depth = depth
+        self._width = width
+        self._is_sampled = is_sampled
+        self._cached: dict[SequenceState, CachedSequence] = {}
+        self._batch: CacheBatch | None = None
+        self._batch_states: list[SequenceState] = []
+
+    def start(self, state: SequenceState) -> None:
+        """Reserve pages in the draft cache."""
+        longest = min(state.max_len, self._model.config.max_positions)
+        self._cached[state] = self._cache.open(longest + MAX_NODES)
+
+    def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
+        """The prompt is run at the first proposal, with whatever else is pending then."""
+
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+        """Catch up with the accepted tokens, then grow the tree depth by depth."""
+        roots = torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32)
+        depth = self._possible_depth(states, budget)
+        if depth < 1:
+            return chain(roots)
+        batch = self._batch_of(states)
+        logits = self._catch_up(states, batch)
+        levels: list[_Level] = []
+        laws: list[torch.Tensor] = []
+        for level in range(1, depth + 1):
+            if self._is_sampled:
+                laws.append(_laws(logits, states))
+                levels.append(self._drawn(laws[-1], states, level))
+            else:
+                levels.append(self._best(logits, levels[-1] if levels else None, level))
+            if level < depth:
+                logits = self._expand(levels[-1], batch, level)
+        return self._assemble(roots, levels, laws)
+
+    def observe(
+        self,
+        states: Sequence[SequenceState],
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Tree rows were never committed: the next catch-up runs the accepted tokens."""
+
+    def finish(self, state: SequenceState) -> None:
+        """Free the sequence's pages."""
+        cached = self._cached.pop(state, None)
+        if cached is not None:
+            self._cache.close(cached)
+        self._batch = None
+
+    def _possible_depth(self, states: Sequence[SequenceState], budget: Budget) -> int:
+        room = min(budget.max_nodes - 1, _WORD - 1) // self._width
+        longest = max(len(state.token_ids) for state in states)
+        context = self._model.config.max_positions - longest
+        most_left = max(state.num_left for state in states)
+        return min(self._depth, room, context, most_left - 1)
+
+    def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
+        if self._batch is None or self._batch_states != list(states):
+            self._batch_states = list(states)
+            self._batch = CacheBatch(self._cache, [self._cached[state] for state in states])
+        return self._batch
+
+    def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
+        """Run the tokens the draft cache lacks; logits ``[B, 1, V]`` behind the last ones."""
+        last: torch.Tensor | None = None
+        while last is None or int(batch.kv_len.min()) < min(len(s.token_ids) for s in states):
+            pending = [
+                state.token_ids[cached.length :][:MAX_NODES]
+                for state, cached in zip(states, batch.sequences, strict=True)
+            ]
+            counts = torch.tensor([len(tokens) for tokens in pending], dtype=torch.int32)
+            size = max(1, int(counts.max()))
+            padded = torch.zeros(len(states), size, dtype=torch.int32)
+            for row, tokens in enumerate(pending):
+                padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+            shape = chain(padded)
+            tree = DraftTree(padded, shape.parents, shape.depth, shape.ancestors, counts)
+            logits = self._model.forward(tree, batch).logits
+            rows = (counts.long() - 1).clamp(min=0)
+            fresh = logits[torch.arange(len(states)), rows][:, None]
+            # A sequence that is already done has nothing pending and keeps its logits.
+            is_fresh = (counts > 0)[:, None, None]
+            last = fresh if last is None else torch.where(is_fresh, fresh, last)
+            path = torch.arange(size, dtype=torch.int32).expand(len(states), -1).contiguous()
+            batch.commit(path, counts)
+        return last
+
+    def _best(self, logits: torch.Tensor, above: _Level | None, level: int) -> _Level:
+        """The ``width`` best children over all nodes of the level above."""
+        scores = torch.log_softmax(logits, dim=-1)  # [B, K, V]
+        if above is not None:
+            scores = scores + above.scores[:, :, None]
+        size, num_parents, vocab = scores.shape
+        best = scores.view(size, -1).topk(self._width, dim=-1)
+        # Ascending parents keep every parent before its children, level by level.
+        index, order = best.indices.sort(dim=-1)
+        from_parent = index // vocab
+        return self._level(
+            index % vocab, from_parent, best.values.gather(-1, order), above, num_parents, level
+        )
+
+    def _drawn(self, law: torch.Tensor, states: Sequence[SequenceState], level: int) -> _Level:
+        """One token for each sequence, drawn from ``law [B, V]`` by counter."""
+        noise = torch.stack(
+            [
+                ops.gumbel_noise(
+                    state.seed, len(state.token_ids) + level - 1, law.shape[-1], purpose="draft"
+                )
+                for state in states
+            ]
+        )
+        tokens = (law.log() + noise).argmax(dim=-1, keepdim=True)
+        nothing = torch.zeros(tokens.shape, dtype=torch.int64)
+        above = None if level == 1 else self._last_drawn
+        self._last_drawn = self._level(tokens, nothing, nothing.float(), above, 1, level)
+        return self._last_drawn
+
+    def _level(
+        self,
+        tokens: torch.Tensor,
+        from_parent: torch.Tensor,
+        scores: torch.Tensor,
+        above: _Level | None,
+        num_parents: int,
+        level: int,
+    ) -> _Level:
+        first = 1 + (level - 1) * self._width
+        own = torch.ones((), dtype=torch.int64) << torch.arange(first, first + self._width)
+        if above is None:
+            parents, bits = torch.zeros_like(tokens), own.expand_as(tokens) | 1
+        else:
+            parents = first - num_parents + from_parent
+            bits = above.ancestors.gather(-1, from_parent) | own
+        return _Level(tokens, parents, bits, scores)
+
+    def _expand(self, level: _Level, batch: CacheBatch, depth: int) -> torch.Tensor:
+        """Logits ``[B, K, V]`` behind a level's nodes.
+
+        The root is committed in the draft cache, so its tree is one node ahead of the target's:
+        node i there is node i - 1 here, and depths count from the first level.
+        """
+        size, width = level.tokens.shape
+        first = torch.full((size,), (depth - 1) * self._width, dtype=torch.int32)
+        tree = DraftTree(
+            draft_tokens=level.tokens.int(),
+            parents=level.parents.int() - 1,
+            depth=torch.full((size, width), depth - 1, dtype=torch.int32),
+            ancestors=(level.ancestors >> 1)[:, :, None],
+            num_nodes=torch.full((size,), width, dtype=torch.int32),
+        )
+        return self._model.forward(tree, batch, first_node=first).logits
+
+    def _assemble(
+        self, roots: torch.Tensor, levels: list[_Level], laws: list[torch.Tensor]
+    ) -> DraftTree:
+        size = roots.shape[0]
+        depths = torch.arange(len(levels) + 1, dtype=torch.int32)
+        repeats = torch.tensor([1] + [self._width] * len(levels))
+        depth = depths.repeat_interleave(repeats).expand(size, -1).contiguous()
+        one = torch.ones(size, 1, dtype=torch.int64)
+        tokens = torch.cat([roots, *(level.tokens.int() for level in levels)], dim=1)
+        parents = torch.cat([-one.int(), *(level.parents.int() for level in levels)], dim=1)
+        ancestors = torch.cat([one, *(level.ancestors for level in levels)], dim=1)
+        draft_probs = None
+        if laws:
+            # The last node has no children; its row is never read.
+            draft_probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
+        num_nodes = torch.full((size,), tokens.shape[1], dtype=torch.int32)
+        return DraftTree(tokens, parents, depth, ancestors[:, :, None], num_nodes, draft_probs)
+
+
+def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor:
+    """The law each sequence's next draft is drawn from, ``[B, V]``; one-hot where greedy."""
+    rows = []
+    for row, state in zip(logits[:, -1], states, strict=True):
+        if state.temperature > 0:
+            rows.append(torch.softmax(row / state.temperature, dim=-1))
+        else:
+            rows.append(torch.nn.functional.one_hot(row.argmax(), row.shape[-1]).float())
+    return torch.stack(rows)
