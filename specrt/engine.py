@@ -7,7 +7,7 @@ the stages; they exchange the plain types of :mod:`specrt.types` and never hold 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -21,7 +21,7 @@ from specrt.draft.base import Budget, Drafter, RoundCost
 from specrt.models.llama import LlamaModel
 from specrt.sampling import SamplingParams, SamplingTable, draw_seed
 from specrt.stop import FinishReason, OutputEnd, TextTracker
-from specrt.tree import MAX_NODES, chain
+from specrt.tree import MAX_NODES
 from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
 
 Message = Mapping[str, Any]
@@ -225,7 +225,9 @@ class Engine:
         if isinstance(prompt, str):
             ids = list(self.tokenizer.encode(prompt)) if prompt else []
         elif prompt and isinstance(prompt[0], Mapping):
-            ids = list(self.tokenizer.apply_chat_template(prompt))
+            ids = self.tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         else:
             ids = [int(token) for token in prompt]  # type: ignore[arg-type]
         if not ids:
@@ -235,6 +237,9 @@ class Engine:
             if not 0 <= token < vocab:
                 raise ValueError(f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}")
         return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _checked(
         self,
@@ -270,7 +275,7 @@ class Engine:
             stop_strings=params.stop_strings,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
+            tracker=TextTracker(self._decode) if tracks_text else None,
         )
         seed = draw_seed() if params.seed is None else params.seed
         state = SequenceState(list(ids), len(ids), max_len, seed, params.temperature)
@@ -280,11 +285,8 @@ class Engine:
 
     def _result(self, sequence: _Sequence) -> GenerationResult:
         ids = sequence.output_ids
-        text = str(self.tokenizer.decode(ids))
-        if sequence.end.cut is not None:
-            text = text[: sequence.end.cut]
         return GenerationResult(
-            text=text,
+            text=sequence.end.text(ids, self._decode),
             token_ids=ids,
             prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
             finish_reason="error" if sequence.error else sequence.end.reason or "length",
@@ -332,13 +334,9 @@ class Engine:
         started = perf_counter()
         self.drafter.start(sequence.state)
         batch = CacheBatch(self.cache, [sequence.cached])
-        ids = torch.tensor([sequence.state.token_ids[:-1]], dtype=torch.int32)
-        for start in range(0, ids.shape[1], MAX_NODES):
-            tree = chain(ids[:, start : start + MAX_NODES])
-            output = self.target.forward(tree, batch, taps=self.drafter.taps, has_logits=False)
-            num_path = tree.num_nodes
-            batch.commit(torch.arange(int(num_path), dtype=torch.int32)[None], num_path)
-            self.drafter.prefill(sequence.state, start, output.taps)
+        prompt = sequence.state.token_ids[:-1]
+        for start, taps in self.target.extend(prompt, batch, taps=self.drafter.taps):
+            self.drafter.prefill(sequence.state, start, taps)
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
     def _round(self, batch: _Batch) -> list[tuple[StreamChunk, _Sequence]]:
@@ -363,7 +361,7 @@ class Engine:
         draft_ms, verify_ms, accept_ms = (
             1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)
         )
-        self._cost.observe(tree.draft_tokens.numel(), verify_ms)
+        self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
         for sequence in batch.sequences:
             stats = sequence.stats
             stats.draft_ms += draft_ms
@@ -406,10 +404,10 @@ class Engine:
 
 def _is_many(prompts: Any) -> bool:
     """A list of prompts, as opposed to one prompt of token ids or of chat messages."""
-    if isinstance(prompts, str) or not prompts:
-        return not isinstance(prompts, str) and isinstance(prompts, list) and not prompts
+    if isinstance(prompts, str):
+        return False
+    if len(prompts) == 0:
+        return True
     first = prompts[0]
     return not isinstance(first, int | Mapping)
 
-
-DecodeFn = Callable[[list[int]], str]

@@ -99,6 +99,13 @@ class OutputEnd:
         shown, self._num_shown = text[self._num_shown : end], max(end, self._num_shown)
         return shown
 
+    def text(self, ids: list[int], decode: Callable[[list[int]], str]) -> str:
+        """The whole output's text, once it has ended."""
+        if self._tracker is None:
+            return decode(ids)
+        self._tracker.flush()
+        return self._tracker.text[: self.cut]
+
     def _found_stop_string(self, token: int) -> bool:
         if self._tracker is None:
             return False

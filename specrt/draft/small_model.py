@@ -11,7 +11,7 @@ of a seed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,12 +71,15 @@ class SmallModelDrafter:
         self._batch_states: list[SequenceState] = []
 
     def start(self, state: SequenceState) -> None:
-        """Reserve pages in the draft cache."""
+        """Reserve pages in the draft cache and run the prompt but for its last token."""
         longest = min(state.max_len, self._model.config.max_positions)
-        self._cached[state] = self._cache.open(longest + MAX_NODES)
+        cached = self._cached[state] = self._cache.open(longest + MAX_NODES)
+        batch = CacheBatch(self._cache, [cached])
+        for _ in self._model.extend(state.token_ids[: longest - 1][:-1], batch):
+            pass
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
-        """The prompt is run at the first proposal, with whatever else is pending then."""
+        """Nothing is read from the target."""
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
         """Catch up with the accepted tokens, then grow the tree depth by depth."""
@@ -89,11 +92,12 @@ class SmallModelDrafter:
         levels: list[_Level] = []
         laws: list[torch.Tensor] = []
         for level in range(1, depth + 1):
+            above = levels[-1] if levels else None
             if self._is_sampled:
                 laws.append(_laws(logits, states))
-                levels.append(self._drawn(laws[-1], states, level))
+                levels.append(self._drawn(laws[-1], states, above, level))
             else:
-                levels.append(self._best(logits, levels[-1] if levels else None, level))
+                levels.append(self._best(logits, above, level))
             if level < depth:
                 logits = self._expand(levels[-1], batch, level)
         return self._assemble(roots, levels, laws)
@@ -128,28 +132,19 @@ class SmallModelDrafter:
 
     def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
         """Run the tokens the draft cache lacks; logits ``[B, 1, V]`` behind the last ones."""
-        last: torch.Tensor | None = None
-        while last is None or int(batch.kv_len.min()) < min(len(s.token_ids) for s in states):
-            pending = [
-                state.token_ids[cached.length :][:MAX_NODES]
-                for state, cached in zip(states, batch.sequences, strict=True)
-            ]
-            counts = torch.tensor([len(tokens) for tokens in pending], dtype=torch.int32)
-            size = max(1, int(counts.max()))
-            padded = torch.zeros(len(states), size, dtype=torch.int32)
-            for row, tokens in enumerate(pending):
-                padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-            shape = chain(padded)
-            tree = DraftTree(padded, shape.parents, shape.depth, shape.ancestors, counts)
-            logits = self._model.forward(tree, batch).logits
-            rows = (counts.long() - 1).clamp(min=0)
-            fresh = logits[torch.arange(len(states)), rows][:, None]
-            # A sequence that is already done has nothing pending and keeps its logits.
-            is_fresh = (counts > 0)[:, None, None]
-            last = fresh if last is None else torch.where(is_fresh, fresh, last)
-            path = torch.arange(size, dtype=torch.int32).expand(len(states), -1).contiguous()
-            batch.commit(path, counts)
-        return last
+        pending = [
+            state.token_ids[cached.length :]
+            for state, cached in zip(states, batch.sequences, strict=True)
+        ]
+        counts = torch.tensor([len(tokens) for tokens in pending], dtype=torch.int32)
+        padded = torch.zeros(len(states), int(counts.max()), dtype=torch.int32)
+        for row, tokens in enumerate(pending):
+            padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        tree = replace(chain(padded), num_nodes=counts)
+        logits = self._model.forward(tree, batch).logits
+        path = torch.arange(padded.shape[1], dtype=torch.int32)
+        batch.commit(path.expand(len(states), -1).contiguous(), counts)
+        return logits[torch.arange(len(states)), counts.long() - 1][:, None]
 
     def _best(self, logits: torch.Tensor, above: _Level | None, level: int) -> _Level:
         """The ``width`` best children over all nodes of the level above."""
@@ -165,7 +160,13 @@ class SmallModelDrafter:
             index % vocab, from_parent, best.values.gather(-1, order), above, num_parents, level
         )
 
-    def _drawn(self, law: torch.Tensor, states: Sequence[SequenceState], level: int) -> _Level:
+    def _drawn(
+        self,
+        law: torch.Tensor,
+        states: Sequence[SequenceState],
+        above: _Level | None,
+        level: int,
+    ) -> _Level:
         """One token for each sequence, drawn from ``law [B, V]`` by counter."""
         noise = torch.stack(
             [
@@ -177,9 +178,7 @@ class SmallModelDrafter:
         )
         tokens = (law.log() + noise).argmax(dim=-1, keepdim=True)
         nothing = torch.zeros(tokens.shape, dtype=torch.int64)
-        above = None if level == 1 else self._last_drawn
-        self._last_drawn = self._level(tokens, nothing, nothing.float(), above, 1, level)
-        return self._last_drawn
+        return self._level(tokens, nothing, nothing.float(), above, 1, level)
 
     def _level(
         self,

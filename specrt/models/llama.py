@@ -9,7 +9,7 @@ Activations are float32; weights and cache keep the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,7 +20,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
-from specrt.tree import MAX_NODES, num_words
+from specrt.tree import MAX_NODES, chain, num_words
 from specrt.types import DraftTree, VerifyOutput
 
 StepRunner = Callable[[Hashable, Callable[[], None]], None]
@@ -180,6 +180,27 @@ class LlamaModel:
         self._embed(inputs.tokens, self._workspace.hidden[:rows])
         self._run_step((id(self), key), lambda: self._launch(key, inputs, batch.cache))
         return self._output(key, rows)
+
+    def extend(
+        self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
+    ) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+        """Run known tokens of one sequence and commit them, piece by piece (prefill).
+
+        Args:
+            ids: the tokens that follow what ``batch``, of one sequence, holds.
+            batch: their cache.
+            taps: as for :meth:`forward`.
+
+        Yields:
+            The index in ``ids`` where a piece starts and its taps ``[1, n, H]``.
+        """
+        tokens = torch.tensor([list(ids)], dtype=torch.int32)
+        for start in range(0, tokens.shape[1], MAX_NODES):
+            tree = chain(tokens[:, start : start + MAX_NODES])
+            output = self.forward(tree, batch, taps=taps, has_logits=False)
+            path = torch.arange(tree.draft_tokens.shape[1], dtype=torch.int32)[None]
+            batch.commit(path, tree.num_nodes)
+            yield start, output.taps
 
     # --- buffers ------------------------------------------------------------------------------
 

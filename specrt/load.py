@@ -1,0 +1,83 @@
+"""From a path to an engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from specrt.config import ModelConfig
+from specrt.draft.base import Drafter
+from specrt.draft.load import load_drafter
+from specrt.engine import Engine
+from specrt.graph import GraphCache
+from specrt.models.llama import LlamaModel
+from specrt.models.loader import load_weights
+from specrt.models.tokenizer import load_tokenizer
+
+BUILTIN = "builtin"
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def builtin_path() -> Path:
+    """Where the bundled target lies."""
+    return Path(__file__).parent / "builtin" / "target"
+
+
+def load(
+    target: str | os.PathLike[str] = BUILTIN,
+    drafter: str | os.PathLike[str] | Drafter | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    max_batch: int = 8,
+    max_nodes: int = 64,
+    progress: bool = True,
+) -> Engine:
+    """Load a target and a drafter.
+
+    Args:
+        target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
+            ``"builtin"`` for the bundled model.
+        drafter: None (plain decoding), ``"prompt-lookup"``, a directory with a smaller model of the
+            same vocabulary, or any object with the methods of :class:`specrt.draft.base.Drafter`.
+        device: ``"auto"`` or ``"cpu"``.
+        dtype: of weights and KV cache: ``"auto"`` (the checkpoint's), ``"float32"``,
+            ``"bfloat16"`` or ``"float16"``. Activations are float32 in any case.
+        max_batch: prompts that run together.
+        max_nodes: the largest tree that is verified, root included, 1..128.
+        progress: show a bar on a terminal while loading.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
+        ValueError: an argument out of range.
+    """
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device: this build runs on 'cpu' (or 'auto'), got {device!r}")
+    path = builtin_path() if target == BUILTIN else Path(target)
+    config = ModelConfig.from_directory(path)
+    chosen = _parse_dtype(dtype)
+    tokenizer = load_tokenizer(path)
+    weights = load_weights(path, config, chosen or config.dtype, progress=progress)
+    graphs = GraphCache()
+    model = LlamaModel(config, weights, graphs.run, graphs.clear)
+    if drafter is None or isinstance(drafter, str | os.PathLike):
+        drafter = load_drafter(drafter, config, chosen, graphs.run, graphs.clear)
+    return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return None
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return _DTYPES[dtype]
