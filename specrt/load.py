@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
-from specrt.draft.load import load_drafter
-from specrt.engine import Engine
+from specrt.draft.load import PROMPT_LOOKUP, load_drafter
+from specrt.engine import Engine, Prompt
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
 from specrt.models.tokenizer import load_tokenizer
+from specrt.sampling import SamplingParams
+from specrt.types import GenerationError
 
 BUILTIN = "builtin"
 _DTYPES = {
@@ -81,3 +85,33 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
     return _DTYPES[dtype]
+
+
+@lru_cache(maxsize=1)
+def _cached_engine(target: str, drafter: str | None) -> Engine:
+    return load(target, drafter)
+
+
+def generate(
+    prompt: Prompt,
+    *,
+    target: str = BUILTIN,
+    drafter: str | None = PROMPT_LOOKUP,
+    **sampling: Any,
+) -> str:
+    """Answer one prompt and return its text; the engine is kept for the next call.
+
+    Args:
+        prompt: text, token ids or chat messages.
+        target: as for :func:`load`.
+        drafter: as for :func:`load`, by name or path.
+        **sampling: fields of :class:`specrt.sampling.SamplingParams`.
+
+    Raises:
+        ValueError: as :meth:`Engine.generate`.
+        GenerationError: the sequence failed.
+    """
+    result = _cached_engine(target, drafter).generate(prompt, SamplingParams(**sampling))
+    if result.error is not None:
+        raise GenerationError(result.error)
+    return str(result.text)
