@@ -54,6 +54,4 @@ def test_a_wrong_argument_is_named() -> None:
 
 def test_compiles() -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(
-        torch.compile(silu_mul, fullgraph=True, backend="aot_eager")(x), silu_mul(x)
-    )
+    assert torch.equal(torch.compile(silu_mul, fullgraph=True, backend="aot_eager")(x), silu_mul(x))
