@@ -68,7 +68,7 @@ def make_checkpoint(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Write a random checkpoint of ``family`` (one of ``FAMILIES``); return its model, in ``dtype``.
+    """Write a random checkpoint of ``family`` (one of ``FAMILIES``) in ``dtype``; return its model.
 
     Norms and biases are random too, as their defaults (1 and 0) would hide mistakes. ``overrides``
     go to the configuration class, so they have the names of ``config.json``.

@@ -171,6 +171,25 @@ def test_harmless_extra_tensors(tmp_path: Path) -> None:
     assert_loaded(weights, model.state_dict(), torch.float32)
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_for_terminals(
+    is_terminal: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_checkpoint("llama", tmp_path)
+    config = ModelConfig.from_directory(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    load_weights(tmp_path, config, torch.float32, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("loading" in err) == is_terminal
+    load_weights(tmp_path, config, torch.float32)
+    assert capsys.readouterr().err == ""
+
+
 def test_dtype_is_checked(tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path)
     with pytest.raises(ValueError, match=r"dtype: expected float32.*float64"):
