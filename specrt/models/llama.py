@@ -222,7 +222,9 @@ class LlamaModel:
     def _checked_tap(self, tap: str) -> str:
         layers = self.config.num_layers
         if tap not in {layer_tap(i) for i in range(layers)}:
-            raise ValueError(f"taps: expected 'final' or 'layer.0' .. 'layer.{layers - 1}', got {tap!r}")
+            raise ValueError(
+                f"taps: expected 'final' or 'layer.0' .. 'layer.{layers - 1}', got {tap!r}"
+            )
         return tap
 
     def _forget_buffers(self) -> None:
