@@ -7,11 +7,12 @@ the stages; they exchange the plain types of :mod:`specrt.types` and never hold 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -206,7 +207,7 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
@@ -226,9 +227,9 @@ class Engine:
         if isinstance(prompt, str):
             ids = list(self.tokenizer.encode(prompt)) if prompt else []
         elif prompt and isinstance(prompt[0], Mapping):
-            ids = list(self.tokenizer.apply_chat_template(prompt))
+            ids = self.tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            ids = [int(token) for token in cast("Sequence[int]", prompt)]
         if not ids:
             raise ValueError("prompt: expected at least one token, got an empty prompt")
         vocab = self.target.config.vocab_size
@@ -300,12 +301,12 @@ class Engine:
         prompts: Sequence[Any],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         has_text: bool,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         return self._rounds(deque(enumerate(self._checked(prompts, sampling))), has_text)
 
     def _rounds(
         self, waiting: deque[tuple[int, tuple[list[int], SamplingParams]]], has_text: bool
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         batch = _Batch(self.cache, self.target.config.vocab_size)
         try:
             while waiting or batch.sequences:
@@ -356,9 +357,7 @@ class Engine:
         batch.cached.commit(result.path, result.accept_length + 1)
         drafter.observe(batch.states, result, output.taps)
         times.append(perf_counter())
-        draft_ms, verify_ms, accept_ms = (
-            1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)
-        )
+        draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
         self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
         for sequence in batch.sequences:
             stats = sequence.stats
