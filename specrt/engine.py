@@ -21,7 +21,7 @@ from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, Drafter, RoundCost
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, SamplingTable, draw_seed
+from specrt.sampling import SamplingParams, SamplingTable
 from specrt.stop import FinishReason, OutputEnd, TextTracker
 from specrt.tree import MAX_NODES
 from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
@@ -122,7 +122,6 @@ class _Batch:
             [sequence.params for sequence in sequences],
             [state.prompt_len for state in states],
             self._vocab_size,
-            seeds=[state.seed for state in states],
         )
         self.history = torch.zeros(
             len(states), max(state.max_len for state in states), dtype=torch.int32
@@ -133,7 +132,6 @@ class _Batch:
         self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
         # Writing through numpy costs a tenth of writing through torch.
         self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
-        self.has_logprobs = any(sequence.params.logprobs for sequence in sequences)
         self._is_stale = False
 
     def append(self, row: int, tokens: Sequence[int]) -> None:
@@ -265,19 +263,20 @@ class Engine:
     def _new_sequence(
         self, index: int, ids: list[int], params: SamplingParams, has_text: bool
     ) -> _Sequence:
+        params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
         tracks_text = has_text or bool(params.stop_strings)
         stop_ids = () if params.ignore_eos else self.target.config.eos_ids
         end = OutputEnd(
-            stop_ids=(*stop_ids, *params.stop_token_ids),
+            stop_ids=(*stop_ids, *(params.stop_token_ids or ())),
             stop_strings=params.stop_strings,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
             tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
         )
-        seed = draw_seed() if params.seed is None else params.seed
-        state = SequenceState(list(ids), len(ids), max_len, seed, params.temperature)
+        seed, temperature = params.seed or 0, params.temperature
+        state = SequenceState(list(ids), len(ids), max_len, seed, temperature)
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
         return _Sequence(index, params, state, end, cached)
@@ -352,7 +351,7 @@ class Engine:
             batch.sampling,
             batch.history,
             batch.history_len,
-            want_logprobs=batch.has_logprobs,
+            want_logprobs=batch.sampling.want_logprobs,
         )
         batch.cached.commit(result.path, result.accept_length + 1)
         drafter.observe(batch.states, result, output.taps)
