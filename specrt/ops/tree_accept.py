@@ -29,7 +29,7 @@ class Purpose(IntEnum):
 
 def workspace_size(vocab_size: int) -> int:
     """Floats of scratch that one thread of ``tree_accept`` needs."""
-    return int(_C.tree_accept_workspace(vocab_size))
+    return _C.tree_accept_workspace(vocab_size)
 
 
 def tree_accept(
