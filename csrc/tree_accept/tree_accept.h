@@ -47,11 +47,14 @@ constexpr int64_t tree_accept_workspace(int64_t vocab) {
 }
 
 SPECRT_DECLARE_CPU(tree_accept_part)
+// For tests: logprobs is [B, V] and gets the root's processed logits, -inf where filtered out.
+SPECRT_DECLARE_CPU(processed_logits_part)
 
 struct TreeAcceptArgs {
     TensorView draft_tokens, parents, num_nodes, draft_probs, logits, sampling, bias_ids,
         bias_values, history, history_len, path, accept_length, tokens, logprobs, workspace;
 };
 Launch tree_accept(const TreeAcceptArgs& args);
+Launch processed_logits(const TreeAcceptArgs& args, const TensorView& out);
 
 }  // namespace specrt

@@ -503,6 +503,14 @@ struct Walk {
         }
     }
 
+    void write_processed(float* out) {
+        RowMax top;
+        const float* row = process(0, &top);
+        Filter filter;
+        if (!is_greedy) filter = make_filter(row, p.vocab, top.value, s, w);
+        for (int64_t v = 0; v < p.vocab; ++v) out[v] = filter.keeps(row[v], v) ? row[v] : -kInf;
+    }
+
     void give_up(int32_t* path, int32_t* tokens, float* logprobs) {
         for (int64_t i = 0; i < p.path_size; ++i) {
             path[i] = tokens[i] = -1;
@@ -519,6 +527,13 @@ void tree_accept_part(const void* params, int part, int num_parts) {
     float* scratch = p.workspace ? p.workspace + part * tree_accept_workspace(p.vocab) : nullptr;
     for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
         Walk(p, b, scratch).run();
+}
+
+void processed_logits_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const TreeAcceptParams*>(params);
+    float* scratch = p.workspace + part * tree_accept_workspace(p.vocab);
+    for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
+        Walk(p, b, scratch).write_processed(p.logprobs + b * p.vocab);
 }
 
 }  // namespace specrt::SPECRT_ISA
