@@ -14,12 +14,13 @@ namespace specrt {
 
 // One sequence's sampling parameters; specrt/sampling.py packs them (_ROW). top_k 0 is off.
 struct SamplingRow {
-    float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
-    int32_t top_k, prompt_len;
+    double top_p;  // as given: float32's rounding of 0.999 moves the edge of the kept set
+    float temperature, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    int32_t top_k, prompt_len, unused;
     uint64_t seed;
     int64_t bias_begin, bias_end;  // into bias_ids, bias_values
 };
-static_assert(sizeof(SamplingRow) == 56);
+static_assert(sizeof(SamplingRow) == 64);
 
 struct TreeAcceptParams {
     const int32_t* draft_tokens;  // [B, N]

@@ -29,9 +29,8 @@ def make_tree(tokens, parents, num_nodes=None, draft_probs=None) -> DraftTree:
     tokens, parents = i32(tokens), i32(parents)
     batch, nodes = tokens.shape
     depth = torch.zeros_like(tokens)
-    for b in range(batch):
-        for j in range(1, nodes):
-            depth[b, j] = depth[b, parents[b, j].clamp(min=0)] + 1
+    for j in range(1, nodes):
+        depth[:, j] = depth.gather(1, parents[:, j : j + 1].long().clamp(min=0))[:, 0] + 1
     ancestors = torch.zeros(batch, nodes, (nodes + 63) // 64, dtype=torch.int64)  # not read
     count = i32([nodes] * batch if num_nodes is None else num_nodes)
     return DraftTree(tokens, parents, depth, ancestors, count, draft_probs)
@@ -435,5 +434,5 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="draft_tokens: expected"):
         run(make_tree([[0, 1]], [[-1, 0]]), logits, SamplingParams())
     table = SamplingTable.build([SamplingParams()] * 2, [1, 1], 8)
-    with pytest.raises(ValueError, match=r"sampling: expected \[B, 7\]"):
+    with pytest.raises(ValueError, match=r"sampling: expected \[B, 8\]"):
         accept(tree, logits, table, i32([[0]]), i32([1]))
