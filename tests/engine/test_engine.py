@@ -1,0 +1,245 @@
+"""Stopping, failing, streaming, batching: what a caller of the engine relies on."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from specrt.draft.base import Drafter
+from specrt.draft.prompt_lookup import PromptLookupDrafter
+from specrt.engine import Engine
+from specrt.models.llama import LlamaModel
+from specrt.sampling import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.engine.support import (
+    LetterTokenizer,
+    RandomTreeDrafter,
+    make_engine,
+    make_model,
+    prompts,
+    sampled,
+    texts,
+)
+
+VOCAB = 97
+LONG = SamplingParams(max_new_tokens=60, temperature=1.0, seed=11, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
+    path = tmp_path_factory.mktemp("target")
+    make_checkpoint("llama", path)
+    return make_model(path)
+
+
+@pytest.fixture(scope="module")
+def answer(model: LlamaModel) -> list[int]:
+    """60 tokens of plain, varied text after prompt [3, 4, 5]."""
+    return make_engine(model).generate([3, 4, 5], LONG).token_ids
+
+
+def knowing(answer: list[int]) -> Drafter:
+    """Proposes long chains that are right, so that every stop falls inside an accepted path."""
+    return RandomTreeDrafter({(3, 4, 5): answer}, VOCAB, 16, hit_rate=0.97, seed=1)
+
+
+@pytest.mark.parametrize("is_drafted", [False, True])
+def test_stop_tokens_end_the_output(model: LlamaModel, answer: list[int], is_drafted: bool) -> None:
+    drafter = knowing(answer) if is_drafted else None
+    for index in (0, 1, 7, 30):
+        stop = answer[index]
+        first = answer.index(stop)
+        params = SamplingParams(
+            max_new_tokens=60, temperature=1.0, seed=11, ignore_eos=True, stop_token_ids=[stop]
+        )
+        result = make_engine(model, drafter).generate([3, 4, 5], params)
+        assert result.finish_reason == "stop"
+        assert result.token_ids == answer[: first + 1]
+
+
+@pytest.mark.parametrize("is_drafted", [False, True])
+def test_limits_end_the_output(model: LlamaModel, answer: list[int], is_drafted: bool) -> None:
+    for limit in (1, 2, 13):
+        drafter = knowing(answer) if is_drafted else None
+        params = SamplingParams(max_new_tokens=limit, temperature=1.0, seed=11, ignore_eos=True)
+        result = make_engine(model, drafter).generate([3, 4, 5], params)
+        assert result.finish_reason == "length"
+        assert result.token_ids == answer[:limit]
+
+
+@pytest.mark.parametrize("is_drafted", [False, True])
+def test_stop_strings_cut_the_text(model: LlamaModel, answer: list[int], is_drafted: bool) -> None:
+    text = LetterTokenizer().decode(answer)
+    for start, size in ((0, 1), (5, 3), (20, 6)):
+        stop = text[start : start + size]
+        drafter = knowing(answer) if is_drafted else None
+        params = SamplingParams(
+            max_new_tokens=60, temperature=1.0, seed=11, ignore_eos=True, stop=["\x00never", stop]
+        )
+        engine = make_engine(model, drafter)
+        result = engine.generate([3, 4, 5], params)
+        assert result.finish_reason == "stop"
+        assert result.text == text[: text.index(stop)]
+        assert result.token_ids == answer[: text.index(stop) + size]
+        streamed = "".join(chunk.text for chunk in engine.stream([3, 4, 5], params))
+        assert streamed == result.text
+
+
+def test_the_context_limit_inside_a_tree(model: LlamaModel) -> None:
+    limit = model.config.max_positions
+    prompt = [(5 * i) % VOCAB for i in range(limit - 9)]
+    params = SamplingParams(max_new_tokens=500, ignore_eos=True)
+    expected = make_engine(model).generate(prompt, params)
+    assert expected.finish_reason == "context"
+    assert len(expected.token_ids) == 9
+    drafter = RandomTreeDrafter({tuple(prompt): expected.token_ids}, VOCAB, 64, hit_rate=0.9)
+    result = make_engine(model, drafter).generate(prompt, params)
+    assert (result.token_ids, result.finish_reason) == (expected.token_ids, "context")
+
+
+def test_a_failing_sequence_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, tie_word_embeddings=False)
+    model = make_model(tmp_path)
+    healthy = prompts(4, 50, seed=3)
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, logit_bias={96: -100.0})
+    expected = texts(make_engine(model).generate(healthy, params))
+    model.weights.embed[96] = float("nan")
+    engine = make_engine(model, PromptLookupDrafter(), max_batch=5)
+    results = engine.generate([*healthy[:2], [1, 96, 2], *healthy[2:]], params)
+    failed = results.pop(2)
+    assert failed.finish_reason == "error"
+    assert failed.error is not None and "NaN" in failed.error
+    assert texts(results) == expected
+    assert engine.cache.num_free_pages == engine.cache.num_pages
+
+
+def test_more_prompts_than_places(model: LlamaModel) -> None:
+    params = [sampled(seed, ignore_eos=True) for seed in range(9)]
+    expected = [
+        make_engine(model).generate(prompt, p).token_ids
+        for prompt, p in zip(prompts(9, VOCAB), params, strict=True)
+    ]
+    for max_batch in (2, 5, 16):
+        engine = make_engine(model, PromptLookupDrafter(), max_batch=max_batch)
+        assert texts(engine.generate(prompts(9, VOCAB), params)) == expected
+
+
+def test_stream_gives_what_generate_gives(model: LlamaModel) -> None:
+    engine = make_engine(model, PromptLookupDrafter(), max_batch=3)
+    expected = engine.generate(prompts(5, VOCAB), LONG)
+    tokens: dict[int, list[int]] = {}
+    shown: dict[int, str] = {}
+    for chunk in engine.stream(prompts(5, VOCAB), LONG):
+        tokens.setdefault(chunk.index, []).extend(chunk.token_ids)
+        shown[chunk.index] = shown.get(chunk.index, "") + chunk.text
+        if chunk.result is not None:
+            assert chunk.result.text == shown[chunk.index]
+    assert [tokens[i] for i in range(5)] == texts(expected)
+    assert [shown[i] for i in range(5)] == [result.text for result in expected]
+
+
+def test_an_abandoned_stream_frees_its_pages(model: LlamaModel) -> None:
+    engine = make_engine(model, PromptLookupDrafter())
+    stream = engine.stream(prompts(3, VOCAB), LONG)
+    next(stream)
+    assert engine.cache.num_free_pages < engine.cache.num_pages
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert engine.cache.num_free_pages == engine.cache.num_pages
+    stream = engine.stream(prompts(3, VOCAB), LONG)
+    next(stream)
+    del stream
+    gc.collect()
+    assert engine.cache.num_free_pages == engine.cache.num_pages
+
+
+def test_two_streams_at_once(model: LlamaModel) -> None:
+    """The second makes the cache grow under the first, which must not notice."""
+    engine = make_engine(model, PromptLookupDrafter())
+    first, second = prompts(2, VOCAB, seed=5)
+    expected = [engine.generate(p, LONG).token_ids for p in (first, second * 3)]
+    fresh = make_engine(model, PromptLookupDrafter())
+    got: list[list[int]] = [[], []]
+    streams = [fresh.stream(first, LONG)]
+    for _ in range(3):
+        got[0] += next(streams[0]).token_ids
+    streams.append(fresh.stream(second * 3, LONG))
+    for chunk in streams[1]:
+        got[1] += chunk.token_ids
+        more = next(streams[0], None)
+        got[0] += more.token_ids if more else []
+    for chunk in streams[0]:
+        got[0] += chunk.token_ids
+    assert got == expected
+
+
+def test_a_drafter_that_raises_loses_nothing(model: LlamaModel) -> None:
+    class Broken(PromptLookupDrafter):
+        rounds = 0
+
+        def propose(self, states, budget):  # type: ignore[no-untyped-def]
+            self.rounds += 1
+            if self.rounds == 5:
+                raise RuntimeError("broken drafter")
+            return super().propose(states, budget)
+
+    drafter = Broken()
+    engine = make_engine(model, drafter)
+    with pytest.raises(RuntimeError, match="broken drafter"):
+        engine.generate(prompts(2, VOCAB), LONG)
+    assert engine.cache.num_free_pages == engine.cache.num_pages
+    assert texts(engine.generate(prompts(2, VOCAB), LONG)) == texts(
+        make_engine(model).generate(prompts(2, VOCAB), LONG)
+    )
+
+
+def test_bad_prompts_are_refused_before_anything_runs(model: LlamaModel) -> None:
+    engine = make_engine(model)
+    limit = model.config.max_positions
+    for prompt, words in (
+        ("", "empty prompt"),
+        ([], "empty prompt"),
+        ([5, VOCAB], "outside the vocabulary"),
+        ([5] * limit, f"context of {limit}"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.generate([[1, 2], prompt])
+    with pytest.raises(ValueError, match="sampling: expected one for each of 2"):
+        engine.generate([[1], [2]], [LONG])
+    assert engine.generate([]) == []
+    assert engine.cache.num_pages == engine.cache.num_free_pages
+
+
+def test_out_of_memory_says_how_much(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(model)
+
+    def refuse(*shape: object, **_: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("specrt.cache.torch.zeros", refuse)
+    with pytest.raises(MemoryError, match=r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB"):
+        engine.generate([1, 2, 3], LONG)
+
+
+def test_chat_messages_and_text(model: LlamaModel) -> None:
+    engine: Engine = make_engine(model)
+    messages = [{"role": "user", "content": "hi"}]
+    one = engine.generate(messages, LONG)
+    assert one.prompt_token_ids == LetterTokenizer().encode("<user>hi")
+    two = engine.generate(["<user>hi", messages], LONG)
+    assert [result.token_ids for result in two] == [one.token_ids] * 2
+
+
+def test_statistics_add_up(model: LlamaModel) -> None:
+    result = make_engine(model, PromptLookupDrafter()).generate([7, 8, 9] * 8, LONG)
+    stats = result.stats
+    assert stats.num_accepted_tokens == sum(stats.accept_lengths)
+    assert stats.num_rounds == len(stats.accept_lengths)
+    assert stats.tau == pytest.approx(1 + stats.num_accepted_tokens / stats.num_rounds)
+    # The last path may be longer than what max_new_tokens left of it.
+    assert len(result.token_ids) <= stats.num_accepted_tokens + stats.num_rounds
+    assert sum(stats.accepted_by_depth) == stats.num_accepted_tokens
+    assert all(0 <= rate <= 1 for rate in stats.acceptance_rate)

@@ -1,0 +1,86 @@
+"""Recorded steps replay what was launched, on the buffers' present contents."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from specrt import ops
+from specrt.graph import GraphCache
+from specrt.ops.graph import CpuGraph
+
+
+def test_replay_reads_the_present_contents() -> None:
+    x, middle, out = torch.randn(4, 32), torch.empty(4, 24), torch.empty(4, 24)
+    weight, norm = torch.randn(24, 32), torch.randn(24)
+
+    def launch() -> None:
+        ops.linear(x, weight, out=middle)
+        ops.rms_norm(middle, norm, 1e-6, out=out)
+
+    graph = CpuGraph.capture(launch)
+    assert graph.num_launches == 2
+    for _ in range(3):
+        x.copy_(torch.randn(4, 32))
+        expected = ops.rms_norm(ops.linear(x, weight), norm, 1e-6)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_the_cache_launches_once_until_cleared() -> None:
+    x, out, weight = torch.randn(1, 16), torch.empty(1, 8), torch.randn(8, 16)
+    calls = []
+
+    def launch() -> None:
+        calls.append(1)
+        ops.linear(x, weight, out=out)
+
+    graphs = GraphCache()
+    for _ in range(3):
+        graphs.run("step", launch)
+    assert len(calls) == 1
+    graphs.clear()
+    graphs.run("step", launch)
+    assert len(calls) == 2
+
+
+def test_a_failing_launch_records_nothing() -> None:
+    graphs = GraphCache()
+    with pytest.raises(ValueError, match="x: expected"):
+        graphs.run("step", lambda: ops.linear(torch.zeros(1, 4), torch.zeros(2, 5)) and None)
+    out = torch.empty(1, 2)
+    graphs.run("step", lambda: ops.linear(torch.ones(1, 4), torch.ones(2, 4), out=out) and None)
+    assert out.tolist() == [[4.0, 4.0]]
+
+
+def test_many_python_threads_share_the_pool() -> None:
+    weight = torch.randn(64, 64)
+    inputs = [torch.randn(9, 64) for _ in range(4)]
+    expected = [ops.linear(x, weight) for x in inputs]
+    failures = []
+
+    def work(index: int) -> None:
+        for _ in range(200):
+            if not torch.equal(ops.linear(inputs[index], weight), expected[index]):
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_forked_child_has_a_pool_of_its_own() -> None:
+    import os
+
+    weight, x = torch.randn(64, 64), torch.randn(9, 64)
+    expected = ops.linear(x, weight)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(ops.linear(x, weight), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
