@@ -328,7 +328,10 @@ def main() -> None:
     """Measure, report, and fail if a drafter changed the text."""
     args = _parse()
     rows: list[Row] = []
-    summary: dict[str, Any] = {"prompts": Path(args.prompts).name, "max_new_tokens": args.max_new_tokens}
+    summary: dict[str, Any] = {
+        "prompts": Path(args.prompts).name,
+        "max_new_tokens": args.max_new_tokens,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         for dtype in args.dtype:
             more, summary[dtype] = bench(args, dtype, Path(scratch))

@@ -191,9 +191,7 @@ def bench_kernels(quick: bool) -> list[Row]:
 def bench_calls(quick: bool) -> list[Row]:
     """What a call costs, for every op; those without an entry above show no figure."""
     calls = least_work()
-    seconds = measure_interleaved(
-        calls, min_time=0.01 if quick else 0.2, rounds=5 if quick else 50
-    )
+    seconds = measure_interleaved(calls, min_time=0.01 if quick else 0.2, rounds=5 if quick else 50)
     names = sorted({*ops.__all__, *calls})
     return [_row(f"call: {name}", "least work", 1, seconds.get(name), None) for name in names]
 

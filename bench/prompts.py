@@ -3,7 +3,8 @@
 ``heldout``
     Problems the bundled model was not trained on, one a prompt.
 ``self-quoting``
-    The problem and its answer come before, so the output repeats what can be looked up.
+    The answer's first line stands there four times: models go on repeating it, which can be
+    looked up.
 ``unpredictable``
     The held-out problems at temperature 1: the worst case for a drafter.
 """
@@ -57,7 +58,8 @@ def _question(problem: Mapping[str, Any]) -> str:
 
 
 def _quoted(problem: Mapping[str, Any]) -> str:
-    return f"{_question(problem)} {problem['answer']}\n\n" * 2 + _question(problem)
+    line = str(problem["answer"]).split("\n", 1)[0]
+    return f"{_question(problem)}{f' {line}' * 4}"
 
 
 def _prompt(line: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Write a target as a plain Hugging Face directory, for any other program to read.
 
-The bundled model is stored in float8 beside power-of-two scales, which only specrt reads; here it is
-multiplied out. Any other target specrt loads works too.
+The bundled model is stored in float8 beside power-of-two scales, which only specrt reads; here it
+is multiplied out. Any other target specrt loads works too.
 
 usage: python -m tools.export_checkpoint TARGET OUT [--dtype float32|bfloat16|float16]
 """
@@ -92,7 +92,8 @@ def export(target: str, out: Path, dtype: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # Copies, since safetensors refuses views that share memory.
     state = {
-        key: value.to(DTYPES[dtype], copy=True) for key, value in state_dict(config, weights).items()
+        key: value.to(DTYPES[dtype], copy=True)
+        for key, value in state_dict(config, weights).items()
     }
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     settings = read_json(source / "config.json")

@@ -111,7 +111,7 @@ def _gguf_name(key: str) -> str:
 
 
 def _reordered(key: str, value: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Hugging Face keeps the two halves of a rotary pair apart; llama.cpp puts them side by side."""
+    """Hugging Face keeps the two halves of a rotary pair apart; llama.cpp side by side."""
     if not key.endswith(("q_proj.weight", "k_proj.weight")):
         return value
     halves = value.view(-1, 2, config.head_dim // 2, config.hidden_size)
