@@ -178,7 +178,9 @@ class LlamaModel:
         inputs = self._stage(key, tree, batch, first_node)
         rows = size * num_nodes
         self._embed(inputs.tokens, self._workspace.hidden[:rows])
-        self._run_step((id(self), key), lambda: self._launch(key, inputs, batch.cache))
+        # A step holds the addresses of its cache too: engines that share a model have one each.
+        step = (id(self), id(batch.cache), key)
+        self._run_step(step, lambda: self._launch(key, inputs, batch.cache))
         return self._output(key, rows)
 
     def extend(
