@@ -242,8 +242,9 @@ class _Reader:
         if not isinstance(family, str) or family not in _DEFAULTS:
             raise self._fail(f"model_type {family!r} is not supported (supported: {supported})")
         architectures = self.data.get("architectures")
-        if architectures and _ARCHITECTURES[family] not in architectures:
-            named = ", ".join(map(str, architectures))
+        names = architectures if isinstance(architectures, list) else [architectures]
+        if architectures and _ARCHITECTURES[family] not in names:
+            named = ", ".join(map(str, names))
             wanted = ", ".join(_ARCHITECTURES.values())
             raise self._fail(f"architecture {named} is not supported (supported: {wanted})")
         return family
@@ -267,17 +268,19 @@ class _Reader:
         """The window that would change what some layer attends to, or None."""
         layer_types = self.data.get("layer_types")
         if layer_types is not None:
-            other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
+            kinds = layer_types if isinstance(layer_types, list) else [layer_types]
+            other = sorted({str(kind) for kind in kinds} - {"full_attention"})
             if other:
                 return f"layer_types has {', '.join(other)}"
-        window = self._get("sliding_window")
-        # A window as wide as the context never hides anything.
-        if window is None or window >= self._size("max_position_embeddings"):
+        if self._get("sliding_window") is None:
             return None
+        window = self._size("sliding_window")
+        if window >= self._size("max_position_embeddings"):
+            return None  # it never hides anything
         if self.family == "mistral":
             return f"sliding_window {window}"
         if self.family in ("qwen2", "qwen3") and self._flag("use_sliding_window"):
-            is_reached = self._size("num_hidden_layers") > self._get("max_window_layers")
+            is_reached = self._size("num_hidden_layers") > self._size("max_window_layers")
             if layer_types is None and is_reached:
                 return f"use_sliding_window with sliding_window {window}"
         return None
@@ -334,7 +337,7 @@ class _Reader:
         if not isinstance(given, Mapping):
             raise self._fail(f"rope_scaling: expected an object, got {given!r}")
         kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in _ROPE_FACTORS:
+        if not isinstance(kind, str) or kind not in _ROPE_FACTORS:
             supported = ", ".join(_ROPE_FACTORS)
             raise self._fail(f"rope type {kind!r} is not supported (supported: {supported})")
         partial = given.get("partial_rotary_factor", self.data.get("partial_rotary_factor"))

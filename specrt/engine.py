@@ -19,6 +19,7 @@ from specrt.accept import accept
 from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, Drafter, RoundCost
 from specrt.models.llama import LlamaModel
+from specrt.models.tokenizer import Tokenizer
 from specrt.sampling import SamplingParams, SamplingTable, draw_seed
 from specrt.stop import FinishReason, OutputEnd, TextTracker
 from specrt.tree import MAX_NODES
@@ -156,7 +157,7 @@ class Engine:
         self,
         target: LlamaModel,
         drafter: Drafter,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         max_batch: int = 8,
         max_nodes: int = 64,
@@ -225,9 +226,7 @@ class Engine:
         if isinstance(prompt, str):
             ids = list(self.tokenizer.encode(prompt)) if prompt else []
         elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            ids = list(self.tokenizer.apply_chat_template(prompt))
         else:
             ids = [int(token) for token in prompt]  # type: ignore[arg-type]
         if not ids:
@@ -237,9 +236,6 @@ class Engine:
             if not 0 <= token < vocab:
                 raise ValueError(f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}")
         return ids
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _checked(
         self,
@@ -275,7 +271,7 @@ class Engine:
             stop_strings=params.stop_strings,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            tracker=TextTracker(self._decode) if tracks_text else None,
+            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
         )
         seed = draw_seed() if params.seed is None else params.seed
         state = SequenceState(list(ids), len(ids), max_len, seed, params.temperature)
@@ -286,7 +282,7 @@ class Engine:
     def _result(self, sequence: _Sequence) -> GenerationResult:
         ids = sequence.output_ids
         return GenerationResult(
-            text=sequence.end.text(ids, self._decode),
+            text=sequence.end.text(ids, self.tokenizer.decode),
             token_ids=ids,
             prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
             finish_reason="error" if sequence.error else sequence.end.reason or "length",

@@ -4,10 +4,18 @@ Every op writes into preallocated tensors, so that a recorded graph can replay i
 reduction order per row: a row's bits never depend on the other rows.
 """
 
+from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear
 from specrt.ops.rms_norm import rms_norm
+from specrt.ops.rope_append import rope_append
+from specrt.ops.silu_mul import silu_mul
+from specrt.ops.tree_attention import tree_attention
 
 __all__ = [
+    "kv_commit",
     "linear",
     "rms_norm",
+    "rope_append",
+    "silu_mul",
+    "tree_attention",
 ]

@@ -1,0 +1,158 @@
+"""Timing shared by all benchmarks: interleaved contenders, a readable table, one JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(
+    fn: Callable[[], object], *, warmup: int = 3, min_time: float = 0.2, rounds: int = 20
+) -> float:
+    """Median seconds of one call of ``fn``; arguments as for :func:`measure_interleaved`."""
+    return measure_interleaved({"": fn}, warmup=warmup, min_time=min_time, rounds=rounds)[""]
+
+
+def measure_interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 3,
+    min_time: float = 0.2,
+    rounds: int = 20,
+) -> dict[str, float]:
+    """Median seconds of one call of each contender, timed in turn (A B A B ...).
+
+    Interleaving makes a machine that slows down (heat, neighbours) slow all contenders alike. Fast
+    calls are timed in batches of about 200 microseconds, so the clock's own cost does not show.
+
+    Args:
+        contenders: functions by name.
+        warmup: untimed calls of each.
+        min_time: seconds of timed work for each contender, at the least.
+        rounds: timed batches of each, at the least.
+    """
+    repeats = {name: _repeats(fn, warmup) for name, fn in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    spent = dict.fromkeys(contenders, 0.0)
+    done = 0
+    while done < rounds or min(spent.values()) < min_time:
+        for name, fn in contenders.items():
+            elapsed = _time(fn, repeats[name])
+            samples[name].append(elapsed / repeats[name])
+            spent[name] += elapsed
+        done += 1
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _time(fn: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        fn()
+    return time.perf_counter() - start
+
+
+def _repeats(fn: Callable[[], object], warmup: int) -> int:
+    """Calls in one timed batch, found while warming up."""
+    for _ in range(warmup):
+        fn()
+    once = min(_time(fn, 1) for _ in range(3))
+    return max(1, min(1000, round(200e-6 / max(once, 1e-9))))
+
+
+def ratio_to(baseline: float, seconds: float) -> float:
+    """How many times as fast as the baseline: above 1 is faster."""
+    return baseline / seconds
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments every benchmark has: ``--threads`` and ``--save``."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's")
+    arguments.add_argument("--save", action="store_true", help="write bench/results/<name>.json")
+    return arguments
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on: CPU, threads, versions, commit and date."""
+    return {
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "git_commit": _git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def report(name: str, rows: Sequence[Row], *, save: bool = False) -> None:
+    """Print the rows as a table, then as the last line one JSON object; save it on request.
+
+    Args:
+        name: the benchmark's name; ``bench/results/<name>.json`` with ``save``.
+        rows: one dict a line; the keys of the first are the columns. Not empty.
+        save: also write the JSON.
+    """
+    table = Table(title=name)
+    for column in rows[0]:
+        is_number = isinstance(rows[0][column], (int, float))
+        table.add_column(column, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(_shown(row.get(column)) for column in rows[0]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    result = {
+        "name": name,
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": environment(),
+        "rows": list(rows),
+    }
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit, marked ``+`` when tracked files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,32 @@
+// Rotary embedding of a tree's queries and keys, and the append of its keys and values to the
+// cache.
+#pragma once
+#include "core/dispatch.h"
+#include "core/paged.h"
+#include "core/tensor_view.h"
+#include "core/thread_pool.h"
+
+namespace specrt {
+
+struct RopeAppendArgs {
+    TensorView q, k, v, depth, kv_len, first_node, num_nodes, block_table, cos_sin, k_cache,
+        v_cache;
+};
+
+struct RopeAppendParams {
+    float* q;            // [B, N, Hq, d], roped in place
+    const float *k, *v;  // [B, N, Hkv, d]
+    const int32_t *depth, *kv_len, *first_node, *num_nodes;
+    const float* cos_sin;  // [max_positions, d]: cosines of d / 2 angles, then sines
+    void *k_cache, *v_cache;
+    PageTable table;
+    int64_t q_stride[3], k_stride[3], v_stride[3], depth_stride;
+    int32_t num_seqs, num_rows, num_heads, num_kv_heads, head_dim, max_positions;
+    DType cache_dtype;
+};
+
+SPECRT_DECLARE_CPU(rope_append_part)
+
+Launch rope_append(const RopeAppendArgs& args);
+
+}  // namespace specrt

@@ -1,0 +1,50 @@
+#include "tree_attention/tree_attention.h"
+
+namespace specrt {
+
+Launch tree_attention(const TreeAttentionArgs& a) {
+    expect(a.q, DType::kFloat32, "[B, N, Hq, d]", -1, -1, -1, -1);
+    const int64_t seqs = a.q.shape[0], nodes = a.q.shape[1], heads = a.q.shape[2];
+    const int64_t dim = a.q.shape[3];
+    SPECRT_CHECK(dim > 0 && dim <= 256 && dim % 16 == 0,
+                 "q: expected a head_dim that is a multiple of 16 up to 256, got ", a.q.describe());
+    SPECRT_CHECK(a.k_cache.ndim == 4, "k_cache: expected [P, page_size, Hkv, d], got ",
+                 a.k_cache.describe());
+    const int64_t kv_heads = a.k_cache.shape[2];
+    SPECRT_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q: expected a multiple of ", kv_heads,
+                 " heads, got ", a.q.describe());
+    expect_caches(a.k_cache, a.v_cache, kv_heads, dim);
+    expect(a.ancestors, DType::kInt64, "[B, N, W]", seqs, nodes, -1);
+    SPECRT_CHECK(a.ancestors.shape[2] <= TreeAttentionParams::kMaxWords,
+                 "ancestors: expected at most 2 words (128 nodes), got ", a.ancestors.describe());
+    expect(a.out, DType::kFloat32, "[B, N, Hq, d]", seqs, nodes, heads, dim);
+    TreeAttentionParams p{};
+    p.q = a.q.as<float>();
+    p.k_cache = a.k_cache.data;
+    p.v_cache = a.v_cache.data;
+    p.kv_len = expect_counts(a.kv_len, seqs);
+    p.first_node = expect_counts(a.first_node, seqs);
+    p.num_nodes = expect_counts(a.num_nodes, seqs);
+    p.ancestors = a.ancestors.as<uint64_t>();
+    p.out = a.out.as<float>();
+    p.table = page_table(a.block_table, seqs, a.k_cache.shape[1]);
+    for (int i = 0; i < 3; ++i) {
+        p.q_stride[i] = a.q.stride[i];
+        p.out_stride[i] = a.out.stride[i];
+    }
+    p.ancestors_stride[0] = a.ancestors.stride[0];
+    p.ancestors_stride[1] = a.ancestors.stride[1];
+    p.num_seqs = static_cast<int32_t>(seqs);
+    p.num_nodes_max = static_cast<int32_t>(nodes);
+    p.num_kv_heads = static_cast<int32_t>(kv_heads);
+    p.group = static_cast<int32_t>(heads / kv_heads);
+    p.head_dim = static_cast<int32_t>(dim);
+    p.num_words = static_cast<int32_t>(a.ancestors.shape[2]);
+    p.scale = a.scale;
+    p.cache_dtype = a.k_cache.dtype;
+    // Lengths are not known when a launch is recorded: this supposes a prefix of some 128 keys.
+    const int64_t parts = 1 + seqs * nodes * heads * dim / 128;
+    return make_launch(tree_attention_part_for(active_isa()), p, parts);
+}
+
+}  // namespace specrt

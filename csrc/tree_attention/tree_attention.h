@@ -1,0 +1,39 @@
+// Attention of tree nodes over the paged prefix and, by bit mask, their ancestors.
+//
+// A row's visible keys, the prefix and then its ancestors from the root down, are numbered 0, 1, 2,
+// ... as if they were one sequence. Key p belongs to leaf p / 64. Each leaf is reduced on its own
+// (max, exponentials, their sum, weighted values), and leaves are merged left to right. All orders
+// follow from those numbers alone, so verifying a token in a tree and decoding it after its
+// ancestors were committed give the same bits.
+#pragma once
+#include "core/dispatch.h"
+#include "core/paged.h"
+#include "core/tensor_view.h"
+#include "core/thread_pool.h"
+
+namespace specrt {
+
+struct TreeAttentionArgs {
+    TensorView q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, out;
+    float scale;
+};
+
+struct TreeAttentionParams {
+    static constexpr int kMaxWords = 2;  // trees of at most 128 nodes
+    const float* q;                      // [B, N, Hq, d]
+    const void *k_cache, *v_cache;       // [P, page_size, Hkv, d]
+    const int32_t *kv_len, *first_node, *num_nodes;
+    const uint64_t* ancestors;  // [B, N, W]
+    float* out;                 // [B, N, Hq, d]
+    PageTable table;
+    int64_t q_stride[3], out_stride[3], ancestors_stride[2];
+    int32_t num_seqs, num_nodes_max, num_kv_heads, group, head_dim, num_words;  // group: Hq / Hkv
+    float scale;
+    DType cache_dtype;
+};
+
+SPECRT_DECLARE_CPU(tree_attention_part)
+
+Launch tree_attention(const TreeAttentionArgs& args);
+
+}  // namespace specrt

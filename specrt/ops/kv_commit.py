@@ -1,0 +1,37 @@
+"""Accepted rows into place: the one change a round makes to the cache."""
+
+from __future__ import annotations
+
+import torch
+
+from specrt import _C
+from specrt.ops.registry import register
+
+register(
+    "kv_commit(Tensor(a!) kv, Tensor block_table, Tensor path, Tensor num_path, Tensor(b!) kv_len)"
+    " -> ()",
+    _C.kv_commit,
+)
+
+
+def kv_commit(
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    path: torch.Tensor,
+    num_path: torch.Tensor,
+    kv_len: torch.Tensor,
+) -> None:
+    """Move slot ``kv_len + path[j]`` to ``kv_len + j``, j < num_path; then advance ``kv_len``.
+
+    Args:
+        kv: ``[L, 2, P, page_size, Hkv, d]`` float32, bfloat16 or float16, contiguous.
+        block_table: ``[B, max_pages]`` int32.
+        path: ``[B, D]`` int32, node indices, strictly increasing within ``num_path``.
+        num_path: ``[B]`` int32; 0 or less commits nothing.
+        kv_len: ``[B]`` int32, committed slots, advanced in place.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+    """
+    kernel = torch.ops.specrt.kv_commit if torch.compiler.is_compiling() else _C.kv_commit
+    kernel(kv, block_table, path, num_path, kv_len)

@@ -1,0 +1,61 @@
+"""Row-invariant attention of tree nodes over the paged prefix and their ancestors."""
+
+from __future__ import annotations
+
+import torch
+
+from specrt import _C
+from specrt.ops.registry import register
+
+register(
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor kv_len,"
+    " Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale, Tensor(a!) out) -> ()",
+    _C.tree_attention,
+)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_len: torch.Tensor,
+    first_node: torch.Tensor,
+    num_nodes: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``softmax(scale * q k^T) v`` over slots 0..kv_len-1, then the slots of the row's ancestors.
+
+    A row's bits depend on its query and the sequence of its visible keys alone: not on how much of
+    that sequence is committed, the other rows, the pages, the threads or the instruction set.
+
+    Args:
+        q: ``[B, N, Hq, d]`` float32, strided; N at most 128, d a multiple of 16 up to 256.
+        k_cache: ``[P, page_size, Hkv, d]`` float32, bfloat16 or float16, contiguous; Hkv divides
+            Hq. Slots that no row sees are never read.
+        v_cache: like ``k_cache``.
+        block_table: ``[B, max_pages]`` int32.
+        kv_len: ``[B]`` int32, committed slots.
+        first_node: ``[B]`` int32, the tree node of row 0.
+        num_nodes: ``[B]`` int32, rows of this call that are nodes; the rest of ``out`` is zeroed.
+        ancestors: ``[B, N, W]`` int64 as unsigned bits, W at most 2: bit j of row i means tree node
+            j is the row's node or above it.
+        scale: usually ``d ** -0.5``.
+        out: like ``q``; made if not given.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    is_compiling = torch.compiler.is_compiling()
+    kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
+    kernel(
+        q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out
+    )
+    return out

@@ -1,0 +1,145 @@
+"""Tiny random checkpoints of every supported family, written by ``transformers`` itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.1,  # enough for logits that differ
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+_CLASSES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": _LLAMA3_ROPE, "rms_norm_eps": 1e-5, "head_dim": 16},
+    ),
+    "llama_linear_rope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LINEAR_ROPE}),
+    "llama_biased": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 32}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "attention_bias": False}),
+}
+FAMILIES = tuple(_CLASSES)
+
+
+def make_checkpoint(
+    family: str,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write a random checkpoint of ``family`` (see ``FAMILIES``) and return its model, in ``dtype``.
+
+    Norms and biases are random too, as their defaults (1 and 0) would hide mistakes. ``overrides``
+    go to the configuration class, so they have the names of ``config.json``.
+    """
+    config_class, model_class, extra = _CLASSES[family]
+    config = config_class(**{**_SIZES, **extra, **overrides})
+    generator = torch.Generator().manual_seed(seed)
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = name.endswith("norm.weight")
+            parameter.copy_(1 + 0.2 * noise if is_norm else 0.1 * noise)
+    model = model.to(dtype).eval()
+    model.save_pretrained(path)
+    return model
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Set keys of a checkpoint's ``config.json``; ``None`` becomes null, ``...`` removes the key."""
+    file = path / "config.json"
+    data = json.loads(file.read_text())
+    for key, value in changes.items():
+        data.pop(key, None)
+        if value is not ...:
+            data[key] = value
+    file.write_text(json.dumps(data))
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a single-file safetensors checkpoint in place."""
+    file = path / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    edit(tensors)
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def store_as_bin(path: Path, *, is_zip: bool = True) -> None:
+    """Turn a safetensors checkpoint into PyTorch's own format, shards and index included."""
+    for file in sorted(path.glob("*.safetensors")):
+        name = file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        torch.save(load_file(file), path / name, _use_new_zipfile_serialization=is_zip)
+        file.unlink()
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text().replace(".safetensors", ".bin")
+        text = text.replace('"model-', '"pytorch_model-')
+        (path / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+
+
+def store_as_float8(path: Path) -> dict[str, torch.Tensor]:
+    """Turn a checkpoint into specrt's float8 storage; return the weights it then stands for.
+
+    Scales alternate between one a tensor and one a row.
+    """
+    exact: dict[str, torch.Tensor] = {}
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for number, (key, tensor) in enumerate(sorted(tensors.items())):
+            weight = tensor.float()
+            if weight.dim() == 2:
+                peak = weight.abs().amax(dim=1, keepdim=True) if number % 2 else weight.abs().amax()
+                scale = torch.exp2(torch.ceil(torch.log2(peak / 448.0)))
+                tensors[key] = (weight / scale).to(torch.float8_e4m3fn)
+                tensors[f"{key}_scale"] = scale.reshape(-1)
+                weight = tensors[key].float() * scale
+            exact[key] = weight
+
+    edit_tensors(path, quantise)
+    storage = {"format": "float8_e4m3fn", "scale_suffix": "_scale"}
+    edit_config(path, specrt_storage=storage, dtype="bfloat16")
+    return exact

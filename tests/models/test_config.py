@@ -1,0 +1,231 @@
+"""Configurations against transformers' own classes, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.checkpoints import FAMILIES, edit_config, make_checkpoint
+from transformers import AutoConfig
+
+from specrt.config import ModelConfig, config_fingerprint
+from specrt.types import CheckpointError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """LLAMA with keys set, or removed by ``...``."""
+    merged = {**LLAMA, **changes}
+    return {key: value for key, value in merged.items() if value is not ...}
+
+
+def refusal(data: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dict(data)
+    message = str(caught.value)
+    assert message.startswith("config.json: ")
+    assert "\n" not in message
+    return message
+
+
+def assert_agrees(config: ModelConfig, theirs: Any) -> None:
+    """Every number specrt computes with is the one transformers computes with."""
+    head_dim = getattr(theirs, "head_dim", None)
+    rope = dict(theirs.rope_parameters)
+    assert config.architecture == theirs.model_type
+    assert config.vocab_size == theirs.vocab_size
+    assert config.hidden_size == theirs.hidden_size
+    assert config.intermediate_size == theirs.intermediate_size
+    assert config.num_layers == theirs.num_hidden_layers
+    assert config.num_heads == theirs.num_attention_heads
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.max_positions == theirs.max_position_embeddings
+    assert config.is_head_tied == theirs.tie_word_embeddings
+    assert config.rope_theta == rope.pop("rope_theta")
+    rope.pop("type", None)
+    assert (config.rope_scaling or {"rope_type": "default"}) == rope
+    assert config.bos_id == theirs.bos_token_id
+    eos = theirs.eos_token_id
+    assert config.eos_ids == (() if eos is None else tuple(eos if isinstance(eos, list) else [eos]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_agree_with_transformers(family: str, tmp_path: Path) -> None:
+    model = make_checkpoint(family, tmp_path)
+    config = ModelConfig.from_directory(tmp_path)
+    assert_agrees(config, AutoConfig.from_pretrained(tmp_path))
+    keys = set(model.state_dict())
+    attention = "model.layers.0.self_attn."
+    assert config.has_attention_bias == (f"{attention}q_proj.bias" in keys)
+    assert config.has_output_bias == (f"{attention}o_proj.bias" in keys)
+    assert config.has_mlp_bias == ("model.layers.0.mlp.up_proj.bias" in keys)
+    assert config.has_qk_norm == (f"{attention}q_norm.weight" in keys)
+    assert config.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        changed(),
+        changed(num_key_value_heads=None, head_dim=None, rope_scaling=None),
+        changed(num_key_value_heads=2, head_dim=32, rope_theta=5e5, rms_norm_eps=1e-5),
+        changed(rope_scaling={"type": "linear", "factor": 2.0}),
+        changed(rope_scaling=LLAMA3_SCALING, rope_theta=5e5, max_position_embeddings=131072),
+        changed(
+            rope_scaling={
+                key: value for key, value in LLAMA3_SCALING.items() if key[:8] != "original"
+            }
+        ),
+        changed(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        changed(rope_parameters={"rope_theta": 1e6}),
+        changed(tie_word_embeddings=True, eos_token_id=[5, 6], bos_token_id=None),
+        changed(sliding_window=128),  # transformers' Llama has no window
+        changed(model_type="mistral", num_attention_heads=8, max_position_embeddings=4096),
+        changed(model_type="mistral", sliding_window=None, num_attention_heads=8),
+        changed(model_type="qwen2", num_attention_heads=32, hidden_size=64),
+        changed(model_type="qwen2", num_key_value_heads=2, sliding_window=128, rope_theta=1e6),
+        changed(model_type="qwen2", num_key_value_heads=2, use_sliding_window=True),
+        changed(model_type="qwen3", num_key_value_heads=4),
+        changed(model_type="qwen3", num_key_value_heads=4, head_dim=16, attention_bias=True),
+    ],
+)
+def test_defaults_and_styles_agree_with_transformers(data: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert_agrees(ModelConfig.from_directory(tmp_path), theirs)
+
+
+def test_token_ids_of_the_generation_config_go_first() -> None:
+    data = changed(bos_token_id=1, eos_token_id=2)
+    generation = {"eos_token_id": [7, 8]}
+    config = ModelConfig.from_dict(data, generation)
+    assert (config.bos_id, config.eos_ids) == (1, (7, 8))
+    assert ModelConfig.from_dict(data, {"eos_token_id": 9}).eos_ids == (9,)
+    assert ModelConfig.from_dict(changed(bos_token_id=-1)).bos_id is None
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "dtype"),
+    [
+        ("dtype", "bfloat16", torch.bfloat16),
+        ("torch_dtype", "float16", torch.float16),
+        ("dtype", None, torch.float32),
+        ("dtype", "torch.float16", torch.float16),
+    ],
+)
+def test_dtype(key: str, name: str | None, dtype: torch.dtype) -> None:
+    assert ModelConfig.from_dict(changed(**{key: name})).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (changed(model_type="gpt2"), ["model_type 'gpt2'", "llama, mistral, qwen2, qwen3"]),
+        (changed(model_type=...), ["model_type None"]),
+        (changed(architectures=["LlamaModel"]), ["LlamaModel", "LlamaForCausalLM"]),
+        (changed(architectures=7), ["architecture 7"]),
+        (changed(rope_scaling={"type": ["linear"]}), ["rope type ['linear']"]),
+        (changed(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
+        (changed(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq"]),
+        (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'", "llama3"]),
+        (changed(rope_parameters={"rope_type": "yarn"}), ["'yarn'"]),
+        (changed(rope_scaling={"rope_type": "linear"}), ["rope_scaling.factor"]),
+        (changed(rope_scaling={"type": "linear", "factor": "2"}), ["rope_scaling.factor", "'2'"]),
+        (changed(rope_scaling=[1]), ["rope_scaling", "[1]"]),
+        (changed(partial_rotary_factor=0.5), ["partial_rotary_factor", "0.5"]),
+        (changed(rope_theta=0), ["rope_theta"]),
+        (changed(rms_norm_eps=float("nan")), ["rms_norm_eps"]),
+        (changed(hidden_size=...), ["missing key hidden_size"]),
+        (changed(num_hidden_layers=...), ["missing key num_hidden_layers"]),
+        (changed(vocab_size="97"), ["vocab_size", "positive integer", "'97'"]),
+        (changed(num_hidden_layers=0), ["num_hidden_layers", "0"]),
+        (changed(hidden_size=66), ["hidden_size 66", "num_attention_heads 4"]),
+        (changed(num_key_value_heads=3), ["num_attention_heads 4", "num_key_value_heads 3"]),
+        (changed(head_dim=15), ["head_dim", "15"]),
+        (changed(attention_bias="yes"), ["attention_bias", "'yes'"]),
+        (changed(eos_token_id="</s>"), ["eos_token_id"]),
+        (changed(dtype="int8"), ["dtype", "int8"]),
+        (changed(model_type="mistral", num_attention_heads=8), ["sliding_window 4096"]),
+        (
+            changed(model_type="mistral", num_attention_heads=8, sliding_window="x"),
+            ["sliding_window", "'x'"],
+        ),
+        (
+            changed(model_type="qwen2", use_sliding_window=True, max_window_layers=2),
+            ["sliding_window 4096"],
+        ),
+        (
+            changed(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]),
+            ["sliding_attention"],
+        ),
+        (changed(specrt_storage={"format": "int4"}), ["specrt_storage", "int4"]),
+        (changed(specrt_storage={"format": "float8_e4m3fn"}), ["scale_suffix"]),
+    ],
+)
+def test_refusals(data: dict[str, Any], parts: list[str]) -> None:
+    message = refusal(data)
+    for part in parts:
+        assert part in message
+
+
+def test_directory_refusals(tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            ModelConfig.from_directory(path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no such directory" in message(tmp_path / "absent")
+    assert "no config.json" in message(tmp_path)
+    file = tmp_path / "config.json"
+    for text in ("{", "", "\x00", "[" * 100000):
+        file.write_text(text)
+        assert str(file) in message(tmp_path)
+    file.write_bytes(b"\xff\xfe\xff")
+    assert "JSON" in message(tmp_path)
+    file.write_text("[1]")
+    assert "list" in message(tmp_path)
+    assert "got a file" in message(file)
+    file.write_text(json.dumps(changed(hidden_act="relu")))
+    assert str(file) in message(tmp_path)
+
+
+def test_fingerprint_follows_the_architecture_alone(tmp_path: Path) -> None:
+    make_checkpoint("llama3", tmp_path)
+    before = config_fingerprint(ModelConfig.from_directory(tmp_path))
+    assert len(before) == 16
+    edit_config(tmp_path, dtype="bfloat16", eos_token_id=[3], max_position_embeddings=1024)
+    assert config_fingerprint(ModelConfig.from_directory(tmp_path)) == before
+    edit_config(tmp_path, rms_norm_eps=1e-4)
+    assert config_fingerprint(ModelConfig.from_directory(tmp_path)) != before
+    # Drafters keep it on disk: it may never change for the same model.
+    fixed = config_fingerprint(ModelConfig.from_dict(changed()))
+    assert fixed == "488d75a5fc615754"
+
+
+def test_importing_the_models_leaves_transformers_alone() -> None:
+    code = "import sys, specrt.models.loader, specrt.models.tokenizer\n"
+    code += "assert not {'transformers', 'rich', 'jinja2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

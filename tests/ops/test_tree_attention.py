@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from specrt import _C
+from specrt.ops import tree_attention
+from tests.oracles.paged import attend, lineage, make_pages, pack_bits, random_parents
+
+Tensor = torch.Tensor
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def restore_settings() -> Iterator[None]:
+    isa, threads = _C.active_isa(), torch.get_num_threads()
+    yield
+    _C.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass
+class Case:
+    """One sequence: a committed prefix and a tree, its queries, keys and values."""
+
+    prefix: int
+    parents: list[int]
+    q: Tensor  # [N, Hq, d]
+    k: Tensor  # [prefix + N, Hkv, d], in the cache's dtype
+    v: Tensor
+    generator: torch.Generator
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    def visible(self, node: int) -> list[int]:
+        tree = [self.prefix + j for j in lineage(self.parents, node)]
+        return [*range(self.prefix), *tree]
+
+
+def make_case(
+    prefix: int,
+    num_nodes: int,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    chain: bool = False,
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    kv_shape = (prefix + num_nodes, heads[1], dim)
+    parents = list(range(-1, num_nodes - 1)) if chain else random_parents(num_nodes, g)
+    return Case(
+        prefix,
+        parents,
+        2 * torch.randn(num_nodes, heads[0], dim, generator=g),
+        torch.randn(kv_shape, generator=g).to(dtype),
+        torch.randn(kv_shape, generator=g).to(dtype),
+        g,
+    )
+
+
+def run(
+    case: Case, rows: slice | None = None, page_size: int = 16, num_pad: int = 0
+) -> Tensor:
+    """The tree's rows (or some of them) in one call of one sequence; ``num_pad`` idle rows."""
+    nodes = list(range(len(case.parents)))[rows or slice(None)]
+    pages = make_pages(len(case.k), page_size, *case.k.shape[1:], case.k.dtype, case.generator)
+    needed = {s for n in nodes for s in case.visible(n)}
+    for slot in needed:  # all else stays NaN
+        pages.write(slot, case.k[slot], case.v[slot])
+    total = len(nodes) + num_pad
+    q = torch.full((1, total, *case.q.shape[1:]), float("nan"))
+    q[0, : len(nodes)] = case.q[nodes]
+    words = (len(case.parents) + 63) // 64
+    bits = torch.full((1, total, words), -1, dtype=torch.int64)
+    bits[0, : len(nodes)] = pack_bits([lineage(case.parents, n) for n in nodes], words)
+    out = torch.full_like(q, float("nan"))
+    tree_attention(
+        q, pages.k, pages.v, pages.block_table[None], ints(case.prefix), ints(nodes[0]),
+        ints(len(nodes)), bits, case.scale, out,
+    )  # fmt: skip
+    assert (out[0, len(nodes) :] == 0).all()
+    return out[0, : len(nodes)]
+
+
+def alone(case: Case, node: int) -> Tensor:
+    """The node decoded by itself after its ancestors were committed."""
+    slots = case.visible(node)
+    single = Case(
+        len(slots) - 1, [-1], case.q[[node]], case.k[slots], case.v[slots], case.generator
+    )
+    return run(single, page_size=7)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 1, 61, 64, 190])
+def test_a_node_in_a_tree_has_the_bits_of_decoding_it_alone(
+    prefix: int, dtype: torch.dtype
+) -> None:
+    case = make_case(prefix, 41, dtype=dtype, seed=prefix)
+    out = run(case)
+    for node in range(41):
+        assert torch.equal(out[node], alone(case, node)), node
+
+
+def test_a_chain_of_128_crosses_leaves_inside_the_tree() -> None:
+    case = make_case(50, 128, chain=True)
+    out = run(case)
+    for node in (0, 13, 14, 63, 64, 77, 78, 127):
+        assert torch.equal(out[node], alone(case, node)), node
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (7, 1), (40, 2)])
+def test_error_within_twice_torchs(dim: int, heads: tuple[int, int]) -> None:
+    case = make_case(131, 9, heads, dim)
+    out = run(case)
+    for node in range(9):
+        slots = case.visible(node)
+        args = case.q[node], case.k[slots], case.v[slots], case.scale
+        exact = attend(*args, torch.float64)
+        theirs = (attend(*args, torch.float32) - exact).abs().max()
+        assert (out[node] - exact).abs().max() <= 2 * theirs + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reads_half_precision_caches_exactly(dtype: torch.dtype) -> None:
+    case = make_case(70, 5, dtype=dtype)
+    wide = Case(70, case.parents, case.q, case.k.float(), case.v.float(), case.generator)
+    assert torch.equal(run(case), run(wide))
+
+
+def test_bits_do_not_depend_on_pages_rows_isa_or_threads() -> None:
+    case = make_case(100, 37, (6, 2), 80)
+    expected = run(case)
+    for page_size in (1, 3, 64, 256):
+        assert torch.equal(run(case, page_size=page_size), expected)
+    assert torch.equal(run(case, num_pad=27), expected)
+    for rows in (slice(0, 1), slice(5, 6), slice(11, 30)):  # first_node > 0
+        assert torch.equal(run(case, rows), expected[rows])
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(case), expected)
+    for isa in _C.build_info()["cpu_isas"]:
+        _C.set_isa(isa)
+        assert torch.equal(run(case), expected), isa
+
+
+def batch_arguments(cases: list[Case]) -> dict[str, Tensor | float]:
+    """Ragged sequences in one cache, with q a strided view of a fused projection."""
+    most = max(len(c.parents) for c in cases)
+    heads, dim = cases[0].q.shape[1:]
+    fused = torch.full((len(cases), most, heads + 3, dim), float("nan"))
+    q = fused[:, :, 1 : heads + 1]
+    bits = torch.zeros(len(cases), most, 2, dtype=torch.int64)
+    k, v, tables, start = [], [], [], 0
+    width = max(-(-len(c.k) // 16) for c in cases)
+    for b, case in enumerate(cases):
+        n = len(case.parents)
+        q[b, :n] = case.q
+        bits[b, :n] = pack_bits([lineage(case.parents, i) for i in range(n)], 2)
+        pages = make_pages(len(case.k), 16, *case.k.shape[1:], case.k.dtype, case.generator)
+        for slot in range(len(case.k)):
+            pages.write(slot, case.k[slot], case.v[slot])
+        table = torch.full((width,), 2**30, dtype=torch.int32)
+        table[: len(pages.block_table)] = pages.block_table + start
+        start += len(pages.k)
+        k.append(pages.k), v.append(pages.v), tables.append(table)
+    return {
+        "q": q,
+        "k_cache": torch.cat(k),
+        "v_cache": torch.cat(v),
+        "block_table": torch.stack(tables),
+        "kv_len": ints(*(c.prefix for c in cases)),
+        "first_node": ints(*(0 for _ in cases)),
+        "num_nodes": ints(*(len(c.parents) for c in cases)),
+        "ancestors": bits,
+        "scale": cases[0].scale,
+        "out": torch.full(q.shape, float("nan")),
+    }
+
+
+def test_a_ragged_batch_gives_each_sequence_its_own_bits() -> None:
+    cases = [make_case(p, n, seed=p) for p, n in ((0, 1), (63, 65), (300, 17))]
+    out = tree_attention(**batch_arguments(cases))  # type: ignore[arg-type]
+    for b, case in enumerate(cases):
+        assert torch.equal(out[b, : len(case.parents)], run(case))
+
+
+def test_counts_are_read_when_it_runs() -> None:
+    args = batch_arguments([make_case(40, 8)])
+    graph = _C.CpuGraph()
+    graph.begin()
+    tree_attention(**args)  # type: ignore[arg-type]
+    graph.end()
+    args["kv_len"][0], args["num_nodes"][0] = 20, 3  # type: ignore[index]
+    args["out"].fill_(float("nan"))  # type: ignore[union-attr]
+    graph.replay()
+    replayed = args["out"].clone()  # type: ignore[union-attr]
+    assert torch.equal(replayed, tree_attention(**args))  # type: ignore[arg-type]
+    assert (replayed[0, 3:] == 0).all()
+
+
+def test_nan_in_one_row_stays_there() -> None:
+    case = make_case(70, 12)
+    expected = run(case)
+    case.q[5] = float("nan")
+    out = run(case)
+    assert out[5].isnan().all()
+    keep = [i for i in range(12) if i != 5]
+    assert torch.equal(out[keep], expected[keep])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("q", torch.zeros(1, 8, 4, 40)),
+        ("q", torch.zeros(1, 8, 4, 64, dtype=torch.float64)),
+        ("q", torch.zeros(1, 8, 3, 64)),
+        ("k_cache", torch.zeros(4, 16, 2, 32)),
+        ("k_cache", torch.zeros(4, 2, 16, 64).transpose(1, 2)),
+        ("v_cache", torch.zeros(4, 16, 2, 64, dtype=torch.bfloat16)),
+        ("block_table", torch.zeros(2, 3, dtype=torch.int32)),
+        ("kv_len", torch.zeros(1, dtype=torch.int64)),
+        ("first_node", torch.zeros(2, dtype=torch.int32)),
+        ("num_nodes", torch.zeros(1, 1, dtype=torch.int32)),
+        ("ancestors", torch.zeros(1, 8, 3, dtype=torch.int64)),
+        ("ancestors", torch.zeros(1, 7, 1, dtype=torch.int64)),
+        ("out", torch.zeros(1, 8, 4, 32)),
+    ],
+)
+def test_a_wrong_argument_is_named(name: str, value: Tensor) -> None:
+    args = batch_arguments([make_case(24, 8)])
+    args[name] = value
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        tree_attention(**args)  # type: ignore[arg-type]
+
+
+def test_compiles() -> None:
+    args = batch_arguments([make_case(24, 8)])
+    expected = tree_attention(**args).clone()  # type: ignore[arg-type]
+    args["out"] = torch.full_like(expected, float("nan"))
+    compiled = torch.compile(tree_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**args), expected)
