@@ -140,7 +140,7 @@ def compare(
 
     Raises:
         ValueError: bad options or prompt.
-        GenerationError: a sequence failed.
+        GenerationError: a sequence failed, or an engine contradicted itself.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
@@ -153,6 +153,8 @@ def compare(
     for _ in range(repeats):
         for name, engine in engines.items():
             runs[name].append(_timed(engine, prompt, sampling))
+            if runs[name][-1][1].token_ids != runs[name][0][1].token_ids:
+                raise GenerationError(f"{name}: two runs of one prompt gave different tokens")
     return Comparison(
         {
             name: Measurement(timed[0][1], [seconds for seconds, _ in timed])
@@ -179,7 +181,7 @@ def compare_all(
     for number, prompt in enumerate(prompts, start=1):
         comparisons.append(compare(engines, prompt, sampling, repeats=repeats))
         on_prompt(number)
-    return {name: _summary(name, comparisons) for name in engines}, comparisons
+    return {name: summarise(name, comparisons) for name in engines}, comparisons
 
 
 def _timed(
@@ -193,7 +195,8 @@ def _timed(
     return seconds, result
 
 
-def _summary(name: str, comparisons: Sequence[Comparison]) -> Summary:
+def summarise(name: str, comparisons: Sequence[Comparison]) -> Summary:
+    """A contender over all prompts."""
     summary, plain_seconds = Summary(name), 0.0
     for comparison in comparisons:
         measured = comparison.measurements[name]
