@@ -60,6 +60,7 @@ def broken_target(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # what fixtures printed
     code = main(args)
     captured = capsys.readouterr()
     return code, captured.out, captured.err

@@ -81,7 +81,7 @@ def _record(
     """Run once more, noting what each round gave; times are scaled to those measured."""
     from specrt.stop import TextTracker
 
-    tracker = TextTracker(lambda ids: str(engine.tokenizer.decode(ids, skip_special_tokens=True)))
+    tracker = TextTracker(engine.tokenizer.decode)
     pieces: list[Piece] = []
     started = time.perf_counter()
     with closing(engine.stream(prompt, sampling)) as chunks:

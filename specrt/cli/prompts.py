@@ -45,13 +45,11 @@ def encode(engine: Engine, prompts: list[tuple[str, Prompt]]) -> list[Prompt]:
     Raises:
         ValueError: a prompt is empty or does not fit the chat template; names it.
     """
-    from jinja2 import TemplateError
-
     encoded: list[Prompt] = []
     for name, prompt in prompts:
         try:
             encoded.append(engine.encode(prompt))
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             reason = str(error).removeprefix("prompt: ")
             raise ValueError(f"{name}: {reason}") from error
     return encoded
