@@ -1,7 +1,8 @@
 """Builds ``specrt._C`` with CMake; everything else is in pyproject.toml.
 
-Environment: SPECRT_CUDA=AUTO|ON|OFF, CMAKE_CUDA_ARCHITECTURES (default 80;90a), SPECRT_WERROR=ON|OFF
-(default OFF: a newer compiler's new warning must not stop an installation), CMAKE_ARGS (more flags).
+Environment: SPECRT_CUDA=AUTO|ON|OFF, CMAKE_CUDA_ARCHITECTURES (default 80;90a),
+SPECRT_WERROR=ON|OFF (default OFF: a newer compiler's new warning must not stop an installation),
+CMAKE_ARGS (more flags).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(name: str) -> str | None:
-    """The first ``name`` that runs: on PATH, else beside this interpreter (a venv not activated)."""
+    """The first ``name`` that runs: on PATH, else in this venv, which need not be active."""
     for candidate in (shutil.which(name), shutil.which(name, path=sysconfig.get_path("scripts"))):
         if candidate is None:
             continue

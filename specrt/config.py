@@ -1,6 +1,6 @@
 """The shape of a target model, read from a Hugging Face ``config.json``.
 
-Only what specrt computes exactly is accepted; anything else is refused with one line that says what.
+Only what specrt computes exactly is accepted; all else is refused with one line that says what.
 """
 
 from __future__ import annotations

@@ -234,7 +234,9 @@ class Engine:
         vocab = self.target.config.vocab_size
         for token in ids:
             if not 0 <= token < vocab:
-                raise ValueError(f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}")
+                raise ValueError(
+                    f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}"
+                )
         return ids
 
     def _checked(
@@ -406,4 +408,3 @@ def _is_many(prompts: Any) -> bool:
         return True
     first = prompts[0]
     return not isinstance(first, int | Mapping)
-

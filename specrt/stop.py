@@ -113,9 +113,7 @@ class OutputEnd:
         if not self._tracker.push(token):
             return False
         text = self._tracker.text
-        found = [
-            text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings
-        ]
+        found = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]
         hits = [position for position in found if position >= 0]
         if hits:
             self.cut = min(hits)

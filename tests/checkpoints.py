@@ -68,7 +68,7 @@ def make_checkpoint(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Write a random checkpoint of ``family`` (see ``FAMILIES``) and return its model, in ``dtype``.
+    """Write a random checkpoint of ``family`` (one of ``FAMILIES``) in ``dtype``; return its model.
 
     Norms and biases are random too, as their defaults (1 and 0) would hide mistakes. ``overrides``
     go to the configuration class, so they have the names of ``config.json``.
@@ -88,7 +88,7 @@ def make_checkpoint(
 
 
 def edit_config(path: Path, **changes: Any) -> None:
-    """Set keys of a checkpoint's ``config.json``; ``None`` becomes null, ``...`` removes the key."""
+    """Set keys of a checkpoint's ``config.json``; ``None`` becomes null, ``...`` removes a key."""
     file = path / "config.json"
     data = json.loads(file.read_text())
     for key, value in changes.items():

@@ -178,9 +178,8 @@ class LlamaModel:
         inputs = self._stage(key, tree, batch, first_node)
         rows = size * num_nodes
         self._embed(inputs.tokens, self._workspace.hidden[:rows])
-        # A step holds the addresses of its cache too: engines that share a model have one each.
-        step = (id(self), id(batch.cache), key)
-        self._run_step(step, lambda: self._launch(key, inputs, batch.cache))
+        # A graph holds this model's and this cache's addresses; as part of its key they outlive it.
+        self._run_step((self, batch.cache, key), lambda: self._launch(key, inputs, batch.cache))
         return self._output(key, rows)
 
     def extend(
@@ -223,7 +222,9 @@ class LlamaModel:
     def _checked_tap(self, tap: str) -> str:
         layers = self.config.num_layers
         if tap not in {layer_tap(i) for i in range(layers)}:
-            raise ValueError(f"taps: expected 'final' or 'layer.0' .. 'layer.{layers - 1}', got {tap!r}")
+            raise ValueError(
+                f"taps: expected 'final' or 'layer.0' .. 'layer.{layers - 1}', got {tap!r}"
+            )
         return tap
 
     def _forget_buffers(self) -> None:

@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -136,10 +136,8 @@ def _allocate(size: int) -> torch.Tensor:
             mapping = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"no memory for {size} bytes of weights") from error
-        try:
+        with suppress(OSError):  # a kernel without huge pages: only slower
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages: only slower
         memory = torch.frombuffer(mapping, dtype=torch.uint8)
     else:
         memory = torch.empty(room, dtype=torch.uint8)
@@ -169,7 +167,6 @@ class _Loader:
         lm_head = self._matrix([_EMBED if is_tied else _HEAD])
         embed = lm_head if is_tied else self._matrix([_EMBED])
         final_norm = self._vector(["model.norm.weight"])
-        assert final_norm is not None
         self._checkpoint.release()
         advance()
         return Weights(self._arena.memory, embed, tuple(layers), final_norm, lm_head)
@@ -178,22 +175,19 @@ class _Loader:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         qkv = [f"{attention}{name}_proj" for name in "qkv"]
         gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
-        input_norm = self._vector([f"{prefix}input_layernorm.weight"])
-        post_norm = self._vector([f"{prefix}post_attention_layernorm.weight"])
-        assert input_norm is not None and post_norm is not None
         return LayerWeights(  # in the order a step reads the matrices
-            input_norm=input_norm,
+            input_norm=self._vector([f"{prefix}input_layernorm.weight"]),
             qkv=self._matrix([f"{name}.weight" for name in qkv]),
-            qkv_bias=self._vector([f"{name}.bias" for name in qkv]),
-            q_norm=self._vector([f"{attention}q_norm.weight"]),
-            k_norm=self._vector([f"{attention}k_norm.weight"]),
+            qkv_bias=self._optional_vector([f"{name}.bias" for name in qkv]),
+            q_norm=self._optional_vector([f"{attention}q_norm.weight"]),
+            k_norm=self._optional_vector([f"{attention}k_norm.weight"]),
             o=self._matrix([f"{attention}o_proj.weight"]),
-            o_bias=self._vector([f"{attention}o_proj.bias"]),
-            post_norm=post_norm,
+            o_bias=self._optional_vector([f"{attention}o_proj.bias"]),
+            post_norm=self._vector([f"{prefix}post_attention_layernorm.weight"]),
             gate_up=self._matrix([f"{name}.weight" for name in gate_up]),
-            gate_up_bias=self._vector([f"{name}.bias" for name in gate_up]),
+            gate_up_bias=self._optional_vector([f"{name}.bias" for name in gate_up]),
             down=self._matrix([f"{mlp}down_proj.weight"]),
-            down_bias=self._vector([f"{mlp}down_proj.bias"]),
+            down_bias=self._optional_vector([f"{mlp}down_proj.bias"]),
         )
 
     def _matrix(self, keys: list[str]) -> torch.Tensor:
@@ -203,10 +197,12 @@ class _Loader:
         self._fill(matrix, keys)
         return matrix
 
-    def _vector(self, keys: list[str]) -> torch.Tensor | None:
-        """``keys`` behind one another in float32; None if the architecture has no such tensor."""
-        if keys[0] not in self._shapes:
-            return None
+    def _optional_vector(self, keys: list[str]) -> torch.Tensor | None:
+        """None where the architecture has no such tensor."""
+        return self._vector(keys) if keys[0] in self._shapes else None
+
+    def _vector(self, keys: list[str]) -> torch.Tensor:
+        """``keys`` behind one another in float32."""
         vector = torch.empty(sum(self._shapes[key][0] for key in keys), dtype=torch.float32)
         self._fill(vector, keys)
         return vector
@@ -238,7 +234,7 @@ def _convert(
     destination: torch.Tensor,
     origin: tuple[str, TensorInfo],
 ) -> None:
-    """Copy ``source`` (times ``scale``) into ``destination`` and its dtype, refusing NaN and inf."""
+    """Copy ``source`` (times ``scale``) into ``destination``, refusing NaN and infinity."""
     num_rows = max(1, _CHUNK // max(1, math.prod(source.shape[1:])))
     for start in range(0, source.shape[0], num_rows):
         rows = slice(start, start + num_rows)
@@ -259,7 +255,7 @@ def _not_finite(
         return CheckpointError(f"{info.file}: {key}: has NaN or infinite values")
     largest = chunk.abs().max().item()
     return CheckpointError(
-        f"{info.file}: {key}: {largest:g} is out of {_name(dtype)}'s range; load it as another dtype"
+        f"{info.file}: {key}: {largest:g} is out of {_name(dtype)}'s range; load as another dtype"
     )
 
 

@@ -55,7 +55,5 @@ def tree_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     is_compiling = torch.compiler.is_compiling()
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
-    kernel(
-        q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out
-    )
+    kernel(q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out)
     return out

@@ -123,5 +123,9 @@ def texts(results: Sequence[GenerationResult]) -> list[list[int]]:
 
 def sampled(seed: int, **options: object) -> SamplingParams:
     return SamplingParams(
-        max_new_tokens=40, temperature=0.8, top_p=0.95, seed=seed, **options  # type: ignore[arg-type]
+        max_new_tokens=40,
+        temperature=0.8,
+        top_p=0.95,
+        seed=seed,
+        **options,  # type: ignore[arg-type]
     )

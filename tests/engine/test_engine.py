@@ -220,7 +220,9 @@ def test_out_of_memory_says_how_much(model: LlamaModel, monkeypatch: pytest.Monk
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("specrt.cache.torch.zeros", refuse)
-    with pytest.raises(MemoryError, match=r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB"):
+    with pytest.raises(
+        MemoryError, match=r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB"
+    ):
         engine.generate([1, 2, 3], LONG)
 
 

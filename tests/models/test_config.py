@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoints import FAMILIES, edit_config, make_checkpoint
 from transformers import AutoConfig
 
 from specrt.config import ModelConfig, config_fingerprint
 from specrt.types import CheckpointError
+from tests.checkpoints import FAMILIES, edit_config, make_checkpoint
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

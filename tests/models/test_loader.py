@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from specrt.config import ModelConfig
+from specrt.models.loader import LayerWeights, Weights, load_weights
+from specrt.types import CheckpointError
 from tests.checkpoints import (
     FAMILIES,
     edit_config,
@@ -21,10 +25,6 @@ from tests.checkpoints import (
     store_as_bin,
     store_as_float8,
 )
-
-from specrt.config import ModelConfig
-from specrt.models.loader import LayerWeights, Weights, load_weights
-from specrt.types import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -169,6 +169,25 @@ def test_harmless_extra_tensors(tmp_path: Path) -> None:
     weights = load(tmp_path)
     assert weights.lm_head is weights.embed
     assert_loaded(weights, model.state_dict(), torch.float32)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_for_terminals(
+    is_terminal: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_checkpoint("llama", tmp_path)
+    config = ModelConfig.from_directory(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    load_weights(tmp_path, config, torch.float32, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("loading" in err) == is_terminal
+    load_weights(tmp_path, config, torch.float32)
+    assert capsys.readouterr().err == ""
 
 
 def test_dtype_is_checked(tmp_path: Path) -> None:
@@ -399,24 +418,27 @@ def test_broken_shards(tmp_path: Path) -> None:
 # --- memory ----------------------------------------------------------------------------------
 
 _MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from specrt.config import ModelConfig
 from specrt.models.loader import load_weights
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Of this address space; getrusage would begin at the peak of the process that started this one.
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 small, large = map(Path, sys.argv[1:])
 load_weights(small, ModelConfig.from_directory(small), torch.bfloat16)  # what loads lazily
-before = peak()
+Path("/proc/self/clear_refs").write_text("5")  # the peak falls to what is used now
+before = memory("VmRSS")
 weights = load_weights(large, ModelConfig.from_directory(large), torch.bfloat16)
-print((peak() - before) / weights.arena.numel())
+print((memory("VmHWM") - before) / weights.arena.numel())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
 def test_loading_needs_hardly_more_memory_than_the_weights(layout: str, tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"

@@ -17,6 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def restore_settings() -> Iterator[None]:
     isa, threads = _C.active_isa(), torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own small ops crawl on busy cores otherwise
     yield
     _C.set_isa(isa)
     torch.set_num_threads(threads)
@@ -68,15 +69,12 @@ def make_case(
     )
 
 
-def run(
-    case: Case, rows: slice | None = None, page_size: int = 16, num_pad: int = 0
-) -> Tensor:
+def run(case: Case, rows: slice | None = None, page_size: int = 16, num_pad: int = 0) -> Tensor:
     """The tree's rows (or some of them) in one call of one sequence; ``num_pad`` idle rows."""
     nodes = list(range(len(case.parents)))[rows or slice(None)]
     pages = make_pages(len(case.k), page_size, *case.k.shape[1:], case.k.dtype, case.generator)
-    needed = {s for n in nodes for s in case.visible(n)}
-    for slot in needed:  # all else stays NaN
-        pages.write(slot, case.k[slot], case.v[slot])
+    needed = torch.tensor(sorted({s for n in nodes for s in case.visible(n)}))
+    pages.write(needed, case.k[needed], case.v[needed])  # all else stays NaN
     total = len(nodes) + num_pad
     q = torch.full((1, total, *case.q.shape[1:]), float("nan"))
     q[0, : len(nodes)] = case.q[nodes]
@@ -102,7 +100,7 @@ def alone(case: Case, node: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix", [0, 1, 61, 64, 190])
+@pytest.mark.parametrize("prefix", [0, 61, 64, 190])
 def test_a_node_in_a_tree_has_the_bits_of_decoding_it_alone(
     prefix: int, dtype: torch.dtype
 ) -> None:
@@ -169,8 +167,7 @@ def batch_arguments(cases: list[Case]) -> dict[str, Tensor | float]:
         q[b, :n] = case.q
         bits[b, :n] = pack_bits([lineage(case.parents, i) for i in range(n)], 2)
         pages = make_pages(len(case.k), 16, *case.k.shape[1:], case.k.dtype, case.generator)
-        for slot in range(len(case.k)):
-            pages.write(slot, case.k[slot], case.v[slot])
+        pages.write(torch.arange(len(case.k)), case.k, case.v)
         table = torch.full((width,), 2**30, dtype=torch.int32)
         table[: len(pages.block_table)] = pages.block_table + start
         start += len(pages.k)

@@ -10,9 +10,7 @@ Tensor = torch.Tensor
 
 
 def random_parents(num_nodes: int, generator: torch.Generator) -> list[int]:
-    return [-1] + [
-        int(torch.randint(0, i, (), generator=generator)) for i in range(1, num_nodes)
-    ]
+    return [-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, num_nodes)]
 
 
 def lineage(parents: list[int], node: int) -> list[int]:
@@ -42,11 +40,11 @@ class Pages:
     v: Tensor
     block_table: Tensor  # [max_pages]
 
-    def write(self, slot: int, k: Tensor, v: Tensor) -> None:
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         size = self.k.shape[1]
-        page = int(self.block_table[slot // size])
-        self.k[page, slot % size] = k
-        self.v[page, slot % size] = v
+        pages = self.block_table[slots // size].long()
+        self.k[pages, slots % size] = k
+        self.v[pages, slots % size] = v
 
 
 def make_pages(
