@@ -248,8 +248,15 @@ def test_a_bad_prompt_is_one_line(
 
 @pytest.mark.parametrize(
     "line",
-    ['{"prompt": "x"', "[1]", '{"text": "x"}', '{"prompt": 5}', '{"prompt": ""}', '{"messages": []}']
-    + ['{"messages": [{"role": "wizard", "content": "x"}]}'],
+    [
+        '{"prompt": "x"',
+        "[1]",
+        '{"text": "x"}',
+        '{"prompt": 5}',
+        '{"prompt": ""}',
+        '{"messages": []}',
+        '{"messages": [{"role": "wizard", "content": "x"}]}',
+    ],
 )
 def test_a_bad_line_is_named(
     capsys: pytest.CaptureFixture[str], target: str, tmp_path: Path, line: str
@@ -339,9 +346,7 @@ def start_endless_stream(target: str) -> subprocess.Popen[str]:
 def long_target(tmp_path_factory: pytest.TempPathFactory) -> str:
     """With room for more text than a pipe's buffer holds."""
     path = tmp_path_factory.mktemp("long")
-    make_checkpoint(
-        "llama", path, bos_token_id=0, eos_token_id=1, max_position_embeddings=8192
-    )
+    make_checkpoint("llama", path, bos_token_id=0, eos_token_id=1, max_position_embeddings=8192)
     write_tokenizer(path)
     return str(path)
 
