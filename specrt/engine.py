@@ -7,11 +7,12 @@ the stages; they exchange the plain types of :mod:`specrt.types` and never hold 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +21,7 @@ from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, Drafter, RoundCost
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, SamplingTable, draw_seed
+from specrt.sampling import SamplingParams, SamplingTable
 from specrt.stop import FinishReason, OutputEnd, TextTracker
 from specrt.tree import MAX_NODES
 from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
@@ -121,7 +122,6 @@ class _Batch:
             [sequence.params for sequence in sequences],
             [state.prompt_len for state in states],
             self._vocab_size,
-            seeds=[state.seed for state in states],
         )
         self.history = torch.zeros(
             len(states), max(state.max_len for state in states), dtype=torch.int32
@@ -132,7 +132,6 @@ class _Batch:
         self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
         # Writing through numpy costs a tenth of writing through torch.
         self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
-        self.has_logprobs = any(sequence.params.logprobs for sequence in sequences)
         self._is_stale = False
 
     def append(self, row: int, tokens: Sequence[int]) -> None:
@@ -206,7 +205,7 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
@@ -226,9 +225,9 @@ class Engine:
         if isinstance(prompt, str):
             ids = list(self.tokenizer.encode(prompt)) if prompt else []
         elif prompt and isinstance(prompt[0], Mapping):
-            ids = list(self.tokenizer.apply_chat_template(prompt))
+            ids = self.tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            ids = [int(token) for token in cast("Sequence[int]", prompt)]
         if not ids:
             raise ValueError("prompt: expected at least one token, got an empty prompt")
         vocab = self.target.config.vocab_size
@@ -264,19 +263,20 @@ class Engine:
     def _new_sequence(
         self, index: int, ids: list[int], params: SamplingParams, has_text: bool
     ) -> _Sequence:
+        params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
         tracks_text = has_text or bool(params.stop_strings)
         stop_ids = () if params.ignore_eos else self.target.config.eos_ids
         end = OutputEnd(
-            stop_ids=(*stop_ids, *params.stop_token_ids),
+            stop_ids=(*stop_ids, *(params.stop_token_ids or ())),
             stop_strings=params.stop_strings,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
             tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
         )
-        seed = draw_seed() if params.seed is None else params.seed
-        state = SequenceState(list(ids), len(ids), max_len, seed, params.temperature)
+        seed, temperature = params.seed or 0, params.temperature
+        state = SequenceState(list(ids), len(ids), max_len, seed, temperature)
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
         return _Sequence(index, params, state, end, cached)
@@ -300,12 +300,12 @@ class Engine:
         prompts: Sequence[Any],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         has_text: bool,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         return self._rounds(deque(enumerate(self._checked(prompts, sampling))), has_text)
 
     def _rounds(
         self, waiting: deque[tuple[int, tuple[list[int], SamplingParams]]], has_text: bool
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         batch = _Batch(self.cache, self.target.config.vocab_size)
         try:
             while waiting or batch.sequences:
@@ -351,14 +351,12 @@ class Engine:
             batch.sampling,
             batch.history,
             batch.history_len,
-            want_logprobs=batch.has_logprobs,
+            want_logprobs=batch.sampling.want_logprobs,
         )
         batch.cached.commit(result.path, result.accept_length + 1)
         drafter.observe(batch.states, result, output.taps)
         times.append(perf_counter())
-        draft_ms, verify_ms, accept_ms = (
-            1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)
-        )
+        draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
         self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
         for sequence in batch.sequences:
             stats = sequence.stats

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
 from specrt.draft.load import PROMPT_LOOKUP, load_drafter
@@ -28,11 +29,6 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-
-
-def builtin_path() -> Path:
-    """Where the bundled target lies."""
-    return Path(__file__).parent / "builtin" / "target"
 
 
 def load(
@@ -65,7 +61,7 @@ def load(
     """
     if device not in ("auto", "cpu"):
         raise ValueError(f"device: this build runs on 'cpu' (or 'auto'), got {device!r}")
-    path = builtin_path() if target == BUILTIN else Path(target)
+    path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
     chosen = _parse_dtype(dtype)
     tokenizer = load_tokenizer(path)

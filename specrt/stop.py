@@ -75,9 +75,9 @@ class OutputEnd:
     def push(self, token: int) -> bool:
         """Add a token; True if the output ends with it."""
         self._num_left -= 1
-        if token in self._stop_ids:
-            self.reason = "stop"
-        elif self._found_stop_string(token):
+        # The text must be tracked even where a token decides.
+        found = self._found_stop_string(token)
+        if found or token in self._stop_ids:
             self.reason = "stop"
         elif self._num_left <= 0:
             self.reason = self._limit_reason

@@ -1,6 +1,7 @@
 """The plain data that travels between the stages of a round.
 
-Shapes: B sequences, N tree nodes, D + 1 path entries, V vocabulary, H hidden size, W = ceil(N / 64).
+Shapes: B sequences, N tree nodes, D + 1 path entries, V vocabulary, H hidden size,
+W = ceil(N / 64).
 """
 
 from __future__ import annotations

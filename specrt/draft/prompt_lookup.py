@@ -1,11 +1,12 @@
 """Prompt lookup: the text so far is the drafter.
 
 The longest suffix that occurred before is looked up in prompt and output; what followed it there is
-proposed, several continuations as one tree. It backs off by value: each match length keeps its own
-record of how much was accepted, and a tree is proposed only while that is worth the rows it costs.
+proposed, several continuations as one tree. It backs off by value: each match length keeps its
+own record of how much was accepted, and a tree is proposed only while that is worth the rows it
+costs.
 
-Source: n-gram lookup as in transformers' ``prompt_lookup_num_tokens`` (A. Saxena, 2023); the tree of
-continuations and the backing off are ours.
+Source: n-gram lookup as in transformers' ``prompt_lookup_num_tokens`` (A. Saxena, 2023); the tree
+of continuations and the backing off are ours.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class PromptLookupDrafter:
 
 
 def _worthwhile_depth(rate: float, limit: int, cost: RoundCost, num_sequences: int) -> int:
-    """The number of drafted nodes with the most expected tokens per unit of verify time; 0: none."""
+    """How many drafted nodes give the most expected tokens per unit of time; 0: none pays."""
     best_depth, best_value = 0, 1.0
     expected, chance = 1.0, 1.0
     for depth in range(1, limit + 1):

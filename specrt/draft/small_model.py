@@ -171,7 +171,10 @@ class SmallModelDrafter:
         noise = torch.stack(
             [
                 ops.gumbel_noise(
-                    state.seed, len(state.token_ids) + level - 1, law.shape[-1], purpose="draft"
+                    state.seed,
+                    len(state.token_ids) + level - 1,
+                    law.shape[-1],
+                    ops.Purpose.DRAFT,
                 )
                 for state in states
             ]

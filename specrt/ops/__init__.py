@@ -9,13 +9,17 @@ from specrt.ops.linear import linear
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
+from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
 from specrt.ops.tree_attention import tree_attention
 
 __all__ = [
+    "Purpose",
+    "gumbel_noise",
     "kv_commit",
     "linear",
     "rms_norm",
     "rope_append",
     "silu_mul",
+    "tree_accept",
     "tree_attention",
 ]

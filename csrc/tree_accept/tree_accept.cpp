@@ -1,0 +1,88 @@
+#include "tree_accept/tree_accept.h"
+
+namespace specrt {
+namespace {
+
+bool is_plain_greedy(const SamplingRow& row) {
+    return row.temperature == 0.0f && row.repetition_penalty == 1.0f &&
+           row.presence_penalty == 0.0f && row.frequency_penalty == 0.0f &&
+           row.bias_begin == row.bias_end;
+}
+
+void check_shapes(const TreeAcceptArgs& a) {
+    expect(a.logits, DType::kFloat32, "[B, N, V]", -1, -1, -1);
+    const int64_t batch = a.logits.shape[0], nodes = a.logits.shape[1], vocab = a.logits.shape[2];
+    SPECRT_CHECK(nodes >= 1 && vocab >= 1, "logits: expected at least one node and one token, got ",
+                 a.logits.describe());
+    for (const TensorView* t : {&a.draft_tokens, &a.parents})
+        expect(*t, DType::kInt32, "[B, N]", batch, nodes);
+    expect(a.num_nodes, DType::kInt32, "[B]", batch);
+    expect(a.sampling, DType::kInt64, "[B, 7]", batch, 7);
+    expect(a.history, DType::kInt32, "[B, T]", batch, -1);
+    expect(a.history_len, DType::kInt32, "[B]", batch);
+    expect(a.path, DType::kInt32, "[B, N]", batch, nodes);
+    expect(a.tokens, DType::kInt32, "[B, N]", batch, nodes);
+    expect(a.accept_length, DType::kInt32, "[B]", batch);
+    if (a.draft_probs) expect(a.draft_probs, DType::kFloat32, "[B, N, V]", batch, nodes, vocab);
+    if (a.logprobs) expect(a.logprobs, DType::kFloat32, "[B, N]", batch, nodes);
+    if (a.workspace)
+        expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_accept_workspace(vocab));
+    if (a.bias_ids) {
+        expect(a.bias_ids, DType::kInt32, "[K]", -1);
+        expect(a.bias_values, DType::kFloat32, "[K]", a.bias_ids.shape[0]);
+    }
+    for (const TensorView* t : {&a.draft_tokens, &a.parents, &a.num_nodes, &a.sampling,
+                                &a.history_len, &a.path, &a.tokens, &a.accept_length})
+        expect_contiguous(*t);
+    if (a.logprobs) expect_contiguous(a.logprobs);
+    if (a.workspace) expect_contiguous(a.workspace);
+}
+
+}  // namespace
+
+Launch tree_accept(const TreeAcceptArgs& a) {
+    check_shapes(a);
+    const int64_t batch = a.logits.shape[0], vocab = a.logits.shape[2];
+    const auto* rows = a.sampling.as<SamplingRow>();
+    bool needs_workspace = false;
+    for (int64_t b = 0; b < batch; ++b) {
+        needs_workspace = needs_workspace || !is_plain_greedy(rows[b]);
+        const int64_t num_bias = a.bias_ids ? a.bias_ids.shape[0] : 0;
+        SPECRT_CHECK(0 <= rows[b].bias_begin && rows[b].bias_begin <= rows[b].bias_end &&
+                         rows[b].bias_end <= num_bias,
+                     "sampling: row ", b, " points outside the packed logit_bias");
+    }
+    SPECRT_CHECK(!needs_workspace || (a.workspace && a.workspace.shape[0] >= 1),
+                 "workspace: needed unless every sequence is greedy without bias and penalties");
+    TreeAcceptParams p{a.draft_tokens.as<int32_t>(),
+                       a.parents.as<int32_t>(),
+                       a.num_nodes.as<int32_t>(),
+                       a.draft_probs.as<float>(),
+                       a.logits.as<float>(),
+                       rows,
+                       a.bias_ids.as<int32_t>(),
+                       a.bias_values.as<float>(),
+                       a.history.as<int32_t>(),
+                       a.history_len.as<int32_t>(),
+                       a.path.as<int32_t>(),
+                       a.accept_length.as<int32_t>(),
+                       a.tokens.as<int32_t>(),
+                       a.logprobs.as<float>(),
+                       a.workspace.as<float>(),
+                       a.logits.shape[1],
+                       {a.logits.stride[0], a.logits.stride[1]},
+                       {a.draft_probs.stride[0], a.draft_probs.stride[1]},
+                       a.history.stride[0],
+                       batch,
+                       a.logits.shape[1],
+                       vocab,
+                       a.logits.shape[1],
+                       a.history.shape[1]};
+    // A part is whole sequences, and owns one workspace row. One thread is done with 16k logits
+    // before a second could have started.
+    int64_t parts = batch < 1 + batch * vocab / 16384 ? batch : 1 + batch * vocab / 16384;
+    if (a.workspace && parts > a.workspace.shape[0]) parts = a.workspace.shape[0];
+    return make_launch(tree_accept_part_for(active_isa()), p, parts);
+}
+
+}  // namespace specrt

@@ -1,0 +1,57 @@
+// The longest agreed path of a draft tree, and the target's own token behind it.
+//
+// Per sequence, from the root down: draw the target's token at the node (greedy, or seeded by the
+// token's absolute position); descend into the child that holds it, else stop: it is the bonus
+// token. With draft_probs and temperature > 0: rejection with residuals over the children. Only
+// the logits of nodes on the path are read.
+#pragma once
+#include "core/dispatch.h"
+#include "core/philox.h"
+#include "core/tensor_view.h"
+#include "core/thread_pool.h"
+
+namespace specrt {
+
+// One sequence's sampling parameters; specrt/sampling.py packs them (_ROW). top_k 0 is off.
+struct SamplingRow {
+    float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    int32_t top_k, prompt_len;
+    uint64_t seed;
+    int64_t bias_begin, bias_end;  // into bias_ids, bias_values
+};
+static_assert(sizeof(SamplingRow) == 56);
+
+struct TreeAcceptParams {
+    const int32_t* draft_tokens;  // [B, N]
+    const int32_t* parents;       // [B, N]
+    const int32_t* num_nodes;     // [B]
+    const float* draft_probs;     // [B, N, V] or nullptr
+    const float* logits;          // [B, N, V]
+    const SamplingRow* sampling;  // [B]
+    const int32_t* bias_ids;      // [K] or nullptr
+    const float* bias_values;     // [K] or nullptr
+    const int32_t* history;       // [B, T]
+    const int32_t* history_len;   // [B]
+    int32_t* path;                // [B, P]
+    int32_t* accept_length;       // [B]
+    int32_t* tokens;              // [B, P]
+    float* logprobs;              // [B, P] or nullptr
+    float* workspace;             // [parts, tree_accept_workspace(V)] or nullptr
+    int64_t tree_stride, logits_stride[2], probs_stride[2], history_stride;
+    int64_t batch, nodes, vocab, path_size, history_size;
+};
+
+// Floats of scratch a part needs, unless every sequence is greedy without bias or penalties.
+constexpr int64_t tree_accept_workspace(int64_t vocab) {
+    return 8 * ((vocab + 63) / 64 * 64);
+}
+
+SPECRT_DECLARE_CPU(tree_accept_part)
+
+struct TreeAcceptArgs {
+    TensorView draft_tokens, parents, num_nodes, draft_probs, logits, sampling, bias_ids,
+        bias_values, history, history_len, path, accept_length, tokens, logprobs, workspace;
+};
+Launch tree_accept(const TreeAcceptArgs& args);
+
+}  // namespace specrt

@@ -1,0 +1,524 @@
+#include "core/simd.h"
+#include "tree_accept/tree_accept.h"
+
+namespace specrt::SPECRT_ISA {
+namespace {
+
+constexpr float kInf = __builtin_inff();
+constexpr int kBlock = kPhiloxBlock;
+constexpr int32_t kBadRow = -1;               // NaN, +inf, or every token masked
+const float kNoLogprob = __builtin_nanf("");  // -1 would be a plausible log-probability
+
+// One part's scratch; pages never touched cost nothing.
+struct Workspace {
+    float *processed, *weights, *values, *block_max;
+    int32_t *ids, *counts, *seen;
+
+    Workspace(float* base, int64_t vocab) {
+        const int64_t size = (vocab + 63) / 64 * 64;
+        processed = base;
+        weights = base + size;
+        values = base + 2 * size;  // 2 * size long: a top-k buffer needs twice k
+        block_max = base + 4 * size;
+        ids = reinterpret_cast<int32_t*>(base + 5 * size);
+        counts = reinterpret_cast<int32_t*>(base + 6 * size);
+        seen = reinterpret_cast<int32_t*>(base + 7 * size);
+    }
+};
+
+// The kept set: tokens above `cut`, and of those equal to it the ids up to `cut_id`.
+struct Filter {
+    float cut = -kInf;
+    int32_t cut_id = INT32_MAX;
+
+    bool keeps(float value, int64_t id) const {
+        return value > cut || (value == cut && id <= cut_id);
+    }
+};
+
+struct RowMax {
+    float value = -kInf;
+    int64_t block = 0;    // the first block that holds it
+    bool is_bad = false;  // NaN or +inf somewhere
+};
+
+// Maximum of `src`, and of each block if `block_max`; with `dst`, first dst = src / divisor.
+RowMax scan_row(const float* src, float* dst, float divisor, int64_t vocab, float* block_max) {
+    RowMax row;
+    const V16 lowest = splat(-3.4028235e38f), d = splat(divisor);
+    V16 poison = zero();  // NaN * 0 and inf * 0 are NaN
+    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
+        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
+        V16 best = splat(-kInf);
+        int64_t i = start;
+        for (; i + 16 <= end; i += 16) {
+            V16 x = load(src + i);
+            if (dst) {
+                x = div(x, d);
+                store(x, dst + i);
+            }
+            best = max(best, x);
+            poison = fma(max(lowest, x), zero(), poison);
+        }
+        float top = reduce_max(best);
+        for (; i < end; ++i) {
+            const float x = dst ? src[i] / divisor : src[i];
+            if (dst) dst[i] = x;
+            if (x != x || x == kInf) row.is_bad = true;
+            top = x > top ? x : top;
+        }
+        if (block_max) block_max[block] = top;
+        if (top > row.value) {
+            row.value = top;
+            row.block = block;
+        }
+    }
+    const float sum = reduce_add(poison);
+    row.is_bad = row.is_bad || sum != sum;
+    return row;
+}
+
+// --- processing: transformers' order
+// ------------------------------------------------------------------
+bool has_penalty(const SamplingRow& s) {
+    return s.repetition_penalty != 1.0f || s.presence_penalty != 0.0f ||
+           s.frequency_penalty != 0.0f;
+}
+
+// counts[v] is 1 + the number of output tokens v once v was seen at all, else 0.
+struct TokenCounts {
+    int32_t *counts, *seen;
+    int64_t num_seen = 0, vocab;
+
+    void add(int64_t token, bool is_output) {
+        if (token < 0 || token >= vocab) return;
+        if (counts[token] == 0) {
+            counts[token] = 1;
+            seen[num_seen++] = static_cast<int32_t>(token);
+        }
+        counts[token] += is_output;
+    }
+};
+
+void penalise(float* row, const SamplingRow& s, const TokenCounts& tokens) {
+    for (int64_t i = 0; i < tokens.num_seen; ++i) {
+        const int32_t v = tokens.seen[i];
+        const int32_t num_output = tokens.counts[v] - 1;
+        float x = row[v];
+        x = x < 0.0f ? x * s.repetition_penalty : x / s.repetition_penalty;
+        x -= s.frequency_penalty * static_cast<float>(num_output);
+        if (num_output > 0) x -= s.presence_penalty;
+        row[v] = x;
+    }
+}
+
+// --- filters
+// ----------------------------------------------------------------------------------------
+void swap_floats(float* a, float* b) {
+    const float t = *a;
+    *a = *b;
+    *b = t;
+}
+
+// Reorders so that values[0..k) are the k largest.
+void partition_top(float* values, int64_t n, int64_t k) {
+    int64_t lo = 0, hi = n - 1;
+    while (lo < hi) {
+        const float pivot = values[lo + (hi - lo) / 2];
+        int64_t i = lo, j = hi;
+        while (i <= j) {
+            while (values[i] > pivot) ++i;
+            while (values[j] < pivot) --j;
+            if (i <= j) swap_floats(&values[i++], &values[j--]);
+        }
+        if (k - 1 <= j) {
+            hi = j;
+        } else if (k - 1 >= i) {
+            lo = i;
+        } else {
+            return;
+        }
+    }
+}
+
+float smallest(const float* values, int64_t n) {
+    float low = values[0];
+    for (int64_t i = 1; i < n; ++i) low = values[i] < low ? values[i] : low;
+    return low;
+}
+
+// The k-th largest value, 1 <= k < vocab. Blocks that cannot raise it are skipped.
+float kth_largest(const float* row, const float* block_max, int64_t vocab, int64_t k,
+                  float* buffer) {
+    const int64_t capacity = 2 * k < 256 ? (256 < 2 * vocab ? 256 : 2 * vocab) : 2 * k;
+    float bound = -kInf;
+    int64_t n = 0;
+    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
+        if (n >= k && !(block_max[block] > bound)) continue;
+        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
+        for (int64_t i = start; i < end; ++i) {
+            if (n >= k && !(row[i] > bound)) continue;
+            buffer[n++] = row[i];
+            if (n < capacity && n != k) continue;
+            partition_top(buffer, n, k);
+            bound = smallest(buffer, k);
+            n = k;
+        }
+    }
+    partition_top(buffer, n, k);
+    return smallest(buffer, k);
+}
+
+// weights = exp(row - top) over the kept set, 0 elsewhere; returns the sum.
+double fill_weights(const float* row, int64_t vocab, float top, const Filter& filter,
+                    float* weights) {
+    const V16 t = splat(top);
+    int64_t i = 0;
+    for (; i + 16 <= vocab; i += 16) store(exp(sub(load(row + i), t)), weights + i);
+    if (i < vocab) {
+        const int n = static_cast<int>(vocab - i);
+        store_first(exp(sub(load_first(row + i, n), t)), weights + i, n);
+    }
+    double sum = 0.0;
+    for (int64_t v = 0; v < vocab; ++v) {
+        if (!filter.keeps(row[v], v)) weights[v] = 0.0f;
+        sum += static_cast<double>(weights[v]);
+    }
+    return sum;
+}
+
+struct Candidates {
+    float* values;  // weights do as well as logits to rank by only if exp kept them apart: these
+    int32_t* ids;   // are logits
+
+    bool before(int64_t a, float value, int32_t id) const {
+        return values[a] > value || (values[a] == value && ids[a] < id);
+    }
+    void swap(int64_t a, int64_t b) {
+        swap_floats(values + a, values + b);
+        const int32_t t = ids[a];
+        ids[a] = ids[b];
+        ids[b] = t;
+    }
+};
+
+// The last token whose predecessors (larger logit, or equal and smaller id) hold less than `mass`.
+Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double mass) {
+    int64_t lo = 0,
+            hi = n;  // the answer's rank is in [lo, hi); `before` is the mass ranked below lo
+    double before = 0.0;
+    while (hi - lo > 1) {
+        const int64_t mid = lo + (hi - lo) / 2;
+        c.swap(mid, hi - 1);
+        const float value = c.values[hi - 1];
+        const int32_t id = c.ids[hi - 1];
+        int64_t split = lo;
+        double left = 0.0;
+        for (int64_t i = lo; i < hi - 1; ++i) {
+            if (!c.before(i, value, id)) continue;
+            left += static_cast<double>(weights[c.ids[i]]);
+            c.swap(i, split++);
+        }
+        c.swap(split, hi - 1);  // the pivot, at its rank
+        if (before + left >= mass) {
+            hi = split;  // the pivot is out
+        } else {
+            before += left;
+            if (split > lo) {
+                lo = split;
+            } else if (before + static_cast<double>(weights[id]) < mass) {
+                before +=
+                    static_cast<double>(weights[id]);  // the pivot ranks first, the next is in
+                lo = split + 1;
+            } else {
+                hi = split + 1;
+            }
+        }
+    }
+    return {c.values[lo], c.ids[lo]};
+}
+
+Filter apply_top_p(const float* row, int64_t vocab, float top, float top_p, Filter filter,
+                   const Workspace& w) {
+    const double sum = fill_weights(row, vocab, top, filter, w.weights);
+    // Tokens lighter than this weigh at most 1 - top_p together: none of them is kept.
+    const float light = static_cast<float>((1.0 - static_cast<double>(top_p)) * sum /
+                                           static_cast<double>(vocab) * 0.999);
+    int64_t n = 0;
+    for (int64_t v = 0; v < vocab; ++v) {
+        if (!(w.weights[v] > light)) continue;
+        w.values[n] = row[v];
+        w.ids[n++] = static_cast<int32_t>(v);
+    }
+    return nucleus_cut({w.values, w.ids}, n, w.weights, static_cast<double>(top_p) * sum);
+}
+
+Filter make_filter(const float* row, int64_t vocab, float top, const SamplingRow& s,
+                   const Workspace& w) {
+    Filter filter;
+    if (s.top_k > 0 && s.top_k < vocab)
+        filter.cut = kth_largest(row, w.block_max, vocab, s.top_k, w.values);
+    if (s.top_p < 1.0f) filter = apply_top_p(row, vocab, top, s.top_p, filter, w);
+    if (s.min_p > 0.0f) {
+        const float cut = top + log_of(s.min_p < 1.2e-38f ? 1.2e-38f : s.min_p);
+        if (cut > filter.cut) filter = {cut, INT32_MAX};
+    }
+    return filter;
+}
+
+// --- draws
+// ------------------------------------------------------------------------------------------
+int32_t first_equal(const float* row, int64_t start, float value) {
+    while (row[start] != value) ++start;
+    return static_cast<int32_t>(start);
+}
+
+struct GumbelSearch {
+    const float* row;
+    int64_t vocab;
+    Filter filter;
+    uint64_t seed, position;
+    float best = -kInf;
+    int32_t token = -1;
+
+    // Skipping never changes the winner: float addition is monotone, so a value below `best` under
+    // an upper bound of its noise is below it under the noise itself.
+    void visit(int64_t block, float top) {
+        if (top < filter.cut || top == -kInf || top + kMaxGumbel < best) return;
+        uint32_t bits[kBlock];
+        philox_block(seed, position, Purpose::kTarget, static_cast<uint32_t>(block), bits);
+        const int64_t start = block * kBlock;
+        const int n = static_cast<int>(start + kBlock < vocab ? kBlock : vocab - start);
+        uint32_t lowest = bits[0];
+        for (int i = 1; i < kBlock; ++i) lowest = bits[i] < lowest ? bits[i] : lowest;
+        const float bound = gumbel_bound(lowest);
+        if (top + bound < best) return;
+        for (int i = 0; i < n; ++i) {
+            const float x = row[start + i];
+            if (x == -kInf || x + bound < best || !filter.keeps(x, start + i)) continue;
+            const float score = x + gumbel_from(bits[i]);
+            const int32_t id = static_cast<int32_t>(start + i);
+            if (score > best || (score == best && id < token)) {
+                best = score;
+                token = id;
+            }
+        }
+    }
+};
+
+int32_t draw_seeded(const float* row, int64_t vocab, const RowMax& top, const Filter& filter,
+                    uint64_t seed, uint64_t position, const float* block_max) {
+    GumbelSearch search{row, vocab, filter, seed, position};
+    search.visit(top.block, top.value);  // a good first bound
+    for (int64_t block = 0; block * kBlock < vocab; ++block)
+        if (block != top.block) search.visit(block, block_max[block]);
+    return search.token;
+}
+
+// The first token at which the running sum passes u * sum; never one of weight 0.
+int32_t draw_by_mass(const float* weights, int64_t vocab, double sum, float u) {
+    const double target = static_cast<double>(u) * sum;
+    double running = 0.0;
+    int32_t last = kBadRow;
+    for (int64_t v = 0; v < vocab; ++v) {
+        if (!(weights[v] > 0.0f)) continue;
+        last = static_cast<int32_t>(v);
+        running += static_cast<double>(weights[v]);
+        if (running > target) return last;
+    }
+    return last;  // rounding left the sum short
+}
+
+// The law as a drafter may report it: NaN and negatives are 0, rounding above 1 is cut.
+double clean_prob(float q) {
+    return q > 0.0f ? (q < 1.0f ? static_cast<double>(q) : 1.0) : 0.0;
+}
+
+// weights / sum <- normalize(relu(weights / sum - q)); false, and nothing changed, if that is empty
+// (then the laws are equal up to rounding, and the weights as they are serve as well).
+bool subtract_draft(float* weights, double* sum, const float* q, int64_t vocab) {
+    double total = 0.0;
+    for (int64_t v = 0; v < vocab; ++v) {
+        const double r = static_cast<double>(weights[v]) / *sum - clean_prob(q[v]);
+        total += r > 0.0 ? static_cast<double>(static_cast<float>(r)) : 0.0;
+    }
+    if (!(total > 0.0)) return false;
+    for (int64_t v = 0; v < vocab; ++v) {
+        const double r = static_cast<double>(weights[v]) / *sum - clean_prob(q[v]);
+        weights[v] = r > 0.0 ? static_cast<float>(r) : 0.0f;
+    }
+    *sum = total;
+    return true;
+}
+
+float logprob_of(const float* row, int64_t vocab, int32_t token) {
+    const float top = scan_row(row, nullptr, 1.0f, vocab, nullptr).value;
+    const V16 t = splat(top);
+    double sum = 0.0;
+    for (int64_t start = 0; start < vocab; start += 256) {
+        V16 part = zero();
+        int64_t i = start;
+        for (; i + 16 <= vocab && i < start + 256; i += 16)
+            part = add(part, exp(sub(load(row + i), t)));
+        sum += static_cast<double>(reduce_add(part));
+        if (i < vocab && i < start + 256) {
+            float rest[16];
+            const int n = static_cast<int>(vocab - i);
+            store(exp(sub(load_first(row + i, n), t)), rest);
+            for (int j = 0; j < n; ++j) sum += static_cast<double>(rest[j]);
+        }
+    }
+    return row[token] - top - log_of(static_cast<float>(sum));
+}
+
+// --- one sequence
+// -----------------------------------------------------------------------------------
+struct Walk {
+    const TreeAcceptParams& p;
+    int64_t b;
+    Workspace w;
+    const SamplingRow& s;
+    TokenCounts counts;
+    bool is_greedy, edits_row, counts_tokens;
+    int64_t num_nodes;
+
+    Walk(const TreeAcceptParams& params, int64_t sequence, float* scratch)
+        : p(params),
+          b(sequence),
+          w(scratch, params.vocab),
+          s(params.sampling[sequence]),
+          counts{w.counts, w.seen, 0, params.vocab},
+          is_greedy(s.temperature == 0.0f) {
+        counts_tokens = has_penalty(s);
+        edits_row = counts_tokens || s.bias_end > s.bias_begin;
+        num_nodes = p.num_nodes[b] < 1 ? 1 : p.num_nodes[b] > p.nodes ? p.nodes : p.num_nodes[b];
+        if (counts_tokens) count_history();
+    }
+
+    const int32_t* parents() const { return p.parents + b * p.nodes; }
+    const int32_t* draft_tokens() const { return p.draft_tokens + b * p.nodes; }
+    const float* logits(int64_t node) const {
+        return p.logits + b * p.logits_stride[0] + node * p.logits_stride[1];
+    }
+    uint64_t position(int64_t depth) const {
+        return static_cast<uint64_t>(p.history_len[b]) + static_cast<uint64_t>(depth);
+    }
+
+    void count_history() {
+        std::memset(w.counts, 0, static_cast<size_t>(p.vocab) * sizeof(int32_t));
+        const int32_t* tokens = p.history + b * p.history_stride;
+        const int64_t n = p.history_len[b] < p.history_size ? p.history_len[b] : p.history_size;
+        for (int64_t i = 0; i < n; ++i) counts.add(tokens[i], i >= s.prompt_len);
+    }
+
+    // The node's logits after bias, penalties and temperature, and their maximum.
+    const float* process(int64_t node, RowMax* top) {
+        const float* row = logits(node);
+        const bool scales = !is_greedy && s.temperature != 1.0f;
+        if (edits_row) {
+            std::memcpy(w.processed, row, static_cast<size_t>(p.vocab) * sizeof(float));
+            for (int64_t i = s.bias_begin; i < s.bias_end; ++i)
+                w.processed[p.bias_ids[i]] += p.bias_values[i];
+            if (counts_tokens) penalise(w.processed, s, counts);
+            row = w.processed;
+        }
+        float* dst = scales ? w.processed : nullptr;
+        *top = scan_row(row, dst, s.temperature, p.vocab, is_greedy ? nullptr : w.block_max);
+        return dst ? dst : row;
+    }
+
+    int64_t child_holding(int64_t node, int32_t token) const {
+        for (int64_t j = node + 1; j < num_nodes; ++j)
+            if (parents()[j] == node && draft_tokens()[j] == token) return j;
+        return -1;
+    }
+
+    bool has_children(int64_t node) const {
+        for (int64_t j = node + 1; j < num_nodes; ++j)
+            if (parents()[j] == node) return true;
+        return false;
+    }
+
+    // Rejection over the children in order; returns the token, and the child that holds it or -1.
+    int32_t draw_by_rejection(int64_t node, int64_t depth, const float* row, float top,
+                              const Filter& filter, int64_t* child) {
+        double sum = fill_weights(row, p.vocab, top, filter, w.weights);
+        const float* q = p.draft_probs + b * p.probs_stride[0] + node * p.probs_stride[1];
+        uint32_t sibling = 0;
+        for (int64_t j = node + 1; j < num_nodes; ++j) {
+            if (parents()[j] != node) continue;
+            const int32_t x = draft_tokens()[j];
+            const float u =
+                uniform_from(philox(s.seed, position(depth), Purpose::kAccept, sibling++));
+            // A child its own law excludes was not drawn from it: subtracting would bias.
+            if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
+            // Strict: probability 0 is never accepted, however small u is.
+            if (static_cast<double>(u) * clean_prob(q[x]) <
+                static_cast<double>(w.weights[x]) / sum) {
+                *child = j;
+                return x;
+            }
+            subtract_draft(w.weights, &sum, q, p.vocab);
+        }
+        return draw_by_mass(w.weights, p.vocab, sum,
+                            uniform_from(philox(s.seed, position(depth), Purpose::kResidual, 0)));
+    }
+
+    // The target's token at `node`, and the child to descend into or -1.
+    int32_t draw(int64_t node, int64_t depth, int64_t* child) {
+        RowMax top;
+        *child = -1;
+        const float* row = process(node, &top);
+        if (top.is_bad || top.value == -kInf) return kBadRow;
+        int32_t token;
+        if (is_greedy) {
+            token = first_equal(row, top.block * kBlock, top.value);
+        } else {
+            const Filter filter = make_filter(row, p.vocab, top.value, s, w);
+            if (p.draft_probs && has_children(node))
+                return draw_by_rejection(node, depth, row, top.value, filter, child);
+            token = draw_seeded(row, p.vocab, top, filter, s.seed, position(depth), w.block_max);
+        }
+        *child = child_holding(node, token);
+        return token;
+    }
+
+    void run() {
+        int32_t* path = p.path + b * p.path_size;
+        int32_t* tokens = p.tokens + b * p.path_size;
+        float* logprobs = p.logprobs ? p.logprobs + b * p.path_size : nullptr;
+        for (int64_t i = 0; i < p.path_size; ++i) path[i] = tokens[i] = -1;
+        for (int64_t i = 0; logprobs && i < p.path_size; ++i) logprobs[i] = kNoLogprob;
+        int64_t node = 0, child = -1;
+        for (int64_t depth = 0;; ++depth) {
+            const int32_t token = draw(node, depth, &child);
+            if (token == kBadRow) return give_up(path, tokens, logprobs);
+            path[depth] = static_cast<int32_t>(node);
+            tokens[depth] = token;
+            if (logprobs) logprobs[depth] = logprob_of(logits(node), p.vocab, token);
+            p.accept_length[b] = static_cast<int32_t>(depth);
+            if (child < 0) return;
+            if (counts_tokens) counts.add(token, true);
+            node = child;
+        }
+    }
+
+    void give_up(int32_t* path, int32_t* tokens, float* logprobs) {
+        for (int64_t i = 0; i < p.path_size; ++i) {
+            path[i] = tokens[i] = -1;
+            if (logprobs) logprobs[i] = kNoLogprob;
+        }
+        p.accept_length[b] = -1;
+    }
+};
+
+}  // namespace
+
+void tree_accept_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const TreeAcceptParams*>(params);
+    float* scratch = p.workspace ? p.workspace + part * tree_accept_workspace(p.vocab) : nullptr;
+    for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
+        Walk(p, b, scratch).run();
+}
+
+}  // namespace specrt::SPECRT_ISA

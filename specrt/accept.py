@@ -1,0 +1,76 @@
+"""Acceptance: which part of a draft tree the target agrees with, and its own token behind it."""
+
+from __future__ import annotations
+
+import torch
+
+from specrt.ops.tree_accept import tree_accept
+from specrt.sampling import SamplingTable
+from specrt.types import AcceptResult, DraftTree
+
+
+def accept(
+    tree: DraftTree,
+    logits: torch.Tensor,
+    sampling: SamplingTable,
+    history: torch.Tensor,
+    history_len: torch.Tensor,
+    *,
+    want_logprobs: bool = False,
+) -> AcceptResult:
+    """Walk each tree from its root; every emitted token follows the target's law exactly.
+
+    At a node, the target's token is the argmax of the processed logits (temperature 0, lowest id on
+    ties), or of processed logits + Gumbel(seed, position) over the kept tokens, where the position
+    is ``history_len + depth``. If a child holds it, the walk goes on there; else it is the bonus
+    token. So the text depends on the seed alone, not on trees, drafters or batches.
+
+    With ``tree.draft_probs`` and temperature > 0, a node's children, which must be independent
+    draws from its row of ``draft_probs``, are tried in order: accepted with probability
+    min(1, target / draft), the target law becoming normalize(relu(target - draft)) after each
+    rejection; the bonus token is drawn from what is left (SpecInfer, arXiv 2305.09781, multi-step
+    speculative sampling). The text then depends on the tree; its law does not.
+
+    Penalties count the tokens of ``history`` and of the node's ancestors. History tokens outside
+    the vocabulary are not counted.
+
+    Args:
+        tree: trees of N nodes; nodes from ``num_nodes`` on are ignored.
+        logits: ``[B, N, V]`` float32, unprocessed; only rows on the path are read.
+        sampling: the batch's parameters.
+        history: ``[B, T]`` int32; ``history[b, :history_len[b]]`` is the prompt and the output so
+            far, its last token the tree's root.
+        history_len: ``[B]`` int32.
+        want_logprobs: report log-softmax of the *unprocessed* logits at each emitted token.
+
+    Returns:
+        ``path`` and ``tokens`` ``[B, N]`` int32 padded with -1, ``accept_length`` ``[B]`` int32,
+        ``logprobs`` ``[B, N]`` float32 padded with NaN. A sequence whose path meets NaN, +inf or
+        nothing but -inf gets ``accept_length`` -1 and no tokens; the others are untouched.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+    """
+    shape = tree.draft_tokens.shape
+    path = torch.empty(shape, dtype=torch.int32)
+    tokens = torch.empty(shape, dtype=torch.int32)
+    accept_length = torch.empty(shape[0], dtype=torch.int32)
+    logprobs = torch.empty(shape) if want_logprobs else None
+    tree_accept(
+        tree.draft_tokens,
+        tree.parents,
+        tree.num_nodes,
+        tree.draft_probs,
+        logits,
+        sampling.rows,
+        sampling.bias_ids,
+        sampling.bias_values,
+        history,
+        history_len,
+        sampling.workspace,
+        path,
+        accept_length,
+        tokens,
+        logprobs,
+    )
+    return AcceptResult(path, accept_length, tokens, logprobs)

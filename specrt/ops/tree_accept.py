@@ -1,0 +1,115 @@
+"""The acceptance kernel, and the counter-based randomness it draws from."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from specrt import _C
+from specrt.ops.registry import register
+
+register(
+    "tree_accept(Tensor draft_tokens, Tensor parents, Tensor num_nodes, Tensor? draft_probs, "
+    "Tensor logits, Tensor sampling, Tensor? bias_ids, Tensor? bias_values, Tensor history, "
+    "Tensor history_len, Tensor(a!)? workspace, Tensor(b!) path, Tensor(c!) accept_length, "
+    "Tensor(d!) tokens, Tensor(e!)? logprobs) -> ()",
+    _C.tree_accept,
+)
+
+
+class Purpose(IntEnum):
+    """What a random number is for; draws of different purposes are independent."""
+
+    TARGET = 0
+    ACCEPT = 1
+    RESIDUAL = 2
+    DRAFT = 3
+
+
+def workspace_size(vocab_size: int) -> int:
+    """Floats of scratch that one thread of ``tree_accept`` needs."""
+    return int(_C.tree_accept_workspace(vocab_size))
+
+
+def tree_accept(
+    draft_tokens: torch.Tensor,
+    parents: torch.Tensor,
+    num_nodes: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    logits: torch.Tensor,
+    sampling: torch.Tensor,
+    bias_ids: torch.Tensor | None,
+    bias_values: torch.Tensor | None,
+    history: torch.Tensor,
+    history_len: torch.Tensor,
+    workspace: torch.Tensor | None,
+    path: torch.Tensor,
+    accept_length: torch.Tensor,
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor | None,
+) -> None:
+    """Walk each sequence's tree; see ``specrt.accept.accept`` for the rules.
+
+    Args:
+        draft_tokens: ``[B, N]`` int32.
+        parents: ``[B, N]`` int32.
+        num_nodes: ``[B]`` int32.
+        draft_probs: ``[B, N, V]`` float32, or None.
+        logits: ``[B, N, V]`` float32.
+        sampling: ``[B, 7]`` int64, ``SamplingTable.rows``.
+        bias_ids: ``[K]`` int32, or None.
+        bias_values: ``[K]`` float32, or None.
+        history: ``[B, T]`` int32.
+        history_len: ``[B]`` int32.
+        workspace: ``[parts, workspace_size(V)]`` float32; None if all sequences are greedy without
+            bias or penalties.
+        path: ``[B, N]`` int32, written.
+        accept_length: ``[B]`` int32, written.
+        tokens: ``[B, N]`` int32, written.
+        logprobs: ``[B, N]`` float32, written; None if not wanted.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+    """
+    op = torch.ops.specrt.tree_accept if torch.compiler.is_compiling() else _C.tree_accept
+    op(
+        draft_tokens,
+        parents,
+        num_nodes,
+        draft_probs,
+        logits,
+        sampling,
+        bias_ids,
+        bias_values,
+        history,
+        history_len,
+        workspace,
+        path,
+        accept_length,
+        tokens,
+        logprobs,
+    )
+
+
+def gumbel_noise(
+    seed: int, position: int, vocab_size: int, purpose: Purpose = Purpose.TARGET
+) -> torch.Tensor:
+    """The noise that draws the token at ``position``: the target emits
+    ``argmax(processed_logits + gumbel_noise(seed, position, V))``.
+
+    A drafter may rank its candidates with the TARGET noise to guess better, but must draw from
+    DRAFT noise when it hands over ``draft_probs``.
+
+    Args:
+        seed: 64 bits; negative values wrap.
+        position: the token's index in the sequence (prompt included), >= 0.
+        vocab_size: V.
+        purpose: which of the independent streams.
+
+    Returns:
+        ``[V]`` float32, standard Gumbel noise.
+    """
+    noise = torch.empty(vocab_size)
+    _C.gumbel_noise(seed % 2**64, position, int(purpose), noise)
+    return noise

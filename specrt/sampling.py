@@ -1,0 +1,232 @@
+"""Sampling parameters of one request, and the table of them that the acceptance kernel reads.
+
+Names follow ``transformers``; ``presence_penalty`` and ``frequency_penalty`` are OpenAI's and
+vLLM's: they count output tokens only, ``repetition_penalty`` counts the prompt as well.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from specrt.ops.tree_accept import workspace_size
+
+# csrc/tree_accept/tree_accept.h, SamplingRow.
+_ROW = struct.Struct("=6f2iQ2q")
+_ROW_WORDS = _ROW.size // 8
+
+
+def _fail(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends.
+
+    Processing order (transformers'): logit_bias, repetition_penalty, presence and frequency
+    penalties, temperature, top_k (ties kept), top_p over what top_k left, min_p.
+
+    Raises:
+        ValueError: a field is out of range; the message names it, what was expected and what came.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy: the largest processed logit, the lowest id on ties."""
+    top_k: int | None = 0
+    """Keep the k largest logits; 0 or None is off."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens that holds this mass; equal logits by id."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the likeliest token's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token in the output (the prompt does not count)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time it is in the output."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids; ``-inf`` bans a token."""
+    seed: int | None = None
+    """64 bits (negative values wrap); None: the engine draws one (``with_seed``)."""
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+    """Report each token's log-probability under the target's unprocessed law."""
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_filters()
+        self._check_bias()
+        self._check_stops()
+
+    def _check_ranges(self) -> None:
+        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise _fail("max_new_tokens", "an int >= 1", self.max_new_tokens)
+        # Logits divided by less could overflow float32.
+        if not _is_number(self.temperature) or not (
+            self.temperature == 0.0 or 1e-5 <= self.temperature < math.inf
+        ):
+            raise _fail("temperature", "0 (greedy) or a finite number >= 1e-5", self.temperature)
+        if not _is_number(self.repetition_penalty) or not (1e-5 <= self.repetition_penalty < 1e5):
+            raise _fail("repetition_penalty", "a number in [1e-5, 1e5)", self.repetition_penalty)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not _is_number(value) or not abs(value) < 1e5:
+                raise _fail(name, "a finite number within 1e5", value)
+        if self.seed is not None and not (_is_int(self.seed) and -(2**63) <= self.seed < 2**64):
+            raise _fail("seed", "None or an int of 64 bits", self.seed)
+
+    def _check_filters(self) -> None:
+        if self.top_k is not None and not (_is_int(self.top_k) and 0 <= self.top_k < 2**31):
+            raise _fail("top_k", "None or an int >= 0", self.top_k)
+        if not _is_number(self.top_p) or not 1e-30 <= self.top_p <= 1.0:
+            raise _fail("top_p", "a number in (0, 1]", self.top_p)
+        if not _is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
+            raise _fail("min_p", "a number in [0, 1]", self.min_p)
+
+    def _check_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise _fail("logit_bias", "None or a mapping of token id to bias", self.logit_bias)
+        for token, bias in self.logit_bias.items():
+            if not _is_int(token) or token < 0:
+                raise _fail("logit_bias", "token ids >= 0", token)
+            if not _is_number(bias) or math.isnan(bias) or bias > 1e30:
+                raise _fail(f"logit_bias[{token}]", "a finite number or -inf", bias)
+
+    def _check_stops(self) -> None:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if stops is not None and (
+            not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops)
+        ):
+            raise _fail("stop", "None, a non-empty str or a sequence of them", self.stop)
+        ids = self.stop_token_ids
+        if ids is not None and (
+            isinstance(ids, str)
+            or not isinstance(ids, Sequence)
+            or any(not _is_int(token) or token < 0 for token in ids)
+        ):
+            raise _fail("stop_token_ids", "None or a sequence of ints >= 0", ids)
+        for name in ("ignore_eos", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise _fail(name, "a bool", getattr(self, name))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the temperature is 0."""
+        return self.temperature == 0.0
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether a bias or a penalty applies."""
+        return bool(self.logit_bias) or (
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+        ) != (1.0, 0.0, 0.0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple, empty if there is none."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def with_seed(self, seed: int | None = None) -> SamplingParams:
+        """These parameters with a seed: their own, else the one given, else a fresh random one."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(63) if seed is None else seed)
+
+
+@dataclass(frozen=True)
+class SamplingTable:
+    """The sampling parameters of a batch as the kernel reads them; build once per composition."""
+
+    rows: torch.Tensor
+    """``[B, 7]`` int64: the kernel's SamplingRow structs."""
+    bias_ids: torch.Tensor | None
+    """``[K]`` int32: every sequence's logit_bias ids, packed; rows hold the bounds."""
+    bias_values: torch.Tensor | None
+    """``[K]`` float32."""
+    workspace: torch.Tensor | None
+    """``[parts, size]`` float32 scratch; None when every sequence is greedy and unedited.
+    One acceptance at a time may use it."""
+    vocab_size: int
+    want_logprobs: bool
+    """Whether any sequence asked for log-probabilities."""
+
+    @classmethod
+    def build(
+        cls, params: Sequence[SamplingParams], prompt_lens: Sequence[int], vocab_size: int
+    ) -> SamplingTable:
+        """Pack B parameter sets.
+
+        Args:
+            params: one per sequence. A sequence that samples needs a seed (``with_seed``).
+            prompt_lens: the length of each prompt; presence and frequency penalties count the
+                history from there on.
+            vocab_size: V of the logits.
+
+        Raises:
+            ValueError: lengths differ, a seed is missing, or a logit_bias id is not below V.
+        """
+        if len(params) != len(prompt_lens):
+            raise _fail("prompt_lens", f"{len(params)} lengths", list(prompt_lens))
+        packed = bytearray()
+        ids: list[int] = []
+        values: list[float] = []
+        for row, (p, prompt_len) in enumerate(zip(params, prompt_lens, strict=True)):
+            begin = len(ids)
+            for token, bias in sorted((p.logit_bias or {}).items()):
+                if token >= vocab_size:
+                    raise _fail(f"logit_bias (row {row})", f"token ids < {vocab_size}", token)
+                ids.append(token)
+                values.append(bias)
+            packed += _pack(p, prompt_len, begin, len(ids))
+        needs_scratch = any(not p.is_greedy or p.edits_logits for p in params)
+        num_parts = max(1, min(len(params), torch.get_num_threads()))
+        scratch = torch.empty(num_parts, workspace_size(vocab_size)) if needs_scratch else None
+        return cls(
+            rows=torch.frombuffer(packed, dtype=torch.int64).view(-1, _ROW_WORDS),
+            bias_ids=torch.tensor(ids, dtype=torch.int32) if ids else None,
+            bias_values=torch.tensor(values, dtype=torch.float32) if ids else None,
+            workspace=scratch,
+            vocab_size=vocab_size,
+            want_logprobs=any(p.logprobs for p in params),
+        )
+
+
+def _pack(p: SamplingParams, prompt_len: int, bias_begin: int, bias_end: int) -> bytes:
+    if p.seed is None and not p.is_greedy:
+        raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
+    return _ROW.pack(
+        p.temperature,
+        p.top_p,
+        p.min_p,
+        p.repetition_penalty,
+        p.presence_penalty,
+        p.frequency_penalty,
+        p.top_k or 0,
+        prompt_len,
+        (p.seed or 0) % 2**64,
+        bias_begin,
+        bias_end,
+    )
