@@ -378,7 +378,7 @@ def test_a_closed_pipe_ends_a_stream_quietly(long_target: str) -> None:
 @pytest.fixture
 def bundled(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny target in the place of the bundled one."""
-    monkeypatch.setattr("specrt.load.builtin_path", lambda: Path(target))
+    monkeypatch.setattr("specrt.builtin.target_path", lambda: Path(target))
 
 
 def lines_with(out: str, *words: str) -> Sequence[str]:

@@ -48,9 +48,7 @@ MaxNodes = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="At most so many.", rich_help_panel=_SAMPLING)]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
-Seed = Annotated[
-    int | None, typer.Option(help="Same seed, same text.", rich_help_panel=_SAMPLING)
-]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=_SAMPLING)]
 Jsonl = Annotated[
     bool,
     typer.Option(
@@ -179,7 +177,10 @@ def bench(
     drafter: Drafter = "prompt-lookup",
     prompts: Annotated[
         str | None,
-        typer.Option(help="A file as for generate; default: the demo's.", rich_help_panel=_INPUT),
+        typer.Option(
+            help="A file as for generate; default: problems the bundled model has not seen.",
+            rich_help_panel=_INPUT,
+        ),
     ] = None,
     jsonl: Jsonl = False,
     chat: Annotated[
@@ -188,9 +189,7 @@ def bench(
     num_prompts: Annotated[
         int | None, typer.Option(help="The first so many.", rich_help_panel=_INPUT)
     ] = None,
-    repeats: Annotated[
-        int, typer.Option(help="Timed runs of each.", rich_help_panel=_RUNTIME)
-    ] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.", rich_help_panel=_RUNTIME)] = 3,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object.", rich_help_panel=_INPUT)
     ] = False,
@@ -203,20 +202,19 @@ def bench(
 ) -> None:
     """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
     from specrt.cli import bench as command
-    from specrt.cli.demo_prompts import PROMPTS
     from specrt.cli.loading import load_engine
-    from specrt.cli.prompts import encode, read_prompts
+    from specrt.cli.prompts import bundled_prompts, encode, read_prompts
     from specrt.sampling import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts: expected at least 1, got {num_prompts}")
     if prompts is None:
-        named = [(title, text) for title, text in PROMPTS]
+        named = bundled_prompts(num_prompts or 16)
     else:
-        named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)
+        named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)[:num_prompts]
     engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
-    encoded = encode(engine, named[:num_prompts])
+    encoded = encode(engine, named)
     command.run(engine, drafter, encoded, sampling, repeats=repeats, is_json=json)
 
 

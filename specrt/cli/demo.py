@@ -115,9 +115,7 @@ def _replay(
             time.sleep(_FRAME_SECONDS)
 
 
-def _panels(
-    pieces: Mapping[str, Sequence[Piece]], comparison: Comparison, elapsed: float
-) -> Table:
+def _panels(pieces: Mapping[str, Sequence[Piece]], comparison: Comparison, elapsed: float) -> Table:
     grid = Table.grid(expand=True)
     panels = []
     for name, those in pieces.items():
@@ -151,9 +149,7 @@ def _text(pieces: Sequence[Piece]) -> Text:
 # --- in either case -------------------------------------------------------------------------------
 
 
-def _print_header(
-    console: Console, engine: Engine, drafter: str, sampling: SamplingParams
-) -> None:
+def _print_header(console: Console, engine: Engine, drafter: str, sampling: SamplingParams) -> None:
     import torch
 
     from specrt.cli.info import cpu_model
@@ -167,9 +163,7 @@ def _print_header(
         f"bundled model: {config.num_layers} layers of {config.hidden_size}, "
         f"vocabulary {config.vocab_size}; {cpu_model()}, {torch.get_num_threads()} threads"
     )
-    console.print(
-        "Each is timed alone, warm, median of 3 runs, with nothing drawn meanwhile."
-    )
+    console.print("Each is timed alone, warm, median of 3 runs, with nothing drawn meanwhile.")
     if console.is_terminal:
         console.print(Text.assemble(("green", _ACCEPTED), " tokens: drafted, then accepted"))
 

@@ -17,7 +17,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import specrt
-    from specrt.load import builtin_path
+    from specrt.builtin import target_path
     from specrt.ops.build import build_info
 
     build = build_info()
@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
         "active_instruction_set": build.active_isa,
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
-        "bundled": _bundled(builtin_path().parent),
+        "bundled": _bundled(target_path().parent),
     }
 
 

@@ -39,6 +39,17 @@ def read_prompts(
     return [(name, _as_chat(text.removesuffix("\n").removesuffix("\r"), is_chat))]
 
 
+def bundled_prompts(count: int) -> list[tuple[str, Prompt]]:
+    """Problems the bundled target has not seen.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    from specrt.builtin import heldout_prompts
+
+    return [(f"problem {i}", text) for i, text in enumerate(heldout_prompts(count), start=1)]
+
+
 def encode(engine: Engine, prompts: list[tuple[str, Prompt]]) -> list[Prompt]:
     """The prompts as token ids.
 
