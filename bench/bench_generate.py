@@ -1,9 +1,9 @@
 """End to end: ours, with every drafter, against transformers and llama.cpp.
 
-Same weights, same dtype, same threads, same prompts, in turn. Rates are of decoding alone; a ratio
-is the median over prompts of the ratio of medians over repeats. Rows that name one of our drafters
-must equal our plain decoding token for token; otherwise the run fails. ``differs`` counts positions
-(behind a first difference everything usually differs) and prompts.
+Same weights, same dtype, same threads, same prompts, in turn. Rates are of decoding alone; ``vs X``
+is how many times as fast as X: the median over prompts of the ratio of medians over repeats. Our
+drafters must equal our plain decoding token for token; otherwise the run fails. ``differs`` counts
+positions (behind a first difference everything usually differs), ``prompts`` whole outputs.
 
 ``share_of_streaming`` is how near plain decoding comes to reading its weights and doing nothing
 else: the time of our ``linear`` over the very matrices of a step, by the time of a step.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,9 +39,10 @@ from bench.contenders import (
 from bench.harness import Row, parser, report, start
 from bench.memory import Probe, peak_growth
 from bench.prompts import HELDOUT, load_prompts
+from specrt import builtin
 from specrt.config import ModelConfig, read_json
 from specrt.draft.load import PROMPT_LOOKUP
-from specrt.load import BUILTIN, builtin_path
+from specrt.load import BUILTIN
 from specrt.types import CheckpointError
 from tools.export_checkpoint import export, target_directory
 
@@ -92,7 +94,7 @@ def drafters(names: str, target: str) -> dict[str, str]:
         return {Path(name).name: name for name in names.split(",")}
     found = {PROMPT_LOOKUP: PROMPT_LOOKUP}
     if target == BUILTIN:
-        for file in sorted(builtin_path().parent.glob("*/config.json")):
+        for file in sorted(builtin.target_path().parent.glob("*/config.json")):
             if "drafter" in read_json(file):
                 found[file.parent.name] = str(file.parent)
     return found
@@ -162,8 +164,6 @@ def run(field: Field, requests: Sequence[Request], repeats: int) -> None:
 
 
 def _median_time(fn: Callable[[], None], count: int) -> float:
-    import time
-
     times = []
     for _ in range(count):
         begin = time.perf_counter()
@@ -319,7 +319,7 @@ def _parse() -> argparse.Namespace:
     if args.target != BUILTIN:
         args.target = str(Path(args.target).resolve())
     if args.quick:
-        args.num_prompts, args.repeats, args.max_new_tokens, args.no_memory = 2, 1, 16, True
+        args.num_prompts, args.repeats, args.max_new_tokens, args.no_memory = 1, 1, 8, True
         args.dtype = args.dtype[:1]
     return args
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt import ops
 from specrt.models.rope import rope_table
+from specrt.sampling import SamplingParams, SamplingTable
 
 ROWS = (1, 8, 64)
 PAGE = 64
@@ -158,7 +159,29 @@ def least_work() -> dict[str, Callable[[], object]]:
     ancestors, zero, count = torch.ones(1, 1, 1, dtype=torch.int64), ints(0), ints(1)
     depth, kv, empty = ints(0)[None], cache.kv[0], ints(0)
     table = rope_table(16, 10000.0, PREFIX + 1)
+    tokens, path, length, chosen = (ints(0)[None] for _ in range(4))
+    parents = ints(-1)[None]
+    logits = torch.zeros(1, 1, 1)
+    sampling = SamplingTable.build([SamplingParams()], [1], 1).rows
     return {
+        "gumbel_noise": lambda: ops.gumbel_noise(0, 0, 1),
+        "tree_accept": lambda: ops.tree_accept(
+            tokens,
+            parents,
+            count,
+            None,
+            logits,
+            sampling,
+            None,
+            None,
+            tokens,
+            count,
+            None,
+            path,
+            length[0],
+            chosen,
+            None,
+        ),
         "linear": lambda: ops.linear(x, weight, out=one),
         "rms_norm": lambda: ops.rms_norm(x, vector, 1e-6, out=normed),
         "silu_mul": lambda: ops.silu_mul(pair, out=one),
@@ -192,7 +215,7 @@ def bench_calls(quick: bool) -> list[Row]:
     """What a call costs, for every op; those without an entry above show no figure."""
     calls = least_work()
     seconds = measure_interleaved(calls, min_time=0.01 if quick else 0.2, rounds=5 if quick else 50)
-    names = sorted({*ops.__all__, *calls})
+    names = sorted(name for name in ops.__all__ if callable(getattr(ops, name)) and name.islower())
     return [_row(f"call: {name}", "least work", 1, seconds.get(name), None) for name in names]
 
 

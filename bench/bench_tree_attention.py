@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from harness import Row, measure_interleaved, parser, ratio_to, report
 
+from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt.ops import tree_attention
 
 HEADS = {"bundled": (4, 2, 64), "llama-3-8b": (32, 8, 128)}
@@ -68,16 +68,14 @@ def one_shape(name: str, prefix: int, nodes: int, dtype: torch.dtype) -> Row:
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = start(parser(__doc__))
     torch.manual_seed(0)
     rows = [
         one_shape(name, prefix, nodes, dtype)
         for name in HEADS
         for dtype in (torch.float32, torch.bfloat16)
-        for prefix in (128, 512, 2048)
-        for nodes in (1, 8, 60)
+        for prefix in ((128,) if args.quick else (128, 512, 2048))
+        for nodes in ((8,) if args.quick else (1, 8, 60))
     ]
     report("tree_attention", rows, save=args.save)
 

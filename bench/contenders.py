@@ -166,7 +166,9 @@ class Transformers:
 @lru_cache(maxsize=1)
 def _transformers_model(directory: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), local_files_only=True
     )

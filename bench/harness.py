@@ -163,7 +163,7 @@ def report(
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in rows[0]))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     result = {
         "name": name,
         "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench.contenders import LLAMA_CPP, Contender, LlamaCpp, Ours, Request, Transformers
+from specrt.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,38 @@ def peak_growth(probe: Probe) -> int | None:
 
 
 def _import_all(kind: str) -> None:
-    """What a contender imports late, so that only data counts."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    """What a contender imports late (transformers, 90 MB of it), so that only data counts."""
+    from transformers import AutoModelForCausalLM
 
-    names = [AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast]
+    modules: list[object] = [AutoModelForCausalLM]
     if kind == "transformers":
         from transformers.models.llama import modeling_llama
 
-        names.append(modeling_llama)
-    if kind == LLAMA_CPP:
+        modules.append(modeling_llama)
+    elif kind == LLAMA_CPP:
         import llama_cpp
 
-        names.append(llama_cpp)
+        modules.append(llama_cpp)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            _load_empty_tokenizer(Path(directory))
     # Starts the thread pools.
     torch.randn(512, 512) @ torch.randn(512, 512)
+
+
+def _load_empty_tokenizer(directory: Path) -> None:
+    """Loading any tokenizer imports what loading tokenizers imports."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "config.json": {"model_type": "llama"},
+    }
+    for name, content in settings.items():
+        (directory / name).write_text(json.dumps(content))
+    load_tokenizer(directory)
 
 
 def _status(field: str) -> int:

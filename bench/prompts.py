@@ -12,14 +12,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specrt.load import builtin_path
+from specrt import builtin
 
-HELDOUT = builtin_path().parent / "data" / "gsm8k_heldout.jsonl"
+HELDOUT = builtin.target_path().parent / "data" / "gsm8k_heldout.jsonl"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class PromptSet:
 
 
 def load_prompts(name: str, problems: Path, count: int) -> PromptSet:
-    """The first ``count`` prompts of a set.
+    """``count`` prompts of a set, evenly spaced over its source.
 
     Args:
         name: a set's name, or a JSONL file of ``{"prompt": text}`` or problems.
@@ -42,15 +43,17 @@ def load_prompts(name: str, problems: Path, count: int) -> PromptSet:
         SystemExit: there is no such file.
     """
     if name in _SETS:
-        lines = _read(problems)[:count]
-        return PromptSet([_SETS[name](line) for line in lines], float(name == "unpredictable"))
-    return PromptSet([_prompt(line) for line in _read(Path(name))[:count]])
+        texts = [_SETS[name](line) for line in _read(problems, count)]
+        return PromptSet(texts, float(name == "unpredictable"))
+    return PromptSet([_prompt(line) for line in _read(Path(name), count)])
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path, count: int) -> list[dict[str, Any]]:
     if not file.is_file():
         raise SystemExit(f"no prompts at {file}: name a JSONL file with --problems or --prompts")
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    step = max(1.0, len(lines) / count)
+    return [json.loads(lines[int(i * step)]) for i in range(min(count, len(lines)))]
 
 
 def _question(problem: Mapping[str, Any]) -> str:
@@ -58,7 +61,8 @@ def _question(problem: Mapping[str, Any]) -> str:
 
 
 def _quoted(problem: Mapping[str, Any]) -> str:
-    line = str(problem["answer"]).split("\n", 1)[0]
+    # Without the calculator marks of the data set, which models are trained to leave out.
+    line = re.sub(r"<<.*?>>", "", str(problem["answer"]).split("\n", 1)[0])
     return f"{_question(problem)}{f' {line}' * 4}"
 
 

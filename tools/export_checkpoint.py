@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from specrt import builtin
 from specrt.config import ModelConfig, read_json
-from specrt.load import BUILTIN, builtin_path
+from specrt.load import BUILTIN
 from specrt.models.loader import LayerWeights, Weights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +37,7 @@ _COPIED = (
 
 def target_directory(target: str) -> Path:
     """The directory behind a target's name, ``"builtin"`` included."""
-    return builtin_path() if target == BUILTIN else Path(target)
+    return builtin.target_path() if target == BUILTIN else Path(target)
 
 
 def state_dict(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
