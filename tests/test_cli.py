@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import signal
@@ -191,10 +192,12 @@ def test_a_prompt_file_loses_its_last_newline_only(
     assert result["num_prompt_tokens"] == 5
 
 
-def test_stdin(target: str) -> None:
-    args = command("generate", "--target", target, "--max-new-tokens", "3", "--json")
-    done = subprocess.run(args, input="to be", capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["num_prompt_tokens"] == 5
+def test_stdin(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"to be")))
+    (result,) = generate_json(capsys, "--target", target)
+    assert result["num_prompt_tokens"] == 5
 
 
 def test_stop_and_logit_bias(capsys: pytest.CaptureFixture[str], target: str) -> None:

@@ -52,6 +52,7 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_hel
 Jsonl = Annotated[
     bool,
     typer.Option(
+        "--jsonl",
         help="The input has one object per line, with 'prompt' or 'messages' "
         "(as given for names in .jsonl).",
         rich_help_panel=_INPUT,

@@ -87,8 +87,8 @@ def _print_table(
 ) -> None:
     import torch
 
-    table = Table()
-    table.add_column("")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("", no_wrap=True)
     for column in ("tokens", "equal", "tau", "tokens/s", "speed-up", "by prompt"):
         table.add_column(column, justify="right")
     for summary in summaries.values():
@@ -101,10 +101,10 @@ def _print_table(
             f"{summary.speedup:.2f}x",
             f"{min(summary.speedups):.2f}-{max(summary.speedups):.2f}x",
         )
-    console = Console(highlight=False)
+    console, threads = Console(highlight=False), torch.get_num_threads()
     console.print(table)
     console.print(
         f"{len(comparisons)} prompts one at a time, median of {repeats}, "
-        f"{torch.get_num_threads()} threads; times include the prompt's own pass"
+        f"{threads} thread{'s' if threads > 1 else ''}; times include the prompt's own pass"
     )
     console.print(TAU)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _ACCEPTED = "bold green"
 _PLAIN_SECONDS = 4.0  # what watching the slower contender should take
 _FRAME_SECONDS = 0.05
+_FRAME_WIDTH = 4  # a panel's border and padding
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ def run(engine: Engine, drafter: str, prompt: str | None, sampling: SamplingPara
     for number, (title, text) in enumerate(shown, start=1):
         console.rule(Text(f"{number}. {title}", style="bold"), align="left")
         console.print(Text(text.rpartition("\n\n")[2], style="dim"), soft_wrap=False)
-        comparison = compare(engines, text, sampling)
+        # Drawn once: no refreshing that would take time from what is measured.
+        with Live("measuring …", console=console, auto_refresh=False, transient=True):
+            comparison = compare(engines, text, sampling)
+            pieces = {
+                name: _record(engines[name], text, sampling, measured)
+                for name, measured in comparison.measurements.items()
+            }
         comparisons.append(comparison)
-        pieces = {
-            name: _record(engines[name], text, sampling, measured)
-            for name, measured in comparison.measurements.items()
-        }
         if console.is_terminal:
             _replay(console, pieces, comparison)
         _print_outcome(console, pieces, comparison, drafter)
@@ -108,14 +111,23 @@ def _replay(
         elapsed = 0.0
         while elapsed <= longest:
             elapsed = (time.perf_counter() - started) / slowdown
-            frame = _panels(pieces, comparison, elapsed)
+            frame = _panels(console, pieces, comparison, elapsed)
             note = f"replay of the measured rounds, {slowdown:.0f}x slower"
             frame.caption = note if slowdown > 1 else "replay of the measured rounds"
             live.update(frame, refresh=True)
             time.sleep(_FRAME_SECONDS)
 
 
-def _panels(pieces: Mapping[str, Sequence[Piece]], comparison: Comparison, elapsed: float) -> Table:
+def _panels(
+    console: Console,
+    pieces: Mapping[str, Sequence[Piece]],
+    comparison: Comparison,
+    elapsed: float,
+) -> Table:
+    width = console.width // len(pieces) - _FRAME_WIDTH
+    # As high as it will get, so that nothing below moves; but never higher than the screen.
+    longest = max(len(_text(those).wrap(console, width)) for those in pieces.values())
+    height = max(1, min(longest, console.height - 5))
     grid = Table.grid(expand=True)
     panels = []
     for name, those in pieces.items():
@@ -127,7 +139,8 @@ def _panels(pieces: Mapping[str, Sequence[Piece]], comparison: Comparison, elaps
         count = measured.num_tokens if is_done else len(known)
         panels.append(
             Panel(
-                _text(known),
+                _tail(_text(known), console, width, height),
+                height=height + 2,
                 title=f"{name} {'✓' if is_done else ''}".strip(),
                 subtitle=f"{count} tokens in {1e3 * seconds:.0f} ms",
                 border_style="green" if is_done else "dim",
@@ -137,6 +150,11 @@ def _panels(pieces: Mapping[str, Sequence[Piece]], comparison: Comparison, elaps
         )
     grid.add_row(*panels)
     return grid
+
+
+def _tail(text: Text, console: Console, width: int, height: int) -> Text:
+    """The last lines, where there are more than fit."""
+    return Text("\n").join(text.wrap(console, width)[-height:])
 
 
 def _text(pieces: Sequence[Piece]) -> Text:
@@ -154,16 +172,20 @@ def _print_header(console: Console, engine: Engine, drafter: str, sampling: Samp
 
     from specrt.cli.info import cpu_model
 
-    config = engine.target.config
+    config, threads = engine.target.config, torch.get_num_threads()
     how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     if sampling.temperature > 0:
         how += f", seed {sampling.seed}"
     console.print(Text(f"specrt demo: plain decoding against {drafter}, {how}", style="bold"))
     console.print(
         f"bundled model: {config.num_layers} layers of {config.hidden_size}, "
-        f"vocabulary {config.vocab_size}; {cpu_model()}, {torch.get_num_threads()} threads"
+        f"vocabulary {config.vocab_size}; {cpu_model()}, "
+        f"{threads} thread{'s' if threads > 1 else ''}"
     )
-    console.print("Each is timed alone, warm, median of 3 runs, with nothing drawn meanwhile.")
+    console.print(
+        "Each is timed alone and warm, with nothing drawn meanwhile: median of 3 runs, the "
+        "prompt's own pass included."
+    )
     if console.is_terminal:
         console.print(Text.assemble(("green", _ACCEPTED), " tokens: drafted, then accepted"))
 
