@@ -83,9 +83,7 @@ class SamplingParams:
             self.temperature == 0.0 or 1e-5 <= self.temperature < math.inf
         ):
             raise _fail("temperature", "0 (greedy) or a finite number >= 1e-5", self.temperature)
-        if not _is_number(self.repetition_penalty) or not (
-            1e-5 <= self.repetition_penalty < 1e5
-        ):
+        if not _is_number(self.repetition_penalty) or not (1e-5 <= self.repetition_penalty < 1e5):
             raise _fail("repetition_penalty", "a number in [1e-5, 1e5)", self.repetition_penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
