@@ -18,6 +18,8 @@ MODES = {
     "temperature": SamplingParams(temperature=0.8, seed=1),
     "top_p": SamplingParams(temperature=0.8, seed=1, top_p=0.9),
 }
+HISTORY = torch.zeros(1, 1, dtype=torch.int32)
+HISTORY_LEN = torch.ones(1, dtype=torch.int32)
 
 
 def binary_tree(nodes: int, logits: torch.Tensor) -> DraftTree:
@@ -51,13 +53,25 @@ def torch_accept(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) 
             return out
 
 
+def compare(
+    tree: DraftTree, logits: torch.Tensor, params: SamplingParams, table: SamplingTable
+) -> dict[str, float]:
+    return measure_interleaved(
+        {
+            "specrt": lambda: accept(tree, logits, table, HISTORY, HISTORY_LEN),
+            "torch": lambda: torch_accept(tree, logits, params),
+        },
+        warmup=1,
+        min_time=0.03,
+        rounds=3,
+    )
+
+
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     rows = []
-    history = torch.zeros(1, 1, dtype=torch.int32)
-    history_len = torch.ones(1, dtype=torch.int32)
     for vocab in (4096, 32000, 128256):
         for nodes in (1, 8, 60):
             generator = torch.Generator().manual_seed(vocab + nodes)
@@ -65,15 +79,8 @@ def main() -> None:
             tree = binary_tree(nodes, logits)
             for mode, params in MODES.items():
                 table = SamplingTable.build([params], [1], vocab)
-                result = accept(tree, logits, table, history, history_len)
-                times = measure_interleaved(
-                    {
-                        "specrt": lambda: accept(tree, logits, table, history, history_len),
-                        "torch": lambda: torch_accept(tree, logits, params),
-                    },
-                    min_time=0.05,
-                    rounds=5,
-                )
+                result = accept(tree, logits, table, HISTORY, HISTORY_LEN)
+                times = compare(tree, logits, params, table)
                 rows.append(
                     {
                         "vocab": vocab,

@@ -59,7 +59,7 @@ def processed(logits, params, history, prompt_len) -> torch.Tensor:
     return out[0]
 
 
-# --- randomness -----------------------------------------------------------------------------------
+# --- randomness ------------------------------
 @pytest.mark.parametrize(
     "counter, key, want",
     [
@@ -101,7 +101,7 @@ def test_noise_depends_on_every_key_and_has_gumbel_moments() -> None:
     assert torch.equal(gumbel_noise(-1, 0, 8), gumbel_noise(2**64 - 1, 0, 8))
 
 
-# --- processing against transformers ----------------------------------------------------------------
+# --- processing against transformers ------------------------------
 def by_transformers(logits, p: SamplingParams, history, prompt_len) -> torch.Tensor:
     ids, scores = torch.tensor([history]), logits[None].clone()
     if p.logit_bias:
@@ -182,7 +182,7 @@ def test_top_k_keeps_ties_and_top_p_breaks_them_by_id() -> None:
     assert kept[:249].all() and not kept[251:].any()
 
 
-# --- the law, by frequency -----------------------------------------------------------------------------
+# --- the law, by frequency ------------------------------
 DRAWS = 20_000
 
 
@@ -259,7 +259,7 @@ def test_a_tree_without_nodes_draws_the_seeded_token_despite_draft_probs() -> No
     assert torch.equal(draw_many({}, [0], [-1], q).tokens, draw_many({}, [0], [-1]).tokens)
 
 
-# --- the same text with any tree ------------------------------------------------------------------------
+# --- the same text with any tree ------------------------------
 VOCAB = 70
 
 
@@ -318,7 +318,7 @@ def test_text_depends_on_the_seed_alone(nodes: int, is_useful: bool) -> None:
         assert texts[b] == alone[0]
 
 
-# --- traps ------------------------------------------------------------------------------------------------
+# --- traps ------------------------------
 def test_greedy_takes_the_lowest_id_on_ties_anywhere_in_the_row() -> None:
     for vocab in (1, 5, 63, 64, 65, 200, 4099):
         for first in {0, vocab // 2, vocab - 1}:

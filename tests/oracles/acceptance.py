@@ -1,6 +1,6 @@
 """Acceptance rules in exact arithmetic: every outcome of a draft tree, with its probability.
 
-A law is a tuple of Fractions over the vocabulary; a target maps a prefix (tuple of tokens) to a law.
+A law is a tuple of Fractions over the vocabulary; a target maps a prefix (tuple of tokens) to one.
 Texts are compared over a fixed length: what a round leaves open, plain decoding completes.
 """
 
