@@ -59,7 +59,7 @@ def processed(logits, params, history, prompt_len) -> torch.Tensor:
     return out[0]
 
 
-# --- randomness -----------------------------------------------------------------------------------
+# --- randomness ------------------------------
 @pytest.mark.parametrize(
     "counter, key, want",
     [
@@ -90,14 +90,18 @@ def test_noise_depends_on_every_key_and_has_gumbel_moments() -> None:
     base = gumbel_noise(1, 2, 200_000)
     assert base.mean().item() == pytest.approx(0.57722, abs=0.015)
     assert base.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
-    others = [gumbel_noise(2, 2, 200_000), gumbel_noise(1, 3, 200_000), gumbel_noise(1 + 2**32, 2, 200_000)]
+    others = [
+        gumbel_noise(2, 2, 200_000),
+        gumbel_noise(1, 3, 200_000),
+        gumbel_noise(1 + 2**32, 2, 200_000),
+    ]
     others += [gumbel_noise(1, 2, 200_000, purpose) for purpose in list(Purpose)[1:]]
     for other in others:
         assert abs(torch.corrcoef(torch.stack([base, other]))[0, 1].item()) < 0.015
     assert torch.equal(gumbel_noise(-1, 0, 8), gumbel_noise(2**64 - 1, 0, 8))
 
 
-# --- processing against transformers ----------------------------------------------------------------
+# --- processing against transformers ------------------------------
 def by_transformers(logits, p: SamplingParams, history, prompt_len) -> torch.Tensor:
     ids, scores = torch.tensor([history]), logits[None].clone()
     if p.logit_bias:
@@ -105,7 +109,9 @@ def by_transformers(logits, p: SamplingParams, history, prompt_len) -> torch.Ten
         scores = hf.SequenceBiasLogitsProcessor(bias)(ids, scores)
     if p.repetition_penalty != 1.0:
         scores = hf.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(ids, scores)
-    counts = torch.bincount(torch.tensor(history[prompt_len:], dtype=torch.int64), minlength=len(logits))
+    counts = torch.bincount(
+        torch.tensor(history[prompt_len:], dtype=torch.int64), minlength=len(logits)
+    )
     scores = scores - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
     if p.is_greedy:
         return scores[0]
@@ -124,7 +130,12 @@ EDITS = [
     {"logit_bias": {3: 2.5, 7: -INF}},
     {"repetition_penalty": 1.3},
     {"presence_penalty": 0.5, "frequency_penalty": -0.25},
-    {"logit_bias": {3: 2.5}, "repetition_penalty": 0.8, "presence_penalty": 0.7, "frequency_penalty": 0.2},
+    {
+        "logit_bias": {3: 2.5},
+        "repetition_penalty": 0.8,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.2,
+    },
 ]
 FILTERS = [
     {},
@@ -149,7 +160,10 @@ def test_processing_equals_transformers(edits, filters, vocab) -> None:
     for _ in range(4):
         logits = torch.randn(vocab, generator=generator) * 3
         history = torch.randint(0, vocab, (30,), generator=generator).tolist()
-        got, want = processed(logits, params, history, 12), by_transformers(logits, params, history, 12)
+        got, want = (
+            processed(logits, params, history, 12),
+            by_transformers(logits, params, history, 12),
+        )
         assert torch.equal(got == -INF, want == -INF)
         torch.testing.assert_close(got, want, rtol=3e-7, atol=1e-6)
 
@@ -158,14 +172,17 @@ def test_top_k_keeps_ties_and_top_p_breaks_them_by_id() -> None:
     logits = torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0, -1.0])
     kept = processed(logits, SamplingParams(temperature=1.0, seed=0, top_k=2), [0], 1) > -INF
     assert kept.tolist() == [False, True, True, False, True, False]
-    kept = processed(logits, SamplingParams(temperature=1.0, seed=0, top_k=2, top_p=0.5), [0], 1) > -INF
+    kept = (
+        processed(logits, SamplingParams(temperature=1.0, seed=0, top_k=2, top_p=0.5), [0], 1)
+        > -INF
+    )
     assert kept.tolist() == [False, True, True, False, False, False]
     flat = torch.zeros(1000)
     kept = processed(flat, SamplingParams(temperature=1.0, seed=0, top_p=0.25), [0], 1) > -INF
     assert kept[:249].all() and not kept[251:].any()
 
 
-# --- the law, by frequency -----------------------------------------------------------------------------
+# --- the law, by frequency ------------------------------
 DRAWS = 20_000
 
 
@@ -193,7 +210,9 @@ LAWS = [
 
 
 def exact_law(filters: dict) -> rules.Law:
-    return rules.filtered(LAW, **{k: v if k == "top_k" else Fraction(str(v)) for k, v in filters.items()})
+    return rules.filtered(
+        LAW, **{k: v if k == "top_k" else Fraction(str(v)) for k, v in filters.items()}
+    )
 
 
 def draw_many(filters, tokens, parents, draft_probs=None, temperature=1.0) -> AcceptResult:
@@ -202,7 +221,9 @@ def draw_many(filters, tokens, parents, draft_probs=None, temperature=1.0) -> Ac
     logits = torch.tensor([math.log(mass) for mass in LAW]) * temperature
     tree = make_tree([[0] * nodes] * DRAWS, [parents] * DRAWS, draft_probs=draft_probs)
     tree.draft_tokens.copy_(torch.as_tensor(tokens))
-    params = [SamplingParams(temperature=temperature, seed=seed, **filters) for seed in range(DRAWS)]
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, **filters) for seed in range(DRAWS)
+    ]
     return run(tree, logits.expand(DRAWS, nodes, -1), params)
 
 
@@ -238,7 +259,7 @@ def test_a_tree_without_nodes_draws_the_seeded_token_despite_draft_probs() -> No
     assert torch.equal(draw_many({}, [0], [-1], q).tokens, draw_many({}, [0], [-1]).tokens)
 
 
-# --- the same text with any tree ------------------------------------------------------------------------
+# --- the same text with any tree ------------------------------
 VOCAB = 70
 
 
@@ -297,7 +318,7 @@ def test_text_depends_on_the_seed_alone(nodes: int, is_useful: bool) -> None:
         assert texts[b] == alone[0]
 
 
-# --- traps ------------------------------------------------------------------------------------------------
+# --- traps ------------------------------
 def test_greedy_takes_the_lowest_id_on_ties_anywhere_in_the_row() -> None:
     for vocab in (1, 5, 63, 64, 65, 200, 4099):
         for first in {0, vocab // 2, vocab - 1}:
@@ -366,7 +387,9 @@ def test_unequal_paths_duplicates_and_padding_in_one_batch() -> None:
     logits = torch.zeros(3, 4, 8)
     for node, token in enumerate([1, 2, 3, 4]):
         logits[:, node, token] = 5.0
-    tree = make_tree([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 1, 2]], [[-1, 0, 1, 2]] * 2 + [[-1, 0, 0, 1]], [4, 2, 4])
+    tree = make_tree(
+        [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 1, 2]], [[-1, 0, 1, 2]] * 2 + [[-1, 0, 0, 1]], [4, 2, 4]
+    )
     result = run(tree, logits, SamplingParams(), want_logprobs=True)
     assert result.accept_length.tolist() == [3, 1, 2]
     assert result.path.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1], [0, 1, 3, -1]]
@@ -403,7 +426,9 @@ def mixed_batch(batch: int = 6, nodes: int = 5, vocab: int = 3001):
 def test_instruction_sets_and_threads_give_the_same_bits(uses_draft_probs: bool) -> None:
     tree, logits, params = mixed_batch()
     if not uses_draft_probs:
-        tree = DraftTree(tree.draft_tokens, tree.parents, tree.depth, tree.ancestors, tree.num_nodes)
+        tree = DraftTree(
+            tree.draft_tokens, tree.parents, tree.depth, tree.ancestors, tree.num_nodes
+        )
     active, threads = _C.active_isa(), torch.get_num_threads()
     want = run(tree, logits, params, want_logprobs=True)
     try:
@@ -423,7 +448,9 @@ def test_instruction_sets_and_threads_give_the_same_bits(uses_draft_probs: bool)
 def test_pruning_does_not_change_the_draw(scale: float) -> None:
     for seed in range(50):
         row = torch.randn(5003, generator=torch.Generator().manual_seed(seed)) * scale
-        got = run(make_tree([[0]], [[-1]]), row.view(1, 1, -1), SamplingParams(temperature=1.0, seed=seed))
+        got = run(
+            make_tree([[0]], [[-1]]), row.view(1, 1, -1), SamplingParams(temperature=1.0, seed=seed)
+        )
         assert got.tokens.item() == (row + gumbel_noise(seed, 1, 5003)).argmax().item()
 
 

@@ -1,6 +1,6 @@
 """Acceptance rules in exact arithmetic: every outcome of a draft tree, with its probability.
 
-A law is a tuple of Fractions over the vocabulary; a target maps a prefix (tuple of tokens) to a law.
+A law is a tuple of Fractions over the vocabulary; a target maps a prefix (tuple of tokens) to one.
 Texts are compared over a fixed length: what a round leaves open, plain decoding completes.
 """
 
@@ -22,7 +22,9 @@ def normalize(weights: Sequence[Fraction]) -> Law:
     return tuple(w / total for w in weights)
 
 
-def filtered(law: Law, top_k: int = 0, top_p: Fraction = Fraction(1), min_p: Fraction = Fraction(0)):
+def filtered(
+    law: Law, top_k: int = 0, top_p: Fraction = Fraction(1), min_p: Fraction = Fraction(0)
+):
     """Top-k with ties kept, top-p over what is left (larger first, then lower id), min-p."""
     kept = set(range(len(law)))
     if 0 < top_k < len(law):

@@ -80,5 +80,7 @@ def test_planted_wrong_rules_fail() -> None:
     # Deterministic top-k children treated as if drawn from q (kernels.md, section 3).
     p = (F(1, 5), F(1, 2), F(3, 10))
     q = (F(3, 5), F(3, 10), F(1, 10))
-    biased = rules.one_round(lambda _: p, rules.rejection_without_update, {(): [0, 1]}, lambda _: q, 1)
+    biased = rules.one_round(
+        lambda _: p, rules.rejection_without_update, {(): [0, 1]}, lambda _: q, 1
+    )
     assert biased != rules.plain(lambda _: p, 1)
