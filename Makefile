@@ -46,8 +46,10 @@ format: $(READY)  ## let ruff and clang-format rewrite the sources
 
 bench: ext  ## every benchmark; results land in bench/results/local
 	@$(PIP) gguf psutil
-	mkdir -p bench/results/local
-	set -e; for script in bench/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+	set -e; for script in bench/bench_*.py; do \
+	    echo "== $$script"; \
+	    $(PY) -m bench.$$(basename $$script .py) --save bench/results/local; \
+	done
 
 ext: $(READY)  ## build the extension in place; compiles only what changed
 	@mkdir -p build

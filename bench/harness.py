@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -82,49 +83,99 @@ def ratio_to(baseline: float, seconds: float) -> float:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Arguments every benchmark has: ``--threads`` and ``--save``."""
+    """Arguments every benchmark has; :func:`start` parses and applies them."""
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's")
-    arguments.add_argument("--save", action="store_true", help="write bench/results/<name>.json")
+    arguments.add_argument("--isa", choices=["avx2"], help="hold ours and torch to AVX2")
+    arguments.add_argument("--quick", action="store_true", help="a smoke run of few seconds")
+    arguments.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="DIR",
+        help="write <name>.json there; default: bench/results",
+    )
     return arguments
 
 
+def start(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line and apply ``--isa`` (by starting over) and ``--threads``."""
+    args = arguments.parse_args()
+    if args.isa:
+        _restart_with_isa(args.isa)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def _restart_with_isa(isa: str) -> None:
+    """Start this command over in an environment that limits us, ATen and oneDNN alike.
+
+    All three read it once, when they are loaded, so it must be there before the process is.
+    """
+    limits = {
+        "SPECRT_ISA": isa,
+        "ATEN_CPU_CAPABILITY": isa,
+        "ONEDNN_MAX_CPU_ISA": isa.upper(),
+    }
+    if any(os.environ.get(name) != value for name, value in limits.items()):
+        os.environ.update(limits)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def environment() -> dict[str, Any]:
-    """What the figures depend on: CPU, threads, versions, commit and date."""
+    """What the figures depend on: CPU and the parts of it used, versions, commit and date."""
+    from specrt import _C
+
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": [flag for flag in _cpu_field("flags").split() if _is_telling(flag)],
+        "l3_cache": _l3_size(),
+        "isa": _C.active_isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "git_commit": _git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def report(name: str, rows: Sequence[Row], *, save: bool = False) -> None:
+def report(
+    name: str,
+    rows: Sequence[Row],
+    *,
+    save: Path | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> None:
     """Print the rows as a table, then as the last line one JSON object; save it on request.
 
     Args:
-        name: the benchmark's name; ``bench/results/<name>.json`` with ``save``.
+        name: the benchmark's name.
         rows: one dict a line; the keys of the first are the columns. Not empty.
-        save: also write the JSON.
+        save: a folder for ``<name>.json``, the ``--save`` of :func:`parser`.
+        summary: figures beside the rows.
     """
     table = Table(title=name)
     for column in rows[0]:
-        is_number = isinstance(rows[0][column], (int, float))
+        is_number = any(isinstance(row.get(column), (int, float)) for row in rows)
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in rows[0]))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     result = {
         "name": name,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "environment": environment(),
+        "summary": dict(summary or {}),
         "rows": list(rows),
     }
+    for key, value in result["summary"].items():
+        print(f"{key}: {_shown(value)}")
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        save.mkdir(parents=True, exist_ok=True)
+        (save / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 
@@ -132,14 +183,30 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _cpu_model() -> str:
+def _is_telling(flag: str) -> bool:
+    """Whether a CPU flag says which matrix kernels can run."""
+    return flag in ("avx2", "fma", "f16c", "asimd", "sve") or flag.startswith(
+        ("avx512", "avx_vnni", "amx", "bf16")
+    )
+
+
+def _cpu_field(name: str) -> str:
+    """A line of Linux's /proc/cpuinfo; empty elsewhere."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.split(":", 1)[0].strip() == name:
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def _l3_size() -> str | None:
+    """Weights that fit in it are not streamed from memory."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return None
 
 
 def _git_commit() -> str | None:

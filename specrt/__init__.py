@@ -1,9 +1,15 @@
 """specrt: speculative decoding that changes nothing but the speed."""
 
-from specrt.engine import Engine, GenerationResult, StreamChunk
-from specrt.load import generate, load
-from specrt.sampling import SamplingParams
-from specrt.types import CheckpointError
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specrt.engine import Engine, GenerationResult, StreamChunk
+    from specrt.load import generate, load
+    from specrt.sampling import SamplingParams
+    from specrt.types import CheckpointError
 
 __version__ = "0.1.0"
 
@@ -17,3 +23,29 @@ __all__ = [
     "generate",
     "load",
 ]
+
+_HOMES = {
+    "CheckpointError": "specrt.types",
+    "Engine": "specrt.engine",
+    "GenerationResult": "specrt.engine",
+    "SamplingParams": "specrt.sampling",
+    "StreamChunk": "specrt.engine",
+    "generate": "specrt.load",
+    "load": "specrt.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a public name needs when it is first used.
+
+    Importing torch takes seconds; ``specrt --help`` and asking for the version must not.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specrt' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ import torch
 from specrt.ops.tree_accept import workspace_size
 
 # csrc/tree_accept/tree_accept.h, SamplingRow.
-_ROW = struct.Struct("=6f2iQ2q")
+_ROW = struct.Struct("=d5f3iQ2q")
 _ROW_WORDS = _ROW.size // 8
 
 
@@ -161,7 +161,7 @@ class SamplingTable:
     """The sampling parameters of a batch as the kernel reads them; build once per composition."""
 
     rows: torch.Tensor
-    """``[B, 7]`` int64: the kernel's SamplingRow structs."""
+    """``[B, 8]`` int64: the kernel's SamplingRow structs."""
     bias_ids: torch.Tensor | None
     """``[K]`` int32: every sequence's logit_bias ids, packed; rows hold the bounds."""
     bias_values: torch.Tensor | None
@@ -218,14 +218,15 @@ def _pack(p: SamplingParams, prompt_len: int, bias_begin: int, bias_end: int) ->
     if p.seed is None and not p.is_greedy:
         raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
     return _ROW.pack(
-        p.temperature,
         p.top_p,
+        p.temperature,
         p.min_p,
         p.repetition_penalty,
         p.presence_penalty,
         p.frequency_penalty,
         p.top_k or 0,
         prompt_len,
+        0,
         (p.seed or 0) % 2**64,
         bias_begin,
         bias_end,

@@ -10,19 +10,16 @@ Purpose purpose_of(uint32_t purpose) {
     return static_cast<Purpose>(purpose);
 }
 
-void bind_accept(py::handle draft_tokens, py::handle parents, py::handle num_nodes,
-                 py::handle draft_probs, py::handle logits, py::handle sampling,
-                 py::handle bias_ids, py::handle bias_values, py::handle history,
-                 py::handle history_len, py::handle workspace, py::handle path,
-                 py::handle accept_length, py::handle tokens, py::handle logprobs) {
-    submit_released(tree_accept(
-        {view_of(draft_tokens, "draft_tokens"), view_of(parents, "parents"),
-         view_of(num_nodes, "num_nodes"), view_of(draft_probs, "draft_probs", true),
-         view_of(logits, "logits"), view_of(sampling, "sampling"),
-         view_of(bias_ids, "bias_ids", true), view_of(bias_values, "bias_values", true),
-         view_of(history, "history"), view_of(history_len, "history_len"), view_of(path, "path"),
-         view_of(accept_length, "accept_length"), view_of(tokens, "tokens"),
-         view_of(logprobs, "logprobs", true), view_of(workspace, "workspace", true)}));
+TreeAcceptArgs args_of(const py::args& t) {
+    SPECRT_CHECK(t.size() == 15, "tree_accept: expected 15 arguments, got ", t.size());
+    return {view_of(t[0], "draft_tokens"),    view_of(t[1], "parents"),
+            view_of(t[2], "num_nodes"),       view_of(t[3], "draft_probs", true),
+            view_of(t[4], "logits"),          view_of(t[5], "sampling"),
+            view_of(t[6], "bias_ids", true),  view_of(t[7], "bias_values", true),
+            view_of(t[8], "history"),         view_of(t[9], "history_len"),
+            view_of(t[11], "path"),           view_of(t[12], "accept_length"),
+            view_of(t[13], "tokens"),         view_of(t[14], "logprobs", true),
+            view_of(t[10], "workspace", true)};
 }
 
 // noise: [n] float32, filled for indices 0..n-1.
@@ -44,7 +41,10 @@ py::tuple bind_philox4x32(py::tuple counter, py::tuple key) {
 }  // namespace
 
 void register_tree_accept(py::module_& m) {
-    m.def("tree_accept", &bind_accept);
+    m.def("tree_accept", [](const py::args& t) { submit_released(tree_accept(args_of(t))); });
+    m.def("processed_logits", [](py::handle out, const py::args& t) {
+        submit_released(processed_logits(args_of(t), view_of(out, "out")));
+    });
     m.def("tree_accept_workspace", &tree_accept_workspace);
     m.def("gumbel_noise", &bind_gumbel);
     m.def("philox", [](uint64_t seed, uint64_t position, uint32_t purpose, uint32_t index) {

@@ -1,5 +1,7 @@
 #include "tree_accept/tree_accept.h"
 
+#include <cstring>
+
 namespace specrt {
 namespace {
 
@@ -17,7 +19,7 @@ void check_shapes(const TreeAcceptArgs& a) {
     for (const TensorView* t : {&a.draft_tokens, &a.parents})
         expect(*t, DType::kInt32, "[B, N]", batch, nodes);
     expect(a.num_nodes, DType::kInt32, "[B]", batch);
-    expect(a.sampling, DType::kInt64, "[B, 7]", batch, 7);
+    expect(a.sampling, DType::kInt64, "[B, 8]", batch, 8);
     expect(a.history, DType::kInt32, "[B, T]", batch, -1);
     expect(a.history_len, DType::kInt32, "[B]", batch);
     expect(a.path, DType::kInt32, "[B, N]", batch, nodes);
@@ -83,6 +85,17 @@ Launch tree_accept(const TreeAcceptArgs& a) {
     int64_t parts = batch < 1 + batch * vocab / 16384 ? batch : 1 + batch * vocab / 16384;
     if (a.workspace && parts > a.workspace.shape[0]) parts = a.workspace.shape[0];
     return make_launch(tree_accept_part_for(active_isa()), p, parts);
+}
+
+Launch processed_logits(const TreeAcceptArgs& a, const TensorView& out) {
+    Launch launch = tree_accept(a);
+    SPECRT_CHECK(a.workspace, "workspace: needed");
+    expect(out, DType::kFloat32, "[B, V]", a.logits.shape[0], a.logits.shape[2]);
+    expect_contiguous(out);
+    TreeAcceptParams p;
+    std::memcpy(&p, launch.params, sizeof p);
+    p.logprobs = out.as<float>();
+    return make_launch(processed_logits_part_for(active_isa()), p, launch.max_parts);
 }
 
 }  // namespace specrt

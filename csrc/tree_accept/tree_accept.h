@@ -14,12 +14,13 @@ namespace specrt {
 
 // One sequence's sampling parameters; specrt/sampling.py packs them (_ROW). top_k 0 is off.
 struct SamplingRow {
-    float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
-    int32_t top_k, prompt_len;
+    double top_p;  // as given: float32's rounding of 0.999 moves the edge of the kept set
+    float temperature, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    int32_t top_k, prompt_len, unused;
     uint64_t seed;
     int64_t bias_begin, bias_end;  // into bias_ids, bias_values
 };
-static_assert(sizeof(SamplingRow) == 56);
+static_assert(sizeof(SamplingRow) == 64);
 
 struct TreeAcceptParams {
     const int32_t* draft_tokens;  // [B, N]
@@ -47,11 +48,14 @@ constexpr int64_t tree_accept_workspace(int64_t vocab) {
 }
 
 SPECRT_DECLARE_CPU(tree_accept_part)
+// For tests: logprobs is [B, V] and gets the root's processed logits, -inf where filtered out.
+SPECRT_DECLARE_CPU(processed_logits_part)
 
 struct TreeAcceptArgs {
     TensorView draft_tokens, parents, num_nodes, draft_probs, logits, sampling, bias_ids,
         bias_values, history, history_len, path, accept_length, tokens, logprobs, workspace;
 };
 Launch tree_accept(const TreeAcceptArgs& args);
+Launch processed_logits(const TreeAcceptArgs& args, const TensorView& out);
 
 }  // namespace specrt

@@ -238,19 +238,19 @@ Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double mass) {
     return {c.values[lo], c.ids[lo]};
 }
 
-Filter apply_top_p(const float* row, int64_t vocab, float top, float top_p, Filter filter,
+Filter apply_top_p(const float* row, int64_t vocab, float top, double top_p, Filter filter,
                    const Workspace& w) {
     const double sum = fill_weights(row, vocab, top, filter, w.weights);
     // Tokens lighter than this weigh at most 1 - top_p together: none of them is kept.
-    const float light = static_cast<float>((1.0 - static_cast<double>(top_p)) * sum /
-                                           static_cast<double>(vocab) * 0.999);
+    const float light =
+        static_cast<float>((1.0 - top_p) * sum / static_cast<double>(vocab) * 0.999);
     int64_t n = 0;
     for (int64_t v = 0; v < vocab; ++v) {
         if (!(w.weights[v] > light)) continue;
         w.values[n] = row[v];
         w.ids[n++] = static_cast<int32_t>(v);
     }
-    return nucleus_cut({w.values, w.ids}, n, w.weights, static_cast<double>(top_p) * sum);
+    return nucleus_cut({w.values, w.ids}, n, w.weights, top_p * sum);
 }
 
 Filter make_filter(const float* row, int64_t vocab, float top, const SamplingRow& s,
@@ -258,7 +258,7 @@ Filter make_filter(const float* row, int64_t vocab, float top, const SamplingRow
     Filter filter;
     if (s.top_k > 0 && s.top_k < vocab)
         filter.cut = kth_largest(row, w.block_max, vocab, s.top_k, w.values);
-    if (s.top_p < 1.0f) filter = apply_top_p(row, vocab, top, s.top_p, filter, w);
+    if (s.top_p < 1.0) filter = apply_top_p(row, vocab, top, s.top_p, filter, w);
     if (s.min_p > 0.0f) {
         const float cut = top + log_of(s.min_p < 1.2e-38f ? 1.2e-38f : s.min_p);
         if (cut > filter.cut) filter = {cut, INT32_MAX};
@@ -503,6 +503,14 @@ struct Walk {
         }
     }
 
+    void write_processed(float* out) {
+        RowMax top;
+        const float* row = process(0, &top);
+        Filter filter;
+        if (!is_greedy) filter = make_filter(row, p.vocab, top.value, s, w);
+        for (int64_t v = 0; v < p.vocab; ++v) out[v] = filter.keeps(row[v], v) ? row[v] : -kInf;
+    }
+
     void give_up(int32_t* path, int32_t* tokens, float* logprobs) {
         for (int64_t i = 0; i < p.path_size; ++i) {
             path[i] = tokens[i] = -1;
@@ -519,6 +527,13 @@ void tree_accept_part(const void* params, int part, int num_parts) {
     float* scratch = p.workspace ? p.workspace + part * tree_accept_workspace(p.vocab) : nullptr;
     for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
         Walk(p, b, scratch).run();
+}
+
+void processed_logits_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const TreeAcceptParams*>(params);
+    float* scratch = p.workspace + part * tree_accept_workspace(p.vocab);
+    for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
+        Walk(p, b, scratch).write_processed(p.logprobs + b * p.vocab);
 }
 
 }  // namespace specrt::SPECRT_ISA

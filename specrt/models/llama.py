@@ -49,8 +49,8 @@ class _StepKey:
     taps: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _StepInputs:
+@dataclass(eq=False)
+class _Step:
     """Static copies of what a step reads, at addresses a recorded graph may keep."""
 
     tokens: torch.Tensor
@@ -60,9 +60,13 @@ class _StepInputs:
     first_node: torch.Tensor
     kv_len: torch.Tensor
     block_table: torch.Tensor
+    output: VerifyOutput
+    sources: dict[str, torch.Tensor | None]
+    """What was copied last: shapes of chains and page tables are shared objects that are never
+    written, so most copies of plain decoding need not be made again."""
 
     @classmethod
-    def make(cls, key: _StepKey) -> _StepInputs:
+    def make(cls, key: _StepKey, output: VerifyOutput) -> _Step:
         def ints(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32)
 
@@ -75,7 +79,35 @@ class _StepInputs:
             first_node=ints(key.batch),
             kv_len=ints(key.batch),
             block_table=ints(key.batch, key.table_width),
+            output=output,
+            sources={},
         )
+
+    def stage(self, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None) -> None:
+        """Copy a round's tree and cache tables in."""
+        self.tokens.copy_(tree.draft_tokens)
+        self.kv_len.copy_(batch.kv_len)
+        sources = self.sources
+        if sources.get("depth") is not tree.depth:
+            self.depth.copy_(tree.depth)
+        if sources.get("ancestors") is not tree.ancestors:
+            self.ancestors[..., : tree.ancestors.shape[-1]].copy_(tree.ancestors)
+        if sources.get("num_nodes") is not tree.num_nodes:
+            self.num_nodes.copy_(tree.num_nodes)
+        if sources.get("block_table") is not batch.block_table:
+            self.block_table.copy_(batch.block_table)
+        if first_node is not None:
+            self.first_node.copy_(first_node)
+        elif sources.get("first_node") is not None:
+            self.first_node.zero_()
+        # Kept alive here, so that another tensor cannot take the same identity.
+        self.sources = {
+            "depth": tree.depth,
+            "ancestors": tree.ancestors,
+            "num_nodes": tree.num_nodes,
+            "block_table": batch.block_table,
+            "first_node": first_node,
+        }
 
 
 @dataclass(frozen=True)
@@ -138,7 +170,7 @@ class LlamaModel:
             config.rope_scaling,
         )
         self._workspace = _Workspace.make(config, 0, 0)
-        self._inputs: dict[_StepKey, _StepInputs] = {}
+        self._steps: dict[_StepKey, _Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
 
     def new_cache(self, page_size: int = 64) -> KVCache:
@@ -175,12 +207,14 @@ class LlamaModel:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
         key = _StepKey(size, num_nodes, batch.block_table.shape[1], has_logits, taps)
         self._ensure_buffers(key)
-        inputs = self._stage(key, tree, batch, first_node)
-        rows = size * num_nodes
-        self._embed(inputs.tokens, self._workspace.hidden[:rows])
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = _Step.make(key, self._output(key))
+        step.stage(tree, batch, first_node)
+        self._embed(step.tokens, self._workspace.hidden[: size * num_nodes])
         # A graph holds this model's and this cache's addresses; as part of its key they outlive it.
-        self._run_step((self, batch.cache, key), lambda: self._launch(key, inputs, batch.cache))
-        return self._output(key, rows)
+        self._run_step((self, batch.cache, key), lambda: self._launch(key, step, batch.cache))
+        return step.output
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -228,26 +262,8 @@ class LlamaModel:
         return tap
 
     def _forget_buffers(self) -> None:
-        self._inputs.clear()
+        self._steps.clear()
         self._on_move()
-
-    def _stage(
-        self, key: _StepKey, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None
-    ) -> _StepInputs:
-        inputs = self._inputs.get(key)
-        if inputs is None:
-            inputs = self._inputs[key] = _StepInputs.make(key)
-        inputs.tokens.copy_(tree.draft_tokens)
-        inputs.depth.copy_(tree.depth)
-        inputs.ancestors[..., : tree.ancestors.shape[-1]].copy_(tree.ancestors)
-        inputs.num_nodes.copy_(tree.num_nodes)
-        inputs.kv_len.copy_(batch.kv_len)
-        inputs.block_table.copy_(batch.block_table)
-        if first_node is None:
-            inputs.first_node.zero_()
-        else:
-            inputs.first_node.copy_(first_node)
-        return inputs
 
     def _embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         embed = self.weights.embed
@@ -256,7 +272,8 @@ class LlamaModel:
         else:
             out.copy_(embed.index_select(0, tokens.view(-1)))
 
-    def _output(self, key: _StepKey, rows: int) -> VerifyOutput:
+    def _output(self, key: _StepKey) -> VerifyOutput:
+        rows = key.batch * key.num_nodes
         work, shape = self._workspace, (key.batch, key.num_nodes, -1)
         taps = {
             tap: (work.feature if tap == FINAL_TAP else self._tap_buffers[tap])[:rows].view(shape)
@@ -270,7 +287,7 @@ class LlamaModel:
 
     # --- the pass -----------------------------------------------------------------------------
 
-    def _launch(self, key: _StepKey, inputs: _StepInputs, cache: KVCache) -> None:
+    def _launch(self, key: _StepKey, step: _Step, cache: KVCache) -> None:
         rows = key.batch * key.num_nodes
         work = self._workspace
         hidden = between = work.hidden[:rows]
@@ -278,7 +295,7 @@ class LlamaModel:
             # A tapped layer's output is read by the next layer where it lies, never written.
             is_tapped = layer_tap(index) in key.taps
             out = self._tap_buffers[layer_tap(index)][:rows] if is_tapped else between
-            self._attention(layer, index, hidden, between, inputs, cache)
+            self._attention(layer, index, hidden, between, step, cache)
             self._mlp(layer, between, out)
             hidden = out
         if key.has_logits or FINAL_TAP in key.taps:
@@ -293,12 +310,12 @@ class LlamaModel:
         index: int,
         hidden: torch.Tensor,
         out: torch.Tensor,
-        inputs: _StepInputs,
+        step: _Step,
         cache: KVCache,
     ) -> None:
         """``out = hidden + O(attention(norm(hidden)))``; the keys and values are appended."""
         config, rows = self.config, hidden.shape[0]
-        size, num_nodes = inputs.tokens.shape
+        size, num_nodes = step.tokens.shape
         normed, qkv = self._workspace.normed[:rows], self._workspace.qkv[:rows]
         attended = self._workspace.attended[:rows]
         ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
@@ -314,11 +331,11 @@ class LlamaModel:
             q,
             k,
             v,
-            inputs.depth,
-            inputs.kv_len,
-            inputs.first_node,
-            inputs.num_nodes,
-            inputs.block_table,
+            step.depth,
+            step.kv_len,
+            step.first_node,
+            step.num_nodes,
+            step.block_table,
             self._rope,
             key_cache,
             value_cache,
@@ -327,11 +344,11 @@ class LlamaModel:
             q,
             key_cache,
             value_cache,
-            inputs.block_table,
-            inputs.kv_len,
-            inputs.first_node,
-            inputs.num_nodes,
-            inputs.ancestors,
+            step.block_table,
+            step.kv_len,
+            step.first_node,
+            step.num_nodes,
+            step.ancestors,
             config.head_dim**-0.5,
             out=attended.view(size, num_nodes, config.num_heads, config.head_dim),
         )

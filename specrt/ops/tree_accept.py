@@ -29,7 +29,7 @@ class Purpose(IntEnum):
 
 def workspace_size(vocab_size: int) -> int:
     """Floats of scratch that one thread of ``tree_accept`` needs."""
-    return int(_C.tree_accept_workspace(vocab_size))
+    return _C.tree_accept_workspace(vocab_size)
 
 
 def tree_accept(
@@ -57,7 +57,7 @@ def tree_accept(
         num_nodes: ``[B]`` int32.
         draft_probs: ``[B, N, V]`` float32, or None.
         logits: ``[B, N, V]`` float32.
-        sampling: ``[B, 7]`` int64, ``SamplingTable.rows``.
+        sampling: ``[B, 8]`` int64, ``SamplingTable.rows``.
         bias_ids: ``[K]`` int32, or None.
         bias_values: ``[K]`` float32, or None.
         history: ``[B, T]`` int32.

@@ -1,0 +1,219 @@
+"""The small kernels against plain torch expressions, and what calling any op costs.
+
+The first table times ``rms_norm``, ``rope_append``, ``silu_mul`` and ``kv_commit`` at 1, 8 and 64
+rows (kv_commit: committed rows, one slot further down) of the bundled model's and of Llama-3-8B's
+shape, one Python call each. Rows named ``call:`` are every op on the least work it takes, that is,
+wrapper and binding alone; the goal is 3 µs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
+from specrt import ops
+from specrt.models.rope import rope_table
+
+ROWS = (1, 8, 64)
+PAGE = 64
+PREFIX = 200
+"""Committed slots before the rows."""
+
+Pair = tuple[Callable[[], object], Callable[[], object]]
+"""Ours and torch's way to do the same work."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the small kernels see of a model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+SHAPES = {
+    "builtin": Shape(256, 704, 24, 4, 2, 64),
+    "Llama-3-8B": Shape(4096, 14336, 32, 32, 8, 128),
+}
+
+
+def ints(*values: int) -> torch.Tensor:
+    """``[n]`` int32."""
+    return torch.tensor(values, dtype=torch.int32)
+
+
+class Cache:
+    """One sequence of ``PREFIX`` committed slots and room for ``num_rows`` more."""
+
+    def __init__(self, shape: Shape, num_rows: int) -> None:
+        self.num_pages = -(-(PREFIX + num_rows + 1) // PAGE)
+        size = (shape.num_layers, 2, self.num_pages, PAGE, shape.num_kv_heads, shape.head_dim)
+        self.kv = torch.randn(size).to(shape.dtype)
+        self.table = torch.arange(self.num_pages, dtype=torch.int32)[None]
+        self.kv_len = ints(PREFIX)
+        self._length = self.kv_len.numpy()
+
+    def reset(self) -> None:
+        """Uncommit; through numpy, which costs next to nothing."""
+        self._length[0] = PREFIX
+
+    def slots(self, start: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and row in it of slots ``start``.. behind the prefix, as torch indexes them."""
+        slot = PREFIX + start + torch.arange(num_rows)
+        return self.table[0].long()[slot // PAGE], slot % PAGE
+
+
+def rms_norm(shape: Shape, num_rows: int) -> Pair:
+    """torch: its own fused ``rms_norm``."""
+    x, weight = torch.randn(num_rows, shape.hidden_size), torch.randn(shape.hidden_size)
+    out = torch.empty_like(x)
+    return (
+        lambda: ops.rms_norm(x, weight, 1e-6, out=out),
+        lambda: F.rms_norm(x, weight.shape, weight, 1e-6),
+    )
+
+
+def silu_mul(shape: Shape, num_rows: int) -> Pair:
+    """torch: ``silu(gate) * up``."""
+    gate_up = torch.randn(num_rows, 2 * shape.intermediate_size)
+    out = torch.empty(num_rows, shape.intermediate_size)
+    gate, up = gate_up.chunk(2, dim=1)
+    return lambda: ops.silu_mul(gate_up, out=out), lambda: torch.mul(F.silu(gate), up, out=out)
+
+
+def rope_append(shape: Shape, num_rows: int) -> Pair:
+    """torch: rotation of both halves, then two indexed writes into the pages."""
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    qkv = torch.randn(1, num_rows, heads, shape.head_dim)
+    q, k, v = qkv.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=2)
+    cache = Cache(shape, num_rows)
+    k_cache, v_cache = cache.kv[0, 0], cache.kv[0, 1]
+    depth = torch.arange(num_rows, dtype=torch.int32)[None]
+    table = rope_table(shape.head_dim, 10000.0, PREFIX + num_rows)
+    first, count = ints(0), ints(num_rows)
+    pages, rows = cache.slots(0, num_rows)
+
+    def ours() -> None:
+        ops.rope_append(
+            q, k, v, depth, cache.kv_len, first, count, cache.table, table, k_cache, v_cache
+        )
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+    def torchs() -> None:
+        cos, sin = table[PREFIX + depth[0]][None, :, None].chunk(2, dim=-1)
+        q.copy_(rotated(q, cos, sin))
+        k_cache[pages, rows] = rotated(k, cos, sin)[0].to(shape.dtype)
+        v_cache[pages, rows] = v[0].to(shape.dtype)
+
+    return ours, torchs
+
+
+def kv_commit(shape: Shape, num_rows: int) -> Pair:
+    """torch: one indexed copy over all layers. Every row moves by one slot."""
+    cache = Cache(shape, num_rows)
+    path = torch.arange(1, num_rows + 1, dtype=torch.int32)[None]
+    count = ints(num_rows)
+    sources, targets = cache.slots(1, num_rows), cache.slots(0, num_rows)
+
+    def ours() -> None:
+        cache.reset()
+        ops.kv_commit(cache.kv, cache.table, path, count, cache.kv_len)
+
+    def torchs() -> None:
+        cache.reset()
+        cache.kv[:, :, targets[0], targets[1]] = cache.kv[:, :, sources[0], sources[1]]
+        cache.kv_len.add_(count)
+
+    return ours, torchs
+
+
+KERNELS: dict[str, Callable[[Shape, int], Pair]] = {
+    "rms_norm": rms_norm,
+    "rope_append": rope_append,
+    "silu_mul": silu_mul,
+    "kv_commit": kv_commit,
+}
+
+
+def least_work() -> dict[str, Callable[[], object]]:
+    """A call of each op on as little work as it takes, outputs given where the op lets one."""
+    shape = Shape(16, 1, 1, 1, 1, 16, torch.float32)
+    cache = Cache(shape, 1)
+    x, weight, vector = torch.randn(1, 16), torch.randn(1, 16), torch.randn(16)
+    one, normed, pair = torch.empty(1, 1), torch.empty(1, 16), torch.randn(1, 2)
+    q = torch.randn(1, 1, 1, 16)
+    attended = torch.empty_like(q)
+    ancestors, zero, count = torch.ones(1, 1, 1, dtype=torch.int64), ints(0), ints(1)
+    depth, kv, empty = ints(0)[None], cache.kv[0], ints(0)
+    table = rope_table(16, 10000.0, PREFIX + 1)
+    return {
+        "linear": lambda: ops.linear(x, weight, out=one),
+        "rms_norm": lambda: ops.rms_norm(x, vector, 1e-6, out=normed),
+        "silu_mul": lambda: ops.silu_mul(pair, out=one),
+        "rope_append": lambda: ops.rope_append(
+            q, q, q, depth, cache.kv_len, zero, count, cache.table, table, kv[0], kv[1]
+        ),
+        "tree_attention": lambda: ops.tree_attention(
+            q, kv[0], kv[1], cache.table, empty, zero, count, ancestors, 0.25, out=attended
+        ),
+        "kv_commit": lambda: ops.kv_commit(cache.kv, cache.table, depth, zero, cache.kv_len),
+    }
+
+
+def bench_kernels(quick: bool) -> list[Row]:
+    """Ours against torch, every kernel and shape."""
+    rows = []
+    for name, make in KERNELS.items():
+        for shape in SHAPES:
+            for num_rows in ROWS[:1] if quick else ROWS:
+                ours, torchs = make(SHAPES[shape], num_rows)
+                seconds = measure_interleaved(
+                    {"ours": ours, "torch": torchs},
+                    min_time=0.01 if quick else 0.2,
+                    rounds=5 if quick else 50,
+                )
+                rows.append(_row(name, shape, num_rows, seconds["ours"], seconds["torch"]))
+    return rows
+
+
+def bench_calls(quick: bool) -> list[Row]:
+    """What a call costs, for every op; those without an entry above show no figure."""
+    calls = least_work()
+    seconds = measure_interleaved(calls, min_time=0.01 if quick else 0.2, rounds=5 if quick else 50)
+    names = sorted({*ops.__all__, *calls})
+    return [_row(f"call: {name}", "least work", 1, seconds.get(name), None) for name in names]
+
+
+def _row(name: str, shape: str, rows: int, ours: float | None, torchs: float | None) -> Row:
+    return {
+        "op": name,
+        "shape": shape,
+        "rows": rows,
+        "us": None if ours is None else 1e6 * ours,
+        "torch_us": None if torchs is None else 1e6 * torchs,
+        "torch/ours": None if ours is None or torchs is None else ratio_to(torchs, ours),
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    args = start(parser(__doc__))
+    calls = bench_calls(args.quick)
+    summary = {"slowest_call_us": max(row["us"] for row in calls if row["us"] is not None)}
+    report("small_kernels", bench_kernels(args.quick) + calls, save=args.save, summary=summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The ``specrt`` command."""
+
+from specrt.cli.app import main
+
+__all__ = ["main"]

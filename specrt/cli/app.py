@@ -1,0 +1,259 @@
+"""The commands and their options; what they do is in the modules beside this one.
+
+Nothing here imports torch before a command runs, so that ``specrt --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from specrt.cli import errors
+
+app = typer.Typer(
+    name="specrt",
+    help="Speculative decoding that changes nothing but the speed.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_SAMPLING = "Sampling"
+_INPUT = "Input and output"
+_RUNTIME = "Runtime"
+
+Target = Annotated[
+    str, typer.Option(help="A Hugging Face directory, or 'builtin'.", rich_help_panel=_RUNTIME)
+]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        help="'prompt-lookup', 'none', or a directory with a smaller model.",
+        rich_help_panel=_RUNTIME,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of weights and cache: auto, float32, bfloat16 or float16.", rich_help_panel=_RUNTIME
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Of the kernels; default: torch's.", rich_help_panel=_RUNTIME)
+]
+MaxNodes = Annotated[
+    int, typer.Option(help="Largest tree, its root included.", rich_help_panel=_RUNTIME)
+]
+MaxNewTokens = Annotated[int, typer.Option(help="At most so many.", rich_help_panel=_SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=_SAMPLING)]
+Jsonl = Annotated[
+    bool,
+    typer.Option(
+        help="The input has one object per line, with 'prompt' or 'messages' "
+        "(as given for names in .jsonl).",
+        rich_help_panel=_INPUT,
+    ),
+]
+
+
+@app.command()
+def demo(
+    drafter: Drafter = "prompt-lookup",
+    prompt: Annotated[str | None, typer.Option(help="Instead of the demo's own.")] = None,
+    max_new_tokens: MaxNewTokens = 160,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Plain decoding and speculation side by side, on the bundled model."""
+    from specrt.cli import demo as command
+    from specrt.cli.loading import load_engine
+    from specrt.sampling import SamplingParams
+
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    engine = load_engine("builtin", drafter, dtype=dtype, threads=threads)
+    command.run(engine, drafter, prompt, sampling)
+
+
+@app.command()
+def generate(
+    target: Target = "builtin",
+    drafter: Drafter = "prompt-lookup",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=_INPUT)
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file", "-f", help="A file with the prompt; '-' is stdin.", rich_help_panel=_INPUT
+        ),
+    ] = None,
+    jsonl: Jsonl = False,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=_INPUT),
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object per result.", rich_help_panel=_INPUT),
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show text as it comes.", rich_help_panel=_INPUT)
+    ] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(help="1: off.", rich_help_panel=_SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="1: off.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=VALUE", help="Repeatable.", rich_help_panel=_SAMPLING),
+    ] = None,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends the output; repeatable.", rich_help_panel=_SAMPLING),
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option(help="Token that ends the output; repeatable.", rich_help_panel=_SAMPLING),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=_SAMPLING),
+    ] = False,
+    logprobs: Annotated[
+        bool,
+        typer.Option("--logprobs", help="Add them to the JSON.", rich_help_panel=_SAMPLING),
+    ] = False,
+    dtype: Dtype = "auto",
+    max_nodes: MaxNodes = 64,
+    threads: Threads = None,
+) -> None:
+    """Answer prompts: from --prompt, a file or a pipe."""
+    from specrt.cli import generate as command
+    from specrt.cli.loading import load_engine
+    from specrt.cli.prompts import encode, read_prompts
+    from specrt.sampling import SamplingParams
+
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=command.parse_logit_bias(logit_bias or ()) or None,
+        seed=seed,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_ids or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    prompts = read_prompts(prompt, file, is_jsonl=jsonl, is_chat=chat)
+    engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
+    write = command.write_stream if stream else command.write_results
+    write(engine, encode(engine, prompts), sampling, is_json=json)
+
+
+@app.command()
+def bench(
+    target: Target = "builtin",
+    drafter: Drafter = "prompt-lookup",
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="A file as for generate; default: problems the bundled model has not seen.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    jsonl: Jsonl = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=_INPUT)
+    ] = False,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="The first so many.", rich_help_panel=_INPUT)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.", rich_help_panel=_RUNTIME)] = 3,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object.", rich_help_panel=_INPUT)
+    ] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    max_nodes: MaxNodes = 64,
+    threads: Threads = None,
+) -> None:
+    """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
+    from specrt.cli import bench as command
+    from specrt.cli.loading import load_engine
+    from specrt.cli.prompts import bundled_prompts, encode, read_prompts
+    from specrt.sampling import SamplingParams
+
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"num_prompts: expected at least 1, got {num_prompts}")
+    if prompts is None:
+        named = bundled_prompts(num_prompts or 16)
+    else:
+        named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)[:num_prompts]
+    engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
+    encoded = encode(engine, named)
+    command.run(engine, drafter, encoded, sampling, repeats=repeats, is_json=json)
+
+
+@app.command()
+def info(
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Versions, CPU, GPUs and bundled models."""
+    from specrt.cli import info as command
+
+    command.show(command.collect(), is_json=json)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from specrt import __version__
+
+        print(f"specrt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show it."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (the process's own by default); return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = typer.main.get_command(app)
+
+    def invoke() -> None:
+        # Not command.main(), which has its own way with errors and Ctrl-C.
+        with command.make_context("specrt", arguments) as context:
+            command.invoke(context)
+
+    return errors.run(invoke)

@@ -1,0 +1,131 @@
+"""``specrt info``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def collect() -> dict[str, Any]:
+    """Everything a bug report needs."""
+    import torch
+
+    import specrt
+    from specrt.builtin import target_path
+    from specrt.ops.build import build_info
+
+    build = build_info()
+    return {
+        "specrt": specrt.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _package_version("transformers"),
+        "build": {
+            "version": build.version,
+            "compiler": build.compiler,
+            "cuda": build.cuda,
+            "cuda_archs": build.cuda_archs,
+        },
+        "cpu": cpu_model(),
+        "instruction_sets": list(build.cpu_isas),
+        "active_instruction_set": build.active_isa,
+        "threads": torch.get_num_threads(),
+        "gpus": _gpus(),
+        "bundled": _bundled(target_path().parent),
+    }
+
+
+def show(facts: dict[str, Any], *, is_json: bool) -> None:
+    """Print them, for people or as one JSON object."""
+    if is_json:
+        print(json.dumps(facts))
+        return
+    build = facts["build"]
+    cuda = f"{build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "not built"
+    sets = (
+        f"{name} (active)" if name == facts["active_instruction_set"] else name
+        for name in facts["instruction_sets"]
+    )
+    bundled = (f"{m['name']}  {m['bytes'] / 1e6:.1f} MB  {m['kind']}" for m in facts["bundled"])
+    rows = {
+        "specrt": facts["specrt"],
+        "python": facts["python"],
+        "torch": facts["torch"],
+        "transformers": facts["transformers"] or "not installed",
+        "compiler": build["compiler"],
+        "CUDA kernels": cuda,
+        "CPU": facts["cpu"],
+        "instruction sets": ", ".join(sets),
+        "threads": str(facts["threads"]),
+        "GPUs": "\n".join(facts["gpus"]) or "none found",
+        "bundled models": "\n".join(bundled) or "none",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def cpu_model() -> str:
+    """The CPU's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    """Names and memory of the GPUs; empty without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return [_gpu(pynvml, handle) for handle in handles]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(pynvml: Any, handle: Any) -> str:
+    name = pynvml.nvmlDeviceGetName(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    return f"{name}, {memory / 2**30:.0f} GiB"
+
+
+def _bundled(directory: Path) -> list[dict[str, Any]]:
+    """The models that come with the package, with the size of their files."""
+    models = []
+    for config in sorted(directory.glob("*/config.json")):
+        data = json.loads(config.read_text(encoding="utf-8"))
+        files = [file for file in config.parent.iterdir() if file.is_file()]
+        models.append(
+            {
+                "name": config.parent.name,
+                "kind": data.get("drafter") or data.get("model_type", "unknown"),
+                "bytes": sum(file.stat().st_size for file in files),
+            }
+        )
+    return models

@@ -1,0 +1,42 @@
+"""What every command that runs a model does first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specrt.engine import Engine
+
+NO_DRAFTER = "none"
+
+
+def load_engine(
+    target: str, drafter: str, *, dtype: str, threads: int | None, max_nodes: int = 64
+) -> Engine:
+    """Load a target and a drafter as named on the command line.
+
+    Args:
+        target, dtype, max_nodes: as for :func:`specrt.load`.
+        drafter: ``"none"``, ``"prompt-lookup"`` or a directory.
+        threads: of the kernels; None leaves torch's choice.
+
+    Raises:
+        CheckpointError: a checkpoint is missing or broken.
+        ValueError: an argument out of range, or a drafter that is neither a name nor a directory.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {threads}")
+    import torch
+
+    from specrt.draft.load import PROMPT_LOOKUP
+    from specrt.load import load
+
+    if drafter not in (NO_DRAFTER, PROMPT_LOOKUP) and not Path(drafter).exists():
+        raise ValueError(
+            f"drafter: expected {NO_DRAFTER}, {PROMPT_LOOKUP} or a directory, got {drafter!r}"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    name = None if drafter == NO_DRAFTER else drafter
+    return load(target, name, dtype=dtype, max_nodes=max_nodes)
