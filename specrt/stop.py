@@ -76,8 +76,12 @@ class OutputEnd:
         """Add a token; True if the output ends with it."""
         self._num_left -= 1
         # The text must be tracked even where a token decides.
-        found = self._found_stop_string(token)
-        if found or token in self._stop_ids:
+        found = self._found_stop_string(lambda tracker: tracker.push(token))
+        is_stop_id = token in self._stop_ids
+        if not found and (is_stop_id or self._num_left <= 0):
+            # Half a character at the end made the text before it wait, a stop string maybe.
+            found = self._found_stop_string(TextTracker.flush)
+        if found or is_stop_id:
             self.reason = "stop"
         elif self._num_left <= 0:
             self.reason = self._limit_reason
@@ -90,8 +94,6 @@ class OutputEnd:
         """
         if self._tracker is None:
             return ""
-        if self.reason is not None and self.cut is None:
-            self._tracker.flush()
         text = self._tracker.text
         end = self.cut if self.cut is not None else len(text)
         if self.reason is None:
@@ -106,11 +108,12 @@ class OutputEnd:
         self._tracker.flush()
         return self._tracker.text[: self.cut]
 
-    def _found_stop_string(self, token: int) -> bool:
+    def _found_stop_string(self, advance: Callable[[TextTracker], str]) -> bool:
+        """Let the tracker move on; True if a stop string is in what it gives out."""
         if self._tracker is None:
             return False
         start = len(self._tracker.text)
-        if not self._tracker.push(token):
+        if not advance(self._tracker):
             return False
         text = self._tracker.text
         found = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]

@@ -290,12 +290,13 @@ class LlamaModel:
     def _launch(self, key: _StepKey, step: _Step, cache: KVCache) -> None:
         rows = key.batch * key.num_nodes
         work = self._workspace
-        hidden = work.hidden[:rows]
+        hidden = between = work.hidden[:rows]
         for index, layer in enumerate(self.weights.layers):
-            tap = self._tap_buffers.get(layer_tap(index)) if layer_tap(index) in key.taps else None
-            out = hidden if tap is None else tap[:rows]
-            self._attention(layer, index, hidden, step, cache)
-            self._mlp(layer, hidden, out)
+            # A tapped layer's output is read by the next layer where it lies, never written.
+            is_tapped = layer_tap(index) in key.taps
+            out = self._tap_buffers[layer_tap(index)][:rows] if is_tapped else between
+            self._attention(layer, index, hidden, between, step, cache)
+            self._mlp(layer, between, out)
             hidden = out
         if key.has_logits or FINAL_TAP in key.taps:
             feature = work.feature[:rows]
@@ -308,10 +309,11 @@ class LlamaModel:
         layer: LayerWeights,
         index: int,
         hidden: torch.Tensor,
+        out: torch.Tensor,
         step: _Step,
         cache: KVCache,
     ) -> None:
-        """``hidden += O(attention(norm(hidden)))``; the nodes' keys and values are appended."""
+        """``out = hidden + O(attention(norm(hidden)))``; the keys and values are appended."""
         config, rows = self.config, hidden.shape[0]
         size, num_nodes = step.tokens.shape
         normed, qkv = self._workspace.normed[:rows], self._workspace.qkv[:rows]
@@ -350,7 +352,7 @@ class LlamaModel:
             config.head_dim**-0.5,
             out=attended.view(size, num_nodes, config.num_heads, config.head_dim),
         )
-        ops.linear(attended, layer.o, layer.o_bias, residual=hidden, out=hidden)
+        ops.linear(attended, layer.o, layer.o_bias, residual=hidden, out=out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
