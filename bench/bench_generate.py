@@ -42,7 +42,7 @@ from bench.prompts import HELDOUT, load_prompts
 from specrt import builtin
 from specrt.config import ModelConfig, read_json
 from specrt.draft.load import PROMPT_LOOKUP
-from specrt.load import BUILTIN
+from specrt.loading import BUILTIN
 from specrt.types import CheckpointError
 from tools.export_checkpoint import export, target_directory
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specrt.engine import Engine, GenerationResult, StreamChunk
-    from specrt.load import generate, load
+    from specrt.loading import generate, load
     from specrt.sampling import SamplingParams
     from specrt.types import CheckpointError
 
@@ -30,8 +30,8 @@ _HOMES = {
     "GenerationResult": "specrt.engine",
     "SamplingParams": "specrt.sampling",
     "StreamChunk": "specrt.engine",
-    "generate": "specrt.load",
-    "load": "specrt.load",
+    "generate": "specrt.loading",
+    "load": "specrt.loading",
 }
 
 

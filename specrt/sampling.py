@@ -117,7 +117,7 @@ class SamplingParams:
             not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops)
         ):
             raise _fail("stop", "None, a non-empty str or a sequence of them", self.stop)
-        ids = self.stop_token_ids
+        ids: object = self.stop_token_ids
         if ids is not None and (
             isinstance(ids, str)
             or not isinstance(ids, Sequence)

@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "sampling", "stop"},
+    {"config", "stop"},
     {"ops"},
+    {"sampling"},
     {"cache", "tree", "accept", "graph"},
     {"models"},
     {"draft"},
     {"engine", "train"},
+    {"loading"},
+    {"measure"},
     {"cli", "serve", "__init__"},
     {"__main__"},
 ]

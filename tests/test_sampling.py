@@ -10,7 +10,7 @@ from specrt.sampling import SamplingParams, SamplingTable
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("max_new_tokens", 0),
         ("max_new_tokens", True),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from specrt import builtin
 from specrt.config import ModelConfig, read_json
-from specrt.load import BUILTIN
+from specrt.loading import BUILTIN
 from specrt.models.loader import LayerWeights, Weights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -30,7 +30,7 @@ def load_engine(
     import torch
 
     from specrt.draft.load import PROMPT_LOOKUP
-    from specrt.load import load
+    from specrt.loading import load
 
     if drafter not in (NO_DRAFTER, PROMPT_LOOKUP) and not Path(drafter).exists():
         raise ValueError(

@@ -61,7 +61,7 @@ def processed(logits, params, history, prompt_len) -> torch.Tensor:
 
 # --- randomness ------------------------------
 @pytest.mark.parametrize(
-    "counter, key, want",
+    ("counter", "key", "want"),
     [
         ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
