@@ -42,8 +42,7 @@ inline uint32_t to_bits(float f) {
     return u;
 }
 
-// --- scalar conversions
-// ---------------------------------------------------------------------------
+// --- scalar conversions ---
 inline float to_float(float x) {
     return x;
 }
@@ -81,8 +80,7 @@ inline void from_float(float x, f16* out) {
     out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// --- vectors
-// ----------------------------------------------------------------------------------------
+// --- vectors ---
 #if defined(__AVX512F__)
 
 struct V16 {
@@ -276,8 +274,50 @@ inline void prefetch(const void* p) {
 
 #endif
 
-// --- sums in the fixed tree
-// --------------------------------------------------------------------------
+// --- accumulators ---
+// A dot product may keep its sixteen lanes in one V16, or go over its operands once per Part, a
+// piece of V16 that fits one register: larger blocks then fit the registers, and no bit changes.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct Part {
+    __m256 v;
+};
+inline void clear(Part& a) {
+    a.v = _mm256_setzero_ps();
+}
+inline void load_piece(Part& a, const float* p, int piece) {
+    a.v = _mm256_loadu_ps(p + 8 * piece);
+}
+template <typename T>
+inline void load_piece(Part& a, const T* p, int piece) {
+    a.v = load8(p + 8 * piece);
+}
+inline void take_piece(Part& a, V16 whole, int piece) {
+    a.v = piece == 0 ? whole.lo : whole.hi;
+}
+inline Part fma(Part a, Part b, Part c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+inline void put_piece(V16& whole, Part a, int piece) {
+    (piece == 0 ? whole.lo : whole.hi) = a.v;
+}
+#else
+using Part = V16;  // nothing to gain: a V16 is one register, or not a register at all
+#endif
+inline void clear(V16& a) {
+    a = zero();
+}
+template <typename T>
+inline void load_piece(V16& a, const T* p, int) {
+    a = load(p);
+}
+inline void take_piece(V16& a, V16 whole, int) {
+    a = whole;
+}
+inline void put_piece(V16& whole, V16 a, int) {
+    whole = a;
+}
+
+// --- sums in the fixed tree ---
 #if defined(__AVX2__)
 inline void reduce_add4(const V16 a[4], float* out) {
     const __m128 a0 = fold_to_4(a[0]), a1 = fold_to_4(a[1]);
@@ -310,8 +350,7 @@ inline float reduce_max(V16 a) {
     return best;
 }
 
-// --- tails: n < 16 lanes, the rest zero
-// ---------------------------------------------------------------
+// --- tails: n < 16 lanes, the rest zero ---
 template <typename T>
 inline V16 load_first(const T* p, int n) {
     float lane[16] = {};

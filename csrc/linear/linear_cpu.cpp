@@ -8,11 +8,12 @@
 namespace specrt::SPECRT_ISA {
 namespace {
 
-// A block computes kRows x kOutputs results together; as large as the registers allow.
+// A block computes kRows x kOutputs results together; as large as the registers allow. Rows beyond
+// kWholeRows accumulate in pieces, going over the operands once a piece.
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kOutputs = 4;
+constexpr int kRows = 6, kWholeRows = 6, kOutputs = 4;
 #else
-constexpr int kRows = 2, kOutputs = 3;
+constexpr int kRows = 4, kWholeRows = 2, kOutputs = 3;
 #endif
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kAhead = 16 * 1024;  // fetch at least so far ahead: half of L1
@@ -42,37 +43,59 @@ void finish(const LinearParams& p, const Block& at, const V16 (&acc)[R][kOutputs
     }
 }
 
+template <typename W, int R>
+struct Operands {
+    const W* w[kOutputs];
+    const float* x[R];
+};
+
+// One piece of the lanes of all R x kOutputs dot products; the first piece also prefetches.
+template <typename V, typename W, int R>
+void accumulate(const Operands<W, R>& from, int64_t depth, int piece, const Block& at,
+                V16 (&acc)[R][kOutputs]) {
+    V sum[R][kOutputs];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < kOutputs; ++j) clear(sum[r][j]);
+    const auto step = [&](auto&& load_at) {
+        V wv[kOutputs];
+        for (int j = 0; j < kOutputs; ++j) load_at(wv[j], from.w[j]);
+        for (int r = 0; r < R; ++r) {
+            V xv;
+            load_at(xv, from.x[r]);
+            for (int j = 0; j < kOutputs; ++j) sum[r][j] = fma(xv, wv[j], sum[r][j]);
+        }
+    };
+    // Steps that prefetch, then steps that do nothing but multiply.
+    int64_t k = 0;
+    for (int64_t line = piece == 0 ? 0 : at.num_lines; line < at.num_lines && k + 16 <= depth;
+         k += 16, line += at.lines_per_step) {
+        for (int64_t i = 0; i < at.lines_per_step; ++i) prefetch(at.ahead + (line + i) * kLine);
+        step([&](V& v, auto* row) { load_piece(v, row + k, piece); });
+    }
+    for (; k + 16 <= depth; k += 16) step([&](V& v, auto* row) { load_piece(v, row + k, piece); });
+    const int rest = static_cast<int>(depth - k);
+    if (rest > 0) step([&](V& v, auto* row) { take_piece(v, load_first(row + k, rest), piece); });
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < kOutputs; ++j) put_piece(acc[r][j], sum[r][j], piece);
+}
+
 // With fewer outputs than kOutputs the last weight row is computed again in place of the missing
 // ones, which costs nothing that matters and keeps one code path.
 template <typename W, int R>
 void block(const LinearParams& p, const Block& at) {
-    const W* w[kOutputs];
-    const float* x[R];
+    Operands<W, R> from;
     for (int j = 0; j < kOutputs; ++j) {
         const int64_t n = at.output + (j < at.num_outputs ? j : at.num_outputs - 1);
-        w[j] = static_cast<const W*>(p.weight) + n * p.depth;
+        from.w[j] = static_cast<const W*>(p.weight) + n * p.depth;
     }
-    for (int r = 0; r < R; ++r) x[r] = p.x + (at.row + r) * p.x_stride;
-
+    for (int r = 0; r < R; ++r) from.x[r] = p.x + (at.row + r) * p.x_stride;
     V16 acc[R][kOutputs];
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < kOutputs; ++j) acc[r][j] = zero();
-    const auto step = [&](auto&& load_at) {
-        V16 wv[kOutputs];
-        for (int j = 0; j < kOutputs; ++j) wv[j] = load_at(w[j]);
-        for (int r = 0; r < R; ++r) {
-            const V16 xv = load_at(x[r]);
-            for (int j = 0; j < kOutputs; ++j) acc[r][j] = fma(xv, wv[j], acc[r][j]);
-        }
-    };
-    int64_t k = 0, line = 0;
-    for (; k + 16 <= p.depth; k += 16) {
-        for (int64_t i = 0; i < at.lines_per_step && line < at.num_lines; ++i, ++line)
-            prefetch(at.ahead + line * kLine);
-        step([&](auto* row) { return load(row + k); });
+    if constexpr (R <= kWholeRows || sizeof(Part) == sizeof(V16)) {
+        accumulate<V16>(from, p.depth, 0, at, acc);
+    } else {
+        for (int piece = 0; piece < static_cast<int>(sizeof(V16) / sizeof(Part)); ++piece)
+            accumulate<Part>(from, p.depth, piece, at, acc);
     }
-    const int rest = static_cast<int>(p.depth - k);
-    if (rest > 0) step([&](auto* row) { return load_first(row + k, rest); });
     finish<R>(p, at, acc);
 }
 
