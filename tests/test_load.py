@@ -52,11 +52,9 @@ def test_paths_that_hold_no_model(role: str, target: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     for name in ("missing", "file", "empty"):
         path = tmp_path / name
+        arguments = (path,) if role == "target" else (target, path)
         with pytest.raises(CheckpointError) as caught:
-            if role == "target":
-                specrt.load(path)
-            else:
-                specrt.load(target, path)
+            specrt.load(*arguments)
         assert str(path) in str(caught.value)
 
 
