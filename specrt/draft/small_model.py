@@ -125,6 +125,14 @@ class SmallModelDrafter:
         return min(self._depth, room, context, most_left - 1)
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
+        for state in states:
+            cached = self._cached[state]
+            behind = state.token_ids[cached.length :]
+            if len(behind) > MAX_NODES:
+                # A neighbour beyond this model's context has kept the whole batch from drafting.
+                for _ in self._model.extend(behind[:-1], CacheBatch(self._cache, [cached])):
+                    pass
+                self._batch = None
         if self._batch is None or self._batch_states != list(states):
             self._batch_states = list(states)
             self._batch = CacheBatch(self._cache, [self._cached[state] for state in states])

@@ -1,0 +1,147 @@
+"""From a path to an engine: what can be asked for, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import specrt
+from specrt.draft.base import EmptyDrafter
+from specrt.draft.prompt_lookup import PromptLookupDrafter
+from specrt.draft.small_model import SmallModelDrafter
+from specrt.types import CheckpointError
+from tests.checkpoints import edit_config, make_checkpoint
+
+
+def make_target(path: Path, vocab_size: int = 97, dtype: torch.dtype = torch.float32) -> Path:
+    make_checkpoint("llama", path, dtype=dtype, vocab_size=vocab_size)
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(vocab_size - 3))]
+    fast = FastTokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drafting model; it needs no tokenizer."""
+    path = tmp_path_factory.mktemp("drafter")
+    make_checkpoint("qwen2", path, num_hidden_layers=1, dtype=torch.bfloat16)
+    return path
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_paths_that_hold_no_model(role: str, target: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "file", "empty"):
+        path = tmp_path / name
+        arguments = (path,) if role == "target" else (target, path)
+        with pytest.raises(CheckpointError) as caught:
+            specrt.load(*arguments)
+        assert str(path) in str(caught.value)
+
+
+def test_a_drafter_of_another_vocabulary(target: Path, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, vocab_size=96)
+    with pytest.raises(CheckpointError, match="vocabulary of 97, got 96"):
+        specrt.load(target, tmp_path)
+
+
+def test_a_drafter_of_an_unknown_kind(target: Path, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    edit_config(tmp_path, drafter="oracle")
+    with pytest.raises(CheckpointError, match="oracle") as caught:
+        specrt.load(target, tmp_path)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "tpu"}, "device: .*'tpu'"),
+        ({"dtype": "int8"}, "dtype: expected auto or one of .*'int8'"),
+        ({"dtype": torch.float64}, "dtype: .*float64"),
+        ({"max_nodes": 0}, r"max_nodes: expected 1\.\.128, got 0"),
+        ({"max_nodes": 129}, r"max_nodes: expected 1\.\.128, got 129"),
+        ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range(target: Path, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        specrt.load(target, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "expected"),
+    [
+        ("auto", torch.float32, torch.float32),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float16, torch.float16),
+        ("bf16", torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        ("float32", torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtypes(
+    asked: str | torch.dtype, stored: torch.dtype, expected: torch.dtype, tmp_path: Path
+) -> None:
+    engine = specrt.load(make_target(tmp_path, dtype=stored), dtype=asked)
+    assert engine.target.dtype == engine.cache.kv.dtype == expected
+    assert engine.target.weights.layers[0].qkv.dtype == expected
+
+
+def test_drafters_by_name(target: Path, drafter: Path) -> None:
+    assert isinstance(specrt.load(target).drafter, EmptyDrafter)
+    assert isinstance(specrt.load(target, "prompt-lookup").drafter, PromptLookupDrafter)
+    for path in (drafter, str(drafter)):
+        assert isinstance(specrt.load(target, path).drafter, SmallModelDrafter)
+    own = PromptLookupDrafter(max_ngram=2)
+    assert specrt.load(target, own).drafter is own
+
+
+def test_every_drafter_says_the_same(target: Path, drafter: Path) -> None:
+    params = specrt.SamplingParams(max_new_tokens=30, ignore_eos=True)
+    outputs = [
+        specrt.load(target, name, max_nodes=16).generate("w1 w2 w3 w1 w2", params)
+        for name in (None, "prompt-lookup", drafter)
+    ]
+    assert len({tuple(output.token_ids) for output in outputs}) == 1
+    assert len({output.text for output in outputs}) == 1
+    assert outputs[0].text.startswith("w") or outputs[0].text.startswith("<")
+
+
+def test_generate_in_one_line(target: Path, drafter: Path) -> None:
+    prompt = "w5 w6 w7"
+    text = specrt.generate(prompt, target=str(target), max_new_tokens=12)
+    engine = specrt.load(target)
+    expected = engine.generate(prompt, specrt.SamplingParams(max_new_tokens=12))
+    assert text == expected.text
+    for name in (None, str(drafter)):
+        assert specrt.generate(prompt, target=str(target), drafter=name, max_new_tokens=12) == text
+    ids = expected.prompt_token_ids
+    assert specrt.generate(ids, target=str(target), max_new_tokens=12) == text
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        specrt.generate(prompt, target=str(target), max_new_tokens=0)
+
+
+def test_config_of_another_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(CheckpointError, match="gpt2"):
+        specrt.load(tmp_path)
