@@ -287,7 +287,7 @@ class Engine:
             text=sequence.end.text(ids, self.tokenizer.decode),
             token_ids=ids,
             prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
-            finish_reason="error" if sequence.error else sequence.end.reason or "length",
+            finish_reason=sequence.end.reason or "error",
             logprobs=sequence.logprobs if sequence.params.logprobs else None,
             stats=sequence.stats,
             error=sequence.error,
@@ -378,6 +378,7 @@ class Engine:
             if length < 0:
                 position = len(sequence.state.token_ids)
                 sequence.error = f"logits: NaN or no finite value at position {position}"
+                sequence.end.fail()
                 chunks.append((self._chunk(sequence, [], 0), sequence))
                 continue
             row_logprobs = None if logprobs is None else logprobs[row]
@@ -388,7 +389,7 @@ class Engine:
         return chunks
 
     def _chunk(self, sequence: _Sequence, taken: list[int], length: int) -> StreamChunk:
-        is_over = sequence.end.reason is not None or sequence.error is not None
+        is_over = sequence.end.reason is not None
         return StreamChunk(
             index=sequence.index,
             text=sequence.end.take_text(),

@@ -87,6 +87,12 @@ class OutputEnd:
             self.reason = self._limit_reason
         return self.reason is not None
 
+    def fail(self) -> None:
+        """The sequence cannot go on; what text there is may be shown."""
+        self.reason = "error"
+        if self._tracker is not None:
+            self._tracker.flush()
+
     def take_text(self) -> str:
         """Text that can be shown now and was not before.
 

@@ -150,8 +150,12 @@ class PromptLookupDrafter:
         if depth == 0:
             record.forget()
             return tree
+        # The likeliest continuation has its full depth, the others what half as many nodes give.
+        max_nodes = min(budget.max_nodes, depth + 1 + depth // 2)
         for start in positions[: -self._num_continuations - 1 : -1]:
-            tree.add_path(tokens[start : start + depth], depth + 1)
+            # A continuation that runs into the end of the text goes on as if it repeated.
+            period = len(tokens) - start
+            tree.add_path([tokens[start + i % period] for i in range(depth)], max_nodes)
         lookup.proposed = max(tree.depth)
         return tree
 

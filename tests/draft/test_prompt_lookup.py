@@ -50,12 +50,12 @@ def test_the_most_recent_continuation_comes_first() -> None:
 
 
 def test_continuations_share_their_prefix() -> None:
-    # The most recent one ends with the text: the other fills what the budget leaves.
     text = [8, 9, 1, 2, 3, 0, 8, 9, 1, 8, 9]
     tree = propose(text, max_ngram=2, max_depth=6)
     expected = TreeBuilder(9)
-    for path in ([1, 8, 9], [1, 2, 3, 0, 8, 9]):
-        expected.add_path(path, 7)
+    # The most recent one runs into the end of the text and goes on as if it repeated.
+    for path in ([1, 8, 9, 1, 8, 9], [1, 2, 3, 0, 8, 9]):
+        expected.add_path(path, 10)
     assert tree.draft_tokens[0].tolist() == expected.tokens
     assert tree.parents[0].tolist() == expected.parents
     assert tree.depth[0].tolist() == expected.depth
@@ -107,9 +107,9 @@ def searched(tokens: list[int], max_ngram: int, num: int, depth: int) -> set[tup
         return {()}
     known: set[tuple[int, ...]] = {()}
     for end in ends[:num]:
-        path = tokens[end : end + depth]
+        path = (tokens[end:] * depth)[:depth]
         for stop in range(1, len(path) + 1):
-            if tuple(path[:stop]) not in known and len(known) > depth:
+            if tuple(path[:stop]) not in known and len(known) > depth + depth // 2:
                 break
             known.add(tuple(path[:stop]))
     return known

@@ -116,6 +116,27 @@ def test_a_failing_sequence_leaves_its_neighbours_alone(tmp_path: Path) -> None:
     assert engine.cache.num_free_pages == engine.cache.num_pages
 
 
+def test_a_failing_stream_shows_all_its_text(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, tie_word_embeddings=False)
+    model = make_model(tmp_path)
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, seed=4)
+    words = make_engine(model).generate([1, 2], params).token_ids
+    poison = next(token for token in words[6:] if words.index(token) >= 6)
+    spoken = words[: words.index(poison) + 1]
+    model.weights.embed[poison] = float("nan")
+    # Whatever is said last could be the beginning of this stop string, and is held back.
+    stop = LetterTokenizer().decode(spoken[-2:]) + "\x00"
+    held = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, seed=4, stop=stop)
+    chunks = list(make_engine(model).stream([1, 2], held))
+    result = chunks[-1].result
+    assert result is not None
+    assert result.finish_reason == "error"
+    assert result.token_ids == spoken
+    assert (
+        "".join(chunk.text for chunk in chunks) == result.text == LetterTokenizer().decode(spoken)
+    )
+
+
 def test_more_prompts_than_places(model: LlamaModel) -> None:
     params = [sampled(seed, ignore_eos=True) for seed in range(9)]
     expected = [
