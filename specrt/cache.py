@@ -110,7 +110,8 @@ class CacheBatch:
     def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
         self.cache = cache
         self.sequences = list(sequences)
-        most = max(len(sequence.pages) for sequence in sequences)
+        # A power of two, so that few different widths (and recorded graphs) come up.
+        most = 1 << max(3, (max(len(s.pages) for s in sequences) - 1).bit_length())
         # Unused entries repeat page 0; no kernel reads past kv_len + num_nodes.
         rows = [sequence.pages + [0] * (most - len(sequence.pages)) for sequence in sequences]
         self.block_table = torch.tensor(rows, dtype=torch.int32)

@@ -26,6 +26,8 @@ from specrt.types import DraftTree, VerifyOutput
 StepRunner = Callable[[Hashable, Callable[[], None]], None]
 """Runs a step named by a key: at once, or by replaying what it launched before."""
 
+_MAX_STEPS = 1024  # of different sizes; beyond, all are forgotten and made again as they come up
+
 FINAL_TAP = "final"
 """The feature: the last hidden state after the final norm, what the LM head multiplies."""
 
@@ -209,6 +211,8 @@ class LlamaModel:
         self._ensure_buffers(key)
         step = self._steps.get(key)
         if step is None:
+            if len(self._steps) >= _MAX_STEPS:
+                self._forget_buffers()
             step = self._steps[key] = _Step.make(key, self._output(key))
         step.stage(tree, batch, first_node)
         self._embed(step.tokens, self._workspace.hidden[: size * num_nodes])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import specrt
@@ -37,8 +39,8 @@ def own_model_drafter(engine: Engine) -> Drafter:
     return SmallModelDrafter(model, depth=3, width=2)
 
 
-def check(bundled: Engine, setting: str, prompts: list[str]) -> None:
-    params = SETTINGS[setting]
+def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int = 96) -> None:
+    params = replace(SETTINGS[setting], max_new_tokens=max_new_tokens)
     expected = engine_like(bundled, EmptyDrafter(), 1).generate(prompts, params)
     drafters = (EmptyDrafter(), PromptLookupDrafter(), own_model_drafter(bundled))
     for drafter in drafters:
@@ -54,7 +56,7 @@ def check(bundled: Engine, setting: str, prompts: list[str]) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_sample(bundled: Engine, setting: str) -> None:
-    check(bundled, setting, heldout_prompts(6))
+    check(bundled, setting, heldout_prompts(4), max_new_tokens=64)
 
 
 @pytest.mark.slow
