@@ -1,9 +1,12 @@
 #include "bindings/tensor.h"
 
+#include <algorithm>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "bindings/dlpack_abi.h"
 
 namespace specrt::bindings {
 namespace {
@@ -54,6 +57,70 @@ void read_sizes(PyObject* tuple, int64_t* out, int* ndim, const char* name) {
     *ndim = static_cast<int>(n);
 }
 
+// The exchange table of an object's type, or nullptr; each type is asked once.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+    static std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>> known;
+    for (const auto& [object, api] : known)
+        if (object == type) return api;
+    const dlpack::ExchangeApi* api = nullptr;
+    PyObject* capsule =
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), dlpack::kTypeAttribute);
+    if (capsule) {
+        api = static_cast<const dlpack::ExchangeApi*>(
+            PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
+        Py_DECREF(capsule);
+        if (api && api->major != dlpack::kMajorVersion) api = nullptr;
+    }
+    PyErr_Clear();
+    Py_INCREF(type);
+    known.emplace_back(type, api);
+    return api;
+}
+
+bool read_dtype(const dlpack::Tensor& t, DType* dtype) {
+    if (t.type_lanes != 1) return false;
+    switch (t.type_code * 100 + t.type_bits) {
+        case dlpack::kFloat * 100 + 32:
+            *dtype = DType::kFloat32;
+            return true;
+        case dlpack::kFloat * 100 + 16:
+            *dtype = DType::kFloat16;
+            return true;
+        case dlpack::kFloat * 100 + 64:
+            *dtype = DType::kFloat64;
+            return true;
+        case dlpack::kBFloat * 100 + 16:
+            *dtype = DType::kBFloat16;
+            return true;
+        case dlpack::kInt * 100 + 32:
+            *dtype = DType::kInt32;
+            return true;
+        case dlpack::kInt * 100 + 64:
+            *dtype = DType::kInt64;
+            return true;
+        default:
+            return false;
+    }
+}
+
+// The quick way; false (and no Python error) sends the caller the slow way, which explains itself.
+bool read_by_exchange(PyObject* self, TensorView* view) {
+    const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(self));
+    if (!api) return false;
+    dlpack::Tensor t;
+    if (api->tensor_from_object(self, &t) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (t.device_type != dlpack::kCpu || t.ndim > TensorView::kMaxDim) return false;
+    if (!read_dtype(t, &view->dtype)) return false;
+    view->ndim = t.ndim;
+    std::copy(t.shape, t.shape + t.ndim, view->shape);
+    std::copy(t.strides, t.strides + t.ndim, view->stride);
+    view->data = static_cast<unsigned char*>(t.data) + t.byte_offset;
+    return true;
+}
+
 }  // namespace
 
 TensorView view_of(py::handle tensor, const char* name, bool is_optional) {
@@ -63,7 +130,13 @@ TensorView view_of(py::handle tensor, const char* name, bool is_optional) {
         if (!is_optional) throw py::type_error(std::string(name) + ": expected a tensor, got None");
         return view;
     }
+    // An empty tensor's pointer is null; it is still an argument that was given.
+    static unsigned char nothing;
     PyObject* self = tensor.ptr();
+    if (read_by_exchange(self, &view)) {
+        if (!view.data) view.data = &nothing;
+        return view;
+    }
     PyObject* is_cpu = PyObject_GetAttr(self, names().is_cpu);
     if (!is_cpu) {
         PyErr_Clear();
@@ -83,8 +156,6 @@ TensorView view_of(py::handle tensor, const char* name, bool is_optional) {
     view.dtype = dtype_of(dtype.ptr(), name);
     view.data = PyLong_AsVoidPtr(pointer.ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
-    // An empty tensor's pointer is null; it is still an argument that was given.
-    static unsigned char nothing;
     if (!view.data) view.data = &nothing;
     return view;
 }

@@ -101,6 +101,24 @@ def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str
         ops.linear(**arguments)  # type: ignore[arg-type]
 
 
+class Duck:
+    """What the extension asks of a tensor that offers no C exchange (torch before 2.10)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
+        self.shape, self.dtype, self.is_cpu = tensor.shape, tensor.dtype, tensor.is_cpu
+
+
+def test_tensors_by_duck_type() -> None:
+    x, weight, bias = random(3, 16), random(5, 16, seed=1).bfloat16(), random(5, seed=2)
+    for argument in (Duck(weight), torch.nn.Parameter(weight, requires_grad=False)):
+        out = torch.empty(3, 5)
+        ops.linear(Duck(x), argument, Duck(bias), out=out)  # type: ignore[arg-type]
+        assert torch.equal(out, ops.linear(x, weight, bias))
+    with pytest.raises(ValueError, match=r"bias: expected \[N\] = \[5\]"):
+        ops.linear(x, weight, Duck(bias[:4]), out=torch.empty(3, 5))  # type: ignore[arg-type]
+
+
 def test_not_a_tensor() -> None:
     with pytest.raises(TypeError, match="weight: expected a tensor, got list"):
         ops.linear(torch.zeros(1, 1), [[1.0]], out=torch.zeros(1, 1))  # type: ignore[arg-type]
