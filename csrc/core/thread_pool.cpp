@@ -19,11 +19,15 @@ inline void relax() {
 #endif
 }
 
-// Spins first; gives the core away when the wait is long (more threads than cores).
+// A microsecond of spinning covers a barrier between threads that run. Beyond it, give the core
+// away: on a loaded machine the thread waited for may be queued on this very core, and spinning on
+// would cost a tenth of a millisecond at every barrier.
+constexpr int kSpins = 64;
+
 template <typename Ready>
 void spin_until(Ready&& ready) {
     for (int i = 0; !ready(); ++i) {
-        if (i < 4096) {
+        if (i < kSpins) {
             relax();
         } else {
             sched_yield();
@@ -76,9 +80,8 @@ class Pool {
     uint64_t await_job(uint64_t seen) {
         const auto has_job = [&] { return job_.load(std::memory_order_seq_cst) != seen; };
         const auto give_up = Clock::now() + std::chrono::milliseconds(1);
-        for (int i = 1; !has_job(); ++i) {
-            relax();
-            if (i % 256 != 0 || Clock::now() < give_up) continue;
+        spin_until([&] { return has_job() || Clock::now() > give_up; });
+        if (!has_job()) {
             std::unique_lock<std::mutex> lock(sleep_mutex_);
             num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
             wake_.wait(lock, has_job);
