@@ -26,20 +26,32 @@ struct Block {
     int64_t num_lines, lines_per_step;
 };
 
+// Sums to results. `count` is a constant but in the last block, so that the loops become vectors.
+template <int R>
+inline void finish_outputs(const LinearParams& p, const Block& at, const V16 (&acc)[R][kOutputs],
+                           int count) {
+    for (int r = 0; r < R; ++r) {
+        float y[4];
+        const V16 four[4] = {acc[r][0], acc[r][1], acc[r][2], acc[r][kOutputs - 1]};
+        reduce_add4(four, y);
+        const int64_t row = at.row + r;
+        if (p.bias)
+            for (int j = 0; j < count; ++j) y[j] += p.bias[at.output + j];
+        if (p.residual) {
+            const float* residual = p.residual + row * p.residual_stride + at.output;
+            for (int j = 0; j < count; ++j) y[j] += residual[j];
+        }
+        float* out = p.out + row * p.out_stride + at.output;
+        for (int j = 0; j < count; ++j) out[j] = y[j];
+    }
+}
+
 template <int R>
 void finish(const LinearParams& p, const Block& at, const V16 (&acc)[R][kOutputs]) {
-    for (int r = 0; r < R; ++r) {
-        float sums[4];
-        const V16 four[4] = {acc[r][0], acc[r][1], acc[r][2], acc[r][kOutputs - 1]};
-        reduce_add4(four, sums);
-        const int64_t row = at.row + r;
-        for (int j = 0; j < at.num_outputs; ++j) {
-            const int64_t n = at.output + j;
-            float y = sums[j];
-            if (p.bias) y += p.bias[n];
-            if (p.residual) y += p.residual[row * p.residual_stride + n];
-            p.out[row * p.out_stride + n] = y;
-        }
+    if (at.num_outputs == kOutputs) {
+        finish_outputs<R>(p, at, acc, kOutputs);
+    } else {
+        finish_outputs<R>(p, at, acc, at.num_outputs);
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -23,6 +24,7 @@ class RoundCost:
         self._slope = slope
         self._decay = decay
         self._ms: dict[int, float] = {}
+        self._sizes: list[int] = []  # those of _ms, ascending
         self._seen_once: set[int] = set()
 
     def observe(self, num_rows: int, ms: float) -> None:
@@ -31,6 +33,8 @@ class RoundCost:
             # The first round of a size also records its graph.
             self._seen_once.add(num_rows)
             return
+        if num_rows not in self._ms:
+            insort(self._sizes, num_rows)
         known = self._ms.get(num_rows, ms)
         # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
         self._ms[num_rows] = self._decay * known + (1 - self._decay) * min(ms, 2 * known)
@@ -40,13 +44,15 @@ class RoundCost:
         one = self._ms.get(1)
         if one is None or num_rows <= 1:
             return 1.0 + self._slope * max(0, num_rows - 1)
-        below = max((n for n in self._ms if n <= num_rows), default=1)
-        above = min((n for n in self._ms if n >= num_rows), default=None)
+        place = bisect_left(self._sizes, num_rows)
+        if place == len(self._sizes):
+            below = self._sizes[-1]
+            return max(1.0, self._ms[below] / one + self._slope * (num_rows - below))
+        above = self._sizes[place]
+        if above == num_rows:
+            return max(1.0, self._ms[above] / one)
+        below = self._sizes[place - 1]
         low = self._ms[below] / one
-        if above is None:
-            return max(1.0, low + self._slope * (num_rows - below))
-        if above == below:
-            return max(1.0, low)
         high, share = self._ms[above] / one, (num_rows - below) / (above - below)
         return max(1.0, low + share * (high - low))
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 import torch
 
 from specrt.draft.base import Budget, RoundCost
-from specrt.tree import TreeBuilder, stack
+from specrt.tree import TreeBuilder, chain, stack
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
 _PRIOR_RATE = 0.5
 _PRIOR_WEIGHT = 2.0
 _DECAY = 0.9
+_DRIFT = 0.005  # so that what failed is tried again after some hundred rounds
 
 
 @dataclass(eq=False)
@@ -56,6 +57,11 @@ class _Record:
     num_accepted: float = _PRIOR_RATE * _PRIOR_WEIGHT
     num_judged: float = _PRIOR_WEIGHT
 
+    @classmethod
+    def expecting(cls, rate: float) -> _Record:
+        """A record that has seen little, and expects ``rate``."""
+        return cls(rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT)
+
     @property
     def rate(self) -> float:
         return self.num_accepted / self.num_judged
@@ -68,8 +74,8 @@ class _Record:
 
     def forget(self) -> None:
         """Drift back to the prior while nothing is tried, so that lookup is tried again."""
-        self.num_accepted += 0.01 * (_PRIOR_RATE * _PRIOR_WEIGHT - self.num_accepted)
-        self.num_judged += 0.01 * (_PRIOR_WEIGHT - self.num_judged)
+        self.num_accepted += _DRIFT * (_PRIOR_RATE * _PRIOR_WEIGHT - self.num_accepted)
+        self.num_judged += _DRIFT * (_PRIOR_WEIGHT - self.num_judged)
 
 
 @dataclass(eq=False)
@@ -108,6 +114,8 @@ class PromptLookupDrafter:
         self._max_depth = max_depth
         self._num_continuations = num_continuations
         self._lookups: dict[SequenceState, _Lookup] = {}
+        # Over all sequences: what a new sequence's matches of each length may expect.
+        self._overall: dict[int, _Record] = {}
 
     def start(self, state: SequenceState) -> None:
         """Begin an index of the sequence's n-grams."""
@@ -118,7 +126,11 @@ class PromptLookupDrafter:
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
         """Continuations of the longest match, most recent first, merged where they agree."""
-        return stack([self._tree(state, budget, len(states)) for state in states])
+        trees = [self._tree(state, budget, len(states)) for state in states]
+        if not any(self._lookups[state].proposed for state in states):
+            roots = [[state.token_ids[-1]] for state in states]
+            return chain(torch.tensor(roots, dtype=torch.int32))
+        return stack(trees)
 
     def observe(
         self,
@@ -131,6 +143,8 @@ class PromptLookupDrafter:
             lookup = self._lookups[state]
             if lookup.proposed and accepted >= 0:
                 lookup.records[lookup.match].update(accepted, lookup.proposed)
+                overall = self._overall.setdefault(lookup.match, _Record())
+                overall.update(accepted, lookup.proposed)
 
     def finish(self, state: SequenceState) -> None:
         """Forget the sequence."""
@@ -145,13 +159,17 @@ class PromptLookupDrafter:
         limit = min(budget.max_nodes - 1, self._max_depth, state.num_left - 1)
         if match == 0 or limit < 1:
             return tree
-        record = lookup.records.setdefault(match, _Record())
+        record = lookup.records.get(match)
+        if record is None:
+            known = self._overall.get(match)
+            record = _Record() if known is None else _Record.expecting(known.rate)
+            lookup.records[match] = record
         depth = _worthwhile_depth(record.rate, limit, budget.cost, num_sequences)
         if depth == 0:
             record.forget()
             return tree
         # The likeliest continuation has its full depth, the others what half as many nodes give.
-        max_nodes = min(budget.max_nodes, depth + 1 + depth // 2)
+        max_nodes = min(budget.max_nodes, _num_nodes(depth))
         for start in positions[: -self._num_continuations - 1 : -1]:
             # A continuation that runs into the end of the text goes on as if it repeated.
             period = len(tokens) - start
@@ -160,15 +178,22 @@ class PromptLookupDrafter:
         return tree
 
 
+def _num_nodes(depth: int) -> int:
+    return 1 + depth + depth // 2
+
+
 def _worthwhile_depth(rate: float, limit: int, cost: RoundCost, num_sequences: int) -> int:
     """How many drafted nodes give the most expected tokens per unit of time; 0: none pays."""
+    plain = cost.relative(num_sequences)
     best_depth, best_value = 0, 1.0
     expected, chance = 1.0, 1.0
     for depth in range(1, limit + 1):
         chance *= rate
+        # Not even all that deeper drafts could bring would pay for this one's rows.
+        price = cost.relative(_num_nodes(depth) * num_sequences) / plain
+        if rate < 1.0 and (expected + chance / (1.0 - rate)) / price <= best_value:
+            break
         expected += chance
-        rows = (depth + 1) * num_sequences
-        value = expected / (cost.relative(rows) / cost.relative(num_sequences))
-        if value > best_value:
-            best_depth, best_value = depth, value
+        if expected / price > best_value:
+            best_depth, best_value = depth, expected / price
     return best_depth
