@@ -7,8 +7,8 @@ engines do, because it cannot know the path. The path is the full depth of a bin
 from __future__ import annotations
 
 import torch
-from harness import measure_interleaved, parser, ratio_to, report
 
+from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt.accept import accept
 from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import DraftTree
@@ -68,12 +68,11 @@ def compare(
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    rows = []
-    for vocab in (4096, 32000, 128256):
-        for nodes in (1, 8, 60):
+    """Measure and report."""
+    args = start(parser(__doc__))
+    rows: list[Row] = []
+    for vocab in (4096,) if args.quick else (4096, 32000, 128256):
+        for nodes in (1, 8) if args.quick else (1, 8, 60):
             generator = torch.Generator().manual_seed(vocab + nodes)
             logits = torch.randn(1, nodes, vocab, generator=generator) * 3
             tree = binary_tree(nodes, logits)
@@ -92,7 +91,7 @@ def main() -> None:
                         "ratio": ratio_to(times["torch"], times["specrt"]),
                     }
                 )
-    report("tree_accept", rows, save=arguments.save)
+    report("tree_accept", rows, save=args.save)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
+_SETTLE = 0.01  # seconds
+_BATCHES_A_TURN = 3
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -42,6 +44,9 @@ def measure_interleaved(
 
     Interleaving makes a machine that slows down (heat, neighbours) slow all contenders alike. Fast
     calls are timed in batches of about 200 microseconds, so the clock's own cost does not show.
+    A turn begins with a pause and an untimed call: the threads of the contender before (OpenMP's
+    in torch, our pool's) spin for some milliseconds when their work is done, and would hold the
+    cores that this one's threads need.
 
     Args:
         contenders: functions by name.
@@ -55,10 +60,14 @@ def measure_interleaved(
     done = 0
     while done < rounds or min(spent.values()) < min_time:
         for name, fn in contenders.items():
-            elapsed = _time(fn, repeats[name])
-            samples[name].append(elapsed / repeats[name])
-            spent[name] += elapsed
-        done += 1
+            if len(contenders) > 1:
+                time.sleep(_SETTLE)
+                fn()
+            for _ in range(_BATCHES_A_TURN):
+                elapsed = _time(fn, repeats[name])
+                samples[name].append(elapsed / repeats[name])
+                spent[name] += elapsed
+        done += _BATCHES_A_TURN
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
