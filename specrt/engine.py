@@ -144,6 +144,9 @@ class _Batch:
 class Engine:
     """A target, a drafter and the loop that joins them; made by :func:`specrt.load`.
 
+    Several streams of one engine may be open at once; calls must come from one thread at a time,
+    for all of them share the model's buffers.
+
     Args:
         target: the model whose words are spoken.
         drafter: proposes; never changes the words.
@@ -252,8 +255,12 @@ class Engine:
                 f"sampling: expected one for each of {len(prompts)} prompts, got {len(params)}"
             )
         requests = [(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
-        limit = self.target.config.max_positions
-        for ids, _ in requests:
+        limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
+        for ids, p in requests:
+            if p.logit_bias and max(p.logit_bias) >= vocab:
+                raise ValueError(
+                    f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
+                )
             if len(ids) >= limit:
                 raise ValueError(
                     f"prompt: {len(ids)} tokens leave no room in the context of {limit}"
