@@ -128,7 +128,11 @@ void block_of(const LinearParams& p, const Block& at, int64_t num_rows) {
 // evenly, so that memory is busy while the later blocks compute from the cache.
 template <typename W>
 void all_rows(const LinearParams& p, int64_t output, int num_outputs) {
-    const int64_t num_blocks = (p.num_rows + kRows - 1) / kRows;
+    // Few rows wait for memory, and a second going over the operands only delays the fetching;
+    // 16-bit weights need the larger blocks all the same, to convert less.
+    const bool is_memory_bound = sizeof(W) == 4 && p.num_rows <= 8;
+    const int64_t most = is_memory_bound ? kWholeRows : kRows;
+    const int64_t num_blocks = (p.num_rows + most - 1) / most;
     const int64_t bytes = kOutputs * p.depth * static_cast<int64_t>(sizeof(W));
     const int64_t share = (bytes / kLine + num_blocks) / num_blocks;
     const int64_t steps = p.depth / 16;
