@@ -273,7 +273,7 @@ def add_memory(field: Field, rows: Sequence[Row], request: Request) -> None:
 
 def bench(args: argparse.Namespace, dtype: str, scratch: Path) -> tuple[list[Row], dict[str, Any]]:
     """All of one dtype."""
-    prompts = load_prompts(args.prompts, args.problems, args.num_prompts)
+    prompts = load_prompts(args.prompts, args.problems, args.num_prompts, args.target)
     field = make_field(args, dtype, scratch)
     encode = field.contenders[PLAIN].engine.encode  # type: ignore[attr-defined]
     requests = [
@@ -293,7 +293,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--target", default=BUILTIN, help="a checkpoint directory; default: the bundled model")
     add("--drafters", default="all", help="all, none, or names and paths with commas between")
     add("--peers", default="all", help=f"all, none, or some of: {', '.join(PEERS)}")
-    add("--prompts", default="heldout", help="heldout, self-quoting, unpredictable or a JSONL file")
+    add("--prompts", default="heldout", help="heldout, self-quoting, novel, unpredictable or JSONL")
     add("--problems", type=Path, default=HELDOUT, help="what the named sets are made of")
     add("--num-prompts", type=int, default=12)
     add("--max-new-tokens", type=int, default=192)

@@ -364,7 +364,7 @@ class Engine:
         drafter.observe(batch.states, result, output.taps)
         times.append(perf_counter())
         draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
-        self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
+        self._cost.observe(tree.draft_tokens.numel(), draft_ms + verify_ms + accept_ms)
         for sequence in batch.sequences:
             stats = sequence.stats
             stats.draft_ms += draft_ms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -15,46 +14,42 @@ from specrt.types import AcceptResult, DraftTree, SequenceState
 class RoundCost:
     """What a round of n verified rows costs relative to one row, measured as rounds go by.
 
-    Between measured sizes it interpolates; before there are any it assumes that memory traffic
-    dominates, as it does for a model larger than the caches. Measured times move trees, never
-    tokens.
+    A line: one row's time and the time each further row adds, both running averages. (A table by
+    size was tried: on a noisy machine its entries contradict each other for hundreds of rounds.)
+    Before there are measurements it assumes that memory traffic dominates, as it does for a model
+    larger than the caches. Measured times move trees, never tokens.
+
+    Args:
+        slope: cost of a further row, in rows, before anything is measured.
+        decay: weight of the past in the running averages.
     """
 
-    def __init__(self, slope: float = 0.08, decay: float = 0.9) -> None:
+    def __init__(self, slope: float = 0.08, decay: float = 0.95) -> None:
         self._slope = slope
         self._decay = decay
-        self._ms: dict[int, float] = {}
-        self._sizes: list[int] = []  # those of _ms, ascending
+        self._one_ms: float | None = None
         self._seen_once: set[int] = set()
 
     def observe(self, num_rows: int, ms: float) -> None:
-        """Record the verify and accept time of one round."""
+        """Record the time of one round."""
         if num_rows not in self._seen_once:
             # The first round of a size also records its graph.
             self._seen_once.add(num_rows)
             return
-        if num_rows not in self._ms:
-            insort(self._sizes, num_rows)
-        known = self._ms.get(num_rows, ms)
-        # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
-        self._ms[num_rows] = self._decay * known + (1 - self._decay) * min(ms, 2 * known)
+        one = self._one_ms
+        if num_rows == 1:
+            # Outliers (a preempted thread) are capped so that one cannot turn drafting on or off.
+            self._one_ms = ms if one is None else self._mix(one, min(ms, 1.5 * one))
+        elif one is not None:
+            seen = max(0.0, ms / one - 1.0) / (num_rows - 1)
+            self._slope = self._mix(self._slope, min(seen, 2.0 * self._slope + 0.05))
 
     def relative(self, num_rows: int) -> float:
         """Cost of ``num_rows`` rows over that of one row, at least 1."""
-        one = self._ms.get(1)
-        if one is None or num_rows <= 1:
-            return 1.0 + self._slope * max(0, num_rows - 1)
-        place = bisect_left(self._sizes, num_rows)
-        if place == len(self._sizes):
-            below = self._sizes[-1]
-            return max(1.0, self._ms[below] / one + self._slope * (num_rows - below))
-        above = self._sizes[place]
-        if above == num_rows:
-            return max(1.0, self._ms[above] / one)
-        below = self._sizes[place - 1]
-        low = self._ms[below] / one
-        high, share = self._ms[above] / one, (num_rows - below) / (above - below)
-        return max(1.0, low + share * (high - low))
+        return 1.0 + self._slope * max(0, num_rows - 1)
+
+    def _mix(self, known: float, seen: float) -> float:
+        return self._decay * known + (1.0 - self._decay) * seen
 
 
 class Budget:
