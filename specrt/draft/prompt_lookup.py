@@ -23,7 +23,8 @@ from specrt.types import AcceptResult, DraftTree, SequenceState
 _PRIOR_RATE = 0.5
 _PRIOR_WEIGHT = 2.0
 _DECAY = 0.9
-_DRIFT = 0.005  # so that what failed is tried again after some hundred rounds
+_REST = 3  # looking up costs some per cent of a fast model's round: not every round, if in vain
+_DRIFT = 0.02  # so that what failed is tried again after some hundred rounds
 
 
 @dataclass(eq=False)
@@ -84,6 +85,7 @@ class _Lookup:
     records: dict[int, _Record] = field(default_factory=dict)
     match: int = 0
     proposed: int = 0
+    rest: int = 0  # rounds left in which not even a look is taken
 
 
 class PromptLookupDrafter:
@@ -152,9 +154,13 @@ class PromptLookupDrafter:
 
     def _tree(self, state: SequenceState, budget: Budget, num_sequences: int) -> TreeBuilder:
         lookup, tokens = self._lookups[state], state.token_ids
+        lookup.match = lookup.proposed = 0
+        if lookup.rest > 0:
+            lookup.rest -= 1
+            return TreeBuilder(tokens[-1])
         lookup.index.extend(tokens)
         match, positions = lookup.index.longest_match(tokens, self._min_ngram)
-        lookup.match, lookup.proposed = match, 0
+        lookup.match = match
         tree = TreeBuilder(tokens[-1])
         limit = min(budget.max_nodes - 1, self._max_depth, state.num_left - 1)
         if match == 0 or limit < 1:
@@ -167,6 +173,7 @@ class PromptLookupDrafter:
         depth = _worthwhile_depth(record.rate, limit, budget.cost, num_sequences)
         if depth == 0:
             record.forget()
+            lookup.rest = _REST
             return tree
         # The likeliest continuation has its full depth, the others what half as many nodes give.
         max_nodes = min(budget.max_nodes, _num_nodes(depth))
