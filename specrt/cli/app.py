@@ -67,7 +67,8 @@ def demo(
     max_new_tokens: MaxNewTokens = 160,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
+    # In float32 the bundled model outgrows the caches, as real models do in any dtype.
+    dtype: Dtype = "float32",
     threads: Threads = None,
 ) -> None:
     """Plain decoding and speculation side by side, on the bundled model."""

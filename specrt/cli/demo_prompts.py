@@ -8,7 +8,7 @@ PROMPTS: tuple[tuple[str, str], ...] = (
         "total?\nAnswer:",
     ),
     (
-        "a problem like the one before it in the prompt",
+        "a problem after another like it",
         "Question: Lisa has 4 boxes of pencils. Each box has 12 pencils. She gives 10 pencils to "
         "her brother. How many pencils does Lisa have left?\n"
         "Answer: Lisa has 4 * 12 = 48 pencils.\n"
@@ -17,7 +17,7 @@ PROMPTS: tuple[tuple[str, str], ...] = (
         "her brother. How many pencils does Lisa have left?\nAnswer:",
     ),
     (
-        "a short problem by itself, with less to look up",
+        "an answer that goes in circles",
         "Question: A train travels 60 miles per hour for 3 hours and then 40 miles per hour for "
         "2 hours. How many miles does it travel in total?\nAnswer:",
     ),
