@@ -71,7 +71,6 @@ Launch tree_accept(const TreeAcceptArgs& a) {
                        a.tokens.as<int32_t>(),
                        a.logprobs.as<float>(),
                        a.workspace.as<float>(),
-                       a.logits.shape[1],
                        {a.logits.stride[0], a.logits.stride[1]},
                        {a.draft_probs.stride[0], a.draft_probs.stride[1]},
                        a.history.stride[0],

@@ -38,7 +38,7 @@ struct TreeAcceptParams {
     int32_t* tokens;              // [B, P]
     float* logprobs;              // [B, P] or nullptr
     float* workspace;             // [parts, tree_accept_workspace(V)] or nullptr
-    int64_t tree_stride, logits_stride[2], probs_stride[2], history_stride;
+    int64_t logits_stride[2], probs_stride[2], history_stride;
     int64_t batch, nodes, vocab, path_size, history_size;
 };
 
