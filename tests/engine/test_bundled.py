@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,13 @@ import pytest
 import specrt
 from specrt import SamplingParams
 from specrt.builtin import heldout_prompts
-from specrt.draft.base import Drafter, EmptyDrafter
+from specrt.draft.base import Budget, Drafter, EmptyDrafter, RoundCost
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
+from specrt.types import DraftTree, SequenceState
 
 SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {
     f"seed {seed}": SamplingParams(max_new_tokens=96, temperature=0.8, top_p=0.95, seed=seed)
@@ -32,6 +34,13 @@ def engine_like(engine: Engine, drafter: Drafter, max_batch: int) -> Engine:
     return Engine(engine.target, drafter, engine.tokenizer, max_batch=max_batch)
 
 
+class EagerLookup(PromptLookupDrafter):
+    """Drafts whatever it costs: measured costs may keep the usual one from drafting at all."""
+
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+        return super().propose(states, Budget(budget.max_nodes, RoundCost(slope=0.0)))
+
+
 def own_model_drafter(engine: Engine) -> Drafter:
     """The target drafting for itself: slow, but a drafter with a cache and beam trees."""
     graphs = GraphCache()
@@ -45,7 +54,8 @@ def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int
     contenders: list[tuple[Drafter, int]] = [
         (EmptyDrafter(), 4),
         (PromptLookupDrafter(), 1),
-        (PromptLookupDrafter(), 4),
+        (EagerLookup(), 1),
+        (EagerLookup(), 4),
         (own_model_drafter(bundled), 4),
     ]
     for drafter, max_batch in contenders:
@@ -56,6 +66,8 @@ def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int
             for one, two in zip(expected, results, strict=True)
         ]
         assert sum(differing) == 0, (type(drafter).__name__, max_batch, differing)
+        if isinstance(drafter, EagerLookup | SmallModelDrafter):
+            assert sum(result.stats.num_accepted_tokens for result in results) > 0
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
