@@ -33,7 +33,7 @@ ARCHS: Mapping[str, tuple[bool, bool]] = {
 
 EMBED = "embed_tokens.weight"
 TOKEN_IDS = "draft_token_ids"
-_OWN_KEYS = ("drafter", "format_version", "has_feature_sampling", "has_split_output")
+_SAID_OTHERWISE = ("architectures", "rope_theta", "rope_scaling", "torch_dtype")
 _LAYER = "layers.0."
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -233,7 +233,7 @@ def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Dr
     llama = {"model_type": "llama", "max_position_embeddings": 2048, **data, "architectures": None}
     layer = ModelConfig.from_dict({**llama, "num_hidden_layers": 1}, source=str(file))
     target = data.get("target") or {}
-    known = {*_as_dict(DraftConfig(layer, *flags)), *_OWN_KEYS} if is_ours else {"draft_vocab_size"}
+    known = {*_as_dict(DraftConfig(layer, *flags)), *_SAID_OTHERWISE}
     return DraftConfig(
         layer=layer,
         has_feature_sampling=flags[0],
