@@ -14,6 +14,7 @@ void register_silu_mul(py::module_& m);
 void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
 void register_kv_commit(py::module_& m);
+void register_feature_sample(py::module_& m);
 
 namespace {
 
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
     register_tree_attention(m);
     register_tree_accept(m);
     register_kv_commit(m);
+    register_feature_sample(m);
 }
 
 }  // namespace specrt::bindings

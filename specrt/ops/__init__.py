@@ -4,6 +4,7 @@ Every op writes into preallocated tensors, so that a recorded graph can replay i
 reduction order per row: a row's bits never depend on the other rows.
 """
 
+from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear
 from specrt.ops.rms_norm import rms_norm
@@ -14,6 +15,8 @@ from specrt.ops.tree_attention import tree_attention
 
 __all__ = [
     "Purpose",
+    "feature_sample",
+    "feature_sample_workspace",
     "gumbel_noise",
     "kv_commit",
     "linear",
