@@ -12,8 +12,10 @@ from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
 from specrt.ops.tree_attention import tree_attention
+from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 
 __all__ = [
+    "CoupledNoise",
     "Purpose",
     "feature_sample",
     "feature_sample_workspace",
@@ -25,4 +27,6 @@ __all__ = [
     "silu_mul",
     "tree_accept",
     "tree_attention",
+    "tree_expand",
+    "tree_rerank",
 ]
