@@ -1,0 +1,1 @@
+"""Training of drafters for a target that stays as it is."""
