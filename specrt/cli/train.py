@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,9 +75,7 @@ def fspad(
     clip_norm: Annotated[
         float, typer.Option(help="Of all gradients; 0: off.", rich_help_panel=_RECIPE)
     ] = 0.0,
-    noise: Annotated[
-        float, typer.Option(help="On input features.", rich_help_panel=_RECIPE)
-    ] = 0.2,
+    noise: Annotated[float, typer.Option(help="On input features.", rich_help_panel=_RECIPE)] = 0.2,
     regression_weight: Annotated[float, typer.Option(rich_help_panel=_RECIPE)] = 1.0,
     classification_weight: Annotated[float, typer.Option(rich_help_panel=_RECIPE)] = 0.1,
     seed: Annotated[int, typer.Option(rich_help_panel=_RECIPE)] = 0,
@@ -171,9 +168,8 @@ def _end(outcome: Outcome, out: Path, *, is_json: bool) -> None:
     """Print the summary; a run that a signal stopped ends with that signal's exit code."""
     if not outcome.is_done:
         typer.echo(f"stopped and saved in {out}; the same command goes on from there", err=True)
-        if outcome.signal is not None:
-            raise typer.Exit(128 + signal.Signals(outcome.signal))
-        return
+    if outcome.signal is not None:
+        raise typer.Exit(128 + outcome.signal)
     if outcome.summary:  # only the main process has one
         text = jsonlib.dumps(outcome.summary) if is_json else _described(outcome.summary, out)
         typer.echo(text)

@@ -24,6 +24,8 @@ _ORDER, _NOISE = 0, 1  # purposes of random numbers
 class Batch:
     """B sequences of m pairs, padded at the end; H is the hidden size."""
 
+    indices: tuple[int, ...]
+    """``[B]``"""
     inputs: torch.Tensor
     """``[B, m, H]`` float32: f_t with noise."""
     next_tokens: torch.Tensor
@@ -35,10 +37,10 @@ class Batch:
     num_tokens: int
     """Without padding."""
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``."""
-        tensors = (self.inputs, self.next_tokens, self.targets, self.is_counted)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.num_tokens)
+    def bad_rows(self) -> list[int]:
+        """The sequences whose features are not finite."""
+        is_good = (torch.isfinite(self.inputs) & torch.isfinite(self.targets)).all(-1).all(-1)
+        return [i for i, good in zip(self.indices, is_good.tolist(), strict=True) if not good]
 
 
 class BatchPlan:
@@ -73,7 +75,7 @@ class BatchPlan:
         return epoch, self._epoch[1][number]
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        random = _random(self._seed, _ORDER, epoch, 0)
+        random = np.random.Generator(np.random.Philox(_key(self._seed, _ORDER, epoch, 0)))
         order = random.permutation(self._indices)
         order = order[: self.steps_per_epoch * self.batch_size]
         window = _WINDOW * self.batch_size
@@ -86,7 +88,13 @@ class BatchPlan:
 
 
 def collate(
-    source: FeatureSource, indices: Sequence[int], *, noise: float, seed: int, epoch: int
+    source: FeatureSource,
+    indices: Sequence[int],
+    *,
+    noise: float,
+    seed: int,
+    epoch: int,
+    device: torch.device,
 ) -> Batch:
     """Read sequences and pad them to the longest.
 
@@ -96,37 +104,43 @@ def collate(
         noise: width of the uniform noise on input features, for sequences of 512 tokens; inversely
             proportional to a sequence's length.
         seed, epoch: what the noise depends on, beside the sequence.
+        device: of the batch.
     """
     samples = source.batch(indices)
     num_pairs = max(1, max(len(sample.token_ids) for sample in samples) - 2)
     shape = (len(samples), num_pairs)
-    hidden_size = source.hidden_size
-    inputs, targets = torch.zeros(*shape, hidden_size), torch.zeros(*shape, hidden_size)
+    inputs = torch.zeros(*shape, source.hidden_size, device=device)
+    targets = torch.zeros_like(inputs)
     next_tokens = torch.zeros(shape, dtype=torch.int64)
     is_counted = torch.zeros(shape, dtype=torch.bool)
     for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
-        count = len(sample.token_ids) - 2
-        if count < 1:
+        length = len(sample.token_ids)
+        if length < 3:
             continue
-        inputs[row, :count] = sample.features[:count]
+        part = (row, slice(length - 2))
+        features = sample.features.to(device)
+        inputs[part] = features[:-2]
+        targets[part] = features[1:-1]
         if noise:
-            random = _random(seed, _NOISE, epoch, index)
-            inputs[row, :count] += feature_noise(random, count + 2, hidden_size, noise)[:count]
-        targets[row, :count] = sample.features[1:-1]
-        next_tokens[row, :count] = sample.token_ids[1:-1]
-        is_counted[row, :count] = counted_positions(sample.loss_mask)
+            random = torch.Generator(device).manual_seed(_key(seed, _NOISE, epoch, index))
+            inputs[part] += feature_noise(random, length, source.hidden_size, noise)[:-2]
+        next_tokens[part] = sample.token_ids[1:-1]
+        is_counted[part] = counted_positions(sample.loss_mask)
     num_tokens = sum(len(sample.token_ids) for sample in samples)
-    return Batch(inputs, next_tokens, targets, is_counted, num_tokens)
+    return Batch(
+        tuple(indices), inputs, next_tokens.to(device), targets, is_counted.to(device), num_tokens
+    )
 
 
 def feature_noise(
-    random: np.random.Generator, length: int, hidden_size: int, width: float
+    random: torch.Generator, length: int, hidden_size: int, width: float
 ) -> torch.Tensor:
-    """``[length, H]`` float32: ``(rand - 0.5) * width * 512 / length`` (spec of EAGLE's noise)."""
-    values = torch.from_numpy(random.random((length, hidden_size), dtype=np.float32))
+    """``[length, H]`` float32: ``(rand - 0.5) * width * 512 / length``, as EAGLE's."""
+    values = torch.rand(length, hidden_size, generator=random, device=random.device)
     return values.sub_(0.5).mul_(width * _NOISE_LENGTH / length)
 
 
-def _random(seed: int, purpose: int, epoch: int, index: int) -> np.random.Generator:
-    """Random numbers that are a pure function of the four."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, index]))
+def _key(seed: int, purpose: int, epoch: int, index: int) -> int:
+    """A seed that is a pure function of the four and differs wherever one of them does."""
+    words = np.random.SeedSequence([seed, purpose, epoch, index]).generate_state(1, np.uint32)
+    return int(words[0])

@@ -39,9 +39,7 @@ class _GatedMlp(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, out_size, bias=False)
 
     def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(
-            functional.silu(self.gate_proj(gate)) * self.up_proj(up)
-        )
+        out: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(gate)) * self.up_proj(up))
         return out
 
 
@@ -58,7 +56,8 @@ class _FeatureSampling(nn.Module):
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.fc(pairs)
         embeddings = pairs[..., : hidden.shape[-1]]
-        return hidden + self.mlp(embeddings, self.post_attention_layernorm(hidden))
+        sampled: torch.Tensor = self.mlp(embeddings, self.post_attention_layernorm(hidden))
+        return hidden + sampled
 
 
 class _Attention(nn.Module):
@@ -117,6 +116,8 @@ class DraftModel(nn.Module):
 
     Shapes: B sequences, m pairs each, H hidden size, V vocabulary, d head size.
     """
+
+    rope: torch.Tensor
 
     def __init__(self, config: DraftConfig, seed: int = 0) -> None:
         super().__init__()

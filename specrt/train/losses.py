@@ -18,7 +18,7 @@ TOP = 3
 
 
 class Losses(NamedTuple):
-    """Sums over the counted positions, to be divided by ``count``."""
+    """Sums over the counted positions."""
 
     regression: torch.Tensor
     """``[]`` float32: SmoothL1(r_t, f_{t+1}), each the mean over H."""
@@ -27,7 +27,6 @@ class Losses(NamedTuple):
     hits: torch.Tensor
     """``[3]`` float32, zeros where not asked for: positions where the target's likeliest
     token is among the drafter's 1, 2, 3 best."""
-    count: int
 
 
 def counted_positions(loss_mask: torch.Tensor) -> torch.Tensor:
@@ -58,8 +57,10 @@ def draft_losses(
     """
     features = features.float()
     regression = functional.smooth_l1_loss(regressed.float(), features, reduction="none")
-    classification, hits = _HeadLoss.apply(predicted, features, head, has_hits)
-    return Losses(regression.mean(-1).sum(), classification, hits, len(features))
+    classification, hits = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        predicted, features, head, has_hits
+    )
+    return Losses(regression.mean(-1).sum(), classification, hits)
 
 
 class _HeadLoss(torch.autograd.Function):

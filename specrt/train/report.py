@@ -53,8 +53,8 @@ class Reporter:
             return
         text = "" if values is None else _described(values)
         if self._bar is not None:
-            fields = {"description": f"step {step}/{total} {text}"} if text else {}
-            self._bar.update(self._bar.task_ids[0], completed=step, **fields)
+            described = f"step {step}/{total} {text}" if text else None
+            self._bar.update(self._bar.task_ids[0], completed=step, description=described)
         elif values is not None and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"step {step}/{total} {text}")

@@ -18,13 +18,15 @@ from specrt.train.data import Dataset, read_examples
 from specrt.train.evaluate import TargetTables
 from specrt.train.feature_cache import cache_features
 from specrt.train.features import FeatureSource, OnlineFeatures
-from specrt.train.loop import Outcome, TrainData, Trainer, make_accelerator
+from specrt.train.loop import Outcome, TrainData, Trainer, make_accelerator, run_identity
 from specrt.train.options import TrainOptions
 from specrt.train.report import Reporter
+from specrt.train.state import StateFolder
 
 ONLINE = "online"
 _FEATURES_FOLDER = "features"
 _LOG_FOLDER = "tensorboard"
+_MAX_SHOWN = 16  # tokens of a sequence that an error names
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,29 @@ def train_drafter(job: TrainJob, options: TrainOptions) -> Outcome:
     accelerator = make_accelerator(options)
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
     with Reporter(accelerator.is_main_process, log_dir) as reporter:
-        dataset = read_examples(
-            job.data,
-            load_tokenizer(directory),
-            max_length=min(job.max_length, target.max_positions),
-            skip_bad=job.skip_bad,
-        )
+        tokenizer = load_tokenizer(directory)
+        max_length = min(job.max_length, target.max_positions)
+        dataset = read_examples(job.data, tokenizer, max_length=max_length, skip_bad=job.skip_bad)
         for line in dataset.report.lines():
             reporter.say(line)
         train, held_out = dataset.split(job.held_out)
+        identity = run_identity(config, options, accelerator, dataset.content_hash, train)
+        state = StateFolder(job.out, identity, accelerator)
+        state.claim(is_restart=job.is_restart)  # before the long work on features
+
+        def describe(index: int) -> str:
+            beginning = tokenizer.decode(dataset[index].token_ids[:_MAX_SHOWN].tolist())
+            return f"{index} ({beginning!r} ...)"
+
         source = _features(job, options, dataset, train, accelerator)
-        data = TrainData(source, train, held_out, dataset.content_hash)
-        tables = TargetTables(*load_tables(directory, target, torch.float32))
         trainer = Trainer(
-            config, tables, data, options, job.out, accelerator, is_restart=job.is_restart
+            config,
+            TargetTables(*load_tables(directory, target, torch.float32)),
+            TrainData(source, train, held_out, describe),
+            options,
+            out=job.out,
+            state=state,
+            accelerator=accelerator,
         )
         outcome = trainer.run(reporter)
     if outcome.is_done and accelerator.is_main_process:

@@ -8,85 +8,111 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 _FOLDER = "state"
 _PARTIAL = "partial"
 _PREFIX = "step-"
 _RUN_FILE = "run.json"
 
 
-def latest_state(out: Path) -> Path | None:
-    """The newest whole state under ``out``."""
-    found = [path for path in (out / _FOLDER).glob(f"{_PREFIX}*") if (path / _RUN_FILE).is_file()]
-    return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
-
-
-def read_run(state: Path) -> dict[str, Any]:
-    """What :func:`write_state` was given beside the tensors.
-
-    Raises:
-        ValueError: the file is broken.
-    """
-    file = state / _RUN_FILE
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(run, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return run
-
-
-def write_state(
-    out: Path,
-    step: int,
-    run: Mapping[str, Any],
-    save_tensors: Callable[[Path], None],
-    *,
-    is_main: bool,
-    wait: Callable[[], None],
-) -> Path:
-    """Write the state after ``step`` steps, then drop older ones.
+class StateFolder:
+    """The states of one run, in ``OUT/state``.
 
     Args:
         out: the run's directory.
-        step: the number of steps done.
-        run: JSON kept beside the tensors.
-        save_tensors: writes into the directory it is given; called by every process.
-        is_main: this process moves and removes directories.
-        wait: a barrier over all processes.
-
-    Raises:
-        OSError, RuntimeError: the disk is full, or the like; the older state is untouched.
+        identity: JSON values that a run must share with the one it takes up.
+        accelerator: this process's place; the main one moves and removes directories.
     """
-    folder = out / _FOLDER
-    partial, final = folder / _PARTIAL, folder / f"{_PREFIX}{step:08d}"
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait()
-    try:
-        save_tensors(partial)
-        wait()
-        if is_main:
-            text = json.dumps(run, indent=2) + "\n"
-            (partial / _RUN_FILE).write_text(text, encoding="utf-8")
-            _put(partial, final)
-    except BaseException:
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], accelerator: Accelerator) -> None:
+        self._out = out
+        self._folder = out / _FOLDER
+        self._identity = dict(identity)
+        self._accelerator = accelerator
+
+    def latest(self) -> Path | None:
+        """The newest whole state."""
+        found = [p for p in self._folder.glob(f"{_PREFIX}*") if (p / _RUN_FILE).is_file()]
+        return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+
+    def claim(self, *, is_restart: bool = False) -> None:
+        """Make sure that ``out`` is free, or holds this very run unfinished.
+
+        Args:
+            is_restart: drop what is there.
+
+        Raises:
+            ValueError: it holds a finished drafter, or a run with another identity.
+        """
+        if is_restart:
+            self._accelerator.wait_for_everyone()
+            if self._accelerator.is_main_process:
+                self.remove()
+            self._accelerator.wait_for_everyone()
+            return
+        state = self.latest()
+        if state is None:
+            if (self._out / "config.json").exists():
+                raise ValueError(f"out: {self._out} already holds a model; --restart replaces it")
+            return
+        theirs = _read(state)["identity"]
+        for name, value in self._identity.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"out: {self._out} holds an unfinished run with {name} {theirs.get(name)}, "
+                    f"not {value}; --restart begins anew"
+                )
+
+    def read(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state's directory and progress; None where there is none."""
+        state = self.latest()
+        return None if state is None else (state, _read(state)["progress"])
+
+    def write(
+        self, step: int, progress: Mapping[str, Any], save_tensors: Callable[[Path], None]
+    ) -> Path:
+        """Write the state after ``step`` steps, then drop older ones; every process calls this.
+
+        Raises:
+            OSError, RuntimeError: the disk is full, or the like; the older state is untouched.
+        """
+        is_main, wait = self._accelerator.is_main_process, self._accelerator.wait_for_everyone
+        partial, final = self._folder / _PARTIAL, self._folder / f"{_PREFIX}{step:08d}"
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
-    wait()
-    return final
+            partial.mkdir(parents=True)
+        wait()
+        try:
+            save_tensors(partial)
+            wait()
+            if is_main:
+                run = {"identity": self._identity, "progress": progress}
+                text = json.dumps(run, indent=2) + "\n"
+                (partial / _RUN_FILE).write_text(text, encoding="utf-8")
+                self._put(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        wait()
+        return final
+
+    def remove(self) -> None:
+        """Drop every state."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _put(self, partial: Path, final: Path) -> None:
+        shutil.rmtree(final, ignore_errors=True)  # of this very step, saved twice
+        partial.rename(final)
+        for path in self._folder.glob(f"{_PREFIX}*"):
+            if path != final:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_states(out: Path) -> None:
-    """Drop every state of a run that is over, or shall begin anew."""
-    shutil.rmtree(out / _FOLDER, ignore_errors=True)
-
-
-def _put(partial: Path, final: Path) -> None:
-    shutil.rmtree(final, ignore_errors=True)  # of this very step, after a stop and a resume
-    partial.rename(final)
-    for path in final.parent.glob(f"{_PREFIX}*"):
-        if path != final:
-            shutil.rmtree(path, ignore_errors=True)
+def _read(state: Path) -> dict[str, Any]:
+    file = state / _RUN_FILE
+    try:
+        run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
+    return run
