@@ -35,11 +35,14 @@ class Tokenizer:
             )
         )
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
         """Token ids of a conversation and the opening of the assistant's next turn.
 
         Args:
             messages: with ``role`` and ``content``.
+            add_generation_prompt: False leaves that opening out.
 
         Raises:
             ValueError: the tokenizer has no chat template, or the template refuses the messages.
@@ -51,7 +54,7 @@ class Tokenizer:
         try:
             ids = self.inner.apply_chat_template(
                 [dict(message) for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 return_dict=False,
             )
         except TemplateError as error:

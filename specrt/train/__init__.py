@@ -1,1 +1,1 @@
-"""Training drafters for a frozen target."""
+"""Training of drafters for a target that stays as it is."""

@@ -1,0 +1,228 @@
+"""The target as training sees it: frozen, its features for whole sequences at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from specrt.config import ModelConfig, checkpoint_directory
+from specrt.models.loader import LayerWeights, load_weights
+from specrt.models.rope import rope_table
+
+
+class FrozenTarget(Protocol):
+    """Gives the hidden states after the final norm, what the LM head multiplies."""
+
+    config: ModelConfig
+
+    def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Features ``[n, H]`` on the target's device of each sequence, ``[n]`` token ids."""
+        ...
+
+
+def load_frozen_target(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> FrozenTarget:
+    """Load a target for training: by ``transformers`` on a GPU, by specrt's own loader elsewhere.
+
+    specrt's float8 storage is unknown to ``transformers`` and read by specrt on any device.
+
+    Args:
+        path: a local Hugging Face directory.
+        dtype: of its weights; the checkpoint's by default.
+        device: where it shall be.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, broken or of an unsupported family.
+    """
+    directory = checkpoint_directory(path)
+    config = ModelConfig.from_directory(directory)
+    chosen = dtype or config.dtype
+    place = torch.device(device)
+    if place.type == "cpu" or config.float8_scale_suffix is not None:
+        return PackedTarget(directory, config, chosen, place)
+    return TransformersTarget(directory, config, chosen, place)
+
+
+class PackedTarget:
+    """The Llama family in plain torch; sequences lie behind one another, so nothing is padding.
+
+    Linear layers see all rows at once, attention one sequence at a time. On a CPU it computes in
+    float32 on weights of ``dtype`` and rounds keys and values to it, as the engine does: features
+    then agree with the engine's taps.
+
+    Args:
+        path: a local Hugging Face directory.
+        config: its configuration.
+        dtype: of the weights.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self._dtype = dtype
+        self._device = device
+        compute = torch.float32 if device.type == "cpu" else dtype
+        weights = load_weights(path, config, dtype)
+
+        def placed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, compute)
+
+        self._layers = [_Layer(layer, placed) for layer in weights.layers]
+        self._embed = weights.embed.to(device, compute)
+        self._final_norm = weights.final_norm.to(device)
+        rope = rope_table(
+            config.head_dim, config.rope_theta, config.max_positions, config.rope_scaling
+        )
+        self._rope = rope.to(device)
+
+    @torch.no_grad()  # inference tensors could not be saved for a backward pass
+    def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """As :class:`FrozenTarget` says.
+
+        Raises:
+            ValueError: a token is outside the vocabulary, or a sequence longer than the context.
+        """
+        _check(self.config, sequences)
+        lengths = [len(sequence) for sequence in sequences]
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
+        angles = self._rope[positions][:, None]
+        hidden = self._embed[torch.cat(list(sequences)).to(self._device)]
+        for layer in self._layers:
+            normed = self._norm(hidden, layer.input_norm)
+            attended = self._attention(layer, normed, angles, lengths)
+            hidden = hidden + functional.linear(attended, layer.o, layer.o_bias)
+            normed = self._norm(hidden, layer.post_norm)
+            gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            mlp = functional.linear(functional.silu(gate) * up, layer.down, layer.down_bias)
+            hidden = hidden + mlp
+        return list(self._norm(hidden, self._final_norm).split(lengths))
+
+    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        eps = self.config.rms_norm_eps
+        normed = functional.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
+        return normed.to(hidden.dtype)
+
+    def _attention(
+        self, layer: _Layer, normed: torch.Tensor, angles: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        """``[T, Q * d]`` of ``normed`` ``[T, H]``."""
+        config = self.config
+        heads = functional.linear(normed, layer.qkv, layer.qkv_bias)
+        heads = heads.view(len(normed), -1, config.head_dim)
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        q, k = _rotated(q, angles), _rotated(k, angles)
+        k, v = k.to(self._dtype).to(q.dtype), v.to(self._dtype).to(q.dtype)  # as the engine's cache
+        parts = []
+        for q_part, k_part, v_part in zip(
+            q.split(lengths), k.split(lengths), v.split(lengths), strict=True
+        ):
+            attended = functional.scaled_dot_product_attention(
+                q_part.transpose(0, 1)[None],
+                k_part.transpose(0, 1)[None],
+                v_part.transpose(0, 1)[None],
+                is_causal=True,
+                enable_gqa=True,
+            )
+            parts.append(attended[0].transpose(0, 1).reshape(len(q_part), -1))
+        return torch.cat(parts)
+
+
+class TransformersTarget:
+    """Any supported target through ``transformers``, in padded batches.
+
+    Args:
+        path: a local Hugging Face directory.
+        config: its configuration.
+        dtype: of weights and activations.
+        device: where to put it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        from transformers import AutoModel  # slow to import, and not needed on a CPU
+
+        self.config = config
+        self._device = device
+        # The model without its head: its last hidden state is the one after the final norm.
+        model = AutoModel.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+        self._model: Any = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()  # inference tensors could not be saved for a backward pass
+    def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """As :class:`FrozenTarget` says.
+
+        Raises:
+            ValueError: a token is outside the vocabulary, or a sequence longer than the context.
+        """
+        _check(self.config, sequences)
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        hidden = self._model(
+            input_ids=padded.to(self._device),
+            attention_mask=mask.long().to(self._device),
+            use_cache=False,
+        ).last_hidden_state
+        return [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
+
+
+class _Layer:
+    """One layer's weights where and as they are computed with."""
+
+    def __init__(self, layer: LayerWeights, placed: Any) -> None:
+        self.input_norm: torch.Tensor = placed(layer.input_norm)
+        self.qkv: torch.Tensor = placed(layer.qkv)
+        self.qkv_bias: torch.Tensor | None = placed(layer.qkv_bias)
+        self.q_norm: torch.Tensor | None = placed(layer.q_norm)
+        self.k_norm: torch.Tensor | None = placed(layer.k_norm)
+        self.o: torch.Tensor = placed(layer.o)
+        self.o_bias: torch.Tensor | None = placed(layer.o_bias)
+        self.post_norm: torch.Tensor = placed(layer.post_norm)
+        self.gate_up: torch.Tensor = placed(layer.gate_up)
+        self.gate_up_bias: torch.Tensor | None = placed(layer.gate_up_bias)
+        self.down: torch.Tensor = placed(layer.down)
+        self.down_bias: torch.Tensor | None = placed(layer.down_bias)
+
+
+def _check(config: ModelConfig, sequences: Sequence[torch.Tensor]) -> None:
+    limit, vocab = config.max_positions, config.vocab_size
+    for sequence in sequences:
+        if len(sequence) > limit:
+            raise ValueError(
+                f"token_ids: {len(sequence)} tokens are more than the target's context of {limit}"
+            )
+        largest = int(sequence.max())
+        if largest >= vocab:
+            raise ValueError(
+                f"token_ids: token id {largest} is outside the vocabulary 0..{vocab - 1}"
+            )
+
+
+def _rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``heads`` ``[T, h, d]`` by ``angles`` ``[T, 1, d]``: cosines, sines."""
+    cos, sin = angles.chunk(2, dim=-1)
+    first, second = heads.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(heads.dtype)

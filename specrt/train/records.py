@@ -1,0 +1,212 @@
+"""The lines of training files: chats, pairs of texts, problems, and tokens a target has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ASSISTANT = "assistant"
+
+# ShareGPT's names for who speaks; OpenAI's stand for themselves.
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "assistant": ASSISTANT,
+    "model": ASSISTANT,
+    "bing": ASSISTANT,
+    "bard": ASSISTANT,
+    "system": "system",
+    "tool": "tool",
+    "function": "function",
+}
+# GSM8K's annotations for a calculator, as in "48/2 = <<48/2=24>>24".
+_CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
+_FORMS = (
+    '"conversations", "messages", "prompt" with "response" or "completion", '
+    '"question" with "answer", or "prompt_ids" with "response_ids"'
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, to be told by a chat template."""
+
+    messages: tuple[Mapping[str, str], ...]
+    """With ``role`` and ``content``."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Plain text and what follows it."""
+
+    prompt: str
+    response: str | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and its answer: a chat where there is a template, else a plain pair."""
+
+    question: str
+    answer: str | None
+
+    def as_chat(self) -> Chat:
+        """As turns of a user and an assistant."""
+        messages = [{"role": "user", "content": self.question}]
+        if self.answer is not None:
+            messages.append({"role": ASSISTANT, "content": self.answer})
+        return Chat(tuple(messages))
+
+    def as_pair(self) -> Pair:
+        """As text."""
+        answer = None if self.answer is None else f" {self.answer}"
+        return Pair(f"Question: {self.question}\nAnswer:", answer)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt and a response as the target itself had them."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+Record = Chat | Pair | Problem | Tokens
+
+
+def iter_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Every item of a file with the name that errors give it (``FILE, line 3``).
+
+    A ``.json`` file may hold one list (its items come parsed); any other is read line by line, and
+    the lines come as bytes.
+
+    Raises:
+        ValueError: the file is empty, or its list is not JSON.
+        OSError: it cannot be read.
+    """
+    file = Path(path)
+    count = 0
+    for where, item in _list_items(file) if _holds_list(file) else _lines(file):
+        count += 1
+        yield where, item
+    if count == 0:
+        raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
+
+
+def parse_record(where: str, item: Any) -> Record:
+    """What one item says.
+
+    Args:
+        where: its name, for errors.
+        item: as :func:`iter_items` gives it.
+
+    Raises:
+        ValueError: it is not JSON or has none of the known forms; names ``where``.
+    """
+    data = _decoded(where, item) if isinstance(item, bytes) else item
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(data).__name__}")
+    if "prompt_ids" in data or "response_ids" in data:
+        return Tokens(_ids(where, data, "prompt_ids"), _ids(where, data, "response_ids"))
+    if "conversations" in data:
+        return Chat(_messages(where, data, "conversations", "from", "value"))
+    if "messages" in data:
+        return Chat(_messages(where, data, "messages", "role", "content"))
+    if "question" in data:
+        answer = _optional_text(where, data, "answer")
+        answer = None if answer is None else _CALCULATOR_NOTE.sub("", answer)
+        return Problem(_text(where, data, "question"), answer)
+    if "prompt" in data:
+        key = "response" if "response" in data else "completion"
+        return Pair(_text(where, data, "prompt"), _optional_text(where, data, key))
+    keys = ", ".join(map(str, data)) or "no keys"
+    raise ValueError(f"{where}: expected {_FORMS}; got {keys}")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _holds_list(file: Path) -> bool:
+    if file.suffix != ".json":
+        return False
+    with file.open("rb") as stream:
+        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _list_items(file: Path) -> Iterator[tuple[str, Any]]:
+    items = _decoded(str(file), file.read_bytes())
+    for number, item in enumerate(items, start=1):
+        yield f"{file}, item {number}", item
+
+
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if content.strip():
+                yield f"{file}, line {number}", content
+
+
+def _decoded(where: str, content: bytes) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+
+
+# --- fields ---------------------------------------------------------------------------------------
+
+
+def _text(where: str, data: Mapping[str, Any], key: str) -> str:
+    value = data[key]
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: "{key}": expected text, got {type(value).__name__}')
+    return value
+
+
+def _optional_text(where: str, data: Mapping[str, Any], key: str) -> str | None:
+    return None if data.get(key) is None else _text(where, data, key)
+
+
+def _ids(where: str, data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    ids = data.get(key)
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError(f'{where}: "{key}": expected a list of token ids')
+    return tuple(ids)
+
+
+def _messages(
+    where: str, data: Mapping[str, Any], key: str, role_key: str, content_key: str
+) -> tuple[Mapping[str, str], ...]:
+    turns = data[key]
+    if not isinstance(turns, list):
+        raise ValueError(f'{where}: "{key}": expected a list, got {type(turns).__name__}')
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        place = f'{where}: "{key}", turn {number}'
+        if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
+            raise ValueError(f'{place}: expected an object with "{role_key}" and "{content_key}"')
+        role = turn[role_key]
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f'{place}: "{role_key}": expected user, assistant, ..., got {role!r}')
+        messages.append({"role": _ROLES[role], "content": _content(place, turn[content_key])})
+    return tuple(messages)
+
+
+def _content(place: str, content: Any) -> str:
+    """A turn's text, which OpenAI's form may give in parts."""
+    parts: Sequence[Any] = (
+        [content] if isinstance(content, str) else content if isinstance(content, list) else [None]
+    )
+    given = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
+        raise ValueError(f"{place}: expected text, got {json.dumps(content)[:60]}")
+    return "".join(texts)
