@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from specrt.cli import errors
+from specrt.cli import errors, train
 
 app = typer.Typer(
     name="specrt",
@@ -19,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(train.app)
 
 _SAMPLING = "Sampling"
 _INPUT = "Input and output"
