@@ -12,12 +12,18 @@ NO_DRAFTER = "none"
 
 
 def load_engine(
-    target: str, drafter: str, *, dtype: str, threads: int | None, max_nodes: int = 64
+    target: str,
+    drafter: str,
+    *,
+    dtype: str,
+    threads: int | None,
+    max_nodes: int = 64,
+    max_batch: int = 8,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, dtype, max_nodes: as for :func:`specrt.load`.
+        target, dtype, max_nodes, max_batch: as for :func:`specrt.load`.
         drafter: ``"none"``, ``"prompt-lookup"`` or a directory.
         threads: of the kernels; None leaves torch's choice.
 
@@ -39,4 +45,4 @@ def load_engine(
     if threads is not None:
         torch.set_num_threads(threads)
     name = None if drafter == NO_DRAFTER else drafter
-    return load(target, name, dtype=dtype, max_nodes=max_nodes)
+    return load(target, name, dtype=dtype, max_nodes=max_nodes, max_batch=max_batch)

@@ -41,6 +41,17 @@ class Chat:
     messages: tuple[Mapping[str, str], ...]
     """With ``role`` and ``content``."""
 
+    def without_opening(self) -> Chat:
+        """Without the assistant's turns before anyone else's: templates refuse such."""
+        turns = enumerate(self.messages)
+        first = next((i for i, turn in turns if turn["role"] != ASSISTANT), len(self.messages))
+        return Chat(self.messages[first:])
+
+    def before_last_response(self) -> Chat:
+        """What the assistant's last turn answers; everything where it has none."""
+        turns = [i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT]
+        return Chat(self.messages[: turns[-1]]) if turns else self
+
 
 @dataclass(frozen=True)
 class Pair:
