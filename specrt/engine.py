@@ -18,7 +18,7 @@ import torch
 
 from specrt.accept import accept
 from specrt.cache import CacheBatch, CachedSequence, KVCache
-from specrt.draft.base import Budget, Drafter, RoundCost
+from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
 from specrt.sampling import SamplingParams, SamplingTable
@@ -180,12 +180,15 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        draft: DraftParams | None = None,
     ) -> Any:
         """Answer one prompt or many.
 
         Args:
             prompts: one prompt (text, token ids or chat messages) or a list of them.
             sampling: for all prompts, or one each; greedy by default.
+            draft: the shape of the draft trees; by default the drafter's choice. Never changes
+                the text.
 
         Returns:
             A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
@@ -198,7 +201,7 @@ class Engine:
         many = _is_many(prompts)
         batch = list(prompts) if many else [prompts]
         results: list[GenerationResult | None] = [None] * len(batch)
-        with closing(self._run(batch, sampling, has_text=False)) as chunks:
+        with closing(self._run(batch, sampling, draft, has_text=False)) as chunks:
             for chunk in chunks:
                 if chunk.result is not None:
                     results[chunk.index] = chunk.result
@@ -208,6 +211,7 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        draft: DraftParams | None = None,
     ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
@@ -215,7 +219,7 @@ class Engine:
         Arguments are checked at the call, before the first chunk is asked for.
         """
         batch = list(prompts) if _is_many(prompts) else [prompts]
-        return self._run(batch, sampling, has_text=True)
+        return self._run(batch, sampling, draft, has_text=True)
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -282,8 +286,16 @@ class Engine:
             limit_reason="length" if max_len == wanted else "context",
             tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
         )
-        seed, temperature = params.seed or 0, params.temperature
-        state = SequenceState(list(ids), len(ids), max_len, seed, temperature)
+        state = SequenceState(
+            list(ids),
+            len(ids),
+            max_len,
+            seed=params.seed or 0,
+            temperature=params.temperature,
+            top_k=params.top_k or 0,
+            top_p=params.top_p,
+            min_p=params.min_p,
+        )
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
         return _Sequence(index, params, state, end, cached)
@@ -306,12 +318,22 @@ class Engine:
         self,
         prompts: Sequence[Any],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        return self._rounds(deque(enumerate(self._checked(prompts, sampling))), has_text)
+        if draft is not None and (draft.total_tokens or 1) > self.max_nodes:
+            raise ValueError(
+                f"total_tokens: expected at most the engine's max_nodes, {self.max_nodes}, "
+                f"got {draft.total_tokens}"
+            )
+        requests = deque(enumerate(self._checked(prompts, sampling)))
+        return self._rounds(requests, Budget(self.max_nodes, self._cost, draft), has_text)
 
     def _rounds(
-        self, waiting: deque[tuple[int, tuple[list[int], SamplingParams]]], has_text: bool
+        self,
+        waiting: deque[tuple[int, tuple[list[int], SamplingParams]]],
+        budget: Budget,
+        has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
         batch = _Batch(self.cache, self.target.config.vocab_size)
         try:
@@ -321,7 +343,7 @@ class Engine:
                     batch.join(self._new_sequence(index, ids, params, has_text))
                     self._start(batch.sequences[-1])
                 batch.refresh()
-                for chunk, sequence in self._round(batch):
+                for chunk, sequence in self._round(batch, budget):
                     if chunk.result is not None:
                         self._release(batch, sequence)
                     yield chunk
@@ -344,11 +366,11 @@ class Engine:
             self.drafter.prefill(sequence.state, start, taps)
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
-    def _round(self, batch: _Batch) -> list[tuple[StreamChunk, _Sequence]]:
+    def _round(self, batch: _Batch, budget: Budget) -> list[tuple[StreamChunk, _Sequence]]:
         """One round of every running sequence."""
         drafter = self.drafter
         times = [perf_counter()]
-        tree = drafter.propose(batch.states, Budget(self.max_nodes, self._cost))
+        tree = drafter.propose(batch.states, budget)
         times.append(perf_counter())
         output = self.target.forward(tree, batch.cached, taps=drafter.taps)
         times.append(perf_counter())
@@ -364,7 +386,7 @@ class Engine:
         drafter.observe(batch.states, result, output.taps)
         times.append(perf_counter())
         draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
-        self._cost.observe(tree.draft_tokens.numel(), draft_ms + verify_ms + accept_ms)
+        self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
         for sequence in batch.sequences:
             stats = sequence.stats
             stats.draft_ms += draft_ms

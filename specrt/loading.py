@@ -12,7 +12,7 @@ import torch
 from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
-from specrt.draft.load import PROMPT_LOOKUP, load_drafter
+from specrt.draft.load import PROMPT_LOOKUP, DrafterOptions, load_drafter
 from specrt.engine import Engine, Prompt
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
@@ -40,20 +40,27 @@ def load(
     max_batch: int = 8,
     max_nodes: int = 64,
     progress: bool = True,
+    fold: bool | None = None,
+    coupled: bool = True,
 ) -> Engine:
     """Load a target and a drafter.
 
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
-        drafter: None (plain decoding), ``"prompt-lookup"``, a directory with a smaller model of the
-            same vocabulary, or any object with the methods of :class:`specrt.draft.base.Drafter`.
+        drafter: None (plain decoding), ``"prompt-lookup"``, a bundled one (``"fspad"``,
+            ``"eagle2"``), a directory with an FSPAD or EAGLE-1/2 drafter or with a smaller model of
+            the same vocabulary, or any object with the methods of
+            :class:`specrt.draft.base.Drafter`.
         device: ``"auto"`` or ``"cpu"``.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's), ``"float32"``,
             ``"bfloat16"`` or ``"float16"``. Activations are float32 in any case.
         max_batch: prompts that run together.
         max_nodes: the largest tree that is verified, root included, 1..128.
         progress: show a bar on a terminal while loading.
+        fold: FSPAD and EAGLE: replace the weights that are functions of the token by tables; None
+            does so where it pays.
+        coupled: FSPAD and EAGLE, temperature above 0: rank candidates with the target's own noise.
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
@@ -69,7 +76,8 @@ def load(
     graphs = GraphCache()
     model = LlamaModel(config, weights, graphs.run, graphs.clear)
     if drafter is None or isinstance(drafter, str | os.PathLike):
-        drafter = load_drafter(drafter, config, chosen, graphs.run, graphs.clear)
+        options = DrafterOptions(fold, coupled)
+        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options)
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
 
 

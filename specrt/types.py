@@ -78,6 +78,9 @@ class SequenceState:
     """The sequence ends when ``token_ids`` is this long (token or context limit)."""
     seed: int
     temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     @property
     def num_left(self) -> int:

@@ -13,7 +13,9 @@ void register_rope_append(py::module_& m);
 void register_silu_mul(py::module_& m);
 void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
+void register_tree_build(py::module_& m);
 void register_kv_commit(py::module_& m);
+void register_feature_sample(py::module_& m);
 
 namespace {
 
@@ -65,7 +67,9 @@ PYBIND11_MODULE(_C, m) {
     register_silu_mul(m);
     register_tree_attention(m);
     register_tree_accept(m);
+    register_tree_build(m);
     register_kv_commit(m);
+    register_feature_sample(m);
 }
 
 }  // namespace specrt::bindings

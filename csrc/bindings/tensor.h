@@ -17,10 +17,13 @@ int num_threads();
 void set_thread_source(py::object get_num_threads);
 
 // Lets other Python threads run while the kernels do.
-inline void submit_released(const Launch& launch) {
+inline void submit_released(const Launch* launches, size_t count) {
     const int threads = num_threads();
     py::gil_scoped_release release;
-    submit(launch, threads);
+    submit(launches, count, threads);
+}
+inline void submit_released(const Launch& launch) {
+    submit_released(&launch, 1);
 }
 
 }  // namespace specrt::bindings

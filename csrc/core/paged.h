@@ -23,16 +23,10 @@ inline const int32_t* expect_counts(const TensorView& t, int64_t num_seqs) {
     return t.as<int32_t>();
 }
 
-inline void expect_cache(const TensorView& t) {
-    const DType type = t.dtype;
-    SPECRT_CHECK(type == DType::kFloat32 || type == DType::kBFloat16 || type == DType::kFloat16,
-                 t.name, ": expected float32, bfloat16 or float16, got ", t.describe());
-}
-
 // k_cache and v_cache, [P, page_size, Hkv, d], of one layer.
 inline void expect_caches(const TensorView& k, const TensorView& v, int64_t num_heads,
                           int64_t head_dim) {
-    expect_cache(k);
+    expect_float(k);
     expect(k, k.dtype, "[P, page_size, Hkv, d]", -1, -1, num_heads, head_dim);
     expect(v, k.dtype, "[P, page_size, Hkv, d]", k.shape[0], k.shape[1], num_heads, head_dim);
     expect_contiguous(k);

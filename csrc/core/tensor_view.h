@@ -59,6 +59,13 @@ inline void expect(const TensorView& t, DType dtype, const char* wanted, Sizes..
                  ": the last dimension must be contiguous, got stride ", t.stride[ndim - 1]);
 }
 
+// A type that kernels read as float32.
+inline void expect_float(const TensorView& t) {
+    const DType type = t.dtype;
+    SPECRT_CHECK(type == DType::kFloat32 || type == DType::kBFloat16 || type == DType::kFloat16,
+                 t.name, ": expected float32, bfloat16 or float16, got ", t.describe());
+}
+
 inline void expect_contiguous(const TensorView& t) {
     int64_t run = 1;
     for (int i = t.ndim - 1; i >= 0; --i) {

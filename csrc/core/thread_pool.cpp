@@ -162,9 +162,12 @@ std::vector<Launch>* recorder() {
     return current_recorder;
 }
 
-void submit(const Launch& launch, int num_threads) {
-    if (current_recorder) current_recorder->push_back(launch);
-    run_launches(&launch, 1, launch.max_parts == 1 ? 1 : num_threads);
+void submit(const Launch* launches, size_t count, int num_threads) {
+    if (current_recorder)
+        current_recorder->insert(current_recorder->end(), launches, launches + count);
+    bool is_shared = false;
+    for (size_t i = 0; i < count; ++i) is_shared = is_shared || launches[i].max_parts > 1;
+    run_launches(launches, count, is_shared ? num_threads : 1);
 }
 
 }  // namespace specrt

@@ -37,6 +37,6 @@ void run_launches(const Launch* launches, size_t count, int num_threads);
 // While a recorder is set on the calling thread, submit() also appends to it (core of cpu_graph).
 void set_recorder(std::vector<Launch>* recorder);
 std::vector<Launch>* recorder();
-void submit(const Launch& launch, int num_threads);
+void submit(const Launch* launches, size_t count, int num_threads);
 
 }  // namespace specrt

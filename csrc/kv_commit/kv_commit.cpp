@@ -4,7 +4,7 @@ namespace specrt {
 
 KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const TensorView& path,
                    const TensorView& num_path, const TensorView& kv_len) {
-    expect_cache(kv);
+    expect_float(kv);
     expect(kv, kv.dtype, "[L, 2, P, page_size, Hkv, d]", -1, 2, -1, -1, -1, -1);
     expect_contiguous(kv);
     expect(path, DType::kInt32, "[B, D]", -1, -1);

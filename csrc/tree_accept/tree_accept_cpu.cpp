@@ -1,11 +1,10 @@
-#include "core/simd.h"
+#include "core/noise_bits.h"
+#include "core/sampling_filter.h"
 #include "tree_accept/tree_accept.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
 
-constexpr float kInf = __builtin_inff();
-constexpr int kBlock = kPhiloxBlock;
 constexpr int32_t kBadRow = -1;               // NaN, +inf, or every token masked
 const float kNoLogprob = __builtin_nanf("");  // -1 would be a plausible log-probability
 
@@ -24,59 +23,8 @@ struct Workspace {
         counts = reinterpret_cast<int32_t*>(base + 6 * size);
         seen = reinterpret_cast<int32_t*>(base + 7 * size);
     }
+    FilterScratch filter_scratch() const { return {weights, values, block_max, ids}; }
 };
-
-// The kept set: tokens above `cut`, and of those equal to it the ids up to `cut_id`.
-struct Filter {
-    float cut = -kInf;
-    int32_t cut_id = INT32_MAX;
-
-    bool keeps(float value, int64_t id) const {
-        return value > cut || (value == cut && id <= cut_id);
-    }
-};
-
-struct RowMax {
-    float value = -kInf;
-    int64_t block = 0;    // the first block that holds it
-    bool is_bad = false;  // NaN or +inf somewhere
-};
-
-// Maximum of `src`, and of each block if `block_max`; with `dst`, first dst = src / divisor.
-RowMax scan_row(const float* src, float* dst, float divisor, int64_t vocab, float* block_max) {
-    RowMax row;
-    const V16 lowest = splat(-3.4028235e38f), d = splat(divisor);
-    V16 poison = zero();  // NaN * 0 and inf * 0 are NaN
-    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
-        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
-        V16 best = splat(-kInf);
-        int64_t i = start;
-        for (; i + 16 <= end; i += 16) {
-            V16 x = load(src + i);
-            if (dst) {
-                x = div(x, d);
-                store(x, dst + i);
-            }
-            best = max(best, x);
-            poison = fma(max(lowest, x), zero(), poison);
-        }
-        float top = reduce_max(best);
-        for (; i < end; ++i) {
-            const float x = dst ? src[i] / divisor : src[i];
-            if (dst) dst[i] = x;
-            if (x != x || x == kInf) row.is_bad = true;
-            top = x > top ? x : top;
-        }
-        if (block_max) block_max[block] = top;
-        if (top > row.value) {
-            row.value = top;
-            row.block = block;
-        }
-    }
-    const float sum = reduce_add(poison);
-    row.is_bad = row.is_bad || sum != sum;
-    return row;
-}
 
 // --- processing: transformers' order
 // ------------------------------------------------------------------
@@ -112,205 +60,12 @@ void penalise(float* row, const SamplingRow& s, const TokenCounts& tokens) {
     }
 }
 
-// --- filters
-// ----------------------------------------------------------------------------------------
-void swap_floats(float* a, float* b) {
-    const float t = *a;
-    *a = *b;
-    *b = t;
-}
-
-// Reorders so that values[0..k) are the k largest.
-void partition_top(float* values, int64_t n, int64_t k) {
-    int64_t lo = 0, hi = n - 1;
-    while (lo < hi) {
-        const float pivot = values[lo + (hi - lo) / 2];
-        int64_t i = lo, j = hi;
-        while (i <= j) {
-            while (values[i] > pivot) ++i;
-            while (values[j] < pivot) --j;
-            if (i <= j) swap_floats(&values[i++], &values[j--]);
-        }
-        if (k - 1 <= j) {
-            hi = j;
-        } else if (k - 1 >= i) {
-            lo = i;
-        } else {
-            return;
-        }
-    }
-}
-
-float smallest(const float* values, int64_t n) {
-    float low = values[0];
-    for (int64_t i = 1; i < n; ++i) low = values[i] < low ? values[i] : low;
-    return low;
-}
-
-// The k-th largest value, 1 <= k < vocab. Blocks that cannot raise it are skipped.
-float kth_largest(const float* row, const float* block_max, int64_t vocab, int64_t k,
-                  float* buffer) {
-    const int64_t capacity = 2 * k < 256 ? (256 < 2 * vocab ? 256 : 2 * vocab) : 2 * k;
-    float bound = -kInf;
-    int64_t n = 0;
-    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
-        if (n >= k && !(block_max[block] > bound)) continue;
-        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
-        for (int64_t i = start; i < end; ++i) {
-            if (n >= k && !(row[i] > bound)) continue;
-            buffer[n++] = row[i];
-            if (n < capacity && n != k) continue;
-            partition_top(buffer, n, k);
-            bound = smallest(buffer, k);
-            n = k;
-        }
-    }
-    partition_top(buffer, n, k);
-    return smallest(buffer, k);
-}
-
-// weights = exp(row - top) over the kept set, 0 elsewhere; returns the sum.
-double fill_weights(const float* row, int64_t vocab, float top, const Filter& filter,
-                    float* weights) {
-    const V16 t = splat(top);
-    int64_t i = 0;
-    for (; i + 16 <= vocab; i += 16) store(exp(sub(load(row + i), t)), weights + i);
-    if (i < vocab) {
-        const int n = static_cast<int>(vocab - i);
-        store_first(exp(sub(load_first(row + i, n), t)), weights + i, n);
-    }
-    double sum = 0.0;
-    for (int64_t v = 0; v < vocab; ++v) {
-        if (!filter.keeps(row[v], v)) weights[v] = 0.0f;
-        sum += static_cast<double>(weights[v]);
-    }
-    return sum;
-}
-
-struct Candidates {
-    float* values;  // weights do as well as logits to rank by only if exp kept them apart: these
-    int32_t* ids;   // are logits
-
-    bool before(int64_t a, float value, int32_t id) const {
-        return values[a] > value || (values[a] == value && ids[a] < id);
-    }
-    void swap(int64_t a, int64_t b) {
-        swap_floats(values + a, values + b);
-        const int32_t t = ids[a];
-        ids[a] = ids[b];
-        ids[b] = t;
-    }
-};
-
-// The last token whose predecessors (larger logit, or equal and smaller id) hold less than `mass`.
-Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double mass) {
-    int64_t lo = 0,
-            hi = n;  // the answer's rank is in [lo, hi); `before` is the mass ranked below lo
-    double before = 0.0;
-    while (hi - lo > 1) {
-        const int64_t mid = lo + (hi - lo) / 2;
-        c.swap(mid, hi - 1);
-        const float value = c.values[hi - 1];
-        const int32_t id = c.ids[hi - 1];
-        int64_t split = lo;
-        double left = 0.0;
-        for (int64_t i = lo; i < hi - 1; ++i) {
-            if (!c.before(i, value, id)) continue;
-            left += static_cast<double>(weights[c.ids[i]]);
-            c.swap(i, split++);
-        }
-        c.swap(split, hi - 1);  // the pivot, at its rank
-        if (before + left >= mass) {
-            hi = split;  // the pivot is out
-        } else {
-            before += left;
-            if (split > lo) {
-                lo = split;
-            } else if (before + static_cast<double>(weights[id]) < mass) {
-                before +=
-                    static_cast<double>(weights[id]);  // the pivot ranks first, the next is in
-                lo = split + 1;
-            } else {
-                hi = split + 1;
-            }
-        }
-    }
-    return {c.values[lo], c.ids[lo]};
-}
-
-Filter apply_top_p(const float* row, int64_t vocab, float top, double top_p, Filter filter,
-                   const Workspace& w) {
-    const double sum = fill_weights(row, vocab, top, filter, w.weights);
-    // Tokens lighter than this weigh at most 1 - top_p together: none of them is kept.
-    const float light =
-        static_cast<float>((1.0 - top_p) * sum / static_cast<double>(vocab) * 0.999);
-    int64_t n = 0;
-    for (int64_t v = 0; v < vocab; ++v) {
-        if (!(w.weights[v] > light)) continue;
-        w.values[n] = row[v];
-        w.ids[n++] = static_cast<int32_t>(v);
-    }
-    return nucleus_cut({w.values, w.ids}, n, w.weights, top_p * sum);
-}
-
-Filter make_filter(const float* row, int64_t vocab, float top, const SamplingRow& s,
-                   const Workspace& w) {
-    Filter filter;
-    if (s.top_k > 0 && s.top_k < vocab)
-        filter.cut = kth_largest(row, w.block_max, vocab, s.top_k, w.values);
-    if (s.top_p < 1.0) filter = apply_top_p(row, vocab, top, s.top_p, filter, w);
-    if (s.min_p > 0.0f) {
-        const float cut = top + log_of(s.min_p < 1.2e-38f ? 1.2e-38f : s.min_p);
-        if (cut > filter.cut) filter = {cut, INT32_MAX};
-    }
-    return filter;
-}
-
 // --- draws
 // ------------------------------------------------------------------------------------------
 int32_t first_equal(const float* row, int64_t start, float value) {
     while (row[start] != value) ++start;
     return static_cast<int32_t>(start);
 }
-
-#if defined(__AVX2__)
-// philox_block by hand: each word in the low half of a 64-bit lane, where vpmuludq wants it (the
-// compiler's version spends most of its time moving words between halves).
-void noise_bits(uint64_t seed, uint64_t position, uint32_t block, uint32_t* out) {
-    const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-    const __m256i low_words = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
-    for (int group = 0; group < 4; ++group) {
-        // 32-bit sum: the counter wraps as philox_block's does.
-        const uint32_t first = block * 16u + static_cast<uint32_t>(4 * group);
-        __m256i c0 = _mm256_setr_epi64x(first, first + 1u, first + 2u, first + 3u);
-        __m256i c1 = _mm256_set1_epi64x(static_cast<uint32_t>(Purpose::kTarget));
-        __m256i c2 = _mm256_set1_epi64x(static_cast<uint32_t>(position));
-        __m256i c3 = _mm256_set1_epi64x(static_cast<uint32_t>(position >> 32));
-        uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-        for (int round = 0; round < 10; ++round) {
-            // High halves hold rubbish; vpmuludq and low_words ignore them.
-            const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
-            c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1),
-                                  _mm256_set1_epi64x(key0));
-            c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3),
-                                  _mm256_set1_epi64x(key1));
-            c1 = p1;
-            c3 = p0;
-            key0 += kPhiloxW0;
-            key1 += kPhiloxW1;
-        }
-        const __m256i words[4] = {c0, c1, c2, c3};
-        for (int r = 0; r < 4; ++r)
-            _mm_storeu_si128(
-                reinterpret_cast<__m128i*>(out + 16 * r + 4 * group),
-                _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(words[r], low_words)));
-    }
-}
-#else
-void noise_bits(uint64_t seed, uint64_t position, uint32_t block, uint32_t* out) {
-    philox_block(seed, position, Purpose::kTarget, block, out);
-}
-#endif
 
 struct GumbelSearch {
     const float* row;
@@ -392,22 +147,7 @@ bool subtract_draft(float* weights, double* sum, const float* q, int64_t vocab) 
 
 float logprob_of(const float* row, int64_t vocab, int32_t token) {
     const float top = scan_row(row, nullptr, 1.0f, vocab, nullptr).value;
-    const V16 t = splat(top);
-    double sum = 0.0;
-    for (int64_t start = 0; start < vocab; start += 256) {
-        V16 part = zero();
-        int64_t i = start;
-        for (; i + 16 <= vocab && i < start + 256; i += 16)
-            part = add(part, exp(sub(load(row + i), t)));
-        sum += static_cast<double>(reduce_add(part));
-        if (i < vocab && i < start + 256) {
-            float rest[16];
-            const int n = static_cast<int>(vocab - i);
-            store(exp(sub(load_first(row + i, n), t)), rest);
-            for (int j = 0; j < n; ++j) sum += static_cast<double>(rest[j]);
-        }
-    }
-    return row[token] - top - log_of(static_cast<float>(sum));
+    return row[token] - top - log_of(static_cast<float>(sum_exp(row, vocab, top)));
 }
 
 // --- one sequence
@@ -466,6 +206,10 @@ struct Walk {
         return dst ? dst : row;
     }
 
+    Filter kept_set(const float* row, float top) const {
+        return make_filter(row, p.vocab, top, {s.top_k, s.top_p, s.min_p}, w.filter_scratch());
+    }
+
     int64_t child_holding(int64_t node, int32_t token) const {
         for (int64_t j = node + 1; j < num_nodes; ++j)
             if (parents()[j] == node && draft_tokens()[j] == token) return j;
@@ -513,7 +257,7 @@ struct Walk {
         if (is_greedy) {
             token = first_equal(row, top.block * kBlock, top.value);
         } else {
-            const Filter filter = make_filter(row, p.vocab, top.value, s, w);
+            const Filter filter = kept_set(row, top.value);
             if (p.draft_probs && has_children(node))
                 return draw_by_rejection(node, depth, row, top.value, filter, child);
             token = draw_seeded(row, p.vocab, top, filter, s.seed, position(depth), w.block_max);
@@ -546,7 +290,7 @@ struct Walk {
         RowMax top;
         const float* row = process(0, &top);
         Filter filter;
-        if (!is_greedy) filter = make_filter(row, p.vocab, top.value, s, w);
+        if (!is_greedy) filter = kept_set(row, top.value);
         for (int64_t v = 0; v < p.vocab; ++v) out[v] = filter.keeps(row[v], v) ? row[v] : -kInf;
     }
 

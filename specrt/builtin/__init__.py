@@ -13,6 +13,15 @@ def target_path() -> Path:
     return _HERE / "target"
 
 
+def drafter_paths() -> dict[str, Path]:
+    """The bundled drafters' directories, by name."""
+    return {
+        file.parent.name: file.parent
+        for file in sorted(_HERE.glob("*/config.json"))
+        if file.parent.name != "target"
+    }
+
+
 def heldout_prompts(count: int | None = None) -> list[str]:
     """Held-out GSM8K problems in the form the bundled target was trained on.
 

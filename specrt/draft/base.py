@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from specrt.tree import chain
+from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
+@dataclass(frozen=True)
+class DraftParams:
+    """The shape of the trees of one call; None leaves a choice to the drafter.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    depth: int | None = None
+    """Expansions below the root's children (EAGLE-2's ``depth``); 0 leaves those alone."""
+    top_k: int | None = None
+    """Children of a node, and nodes expanded at each depth."""
+    total_tokens: int | None = None
+    """Nodes of the tree, its root included."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and least <= value <= MAX_NODES):
+                raise ValueError(
+                    f"{name}: expected None or an int in {least}..{MAX_NODES}, got {value!r}"
+                )
+
+
 class RoundCost:
-    """What a round of n verified rows costs relative to one row, measured as rounds go by.
+    """What verifying n rows costs relative to one row, measured as rounds go by.
 
     A line: one row's time and the time each further row adds, both running averages. (A table by
     size was tried: on a noisy machine its entries contradict each other for hundreds of rounds.)
@@ -30,8 +55,13 @@ class RoundCost:
         self._one_ms: float | None = None
         self._seen_once: set[int] = set()
 
+    @property
+    def one_ms(self) -> float | None:
+        """Time of a round that verifies one row; None before one was measured."""
+        return self._one_ms
+
     def observe(self, num_rows: int, ms: float) -> None:
-        """Record the time of one round."""
+        """Record the time of one round, drafting excluded."""
         if num_rows not in self._seen_once:
             # The first round of a size also records its graph.
             self._seen_once.add(num_rows)
@@ -58,11 +88,13 @@ class Budget:
     Args:
         max_nodes: nodes a sequence's tree may have, root included.
         cost: measured cost of verifying rows.
+        params: what the caller asked for.
     """
 
-    def __init__(self, max_nodes: int, cost: RoundCost) -> None:
+    def __init__(self, max_nodes: int, cost: RoundCost, params: DraftParams | None = None) -> None:
         self.max_nodes = max_nodes
         self.cost = cost
+        self.params = params or DraftParams()
 
 
 class Drafter(Protocol):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from specrt.config import ModelConfig, checkpoint_directory, read_json
+from specrt import builtin
+from specrt.config import ModelConfig, checkpoint_directory
 from specrt.draft.base import Drafter, EmptyDrafter
+from specrt.draft.checkpoint import is_draft_checkpoint, read_checkpoint
+from specrt.draft.fspad import FspadDrafter
+from specrt.draft.fspad_layer import DraftLayer, fold, folding_pays, pack_weights
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.models.llama import LlamaModel, StepRunner
@@ -18,39 +24,75 @@ from specrt.types import CheckpointError
 PROMPT_LOOKUP = "prompt-lookup"
 
 
+@dataclass(frozen=True)
+class DrafterOptions:
+    """How a trained drafter is set up; nothing here changes the text."""
+
+    fold: bool | None = None
+    """Replace weights that are functions of the token by tables; None: where that pays."""
+    is_coupled: bool = True
+    """Where the temperature is above 0, rank candidates with the target's own noise."""
+
+
+def drafter_directory(name: str | os.PathLike[str]) -> Path:
+    """The checkpoint that ``name`` means: a bundled drafter's name, or a directory.
+
+    Raises:
+        CheckpointError: there is no such directory.
+    """
+    bundled = builtin.drafter_paths().get(str(name))
+    return bundled if bundled is not None else checkpoint_directory(name)
+
+
 def load_drafter(
     name: str | os.PathLike[str] | None,
-    target: ModelConfig,
+    target: LlamaModel,
     dtype: torch.dtype | None,
     run_step: StepRunner,
     on_move: Callable[[], None],
+    options: DrafterOptions,
 ) -> Drafter:
     """Make the drafter a user asks for.
 
     Args:
-        name: None (plain decoding), ``"prompt-lookup"`` or a checkpoint directory.
+        name: None (plain decoding), ``"prompt-lookup"``, a bundled drafter or a checkpoint
+            directory.
         target: the model it drafts for.
-        dtype: of the drafting model's matrices; None takes its checkpoint's.
+        dtype: of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its
+            own: a narrower one is faster, and its rounding moves no token.
         run_step: how its model's steps run.
         on_move: called when its model's buffers move.
+        options: for trained drafters.
 
     Raises:
-        CheckpointError: no such checkpoint, a kind that is not known, or another vocabulary.
+        CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
     """
     if name is None:
         return EmptyDrafter()
     if name == PROMPT_LOOKUP:
         return PromptLookupDrafter()
-    directory = checkpoint_directory(name)
-    file = directory / "config.json"
-    kind = read_json(file).get("drafter") if file.is_file() else None
-    if kind is not None:
-        raise CheckpointError(f"{file}: this version has no drafter of kind {kind!r}")
+    directory = drafter_directory(name)
+    if is_draft_checkpoint(directory):
+        return FspadDrafter(
+            _draft_layer(directory, target, options.fold),
+            run_step,
+            on_move,
+            is_coupled=options.is_coupled,
+        )
     config = ModelConfig.from_directory(directory)
-    if config.vocab_size != target.vocab_size:
+    if config.vocab_size != target.config.vocab_size:
         raise CheckpointError(
-            f"{file}: a drafter needs the target's vocabulary of {target.vocab_size}, "
-            f"got {config.vocab_size}"
+            f"{directory / 'config.json'}: a drafter needs the target's vocabulary of "
+            f"{target.config.vocab_size}, got {config.vocab_size}"
         )
     weights = load_weights(directory, config, dtype or config.dtype)
     return SmallModelDrafter(LlamaModel(config, weights, run_step, on_move))
+
+
+def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
+    config, tensors = read_checkpoint(directory, target.config)
+    embed, head = target.weights.embed, target.weights.lm_head
+    weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
+    if is_folded is None:
+        is_folded = folding_pays(weights, target.weights.arena.nbytes)
+    return DraftLayer(config, fold(weights) if is_folded else weights)

@@ -4,6 +4,7 @@ Every op writes into preallocated tensors, so that a recorded graph can replay i
 reduction order per row: a row's bits never depend on the other rows.
 """
 
+from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear
 from specrt.ops.rms_norm import rms_norm
@@ -11,9 +12,13 @@ from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
 from specrt.ops.tree_attention import tree_attention
+from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 
 __all__ = [
+    "CoupledNoise",
     "Purpose",
+    "feature_sample",
+    "feature_sample_workspace",
     "gumbel_noise",
     "kv_commit",
     "linear",
@@ -22,4 +27,6 @@ __all__ = [
     "silu_mul",
     "tree_accept",
     "tree_attention",
+    "tree_expand",
+    "tree_rerank",
 ]

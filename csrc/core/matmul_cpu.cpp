@@ -2,8 +2,8 @@
 // tree. Blocking over rows and outputs only decides how often a weight is loaded, never the order,
 // so any number of rows gives the same bits. Weights are read from memory once, by the first block
 // of rows, which also prefetches the next outputs' weights; later blocks find them in the cache.
+#include "core/matmul.h"
 #include "core/simd.h"
-#include "linear/linear.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
@@ -28,7 +28,7 @@ struct Block {
 
 // Sums to results. `count` is a constant but in the last block, so that the loops become vectors.
 template <int R>
-inline void finish_outputs(const LinearParams& p, const Block& at, const V16 (&acc)[R][kOutputs],
+inline void finish_outputs(const MatmulParams& p, const Block& at, const V16 (&acc)[R][kOutputs],
                            int count) {
     for (int r = 0; r < R; ++r) {
         float y[4];
@@ -47,7 +47,7 @@ inline void finish_outputs(const LinearParams& p, const Block& at, const V16 (&a
 }
 
 template <int R>
-void finish(const LinearParams& p, const Block& at, const V16 (&acc)[R][kOutputs]) {
+void finish(const MatmulParams& p, const Block& at, const V16 (&acc)[R][kOutputs]) {
     if (at.num_outputs == kOutputs) {
         finish_outputs<R>(p, at, acc, kOutputs);
     } else {
@@ -94,7 +94,7 @@ void accumulate(const Operands<W, R>& from, int64_t depth, int piece, const Bloc
 // With fewer outputs than kOutputs the last weight row is computed again in place of the missing
 // ones, which costs nothing that matters and keeps one code path.
 template <typename W, int R>
-void block(const LinearParams& p, const Block& at) {
+void block(const MatmulParams& p, const Block& at) {
     Operands<W, R> from;
     for (int j = 0; j < kOutputs; ++j) {
         const int64_t n = at.output + (j < at.num_outputs ? j : at.num_outputs - 1);
@@ -112,7 +112,7 @@ void block(const LinearParams& p, const Block& at) {
 }
 
 template <typename W, int R = kRows>
-void block_of(const LinearParams& p, const Block& at, int64_t num_rows) {
+void block_of(const MatmulParams& p, const Block& at, int64_t num_rows) {
     if constexpr (R == 1) {
         block<W, 1>(p, at);
     } else {
@@ -127,7 +127,7 @@ void block_of(const LinearParams& p, const Block& at, int64_t num_rows) {
 // All rows against kOutputs outputs. The blocks share out the fetching of the next outputs' weights
 // evenly, so that memory is busy while the later blocks compute from the cache.
 template <typename W>
-void all_rows(const LinearParams& p, int64_t output, int num_outputs) {
+void all_rows(const MatmulParams& p, int64_t output, int num_outputs) {
     // Few rows wait for memory, and a second going over the operands only delays the fetching;
     // 16-bit weights need the larger blocks all the same, to convert less.
     const bool is_memory_bound = sizeof(W) == 4 && p.num_rows <= 8;
@@ -150,7 +150,7 @@ void all_rows(const LinearParams& p, int64_t output, int num_outputs) {
 }
 
 template <typename W>
-void outputs_of_part(const LinearParams& p, int part, int num_parts) {
+void outputs_of_part(const MatmulParams& p, int part, int num_parts) {
     const int64_t num_blocks = (p.num_outputs + kOutputs - 1) / kOutputs;
     const int64_t end = num_blocks * (part + 1) / num_parts;
     for (int64_t b = num_blocks * part / num_parts; b < end; ++b) {
@@ -161,8 +161,8 @@ void outputs_of_part(const LinearParams& p, int part, int num_parts) {
 
 }  // namespace
 
-void linear_part(const void* params, int part, int num_parts) {
-    const auto& p = *static_cast<const LinearParams*>(params);
+void matmul_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const MatmulParams*>(params);
     if (p.num_rows == 0) return;
     switch (p.weight_dtype) {
         case DType::kBFloat16:

@@ -1,0 +1,33 @@
+// y = x W^T (+ bias) (+ residual), weights streamed once, each row's bits its own: the one
+// multiplication of all kernels that multiply by weights.
+#pragma once
+#include "core/dispatch.h"
+#include "core/tensor_view.h"
+#include "core/thread_pool.h"
+
+namespace specrt {
+
+struct MatmulParams {
+    const float* x;         // [M, K]
+    const void* weight;     // [N, K] contiguous, of `weight_dtype`
+    const float* bias;      // [N] or nullptr
+    const float* residual;  // [M, N] or nullptr; may be out
+    float* out;             // [M, N]
+    int64_t x_stride, residual_stride, out_stride;
+    int64_t num_rows, num_outputs, depth;
+    DType weight_dtype;
+};
+
+SPECRT_DECLARE_CPU(matmul_part)
+
+Launch matmul(const MatmulParams& p);
+
+// A matrix that matmul can stream: contiguous, float32, bfloat16 or float16.
+template <typename... Sizes>
+inline void expect_weight(const TensorView& t, const char* wanted, Sizes... sizes) {
+    expect_float(t);
+    expect(t, t.dtype, wanted, sizes...);
+    expect_contiguous(t);
+}
+
+}  // namespace specrt

@@ -1,0 +1,60 @@
+// Operations on rows of floats that several kernels share; the hazards are those of core/simd.h.
+#pragma once
+#include "core/simd.h"
+
+namespace specrt::SPECRT_ISA {
+
+inline float sum_of_squares(const float* x, int64_t width) {
+    V16 sum = zero();
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+        const V16 v = load(x + i);
+        sum = fma(v, v, sum);
+    }
+    if (i < width) {
+        const V16 v = load_first(x + i, static_cast<int>(width - i));
+        sum = fma(v, v, sum);
+    }
+    return reduce_add(sum);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight; out may be x.
+inline void rms_norm_row(const float* x, const float* weight, float eps, float* out,
+                         int64_t width) {
+    const float mean = sum_of_squares(x, width) / static_cast<float>(width);
+    const float scale = 1.0f / __builtin_sqrtf(mean + eps);
+    const V16 s = splat(scale);
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) store(mul(mul(load(x + i), s), load(weight + i)), out + i);
+    for (; i < width; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+inline V16 silu(V16 x) {
+    return div(x, add(splat(1.0f), exp(sub(zero(), x))));
+}
+
+// out = silu(gate) * up, element by element; out may be gate or up.
+inline void silu_mul_row(const float* gate, const float* up, float* out, int64_t width) {
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) store(mul(silu(load(gate + i)), load(up + i)), out + i);
+    const int rest = static_cast<int>(width - i);
+    if (rest > 0)
+        store_first(mul(silu(load_first(gate + i, rest)), load_first(up + i, rest)), out + i, rest);
+}
+
+// Part `part` of `num_parts` of num_rows x width elements: calls f(row, begin, end) for spans of
+// columns, cut at multiples of 16, so that one row can be shared too.
+template <typename F>
+inline void for_spans(int64_t num_rows, int64_t width, int part, int num_parts, F&& f) {
+    const int64_t per_row = (width + 15) / 16, total = num_rows * per_row;
+    int64_t unit = total * part / num_parts;
+    const int64_t end = total * (part + 1) / num_parts;
+    while (unit < end) {
+        const int64_t row = unit / per_row, first = unit % per_row;
+        const int64_t last = first + (end - unit) < per_row ? first + (end - unit) : per_row;
+        f(row, first * 16, last * 16 < width ? last * 16 : width);
+        unit += last - first;
+    }
+}
+
+}  // namespace specrt::SPECRT_ISA

@@ -1,0 +1,147 @@
+#include "feature_sample/feature_sample.h"
+
+#include "core/matmul.h"
+
+namespace specrt {
+namespace {
+
+struct Sizes {
+    int64_t rows, hidden, intermediate, vocab;
+    bool has_feature_sampling;
+};
+
+void expect_table(const TensorView& t, const char* wanted, int64_t vocab, int64_t width) {
+    expect_float(t);
+    expect(t, t.dtype, wanted, vocab, width);
+}
+
+void expect_absent(const TensorView& t, const char* why) {
+    SPECRT_CHECK(!t, t.name, ": expected None, ", why, ", got ", t.describe());
+}
+
+void expect_given(const TensorView& t, const char* wanted, const char* why) {
+    SPECRT_CHECK(static_cast<bool>(t), t.name, ": expected ", wanted, ", ", why, ", got None");
+}
+
+void check_fc(const FeatureSampleArgs& a, int64_t hidden) {
+    if (a.token_fc) {
+        expect_absent(a.fc_bias, "token_fc holds it");
+        expect_weight(a.fc, "[H, H]", hidden, hidden);
+    } else {
+        if (a.fc_bias) expect(a.fc_bias, DType::kFloat32, "[H]", hidden);
+        expect_weight(a.fc, "[H, 2 H]", hidden, 2 * hidden);
+    }
+}
+
+// Returns I, or 0 without feature sampling.
+int64_t check_mlp(const FeatureSampleArgs& a, int64_t hidden) {
+    if (!a.norm && !a.gate && !a.up && !a.down && !a.token_gate) return 0;
+    constexpr const char* kTogether = "for norm, gate, up and down come together";
+    expect_given(a.norm, "[H]", kTogether);
+    expect_given(a.up, "[I, H]", kTogether);
+    expect_given(a.down, "[H, I]", kTogether);
+    expect(a.norm, DType::kFloat32, "[H]", hidden);
+    expect_weight(a.up, "[I, H]", -1, hidden);
+    const int64_t intermediate = a.up.shape[0];
+    expect_weight(a.down, "[H, I]", hidden, intermediate);
+    if (a.token_gate) {
+        expect_absent(a.gate, "token_gate replaces it");
+    } else {
+        expect_given(a.gate, "[I, H]", "or token_gate");
+        expect_weight(a.gate, "[I, H]", intermediate, hidden);
+    }
+    return intermediate;
+}
+
+// Returns V. Every table that is given has it, and those that are needed are given.
+int64_t check_tables(const FeatureSampleArgs& a, int64_t hidden, int64_t intermediate) {
+    if (!a.token_fc) expect_given(a.embed, "[V, H]", "unless token_fc is given");
+    if (a.gate) expect_given(a.embed, "[V, H]", "unless token_gate is given");
+    const int64_t vocab = a.token_fc ? a.token_fc.shape[0] : a.embed.shape[0];
+    if (a.token_fc) expect_table(a.token_fc, "[V, H]", -1, hidden);
+    if (a.embed) expect_table(a.embed, "[V, H]", vocab, hidden);
+    if (a.token_gate) expect_table(a.token_gate, "[V, I]", vocab, intermediate);
+    return vocab;
+}
+
+Sizes check(const FeatureSampleArgs& a) {
+    expect(a.tokens, DType::kInt32, "[M]", -1);
+    const int64_t rows = a.tokens.shape[0];
+    if (a.source) expect(a.source, DType::kInt32, "[M]", rows);
+    expect(a.features, DType::kFloat32, "[S, H]", -1, -1);
+    const int64_t hidden = a.features.shape[1], enough = a.source ? (rows > 0) : rows;
+    SPECRT_CHECK(a.features.shape[0] >= enough, a.features.name, ": expected at least ", enough,
+                 " rows, got ", a.features.describe());
+    check_fc(a, hidden);
+    const int64_t intermediate = check_mlp(a, hidden);
+    const int64_t vocab = check_tables(a, hidden, intermediate);
+    SPECRT_CHECK(vocab > 0 || rows == 0, (a.token_fc ? a.token_fc : a.embed).name,
+                 ": expected at least one token's row");
+    expect(a.out, DType::kFloat32, "[M, H]", rows, hidden);
+    const int64_t scratch = feature_sample_workspace(hidden, intermediate);
+    expect(a.workspace, DType::kFloat32, "[M, feature_sample_workspace(H, I)]", -1, -1);
+    SPECRT_CHECK(a.workspace.shape[0] >= rows && a.workspace.shape[1] >= scratch, a.workspace.name,
+                 ": expected at least [", rows, ", ", scratch, "], got ", a.workspace.describe());
+    return {rows, hidden, intermediate, vocab, static_cast<bool>(a.down)};
+}
+
+RowSource row_source(const TensorView& t, int64_t to) {
+    return {t.data, t.stride[0], t.shape[1], to, t.dtype};
+}
+
+Launch gather(const FeatureSampleArgs& a, const Sizes& n, const FeatureSampleLayout& at) {
+    GatherParams p{};
+    p.tokens = a.tokens.as<int32_t>();
+    p.source = a.source.as<int32_t>();
+    p.workspace = a.workspace.as<float>();
+    p.workspace_stride = a.workspace.stride[0];
+    p.num_rows = n.rows;
+    p.vocab = n.vocab;
+    p.num_features = a.features.shape[0];
+    p.feature = row_source(a.features, at.f());
+    if (!a.token_fc || a.gate) p.by_token[p.num_by_token++] = row_source(a.embed, at.e());
+    if (a.token_fc) p.by_token[p.num_by_token++] = row_source(a.token_fc, at.h());
+    if (a.token_gate) p.by_token[p.num_by_token++] = row_source(a.token_gate, at.gate());
+    const int64_t parts = 1 + n.rows * at.size() / 16384;
+    return make_launch(feature_gather_part_for(active_isa()), p, parts);
+}
+
+}  // namespace
+
+int64_t feature_sample_workspace(int64_t hidden, int64_t intermediate) {
+    return FeatureSampleLayout{hidden, intermediate}.size();
+}
+
+std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
+    const Sizes n = check(a);
+    const FeatureSampleLayout at{n.hidden, n.intermediate};
+    float* const ws = a.workspace.as<float>();
+    const int64_t stride = a.workspace.stride[0], out_stride = a.out.stride[0];
+    float* const out = a.out.as<float>();
+    const Isa isa = active_isa();
+    const auto multiply = [&](int64_t x, const TensorView& w, const float* bias, int64_t residual,
+                              float* y, int64_t y_stride) {
+        return matmul({ws + x, w.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
+                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype});
+    };
+    std::vector<Launch> launches;
+    launches.reserve(7);
+    launches.push_back(gather(a, n, at));
+    float* const h = n.has_feature_sampling ? ws + at.h() : out;
+    launches.push_back(multiply(a.token_fc ? at.f() : at.e(), a.fc, a.fc_bias.as<float>(),
+                                a.token_fc ? at.h() : -1, h,
+                                n.has_feature_sampling ? stride : out_stride));
+    if (!n.has_feature_sampling) return launches;
+    const NormParams norm{h, a.norm.as<float>(), ws + at.f(), stride, n.rows, n.hidden, a.eps};
+    launches.push_back(
+        make_launch(feature_norm_part_for(isa), norm, 1 + n.rows * n.hidden / 16384));
+    if (a.gate) launches.push_back(multiply(at.e(), a.gate, nullptr, -1, ws + at.gate(), stride));
+    launches.push_back(multiply(at.f(), a.up, nullptr, -1, ws + at.up(), stride));
+    const GateParams gate{ws + at.gate(), ws + at.up(), stride, n.rows, n.intermediate};
+    launches.push_back(
+        make_launch(feature_gate_part_for(isa), gate, 1 + n.rows * n.intermediate / 4096));
+    launches.push_back(multiply(at.gate(), a.down, nullptr, at.h(), out, out_stride));
+    return launches;
+}
+
+}  // namespace specrt

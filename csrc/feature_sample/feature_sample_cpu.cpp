@@ -1,0 +1,57 @@
+#include "core/rows.h"
+#include "feature_sample/feature_sample.h"
+
+namespace specrt::SPECRT_ISA {
+namespace {
+
+template <typename T>
+void widen(const T* from, float* to, int64_t width) {
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) store(load(from + i), to + i);
+    for (; i < width; ++i) to[i] = to_float(from[i]);
+}
+
+void copy_row(const RowSource& from, int64_t row, float* workspace) {
+    float* to = workspace + from.to;
+    const int64_t start = row * from.stride;
+    switch (from.dtype) {
+        case DType::kBFloat16:
+            return widen(static_cast<const bf16*>(from.rows) + start, to, from.width);
+        case DType::kFloat16:
+            return widen(static_cast<const f16*>(from.rows) + start, to, from.width);
+        default:
+            return widen(static_cast<const float*>(from.rows) + start, to, from.width);
+    }
+}
+
+inline int64_t clamp(int64_t index, int64_t count) {
+    return index < 0 ? 0 : index < count ? index : count - 1;
+}
+
+}  // namespace
+
+void feature_gather_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const GatherParams*>(params);
+    for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m) {
+        float* row = p.workspace + m * p.workspace_stride;
+        copy_row(p.feature, p.source ? clamp(p.source[m], p.num_features) : m, row);
+        const int64_t token = clamp(p.tokens[m], p.vocab);
+        for (int i = 0; i < p.num_by_token; ++i) copy_row(p.by_token[i], token, row);
+    }
+}
+
+void feature_norm_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const NormParams*>(params);
+    for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m)
+        rms_norm_row(p.x + m * p.stride, p.weight, p.eps, p.out + m * p.stride, p.width);
+}
+
+void feature_gate_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const GateParams*>(params);
+    for_spans(p.num_rows, p.width, part, num_parts, [&](int64_t row, int64_t begin, int64_t end) {
+        float* gate = p.gate + row * p.stride + begin;
+        silu_mul_row(gate, p.up + row * p.stride + begin, gate, end - begin);
+    });
+}
+
+}  // namespace specrt::SPECRT_ISA

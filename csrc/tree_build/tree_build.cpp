@@ -1,0 +1,176 @@
+#include "tree_build/tree_build.h"
+
+namespace specrt {
+namespace {
+
+int32_t narrow(int64_t size) {
+    return static_cast<int32_t>(size);
+}
+
+int64_t top_k_of(const TreeExpandArgs& a) {
+    expect(a.frontier_tokens, DType::kInt32, "[B, K]", -1, -1);
+    const int64_t top_k = a.frontier_tokens.shape[1], rows = a.logits.shape[2];
+    SPECRT_CHECK(1 <= top_k && top_k <= kMaxTopK && top_k <= rows,
+                 "frontier_tokens: expected 1 <= K <= ", rows < kMaxTopK ? rows : kMaxTopK,
+                 ", got ", a.frontier_tokens.describe());
+    return top_k;
+}
+
+void check_noise(const TreeExpandArgs& a, int64_t batch) {
+    if (!a.seed) {
+        for (const TensorView* t : {&a.position, &a.temperature, &a.top_k, &a.top_p, &a.min_p})
+            SPECRT_CHECK(!*t, t->name, ": expected None, as seed is None");
+        return;
+    }
+    for (const TensorView* t : {&a.position, &a.temperature, &a.top_k, &a.top_p, &a.min_p})
+        SPECRT_CHECK(*t, t->name, ": expected a tensor, as seed is given");
+    expect(a.seed, DType::kInt64, "[B]", batch);
+    expect(a.position, DType::kInt32, "[B]", batch);
+    expect(a.temperature, DType::kFloat32, "[B]", batch);
+    expect(a.top_k, DType::kInt32, "[B]", batch);
+    expect(a.top_p, DType::kFloat64, "[B]", batch);
+    expect(a.min_p, DType::kFloat32, "[B]", batch);
+    // Also false for NaN; the upper end keeps w / tau from vanishing.
+    SPECRT_CHECK(a.noise_scale_temperature > 0.0f && a.noise_scale_temperature < 1e30f,
+                 "noise_scale_temperature: expected a number > 0, got ", a.noise_scale_temperature);
+}
+
+void check_pool(const TensorView& tokens, const TensorView& parents, const TensorView& scores,
+                int64_t batch, int64_t needed) {
+    expect(tokens, DType::kInt32, "[B, C]", batch, -1);
+    const int64_t size = tokens.shape[1];
+    expect(parents, DType::kInt32, "[B, C]", batch, size);
+    expect(scores, DType::kFloat32, "[B, C]", batch, size);
+    for (const TensorView* t : {&tokens, &parents, &scores}) expect_contiguous(*t);
+    SPECRT_CHECK(needed <= size && size <= INT32_MAX, tokens.name, ": expected at least ", needed,
+                 " candidates, got ", tokens.describe());
+}
+
+void check_frontiers(const TreeExpandArgs& a, int64_t batch, int64_t width, int64_t top_k) {
+    expect(a.scores, DType::kFloat32, "[B, F]", batch, width);
+    expect(a.candidates, DType::kInt32, "[B, F]", batch, width);
+    expect(a.ancestors, DType::kInt64, "[B, F, W]", batch, width, -1);
+    const int64_t words = a.ancestors.shape[2];
+    expect(a.frontier_scores, DType::kFloat32, "[B, K]", batch, top_k);
+    for (const TensorView* t : {&a.frontier_tokens, &a.frontier_candidates, &a.frontier_source})
+        expect(*t, DType::kInt32, "[B, K]", batch, top_k);
+    expect(a.frontier_ancestors, DType::kInt64, "[B, K, W]", batch, top_k, words);
+    for (const TensorView* t :
+         {&a.scores, &a.candidates, &a.ancestors, &a.frontier_tokens, &a.frontier_scores,
+          &a.frontier_candidates, &a.frontier_source, &a.frontier_ancestors})
+        expect_contiguous(*t);
+    SPECRT_CHECK(a.frontier_scores.data != a.scores.data &&
+                     a.frontier_candidates.data != a.candidates.data &&
+                     a.frontier_ancestors.data != a.ancestors.data,
+                 "frontier_scores, frontier_candidates, frontier_ancestors: expected other tensors "
+                 "than the frontier that is read");
+}
+
+int64_t pool_end(int64_t level, int64_t top_k) {
+    return top_k + level * top_k * top_k;
+}
+
+TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
+    TreeExpandParams p{};
+    p.logits = a.logits.as<float>();
+    p.scores = a.scores.as<float>();
+    p.candidates = a.candidates.as<int32_t>();
+    p.ancestors = a.ancestors.as<int64_t>();
+    p.token_map = a.token_map.as<int32_t>();
+    p.noise = {a.seed.as<int64_t>(),     a.position.as<int32_t>(), a.temperature.as<float>(),
+               a.top_k.as<int32_t>(),    a.top_p.as<double>(),     a.min_p.as<float>(),
+               a.noise_scale_temperature};
+    p.pool_tokens = a.pool_tokens.as<int32_t>();
+    p.pool_parents = a.pool_parents.as<int32_t>();
+    p.pool_scores = a.pool_scores.as<float>();
+    p.frontier_tokens = a.frontier_tokens.as<int32_t>();
+    p.frontier_scores = a.frontier_scores.as<float>();
+    p.frontier_candidates = a.frontier_candidates.as<int32_t>();
+    p.frontier_source = a.frontier_source.as<int32_t>();
+    p.frontier_ancestors = a.frontier_ancestors.as<int64_t>();
+    p.workspace = a.workspace.as<float>();
+    p.logits_stride[0] = a.logits.stride[0];
+    p.logits_stride[1] = a.logits.stride[1];
+    p.batch = narrow(a.logits.shape[0]);
+    p.width = narrow(a.logits.shape[1]);
+    p.rows = narrow(a.logits.shape[2]);
+    p.top_k = narrow(top_k);
+    p.pool_size = narrow(a.pool_tokens.shape[1]);
+    p.words = narrow(a.ancestors.shape[2]);
+    p.level = narrow(a.level);
+    return p;
+}
+
+}  // namespace
+
+TreeExpand tree_expand(const TreeExpandArgs& a) {
+    expect(a.logits, DType::kFloat32, "[B, F, R]", -1, -1, -1);
+    const int64_t batch = a.logits.shape[0], width = a.logits.shape[1], rows = a.logits.shape[2];
+    const int64_t top_k = top_k_of(a);
+    SPECRT_CHECK(0 <= a.level && a.level < 65536, "level: expected 0..65535, got ", a.level);
+    const int64_t wanted = a.level == 0 ? 1 : top_k;
+    SPECRT_CHECK(width == wanted, "logits: expected F = ", wanted, " at level ", a.level, ", got ",
+                 a.logits.describe());
+    check_frontiers(a, batch, width, top_k);
+    check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, pool_end(a.level, top_k));
+    check_noise(a, batch);
+    if (a.token_map) expect(a.token_map, DType::kInt32, "[R]", rows);
+    expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_expand_workspace(rows));
+    expect_contiguous(a.workspace);
+    SPECRT_CHECK(a.workspace.shape[0] >= 1, "workspace: expected at least one part, got ",
+                 a.workspace.describe());
+
+    const TreeExpandParams p = params_of(a, top_k);
+    // A part owns one workspace row. One thread is done with 16k logits before a second could have
+    // started.
+    int64_t parts = batch * width;
+    if (parts > 1 + parts * rows / 16384) parts = 1 + parts * rows / 16384;
+    if (parts > a.workspace.shape[0]) parts = a.workspace.shape[0];
+    const int64_t frontier_parts = 1 + batch * width * top_k / 8192;
+    const Isa isa = active_isa();
+    return {make_launch(tree_expand_children_part_for(isa), p, parts),
+            make_launch(tree_expand_frontier_part_for(isa), p,
+                        frontier_parts < batch ? frontier_parts : batch)};
+}
+
+Launch tree_rerank(const TreeRerankArgs& a) {
+    expect(a.draft_tokens, DType::kInt32, "[B, N]", -1, -1);
+    const int64_t batch = a.draft_tokens.shape[0], nodes = a.draft_tokens.shape[1];
+    SPECRT_CHECK(1 <= nodes && nodes <= kMaxNodes, "draft_tokens: expected 1 <= N <= ", kMaxNodes,
+                 ", got ", a.draft_tokens.describe());
+    SPECRT_CHECK(a.num_candidates >= 0, "num_candidates: expected >= 0, got ", a.num_candidates);
+    check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, a.num_candidates);
+    expect(a.roots, DType::kInt32, "[B]", batch);
+    if (a.costs) expect(a.costs, DType::kFloat32, "[2]", 2);
+    for (const TensorView* t : {&a.parents, &a.depth})
+        expect(*t, DType::kInt32, "[B, N]", batch, nodes);
+    const int64_t words = (nodes + 63) / 64;
+    expect(a.ancestors, DType::kInt64, "[B, N, W]", batch, nodes, words);
+    expect(a.num_nodes, DType::kInt32, "[B]", batch);
+    expect(a.node_scores, DType::kFloat32, "[B, N]", batch, nodes);
+    for (const TensorView* t :
+         {&a.draft_tokens, &a.parents, &a.depth, &a.ancestors, &a.node_scores})
+        expect_contiguous(*t);
+
+    TreeRerankParams p{};
+    p.pool_tokens = a.pool_tokens.as<int32_t>();
+    p.pool_parents = a.pool_parents.as<int32_t>();
+    p.pool_scores = a.pool_scores.as<float>();
+    p.roots = a.roots.as<int32_t>();
+    p.costs = a.costs.as<float>();
+    p.draft_tokens = a.draft_tokens.as<int32_t>();
+    p.parents = a.parents.as<int32_t>();
+    p.depth = a.depth.as<int32_t>();
+    p.ancestors = a.ancestors.as<int64_t>();
+    p.num_nodes = a.num_nodes.as<int32_t>();
+    p.node_scores = a.node_scores.as<float>();
+    p.batch = narrow(batch);
+    p.nodes = narrow(nodes);
+    p.pool_size = narrow(a.pool_tokens.shape[1]);
+    p.num_candidates = narrow(a.num_candidates);
+    p.words = narrow(words);
+    const int64_t parts = 1 + batch * a.num_candidates / 8192;
+    return make_launch(tree_rerank_part_for(active_isa()), p, parts < batch ? parts : batch);
+}
+
+}  // namespace specrt

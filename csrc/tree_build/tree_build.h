@@ -1,0 +1,94 @@
+// The dynamic draft tree (EAGLE-2, spec/fspad.md): tree_expand scores one level's children and
+// picks the next frontier, tree_rerank keeps the best of all children as a tree.
+//
+// The pool holds every child: level 0's K, then K * K a level, grouped by frontier node. A child
+// never scores above its parent and comes later in the pool, so the best-first order that both
+// functions use puts parents before children.
+//
+// Order everywhere: larger score first, then the lower index; NaN after everything.
+#pragma once
+#include "core/dispatch.h"
+#include "core/tensor_view.h"
+#include "core/thread_pool.h"
+
+namespace specrt {
+
+constexpr int kMaxTopK = 128;
+constexpr int kMaxNodes = 128;
+
+// All [B]; the fields of SamplingParams, and where the level-0 children would stand.
+struct CoupledNoise {
+    const int64_t* seed;  // nullptr: plain ranking for all; the bits are unsigned
+    const int32_t* position;
+    const float* temperature;  // 0: plain ranking for this sequence
+    const int32_t* top_k;
+    const double* top_p;
+    const float* min_p;
+    float scale_temperature;
+};
+
+struct TreeExpandParams {
+    const float* logits;        // [B, F, R]
+    const float* scores;        // [B, F]
+    const int32_t* candidates;  // [B, F] pool indices
+    const int64_t* ancestors;   // [B, F, W]
+    const int32_t* token_map;   // [R] or nullptr
+    CoupledNoise noise;
+    int32_t* pool_tokens;      // [B, C]
+    int32_t* pool_parents;     // [B, C]
+    float* pool_scores;        // [B, C]
+    int32_t* frontier_tokens;  // [B, K]
+    float* frontier_scores;
+    int32_t* frontier_candidates;
+    int32_t* frontier_source;
+    int64_t* frontier_ancestors;  // [B, K, W]
+    float* workspace;             // [parts, tree_expand_workspace(R)]
+    int64_t logits_stride[2];
+    int32_t batch, width, rows, top_k, pool_size, words, level;  // width: F, rows: R
+};
+
+// Floats of scratch a part needs.
+constexpr int64_t tree_expand_workspace(int64_t rows) {
+    return 6 * ((rows + 63) / 64 * 64);
+}
+
+SPECRT_DECLARE_CPU(tree_expand_children_part)
+SPECRT_DECLARE_CPU(tree_expand_frontier_part)
+
+struct TreeExpandArgs {
+    TensorView logits, scores, candidates, ancestors, token_map, seed, position, temperature, top_k,
+        top_p, min_p, pool_tokens, pool_parents, pool_scores, frontier_tokens, frontier_scores,
+        frontier_candidates, frontier_source, frontier_ancestors, workspace;
+    float noise_scale_temperature;
+    int64_t level;
+};
+struct TreeExpand {
+    Launch children, frontier;  // to be submitted in this order
+};
+TreeExpand tree_expand(const TreeExpandArgs& args);
+
+struct TreeRerankParams {
+    const int32_t* pool_tokens;   // [B, C]
+    const int32_t* pool_parents;  // [B, C]
+    const float* pool_scores;     // [B, C]
+    const int32_t* roots;         // [B]
+    const float* costs;           // [2] or nullptr
+    int32_t* draft_tokens;        // [B, N], and so to depth
+    int32_t* parents;
+    int32_t* depth;
+    int64_t* ancestors;  // [B, N, W]
+    int32_t* num_nodes;  // [B]
+    float* node_scores;  // [B, N]
+    int32_t batch, nodes, pool_size, num_candidates, words;
+};
+
+SPECRT_DECLARE_CPU(tree_rerank_part)
+
+struct TreeRerankArgs {
+    TensorView pool_tokens, pool_parents, pool_scores, roots, costs, draft_tokens, parents, depth,
+        ancestors, num_nodes, node_scores;
+    int64_t num_candidates;
+};
+Launch tree_rerank(const TreeRerankArgs& args);
+
+}  // namespace specrt

@@ -1,0 +1,190 @@
+"""The dynamic draft tree (EAGLE-2): children level by level, then the best of all as a tree.
+
+Shapes: B sequences, F nodes of a frontier (1 at level 0, else K), K = top_k, R rows of the draft
+head, C >= K + depth * K * K candidates in the pool, W words of ancestor bits, N tree nodes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from specrt import _C
+from specrt.ops.registry import register
+
+register(
+    "tree_expand(Tensor logits, Tensor scores, Tensor candidates, Tensor ancestors, "
+    "Tensor? token_map, Tensor? seed, Tensor? position, Tensor? temperature, Tensor? top_k, "
+    "Tensor? top_p, Tensor? min_p, float noise_scale_temperature, int level, "
+    "Tensor(a!) workspace, Tensor(b!) pool_tokens, Tensor(c!) pool_parents, "
+    "Tensor(d!) pool_scores, Tensor(e!) frontier_tokens, Tensor(f!) frontier_scores, "
+    "Tensor(g!) frontier_candidates, Tensor(h!) frontier_source, "
+    "Tensor(i!) frontier_ancestors) -> ()",
+    _C.tree_expand,
+)
+register(
+    "tree_rerank(Tensor pool_tokens, Tensor pool_parents, Tensor pool_scores, "
+    "int num_candidates, Tensor roots, Tensor? costs, Tensor(a!) draft_tokens, "
+    "Tensor(b!) parents, Tensor(c!) depth, Tensor(d!) ancestors, Tensor(e!) num_nodes, "
+    "Tensor(f!) node_scores) -> ()",
+    _C.tree_rerank,
+)
+
+
+class CoupledNoise(NamedTuple):
+    """What the target will draw with: sampling parameters and the place of the level-0 children."""
+
+    seed: torch.Tensor
+    """``[B]`` int64 holding unsigned bits."""
+    position: torch.Tensor
+    """``[B]`` int32: the index in the sequence of the token after the root."""
+    temperature: torch.Tensor
+    """``[B]`` float32; a sequence at 0 is ranked without noise."""
+    top_k: torch.Tensor
+    """``[B]`` int32; 0 is off."""
+    top_p: torch.Tensor
+    """``[B]`` float64; 1 is off."""
+    min_p: torch.Tensor
+    """``[B]`` float32; 0 is off."""
+
+
+_NO_NOISE = (None,) * len(CoupledNoise._fields)
+
+
+def expand_workspace_size(num_rows: int) -> int:
+    """Floats of scratch that one thread of ``tree_expand`` needs for R = ``num_rows``."""
+    return _C.tree_expand_workspace(num_rows)
+
+
+def tree_expand(
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    candidates: torch.Tensor,
+    ancestors: torch.Tensor,
+    token_map: torch.Tensor | None,
+    noise: CoupledNoise | None,
+    level: int,
+    workspace: torch.Tensor,
+    pool_tokens: torch.Tensor,
+    pool_parents: torch.Tensor,
+    pool_scores: torch.Tensor,
+    frontier_tokens: torch.Tensor,
+    frontier_scores: torch.Tensor,
+    frontier_candidates: torch.Tensor,
+    frontier_source: torch.Tensor,
+    frontier_ancestors: torch.Tensor,
+    *,
+    noise_scale_temperature: float = 1.0,
+) -> None:
+    """Give each frontier node its K best children, and pick the next frontier among them.
+
+    A child's score is its parent's plus its log-probability. Best first; ties go to the lower row
+    (among children of a node) or pool index (in the frontier). A node whose logits hold a NaN or
+    +inf, or only -inf, has children of score NaN, which rank last, after -inf.
+
+    With ``noise``, sequences of temperature > 0 are ranked by what the target would draw if the
+    draft law were its own: logits / temperature, filtered, plus the target's Gumbel noise. The
+    score of a child adds the log-softmax of these over the K children. Where fewer than K tokens
+    are kept, the first others fill up with score -inf.
+
+    Args:
+        logits: ``[B, F, R]`` float32; the last dimension contiguous.
+        scores: ``[B, F]`` float32, <= 0; the root's is 0.
+        candidates: ``[B, F]`` int32: the nodes' pool indices, -1 for the root.
+        ancestors: ``[B, F, W]`` int64 of bits over draft nodes; 0 for the root, which is none.
+        token_map: ``[R]`` int32, the token of each row; None if they are the same.
+        noise: for coupled ranking, or None.
+        level: 0 for the root's children. Level ``l >= 1`` writes pool entries from
+            ``K + (l - 1) * K * K`` on, one group of K a frontier node.
+        workspace: ``[parts, expand_workspace_size(R)]`` float32; one part is used by one thread.
+        pool_tokens: ``[B, C]`` int32, written.
+        pool_parents: ``[B, C]`` int32, written: pool indices, -1 for the root.
+        pool_scores: ``[B, C]`` float32, written.
+        frontier_tokens: ``[B, K]`` int32, written.
+        frontier_scores: ``[B, K]`` float32, written.
+        frontier_candidates: ``[B, K]`` int32, written: pool indices.
+        frontier_source: ``[B, K]`` int32, written: ``b * F + f`` of the parent.
+        frontier_ancestors: ``[B, K, W]`` int64, written: the parent's bits and the node's own,
+            number ``level * K + j`` (left out where W words have no room for it).
+        noise_scale_temperature: divides the noisy logits in the score; above 1 hedges.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit, or the frontier written is the
+            one read; the argument is named.
+    """
+    op = torch.ops.specrt.tree_expand if torch.compiler.is_compiling() else _C.tree_expand
+    op(
+        logits,
+        scores,
+        candidates,
+        ancestors,
+        token_map,
+        *(_NO_NOISE if noise is None else noise),
+        noise_scale_temperature,
+        level,
+        workspace,
+        pool_tokens,
+        pool_parents,
+        pool_scores,
+        frontier_tokens,
+        frontier_scores,
+        frontier_candidates,
+        frontier_source,
+        frontier_ancestors,
+    )
+
+
+def tree_rerank(
+    pool_tokens: torch.Tensor,
+    pool_parents: torch.Tensor,
+    pool_scores: torch.Tensor,
+    num_candidates: int,
+    roots: torch.Tensor,
+    costs: torch.Tensor | None,
+    draft_tokens: torch.Tensor,
+    parents: torch.Tensor,
+    depth: torch.Tensor,
+    ancestors: torch.Tensor,
+    num_nodes: torch.Tensor,
+    node_scores: torch.Tensor,
+) -> None:
+    """Keep the N - 1 best candidates below the root; the outputs are a ``DraftTree``'s fields.
+
+    Candidates of score NaN or -inf are never taken. Nodes come best first, so parents come before
+    children. Padding is zeros, with score -inf.
+
+    Args:
+        pool_tokens: ``[B, C]`` int32.
+        pool_parents: ``[B, C]`` int32: pool indices, -1 for the root.
+        pool_scores: ``[B, C]`` float32; no child above its parent.
+        num_candidates: how many pool entries are valid.
+        roots: ``[B]`` int32, the last committed tokens.
+        costs: ``[2]`` float32, (base, slope): a round with n drafted nodes takes base + slope * n.
+            Then only the n nodes are kept that give the most expected tokens per time,
+            ``(1 + sum of exp(score)) / (base + slope * n)``. None or slope 0: N - 1.
+        draft_tokens: ``[B, N]`` int32, written; N <= 128.
+        parents: ``[B, N]`` int32, written.
+        depth: ``[B, N]`` int32, written.
+        ancestors: ``[B, N, ceil(N / 64)]`` int64, written.
+        num_nodes: ``[B]`` int32, written.
+        node_scores: ``[B, N]`` float32, written; the root's is 0.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+    """
+    op = torch.ops.specrt.tree_rerank if torch.compiler.is_compiling() else _C.tree_rerank
+    op(
+        pool_tokens,
+        pool_parents,
+        pool_scores,
+        num_candidates,
+        roots,
+        costs,
+        draft_tokens,
+        parents,
+        depth,
+        ancestors,
+        num_nodes,
+        node_scores,
+    )
