@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A drafter's directory, of any known layout.")
-    ],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="The directory to write.")],
+    source: Annotated[str, typer.Argument(help="A drafter's directory, of any known layout.")],
+    destination: Annotated[str, typer.Argument(help="The directory to write.")],
     target: Target,
 ) -> None:
     """Convert an official FSPAD or EAGLE-1/2 drafter to specrt's own format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def distill_data(
         found, told = read_prompts(prompts, engine.tokenizer)
         for count, why in ((told.num_empty, "empty"), (told.num_repeated, "repeated")):
             if count:
-                report_note(f"{count} {why} prompts skipped")
+                _note(f"{count} {why} prompts skipped")
         plan = Plan(tuple(dict.fromkeys(temperature or [0.0])), samples_per_prompt, seed)
         jobs = plan.jobs(_fitting(found[:num_prompts], engine), max_new_tokens)
         answer(engine, jobs, file)
@@ -151,8 +152,12 @@ class AnswerFile:
     def __enter__(self) -> AnswerFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._file.close()
+        except OSError:  # what a full disk did not take is still in the buffer
+            if kind is None:
+                raise
 
     def write(self, job: Job, result: GenerationResult) -> None:
         """Add one answer; it is in the file when this returns."""
@@ -226,9 +231,9 @@ def answer(engine: Engine, jobs: Sequence[Job], file: AnswerFile) -> None:
         raise typer.Exit(USER_ERROR)
 
 
-def report_note(message: str) -> None:
+def _note(message: str) -> None:
     """One line on stderr that is no error."""
-    print(f"specrt: {message}", file=typer.get_text_stream("stderr"))
+    print(f"specrt: {message}", file=sys.stderr)
 
 
 def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[TrainingPrompt]:
@@ -237,7 +242,7 @@ def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[Training
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) < limit]
     if len(fitting) < len(prompts):
         num_long = len(prompts) - len(fitting)
-        report_note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
+        _note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
     return fitting
 
 

@@ -140,7 +140,7 @@ class CachedFeatures:
         return Sample(
             file.get_slice("token_ids")[rows].long(),
             file.get_slice("loss_mask")[rows].bool(),
-            file.get_slice("features")[rows],
+            file.get_slice("features")[rows].clone(),  # a view would keep the shard mapped
         )
 
     def _file(self, shard: int) -> Any:
@@ -359,8 +359,8 @@ class _Index:
         total, done = self._bytes(range(self.num_shards)), self._bytes(whole)
         return OSError(
             errno.ENOSPC,
-            f"disk full: the features need {_megabytes(total)}, {_megabytes(done)} are written "
-            f"({len(whole)} of {self.num_shards} shards), {_megabytes(free)} are free; make room "
+            f"disk full: the features need {_size(total)}, {_size(done)} are written "
+            f"({len(whole)} of {self.num_shards} shards), {_size(free)} are free; make room "
             "and run again to go on from there",
             str(self.root),
         )
@@ -397,5 +397,5 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

@@ -35,7 +35,7 @@ def read_prompts(
 ) -> tuple[list[TrainingPrompt], PromptReport]:
     """Read what :func:`specrt.train.data.read_examples` reads; responses may be missing.
 
-    A conversation is a prompt up to the assistant's last turn.
+    Where a conversation ends with the assistant's turn, that turn is left out.
 
     Raises:
         ValueError: a file is empty, a line malformed or refused by the chat template (the message
@@ -65,7 +65,7 @@ def _encoded(where: str, record: Record, tokenizer: Tokenizer) -> tuple[int, ...
     if isinstance(record, Pair):
         return tuple(tokenizer.encode(record.prompt)) if record.prompt else ()
     if isinstance(record, Chat):
-        messages = record.without_opening().before_last_response().messages
+        messages = record.without_opening().without_last_response().messages
         try:
             return tuple(tokenizer.apply_chat_template(messages)) if messages else ()
         except ValueError as error:

@@ -47,10 +47,12 @@ class Chat:
         first = next((i for i, turn in turns if turn["role"] != ASSISTANT), len(self.messages))
         return Chat(self.messages[first:])
 
-    def before_last_response(self) -> Chat:
-        """What the assistant's last turn answers; everything where it has none."""
-        turns = [i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT]
-        return Chat(self.messages[: turns[-1]]) if turns else self
+    def without_last_response(self) -> Chat:
+        """Up to where the assistant is to speak next, or spoke last."""
+        messages = self.messages
+        while messages and messages[-1]["role"] == ASSISTANT:
+            messages = messages[:-1]
+        return Chat(messages)
 
 
 @dataclass(frozen=True)
