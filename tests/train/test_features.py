@@ -20,8 +20,9 @@ from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.models.llama import FINAL_TAP, LlamaModel
 from specrt.models.loader import load_weights
+from specrt.train.cache_index import INDEX
 from specrt.train.data import DataReport, Dataset
-from specrt.train.feature_cache import INDEX, CachedFeatures, CacheKey, cache_features
+from specrt.train.feature_cache import CachedFeatures, CacheKey, cache_features
 from specrt.train.features import FeatureSource, FeatureSubset, OnlineFeatures, Sample
 from specrt.train.frozen import PackedTarget, TransformersTarget, load_frozen_target
 from specrt.types import CheckpointError
@@ -287,6 +288,14 @@ def test_a_damaged_shard_is_made_again(
         CachedFeatures(tmp_path)
     for one, other in zip(cache(tmp_path, target).batch(range(8)), wanted, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_features_that_are_nan_are_not_kept(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path / "broken")
+    edit_tensors(tmp_path / "broken", lambda tensors: tensors["model.norm.weight"].fill_(3e38))
+    with pytest.raises(CheckpointError, match="broken: NaN or infinite features of example 0"):
+        cache(tmp_path / "features", tmp_path / "broken")
+    assert not shards(tmp_path / "features")
 
 
 # --- a full disk ----------------------------------------------------------------------------------
