@@ -13,12 +13,18 @@ BUILTIN = "builtin"
 
 
 def load_engine(
-    target: str, drafter: str, *, dtype: str, threads: int | None, max_nodes: int = 64
+    target: str,
+    drafter: str,
+    *,
+    dtype: str,
+    threads: int | None,
+    max_nodes: int = 64,
+    max_batch: int = 8,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, dtype, max_nodes: as for :func:`specrt.load`.
+        target, dtype, max_nodes, max_batch: as for :func:`specrt.load`.
         drafter: ``"none"``, ``"prompt-lookup"`` or a directory.
         threads: of the kernels; None leaves torch's choice.
 
@@ -35,7 +41,7 @@ def load_engine(
             f"drafter: expected {NO_DRAFTER}, {PROMPT_LOOKUP} or a directory, got {drafter!r}"
         )
     name = None if drafter == NO_DRAFTER else drafter
-    return load(target, name, dtype=dtype, max_nodes=max_nodes)
+    return load(target, name, dtype=dtype, max_nodes=max_nodes, max_batch=max_batch)
 
 
 def set_threads(threads: int | None) -> None:
