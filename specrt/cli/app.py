@@ -36,9 +36,10 @@ app = typer.Typer(
 
 app.add_typer(train.app)
 
+
 @app.command()
 def demo(
-    drafter: Drafter = "prompt-lookup",
+    drafter: Drafter = "auto",
     prompt: Annotated[str | None, typer.Option(help="Instead of the demo's own.")] = None,
     max_new_tokens: MaxNewTokens = 160,
     temperature: Temperature = 0.0,
@@ -49,18 +50,18 @@ def demo(
 ) -> None:
     """Plain decoding and speculation side by side, on the bundled model."""
     from specrt.cli import demo as command
-    from specrt.cli.loading import load_engine
+    from specrt.cli.loading import drafter_name, load_engine
     from specrt.sampling import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     engine = load_engine("builtin", drafter, dtype=dtype, threads=threads)
-    command.run(engine, drafter, prompt, sampling)
+    command.run(engine, drafter_name(drafter, "builtin"), prompt, sampling)
 
 
 @app.command()
 def generate(
     target: Target = "builtin",
-    drafter: Drafter = "prompt-lookup",
+    drafter: Drafter = "auto",
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=INPUT)
     ] = None,
@@ -152,7 +153,7 @@ def generate(
 @app.command()
 def bench(
     target: Target = "builtin",
-    drafter: Drafter = "prompt-lookup",
+    drafter: Drafter = "auto",
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -180,7 +181,7 @@ def bench(
 ) -> None:
     """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
     from specrt.cli import bench as command
-    from specrt.cli.loading import load_engine
+    from specrt.cli.loading import drafter_name, load_engine
     from specrt.cli.prompts import bundled_prompts, encode, read_prompts
     from specrt.sampling import SamplingParams
 
@@ -193,7 +194,8 @@ def bench(
         named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)[:num_prompts]
     engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
     encoded = encode(engine, named)
-    command.run(engine, drafter, encoded, sampling, repeats=repeats, is_json=json)
+    name = drafter_name(drafter, target)
+    command.run(engine, name, encoded, sampling, repeats=repeats, is_json=json)
 
 
 @app.command()

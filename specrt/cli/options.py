@@ -16,7 +16,9 @@ Target = Annotated[
 Drafter = Annotated[
     str,
     typer.Option(
-        help="'prompt-lookup', 'none', or a directory with a smaller model.",
+        help="'auto' (bundled FSPAD for the bundled target, else prompt lookup), "
+        "'prompt-lookup', 'none', a bundled one ('fspad', 'eagle2'), or a directory with an FSPAD "
+        "or EAGLE drafter or a smaller model.",
         rich_help_panel=RUNTIME,
     ),
 ]
