@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from specrt.cli import convert, distill, errors
+from specrt.cli import convert, distill, errors, train
 from specrt.cli.options import (
     INPUT,
     RUNTIME,
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(train.app)
 
 @app.command()
 def demo(

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from specrt.engine import Engine
 
 NO_DRAFTER = "none"
+BUILTIN = "builtin"
 
 
 def load_engine(
@@ -31,10 +32,7 @@ def load_engine(
         CheckpointError: a checkpoint is missing or broken.
         ValueError: an argument out of range, or a drafter that is neither a name nor a directory.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {threads}")
-    import torch
-
+    set_threads(threads)
     from specrt.draft.load import PROMPT_LOOKUP
     from specrt.loading import load
 
@@ -42,7 +40,30 @@ def load_engine(
         raise ValueError(
             f"drafter: expected {NO_DRAFTER}, {PROMPT_LOOKUP} or a directory, got {drafter!r}"
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
     name = None if drafter == NO_DRAFTER else drafter
     return load(target, name, dtype=dtype, max_nodes=max_nodes, max_batch=max_batch)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of the kernels' threads; None leaves torch's choice.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def target_directory(target: str) -> tuple[Path, str]:
+    """The directory of a target as named on the command line, and its name."""
+    from specrt.builtin import target_path
+
+    if target == BUILTIN:
+        return target_path(), BUILTIN
+    directory = Path(target)
+    return directory, directory.resolve().name

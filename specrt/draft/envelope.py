@@ -93,9 +93,9 @@ class EnvelopePolicy:
 
         def rate(size: int) -> float:
             tokens = batch + float(expected[size - 1])
-            return tokens / (drafting + cost.relative(batch * size))
+            return float(tokens / (drafting + cost.relative(batch * size)))
 
-        best = max(sizes, key=rate)
+        best: int = max(sizes, key=rate)
         self._judge(rate(best) * cost.relative(batch) / batch)
         return best
 

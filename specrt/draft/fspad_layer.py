@@ -67,9 +67,9 @@ class DraftWeights:
     @property
     def step_bytes(self) -> int:
         """Weights one step streams, the head included."""
-        matrices = (self.fc, self.sample_gate, self.sample_up, self.sample_down, self.qkv, self.o)
-        matrices += (self.gate_up, self.down_predict, self.down_regress, self.head)
-        return sum(t.nbytes for t in matrices if t is not None)
+        sampling = (self.fc, self.sample_gate, self.sample_up, self.sample_down)
+        layer = (self.qkv, self.o, self.gate_up, self.down_predict, self.down_regress, self.head)
+        return sum(t.nbytes for t in (*sampling, *layer) if t is not None)
 
 
 def pack_weights(
@@ -258,7 +258,7 @@ class DraftLayer:
             w.sample_down,
             w.token_fc,
             w.token_gate,
-            self.config.layer.rms_norm_eps,
+            eps=self.config.layer.rms_norm_eps,
             workspace=work.sampling[:rows],
             out=pair,
         )
@@ -330,9 +330,11 @@ class DraftLayer:
         ops.linear(normed, w.gate_up, out=work.gate_up[:num])
         activated = ops.silu_mul(work.gate_up[:num], out=work.activated[:num])
         if w.down_regress is None:
-            predicted = ops.linear(activated, w.down_predict, residual=hidden, out=regressed)
+            predicted = regressed
         else:
-            ops.linear(activated, w.down_regress, residual=hidden, out=regressed)
             predicted = work.predicted[:num]
-            ops.linear(activated, w.down_predict, residual=hidden, out=predicted)
-        return ops.linear(predicted, w.head, out=work.logits[:num])
+            ops.linear(activated, w.down_regress, residual=hidden, out=regressed)
+        ops.linear(activated, w.down_predict, residual=hidden, out=predicted)
+        logits = work.logits[:num]
+        ops.linear(predicted, w.head, out=logits)
+        return logits

@@ -144,7 +144,7 @@ class RoundBuffers:
         self._work = Activations.make(
             layer.config, batch * max(MAX_PAIRS, width), layer.weights.head.shape[0]
         )
-        hidden = config.hidden_size
+        hidden = self._hidden_size = config.hidden_size
         self._pair_tokens = torch.zeros(batch * MAX_PAIRS, dtype=torch.int32)
         self._pair_features = torch.zeros(batch * MAX_PAIRS, hidden)
         self._regressed = [torch.zeros(batch * width, hidden) for _ in range(2)]
@@ -193,11 +193,11 @@ class RoundBuffers:
         Returns:
             The largest m: rows of a sequence in the extending step.
         """
-        most = max(len(features) for features in pending)
+        most: int = max(len(features) for features in pending)
         size = self.key.batch
         tokens = self._pair_tokens[: size * most].numpy()
         earlier = tokens[size:].reshape(size, most - 1)
-        rows = self._pair_features[size : size * most].view(size, most - 1, -1)
+        rows = self._pair_features[size : size * most].view(size, most - 1, self._hidden_size)
         lengths = [cached.length for cached in batch.sequences]
         for row, (state, features) in enumerate(zip(states, pending, strict=True)):
             count, first = len(features), lengths[row] + 1

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -107,6 +107,20 @@ def load_weights(
     _check_tensors(checkpoint, config)
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
         return _Loader(checkpoint, config, dtype).load(advance)
+
+
+def load_tables(
+    path: str | os.PathLike[str], config: ModelConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load only the embedding and the LM head, ``[V, H]`` each; one tensor when they are tied.
+
+    Raises:
+        CheckpointError: as for :func:`load_weights`; all tensors are checked but not all read.
+    """
+    checkpoint = Checkpoint(path)
+    _check_tensors(checkpoint, config)
+    weights = _Loader(checkpoint, replace(config, num_layers=0), dtype).load(lambda: None)
+    return weights.embed, weights.lm_head
 
 
 class _Arena:

@@ -1,0 +1,113 @@
+"""The two losses of partial alignment distillation (arXiv 2408.15562, section 3.3).
+
+The pair (f_t, e_{t+1}) predicts f_{t+1} and the logits of token t + 2. So position t counts where
+token t + 2 is one to be predicted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+# Logits of this many elements are made at a time: on a CPU they then stay in its caches, and on
+# large vocabularies the whole would not fit any memory.
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
+TOP = 3
+
+
+class Losses(NamedTuple):
+    """Sums over the counted positions."""
+
+    regression: torch.Tensor
+    """``[]`` float32: SmoothL1(r_t, f_{t+1}), each the mean over H."""
+    classification: torch.Tensor
+    """``[]`` float32, nats: cross entropy of the drafter's law against the target's."""
+    hits: torch.Tensor
+    """``[3]`` float32, zeros where not asked for: positions where the target's likeliest
+    token is among the drafter's 1, 2, 3 best."""
+
+
+def counted_positions(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Which pairs count, for tokens whose ``loss_mask`` ``[..., n]`` says "to be predicted".
+
+    Returns:
+        ``[..., max(n - 2, 0)]`` bool: position t for token t + 2.
+    """
+    return loss_mask[..., 2:]
+
+
+def draft_losses(
+    predicted: torch.Tensor,
+    regressed: torch.Tensor,
+    features: torch.Tensor,
+    head: torch.Tensor,
+    *,
+    has_hits: bool = True,
+) -> Losses:
+    """Both losses over N counted positions.
+
+    Args:
+        predicted: ``[N, H]``: p_t.
+        regressed: ``[N, H]``: r_t.
+        features: ``[N, H]``: the target's f_{t+1}.
+        head: ``[V, H]``, frozen; its dtype is that of the logits' products.
+        has_hits: count hits too, which takes as long as a tenth of the losses.
+    """
+    features = features.float()
+    regression = functional.smooth_l1_loss(regressed.float(), features, reduction="none")
+    classification, hits = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        predicted, features, head, has_hits
+    )
+    return Losses(regression.mean(-1).sum(), classification, hits)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Soft cross entropy behind a frozen head, without ever holding all logits.
+
+    The gradient is made along with the loss, while a chunk's logits are at hand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        predicted: torch.Tensor,
+        features: torch.Tensor,
+        head: torch.Tensor,
+        has_hits: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = torch.empty_like(predicted)
+        loss = torch.zeros((), device=head.device)
+        hits = torch.zeros(TOP, device=head.device)
+        rows = max(1, _CHUNK.get(head.device.type, _CHUNK["cpu"]) // len(head))
+        with torch.autocast(head.device.type, enabled=False):
+            for start in range(0, len(predicted), rows):
+                part = slice(start, start + rows)
+                target = _logits(features[part], head)
+                draft = _logits(predicted[part], head)
+                if has_hits:
+                    hits += _hits(draft, target.argmax(-1))
+                target, draft = target.softmax(-1), draft.log_softmax(-1)
+                loss -= torch.dot(target.view(-1), draft.view(-1))
+                gradient[part] = (draft.exp_() - target).to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0], None, None, None
+
+
+def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    return (rows.to(head.dtype) @ head.T).float()
+
+
+def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """``[3]``: rows whose ``wanted`` token is among the 1, 2, 3 best (the earlier one on ties)."""
+    value = logits.gather(1, wanted[:, None])
+    is_earlier = torch.arange(logits.shape[1], device=logits.device) < wanted[:, None]
+    rank = ((logits > value) | ((logits == value) & is_earlier)).sum(1)
+    return torch.stack([(rank < k).sum() for k in range(1, TOP + 1)]).float()

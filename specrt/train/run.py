@@ -1,0 +1,117 @@
+"""From a target and files of conversations to a drafter: everything ``specrt train fspad`` does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from specrt.config import ModelConfig, checkpoint_directory
+from specrt.draft.checkpoint import DraftConfig
+from specrt.models.loader import load_tables
+from specrt.models.tokenizer import load_tokenizer
+from specrt.train.data import Dataset, read_examples
+from specrt.train.evaluate import TargetTables
+from specrt.train.feature_cache import cache_features
+from specrt.train.features import FeatureSource, OnlineFeatures
+from specrt.train.loop import Outcome, TrainData, Trainer, make_accelerator, run_identity
+from specrt.train.options import TrainOptions
+from specrt.train.report import Reporter
+from specrt.train.state import StateFolder
+
+ONLINE = "online"
+_FEATURES_FOLDER = "features"
+_LOG_FOLDER = "tensorboard"
+_MAX_SHOWN = 16  # tokens of a sequence that an error names
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train, on what, and where to put it."""
+
+    target: Path
+    """A Hugging Face directory."""
+    target_name: str
+    """What the checkpoint calls it."""
+    data: tuple[Path, ...]
+    out: Path
+    arch: str = "fspad"
+    intermediate_size: int | None = None
+    """I; the target's by default."""
+    max_length: int = 2048
+    held_out: float = 0.02
+    """Share of the data kept apart."""
+    features: str | None = None
+    """``online``, or a directory to cache the target's features in; by default they are cached
+    under ``out`` while training, unless the run sees no sequence twice."""
+    skip_bad: bool = False
+    is_restart: bool = False
+
+
+def train_drafter(job: TrainJob, options: TrainOptions) -> Outcome:
+    """Train a drafter and write it to ``job.out``.
+
+    Raises:
+        CheckpointError: the target, or cached features, are missing, broken or do not belong.
+        ValueError: bad data, or an option out of range or at odds with an earlier run in ``out``.
+        TrainingError: the loss is not finite.
+        OSError: a file cannot be read or written.
+    """
+    directory = checkpoint_directory(job.target)
+    target = ModelConfig.from_directory(directory)
+    config = DraftConfig.for_target(
+        target, job.arch, name=job.target_name, intermediate_size=job.intermediate_size
+    )
+    accelerator = make_accelerator(options)
+    log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
+    with Reporter(accelerator.is_main_process, log_dir) as reporter:
+        tokenizer = load_tokenizer(directory)
+        max_length = min(job.max_length, target.max_positions)
+        dataset = read_examples(job.data, tokenizer, max_length=max_length, skip_bad=job.skip_bad)
+        for line in dataset.report.lines():
+            reporter.say(line)
+        train, held_out = dataset.split(job.held_out)
+        identity = run_identity(config, options, accelerator, dataset.content_hash, train)
+        state = StateFolder(job.out, identity, accelerator)
+        state.claim(is_restart=job.is_restart)  # before the long work on features
+
+        def describe(index: int) -> str:
+            beginning = tokenizer.decode(dataset[index].token_ids[:_MAX_SHOWN].tolist())
+            return f"{index} ({beginning!r} ...)"
+
+        source = _features(job, options, dataset, train, accelerator)
+        trainer = Trainer(
+            config,
+            TargetTables(*load_tables(directory, target, torch.float32)),
+            TrainData(source, train, held_out, describe),
+            options,
+            out=job.out,
+            state=state,
+            accelerator=accelerator,
+        )
+        outcome = trainer.run(reporter)
+    if outcome.is_done and accelerator.is_main_process:
+        shutil.rmtree(job.out / _FEATURES_FOLDER, ignore_errors=True)
+    return outcome
+
+
+def _features(
+    job: TrainJob,
+    options: TrainOptions,
+    dataset: Dataset,
+    train: Sequence[int],
+    accelerator: Accelerator,
+) -> FeatureSource:
+    """The target's features, computed when asked for or once for all."""
+    device = accelerator.device
+    steps_per_epoch = max(1, len(train) // options.batch_size)
+    is_single_pass = options.total_steps(steps_per_epoch) <= steps_per_epoch
+    if job.features == ONLINE or (job.features is None and is_single_pass):
+        return OnlineFeatures(dataset, job.target, device=device)
+    folder = Path(job.features) if job.features else job.out / _FEATURES_FOLDER
+    with accelerator.main_process_first():
+        return cache_features(folder, dataset, job.target, device=device)
