@@ -36,6 +36,7 @@ app = typer.Typer(
 
 app.add_typer(train.app)
 
+
 @app.command()
 def demo(
     drafter: Drafter = "prompt-lookup",
