@@ -22,21 +22,17 @@ def convert(
     target: Target,
 ) -> None:
     """Convert an official FSPAD or EAGLE-1/2 drafter to specrt's own format."""
-    from specrt.builtin import target_path
+    from specrt.cli.loading import target_directory
     from specrt.config import ModelConfig, config_fingerprint
     from specrt.draft.checkpoint import EMBED, read_checkpoint, tensor_shapes, write_checkpoint
 
     place = Path(destination)
     if (place / "config.json").exists():
         raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
-    directory = target_path() if target == "builtin" else Path(target)
+    directory, name = target_directory(target)
     model = ModelConfig.from_directory(directory)
     config, tensors = read_checkpoint(source, model)
-    config = replace(
-        config,
-        target_name="builtin" if target == "builtin" else directory.resolve().name,
-        target_fingerprint=config_fingerprint(model),
-    )
+    config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
     has_embedding = tensors.pop(EMBED, None) is not None  # it is the target's own
     for key, shape in tensor_shapes(config).items():
         if key not in tensors:  # a bias of zero may be left out

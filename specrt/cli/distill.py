@@ -61,13 +61,13 @@ def distill_data(
     threads: Threads = None,
 ) -> None:
     """Write the target's own answers, greedy and sampled, as training data."""
-    from specrt.cli.loading import load_engine
+    from specrt.cli.loading import load_engine, target_directory
     from specrt.train.prompts import read_prompts
 
     for name, value in (("num_prompts", num_prompts), ("samples_per_prompt", samples_per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    with AnswerFile(Path(out), _target_name(target)) as file:
+    with AnswerFile(Path(out), target_directory(target)[1]) as file:
         engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_batch=batch_size)
         found, told = read_prompts(prompts, engine.tokenizer)
         for count, why in ((told.num_empty, "empty"), (told.num_repeated, "repeated")):
@@ -244,10 +244,6 @@ def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[Training
         num_long = len(prompts) - len(fitting)
         _note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
     return fitting
-
-
-def _target_name(target: str) -> str:
-    return target if target == "builtin" else Path(target).resolve().name
 
 
 @contextmanager

@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on(
     assert 0 < num_whole < len(shards(tmp_path / "whole"))
     with pytest.raises(CheckpointError, match=rf"{num_whole} of \d shards are there"):
         CachedFeatures(tmp_path / "cut")
-    (tmp_path / "cut" / "shard-00003.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "cut" / "shard-00000.safetensors.partial").write_bytes(b"half")
     passes.fail_at, passes.num_sequences = None, 0
     resumed = cache(tmp_path / "cut", target)
     assert 0 < passes.num_sequences < len(LENGTHS)
@@ -276,8 +276,9 @@ def test_a_killed_run_goes_on(
         lambda file: os.truncate(file, 5),
         lambda file: os.truncate(file, 0),
         lambda file: file.unlink(),
+        lambda file: file.write_bytes(file.with_name("shard-00000.safetensors").read_bytes()),
     ],
-    ids=["short", "no header", "empty", "gone"],
+    ids=["short", "no header", "empty", "gone", "another's"],
 )
 def test_a_damaged_shard_is_made_again(
     tmp_path: Path, target: Path, damage: Callable[[Path], None]
