@@ -20,20 +20,26 @@ ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DECAY = 0.97
 _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
 _MIN_PAUSE, _MAX_PAUSE = 8, 128
+_PROOF = 16  # rounds that win since a pause before the next one is short again
 
 
 @dataclass
 class _Average:
-    """A running mean that follows the present."""
+    """A running mean that follows the present; the plain mean of the first values."""
 
     value: float | None = None
+    count: int = 0
 
-    def add(self, seen: float) -> None:
-        # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
+    def add(self, seen: float) -> float:
+        """Take one more value; the mean."""
+        self.count += 1
         if self.value is None:
             self.value = seen
         else:
-            self.value += (1.0 - _DECAY) * (min(seen, 2.0 * self.value) - self.value)
+            # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
+            capped = min(seen, 2.0 * self.value)
+            self.value += max(1.0 / self.count, 1.0 - _DECAY) * (capped - self.value)
+        return self.value
 
 
 class Calibration:
@@ -53,7 +59,7 @@ class Calibration:
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Corrected probabilities of nodes whose paths have these log-probabilities."""
-        factors = self._accepted / self._believed
+        factors = self._accepted / np.maximum(self._believed, 1e-6)
         known: np.ndarray = factors[np.digitize(scores, self._EDGES)]
         corrected: np.ndarray = np.minimum(1.0, _probability(scores) * known)
         return corrected
@@ -65,6 +71,11 @@ class Calibration:
         self._accepted *= self._MEMORY
         self._believed += np.bincount(kinds, _probability(scores).ravel(), size)
         self._accepted += np.bincount(kinds, is_accepted.ravel(), size)
+
+    def forgive(self) -> None:
+        """Go halfway back to the beginning: without trees to verify nothing restores trust."""
+        self._believed = 0.5 * (self._believed + self._PRIOR)
+        self._accepted = 0.5 * (self._accepted + self._PRIOR)
 
 
 def _probability(scores: np.ndarray) -> np.ndarray:
@@ -84,10 +95,9 @@ class EnvelopePolicy:
 
     def drafts(self) -> bool:
         """Whether to draft this round at all."""
-        if self._pause > 0:
-            self._pause -= 1
-            return False
-        return True
+        is_paused = self._pause > 0
+        self._pause = max(0, self._pause - 1)
+        return not is_paused
 
     def mass(self, scores: np.ndarray) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
@@ -101,8 +111,10 @@ class EnvelopePolicy:
             batch: B.
             cost: of verifying.
         """
-        fall = masses[-1] / masses[-2] if len(masses) > 1 and masses[-2] > 0 else masses[-1]
-        gain = batch * masses[-1] * min(1.0, fall)
+        above, last = (masses[-2] if len(masses) > 1 else 1.0), masses[-1]
+        if last <= 0.0 or above <= 0.0:
+            return False
+        gain = batch * last * min(1.0, last / above)
         level = self._relative(self._level_ms, cost)
         # A level brings a row or two a sequence to verify.
         price = self._drafting(len(masses), cost) + cost.relative(batch * (1 + 2 * len(masses)))
@@ -151,10 +163,12 @@ class EnvelopePolicy:
 
     def _judge(self, gain: float) -> None:
         """Pause where drafting loses against plain decoding, longer each time it still does."""
-        self._gain.add(gain)
-        assert self._gain.value is not None
-        if self._gain.value >= 1.0:
-            self._next_pause = _MIN_PAUSE
-        else:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
+        if self._gain.add(gain) >= 1.0:
+            if self._gain.count >= _PROOF:
+                self._next_pause = _MIN_PAUSE
+            return
+        self._pause = self._next_pause
+        self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
+        # What comes after the pause may be another text: it is judged by itself.
+        self._gain = _Average()
+        self._calibration.forgive()
