@@ -29,8 +29,15 @@ from specrt.models.llama import FINAL_TAP, StepRunner, run_eagerly
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
-_EAGLE2 = DraftParams(depth=5, top_k=10, total_tokens=60)
-_AUTO = DraftParams(depth=8, top_k=4, total_tokens=64)
+
+class _Shape(NamedTuple):
+    depth: int
+    top_k: int
+    total_tokens: int
+
+
+_EAGLE2 = _Shape(depth=5, top_k=10, total_tokens=60)
+_AUTO = _Shape(depth=8, top_k=4, total_tokens=64)
 _MAX_ROUNDS = 32  # kinds of round whose buffers are kept
 
 
@@ -114,6 +121,9 @@ class FspadDrafter:
             ValueError: ``depth`` and ``top_k`` do not fit 128 draft nodes or the draft vocabulary.
         """
         self._offered = None
+        for state in states:
+            if len(self._drafts[state].pending) > MAX_PAIRS:
+                self._absorb(state, keep=1)
         plan = self._plan(states, budget)
         if plan is None:
             roots = [[state.token_ids[-1]] for state in states]
@@ -123,18 +133,11 @@ class FspadDrafter:
         begun = perf_counter()
         is_replay = self._extend(states, batch, buffers)
         extended = perf_counter()
-        masses = [self._policy.mass(buffers.scores(0))]
-        while len(masses) < plan.num_levels:
-            if plan.is_auto and not self._policy.expands(masses, len(states), budget.cost):
-                break
-            level = len(masses)
-            is_replay &= self._run(buffers, level, partial(buffers.expand, level, batch))
-            masses.append(self._policy.mass(buffers.scores(level)))
-        expanded = perf_counter()
-        if is_replay:
-            times = 1e3 * (extended - begun), 1e3 * (expanded - extended)
-            self._policy.observe_draft(*times, len(masses) - 1)
-        return self._choose(buffers, plan, len(masses), budget)
+        num_levels, are_replays = self._grow(plan, batch, buffers, budget)
+        if is_replay and are_replays:
+            levels_ms = 1e3 * (perf_counter() - extended)
+            self._policy.observe_draft(1e3 * (extended - begun), levels_ms, num_levels - 1)
+        return self._choose(buffers, plan, num_levels, budget)
 
     def observe(
         self,
@@ -166,11 +169,11 @@ class FspadDrafter:
         """None: the root alone."""
         params, num_rows = budget.params, self.layer.weights.head.shape[0]
         is_auto = params == DraftParams()
-        wanted = _AUTO if is_auto else _EAGLE2
-        depth, top_k, total = (
-            default if given is None else given
-            for given, default in zip(vars(params).values(), vars(wanted).values(), strict=True)
-        )
+        default = _AUTO if is_auto else _EAGLE2
+        # What is left open gives way to what was asked for.
+        top_k = params.top_k or min(default.top_k, num_rows, MAX_NODES // (params.depth or 1))
+        depth = min(default.depth, MAX_NODES // top_k) if params.depth is None else params.depth
+        total = params.total_tokens or default.total_tokens
         if top_k > num_rows:
             raise ValueError(
                 f"top_k: expected at most the draft vocabulary {num_rows}, got {top_k}"
@@ -201,6 +204,19 @@ class FspadDrafter:
             draft.pending = draft.pending[:0]
         return is_replay
 
+    def _grow(
+        self, plan: _Plan, batch: CacheBatch, buffers: RoundBuffers, budget: Budget
+    ) -> tuple[int, bool]:
+        """Levels there are then, the root's children included; whether all steps were replays."""
+        are_replays, masses = True, []
+        for level in range(1, plan.num_levels):
+            if plan.is_auto:
+                masses.append(self._policy.mass(buffers.scores(level - 1)))
+                if not self._policy.expands(masses, buffers.key.batch, budget.cost):
+                    return level, are_replays
+            are_replays &= self._run(buffers, level, partial(buffers.expand, level, batch))
+        return plan.num_levels, are_replays
+
     def _choose(
         self, buffers: RoundBuffers, plan: _Plan, num_levels: int, budget: Budget
     ) -> DraftTree:
@@ -225,9 +241,6 @@ class FspadDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        for state in states:
-            if len(self._drafts[state].pending) > MAX_PAIRS:
-                self._absorb(state, keep=1)
         if self._batch is None or self._batch_states != list(states):
             self._batch_states = list(states)
             cached = [self._drafts[state].cached for state in states]

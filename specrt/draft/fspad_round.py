@@ -100,7 +100,7 @@ class Choice:
         return cls(ints[0], ints[1], ints[2], bits, counts, scores)
 
     def tree(self, size: int) -> DraftTree:
-        """The best ``size`` nodes; a view where there is one sequence."""
+        """The best ``size`` nodes, valid until the next round (views, where that is enough)."""
         return DraftTree(
             draft_tokens=self.draft_tokens[:, :size].contiguous(),
             parents=self.parents[:, :size].contiguous(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,6 +92,9 @@ def load_drafter(
 
 def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
     config, tensors = read_checkpoint(directory, target.config)
+    # Rotary positions must reach as far as the target's, whatever a drafter's config says.
+    reach = max(config.layer.max_positions, target.config.max_positions)
+    config = replace(config, layer=replace(config.layer, max_positions=reach))
     embed, head = target.weights.embed, target.weights.lm_head
     weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
     if is_folded is None:
