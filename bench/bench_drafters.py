@@ -27,17 +27,28 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.contenders import Request, known_drafters
-from bench.draft_contenders import FOLDS, PLAIN, Contender, Run, Stable, Tree, Variant, describe
+from bench.draft_contenders import (
+    FOLDS,
+    PLAIN,
+    Contender,
+    Run,
+    SharedTarget,
+    Tree,
+    Variant,
+    describe,
+)
 from bench.harness import Row, parser, report, start
 from bench.prompts import HELDOUT, load_prompts
+from specrt.draft.fspad_round import MAX_LEVELS
 from specrt.loading import BUILTIN
+from specrt.tree import MAX_NODES
 from specrt.types import CheckpointError
 
 _TREES = ("8", "16", "32", "60", "auto")
 _SWEEP_TREES = ("32",)
 _SWEEP_DEPTHS = (2, 3, 4, 5, 6, 8)
 _SWEEP_TOP_KS = (2, 3, 4, 6, 8, 10)
-_MIN_MAX_NODES = 64
+_USUAL_MAX_NODES = 64
 
 Families = Mapping[str, Sequence[str]]
 """Checkpoints by the name of their line: one for each training seed."""
@@ -49,18 +60,18 @@ Results = dict[Contender, list[list[Run]]]
 
 
 def make_contenders(
-    stable: Stable, families: Families, args: argparse.Namespace, temperature: float
+    shared: SharedTarget, families: Families, args: argparse.Namespace, temperature: float
 ) -> list[Contender]:
     """Plain decoding first, then every checkpoint in every setting."""
     # Greedy decoding draws nothing that a tree could be coupled with.
     couplings = [False, True] if temperature > 0 else [False]
-    contenders = [stable.plain()]
+    contenders = [shared.plain()]
     for name, paths in families.items():
-        is_trained = stable.layer(paths[0], args.fold[0]) is not None
+        is_trained = shared.layer(paths[0], args.fold[0]) is not None
         folds = args.fold if is_trained else args.fold[:1]
         for fold, path in product(folds, paths):
             label = name if len(folds) == 1 else f"{name}, fold {fold}"
-            contenders += stable.contenders(label, path, fold, args.shapes, couplings)
+            contenders += shared.contenders(label, path, fold, args.shapes, couplings)
     return contenders
 
 
@@ -82,7 +93,7 @@ def warm_up(contenders: Sequence[Contender], requests: Sequence[Request], page_s
     The longest makes the shared cache grow, which drops what had been recorded; so it comes twice.
     """
     by_pages = {
-        (len(request.prompt_ids) + request.max_new_tokens) // page_size: request
+        -(-(len(request.prompt_ids) + request.max_new_tokens) // page_size): request
         for request in sorted(requests, key=lambda request: len(request.prompt_ids))
     }
     longest = by_pages[max(by_pages)]
@@ -151,7 +162,9 @@ def _tau_columns(
 ) -> Row:
     seeds = taus[variant]
     is_drawn = temperature > 0 and variant.tree is not None
-    uncoupled = taus.get(replace(variant, is_coupled=False)) if variant.is_coupled else None
+    # A drafter that chooses for itself may decline in one of the two: nothing to compare.
+    is_comparable = variant.is_coupled and variant.tree != Tree()
+    uncoupled = taus.get(replace(variant, is_coupled=False)) if is_comparable else None
     gain = statistics.mean(seeds) / statistics.mean(uncoupled) - 1 if uncoupled else None
     return {
         "drafter": variant.drafter,
@@ -228,13 +241,16 @@ def parse_trees(
     trees = [Tree()] if "auto" in sizes else []
     shapes = list(product(depths or [None], top_ks or [None]))
     for size in sizes:
-        if size != "auto" and not (size.isdigit() and int(size) > 1):
-            raise ValueError(f"--trees: expected numbers above 1 or auto, got {size!r}")
+        if size != "auto" and not (size.isdigit() and 1 < int(size) <= MAX_NODES):
+            raise ValueError(f"--trees: expected 2..{MAX_NODES} or auto, got {size!r}")
         if size != "auto":
             trees += [Tree.of_size(int(size), *shape) for shape in shapes]
     fitting = [tree for tree in trees if tree.fits]
     if not fitting:
-        raise ValueError("--depth, --top-k: no tree has room for their product")
+        raise ValueError(
+            f"--depth, --top-k: expected depth < {MAX_LEVELS} and at most {MAX_NODES} as their "
+            "product, got none such"
+        )
     return fitting
 
 
@@ -279,24 +295,26 @@ def _parse() -> tuple[argparse.Namespace, dict[str, list[str]]]:
         args.shapes = parse_trees(args.trees or _TREES, args.depth, args.top_k)
     except ValueError as error:
         arguments.error(str(error))
+    if args.sweep and len(families) != 1:
+        arguments.error("--sweep: name one drafter with --drafters")
     return args, families
 
 
-def _requests(stable: Stable, args: argparse.Namespace) -> list[Request]:
+def _requests(shared: SharedTarget, args: argparse.Namespace) -> list[Request]:
     prompts = load_prompts(args.prompts, args.problems, args.num_prompts, args.target)
     return [
-        Request(stable.encode(text), args.max_new_tokens, 0.0, seed)
+        Request(shared.encode(text), args.max_new_tokens, 0.0, seed)
         for seed, text in enumerate(prompts.texts)
     ]
 
 
 def _descriptions(
-    stable: Stable, families: Families, folds: Sequence[str]
+    shared: SharedTarget, families: Families, folds: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     described: dict[str, list[dict[str, Any]]] = {}
     for (name, paths), fold in product(families.items(), folds):
         for path in paths:
-            layer = stable.layer(path, fold)
+            layer = shared.layer(path, fold)
             if layer is not None:
                 described.setdefault(name, []).append({"fold": fold, **describe(path, layer)})
     return described
@@ -304,20 +322,20 @@ def _descriptions(
 
 def bench(args: argparse.Namespace, families: Families) -> tuple[list[Row], dict[str, Any]]:
     """Every temperature."""
-    largest = max(tree.total_tokens or 1 for tree in args.shapes)
-    stable = Stable(args.target, args.dtype, max(_MIN_MAX_NODES, largest))
+    is_usual = all((tree.total_tokens or 1) <= _USUAL_MAX_NODES for tree in args.shapes)
+    shared = SharedTarget(args.target, args.dtype, _USUAL_MAX_NODES if is_usual else MAX_NODES)
+    requests, rows = _requests(shared, args), []
     summary: dict[str, Any] = {
-        "prompts": f"{Path(args.prompts).name}, {args.num_prompts}",
+        "prompts": f"{Path(args.prompts).name}, {len(requests)}",
         "max_new_tokens": args.max_new_tokens,
-        "dtype": str(stable.model.dtype).removeprefix("torch."),
-        "drafters": _descriptions(stable, families, args.fold),
+        "dtype": str(shared.model.dtype).removeprefix("torch."),
+        "drafters": _descriptions(shared, families, args.fold),
     }
-    requests, rows = _requests(stable, args), []
     for temperature in args.temperature:
         drawn = [replace(request, temperature=temperature) for request in requests]
-        contenders = make_contenders(stable, families, args, temperature)
+        contenders = make_contenders(shared, families, args, temperature)
         if not args.tau_only:
-            warm_up(contenders, drawn, stable.page_size)
+            warm_up(contenders, drawn, shared.page_size)
         results = run(contenders, drawn, args.repeats)
         rows += rows_of(results, temperature, has_times=not args.tau_only)
     return rows, summary

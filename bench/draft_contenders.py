@@ -14,6 +14,7 @@ from specrt import SamplingParams, load
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.fspad import FspadDrafter
 from specrt.draft.fspad_layer import DraftLayer
+from specrt.draft.fspad_round import MAX_LEVELS
 from specrt.draft.load import DrafterOptions, drafter_directory, load_drafter
 from specrt.engine import Engine
 from specrt.graph import GraphCache
@@ -45,7 +46,8 @@ class Tree:
     @property
     def fits(self) -> bool:
         """Whether a drafter can draft it."""
-        return (self.depth or 0) * (self.top_k or 0) <= MAX_NODES
+        depth, top_k = self.depth or 0, self.top_k or 0
+        return depth < MAX_LEVELS and depth * top_k <= MAX_NODES
 
     @property
     def params(self) -> DraftParams:
@@ -105,7 +107,7 @@ class Contender:
         return Run(result.token_ids, seconds - result.stats.prefill_ms / 1e3, result.stats)
 
 
-class Stable:
+class SharedTarget:
     """One target, one KV cache and one set of recorded steps for any number of contenders.
 
     Args:

@@ -148,10 +148,10 @@ def test_drafters_bench_trees() -> None:
     ]
     swept = bench_drafters.parse_trees(["32"], [0, 13], [2, 10])
     assert [(tree.depth, tree.top_k) for tree in swept] == [(0, 2), (0, 10), (13, 2)]
-    with pytest.raises(ValueError, match="--trees: expected numbers"):
-        bench_drafters.parse_trees(["1"], None, None)
-    with pytest.raises(ValueError, match="no tree has room"):
-        bench_drafters.parse_trees(["32"], [13], [10])
+    with pytest.raises(ValueError, match="--trees: expected 2..128 or auto, got '129'"):
+        bench_drafters.parse_trees(["129"], None, None)
+    with pytest.raises(ValueError, match="expected depth < 16"):
+        bench_drafters.parse_trees(["32"], [13, 16], [10])
 
 
 @pytest.mark.parametrize(
