@@ -35,13 +35,12 @@ from bench.contenders import (
     Request,
     Transformers,
     has_llama_cpp,
+    known_drafters,
 )
 from bench.harness import Row, parser, report, start
 from bench.memory import Probe, peak_growth
 from bench.prompts import HELDOUT, load_prompts
-from specrt import builtin
-from specrt.config import ModelConfig, read_json
-from specrt.draft.load import PROMPT_LOOKUP
+from specrt.config import ModelConfig
 from specrt.loading import BUILTIN
 from specrt.types import CheckpointError
 from tools.export_checkpoint import export, target_directory
@@ -87,17 +86,11 @@ def make_field(args: argparse.Namespace, dtype: str, scratch: Path) -> Field:
 
 
 def drafters(names: str, target: str) -> dict[str, str]:
-    """Drafters to run, by name: what :func:`specrt.load` takes. ``all`` finds the bundled ones."""
+    """Drafters to run, by name: what :func:`specrt.load` takes. ``all``: what is bundled."""
     if names == "none":
         return {}
-    if names != "all":
-        return {Path(name).name: name for name in names.split(",")}
-    found = {PROMPT_LOOKUP: PROMPT_LOOKUP}
-    if target == BUILTIN:
-        for file in sorted(builtin.target_path().parent.glob("*/config.json")):
-            if "drafter" in read_json(file):
-                found[file.parent.name] = str(file.parent)
-    return found
+    chosen = known_drafters(target) if names == "all" else names.split(",")
+    return {Path(name).name: name for name in chosen}
 
 
 Peers = dict[str, tuple[Contender, Probe]]

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import torch
 
 import specrt
-from specrt import SamplingParams
+from specrt import SamplingParams, builtin
+from specrt.draft.load import PROMPT_LOOKUP
+from specrt.loading import BUILTIN
 
 PLAIN = "ours plain"
 TRANSFORMERS = "transformers"
@@ -54,6 +56,12 @@ class Output:
     def rate(self) -> float | None:
         """Tokens a second; None if all came at once."""
         return self.num_timed / self.seconds if self.num_timed > 0 else None
+
+
+def known_drafters(target: str) -> list[str]:
+    """Drafters that need nothing but the package: prompt lookup and those bundled for a target."""
+    bundled = builtin.drafter_paths() if target == BUILTIN else {}
+    return [PROMPT_LOOKUP, *bundled]
 
 
 class Contender(Protocol):

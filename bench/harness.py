@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -175,7 +176,7 @@ def report(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     result = {
         "name": name,
-        "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": _command(),
         "environment": environment(),
         "summary": dict(summary or {}),
         "rows": list(rows),
@@ -186,6 +187,12 @@ def report(
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
+
+
+def _command() -> str:
+    """The command line; of files elsewhere on this machine only the names, for results are kept."""
+    options = (re.sub(r"(?<![^\s,=])(?:/|\.\./)[^\s,=]*/", "", arg) for arg in sys.argv[1:])
+    return shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *options])
 
 
 def _shown(value: object) -> str:

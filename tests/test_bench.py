@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_generate, contenders
+from bench import bench_drafters, bench_generate, contenders
+from bench.draft_contenders import PLAIN, Contender, Run, Tree, Variant
 from bench.memory import Probe
-from specrt import builtin
+from specrt import Engine, builtin
 from specrt.config import ModelConfig
 from specrt.models.loader import load_weights
+from specrt.types import RoundStats
+from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(file.stem for file in (ROOT / "bench").glob("bench_*.py"))
+END_TO_END = {"bench_generate", "bench_drafters"}
+KERNELS = sorted({file.stem for file in (ROOT / "bench").glob("bench_*.py")} - END_TO_END)
 TARGET = builtin.target_path()
 needs_target = pytest.mark.skipif(
     not (TARGET / "config.json").is_file(), reason="the bundled target is not here"
@@ -44,7 +48,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "bench_generate"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernel_bench(name: str, tmp_path: Path) -> None:
     result = run(name, "--save", str(tmp_path))
     ratios = [row.get("torch/ours", row.get("ratio")) for row in result["rows"]]
@@ -62,6 +66,109 @@ def test_generate_bench() -> None:
     assert all(row["vs plain"] > 0 and row["vs transformers"] > 0 for row in rows.values())
     assert rows["ours prompt-lookup"]["differs plain"] == 0
     assert result["summary"]["float32"]["share_of_streaming"] > 0
+
+
+@needs_target
+def test_generate_bench_knows_the_bundled_drafters() -> None:
+    bundled = ["prompt-lookup", *builtin.drafter_paths()]
+    assert bench_generate.drafters("all", "builtin") == {name: name for name in bundled}
+    assert list(bench_generate.drafters("all", str(TARGET))) == ["prompt-lookup"]
+    assert bench_generate.drafters("fspad,a/b", "builtin") == {"fspad": "fspad", "b": "a/b"}
+
+
+@needs_target
+def test_drafters_bench(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_draft_checkpoint(TARGET, tmp_path / str(seed), seed=seed)
+    bundled = list(builtin.drafter_paths())[:1]
+    seeds = f"random={tmp_path / '0'},{tmp_path / '1'}"
+    result = run("bench_drafters", "--drafters", "prompt-lookup", *bundled, "--seeds-of", seeds)
+    lines = [(row["drafter"], row["tree"], row["temperature"]) for row in result["rows"]]
+    for drafter in [*bundled, "random"]:
+        for tree in ("8 (3, 3)", "auto"):
+            assert lines.count((drafter, tree, 0)) == 1 and lines.count((drafter, tree, 1)) == 2
+    assert {drafter for drafter, _, _ in lines} == {"plain", "prompt-lookup", *bundled, "random"}
+    for row in result["rows"]:
+        assert row["differs"] == 0 and row["tau"] >= 1 and row["speed-up"] > 0
+        assert row["drafter"] != "random" or row["least"] <= row["tau"] <= row["greatest"]
+    assert result["command"].endswith("--seeds-of random=0,1")
+    assert [one["checkpoint"] for one in result["summary"]["drafters"]["random"]] == ["0", "1"]
+
+
+def contender(name: str, *, is_coupled: bool = False) -> Contender:
+    """One whose runs are made up."""
+    return Contender(Variant(name, Tree.of_size(8), is_coupled), Engine.__new__(Engine))
+
+
+def made_up(seconds: float, accepted: list[int], token_ids: list[int]) -> Run:
+    """A run whose rounds accepted so much of trees two levels deep."""
+    stats = RoundStats()
+    for length in accepted:
+        stats.record(4, length, torch.tensor([0, 1, 1, 2]))
+    return Run(token_ids, seconds, stats)
+
+
+def test_drafters_figures() -> None:
+    """Rates are medians over repeats, then prompts, then seeds; tau counts rounds."""
+    slow, fast, right = [0, 0], [2, 0], [7, 8]
+    results: bench_drafters.Results = {
+        contender(PLAIN): [[made_up(2.0, slow, right)] * 2, [made_up(4.0, slow, right)] * 2],
+        contender("a"): [[made_up(1.0, fast, right)] * 2, [made_up(1.0, slow, right)] * 2],
+        contender("a", is_coupled=True): [[made_up(0.5, fast, right)] * 2] * 2,
+        contender("b"): [[made_up(1.0, fast, right), made_up(1.0, fast, [7])]] * 2,
+    }
+    second_seed = contender("a")
+    results[second_seed] = [[made_up(2.0, fast, right)] * 2] * 2
+    rows = bench_drafters.rows_of(results, 1.0, has_times=True)
+    by_name = {(row["drafter"], row["coupled"]): row for row in rows}
+    assert len(rows) == len(by_name) == 4
+    a = by_name["a", "no"]
+    assert (a["tau"], a["least"], a["greatest"], a["differs"]) == (1.75, 1.5, 2.0, 0)
+    assert a["speed-up"] == pytest.approx((3.0 + 1.5) / 2)
+    assert a["tokens/s"] == pytest.approx(1.5)
+    assert a["reached"] == "0.38 0.38"
+    assert by_name["a", "yes"]["coupling"] == "+14.3%"
+    assert by_name["b", "no"]["differs"] == 2
+
+
+@needs_target
+def test_drafters_bench_fails_where_text_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"drafter": "b", "tree": "8 (3, 3)", "differs": 2}]
+    monkeypatch.setattr(bench_drafters, "bench", lambda args, families: (rows, {}))
+    monkeypatch.setattr(sys, "argv", ["bench_drafters", "--quick"])
+    with pytest.raises(SystemExit, match="not lossless: b 8"):
+        bench_drafters.main()
+
+
+def test_drafters_bench_trees() -> None:
+    assert [str(tree) for tree in bench_drafters.parse_trees(["8", "60", "auto"], None, None)] == [
+        "auto",
+        "8 (3, 3)",
+        "60 (5, 10)",
+    ]
+    swept = bench_drafters.parse_trees(["32"], [0, 13], [2, 10])
+    assert [(tree.depth, tree.top_k) for tree in swept] == [(0, 2), (0, 10), (13, 2)]
+    with pytest.raises(ValueError, match="--trees: expected 2..128 or auto, got '129'"):
+        bench_drafters.parse_trees(["129"], None, None)
+    with pytest.raises(ValueError, match="expected depth < 16"):
+        bench_drafters.parse_trees(["32"], [13, 16], [10])
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds_of", "message"),
+    [
+        ([], ["a"], "--seeds-of: expected NAME=DIR"),
+        ([], ["a=x,,y"], "--seeds-of: expected NAME=DIR"),
+        ([], ["plain=x"], "--seeds-of: expected NAME=DIR"),
+        (["x/a", "y/a"], [], "--drafters: expected different names"),
+        (["plain"], [], "--drafters: expected different names"),
+    ],
+)
+def test_drafters_bench_names(names: list[str], seeds_of: list[str], message: str) -> None:
+    families = bench_drafters.parse_families(["x/a", "b"], ["b=c,d"])
+    assert families == {"a": ["x/a"], "b": ["c", "d"]}
+    with pytest.raises(ValueError, match=message):
+        bench_drafters.parse_families(names, seeds_of)
 
 
 @needs_target
