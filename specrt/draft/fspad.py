@@ -168,6 +168,8 @@ class FspadDrafter:
             default if given is None else given
             for given, default in zip(vars(params).values(), vars(wanted).values(), strict=True)
         )
+        if params.top_k is None:
+            top_k = min(top_k, num_rows)
         if top_k > num_rows:
             raise ValueError(
                 f"top_k: expected at most the draft vocabulary {num_rows}, got {top_k}"
