@@ -53,11 +53,13 @@ class RoundCost:
         self._slope = slope
         self._decay = decay
         self._one_ms: float | None = None
+        self._is_one_measured = False
         self._seen_once: set[int] = set()
 
     @property
     def one_ms(self) -> float | None:
-        """Time of a round that verifies one row; None before one was measured."""
+        """Time of a round that verifies one row, estimated from larger rounds until one was
+        measured; None before any was."""
         return self._one_ms
 
     def observe(self, num_rows: int, ms: float) -> None:
@@ -69,8 +71,12 @@ class RoundCost:
         one = self._one_ms
         if num_rows == 1:
             # Outliers (a preempted thread) are capped so that one cannot turn drafting on or off.
-            self._one_ms = ms if one is None else self._mix(one, min(ms, 1.5 * one))
-        elif one is not None:
+            known = one if self._is_one_measured else None
+            self._one_ms = ms if known is None else self._mix(known, min(ms, 1.5 * known))
+            self._is_one_measured = True
+        elif one is None:
+            self._one_ms = ms / self.relative(num_rows)  # a batch never verifies a row alone
+        else:
             seen = max(0.0, ms / one - 1.0) / (num_rows - 1)
             self._slope = self._mix(self._slope, min(seen, 2.0 * self._slope + 0.05))
 

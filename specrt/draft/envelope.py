@@ -18,23 +18,30 @@ ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Tree sizes that are verified: few, because each is recorded once as a graph."""
 
 _DECAY = 0.97
+_PRIOR = 2.0  # tokens that count as expected and accepted before anything is
 _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
 _MIN_PAUSE, _MAX_PAUSE = 8, 128
+_PROOF = 16  # rounds that win since a pause before the next one is short again
 _RECHECK = 256  # drafting rounds between two plain ones, which keep the measure of a plain round
 
 
 @dataclass
 class _Average:
-    """A running mean that follows the present."""
+    """A running mean that follows the present; the plain mean of the first values."""
 
     value: float | None = None
+    count: int = 0
 
-    def add(self, seen: float) -> None:
-        # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
+    def add(self, seen: float) -> float:
+        """Take one more value; the mean."""
+        self.count += 1
         if self.value is None:
             self.value = seen
         else:
-            self.value += (1.0 - _DECAY) * (min(seen, 2.0 * self.value) - self.value)
+            # Outliers (a preempted thread) are capped so that one cannot turn drafting off.
+            capped = min(seen, 2.0 * self.value)
+            self.value += max(1.0 / self.count, 1.0 - _DECAY) * (capped - self.value)
+        return self.value
 
 
 class EnvelopePolicy:
@@ -42,21 +49,18 @@ class EnvelopePolicy:
 
     def __init__(self) -> None:
         self._extend_ms, self._level_ms = _Average(), _Average()
-        self._expected, self._accepted = 2.0, 2.0
+        self._expected, self._accepted = _PRIOR, _PRIOR
         self._gain = _Average()
         self._pause = 0
         self._next_pause = _MIN_PAUSE
-        self._rounds = 0
+        self._since_plain = 0
 
     def drafts(self, cost: RoundCost) -> bool:
         """Whether to draft this round at all."""
-        self._rounds += 1
-        if cost.one_ms is None or self._rounds % _RECHECK == 0:
-            return False
-        if self._pause > 0:
-            self._pause -= 1
-            return False
-        return True
+        is_plain = cost.one_ms is None or self._pause > 0 or self._since_plain >= _RECHECK
+        self._pause = max(0, self._pause - 1)
+        self._since_plain = 0 if is_plain else self._since_plain + 1
+        return not is_plain
 
     def expands(self, masses: list[float], batch: int, cost: RoundCost) -> bool:
         """Whether another level will pay.
@@ -66,10 +70,11 @@ class EnvelopePolicy:
             batch: B.
             cost: of verifying.
         """
+        above, last = (masses[-2] if len(masses) > 1 else 1.0), masses[-1]
+        if not (last > 0.0 and above > 0.0):  # nothing is reached, or it is NaN
+            return False
         scale = self._scale()
-        reached = scale * masses[-1]
-        fall = masses[-1] / masses[-2] if len(masses) > 1 else masses[-1]
-        gain = batch * reached * min(1.0, fall)
+        gain = batch * scale * last * min(1.0, last / above)
         level = self._relative(self._level_ms, cost)
         price = self._relative(self._extend_ms, cost) + (len(masses) - 1) * level
         price += cost.relative(batch * (1 + 2 * len(masses)))
@@ -82,12 +87,14 @@ class EnvelopePolicy:
         """The envelope to verify.
 
         Args:
-            probs: ``[B, N - 1]`` path probabilities of the drafted nodes, best first; 0 is padding.
+            probs: ``[B, N - 1]`` path probabilities of the drafted nodes, best first; 0 is padding,
+                and NaN promises nothing.
             num_levels: levels that were drafted, the root's children included.
             cost: of verifying.
         """
         batch, most = probs.shape[0], probs.shape[1] + 1
-        expected = self._scale() * np.concatenate([[0.0], np.cumsum(probs.sum(axis=0))])
+        gains = np.cumsum(np.nan_to_num(probs).sum(axis=0))
+        expected = self._scale() * np.concatenate([[0.0], gains])
         sizes = [size for size in ENVELOPES if size < most] + [most]
         drafting = self._drafting(num_levels, cost)
 
@@ -107,11 +114,13 @@ class EnvelopePolicy:
 
     def observe_outcome(self, expected: float, accepted: int) -> None:
         """What a tree was believed to bring (unscaled), and what it brought, over the batch."""
-        self._expected = _DECAY * self._expected + expected
-        self._accepted = _DECAY * self._accepted + accepted
+        if expected > 0.0:  # a root alone says nothing of beliefs, nor does NaN
+            self._expected = _DECAY * self._expected + expected
+            self._accepted = _DECAY * self._accepted + accepted
 
     def _scale(self) -> float:
-        return min(1.5, max(0.3, self._accepted / max(self._expected, 1e-6)))
+        # No floor: a drafter that is sure of itself and always wrong must look hopeless.
+        return min(1.5, self._accepted / max(self._expected, 1e-6))
 
     def _relative(self, average: _Average, cost: RoundCost) -> float:
         if average.value is None or cost.one_ms is None:
@@ -124,10 +133,14 @@ class EnvelopePolicy:
 
     def _judge(self, gain: float) -> None:
         """Pause where drafting loses against plain decoding, longer each time it still does."""
-        self._gain.add(gain)
-        assert self._gain.value is not None
-        if self._gain.value >= 1.0:
-            self._next_pause = _MIN_PAUSE
-        else:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
+        if self._gain.add(gain) >= 1.0:
+            if self._gain.count >= _PROOF:
+                self._next_pause = _MIN_PAUSE
+            return
+        self._pause = self._next_pause
+        self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
+        # What comes after the pause may be another text: it is judged by itself, and beliefs regain
+        # trust, since without a tree to verify nothing could restore it.
+        self._gain = _Average()
+        self._expected = 0.5 * (self._expected + _PRIOR)
+        self._accepted = 0.5 * (self._accepted + _PRIOR)

@@ -208,7 +208,7 @@ class FspadDrafter:
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))
         if not plan.is_auto:
             return choice.tree(plan.num_nodes)
-        probs = np.exp(choice.node_scores.numpy()[:, 1:])
+        probs = np.nan_to_num(np.exp(choice.node_scores.numpy()[:, 1:]))
         size = self._policy.size(probs, num_levels, budget.cost)
         self._expected = float(probs[:, : size - 1].sum())
         return choice.tree(size)
