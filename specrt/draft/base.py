@@ -53,13 +53,12 @@ class RoundCost:
         self._slope = slope
         self._decay = decay
         self._one_ms: float | None = None
-        self._is_one_measured = False
+        self._least_rows = 0
         self._seen_once: set[int] = set()
 
     @property
     def one_ms(self) -> float | None:
-        """Time of a round that verifies one row, estimated from larger rounds until one was
-        measured; None before any was."""
+        """Time of a round that verifies one row, judged by the smallest seen; None before any."""
         return self._one_ms
 
     def observe(self, num_rows: int, ms: float) -> None:
@@ -69,13 +68,11 @@ class RoundCost:
             self._seen_once.add(num_rows)
             return
         one = self._one_ms
-        if num_rows == 1:
+        if one is None or num_rows < self._least_rows:
+            self._one_ms, self._least_rows = ms / self.relative(num_rows), num_rows
+        elif num_rows == self._least_rows:  # one; in a batch, which never verifies one, its size
             # Outliers (a preempted thread) are capped so that one cannot turn drafting on or off.
-            known = one if self._is_one_measured else None
-            self._one_ms = ms if known is None else self._mix(known, min(ms, 1.5 * known))
-            self._is_one_measured = True
-        elif one is None:
-            self._one_ms = ms / self.relative(num_rows)  # a batch never verifies a row alone
+            self._one_ms = self._mix(one, min(ms / self.relative(num_rows), 1.5 * one))
         else:
             seen = max(0.0, ms / one - 1.0) / (num_rows - 1)
             self._slope = self._mix(self._slope, min(seen, 2.0 * self._slope + 0.05))

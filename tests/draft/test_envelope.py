@@ -233,6 +233,21 @@ def test_never_before_a_plain_round_was_measured(rng: np.random.Generator) -> No
     assert policy.drafts(cost)
 
 
+def test_a_batch_tells_the_time_of_one_row_and_follows_the_machine() -> None:
+    cost = RoundCost(slope=0.05)
+    times = {8: 1.35, 48: 3.35, 128: 7.35}
+    for speed in (1.0, 3.0):  # then another process takes its share
+        for _ in range(400):
+            for rows, relative in times.items():
+                cost.observe(rows, speed * ONE_MS * relative)
+        assert cost.one_ms == pytest.approx(speed * ONE_MS, rel=0.05)
+        for rows, relative in times.items():
+            assert cost.relative(rows) == pytest.approx(relative, rel=0.05)
+    for _ in range(2):
+        cost.observe(1, 40.0)
+    assert cost.one_ms == 40.0
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_good_drafter_drafts_nearly_always(rng: np.random.Generator, batch: int) -> None:
     """In a batch no round ever verifies one row alone; the cost of one is still known."""
