@@ -162,3 +162,32 @@ def make_draft_checkpoint(
         tensors[name] = 1 + 0.2 * noise if "layernorm" in name else 0.15 * noise
     write_checkpoint(path, config, tensors)
     return tensors
+
+
+def make_official_draft(
+    path: Path, target: Path, arch: str, dtype: torch.dtype = torch.float16, *, is_bin: bool = False
+) -> dict[str, torch.Tensor]:
+    """A directory as the authors of FSPAD and EAGLE publish them, less the embedding; its tensors.
+
+    Their ``config.json`` is the target's with one layer, and says nothing of the drafter.
+    """
+    config = DraftConfig.for_target(ModelConfig.from_directory(target), arch, name="x")
+    tensors = random_draft_tensors(config, dtype)
+    path.mkdir()
+    given = json.loads((target / "config.json").read_text())
+    given |= {"architectures": ["Model"], "num_hidden_layers": 1, "authors_note": {"by": "them"}}
+    (path / "config.json").write_text(json.dumps(given))
+    if is_bin:
+        torch.save(tensors, path / "pytorch_model.bin")
+    else:
+        save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
+def random_draft_tensors(config: DraftConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Small random tensors of a drafter."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        for key, shape in tensor_shapes(config).items()
+    }

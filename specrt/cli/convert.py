@@ -1,8 +1,9 @@
-"""``specrt convert``: official FSPAD and EAGLE-1/2 drafters in specrt's own format."""
+"""``specrt convert``: drafters of any known layout in specrt's own format."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,50 +14,172 @@ from specrt.cli.options import Target
 if TYPE_CHECKING:
     import torch
 
+    from specrt.config import ModelConfig
     from specrt.draft.checkpoint import DraftConfig
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A drafter's directory, of any known layout.")],
+    source: Annotated[
+        str, typer.Argument(help="A drafter's directory, of any known layout, or a bundled one.")
+    ],
     destination: Annotated[str, typer.Argument(help="The directory to write.")],
     target: Target,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Draft only so many tokens, the corpus' most frequent.")
+    ] = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="Any form of training data, to count tokens in; repeatable."),
+    ] = None,
 ) -> None:
-    """Convert an official FSPAD or EAGLE-1/2 drafter to specrt's own format."""
+    """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
     from specrt.cli.loading import target_directory
     from specrt.config import ModelConfig, config_fingerprint
-    from specrt.draft.checkpoint import EMBED, read_checkpoint, tensor_shapes, write_checkpoint
+    from specrt.draft.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+    from specrt.draft.load import drafter_directory
 
     place = Path(destination)
     if (place / "config.json").exists():
         raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
     directory, name = target_directory(target)
     model = ModelConfig.from_directory(directory)
-    config, tensors = read_checkpoint(source, model)
+    _check_reduction(draft_vocab, corpus, model.vocab_size)
+    config, tensors = read_checkpoint(drafter_directory(source), model)
     config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
-    has_embedding = tensors.pop(EMBED, None) is not None  # it is the target's own
-    for key, shape in tensor_shapes(config).items():
-        if key not in tensors:  # a bias of zero may be left out
-            tensors[key] = next(iter(tensors.values())).new_zeros(shape)
+    notes = _settle_embedding(tensors, directory, model)
+    _add_biases(config, tensors)
+    if draft_vocab is not None:
+        counts = count_tokens(corpus or (), directory, model.vocab_size)
+        config, tensors = reduce_vocabulary(config, tensors, counts.ranking, draft_vocab)
+        notes.append(counts.coverage(tensors))
     write_checkpoint(place, config, tensors)
-    for line in _found(config, tensors, has_embedding):
+    for line in [*_found(config, tensors), *notes]:
         print(line)
     print(f"written to {place} for {config.target_name} ({config.target_fingerprint})")
 
 
-def _found(config: DraftConfig, tensors: dict[str, torch.Tensor], has_embedding: bool) -> list[str]:
+@dataclass(frozen=True)
+class TokenCounts:
+    """How often each token of a vocabulary occurs in a corpus; both ``[V]`` int64."""
+
+    said: torch.Tensor
+    """By the assistant."""
+    everywhere: torch.Tensor
+
+    @property
+    def ranking(self) -> torch.Tensor:
+        """``[V]``: as ``said``, and below all of those, what only the others say."""
+        import torch
+
+        return torch.where(self.said > 0, self.said + self.everywhere.sum(), self.everywhere)
+
+    def coverage(self, tensors: dict[str, torch.Tensor]) -> str:
+        """The share of what the assistant says that a reduced drafter can propose."""
+        from specrt.draft.checkpoint import TOKEN_IDS
+
+        total = int(self.said.sum())
+        share = int(self.said[tensors[TOKEN_IDS].long()].sum()) / total
+        return f"they cover {100 * share:.2f}% of the corpus' {total} assistant tokens"
+
+
+def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int) -> TokenCounts:
+    """Count the tokens of training data.
+
+    Args:
+        corpus: files as :func:`specrt.train.data.read_examples` reads them.
+        directory: of the target, whose tokenizer reads them.
+        vocab_size: V.
+
+    Raises:
+        ValueError: a file is malformed, or has token ids of another vocabulary.
+        OSError: a file cannot be read.
+    """
+    from sys import maxsize
+
+    from specrt.models.tokenizer import load_tokenizer
+    from specrt.train.data import read_examples
+
+    dataset = read_examples(corpus, load_tokenizer(directory), max_length=maxsize)
+    if int(dataset.token_ids.max()) >= vocab_size:
+        raise ValueError(
+            f"corpus: expected token ids below {vocab_size}, got {int(dataset.token_ids.max())}"
+        )
+    said = dataset.token_ids[dataset.loss_mask].bincount(minlength=vocab_size)
+    return TokenCounts(said, dataset.token_ids.bincount(minlength=vocab_size))
+
+
+def _check_reduction(
+    draft_vocab: int | None, corpus: Sequence[Path] | None, vocab_size: int
+) -> None:
+    if (draft_vocab is None) != (not corpus):
+        raise ValueError("draft_vocab, corpus: expected both or neither")
+    if draft_vocab is not None and not 1 <= draft_vocab <= vocab_size:
+        raise ValueError(f"draft_vocab: expected 1..{vocab_size}, got {draft_vocab}")
+
+
+def _settle_embedding(
+    tensors: dict[str, torch.Tensor], directory: Path, model: ModelConfig
+) -> list[str]:
+    """Leave out an embedding that is the target's own; what to say of it."""
+    from specrt.draft.checkpoint import EMBED
+
+    if EMBED not in tensors:
+        return []
+    if not _is_same(tensors[EMBED], _target_embedding(directory, model)):
+        return ["its embedding differs from the target's and is kept"]
+    del tensors[EMBED]
+    return ["its embedding is left out: the target's is used"]
+
+
+def _target_embedding(directory: Path, model: ModelConfig) -> torch.Tensor:
+    """``[V, H]``, as stored, or in the configuration's dtype where no kernel reads that."""
+    import torch
+
+    from specrt.models.checkpoint import Checkpoint
+    from specrt.models.loader import load_tables
+
+    info = Checkpoint(directory).infos.get("model.embed_tokens.weight")
+    dtype = model.dtype
+    if info is not None and info.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = info.dtype
+    return load_tables(directory, model, dtype)[0]
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one is the other, up to rounding to the narrower dtype.
+
+    bfloat16 and float16 are as wide as each other, and either may have been the original.
+    """
+    import torch
+
+    width = min(one.dtype.itemsize, other.dtype.itemsize)
+    narrow = [dtype for dtype in (one.dtype, other.dtype) if dtype.itemsize == width]
+    return any(torch.equal(one.to(dtype), other.to(dtype)) for dtype in narrow)
+
+
+def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """A bias of zero may be left out."""
+    from specrt.draft.checkpoint import tensor_shapes
+
+    for key, shape in tensor_shapes(config).items():
+        if key not in tensors:
+            tensors[key] = tensors[f"{key.removesuffix('bias')}weight"].new_zeros(shape)
+
+
+def _found(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> list[str]:
     layer = config.layer
-    num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights})
     lines = [
         f"{config.arch}: feature sampling {_yes(config.has_feature_sampling)}, "
         f"split output {_yes(config.has_split_output)}",
         f"hidden size {layer.hidden_size}, intermediate size {layer.intermediate_size}, "
         f"{layer.num_heads} heads ({layer.num_kv_heads} of keys and values) of {layer.head_dim}, "
         f"vocabulary {layer.vocab_size}",
-        f"{num_parameters} parameters, {', '.join(dtypes)}",
+        f"{sum(tensor.numel() for tensor in weights)} parameters, {', '.join(dtypes)}",
     ]
-    if has_embedding:
-        lines.append("its embedding is left out: the target's is used")
+    if config.draft_vocab_size is not None:
+        lines.append(f"drafts {config.draft_vocab_size} of {layer.vocab_size} tokens")
     return lines
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
@@ -170,30 +171,66 @@ def read_checkpoint(
     return config, tensors
 
 
+def reduce_vocabulary(
+    config: DraftConfig, tensors: Mapping[str, torch.Tensor], counts: torch.Tensor, size: int
+) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
+    """Let a drafter propose the most frequent tokens only; its text stays the target's own.
+
+    The head is the target's, so a drafter that was reduced before may be reduced anew.
+
+    Args:
+        config: the drafter's.
+        tensors: its tensors; they are shared with the result.
+        counts: ``[V]``, how often each token occurs; ties go to the lower id.
+        size: R, the tokens to keep, 1..V.
+
+    Returns:
+        The configuration, and the tensors with :data:`TOKEN_IDS` ``[R]`` int32, increasing.
+
+    Raises:
+        ValueError: ``counts`` or ``size`` does not fit the vocabulary.
+    """
+    vocab_size = config.layer.vocab_size
+    if tuple(counts.shape) != (vocab_size,) or bool(counts.isnan().any()):
+        raise ValueError(
+            f"counts: expected [{vocab_size}] numbers, got {list(counts.shape)} of {counts.dtype}"
+        )
+    if not 1 <= size <= vocab_size:
+        raise ValueError(f"size: expected 1..{vocab_size}, got {size}")
+    order = counts.sort(descending=True, stable=True).indices
+    ids = order[:size].sort().values.to("cpu", torch.int32)
+    return replace(config, draft_vocab_size=size), {**tensors, TOKEN_IDS: ids}
+
+
 def write_checkpoint(
     path: str | os.PathLike[str], config: DraftConfig, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a drafter in our own format; each file is whole before it takes its place.
+    """Write a drafter in our own format; both files are whole before either takes its place.
 
     Raises:
         ValueError: a tensor is missing or misshaped.
-        OSError: the files cannot be written.
+        OSError: the files cannot be written; those of before are left as they were.
     """
-    shapes = tensor_shapes(config)
-    for key, shape in shapes.items():
+    for key, shape in _required_shapes(config).items():
         if key not in tensors or tuple(tensors[key].shape) != shape:
             got = list(tensors[key].shape) if key in tensors else "nothing"
             raise ValueError(f"tensors[{key!r}]: expected {list(shape)}, got {got}")
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    partial = directory / "model.safetensors.partial"
-    save_file(stored, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes its files private
-    partial.replace(directory / "model.safetensors")
-    partial = directory / "config.json.partial"
-    partial.write_text(json.dumps(_as_dict(config), indent=2) + "\n", encoding="utf-8")
-    partial.replace(directory / "config.json")
+    weights, said = directory / "model.safetensors", directory / "config.json"
+    partial = {file: file.with_name(f"{file.name}.partial") for file in (weights, said)}
+    try:
+        save_file(stored, partial[weights], metadata={"format": "pt"})
+        partial[weights].chmod(0o644)  # safetensors makes its files private
+        partial[said].write_text(json.dumps(_as_dict(config), indent=2) + "\n", encoding="utf-8")
+        for file in (weights, said):
+            partial[file].replace(file)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{weights}: cannot be written: {error}") from error
+    finally:
+        for file in partial.values():
+            file.unlink(missing_ok=True)
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -232,13 +269,19 @@ def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Dr
     # name a class of their authors'.
     llama = {"model_type": "llama", "max_position_embeddings": 2048, **data, "architectures": None}
     layer = ModelConfig.from_dict({**llama, "num_hidden_layers": 1}, source=str(file))
-    target = data.get("target") or {}
+    target, size = data.get("target") or {}, data.get("draft_vocab_size")
+    if not isinstance(target, dict):
+        raise CheckpointError(f"{file}: target: expected an object, got {target!r}")
+    if size is not None and not (type(size) is int and 1 <= size <= layer.vocab_size):
+        raise CheckpointError(
+            f"{file}: draft_vocab_size: expected null or 1..{layer.vocab_size}, got {size!r}"
+        )
     known = {*_as_dict(DraftConfig(layer, *flags)), *_SAID_OTHERWISE}
     return DraftConfig(
         layer=layer,
         has_feature_sampling=flags[0],
         has_split_output=flags[1],
-        draft_vocab_size=data.get("draft_vocab_size"),
+        draft_vocab_size=size,
         target_name=target.get("name"),
         target_fingerprint=target.get("fingerprint"),
         extra={key: value for key, value in data.items() if key not in known},
@@ -296,12 +339,17 @@ def _is_ignored(key: str) -> bool:
     return key.endswith(".rotary_emb.inv_freq")
 
 
+def _required_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of :func:`tensor_shapes`, and the head's tokens where it has not all."""
+    if config.draft_vocab_size is None:
+        return tensor_shapes(config)
+    return {**tensor_shapes(config), TOKEN_IDS: (config.draft_vocab_size,)}
+
+
 def _check_tensors(checkpoint: Checkpoint, config: DraftConfig) -> None:
-    infos, expected = checkpoint.infos, tensor_shapes(config)
+    infos, expected = checkpoint.infos, _required_shapes(config)
     table = (config.layer.vocab_size, config.layer.hidden_size)
     optional: dict[str, tuple[int, ...]] = {EMBED: table}
-    if config.draft_vocab_size is not None:
-        expected[TOKEN_IDS] = (config.draft_vocab_size,)
     for key, shape in expected.items():
         if key not in infos and not key.endswith("fc.bias"):
             raise CheckpointError(f"{checkpoint.directory}: missing tensor {key} {list(shape)}")

@@ -101,6 +101,8 @@ def pack_weights(
     attention, mlp = "layers.0.self_attn.", "layers.0.mlp."
     down = matrix(f"{mlp}down_proj.weight")
     ids = tensors.get(TOKEN_IDS)
+    if ids is not None and len(ids) == len(head):
+        ids = None  # all tokens in their own order
     return DraftWeights(
         embed=tensors[EMBED].to(embed.dtype).contiguous() if EMBED in tensors else embed,
         # A copy only where it differs: a narrower head is read faster and moves no token.
