@@ -154,6 +154,7 @@ def least_work() -> dict[str, Callable[[], object]]:
     cache = Cache(shape, 1)
     x, weight, vector = torch.randn(1, 16), torch.randn(1, 16), torch.randn(16)
     one, normed, pair = torch.empty(1, 1), torch.empty(1, 16), torch.randn(1, 2)
+    scratch, joined = torch.empty(1, ops.feature_sample_workspace(1, 0)), torch.empty(1, 1)
     q = torch.randn(1, 1, 1, 16)
     attended = torch.empty_like(q)
     ancestors, zero, count = torch.ones(1, 1, 1, dtype=torch.int64), ints(0), ints(1)
@@ -192,6 +193,9 @@ def least_work() -> dict[str, Callable[[], object]]:
             q, kv[0], kv[1], cache.table, empty, zero, count, ancestors, 0.25, out=attended
         ),
         "kv_commit": lambda: ops.kv_commit(cache.kv, cache.table, depth, zero, cache.kv_len),
+        "feature_sample": lambda: ops.feature_sample(
+            zero, None, one, None, one, token_fc=one, eps=1e-6, workspace=scratch, out=joined
+        ),
     }
 
 
@@ -215,7 +219,11 @@ def bench_calls(quick: bool) -> list[Row]:
     """What a call costs, for every op; those without an entry above show no figure."""
     calls = least_work()
     seconds = measure_interleaved(calls, min_time=0.01 if quick else 0.2, rounds=5 if quick else 50)
-    names = sorted(name for name in ops.__all__ if callable(getattr(ops, name)) and name.islower())
+    names = sorted(
+        name
+        for name in ops.__all__
+        if callable(getattr(ops, name)) and name.islower() and not name.endswith("_workspace")
+    )
     return [_row(f"call: {name}", "least work", 1, seconds.get(name), None) for name in names]
 
 

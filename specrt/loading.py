@@ -12,7 +12,7 @@ import torch
 from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
-from specrt.draft.load import PROMPT_LOOKUP, DrafterOptions, load_drafter
+from specrt.draft.load import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
 from specrt.engine import Engine, Prompt
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
@@ -22,6 +22,7 @@ from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
 BUILTIN = "builtin"
+AUTO = "auto"
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -48,10 +49,10 @@ def load(
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
-        drafter: None (plain decoding), ``"prompt-lookup"``, a bundled one (``"fspad"``,
-            ``"eagle2"``), a directory with an FSPAD or EAGLE-1/2 drafter or with a smaller model of
-            the same vocabulary, or any object with the methods of
-            :class:`specrt.draft.base.Drafter`.
+        drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else
+            prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``), a
+            directory with an FSPAD or EAGLE-1/2 drafter or with a smaller model of the same
+            vocabulary, or any object with the methods of :class:`specrt.draft.base.Drafter`.
         device: ``"auto"`` or ``"cpu"``.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's), ``"float32"``,
             ``"bfloat16"`` or ``"float16"``. Activations are float32 in any case.
@@ -75,10 +76,17 @@ def load(
     weights = load_weights(path, config, chosen or config.dtype, progress=progress)
     graphs = GraphCache()
     model = LlamaModel(config, weights, graphs.run, graphs.clear)
+    if drafter == AUTO:
+        drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         options = DrafterOptions(fold, coupled)
         drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options)
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
+
+
+def default_drafter(target: str | os.PathLike[str]) -> str:
+    """What ``"auto"`` means for a target."""
+    return BUNDLED_DEFAULT if target == BUILTIN else PROMPT_LOOKUP
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -100,7 +108,7 @@ def generate(
     prompt: Prompt,
     *,
     target: str = BUILTIN,
-    drafter: str | None = PROMPT_LOOKUP,
+    drafter: str | None = AUTO,
     **sampling: Any,
 ) -> str:
     """Answer one prompt and return its text; the engine is kept for the next call.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from specrt.config import ModelConfig
+from specrt.draft.checkpoint import DraftConfig, tensor_shapes, write_checkpoint
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -143,3 +147,18 @@ def store_as_float8(path: Path) -> dict[str, torch.Tensor]:
     storage = {"format": "float8_e4m3fn", "scale_suffix": "_scale"}
     edit_config(path, specrt_storage=storage, dtype="bfloat16")
     return exact
+
+
+def make_draft_checkpoint(
+    target: Path, path: Path, arch: str = "fspad", *, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Write a random drafter of ``arch`` for a target's directory in our format; its tensors."""
+    config = DraftConfig.for_target(ModelConfig.from_directory(target), arch, name="tiny")
+    config = replace(config, layer=replace(config.layer, dtype=torch.float32))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + 0.2 * noise if "layernorm" in name else 0.15 * noise
+    write_checkpoint(path, config, tensors)
+    return tensors

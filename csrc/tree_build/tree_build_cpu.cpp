@@ -83,14 +83,22 @@ struct Expansion {
 
     bool is_coupled() const { return p.noise.seed && p.noise.temperature[b] > 0.0f; }
 
+    // The K-th best block maximum: K values at least are no less, so no smaller one is chosen.
+    float least_chosen() const {
+        Best maxima(p.top_k);
+        const int64_t blocks = (int64_t{p.rows} + kBlock - 1) / kBlock;
+        for (int64_t block = 0; block < blocks; ++block) maxima.offer(w.block_max[block], block);
+        return maxima.bound;
+    }
+
     // Scores relative to the parent's, best first.
     void rank_plain(const float* row, const RowMax& top, Best* best, float* increments) const {
+        best->bound = least_chosen();
         for (int64_t start = 0, block = 0; start < p.rows; start += kBlock, ++block) {
-            if (w.block_max[block] == -kInf) continue;
-            if (best->is_full() && !(w.block_max[block] > best->bound)) continue;
+            if (w.block_max[block] < best->bound) continue;
             const int64_t end = start + kBlock < p.rows ? start + kBlock : p.rows;
             for (int64_t i = start; i < end; ++i)
-                if (row[i] > -kInf) best->offer(row[i], i);
+                if (row[i] >= best->bound && row[i] > -kInf) best->offer(row[i], i);
         }
         const float log_sum = log_of(static_cast<float>(sum_exp(row, p.rows, top.value)));
         for (int j = 0; j < best->count; ++j) {

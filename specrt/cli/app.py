@@ -11,7 +11,21 @@ from typing import Annotated
 
 import typer
 
-from specrt.cli import errors, train
+from specrt.cli import convert, distill, errors, train
+from specrt.cli.options import (
+    INPUT,
+    RUNTIME,
+    SAMPLING,
+    Drafter,
+    Dtype,
+    Jsonl,
+    MaxNewTokens,
+    MaxNodes,
+    Seed,
+    Target,
+    Temperature,
+    Threads,
+)
 
 app = typer.Typer(
     name="specrt",
@@ -22,49 +36,10 @@ app = typer.Typer(
 
 app.add_typer(train.app)
 
-_SAMPLING = "Sampling"
-_INPUT = "Input and output"
-_RUNTIME = "Runtime"
-
-Target = Annotated[
-    str, typer.Option(help="A Hugging Face directory, or 'builtin'.", rich_help_panel=_RUNTIME)
-]
-Drafter = Annotated[
-    str,
-    typer.Option(
-        help="'prompt-lookup', 'none', or a directory with a smaller model.",
-        rich_help_panel=_RUNTIME,
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="Of weights and cache: auto, float32, bfloat16 or float16.", rich_help_panel=_RUNTIME
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="Of the kernels; default: torch's.", rich_help_panel=_RUNTIME)
-]
-MaxNodes = Annotated[
-    int, typer.Option(help="Largest tree, its root included.", rich_help_panel=_RUNTIME)
-]
-MaxNewTokens = Annotated[int, typer.Option(help="At most so many.", rich_help_panel=_SAMPLING)]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=_SAMPLING)]
-Jsonl = Annotated[
-    bool,
-    typer.Option(
-        "--jsonl",
-        help="The input has one object per line, with 'prompt' or 'messages' "
-        "(as given for names in .jsonl).",
-        rich_help_panel=_INPUT,
-    ),
-]
-
 
 @app.command()
 def demo(
-    drafter: Drafter = "prompt-lookup",
+    drafter: Drafter = "auto",
     prompt: Annotated[str | None, typer.Option(help="Instead of the demo's own.")] = None,
     max_new_tokens: MaxNewTokens = 160,
     temperature: Temperature = 0.0,
@@ -75,73 +50,73 @@ def demo(
 ) -> None:
     """Plain decoding and speculation side by side, on the bundled model."""
     from specrt.cli import demo as command
-    from specrt.cli.loading import load_engine
+    from specrt.cli.loading import drafter_name, load_engine
     from specrt.sampling import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     engine = load_engine("builtin", drafter, dtype=dtype, threads=threads)
-    command.run(engine, drafter, prompt, sampling)
+    command.run(engine, drafter_name(drafter, "builtin"), prompt, sampling)
 
 
 @app.command()
 def generate(
     target: Target = "builtin",
-    drafter: Drafter = "prompt-lookup",
+    drafter: Drafter = "auto",
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=_INPUT)
+        str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=INPUT)
     ] = None,
     file: Annotated[
         str | None,
         typer.Option(
-            "--file", "-f", help="A file with the prompt; '-' is stdin.", rich_help_panel=_INPUT
+            "--file", "-f", help="A file with the prompt; '-' is stdin.", rich_help_panel=INPUT
         ),
     ] = None,
     jsonl: Jsonl = False,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=_INPUT),
+        typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=INPUT),
     ] = False,
     json: Annotated[
         bool,
-        typer.Option("--json", help="One JSON object per result.", rich_help_panel=_INPUT),
+        typer.Option("--json", help="One JSON object per result.", rich_help_panel=INPUT),
     ] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Show text as it comes.", rich_help_panel=_INPUT)
+        bool, typer.Option("--stream", help="Show text as it comes.", rich_help_panel=INPUT)
     ] = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(help="1: off.", rich_help_panel=_SAMPLING)] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: off.", rich_help_panel=SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="1: off.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)
     ] = 1.0,
     presence_penalty: Annotated[
-        float, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)
     ] = 0.0,
     frequency_penalty: Annotated[
-        float, typer.Option(help="0: off.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)
     ] = 0.0,
     logit_bias: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID=VALUE", help="Repeatable.", rich_help_panel=_SAMPLING),
+        typer.Option(metavar="ID=VALUE", help="Repeatable.", rich_help_panel=SAMPLING),
     ] = None,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Text that ends the output; repeatable.", rich_help_panel=_SAMPLING),
+        typer.Option(help="Text that ends the output; repeatable.", rich_help_panel=SAMPLING),
     ] = None,
     stop_token_ids: Annotated[
         list[int] | None,
-        typer.Option(help="Token that ends the output; repeatable.", rich_help_panel=_SAMPLING),
+        typer.Option(help="Token that ends the output; repeatable.", rich_help_panel=SAMPLING),
     ] = None,
     ignore_eos: Annotated[
         bool,
-        typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=_SAMPLING),
+        typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=SAMPLING),
     ] = False,
     logprobs: Annotated[
         bool,
-        typer.Option("--logprobs", help="Add them to the JSON.", rich_help_panel=_SAMPLING),
+        typer.Option("--logprobs", help="Add them to the JSON.", rich_help_panel=SAMPLING),
     ] = False,
     dtype: Dtype = "auto",
     max_nodes: MaxNodes = 64,
@@ -178,24 +153,24 @@ def generate(
 @app.command()
 def bench(
     target: Target = "builtin",
-    drafter: Drafter = "prompt-lookup",
+    drafter: Drafter = "auto",
     prompts: Annotated[
         str | None,
         typer.Option(
             help="A file as for generate; default: problems the bundled model has not seen.",
-            rich_help_panel=_INPUT,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     jsonl: Jsonl = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=_INPUT)
+        bool, typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=INPUT)
     ] = False,
     num_prompts: Annotated[
-        int | None, typer.Option(help="The first so many.", rich_help_panel=_INPUT)
+        int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each.", rich_help_panel=_RUNTIME)] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.", rich_help_panel=RUNTIME)] = 3,
     json: Annotated[
-        bool, typer.Option("--json", help="One JSON object.", rich_help_panel=_INPUT)
+        bool, typer.Option("--json", help="One JSON object.", rich_help_panel=INPUT)
     ] = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -206,7 +181,7 @@ def bench(
 ) -> None:
     """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
     from specrt.cli import bench as command
-    from specrt.cli.loading import load_engine
+    from specrt.cli.loading import drafter_name, load_engine
     from specrt.cli.prompts import bundled_prompts, encode, read_prompts
     from specrt.sampling import SamplingParams
 
@@ -219,7 +194,8 @@ def bench(
         named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)[:num_prompts]
     engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
     encoded = encode(engine, named)
-    command.run(engine, drafter, encoded, sampling, repeats=repeats, is_json=json)
+    name = drafter_name(drafter, target)
+    command.run(engine, name, encoded, sampling, repeats=repeats, is_json=json)
 
 
 @app.command()
@@ -230,6 +206,10 @@ def info(
     from specrt.cli import info as command
 
     command.show(command.collect(), is_json=json)
+
+
+app.command("distill-data")(distill.distill_data)
+app.command("convert")(convert.convert)
 
 
 def _print_version(is_wanted: bool) -> None:

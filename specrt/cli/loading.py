@@ -13,13 +13,19 @@ BUILTIN = "builtin"
 
 
 def load_engine(
-    target: str, drafter: str, *, dtype: str, threads: int | None, max_nodes: int = 64
+    target: str,
+    drafter: str,
+    *,
+    dtype: str,
+    threads: int | None,
+    max_nodes: int = 64,
+    max_batch: int = 8,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, dtype, max_nodes: as for :func:`specrt.load`.
-        drafter: ``"none"``, ``"prompt-lookup"`` or a directory.
+        target, dtype, max_nodes, max_batch: as for :func:`specrt.load`.
+        drafter: ``"none"``, or as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -27,15 +33,22 @@ def load_engine(
         ValueError: an argument out of range, or a drafter that is neither a name nor a directory.
     """
     set_threads(threads)
+    from specrt.builtin import drafter_paths
     from specrt.draft.load import PROMPT_LOOKUP
-    from specrt.loading import load
+    from specrt.loading import AUTO, load
 
-    if drafter not in (NO_DRAFTER, PROMPT_LOOKUP) and not Path(drafter).exists():
-        raise ValueError(
-            f"drafter: expected {NO_DRAFTER}, {PROMPT_LOOKUP} or a directory, got {drafter!r}"
-        )
+    names = (NO_DRAFTER, AUTO, PROMPT_LOOKUP, *drafter_paths())
+    if drafter not in names and not Path(drafter).exists():
+        raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
     name = None if drafter == NO_DRAFTER else drafter
-    return load(target, name, dtype=dtype, max_nodes=max_nodes)
+    return load(target, name, dtype=dtype, max_nodes=max_nodes, max_batch=max_batch)
+
+
+def drafter_name(drafter: str, target: str) -> str:
+    """What to call the drafter in a table: ``"auto"`` by what it stands for."""
+    from specrt.loading import AUTO, default_drafter
+
+    return default_drafter(target) if drafter == AUTO else Path(drafter).name
 
 
 def set_threads(threads: int | None) -> None:

@@ -274,6 +274,7 @@ class DraftLayer:
         size, count = rows.depth.shape
         heads = work.qkv[first : first + size * count].view(size, count, -1, layer.head_dim)
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=2)
+        queries: torch.Tensor = q
         ops.rope_append(
             q,
             k,
@@ -286,7 +287,7 @@ class DraftLayer:
             self._rope,
             *cache.layer(0),
         )
-        return q
+        return queries
 
     def finish(
         self,

@@ -130,6 +130,8 @@ def _stage_noise(noise: CoupledNoise, states: Sequence[SequenceState]) -> None:
 class RoundBuffers:
     """The buffers of rounds of one :class:`RoundKey` and the steps over them.
 
+    ``pair_path [B, MAX_PAIRS]`` and ``num_pairs [B]``, both int32, commit the staged pairs.
+
     Args:
         key: sizes.
         layer: the drafter's layer.
@@ -151,7 +153,8 @@ class RoundBuffers:
         self._block_table = torch.zeros(batch, key.table_width, dtype=torch.int32)
         counts = torch.zeros(4, batch, dtype=torch.int32)
         self._counts = counts.numpy()
-        self._kv_len, self._kv_len_after, self._num_earlier, self._num_drafted = counts
+        self._kv_len, self._kv_len_after, self._num_earlier = counts[0], counts[1], counts[2]
+        self.num_pairs = counts[3]
         self._one = torch.ones(batch, dtype=torch.int32)
         self._zero = torch.zeros(batch, dtype=torch.int32)
         self._width = torch.full((batch,), width, dtype=torch.int32)
@@ -214,11 +217,6 @@ class RoundBuffers:
         if self._noise is not None:
             _stage_noise(self._noise, states)
         return most
-
-    @property
-    def num_pairs(self) -> torch.Tensor:
-        """``[B]`` int32: pairs of each sequence that were staged."""
-        return self._num_drafted
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
 

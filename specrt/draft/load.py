@@ -22,6 +22,7 @@ from specrt.models.loader import load_weights
 from specrt.types import CheckpointError
 
 PROMPT_LOOKUP = "prompt-lookup"
+BUNDLED_DEFAULT = "fspad"
 
 
 @dataclass(frozen=True)

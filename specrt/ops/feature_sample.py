@@ -43,7 +43,8 @@ def feature_sample(
 
     Without ``norm``, ``gate``, ``up`` and ``down`` (EAGLE) the result is h; with them (FSPAD) it is
     ``h + down @ (silu(gate @ e) * (up @ rms_norm(h, norm, eps)))``. A row of the result depends on
-    its token and its feature alone, to the bit.
+    its token and its feature alone, to the bit: a long prompt may be given in pieces, which bounds
+    the workspace.
 
     What depends on the token alone may be folded into tables made beforehand: ``token_fc``, the
     embedding's half of ``fc`` times e, plus ``fc_bias``, and ``token_gate``, ``gate @ e``. The

@@ -243,7 +243,7 @@ class _Encoder:
             record = record.as_chat() if has_template else record.as_pair()
         if isinstance(record, Chat):
             try:
-                return self._chat(record.messages)
+                return self._chat(record.without_opening().messages)
             except ValueError as error:
                 raise ValueError(f"{where}: {str(error).removeprefix('prompt: ')}") from error
         if isinstance(record, Pair):
@@ -267,8 +267,6 @@ class _Encoder:
 
         What the two have in common comes before the turn.
         """
-        first = next((i for i, m in enumerate(messages) if m["role"] != ASSISTANT), len(messages))
-        messages = messages[first:]  # templates refuse to begin with an assistant
         render = self._tokenizer.apply_chat_template
         done: list[_Encoded] = []
         told = _Encoded([], [])

@@ -41,6 +41,19 @@ class Chat:
     messages: tuple[Mapping[str, str], ...]
     """With ``role`` and ``content``."""
 
+    def without_opening(self) -> Chat:
+        """Without the assistant's turns before anyone else's: templates refuse such."""
+        turns = enumerate(self.messages)
+        first = next((i for i, turn in turns if turn["role"] != ASSISTANT), len(self.messages))
+        return Chat(self.messages[first:])
+
+    def without_last_response(self) -> Chat:
+        """Up to where the assistant is to speak next, or spoke last."""
+        messages = self.messages
+        while messages and messages[-1]["role"] == ASSISTANT:
+            messages = messages[:-1]
+        return Chat(messages)
+
 
 @dataclass(frozen=True)
 class Pair:

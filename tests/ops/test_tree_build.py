@@ -34,8 +34,9 @@ class Frontier:
     @classmethod
     def empty(cls, batch: int, width: int, words: int = 2) -> Frontier:
         ints = torch.full((3, batch, width), POISON, dtype=torch.int32)
-        ancestors = torch.full((batch, width, words), POISON, dtype=torch.int64)
-        return cls(ints[0], torch.full((batch, width), NAN), ints[1], ints[2], ancestors)
+        ancestors = torch.full((batch + 1, width, words), POISON, dtype=torch.int64)
+        ancestors[batch] = 0  # what lies behind must stay without a bit
+        return cls(ints[0], torch.full((batch, width), NAN), ints[1], ints[2], ancestors[:batch])
 
     @classmethod
     def root(cls, batch: int, words: int = 2) -> Frontier:
@@ -124,7 +125,8 @@ def assert_growth(levels, top_k, rank, token_map=None, words=2, **kw) -> None:
         for level, logits in enumerate(levels):
             want.expand([rank(b, level, row) for row in logits[b]], level, 64 * words, names)
             got = frontiers[level]
-            width = logits.shape[1]
+            width, behind = logits.shape[1], got.ancestors._base
+            assert behind is not None and not behind[-1].any()
             assert got.tokens[b].tolist() == [n.token for n in want.frontier]
             assert got.candidates[b].tolist() == [n.candidate for n in want.frontier]
             assert got.source[b].tolist() == [b * width + n.source for n in want.frontier]
@@ -162,6 +164,8 @@ def test_expand_equals_the_oracle(batch, top_k, rows, depth, is_mapped) -> None:
 def test_equal_nodes_tie_by_pool_index() -> None:
     """Every node has the same four logits, so that whole groups of children tie."""
     levels = [torch.zeros(2, 1, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)]
+    for level in levels:
+        level[:, :, ::2] = -0.0
     assert_growth(levels, 3, lambda b, level, row: rules.ranking(row.tolist(), 3))
 
 
@@ -456,6 +460,13 @@ def test_instruction_sets_threads_and_neighbours_give_the_same_bits() -> None:
         row = slice(b, b + 1)
         alone = launched([level[row] for level in levels], CoupledNoise(*(t[row] for t in noise)))
         assert all(equal_bits(one, all_[row]) for one, all_ in zip(alone, want, strict=True))
+
+
+def test_compiles() -> None:
+    build = Build(random_levels(2, 6, 100, 1), noise_of(SEEDED[:2], [1, 2]))
+    want = launched(build.levels, build.noise)
+    torch.compile(build.launch, fullgraph=True, backend="aot_eager")()
+    assert all(map(equal_bits, build.outputs(), want))
 
 
 # --- errors ------------------------------

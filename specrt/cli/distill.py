@@ -1,0 +1,259 @@
+"""``specrt distill-data``: the target's own answers, to train drafters on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+
+from specrt.cli.errors import USER_ERROR, report
+from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Dtype, Target, Threads
+
+if TYPE_CHECKING:
+    from specrt.engine import Engine, GenerationResult
+    from specrt.sampling import SamplingParams
+    from specrt.train.prompts import TrainingPrompt
+
+_KEYS = ("prompt_ids", "response_ids", "temperature", "seed", "target")
+
+
+def distill_data(
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            help="JSONL with any form of training data, or prompts alone; repeatable.",
+            rich_help_panel=INPUT,
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option(help="JSONL to write or to go on with.", rich_help_panel=INPUT)
+    ],
+    num_prompts: Annotated[
+        int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)
+    ] = None,
+    target: Target = "builtin",
+    drafter: Annotated[
+        str,
+        typer.Option(help="As for generate; changes the time only.", rich_help_panel=RUNTIME),
+    ] = "none",
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="0 is greedy (the default); repeatable.", rich_help_panel=SAMPLING),
+    ] = None,
+    samples_per_prompt: Annotated[
+        int, typer.Option(help="At each temperature above 0.", rich_help_panel=SAMPLING)
+    ] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="At most so many.", rich_help_panel=SAMPLING)
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Same seed, same texts.", rich_help_panel=SAMPLING)] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Answers made together.", rich_help_panel=RUNTIME)
+    ] = 16,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Write the target's own answers, greedy and sampled, as training data."""
+    from specrt.cli.loading import load_engine, target_directory
+    from specrt.train.prompts import read_prompts
+
+    for name, value in (("num_prompts", num_prompts), ("samples_per_prompt", samples_per_prompt)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    with AnswerFile(Path(out), target_directory(target)[1]) as file:
+        engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_batch=batch_size)
+        found, told = read_prompts(prompts, engine.tokenizer)
+        for count, why in ((told.num_empty, "empty"), (told.num_repeated, "repeated")):
+            if count:
+                _note(f"{count} {why} prompts skipped")
+        plan = Plan(tuple(dict.fromkeys(temperature or [0.0])), samples_per_prompt, seed)
+        jobs = plan.jobs(_fitting(found[:num_prompts], engine), max_new_tokens)
+        answer(engine, jobs, file)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to make."""
+
+    prompt: TrainingPrompt
+    sampling: SamplingParams
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], float, int]:
+        """What tells an answer from all others in a file."""
+        return (self.prompt.token_ids, self.sampling.temperature, self.sampling.seed or 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which answers every prompt gets."""
+
+    temperatures: tuple[float, ...]
+    samples_per_prompt: int
+    """At each temperature above 0; a greedy answer is always the same."""
+    seed: int
+
+    def jobs(self, prompts: Sequence[TrainingPrompt], max_new_tokens: int) -> list[Job]:
+        """All answers, prompt by prompt.
+
+        Raises:
+            ValueError: a temperature or ``max_new_tokens`` is out of range.
+        """
+        from specrt.sampling import SamplingParams
+
+        jobs = []
+        for prompt in prompts:
+            for temperature in self.temperatures:
+                for sample in range(self.samples_per_prompt if temperature > 0 else 1):
+                    sampling = SamplingParams(
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        seed=self._seed(prompt, temperature, sample),
+                    )
+                    jobs.append(Job(prompt, sampling))
+        return jobs
+
+    def _seed(self, prompt: TrainingPrompt, temperature: float, sample: int) -> int:
+        """Of the prompt itself, so that its answers do not depend on the prompts around it."""
+        content = f"{self.seed} {temperature} {sample} {prompt.token_ids}"
+        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
+
+
+class AnswerFile:
+    """A file of answers that grows line by line; a line cut short by a kill is dropped.
+
+    Args:
+        path: written if missing, else gone on with.
+        target: the target's name; answers of another are refused.
+
+    Raises:
+        ValueError: the file has lines that are no answers, or another target's.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path, target: str) -> None:
+        self.path = path
+        self.done: set[tuple[tuple[int, ...], float, int]] = set()
+        self._target = target
+        self._file: BinaryIO = path.open("a+b")
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._file.close()
+        except OSError:  # what a full disk did not take is still in the buffer
+            if kind is None:
+                raise
+
+    def write(self, job: Job, result: GenerationResult) -> None:
+        """Add one answer; it is in the file when this returns."""
+        data = {
+            "prompt": job.prompt.text,
+            "response": result.text,
+            "prompt_ids": list(job.prompt.token_ids),
+            "response_ids": result.token_ids,
+            "temperature": job.sampling.temperature,
+            "seed": job.sampling.seed,
+            "finish_reason": result.finish_reason,
+            "target": self._target,
+        }
+        try:
+            self._file.write(json.dumps(data).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.done.add(job.key)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(end)
+                break
+            end += len(line)
+            self._take(f"{self.path}, line {number}", line)
+
+    def _take(self, where: str, line: bytes) -> None:
+        try:
+            data: Any = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        if not isinstance(data, dict) or not all(key in data for key in _KEYS):
+            raise ValueError(f"{where}: expected an answer with {', '.join(_KEYS)}")
+        if data["target"] != self._target:
+            raise ValueError(
+                f"{where}: an answer of target {data['target']!r}, expected {self._target!r}"
+            )
+        self.done.add((tuple(data["prompt_ids"]), data["temperature"], data["seed"]))
+
+
+def answer(engine: Engine, jobs: Sequence[Job], file: AnswerFile) -> None:
+    """Make the answers that are not in the file yet, and say what came of it.
+
+    Raises:
+        typer.Exit: with code 2, after all others were made, if a sequence failed.
+    """
+    left = [job for job in jobs if job.key not in file.done]
+    num_there = len(jobs) - len(left)
+    num_tokens = num_failed = 0
+    chunks = engine.stream([job.prompt.token_ids for job in left], [job.sampling for job in left])
+    with _progress(len(jobs), num_there) as advance, closing(chunks):
+        for chunk in chunks:
+            if chunk.result is None:
+                continue
+            if chunk.result.error is not None:
+                num_failed += 1
+                report(f"prompt {chunk.index + 1}: {chunk.result.error}")
+            else:
+                file.write(left[chunk.index], chunk.result)
+                num_tokens += len(chunk.result.token_ids)
+            advance()
+    print(
+        f"{file.path}: {len(left) - num_failed} answers written, {num_tokens} tokens; "
+        f"{num_there} were there"
+    )
+    if num_failed:
+        raise typer.Exit(USER_ERROR)
+
+
+def _note(message: str) -> None:
+    """One line on stderr that is no error."""
+    print(f"specrt: {message}", file=sys.stderr)
+
+
+def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[TrainingPrompt]:
+    """Those that leave room for an answer."""
+    limit = engine.target.config.max_positions
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) < limit]
+    if len(fitting) < len(prompts):
+        num_long = len(prompts) - len(fitting)
+        _note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
+    return fitting
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each answer; a bar where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("answers", total=total, completed=done)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+SAMPLING = "Sampling"
+INPUT = "Input and output"
+RUNTIME = "Runtime"
+
+Target = Annotated[
+    str, typer.Option(help="A Hugging Face directory, or 'builtin'.", rich_help_panel=RUNTIME)
+]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        help="'auto' (bundled FSPAD for the bundled target, else prompt lookup), "
+        "'prompt-lookup', 'none', a bundled one ('fspad', 'eagle2'), or a directory with an FSPAD "
+        "or EAGLE drafter or a smaller model.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of weights and cache: auto, float32, bfloat16 or float16.", rich_help_panel=RUNTIME
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Of the kernels; default: torch's.", rich_help_panel=RUNTIME)
+]
+MaxNodes = Annotated[
+    int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
+]
+MaxNewTokens = Annotated[int, typer.Option(help="At most so many.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=SAMPLING)]
+Jsonl = Annotated[
+    bool,
+    typer.Option(
+        "--jsonl",
+        help="The input has one object per line, with 'prompt' or 'messages' "
+        "(as given for names in .jsonl).",
+        rich_help_panel=INPUT,
+    ),
+]

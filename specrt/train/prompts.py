@@ -1,0 +1,81 @@
+"""Prompts for the target to answer, from the same files as training data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from specrt.models.tokenizer import Tokenizer
+from specrt.train.records import Chat, Pair, Problem, Record, iter_items, parse_record
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What became of the files."""
+
+    num_records: int
+    num_empty: int
+    """Skipped: nothing before the response."""
+    num_repeated: int
+    """Skipped: the same tokens came before."""
+
+
+@dataclass(frozen=True)
+class TrainingPrompt:
+    """What the target is to go on from."""
+
+    text: str
+    """Encodes to ``token_ids`` where the tokenizer can say them at all."""
+    token_ids: tuple[int, ...]
+
+
+def read_prompts(
+    paths: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer
+) -> tuple[list[TrainingPrompt], PromptReport]:
+    """Read what :func:`specrt.train.data.read_examples` reads; responses may be missing.
+
+    Where a conversation ends with the assistant's turn, that turn is left out.
+
+    Raises:
+        ValueError: a file is empty, a line malformed or refused by the chat template (the message
+            names it), or no prompt is left.
+        OSError: a file cannot be read.
+    """
+    prompts: dict[tuple[int, ...], TrainingPrompt] = {}
+    num_records = num_empty = 0
+    paths = list(paths)
+    for path in paths:
+        for where, item in iter_items(path):
+            token_ids = _encoded(where, parse_record(where, item), tokenizer)
+            num_records += 1
+            num_empty += not token_ids
+            if token_ids and token_ids not in prompts:
+                prompts[token_ids] = TrainingPrompt(_text(token_ids, tokenizer), token_ids)
+    if not prompts:
+        raise ValueError(f"prompts: none in {', '.join(map(str, paths)) or 'no files'}")
+    num_repeated = num_records - num_empty - len(prompts)
+    return list(prompts.values()), PromptReport(num_records, num_empty, num_repeated)
+
+
+def _encoded(where: str, record: Record, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if isinstance(record, Problem):
+        has_template = tokenizer.inner.chat_template is not None
+        record = record.as_chat() if has_template else record.as_pair()
+    if isinstance(record, Pair):
+        return tuple(tokenizer.encode(record.prompt)) if record.prompt else ()
+    if isinstance(record, Chat):
+        messages = record.without_opening().without_last_response().messages
+        try:
+            return tuple(tokenizer.apply_chat_template(messages)) if messages else ()
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('prompt: ')}") from error
+    return record.prompt_ids
+
+
+def _text(token_ids: tuple[int, ...], tokenizer: Tokenizer) -> str:
+    """The tokens' text, special ones included, but for the one that encoding begins with anyway."""
+    start = 0
+    while start < len(token_ids) and token_ids[start] == tokenizer.inner.bos_token_id:
+        start += 1
+    return str(tokenizer.inner.decode(list(token_ids[start:]), clean_up_tokenization_spaces=False))
