@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from specrt.draft.checkpoint import ARCHS, read_checkpoint
 from specrt.train.loop import TrainingError
@@ -149,13 +151,23 @@ def test_failing_save_keeps_the_older_state(
         saved.append(folder)
         real(accelerator, folder)
 
-    from accelerate import Accelerator
-
     real = Accelerator.save_state
     monkeypatch.setattr(Accelerator, "save_state", full)
     with pytest.raises(OSError, match="No space left"):
         train(tmp_path, trainer_options)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000002"]
+
+
+def test_drafter_that_cannot_be_written_costs_no_training(
+    tmp_path: Path, whole: tuple[Path, list[tuple[float, ...]]]
+) -> None:
+    (tmp_path / "model.safetensors").mkdir()  # in the way
+    with pytest.raises(OSError):
+        train(tmp_path)
+    (tmp_path / "model.safetensors").rmdir()
+    source = make_source()
+    assert curve(train(tmp_path, source=source)) == whole[1]
+    assert source.num_batches == 2  # the held-out ones
 
 
 def test_time_limit_gives_a_drafter_and_may_be_lifted(
@@ -241,8 +253,6 @@ def test_exploding_weights_are_not_saved(tmp_path: Path) -> None:
 
 
 def step_is_finite(state: Path) -> bool:
-    from safetensors.torch import load_file
-
     return all(bool(t.isfinite().all()) for t in load_file(state / "model.safetensors").values())
 
 
