@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+import specrt
 from specrt.builtin import heldout_prompts, target_path
 from specrt.cli.app import main
 from specrt.config import ModelConfig
-from specrt.draft.checkpoint import read_checkpoint
+from specrt.draft.checkpoint import ARCHS, read_checkpoint
+from specrt.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,16 @@ def test_trains_and_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "tensorboard",
         "training.json",
     ]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_serves(data: Path, tmp_path: Path, arch: str) -> None:
+    assert run(data, tmp_path, "--arch", arch, "--max-steps", "1", "--no-tensorboard") == 0
+    sampling = SamplingParams(max_new_tokens=12)
+    prompt = heldout_prompts(1)
+    plain = specrt.load("builtin", progress=False).generate(prompt, sampling)
+    drafted = specrt.load("builtin", tmp_path, progress=False).generate(prompt, sampling)
+    assert drafted[0].token_ids == plain[0].token_ids
 
 
 def test_curves(data: Path, tmp_path: Path) -> None:
