@@ -101,6 +101,12 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = _Norm(hidden_size, config.rms_norm_eps)
         self.mlp = _GatedMlp(hidden_size, config.intermediate_size, out_size)
 
+    def forward(
+        self, hidden: torch.Tensor, rope: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """p and r of whole sequences; the attention has no norm before it."""
+        return self.output(hidden + self.self_attn(hidden, rope))
+
     def output(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What comes after attention: ``[..., H]`` to p and r, the same tensor without a split."""
         normed = self.post_attention_layernorm(hidden)
@@ -166,8 +172,10 @@ class DraftModel(nn.Module):
             at f_{t+1}. Without a split they are the same.
         """
         hidden = self.pair(embeddings, features)
-        hidden = hidden + self.layer.self_attn(hidden, self.rope_rows(hidden.shape[1]))
-        return self.layer.output(hidden)
+        # Called as a module, so that FSDP can wrap it.
+        out: tuple[torch.Tensor, torch.Tensor]
+        out = self.layers[0](hidden, self.rope_rows(hidden.shape[1]))
+        return out
 
     def _table(self, num_positions: int) -> torch.Tensor:
         config = self.config.layer
