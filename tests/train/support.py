@@ -25,6 +25,7 @@ from specrt.config import ModelConfig
 from specrt.draft.checkpoint import DraftConfig
 from specrt.train.evaluate import TargetTables
 from specrt.train.features import Sample
+from specrt.train.fspad import DraftModel
 from specrt.train.loop import Outcome, TrainData, Trainer, make_accelerator, run_identity
 from specrt.train.options import TrainOptions
 from specrt.train.report import Reporter
@@ -58,6 +59,17 @@ OPTIONS = TrainOptions(
 def draft_config(arch: str = "fspad") -> DraftConfig:
     """A drafter for :data:`TARGET`."""
     return DraftConfig.for_target(TARGET, arch, name="table")
+
+
+def random_model(arch: str, seed: int = 2) -> DraftModel:
+    """A frozen drafter in which every part does something, unlike in a new one."""
+    model = DraftModel(draft_config(arch)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_matrix = parameter.dim() == 2
+        parameter.copy_(noise * parameter.shape[1] ** -0.5 if is_matrix else 1 + 0.2 * noise)
+    return model
 
 
 @dataclass

@@ -10,7 +10,7 @@ from specrt.train import evaluate
 from specrt.train.evaluate import Acceptance, TargetTables, chain_acceptance
 from specrt.train.features import Sample
 from specrt.train.fspad import DraftModel
-from tests.train.support import HIDDEN, VOCAB, MemorySource, draft_config, tables
+from tests.train.support import HIDDEN, VOCAB, MemorySource, draft_config, random_model, tables
 
 DEPTH = 4
 
@@ -44,9 +44,7 @@ def test_agrees_with_chains_one_by_one(
     monkeypatch.setattr(evaluate, "_ROWS", rows)
     generator = torch.Generator().manual_seed(5)
     target = tables()
-    model = DraftModel(draft_config(arch), seed=2).requires_grad_(False)
-    for layer in (model.layer.self_attn.o_proj, model.layer.mlp.down_proj):
-        layer.weight.mul_(0.7)
+    model = random_model(arch)
     samples = []
     for length in (2, 3, 5, 40, 33):
         token_ids = torch.randint(0, VOCAB, (length,), generator=generator)

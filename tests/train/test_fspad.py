@@ -12,7 +12,7 @@ from safetensors import safe_open
 from specrt.config import ModelConfig
 from specrt.draft.checkpoint import ARCHS, DraftConfig, tensor_shapes
 from specrt.train.fspad import DraftModel
-from tests.train.support import HIDDEN, draft_config
+from tests.train.support import HIDDEN, draft_config, random_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -44,12 +44,22 @@ def test_state_dict_is_a_checkpoint(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_causal_and_blind_to_padding(arch: str) -> None:
-    model = DraftModel(draft_config(arch))
+    model = random_model(arch)
     features, embeddings = torch.randn(2, 1, 9, HIDDEN)
     whole = model(features, embeddings)
     features[:, 5:], embeddings[:, 5:] = 100.0, -100.0
     for before, after in zip(whole, model(features, embeddings), strict=True):
         torch.testing.assert_close(before[:, :5], after[:, :5])
+        assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attends_to_earlier_pairs(arch: str) -> None:
+    model = random_model(arch)
+    features, embeddings = torch.randn(2, 1, 9, HIDDEN)
+    before = model(features, embeddings)[0][:, 8]
+    features[:, 2] += 1.0
+    assert not torch.allclose(before, model(features, embeddings)[0][:, 8])
 
 
 def test_seed_decides_initial_weights() -> None:
