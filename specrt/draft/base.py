@@ -39,25 +39,32 @@ class DraftParams:
 class RoundCost:
     """What verifying n rows costs relative to one row, measured as rounds go by.
 
-    A line: one row's time and the time each further row adds, both running averages. (A table by
-    size was tried: on a noisy machine its entries contradict each other for hundreds of rounds.)
-    Before there are measurements it assumes that memory traffic dominates, as it does for a model
-    larger than the caches. Measured times move trees, never tokens.
+    A line through the last few dozen rounds: one row's time, and the time of each further row.
+    Where all rounds were of one size, the line's slope is what it has been in the long run. (A
+    table by size was tried: on a noisy machine its entries contradict each other for hundreds of
+    rounds. So was one row's time from plain rounds alone: it is stale when the machine's speed has
+    changed.) Before there are measurements memory traffic is taken to dominate, as it does for a
+    model larger than the caches. Measured times move trees, never tokens.
 
     Args:
         slope: cost of a further row, in rows, before anything is measured.
-        decay: weight of the past in the running averages.
+        memory: weight of the past, a round.
     """
 
-    def __init__(self, slope: float = 0.08, decay: float = 0.95) -> None:
+    _STIFFNESS = 100.0  # of the slope: two rounds of eight rows
+    _SLOW = 0.02
+
+    def __init__(self, slope: float = 0.08, memory: float = 0.97) -> None:
         self._slope = slope
-        self._decay = decay
+        self._memory = memory
         self._one_ms: float | None = None
+        self._row_ms = 0.0
+        self._sums = [0.0] * 5  # of 1, x, x², y, xy, where x = further rows and y = ms
         self._seen_once: set[int] = set()
 
     @property
     def one_ms(self) -> float | None:
-        """Time of a round that verifies one row; None before one was measured."""
+        """Time of a round that verifies one row; None before any was measured."""
         return self._one_ms
 
     def observe(self, num_rows: int, ms: float) -> None:
@@ -66,20 +73,33 @@ class RoundCost:
             # The first round of a size also records its graph.
             self._seen_once.add(num_rows)
             return
-        one = self._one_ms
-        if num_rows == 1:
+        x = num_rows - 1
+        if self._one_ms is not None:
             # Outliers (a preempted thread) are capped so that one cannot turn drafting on or off.
-            self._one_ms = ms if one is None else self._mix(one, min(ms, 1.5 * one))
-        elif one is not None:
-            seen = max(0.0, ms / one - 1.0) / (num_rows - 1)
-            self._slope = self._mix(self._slope, min(seen, 2.0 * self._slope + 0.05))
+            ms = min(ms, 2.0 * (self._one_ms + x * self._row_ms))
+        seen = (1.0, x, x * x, ms, x * ms)
+        self._sums = [self._memory * old + new for old, new in zip(self._sums, seen, strict=True)]
+        self._fit()
 
     def relative(self, num_rows: int) -> float:
         """Cost of ``num_rows`` rows over that of one row, at least 1."""
-        return 1.0 + self._slope * max(0, num_rows - 1)
+        slope = self._slope if self._one_ms is None else self._row_ms / self._one_ms
+        return 1.0 + slope * max(0, num_rows - 1)
 
-    def _mix(self, known: float, seen: float) -> float:
-        return self._decay * known + (1.0 - self._decay) * seen
+    def _fit(self) -> None:
+        """Least squares of y = one + row * x, with row held near slope * one."""
+        count, x, xx, y, xy = self._sums
+        slope, stiff = self._slope, self._STIFFNESS
+        a, b, c = count + stiff * slope * slope, x - stiff * slope, xx + stiff
+        determinant = a * c - b * b
+        one, row = (c * y - b * xy) / determinant, (a * xy - b * y) / determinant
+        # Noise may tilt the line past what can be; then it goes through the mean at that tilt.
+        tilt = min(1.0, max(0.0, row / one if one > 0 else 1.0))
+        if one <= 0 or not 0.0 <= row <= one:
+            one = y / (count + tilt * x)
+            row = tilt * one
+        self._one_ms, self._row_ms = one, row
+        self._slope += self._SLOW * (tilt - self._slope)
 
 
 class Budget:

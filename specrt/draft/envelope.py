@@ -1,9 +1,9 @@
 """How deep to draft and how many nodes to verify: belief against measured time.
 
 A drafter's path probabilities, summed over the nodes of a tree, are the drafted tokens it expects
-to be accepted. Beliefs are scaled by how they turned out so far, times are measured as
-rounds go by; a level or a node is added while it brings tokens faster than the round as a whole.
-Measured times move trees, never tokens.
+to be accepted. Beliefs are corrected by how they turned out so far, times are measured as rounds go
+by; a level or a node is added while it brings tokens faster than the round as a whole. Measured
+times move trees, never tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DECAY = 0.97
 _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
 _MIN_PAUSE, _MAX_PAUSE = 8, 128
-_RECHECK = 256  # drafting rounds between two plain ones, which keep the measure of a plain round
 
 
 @dataclass
@@ -37,57 +36,89 @@ class _Average:
             self.value += (1.0 - _DECAY) * (min(seen, 2.0 * self.value) - self.value)
 
 
+class Calibration:
+    """How often nodes of a believed probability were on the accepted path.
+
+    A drafter's law is the target's only roughly, and a greedy target takes its likeliest token more
+    often than the law says. Each class of belief has its own factor, which begins at 1.
+    """
+
+    _EDGES = np.array([-6.5, -5.0, -4.0, -3.0, -2.3, -1.7, -1.2, -0.8, -0.5, -0.3, -0.15, -0.05])
+    _MEMORY = 0.99  # weight of the past, a round
+    _PRIOR = 1.0  # accepted nodes that 1 counts for at first
+
+    def __init__(self) -> None:
+        self._believed = np.full(len(self._EDGES) + 1, self._PRIOR)
+        self._accepted = self._believed.copy()
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Corrected probabilities of nodes whose paths have these log-probabilities."""
+        factors = self._accepted / self._believed
+        known: np.ndarray = factors[np.digitize(scores, self._EDGES)]
+        corrected: np.ndarray = np.minimum(1.0, _probability(scores) * known)
+        return corrected
+
+    def observe(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Take one round's verified nodes."""
+        kinds, size = np.digitize(scores, self._EDGES).ravel(), len(self._believed)
+        self._believed *= self._MEMORY
+        self._accepted *= self._MEMORY
+        self._believed += np.bincount(kinds, _probability(scores).ravel(), size)
+        self._accepted += np.bincount(kinds, is_accepted.ravel(), size)
+
+
+def _probability(scores: np.ndarray) -> np.ndarray:
+    """0 for what is no score: padding, or NaN."""
+    return np.exp(np.where(np.isnan(scores), -np.inf, scores))
+
+
 class EnvelopePolicy:
     """Chooses depth and size for a batch, round by round; shared by the sequences of a drafter."""
 
     def __init__(self) -> None:
         self._extend_ms, self._level_ms = _Average(), _Average()
-        self._expected, self._accepted = 2.0, 2.0
+        self._calibration = Calibration()
         self._gain = _Average()
         self._pause = 0
         self._next_pause = _MIN_PAUSE
-        self._rounds = 0
 
-    def drafts(self, cost: RoundCost) -> bool:
+    def drafts(self) -> bool:
         """Whether to draft this round at all."""
-        self._rounds += 1
-        if cost.one_ms is None or self._rounds % _RECHECK == 0:
-            return False
         if self._pause > 0:
             self._pause -= 1
             return False
         return True
 
+    def mass(self, scores: np.ndarray) -> float:
+        """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
+        return min(1.0, float(self._calibration(scores).sum(axis=1).mean()))
+
     def expands(self, masses: list[float], batch: int, cost: RoundCost) -> bool:
         """Whether another level will pay.
 
         Args:
-            masses: probability that the path reaches each level so far (mean over sequences).
+            masses: :meth:`mass` of each level so far.
             batch: B.
             cost: of verifying.
         """
-        scale = self._scale()
-        reached = scale * masses[-1]
-        fall = masses[-1] / masses[-2] if len(masses) > 1 else masses[-1]
-        gain = batch * reached * min(1.0, fall)
+        fall = masses[-1] / masses[-2] if len(masses) > 1 and masses[-2] > 0 else masses[-1]
+        gain = batch * masses[-1] * min(1.0, fall)
         level = self._relative(self._level_ms, cost)
-        price = self._relative(self._extend_ms, cost) + (len(masses) - 1) * level
-        price += cost.relative(batch * (1 + 2 * len(masses)))
-        rate = batch * (1.0 + scale * sum(masses)) / price
-        # A level also brings rows to verify: one or two a sequence, as far as it is kept.
-        added = level + cost.relative(1 + batch) - 1.0
-        return gain > rate * added
+        # A level brings a row or two a sequence to verify.
+        price = self._drafting(len(masses), cost) + cost.relative(batch * (1 + 2 * len(masses)))
+        added = level + cost.relative(1 + 2 * batch) - 1.0
+        return gain * price > added * batch * (1.0 + sum(masses))
 
-    def size(self, probs: np.ndarray, num_levels: int, cost: RoundCost) -> int:
+    def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
         """The envelope to verify.
 
         Args:
-            probs: ``[B, N - 1]`` path probabilities of the drafted nodes, best first; 0 is padding.
+            scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
             num_levels: levels that were drafted, the root's children included.
             cost: of verifying.
         """
-        batch, most = probs.shape[0], probs.shape[1] + 1
-        expected = self._scale() * np.concatenate([[0.0], np.cumsum(probs.sum(axis=0))])
+        batch, most = scores.shape[0], scores.shape[1] + 1
+        expected = np.concatenate([[0.0], self._calibration(scores).sum(axis=0).cumsum()])
         sizes = [size for size in ENVELOPES if size < most] + [most]
         drafting = self._drafting(num_levels, cost)
 
@@ -105,13 +136,9 @@ class EnvelopePolicy:
         if num_expanded:
             self._level_ms.add(levels_ms / num_expanded)
 
-    def observe_outcome(self, expected: float, accepted: int) -> None:
-        """What a tree was believed to bring (unscaled), and what it brought, over the batch."""
-        self._expected = _DECAY * self._expected + expected
-        self._accepted = _DECAY * self._accepted + accepted
-
-    def _scale(self) -> float:
-        return min(1.5, max(0.3, self._accepted / max(self._expected, 1e-6)))
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
+        self._calibration.observe(scores, is_accepted)
 
     def _relative(self, average: _Average, cost: RoundCost) -> float:
         if average.value is None or cost.one_ms is None:

@@ -91,7 +91,7 @@ class FspadDrafter:
         self._rounds: dict[RoundKey, RoundBuffers] = {}
         self._batch: CacheBatch | None = None
         self._batch_states: list[SequenceState] = []
-        self._expected: float | None = None
+        self._offered: np.ndarray | None = None
         self._recorded: set[Hashable] = set()
 
     # --- the protocol -------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class FspadDrafter:
         Raises:
             ValueError: ``depth`` and ``top_k`` do not fit 128 draft nodes or the draft vocabulary.
         """
-        self._expected = None
+        self._offered = None
         plan = self._plan(states, budget)
         if plan is None:
             roots = [[state.token_ids[-1]] for state in states]
@@ -123,13 +123,13 @@ class FspadDrafter:
         begun = perf_counter()
         is_replay = self._extend(states, batch, buffers)
         extended = perf_counter()
-        masses = [buffers.mass(0)]
+        masses = [self._policy.mass(buffers.scores(0))]
         while len(masses) < plan.num_levels:
             if plan.is_auto and not self._policy.expands(masses, len(states), budget.cost):
                 break
             level = len(masses)
             is_replay &= self._run(buffers, level, partial(buffers.expand, level, batch))
-            masses.append(buffers.mass(level))
+            masses.append(self._policy.mass(buffers.scores(level)))
         expanded = perf_counter()
         if is_replay:
             times = 1e3 * (extended - begun), 1e3 * (expanded - extended)
@@ -147,8 +147,11 @@ class FspadDrafter:
         for row, state in enumerate(states):
             path = result.path[row, : max(0, lengths[row] + 1)].long()
             self._drafts[state].add(features[row].index_select(0, path))
-        if self._expected is not None:
-            self._policy.observe_outcome(self._expected, sum(max(0, n) for n in lengths))
+        if self._offered is not None:
+            is_accepted = np.zeros(self._offered.shape)
+            for row, length in enumerate(lengths):
+                is_accepted[row, result.path[row, 1 : max(0, length) + 1].numpy() - 1] = 1.0
+            self._policy.observe_outcome(self._offered, is_accepted)
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
@@ -183,7 +186,7 @@ class FspadDrafter:
         has_features = all(len(self._drafts[state].pending) for state in states)
         if num_levels < 1 or num_nodes < 2 or not has_features:
             return None
-        if is_auto and not self._policy.drafts(budget.cost):
+        if is_auto and not self._policy.drafts():
             return None
         return _Plan(top_k, num_levels, num_nodes, is_auto)
 
@@ -206,9 +209,9 @@ class FspadDrafter:
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))
         if not plan.is_auto:
             return choice.tree(plan.num_nodes)
-        probs = np.exp(choice.node_scores.numpy()[:, 1:])
-        size = self._policy.size(probs, num_levels, budget.cost)
-        self._expected = float(probs[:, : size - 1].sum())
+        scores = choice.node_scores.numpy()[:, 1:]
+        size = self._policy.size(scores, num_levels, budget.cost)
+        self._offered = scores[:, : size - 1].copy()
         return choice.tree(size)
 
     def _run(self, buffers: RoundBuffers, step: Hashable, launch: Callable[[], None]) -> bool:

@@ -316,7 +316,7 @@ class RoundBuffers:
             known = self._choices[num_nodes] = Choice.make(self.key.batch, num_nodes)
         return known
 
-    def mass(self, level: int) -> float:
-        """Probability, as the drafter sees it, that a path reaches the frontier of ``level``."""
-        scores = self._frontiers[level % 2].scores.numpy()
-        return float(np.nan_to_num(np.exp(scores)).sum(axis=1).mean())
+    def scores(self, level: int) -> np.ndarray:
+        """``[B, K]`` float32: scores of the frontier that ``level`` made, valid until level + 2."""
+        scores: np.ndarray = self._frontiers[level % 2].scores.numpy()
+        return scores

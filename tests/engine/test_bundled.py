@@ -9,8 +9,9 @@ import pytest
 
 import specrt
 from specrt import SamplingParams
-from specrt.builtin import heldout_prompts
-from specrt.draft.base import Budget, Drafter, EmptyDrafter, RoundCost
+from specrt.builtin import drafter_paths, heldout_prompts
+from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter, RoundCost
+from specrt.draft.load import DrafterOptions, load_drafter
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.engine import Engine
@@ -23,6 +24,10 @@ SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {
     for seed in (1, 2, 3)
 }
 DTYPES = ["float32", "bfloat16"]
+SHAPES = [
+    DraftParams(depth=3, top_k=3, total_tokens=8),
+    DraftParams(depth=5, top_k=10, total_tokens=60),
+]
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -48,25 +53,35 @@ def own_model_drafter(engine: Engine) -> Drafter:
     return SmallModelDrafter(model, depth=3, width=2)
 
 
+def trained_drafter(engine: Engine, name: str) -> Drafter:
+    """A bundled drafter, with graphs of its own."""
+    graphs = GraphCache()
+    return load_drafter(name, engine.target, None, graphs.run, graphs.clear, DrafterOptions())
+
+
 def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int = 96) -> None:
     params = replace(SETTINGS[setting], max_new_tokens=max_new_tokens)
     expected = engine_like(bundled, EmptyDrafter(), 1).generate(prompts, params)
-    contenders: list[tuple[Drafter, int]] = [
-        (EmptyDrafter(), 4),
-        (PromptLookupDrafter(), 1),
-        (EagerLookup(), 1),
-        (EagerLookup(), 4),
-        (own_model_drafter(bundled), 4),
+    contenders: list[tuple[Drafter, int, DraftParams | None]] = [
+        (EmptyDrafter(), 4, None),
+        (PromptLookupDrafter(), 1, None),
+        (EagerLookup(), 1, None),
+        (EagerLookup(), 4, None),
+        (own_model_drafter(bundled), 4, None),
     ]
-    for drafter, max_batch in contenders:
-        results = engine_like(bundled, drafter, max_batch).generate(prompts, params)
+    for name in drafter_paths():
+        drafter = trained_drafter(bundled, name)
+        contenders += [(drafter, 1, None), (drafter, 4, None)]
+        contenders += [(drafter, batch, shape) for batch in (1, 4) for shape in SHAPES]
+    for drafter, max_batch, shape in contenders:
+        results = engine_like(bundled, drafter, max_batch).generate(prompts, params, shape)
         differing = [
             sum(a != b for a, b in zip(one.token_ids, two.token_ids, strict=False))
             + abs(len(one.token_ids) - len(two.token_ids))
             for one, two in zip(expected, results, strict=True)
         ]
-        assert sum(differing) == 0, (type(drafter).__name__, max_batch, differing)
-        if isinstance(drafter, EagerLookup | SmallModelDrafter):
+        assert sum(differing) == 0, (type(drafter).__name__, max_batch, shape, differing)
+        if isinstance(drafter, EagerLookup | SmallModelDrafter) or shape is not None:
             assert sum(result.stats.num_accepted_tokens for result in results) > 0
 
 
@@ -80,6 +95,17 @@ def test_a_sample(bundled: Engine, setting: str) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_all_problems(bundled: Engine, setting: str) -> None:
     check(bundled, setting, heldout_prompts())
+
+
+@pytest.mark.parametrize("name", ["fspad", "eagle2"])
+def test_the_bundled_drafters_are_worth_it(bundled: Engine, name: str) -> None:
+    """A misfit of drafter and target shows only here: as a tau near 1."""
+    engine = engine_like(bundled, trained_drafter(bundled, name), 4)
+    params = SamplingParams(max_new_tokens=96)
+    results = engine.generate(heldout_prompts(8), params, SHAPES[-1])
+    num_rounds = sum(result.stats.num_rounds for result in results)
+    accepted = sum(result.stats.num_accepted_tokens for result in results)
+    assert 1 + accepted / num_rounds > {"fspad": 4.4, "eagle2": 3.8}[name]
 
 
 def test_it_writes_solutions(bundled: Engine) -> None:
