@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from specrt.draft.checkpoint import DraftConfig
@@ -78,6 +79,8 @@ class _Progress:
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
     """An accelerator for this process, as ``accelerate launch`` or plain Python started it."""
+    # All accelerators of a process share it, and an earlier one may have had another precision.
+    AcceleratorState._reset_state()
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=_HOURS))]
     is_told = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     if options.precision == "auto" and is_told:

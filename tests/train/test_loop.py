@@ -223,6 +223,16 @@ def test_two_processes_agree_with_one(
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=1e-4)
 
 
+def test_precisions_in_one_process(tmp_path: Path) -> None:
+    runs = {
+        precision: train(tmp_path / precision, replace(LEARNING, precision=precision)).summary
+        for precision in ("float32", "bf16")
+    }
+    assert [runs[name]["mixed_precision"] for name in ("float32", "bf16")] == ["no", "bf16"]
+    assert runs["bf16"]["history"][-1]["top1"] > 0.9
+    assert runs["bf16"]["history"] != runs["float32"]["history"]
+
+
 def test_batch_must_divide(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size: 4 sequences cannot be split evenly over 1 "):
         make_trainer(tmp_path, replace(OPTIONS, accumulation_steps=3))
