@@ -101,6 +101,12 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = _Norm(hidden_size, config.rms_norm_eps)
         self.mlp = _GatedMlp(hidden_size, config.intermediate_size, out_size)
 
+    def forward(
+        self, hidden: torch.Tensor, rope: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """p and r of whole sequences; the attention has no norm before it."""
+        return self.output(hidden + self.self_attn(hidden, rope))
+
     def output(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What comes after attention: ``[..., H]`` to p and r, the same tensor without a split."""
         normed = self.post_attention_layernorm(hidden)
@@ -166,8 +172,10 @@ class DraftModel(nn.Module):
             at f_{t+1}. Without a split they are the same.
         """
         hidden = self.pair(embeddings, features)
-        hidden = hidden + self.layer.self_attn(hidden, self.rope_rows(hidden.shape[1]))
-        return self.layer.output(hidden)
+        # Called as a module, so that FSDP can wrap it.
+        out: tuple[torch.Tensor, torch.Tensor]
+        out = self.layers[0](hidden, self.rope_rows(hidden.shape[1]))
+        return out
 
     def _table(self, num_positions: int) -> torch.Tensor:
         config = self.config.layer
@@ -175,16 +183,22 @@ class DraftModel(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Norms 1, biases 0, matrices normal with variance 1 / fan-in: a function of ``seed``."""
+        """Norms 1, biases 0, matrices normal with variance 1 / fan-in: a function of ``seed``.
+
+        What the feature adds, and what attention and MLPs do, starts at nothing. The first output
+        is then a projection of the embedding: a better start than noise as large as the features.
+        """
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+                parameter.zero_()
+            elif parameter.dim() == 2:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
             else:
                 parameter.fill_(1.0)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+        pairing = self.fc.fc if isinstance(self.fc, _FeatureSampling) else self.fc
+        assert isinstance(pairing, nn.Linear)
+        pairing.weight[:, self.config.layer.hidden_size :].zero_()
 
 
 def _rotated(heads: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from specrt.draft.checkpoint import DraftConfig
@@ -78,6 +79,8 @@ class _Progress:
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
     """An accelerator for this process, as ``accelerate launch`` or plain Python started it."""
+    # All accelerators of a process share it, and an earlier one may have had another precision.
+    AcceleratorState._reset_state()
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=_HOURS))]
     is_told = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     if options.precision == "auto" and is_told:
@@ -159,6 +162,7 @@ class Trainer:
         self._model, self._optimizer = self._prepare(DraftModel(config, options.seed))
         self._progress = _Progress()
         self._saved_at = time.monotonic()
+        self._saved_step: int | None = None
 
     def run(self, reporter: Reporter) -> Outcome:
         """Train to the end, a signal or the time limit.
@@ -175,8 +179,7 @@ class Trainer:
             while self._progress.step < self._total and self._step(reporter, stop):
                 pass
         is_done = self._progress.step >= self._total
-        if not is_done:
-            self._save(reporter)
+        self._save(reporter)  # of a run that is done too: writing the drafter may fail
         if stop.signal is not None and not is_done:
             return Outcome(False, stop.signal, {})
         summary = self._finish()
@@ -332,10 +335,13 @@ class Trainer:
             path, progress = found
             self._accelerator.load_state(str(path))
             self._progress = _Progress(**progress)
+            self._saved_step = self._progress.step
             reporter.say(f"going on from step {self._progress.step}")
 
     def _save(self, reporter: Reporter) -> None:
         accelerator = self._accelerator
+        if self._saved_step == self._progress.step:
+            return
         is_bad = any(not bool(torch.isfinite(p).all()) for p in self._model.parameters())
         bad = torch.tensor(float(is_bad), device=accelerator.device)
         if float(accelerator.reduce(bad, "sum")):
@@ -345,7 +351,7 @@ class Trainer:
             asdict(self._progress),
             lambda folder: accelerator.save_state(str(folder)),
         )
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self._progress.step
         reporter.say(f"saved {path}")
 
     def _is_save_due(self) -> bool:

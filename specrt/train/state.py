@@ -102,7 +102,7 @@ class StateFolder:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _put(self, partial: Path, final: Path) -> None:
-        shutil.rmtree(final, ignore_errors=True)  # of this very step, saved twice
+        shutil.rmtree(final, ignore_errors=True)  # only what is no whole state can be there
         partial.rename(final)
         for path in self._folder.glob(f"{_PREFIX}*"):
             if path != final:

@@ -1,0 +1,145 @@
+"""``specrt train fspad``, from files to a drafter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import specrt
+from specrt.builtin import heldout_prompts, target_path
+from specrt.cli.app import main
+from specrt.config import ModelConfig
+from specrt.draft.checkpoint import ARCHS, read_checkpoint
+from specrt.sampling import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
+    answers = [" 3 + 4 = 7 .\n#### 7", " She has 5 * 2 = 10 apples .\n#### 10"]
+    rows = [
+        {"prompt": prompt, "response": answers[number % 2]}
+        for number, prompt in enumerate(heldout_prompts(12))
+    ]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def run(data: Path, out: Path, *more: str) -> int:
+    given = ["--target", "builtin", "--data", str(data), "--out", str(out), "--log-steps", "1"]
+    return main(["train", "fspad", *given, "--held-out", "0.2", *more])
+
+
+def test_trains_and_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(data, tmp_path, "--max-steps", "2", "--json") == 0
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert "12 examples" in captured.err and "step 1/2 loss" in captured.err
+    assert summary["num_steps"] == 2 and summary["is_complete"]
+    assert summary["peak_memory_bytes"] > 2**24 and summary["tokens_per_second"] > 0
+    assert len(summary["held_out"]["acceptance_rate"]) == 5
+    assert json.loads((tmp_path / "training.json").read_text()) == summary
+    config, _ = read_checkpoint(tmp_path, ModelConfig.from_directory(target_path()))
+    assert (config.arch, config.target_name) == ("fspad", "builtin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tensorboard",
+        "training.json",
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_serves(data: Path, tmp_path: Path, arch: str) -> None:
+    assert run(data, tmp_path, "--arch", arch, "--max-steps", "1", "--no-tensorboard") == 0
+    sampling = SamplingParams(max_new_tokens=12)
+    prompt = heldout_prompts(1)
+    plain = specrt.load("builtin", progress=False).generate(prompt, sampling)
+    drafted = specrt.load("builtin", tmp_path, progress=False).generate(prompt, sampling)
+    assert drafted[0].token_ids == plain[0].token_ids
+
+
+def test_curves(data: Path, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(data, tmp_path, "--max-steps", "3") == 0
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    wanted = {f"train/{name}" for name in ("regression", "classification", "top1", "top2", "top3")}
+    assert wanted <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/top1")] == [1, 2, 3]
+
+
+def test_goes_on_without_tensorboard(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(data, tmp_path, "--max-steps", "1") == 0
+    assert "no curves: tensorboard is not installed" in capsys.readouterr().err
+
+
+def test_needs_accelerate(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = importlib.util.find_spec
+
+    def find(name: str, *more: Any) -> Any:
+        return None if name == "accelerate" else real(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    assert run(data, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error == "specrt: error: training needs accelerate: pip install 'specrt[train]'\n"
+
+
+def test_cached_features_are_shared_and_own_ones_removed(data: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "features"
+    for arch in ("eagle2", "no-split"):
+        more = ("--arch", arch, "--features", str(shared), "--max-steps", "1")
+        assert run(data, tmp_path / arch, *more) == 0
+    assert (shared / "index.json").exists()
+    assert run(data, tmp_path / "own", "--max-steps", "5", "--epochs", "3") == 0
+    assert not (tmp_path / "own" / "features").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--arch", "medusa"), "arch: expected one of fspad, eagle2, "),
+        (("--lr", "0"), "lr: expected a positive number, got 0.0"),
+        (("--threads", "0"), "threads: expected at least 1, got 0"),
+        (("--batch", "3", "--accumulate", "2"), "batch_size: 3 sequences cannot be split"),
+        (("--target", "/no/where"), "/no/where"),
+        (("--data", "/no/file.jsonl"), "/no/file.jsonl: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line(
+    data: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(data, tmp_path, *more) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("specrt: error: ") and message in error
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from specrt.cli import main; main(['train', 'fspad', '--help']);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--arch" in done.stdout
