@@ -66,6 +66,8 @@ class Calibration:
 
     def observe(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
         """Take one round's verified nodes."""
+        if scores.size == 0:  # a root alone says nothing of beliefs
+            return
         kinds, size = np.digitize(scores, self._EDGES).ravel(), len(self._believed)
         self._believed *= self._MEMORY
         self._accepted *= self._MEMORY
@@ -112,7 +114,7 @@ class EnvelopePolicy:
             cost: of verifying.
         """
         above, last = (masses[-2] if len(masses) > 1 else 1.0), masses[-1]
-        if last <= 0.0 or above <= 0.0:
+        if not (last > 0.0 and above > 0.0):  # nothing is reached
             return False
         gain = batch * last * min(1.0, last / above)
         level = self._relative(self._level_ms, cost)
