@@ -20,7 +20,7 @@ import specrt
 from specrt.cli import app as commands
 from specrt.cli import main
 from specrt.sampling import SamplingParams
-from tests.checkpoints import edit_config, edit_tensors, make_checkpoint
+from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_draft_checkpoint
 
 PROMPT = "to be or not to be, that is to be or not"
 TEMPLATE = (
@@ -381,9 +381,11 @@ def test_a_closed_pipe_ends_a_stream_quietly(long_target: str) -> None:
 
 
 @pytest.fixture
-def bundled(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny target in the place of the bundled one."""
+def bundled(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny target in the place of the bundled one, and a drafter of its own."""
+    make_draft_checkpoint(Path(target), tmp_path / "fspad")
     monkeypatch.setattr("specrt.builtin.target_path", lambda: Path(target))
+    monkeypatch.setattr("specrt.builtin.drafter_paths", lambda: {"fspad": tmp_path / "fspad"})
 
 
 def lines_with(out: str, *words: str) -> Sequence[str]:

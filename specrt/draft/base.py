@@ -51,7 +51,7 @@ class RoundCost:
         memory: weight of the past, a round.
     """
 
-    _STIFFNESS = 100.0  # of the slope: two rounds of eight rows
+    _STIFFNESS = 30.0  # of the slope, in the units of x²: less than one round of eight rows
     _SLOW = 0.02
 
     def __init__(self, slope: float = 0.08, memory: float = 0.97) -> None:

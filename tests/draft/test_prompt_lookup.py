@@ -213,14 +213,14 @@ def measured(rounds: int = 200, **ms: float) -> RoundCost:
 def test_before_measurements_the_prior_holds() -> None:
     cost = RoundCost(slope=0.1)
     assert [cost.relative(n) for n in (0, 1, 2, 11)] == pytest.approx([1, 1, 1.1, 2])
-    # Without a round of one row there is nothing to compare with.
+    # Rounds of one size say nothing of the slope.
     assert measured(n8=99.0).relative(8) == pytest.approx(1.7)
 
 
 def test_measured_costs_become_a_line() -> None:
     cost = measured(n1=2.0, n5=4.0, n9=6.0)
     for rows in (2, 3, 5, 9, 17):
-        assert cost.relative(rows) == pytest.approx(1 + 0.25 * (rows - 1), rel=1e-3), rows
+        assert cost.relative(rows) == pytest.approx(1 + 0.25 * (rows - 1), rel=1e-2), rows
     # More rows never count as cheaper than one.
     assert measured(n1=2.0, n5=1.0).relative(5) == pytest.approx(1.0, abs=1e-3)
 
@@ -243,4 +243,4 @@ def test_outliers_are_capped_but_change_is_learned() -> None:
     for _ in range(200):
         cost.observe(1, 1.0)
         cost.observe(4, 3.0)
-    assert cost.relative(4) == pytest.approx(3.0, rel=1e-2)
+    assert cost.relative(4) == pytest.approx(3.0, rel=5e-2)
