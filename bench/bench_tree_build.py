@@ -108,7 +108,7 @@ class Rerank:
     def ours(self) -> None:
         size = self.tokens.shape[1]
         pool = (self.tokens, self.parents, self.scores)
-        tree_rerank(*pool, size, self.root, None, *self.written)
+        tree_rerank(*pool, size, self.root, *self.written)
 
     def torch_rerank(self) -> tuple[torch.Tensor, ...]:
         index = self.scores[0].topk(NODES - 1).indices.sort().values

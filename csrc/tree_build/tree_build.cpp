@@ -141,7 +141,6 @@ Launch tree_rerank(const TreeRerankArgs& a) {
     SPECRT_CHECK(a.num_candidates >= 0, "num_candidates: expected >= 0, got ", a.num_candidates);
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, a.num_candidates);
     expect(a.roots, DType::kInt32, "[B]", batch);
-    if (a.costs) expect(a.costs, DType::kFloat32, "[2]", 2);
     for (const TensorView* t : {&a.parents, &a.depth})
         expect(*t, DType::kInt32, "[B, N]", batch, nodes);
     const int64_t words = (nodes + 63) / 64;
@@ -157,7 +156,6 @@ Launch tree_rerank(const TreeRerankArgs& a) {
     p.pool_parents = a.pool_parents.as<int32_t>();
     p.pool_scores = a.pool_scores.as<float>();
     p.roots = a.roots.as<int32_t>();
-    p.costs = a.costs.as<float>();
     p.draft_tokens = a.draft_tokens.as<int32_t>();
     p.parents = a.parents.as<int32_t>();
     p.depth = a.depth.as<int32_t>();

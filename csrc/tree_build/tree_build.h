@@ -72,7 +72,6 @@ struct TreeRerankParams {
     const int32_t* pool_parents;  // [B, C]
     const float* pool_scores;     // [B, C]
     const int32_t* roots;         // [B]
-    const float* costs;           // [2] or nullptr
     int32_t* draft_tokens;        // [B, N], and so to depth
     int32_t* parents;
     int32_t* depth;
@@ -85,7 +84,7 @@ struct TreeRerankParams {
 SPECRT_DECLARE_CPU(tree_rerank_part)
 
 struct TreeRerankArgs {
-    TensorView pool_tokens, pool_parents, pool_scores, roots, costs, draft_tokens, parents, depth,
+    TensorView pool_tokens, pool_parents, pool_scores, roots, draft_tokens, parents, depth,
         ancestors, num_nodes, node_scores;
     int64_t num_candidates;
 };

@@ -226,7 +226,6 @@ struct Rerank {
     const TreeRerankParams& p;
     int64_t b;
     Best best;
-    float gains[Best::kMax + 16] = {};      // exp(score)
     int32_t node_of_rank[Best::kMax] = {};  // 0: dropped, as its parent is not in the tree
 
     Rerank(const TreeRerankParams& params, int64_t sequence)
@@ -234,11 +233,6 @@ struct Rerank {
         const float* scores = p.pool_scores + b * p.pool_size;
         for (int64_t i = 0; i < p.num_candidates && best.capacity > 0; ++i)
             if (scores[i] > -kInf) best.offer(scores[i], i);
-        for (int j = 0; j < best.count; j += 16) {
-            float lane[16] = {};
-            for (int i = 0; i < 16 && j + i < best.count; ++i) lane[i] = score_of(best.keys[j + i]);
-            store(exp(load(lane)), gains + j);
-        }
     }
 
     // The node of a pool entry among the ranks below `end`, 0 for the root, or -1.
@@ -268,23 +262,15 @@ struct Rerank {
     }
 
     void run() {
-        const double base = p.costs ? static_cast<double>(p.costs[0]) : 0.0;
-        const double slope = p.costs ? static_cast<double>(p.costs[1]) : 0.0;
-        double sum = 1.0;  // expected tokens of the round: the bonus, and each node's own chance
         int64_t count = 1;
         write(0, p.roots[b], -1, 0.0f);
         for (int j = 0; j < best.count; ++j) {
-            const double gain = static_cast<double>(gains[j]);
-            // One more node changes sum / cost for the worse: so will all later, smaller ones.
-            if (slope > 0.0 && gain * (base + slope * static_cast<double>(count - 1)) < slope * sum)
-                break;
             const int32_t candidate = index_of(best.keys[j]);
             const int64_t at = b * p.pool_size + candidate;
             const int32_t parent = node_of(p.pool_parents[at], j);
             if (parent < 0) continue;
             node_of_rank[j] = static_cast<int32_t>(count);
             write(count++, p.pool_tokens[at], parent, p.pool_scores[at]);
-            sum += gain;
         }
         p.num_nodes[b] = static_cast<int32_t>(count);
         for (int64_t node = count; node < p.nodes; ++node) pad(node);

@@ -271,7 +271,6 @@ class RoundBuffers:
             self._pool.scores,
             width + (num_levels - 1) * width * width,
             self._roots,
-            None,
             choice.draft_tokens,
             choice.parents,
             choice.depth,

@@ -25,7 +25,7 @@ register(
 )
 register(
     "tree_rerank(Tensor pool_tokens, Tensor pool_parents, Tensor pool_scores, "
-    "int num_candidates, Tensor roots, Tensor? costs, Tensor(a!) draft_tokens, "
+    "int num_candidates, Tensor roots, Tensor(a!) draft_tokens, "
     "Tensor(b!) parents, Tensor(c!) depth, Tensor(d!) ancestors, Tensor(e!) num_nodes, "
     "Tensor(f!) node_scores) -> ()",
     _C.tree_rerank,
@@ -141,7 +141,6 @@ def tree_rerank(
     pool_scores: torch.Tensor,
     num_candidates: int,
     roots: torch.Tensor,
-    costs: torch.Tensor | None,
     draft_tokens: torch.Tensor,
     parents: torch.Tensor,
     depth: torch.Tensor,
@@ -160,9 +159,6 @@ def tree_rerank(
         pool_scores: ``[B, C]`` float32; no child above its parent.
         num_candidates: how many pool entries are valid.
         roots: ``[B]`` int32, the last committed tokens.
-        costs: ``[2]`` float32, (base, slope): a round with n drafted nodes takes base + slope * n.
-            Then only the n nodes are kept that give the most expected tokens per time,
-            ``(1 + sum of exp(score)) / (base + slope * n)``. None or slope 0: N - 1.
         draft_tokens: ``[B, N]`` int32, written; N <= 128.
         parents: ``[B, N]`` int32, written.
         depth: ``[B, N]`` int32, written.
@@ -180,7 +176,6 @@ def tree_rerank(
         pool_scores,
         num_candidates,
         roots,
-        costs,
         draft_tokens,
         parents,
         depth,

@@ -286,12 +286,11 @@ class Kept:
         return [getattr(self, f.name) for f in fields(self)]
 
 
-def rerank(pool: Pool, count: int, size: int, costs=None, roots=None) -> Kept:
+def rerank(pool: Pool, count: int, size: int, roots=None) -> Kept:
     batch = pool.tokens.shape[0]
     kept = Kept.empty(batch, size)
     roots = i32(range(100, 100 + batch)) if roots is None else roots
-    costs = None if costs is None else torch.tensor(costs)
-    tree_rerank(pool.tokens, pool.parents, pool.scores, count, roots, costs, *kept.tensors())
+    tree_rerank(pool.tokens, pool.parents, pool.scores, count, roots, *kept.tensors())
     return kept
 
 
@@ -346,26 +345,6 @@ def test_rerank_keeps_the_best_as_a_connected_tree(pool: Pool, size: int) -> Non
     assert all(kept.parents[0, j] < j for j in range(used))
 
 
-@settings(deadline=None, max_examples=150)
-@given(pools(), st.integers(1, 50), st.floats(0.1, 50.0), st.floats(0.001, 5.0))
-def test_costs_stop_at_the_best_size(pool: Pool, size: int, base: float, slope: float) -> None:
-    full, kept = (
-        rerank(pool, pool.tokens.shape[1], size, costs).node_scores[0]
-        for costs in (None, (base, slope))
-    )
-    used = int((kept > -INF).sum())
-    assert torch.equal(kept[:used], full[:used])
-    scores = [s for s in full[1:].tolist() if s > -INF]
-    rates = [rules.expected_per_cost(scores[:n], base, slope) for n in range(len(scores) + 1)]
-    assert rates[used - 1] >= max(rates) * (1 - 1e-6)
-
-
-@pytest.mark.parametrize("costs", [(1.0, 0.0), (1.0, -1.0), (NAN, NAN), (NAN, 1.0)])
-def test_costs_that_say_nothing_stop_nothing(costs) -> None:
-    pool, _ = grow(random_levels(1, 5, 30, 2), 5)
-    assert rerank(pool, 30, 20, costs).num_nodes == 20
-
-
 def test_rerank_survives_a_pool_that_is_no_tree() -> None:
     """Parents that were not taken, out of range or later: the node is dropped."""
     scores = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0]])
@@ -386,7 +365,7 @@ class Build:
         self.pool, self.kept = Pool.empty(batch, self.count), Kept.empty(batch, size)
         self.frontiers = [Frontier.root(batch)] + [Frontier.empty(batch, top_k) for _ in levels]
         self.scratch = torch.full((3, expand_workspace_size(rows)), NAN)
-        self.roots, self.costs = i32([5] * batch), torch.tensor([1.0, 0.0])
+        self.roots = i32([5] * batch)
 
     def launch(self) -> None:
         pool = self.pool
@@ -394,7 +373,7 @@ class Build:
             above, below = self.frontiers[level], self.frontiers[level + 1]
             expand(logits, above, level, pool, below, self.noise, scratch=self.scratch)
         tree_rerank(
-            pool.tokens, pool.parents, pool.scores, self.count, self.roots, self.costs,
+            pool.tokens, pool.parents, pool.scores, self.count, self.roots,
             *self.kept.tensors(),
         )  # fmt: skip
 
@@ -422,7 +401,6 @@ def test_replay_reads_the_present_contents() -> None:
         build.noise.position.sub_(seed)
         build.noise.temperature.copy_(build.noise.temperature.roll(1))
         build.roots.add_(1)
-        build.costs[1] = 0.02 * (seed - 1)
         before = build.outputs()
         graph.replay()
         replayed = build.outputs()
@@ -511,5 +489,3 @@ def test_rerank_errors_name_the_argument() -> None:
         rerank(pool, 10, 129)
     with pytest.raises(ValueError, match="roots: expected"):
         rerank(pool, 10, 5, roots=i32([1]))
-    with pytest.raises(ValueError, match=r"costs: expected \[2\]"):
-        rerank(pool, 10, 5, costs=(1.0, 2.0, 3.0))

@@ -74,11 +74,6 @@ class Tree:
     scores: list[float]
 
 
-def expected_per_cost(scores: Sequence[float], base: float, slope: float) -> float:
-    """Of a tree with these drafted nodes' scores."""
-    return (1.0 + sum(math.exp(s) for s in scores)) / (base + slope * len(scores))
-
-
 def rerank(
     tokens: Sequence[int], parents: Sequence[int], scores: Sequence[float], root: int, size: int
 ) -> Tree:
