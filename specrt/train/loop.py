@@ -78,15 +78,29 @@ class _Progress:
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """An accelerator for this process, as ``accelerate launch`` or plain Python started it."""
+    """An accelerator for this process, as ``accelerate launch`` or plain Python started it.
+
+    Raises:
+        ValueError: the launcher started several processes that know nothing of one another; each
+            would train the whole and write over the others' files.
+    """
     # All accelerators of a process share it, and an earlier one may have had another precision.
     AcceleratorState._reset_state()
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=_HOURS))]
     is_told = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     if options.precision == "auto" and is_told:
-        return Accelerator(kwargs_handlers=handlers)
-    is_bf16 = options.precision == "bf16" or (options.precision == "auto" and _has_fast_bf16())
-    return Accelerator(mixed_precision="bf16" if is_bf16 else "no", kwargs_handlers=handlers)
+        accelerator = Accelerator(kwargs_handlers=handlers)
+    else:
+        is_bf16 = options.precision == "bf16" or (options.precision == "auto" and _has_fast_bf16())
+        precision = "bf16" if is_bf16 else "no"
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE: the launcher started {launched} processes, but accelerate sees "
+            f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def run_identity(

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from specrt.draft.checkpoint import ARCHS, read_checkpoint
-from specrt.train.loop import TrainingError
+from specrt.train.loop import TrainingError, make_accelerator
 from specrt.train.options import TrainOptions
 from tests.train.support import OPTIONS, TARGET, curve, make_source, make_trainer, train
 
@@ -202,6 +202,16 @@ def test_accumulation_changes_only_rounding(
     parts = curve(train(tmp_path, replace(OPTIONS, accumulation_steps=2)))
     assert parts != whole[1]  # it did split
     torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_processes_that_know_nothing_of_one_another_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU without ACCELERATE_USE_CPU a launcher's processes would all be the main one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE: the launcher started 2 processes"):
+        make_accelerator(OPTIONS)
 
 
 def test_two_processes_agree_with_one(
