@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specrt.draft.base import DraftParams
     from specrt.engine import Engine, GenerationResult, StreamChunk
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "DraftParams",
     "Engine",
     "GenerationResult",
     "SamplingParams",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "specrt.types",
+    "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine",
     "GenerationResult": "specrt.engine",
     "SamplingParams": "specrt.sampling",
