@@ -324,7 +324,9 @@ def test_near_the_context_limit(model: LlamaModel, drafters: dict[str, Path]) ->
     assert len(result.stats.proposed_by_depth) <= 8
 
 
-def test_nan_features_end_one_sequence_only(checkpoint: Path, drafters: dict[str, Path]) -> None:
+def test_a_drafter_that_says_nan_changes_nothing(
+    checkpoint: Path, drafters: dict[str, Path]
+) -> None:
     """A drafter's own NaN costs speed, nothing else."""
     model = make_model(checkpoint)
     drafter = make_drafter(model, drafters["fspad"])
