@@ -211,7 +211,28 @@ def write_checkpoint(
         ValueError: a tensor is missing or misshaped.
         OSError: the files cannot be written; those of before are left as they were.
     """
-    for key, shape in _required_shapes(config).items():
+    write_files(path, _as_dict(config), tensors, _required_shapes(config))
+
+
+def write_files(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` of a drafter of any kind.
+
+    Args:
+        path: the directory, made where it is missing.
+        config: what ``config.json`` holds.
+        tensors: what ``model.safetensors`` holds.
+        shapes: of the tensors that must be there.
+
+    Raises:
+        ValueError: a tensor is missing or misshaped.
+        OSError: the files cannot be written; those of before are left as they were.
+    """
+    for key, shape in shapes.items():
         if key not in tensors or tuple(tensors[key].shape) != shape:
             got = list(tensors[key].shape) if key in tensors else "nothing"
             raise ValueError(f"tensors[{key!r}]: expected {list(shape)}, got {got}")
@@ -223,7 +244,7 @@ def write_checkpoint(
     try:
         save_file(stored, partial[weights], metadata={"format": "pt"})
         partial[weights].chmod(0o644)  # safetensors makes its files private
-        partial[said].write_text(json.dumps(_as_dict(config), indent=2) + "\n", encoding="utf-8")
+        partial[said].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in (weights, said):
             partial[file].replace(file)
     except SafetensorError as error:  # a full disk, among others

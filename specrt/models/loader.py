@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -87,6 +87,8 @@ def load_weights(
     dtype: torch.dtype,
     *,
     progress: bool = False,
+    tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+    others: Collection[str] = (),
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, into one arena.
 
@@ -95,6 +97,9 @@ def load_weights(
         config: that directory's configuration.
         dtype: of the matrices: float32, bfloat16 or float16.
         progress: show a bar on stderr, if that is a terminal.
+        tables: embedding and LM head of another model, ``[V, H]`` each, where the checkpoint has
+            none.
+        others: keys that the checkpoint has beside the model's; they are left to the caller.
 
     Raises:
         ValueError: ``dtype`` is another one.
@@ -104,9 +109,9 @@ def load_weights(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     checkpoint = Checkpoint(path)
-    _check_tensors(checkpoint, config)
+    _check_tensors(checkpoint, config, has_tables=tables is None, others=others)
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
-        return _Loader(checkpoint, config, dtype).load(advance)
+        return _Loader(checkpoint, config, dtype, tables).load(advance)
 
 
 def load_tables(
@@ -162,12 +167,19 @@ def _allocate(size: int) -> torch.Tensor:
 class _Loader:
     """Fills an arena from a checkpoint whose keys, shapes and dtypes have been checked."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
         self._config = config
+        self._tables = tables
         self._shapes = _expected_shapes(config)
         table = (config.vocab_size, config.hidden_size)
-        num_tables = 1 if config.is_head_tied else 2
+        num_tables = 0 if tables is not None else 1 if config.is_head_tied else 2
         matrices = [*_layer_matrices(config).values()] * config.num_layers
         self._arena = _Arena(matrices + [table] * num_tables, dtype)
 
@@ -177,13 +189,16 @@ class _Loader:
             layers.append(self._layer(f"model.layers.{index}."))
             self._checkpoint.release()
             advance()
-        is_tied = self._config.is_head_tied
-        lm_head = self._matrix([_EMBED if is_tied else _HEAD])
-        embed = lm_head if is_tied else self._matrix([_EMBED])
+        embed, lm_head = self._tables or self._own_tables()
         final_norm = self._vector(["model.norm.weight"])
         self._checkpoint.release()
         advance()
         return Weights(self._arena.memory, embed, tuple(layers), final_norm, lm_head)
+
+    def _own_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        is_tied = self._config.is_head_tied
+        lm_head = self._matrix([_EMBED if is_tied else _HEAD])
+        return (lm_head if is_tied else self._matrix([_EMBED])), lm_head
 
     def _layer(self, prefix: str) -> LayerWeights:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
@@ -286,20 +301,23 @@ def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: ModelConfig, has_tables: bool = True) -> dict[str, tuple[int, ...]]:
     """Every key the architecture has, under Hugging Face's names."""
     hidden_size = config.hidden_size
     table = (config.vocab_size, hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {_EMBED: table, "model.norm.weight": (hidden_size,)}
-    if not config.is_head_tied:
-        shapes[_HEAD] = table
+    shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden_size,)}
+    if has_tables:
+        shapes[_EMBED] = table
+        if not config.is_head_tied:
+            shapes[_HEAD] = table
     for index in range(config.num_layers):
-        for name, shape in _expected_layer_shapes(config).items():
+        for name, shape in layer_shapes(config).items():
             shapes[f"model.layers.{index}.{name}"] = shape
     return shapes
 
 
-def _expected_layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of one decoder layer, under Hugging Face's names without its prefix."""
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     q_rows = config.num_heads * config.head_dim
     kv_rows = config.num_kv_heads * config.head_dim
@@ -325,9 +343,15 @@ def _expected_layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def _check_tensors(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    has_tables: bool = True,
+    others: Collection[str] = (),
+) -> None:
     """Refuse a checkpoint that does not fit ``config``, from its headers alone."""
-    infos, expected = checkpoint.infos, _expected_shapes(config)
+    infos, expected = checkpoint.infos, _expected_shapes(config, has_tables)
     missing = [key for key in expected if key not in infos]
     if missing:
         raise CheckpointError(
@@ -347,7 +371,7 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             raise CheckpointError(
                 f"{info.file}: {key}: expected a floating-point tensor, got {_name(info.dtype)}"
             )
-    unknown = [key for key in infos if key not in expected and key not in scales]
+    unknown = [key for key in infos if key not in {*expected, *scales, *others}]
     _check_unknown(checkpoint, unknown)
 
 
@@ -370,7 +394,7 @@ def _check_scale(checkpoint: Checkpoint, key: str, scale_key: str) -> str:
 def _check_unknown(checkpoint: Checkpoint, unknown: list[str]) -> None:
     """Tensors the architecture has no place for mean another model, bar two known harmless ones."""
     bad = [key for key in unknown if not key.endswith(".rotary_emb.inv_freq")]
-    if _HEAD in bad:  # not expected, so the head is tied
+    if _HEAD in bad and _EMBED not in bad:  # not expected, so the head is tied
         head, embed = checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBED)
         if head.dtype != embed.dtype or not torch.equal(head, embed):
             raise CheckpointError(
