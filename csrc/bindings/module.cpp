@@ -16,6 +16,7 @@ void register_tree_accept(py::module_& m);
 void register_tree_build(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
+void register_draft_control(py::module_& m);
 
 namespace {
 
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
     register_tree_build(m);
     register_kv_commit(m);
     register_feature_sample(m);
+    register_draft_control(m);
 }
 
 }  // namespace specrt::bindings

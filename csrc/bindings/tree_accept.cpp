@@ -6,7 +6,7 @@ namespace specrt::bindings {
 namespace {
 
 Purpose purpose_of(uint32_t purpose) {
-    SPECRT_CHECK(purpose <= 3, "purpose: expected 0..3, got ", purpose);
+    SPECRT_CHECK(purpose <= 4, "purpose: expected 0..4, got ", purpose);
     return static_cast<Purpose>(purpose);
 }
 
@@ -53,6 +53,7 @@ void register_tree_accept(py::module_& m) {
     m.def("philox4x32", &bind_philox4x32);
     m.def("uniform_from", &uniform_from);
     m.def("gumbel_from", &gumbel_from);
+    m.def("exp_of", &exp_of);
 }
 
 }  // namespace specrt::bindings

@@ -18,7 +18,7 @@ namespace specrt {
 
 // Draws of different purposes are independent. The numbers are part of what a seed means: never
 // renumber them.
-enum class Purpose : uint32_t { kTarget = 0, kAccept = 1, kResidual = 2, kDraft = 3 };
+enum class Purpose : uint32_t { kTarget = 0, kAccept = 1, kResidual = 2, kDraft = 3, kControl = 4 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
@@ -112,6 +112,30 @@ SPECRT_HD float log_of(float x) {
     series = fused_mul_add(series, s2, 1.0f / 3.0f);
     const float tail = fused_mul_add(2.0f * s * s2, series, n * -2.12194440e-4f);
     return fused_mul_add(n, 0.693359375f, 2.0f * s + tail);
+}
+
+// e^x within 2 ulp where it is a normal number; 0 below, +inf above, NaN for NaN.
+SPECRT_HD float exp_of(float x) {
+    if (x != x) return x;
+    if (x < -87.33654f) return 0.0f;
+    if (x > 88.72283f) return __builtin_inff();
+    // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer.
+    const float n = fused_mul_add(x, 1.44269504f, 12582912.0f) - 12582912.0f;
+    const float r = fused_mul_add(n, 2.12194440e-4f, fused_mul_add(n, -0.693359375f, x));
+    float series = fused_mul_add(r, 1.9875691500e-4f, 1.3981999507e-3f);
+    series = fused_mul_add(series, r, 8.3334519073e-3f);
+    series = fused_mul_add(series, r, 4.1665795894e-2f);
+    series = fused_mul_add(series, r, 1.6666665459e-1f);
+    series = fused_mul_add(series, r, 5.0000001201e-1f);
+    const float mantissa = fused_mul_add(series, r * r, r) + 1.0f;
+    // 2^n in two factors: n may be 128.
+    const int32_t half = static_cast<int32_t>(n) / 2, rest = static_cast<int32_t>(n) - half;
+    const uint32_t u = static_cast<uint32_t>(half + 127) << 23;
+    const uint32_t v = static_cast<uint32_t>(rest + 127) << 23;
+    float first, second;
+    memcpy(&first, &u, 4);
+    memcpy(&second, &v, 4);
+    return mantissa * first * second;
 }
 
 // No Gumbel noise is above 33 ln 2 = 22.874, for the smallest tail is 2^-33.

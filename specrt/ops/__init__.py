@@ -4,6 +4,7 @@ Every op writes into preallocated tensors, so that a recorded graph can replay i
 reduction order per row: a row's bits never depend on the other rows.
 """
 
+from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear
@@ -17,6 +18,8 @@ from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 __all__ = [
     "CoupledNoise",
     "Purpose",
+    "draft_control",
+    "draft_control_update",
     "feature_sample",
     "feature_sample_workspace",
     "gumbel_noise",

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     ACCEPT = 1
     RESIDUAL = 2
     DRAFT = 3
+    CONTROL = 4
 
 
 def workspace_size(vocab_size: int) -> int:

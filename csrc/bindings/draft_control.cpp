@@ -1,0 +1,59 @@
+#include "draft_control/draft_control.h"
+
+#include "bindings/tensor.h"
+
+namespace specrt::bindings {
+namespace {
+
+DraftControlArgs decide_args(const py::args& t) {
+    SPECRT_CHECK(t.size() == 17, "draft_control: expected 17 arguments, got ", t.size());
+    return {view_of(t[2], "settings"),
+            view_of(t[3], "costs"),
+            view_of(t[4], "posterior"),
+            view_of(t[5], "slots"),
+            view_of(t[6], "seed"),
+            view_of(t[7], "position"),
+            view_of(t[8], "limit"),
+            view_of(t[9], "is_sampled"),
+            view_of(t[10], "slope", true),
+            view_of(t[11], "score", true),
+            view_of(t[12], "evidence", true),
+            view_of(t[13], "is_open"),
+            view_of(t[14], "drafted"),
+            view_of(t[15], "length"),
+            view_of(t[16], "confidence"),
+            t[0].cast<int64_t>(),
+            t[1].cast<int64_t>()};
+}
+
+DraftControlUpdateArgs update_args(const py::args& t) {
+    SPECRT_CHECK(t.size() == 10, "draft_control_update: expected 10 arguments, got ", t.size());
+    return {view_of(t[1], "settings"),   view_of(t[2], "costs"),         view_of(t[3], "slots"),
+            view_of(t[4], "limit"),      view_of(t[5], "drafted"),       view_of(t[6], "length"),
+            view_of(t[7], "confidence"), view_of(t[8], "accept_length"), view_of(t[9], "posterior"),
+            t[0].cast<int64_t>()};
+}
+
+}  // namespace
+
+void register_draft_control(py::module_& m) {
+    m.def("draft_control",
+          [](const py::args& t) { submit_released(draft_control(decide_args(t))); });
+    m.def("draft_control_update",
+          [](const py::args& t) { submit_released(draft_control_update(update_args(t))); });
+    m.def("draft_control_prior", [](py::handle settings, py::handle posterior) {
+        draft_control_prior(view_of(settings, "settings"), view_of(posterior, "posterior"));
+    });
+    m.def("normal_draws", [](py::handle seed, py::handle position, uint32_t index, double mean,
+                             double variance, py::handle out) {
+        normal_draws(view_of(seed, "seed"), view_of(position, "position"), index, mean, variance,
+                     view_of(out, "out"));
+    });
+    m.def("beta_draws", [](py::handle seed, py::handle position, uint32_t index, double alpha,
+                           double beta, py::handle out) {
+        beta_draws(view_of(seed, "seed"), view_of(position, "position"), index, alpha, beta,
+                   view_of(out, "out"));
+    });
+}
+
+}  // namespace specrt::bindings
