@@ -44,8 +44,8 @@ class _Plan(NamedTuple):
     """What a round may draft."""
 
     num_branches: int
-    caps: np.ndarray
-    """``[B]``: drafted levels of each sequence, at most."""
+    caps: list[int]
+    """Drafted levels of each of B sequences, at most."""
     is_fixed: bool
     """All of them, whatever the controller would say."""
 
@@ -143,7 +143,7 @@ class EesdDrafter:
         self._controlled = self._times = self._last = None
         self._num_rows = len(states)
         plan = self._plan(states, budget)
-        if not plan.caps.any() or not self._wants_draft(states, plan):
+        if not any(plan.caps) or not self._wants_draft(states, plan):
             roots = [[state.token_ids[-1]] for state in states]
             return self._timed(chain(torch.tensor(roots, dtype=torch.int32)), begun)
         for state in states:
@@ -197,8 +197,8 @@ class EesdDrafter:
         total = min(params.total_tokens or MAX_NODES, budget.max_nodes, 1 + MAX_DRAFT_NODES)
         most = min(wanted, (total - 1) // width)
         # The bonus token takes the last place.
-        caps = np.array([min(most, state.num_left - 1) for state in states])
-        return _Plan(width, np.maximum(caps, 0), is_fixed)
+        caps = [max(0, min(most, state.num_left - 1)) for state in states]
+        return _Plan(width, caps, is_fixed)
 
     def _wants_draft(self, states: Sequence[SequenceState], plan: _Plan) -> bool:
         """Whether any sequence is to draft at all."""
@@ -211,9 +211,8 @@ class EesdDrafter:
             control = self._controls[key] = self.control.new_round(len(states), slope)
         control.stage(self.control, states, self.costs(len(states)))
         control.decide(0, None, None)
-        control.is_open[plan.caps == 0] = 0
         self._controlled = control
-        return bool(control.is_open.any())
+        return self._is_any_open(control, plan, 0)
 
     def _draft(
         self,
@@ -224,7 +223,7 @@ class EesdDrafter:
     ) -> np.ndarray:
         """Run level after level; ``[B]``, how many of each sequence to verify."""
         caches = batches[0].cache, batches[1].cache
-        most, control = int(plan.caps.max()), self._controlled
+        most, control = max(plan.caps), self._controlled
         started, are_replays, level = perf_counter(), True, 0
         while level < most:
             buffers.embed(level)
@@ -234,7 +233,7 @@ class EesdDrafter:
             if control is not None and not self._goes_on(control, buffers, plan, level):
                 break
         stepped = perf_counter()
-        lengths: np.ndarray = np.minimum(plan.caps, level)
+        lengths = np.minimum(plan.caps, level)
         if control is not None:
             lengths = control.length.copy()
         lower = None
@@ -256,8 +255,14 @@ class EesdDrafter:
             control.decide(level, last.scores[:, 0], last.evidence[:, 0])
         else:
             control.decide(level, buffers.level_score(level - 1), None)
-        control.is_open[plan.caps <= level] = 0
-        return bool(control.is_open.any())
+        return self._is_any_open(control, plan, level)
+
+    def _is_any_open(self, control: ControlRound, plan: _Plan, level: int) -> bool:
+        """Whether a sequence is to draft on; those at their cap are closed."""
+        for row, cap in enumerate(plan.caps):
+            if cap <= level:
+                control.is_open[row] = 0
+        return 1 in control.is_open.tolist()
 
     def _run(self, buffers: EesdBuffers, step: int, launch: Callable[[], None]) -> bool:
         """Run a step of ``buffers``; whether it had been run, and so recorded, before."""

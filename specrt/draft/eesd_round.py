@@ -59,6 +59,10 @@ class Chain(NamedTuple):
 class Level:
     """A level's F rows (1 at level 0, else b), and the K best children they were given."""
 
+    inputs: torch.Tensor
+    """``[B * F]`` int32: the rows' tokens."""
+    embedded: torch.Tensor
+    """``[B * F, H]`` float32, shared by all levels."""
     hidden: torch.Tensor
     """``[B * F, H]`` float32: what the target's first N layers give."""
     target_rows: StepRows
@@ -125,15 +129,14 @@ class EesdBuffers:
 
     def embed(self, level: int) -> None:
         """Copy in the embeddings of a level's tokens; not to be recorded."""
-        rows = self.levels[level].hidden.shape[0]
-        tokens = self._tokens(level).reshape(-1)
-        self._exit.target.embed_tokens(tokens, self._embedded[:rows])
+        here = self.levels[level]
+        self._exit.target.embed_tokens(here.inputs, here.embedded)
 
     def draft(self, level: int, target: KVCache, drafts: KVCache) -> None:
         """Run the rows of ``level`` through the draft model, and rank their children."""
         here, rows = self.levels[level], self.levels[level].hidden.shape[0]
         logits = self._logits[:rows]
-        self._exit.launch_lower(self._embedded[:rows], here.target_rows, target, here.hidden)
+        self._exit.launch_lower(here.embedded, here.target_rows, target, here.hidden)
         self._exit.launch_exit(
             here.hidden,
             here.exit_rows,
@@ -146,8 +149,8 @@ class EesdBuffers:
 
     def close(self, level: int, target: KVCache, drafts: KVCache) -> None:
         """Run the rows of the last level as far as verification and the next round need it."""
-        here, rows = self.levels[level], self.levels[level].hidden.shape[0]
-        self._exit.launch_lower(self._embedded[:rows], here.target_rows, target, here.hidden)
+        here = self.levels[level]
+        self._exit.launch_lower(here.embedded, here.target_rows, target, here.hidden)
         self._exit.launch_kv(here.hidden, here.exit_rows, drafts)
 
     def _rank(self, level: int, logits: torch.Tensor) -> None:
@@ -272,8 +275,12 @@ class EesdBuffers:
         first = 0 if level == 0 else batch * (1 + (level - 1) * width)
         children = (batch, self._num_children)
         target_rows, exit_rows = self._rows(level, count)
+        tokens = self._tokens(level)
         ints = torch.zeros(3, *children, dtype=torch.int32)
         return Level(
+            # One dimension without a copy: a chain's level has one row a sequence.
+            inputs=tokens[:, 0] if self._is_chain else tokens.view(-1),
+            embedded=self._embedded[: batch * count],
             hidden=self._hidden[first : first + batch * count],
             target_rows=target_rows,
             exit_rows=exit_rows,
