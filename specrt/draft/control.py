@@ -36,9 +36,9 @@ CONTROLLERS = tuple(kind.name.lower().replace("_", "-") for kind in ControlKind)
 
 # Of cost-aware, chosen by simulation (tests/draft/test_control.py).
 _DISCOUNT = 0.99
-_GAIN_MEAN = 0.3
+_GAIN_MEAN = 0.5
 _GAIN_WEIGHT = 1.0
-_GAIN_VAR = 0.08
+_GAIN_VAR = 0.06
 
 
 @dataclass(frozen=True)
