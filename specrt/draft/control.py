@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 
 from specrt.ops import draft_control, draft_control_update
@@ -34,10 +35,10 @@ CONTROLLERS = tuple(kind.name.lower().replace("_", "-") for kind in ControlKind)
 """Names of the rules."""
 
 # Of cost-aware, chosen by simulation (tests/draft/test_control.py).
-_DISCOUNT = 0.98
-_GAIN_MEAN = 0.3
+_DISCOUNT = 0.99
+_GAIN_MEAN = 0.5
 _GAIN_WEIGHT = 1.0
-_GAIN_VAR = 0.12
+_GAIN_VAR = 0.06
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,7 @@ class DraftControl:
 
     def read(self, states: Sequence[SequenceState], rows: torch.Tensor) -> None:
         """Copy the posteriors of ``states`` to ``rows [P, beliefs]``; P = 1 if they are shared."""
-        for slot in range(len(rows)):
-            rows[slot] = self._rows[states[slot]]
+        torch.stack([self._rows[state] for state in states[: len(rows)]], out=rows)
 
     def write(self, states: Sequence[SequenceState], rows: torch.Tensor) -> None:
         """Take back what :meth:`read` gave."""
@@ -279,14 +279,14 @@ class ControlRound:
             costs: of this round.
         """
         control.read(states, self._posterior)
-        self._costs.copy_(torch.tensor(astuple(costs), dtype=torch.float64))
-        for b, state in enumerate(states):
-            seed = state.seed % 2**64
-            self._seed[b] = seed - 2**64 if seed >= 2**63 else seed
-            self._position[b] = len(state.token_ids)
-            # The bonus token takes the last place.
-            self._limit[b] = max(0, min(self._max_draft, state.num_left - 1))
-            self._is_sampled[b] = int(state.temperature > 0.0)
+        self._costs.numpy()[:] = astuple(costs)
+        seeds = np.array([state.seed % 2**64 for state in states], dtype=np.uint64)
+        self._seed.numpy()[:] = seeds.view(np.int64)
+        self._position.numpy()[:] = [len(state.token_ids) for state in states]
+        # The bonus token takes the last place.
+        left = [state.num_left - 1 for state in states]
+        self._limit.numpy()[:] = np.clip(left, 0, self._max_draft)
+        self._is_sampled.numpy()[:] = [state.temperature > 0.0 for state in states]
 
     def decide(
         self, step: int, score: torch.Tensor | None = None, evidence: torch.Tensor | None = None
@@ -332,7 +332,7 @@ class ControlRound:
             accept_lengths: accepted drafted tokens of each; -1 = failed, nothing is learned.
         """
         control.read(states, self._posterior)
-        self._accept_length.copy_(torch.tensor(accept_lengths, dtype=torch.int32))
+        self._accept_length.numpy()[:] = accept_lengths
         draft_control_update(
             self._kind,
             self._settings,

@@ -33,8 +33,6 @@ NUM_BINS = 8
 MAX_DRAFT = 62
 STEP_DRAWS = 1024
 """Uniforms of a step. Number 0 decides with a probability, variates begin at 1."""
-ROUND_BIAS = 512
-"""Where in step 0 the bias begins that a cost-aware round believes in."""
 
 
 class ControlKind(IntEnum):
