@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ControlOptions",
     "DraftParams",
     "Engine",
     "GenerationResult",
@@ -28,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "specrt.types",
+    "ControlOptions": "specrt.draft.control",
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine",
     "GenerationResult": "specrt.engine",

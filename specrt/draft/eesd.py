@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget
 from specrt.draft.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.draft.eesd_costs import CostMeter
@@ -228,7 +228,7 @@ class EesdDrafter:
         while level < most:
             buffers.embed(level)
             step = partial(buffers.draft, level, *caches)
-            are_replays &= self._run(buffers, level, step)
+            are_replays &= self._run(buffers, level, step, caches)
             level += 1
             if control is not None and not self._goes_on(control, buffers, plan, level):
                 break
@@ -240,7 +240,7 @@ class EesdDrafter:
         if int(lengths.max()) == level:
             buffers.embed(level)
             close = partial(buffers.close, level, *caches)
-            are_replays &= self._run(buffers, -level, close)
+            are_replays &= self._run(buffers, -level, close, caches)
             lower = perf_counter() - stepped
         self._last = buffers, level
         self._times = _Times(begun, stepped - started, lower, level, are_replays, 0.0)
@@ -264,13 +264,22 @@ class EesdDrafter:
                 control.is_open[row] = 0
         return 1 in control.is_open.tolist()
 
-    def _run(self, buffers: EesdBuffers, step: int, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had been run, and so recorded, before."""
-        key = (buffers, step, self.exit_model.version)
+    def _run(
+        self,
+        buffers: EesdBuffers,
+        step: int,
+        launch: Callable[[], None],
+        caches: tuple[KVCache, KVCache],
+    ) -> bool:
+        """Run a step of ``buffers``; whether it had been run, and so recorded, before.
+
+        Engines that share the drafter have target caches of their own.
+        """
+        key = (buffers, caches, step, self.exit_model.version)
         is_known = key in self._recorded
         self._recorded.add(key)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, self._cache, *key), launch)
+        self._run_step((self, *key), launch)
         return is_known
 
     # --- sequences and buffers ----------------------------------------------------------------

@@ -74,10 +74,9 @@ def load_drafter(
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
     """
-    if name is None:
-        return EmptyDrafter()
-    if name == PROMPT_LOOKUP:
-        return PromptLookupDrafter()
+    if name is None or name == PROMPT_LOOKUP:
+        _refuse_control(options)
+        return EmptyDrafter() if name is None else PromptLookupDrafter()
     directory = drafter_directory(name)
     if is_exit_checkpoint(directory):
         config = read_exit(directory, target.config)
@@ -91,7 +90,16 @@ def load_drafter(
             on_move,
             is_coupled=options.is_coupled,
         )
+    _refuse_control(options)
     return _small_model(directory, target, dtype, run_step, on_move)
+
+
+def _refuse_control(options: DrafterOptions) -> None:
+    if options.control is not None:
+        raise ValueError(
+            f"controller: only trained drafters take one (EESD, FSPAD, EAGLE), got "
+            f"{options.control.kind!r}"
+        )
 
 
 def _small_model(

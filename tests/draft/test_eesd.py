@@ -74,9 +74,7 @@ def tau(engine: Engine, asked: list[list[int]], params: SamplingParams = GREEDY)
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", CONTROLLERS)
-def test_output_is_plain_decoding(
-    model: LlamaModel, folder: Path, kind: str, setting: str
-) -> None:
+def test_output_is_plain_decoding(model: LlamaModel, folder: Path, kind: str, setting: str) -> None:
     asked, params = prompts(6, VOCAB), SETTINGS[setting]
     expected = texts(make_engine(model).generate(asked, params))
     num_drafted = num_accepted = 0

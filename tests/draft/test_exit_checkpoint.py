@@ -52,9 +52,7 @@ def path(target: Path, tmp_path: Path) -> Path:
 
 
 def load(path: Path, model: LlamaModel) -> EesdDrafter:
-    drafter = load_drafter(
-        path, model, None, model._run_step, model._on_move, DrafterOptions()
-    )
+    drafter = load_drafter(path, model, None, model._run_step, model._on_move, DrafterOptions())
     assert isinstance(drafter, EesdDrafter)
     return drafter
 
@@ -144,7 +142,7 @@ def test_a_truncated_file(path: Path, model: LlamaModel) -> None:
 def test_an_exit_of_another_target(path: Path, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path / "other", num_hidden_layers=5)
     with pytest.raises(CheckpointError, match="made for another target"):
-        specrt.load(tmp_path / "other", path)
+        load(path, make_model(tmp_path / "other"))
 
 
 def test_layers_out_of_range(target: Path) -> None:
@@ -172,14 +170,14 @@ def test_another_kind_is_no_exit(target: Path, tmp_path: Path, model: LlamaModel
 
 def test_control_by_name(path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specrt.loading.load_tokenizer", lambda path: None)
-    engine = specrt.load(target, path, control="fixed-3", progress=False)
+    engine = specrt.load(target, path, controller="fixed-3", progress=False)
     assert isinstance(engine.drafter, EesdDrafter)
     assert engine.drafter.control.options == ControlOptions(kind="fixed", draft_len=3)
     options = ControlOptions(kind="beta-ts", prior=(2.0, 1.0))
-    engine = specrt.load(target, path, control=options, progress=False)
+    engine = specrt.load(target, path, controller=options, progress=False)
     assert isinstance(engine.drafter, EesdDrafter)
     assert engine.drafter.control.options == options
-    with pytest.raises(ValueError, match=r"control: .*expected .*cost-aware.*got 'sometimes'"):
-        specrt.load(target, path, control="sometimes", progress=False)
-    with pytest.raises(ValueError, match="control: only trained drafters"):
-        specrt.load(target, None, control="beta-ts", progress=False)
+    with pytest.raises(ValueError, match=r"controller: expected .*cost-aware, got .sometimes."):
+        specrt.load(target, path, controller="sometimes", progress=False)
+    with pytest.raises(ValueError, match="controller: only trained drafters"):
+        specrt.load(target, None, controller="beta-ts", progress=False)
