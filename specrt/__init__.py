@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
+    from specrt.draft.control import ControlOptions
     from specrt.engine import Engine, GenerationResult, StreamChunk
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams
