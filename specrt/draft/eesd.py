@@ -15,7 +15,6 @@ from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
@@ -220,8 +219,8 @@ class EesdDrafter:
         plan: _Plan,
         batches: tuple[CacheBatch, CacheBatch],
         begun: float,
-    ) -> np.ndarray:
-        """Run level after level; ``[B]``, how many of each sequence to verify."""
+    ) -> list[int]:
+        """Run level after level; how many of each sequence to verify."""
         caches = batches[0].cache, batches[1].cache
         most, control = max(plan.caps), self._controlled
         started, are_replays, level = perf_counter(), True, 0
@@ -233,11 +232,11 @@ class EesdDrafter:
             if control is not None and not self._goes_on(control, buffers, plan, level):
                 break
         stepped = perf_counter()
-        lengths = np.minimum(plan.caps, level)
+        lengths = [min(cap, level) for cap in plan.caps]
         if control is not None:
-            lengths = control.length.copy()
+            lengths = control.length.tolist()
         lower = None
-        if int(lengths.max()) == level:
+        if max(lengths) == level:
             buffers.embed(level)
             close = partial(buffers.close, level, *caches)
             are_replays &= self._run(buffers, -level, close, caches)

@@ -9,7 +9,7 @@ to both and none of it is run again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +124,9 @@ class EesdBuffers:
         self.levels: list[Level] = []
         for _ in range(max_levels + 1):
             self.levels.append(self._next_level())
+        self._tree_tokens = np.zeros((batch, 1 + max_levels), dtype=np.int32)
+        self._roots_view = self._roots.numpy()[:, 0]
+        self._children_views = [level.tokens.numpy()[:, 0] for level in self.levels]
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
 
@@ -187,7 +190,8 @@ class EesdBuffers:
         self, states: Sequence[SequenceState], target: CacheBatch, drafts: CacheBatch
     ) -> None:
         """Copy in what a round starts from; both caches hold all tokens but the roots."""
-        assert drafts.kv_len.equal(target.kv_len), "the exit's cache lags behind the target's"
+        held = [[sequence.length for sequence in batch.sequences] for batch in (target, drafts)]
+        assert held[0] == held[1], "the exit's cache lags behind the target's"
         self._exit.reserve(self._num_rows)
         self._kv_lens[0] = target.kv_len
         torch.add(target.kv_len, 1, out=self._kv_lens[1])
@@ -195,9 +199,8 @@ class EesdBuffers:
             if self._staged[place] is not table:
                 self._tables[place].copy_(table)
                 self._staged[place] = table
-        roots = self._roots.numpy()
         for row, state in enumerate(states):
-            roots[row] = state.token_ids[-1]
+            self._roots_view[row] = state.token_ids[-1]
         if self._noise is not None:
             stage_noise(self._noise, states)
             levels = torch.arange(len(self.levels), dtype=torch.int32)[:, None]
@@ -222,16 +225,34 @@ class EesdBuffers:
             np.stack([level.evidence.numpy()[:, 0] for level in levels], axis=1),
         )
 
-    def tree(self, lengths: np.ndarray) -> DraftTree:
-        """The drafted tree, ``lengths [B]`` levels of each sequence, below its root."""
-        num_levels = int(lengths.max())
-        tokens = torch.cat([self._tokens(level) for level in range(num_levels + 1)], dim=1)
-        shape = chain(tokens) if self._is_chain else self._branched(tokens, num_levels)
-        if int(lengths.min()) < num_levels:
-            counts = 1 + lengths * self.key.num_branches
-            shape = replace(shape, num_nodes=torch.from_numpy(counts.astype(np.int32)))
-        hidden = self._states(num_levels)
-        return replace(shape, hidden=hidden, num_layers_run=self._exit.num_layers)
+    def tree(self, lengths: Sequence[int]) -> DraftTree:
+        """The tree below the roots, ``lengths`` levels of each sequence; valid until the next."""
+        num_levels = max(lengths)
+        if self._is_chain:
+            shape = chain(self._chain_tokens(num_levels))
+        else:
+            shape = self._branched(num_levels)
+        num_nodes = shape.num_nodes
+        if min(lengths) < num_levels:
+            counts = [1 + length * self.key.num_branches for length in lengths]
+            num_nodes = torch.tensor(counts, dtype=torch.int32)
+        return DraftTree(
+            shape.draft_tokens,
+            shape.parents,
+            shape.depth,
+            shape.ancestors,
+            num_nodes,
+            hidden=self._states(num_levels),
+            num_layers_run=self._exit.num_layers,
+        )
+
+    def _chain_tokens(self, num_levels: int) -> torch.Tensor:
+        """``[B, 1 + num_levels]``; through numpy, which costs a tenth of torch here."""
+        tokens = self._tree_tokens[:, : 1 + num_levels]
+        tokens[:, 0] = self._roots_view
+        for level, children in enumerate(self._children_views[:num_levels], start=1):
+            tokens[:, level] = children
+        return torch.from_numpy(np.ascontiguousarray(tokens))
 
     def _tokens(self, level: int) -> torch.Tensor:
         """``[B, F]``: the tokens of a level's rows."""
@@ -247,9 +268,10 @@ class EesdBuffers:
         levels = self.levels[: num_levels + 1]
         return torch.cat([level.hidden.view(batch, -1, hidden_size) for level in levels], dim=1)
 
-    def _branched(self, tokens: torch.Tensor, num_levels: int) -> DraftTree:
+    def _branched(self, num_levels: int) -> DraftTree:
         """A tree of b nodes a level; the root takes bit 0, so the drafted nodes' bits move up."""
         batch, width = self.key.batch, self.key.num_branches
+        tokens = torch.cat([self._tokens(level) for level in range(num_levels + 1)], dim=1)
         parents = [torch.full((batch, 1), -1, dtype=torch.int32)]
         bits = [torch.ones(batch, 1, dtype=torch.int64)]
         depth = [torch.zeros(batch, 1, dtype=torch.int32)]
