@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from specrt.cli import convert, distill, errors, train
+from specrt.cli import convert, distill, errors, replay, train
 from specrt.cli.options import (
     INPUT,
     RUNTIME,
@@ -228,6 +228,7 @@ def info(
 
 app.command("distill-data")(distill.distill_data)
 app.command("convert")(convert.convert)
+app.command("replay")(replay.replay)
 
 
 def _print_version(is_wanted: bool) -> None:
