@@ -12,11 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import specrt
 from specrt.cli.app import main
 from specrt.cli.replay import parse_control
+from specrt.config import ModelConfig, config_fingerprint
 from specrt.draft.control import CONTROLLERS, ControlOptions, DraftCosts
-from specrt.draft.trace import Trace, TraceHeader, TraceModels, TraceSequence, write_trace
+from specrt.draft.trace import (
+    Trace,
+    TraceHeader,
+    TraceModels,
+    TraceSequence,
+    read_trace,
+    write_trace,
+)
 from specrt.replay import ALL_TASKS, PLAIN, compare, simulate
+from tests.engine.exits import EXIT_LAYER, make_exit_pair
+from tests.test_cli import expect_one_line, write_tokenizer
 
 MAX_DRAFT = 5
 MODELS = TraceModels("a-target", "t0", "an-exit", "d0", 3, "float32", MAX_DRAFT)
@@ -130,6 +141,82 @@ def test_needs_no_torch_to_be_described() -> None:
     assert "--controller" in done.stdout
 
 
+# --- recording ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    target, drafter = make_exit_pair(tmp_path_factory.mktemp("models"))
+    write_tokenizer(target)
+    return ["--target", str(target), "--drafter", str(drafter)]
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> str:
+    file = tmp_path / "letters.jsonl"
+    texts = ["to be or not", "a b c d e f g"]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(file)
+
+
+def test_records_then_replays(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, models: list[str], letters: str
+) -> None:
+    file, warm = str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.jsonl")
+    sizes = ("--max-draft", "4", "--max-new-tokens", "30", "--prompts", letters)
+    code, out, err = run(capsys, *models, *sizes, "--record", file, "--json")
+    assert (code, err) == (0, "")
+    # Replayed again, without the models, it is the same.
+    assert run(capsys, file, "--json") == (code, out, err)
+    trace = read_trace(file)
+    assert trace.header.models.target_fingerprint == config_fingerprint(
+        ModelConfig.from_directory(models[1])
+    )
+    made_by = trace.header.models
+    assert (made_by.target, made_by.drafter, made_by.exit_layer) == ("target", "exit", EXIT_LAYER)
+    assert (made_by.dtype, made_by.max_draft) == ("float32", 4)
+    assert [(one.task, one.index, one.seed) for one in trace.sequences] == [
+        ("letters", 0, 0),
+        ("letters", 1, 0),
+    ]
+    engine = specrt.load(models[1], dtype="float32", progress=False)
+    for sequence, prompt in zip(trace.sequences, ("to be or not", "a b c d e f g"), strict=True):
+        plain = engine.generate(prompt, specrt.SamplingParams(max_new_tokens=30))
+        assert list(sequence.token_ids) == plain.token_ids
+    # Another recording joins what is there.
+    options = ("--temperature", "0.8", "--seed", "3", "--num-prompts", "1", "--task", "warm")
+    code, out, err = run(capsys, *models, *sizes, *options, "--record", warm, file, "--json")
+    assert (code, err) == (0, "")
+    assert set(json.loads(out)["tasks"]) == {"letters", "warm at 0.8", ALL_TASKS}
+    (sequence,) = read_trace(warm).sequences
+    assert sequence.seed == 3
+
+
+def test_without_a_trace_one_is_recorded_for_now(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    models: list[str],
+    letters: str,
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    sizes = ("--max-draft", "3", "--max-new-tokens", "20", "--prompts", letters)
+    code, out, err = run(capsys, *models, *sizes)
+    assert code == 0 and "letters, " in out and "fixed-3" in out
+    assert err.startswith("specrt: no trace given: recording") and err.count("\n") == 1
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_only_eesd_can_be_recorded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, models: list[str], letters: str
+) -> None:
+    given = (*models[:2], "--drafter", "prompt-lookup", "--prompts", letters)
+    done = run(capsys, *given, "--record", str(tmp_path / "a.jsonl"))
+    expect_one_line(done, "drafter: expected one of EESD, got 'prompt-lookup'")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 # --- names of controllers -------------------------------------------------------------------------
 
 
@@ -231,11 +318,3 @@ def test_a_bad_trace_is_one_line(
     done = run(capsys, *files)
     expect_one_line(done, named)
     assert files[1] in done[2]
-
-
-def expect_one_line(done: tuple[int, str, str], named: str) -> None:
-    code, out, err = done
-    assert (code, out) == (2, "")
-    assert err.startswith("specrt: error: ")
-    assert err.count("\n") == 1
-    assert named in err

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Budget
 from specrt.draft.control import ControlOptions, DraftCosts
 from specrt.draft.eesd import EesdDrafter
-from specrt.draft.exit_checkpoint import (
-    ExitConfig,
-    exit_tensor_shapes,
-    load_exit,
-    read_exit,
-    write_exit,
-)
+from specrt.draft.exit_checkpoint import load_exit, read_exit
 from specrt.draft.exit_model import ExitModel
 from specrt.draft.trace import Trace, TraceModels, read_trace, write_trace
 from specrt.graph import GraphCache
@@ -29,10 +22,10 @@ from specrt.record import measure_costs, record
 from specrt.replay import simulate
 from specrt.sampling import SamplingParams
 from specrt.types import DraftTree, SequenceState
-from tests.checkpoints import make_checkpoint
+from tests.engine.exits import EXIT_LAYER, make_exit_pair
 from tests.engine.support import make_engine, prompts
 
-VOCAB, NUM_LAYERS, EXIT_LAYER, MAX_DRAFT = 97, 4, 3, 6
+VOCAB, MAX_DRAFT = 97, 6
 MODELS = TraceModels("target", "t0", "exit", "d0", EXIT_LAYER, "float32", MAX_DRAFT)
 COSTS = DraftCosts(fixed=0.2, step=0.3, lower=0.4, verify=2.0, row=0.1)
 GREEDY = SamplingParams(max_new_tokens=50, seed=5)
@@ -49,15 +42,11 @@ KINDS = {
 
 
 class Exit:
-    """A target of four layers, and an exit behind three of them that is its last layer, a little
-    off: often right, but not always."""
+    """A target and its exit, in memory once."""
 
     def __init__(self, folder: Path) -> None:
-        target, directory = folder / "target", folder / "exit"
-        make_checkpoint("llama", target, num_hidden_layers=NUM_LAYERS)
+        target, directory = make_exit_pair(folder)
         config = ModelConfig.from_directory(target)
-        exit_config = ExitConfig.for_target(config, EXIT_LAYER, name="target")
-        write_exit(directory, exit_config, self._tensors(target, exit_config))
         self._graphs = GraphCache()
         weights = load_weights(target, config, torch.float32)
         self.model = LlamaModel(config, weights, self._graphs.run, self._graphs.clear)
@@ -67,20 +56,6 @@ class Exit:
 
     def drafter(self, options: ControlOptions, costs: DraftCosts | None = COSTS) -> EesdDrafter:
         return EesdDrafter(self.exit_model, options, self._graphs.run, costs=costs)
-
-    @staticmethod
-    def _tensors(target: Path, config: ExitConfig) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        last = load_file(target / "model.safetensors")
-        tensors = {}
-        for key, shape in exit_tensor_shapes(config).items():
-            noise = torch.randn(shape, generator=generator)
-            if key.startswith("calibration."):
-                tensors[key] = 0.2 * noise + float(key.endswith("slope"))
-            else:
-                own = last[key.replace(".layers.0.", f".layers.{NUM_LAYERS - 1}.")]
-                tensors[key] = own + 0.04 * noise
-        return tensors
 
 
 class Watched:
