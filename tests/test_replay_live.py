@@ -122,6 +122,20 @@ def test_a_replay_does_what_the_engine_did(
     assert len(set(drafted)) > 2, "one length is no test"
 
 
+def test_no_controller_hears_of_rounds_without_room(exits: Exit) -> None:
+    """Many short outputs, whose last rounds may draft nothing, and one posterior for all."""
+    many, few = prompts(60, VOCAB, seed=1), replace(SAMPLED, max_new_tokens=6, ignore_eos=True)
+    engine = make_engine(exits.model, exits.drafter(KINDS["fixed"]))
+    greedy, sampled = exits.exit_model.slope.tolist()
+    short = record(engine, many, few, MODELS, task="", slope=(greedy, sampled), costs=COSTS)
+    for max_draft in (1, 2, 3):
+        options = ControlOptions("cost-aware", max_draft)
+        results = make_engine(exits.model, exits.drafter(options), max_batch=1).generate(many, few)
+        for result, rounds in zip(results, simulate([short], options), strict=True):
+            assert result.stats.accept_lengths == rounds.accepted.tolist()
+            assert result.stats.num_draft_tokens == rounds.verified.sum()
+
+
 def test_engines_may_share_a_drafter(exits: Exit, sampling: SamplingParams) -> None:
     """Steps are recorded over a target's cache, and a recording has an engine of its own."""
     plain = [one.token_ids for one in make_engine(exits.model).generate(PROMPTS, sampling)]
