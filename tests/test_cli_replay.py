@@ -14,7 +14,6 @@ import pytest
 
 import specrt
 from specrt.cli.app import main
-from specrt.cli.replay import parse_control
 from specrt.config import ModelConfig, config_fingerprint
 from specrt.draft.control import CONTROLLERS, ControlOptions, DraftCosts
 from specrt.draft.trace import (
@@ -217,17 +216,7 @@ def test_only_eesd_can_be_recorded(
     assert not (tmp_path / "a.jsonl").exists()
 
 
-# --- names of controllers -------------------------------------------------------------------------
-
-
-def test_names_are_controllers() -> None:
-    assert parse_control("fixed-1") == ControlOptions("fixed", max_draft=1, draft_len=1)
-    assert parse_control("fixed-62").draft_len == 62
-    for kind in CONTROLLERS[1:]:
-        assert parse_control(kind) == ControlOptions(kind)
-    for name in ("fixed", "fixed-0", "fixed-63", "fixed--1", "fixed-²", "Beta-TS", "", "-4"):
-        with pytest.raises(ValueError, match="controller: expected one of fixed-1 .. fixed-62, "):
-            parse_control(name)
+# --- controllers ----------------------------------------------------------------------------------
 
 
 def test_a_controller_drafts_as_far_as_the_trace(

@@ -95,13 +95,14 @@ def replay(
 ) -> None:
     """Compare rules for the draft length on recorded chains: in seconds, without a model."""
     from specrt.cli import replay_plot, replay_report
+    from specrt.draft.control import CONTROLLERS, parse_control
     from specrt.draft.trace import read_traces
     from specrt.replay import compare
     from specrt.sampling import SamplingParams
 
     if plot is not None:
         replay_plot.check(plot)
-    chosen = {name: parse_control(name) for name in controller or _learning()}
+    chosen = {name: parse_control(name) for name in controller or CONTROLLERS[1:]}
     options = RecordOptions(
         target=target,
         drafter=drafter,
@@ -132,31 +133,6 @@ def replay(
         replay_plot.save(plot, result, shown)
     show = replay_report.print_json if json else replay_report.print_tables
     show(result, shown, dict(zip(files, found, strict=True)))
-
-
-def parse_control(text: str) -> ControlOptions:
-    """A rule for the draft length by its name: ``fixed-4``, ``threshold``, ``cost-aware``, ….
-
-    Raises:
-        ValueError: there is no such rule.
-    """
-    from specrt.draft.control import ControlOptions
-    from specrt.ops.draft_control import MAX_DRAFT
-
-    kind, _, length = text.rpartition("-")
-    if kind == "fixed" and length.isdecimal() and 1 <= int(length) <= MAX_DRAFT:
-        return ControlOptions("fixed", max_draft=int(length), draft_len=int(length))
-    if text in _learning():
-        return ControlOptions(text)
-    names = ", ".join((f"fixed-1 .. fixed-{MAX_DRAFT}", *_learning()))
-    raise ValueError(f"controller: expected one of {names}, got {text!r}")
-
-
-def _learning() -> tuple[str, ...]:
-    """The rules whose length is not fixed."""
-    from specrt.draft.control import CONTROLLERS
-
-    return tuple(kind for kind in CONTROLLERS if kind != "fixed")
 
 
 def _fitted(chosen: Mapping[str, ControlOptions], longest: int) -> dict[str, ControlOptions]:
