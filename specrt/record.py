@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import cast
 
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
-from specrt.draft.control import DraftCosts
+from specrt.draft.control import ControlOptions, DraftCosts
 from specrt.draft.recording import ChainDrafter, Recording, RecordingDrafter
 from specrt.draft.trace import Trace, TraceHeader, TraceModels
 from specrt.engine import Engine, GenerationResult, Prompt
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
-_COST_REPEATS = 3
+_COST_REPEATS = 6
 _COST_TOKENS = 16
 
 
@@ -39,7 +39,7 @@ def record(
         models: of the header.
         task: what the prompts are called.
         slope: of the header.
-        costs: of the header; measured if None.
+        costs: of the header; None: as :func:`measure_costs` finds them.
         on_prompt: called with the number of prompts done.
 
     Raises:
@@ -51,7 +51,7 @@ def record(
     _check(engine, prompts, sampling, longest)
     drafter = cast("ChainDrafter", engine.drafter)
     if costs is None:
-        costs = measure_costs(engine, prompts[0], sampling, longest)
+        costs = measure_costs(engine, prompts[0], sampling)
     recorder = RecordingDrafter(drafter)
     draft = DraftParams(depth=longest - 1)
     results = _answers(_with_drafter(engine, recorder), prompts, sampling, draft, on_prompt)
@@ -74,28 +74,32 @@ def record(
     return Trace(header, sequences)
 
 
-def measure_costs(
-    engine: Engine, prompt: Prompt, sampling: SamplingParams, max_draft: int
-) -> DraftCosts:
-    """Times of one sequence's rounds, from rounds of several lengths in turn.
+def measuring_control(max_draft: int) -> ControlOptions:
+    """A controller that drafts chains of all lengths, for :func:`measure_costs`."""
+    return ControlOptions("beta-ts", max_draft, prior=(8.0, 2.0), discount=0.5)
 
-    A recording cannot give them: it verifies one row a round.
+
+def measure_costs(engine: Engine, prompt: Prompt, sampling: SamplingParams) -> DraftCosts:
+    """Times of one sequence's rounds, from drafted and plain ones in turn.
+
+    A recording cannot give them: it verifies one row a round, and asks no controller, whose own
+    time is part of a drafted round's.
 
     Args:
-        engine: its drafter is a :class:`~specrt.draft.recording.ChainDrafter`.
+        engine: its drafter is a :class:`~specrt.draft.recording.ChainDrafter`, under a controller
+            whose lengths vary (:func:`measuring_control`), or rows could not be told apart.
         prompt: what is answered, a few tokens of it each time.
         sampling: how.
-        max_draft: the longest length that is measured.
 
     Raises:
         GenerationError: the sequence failed.
     """
-    lengths = sorted({1, (1 + max_draft) // 2, max_draft})
-    few = replace(sampling, max_new_tokens=_COST_TOKENS, ignore_eos=True)
-    for length in lengths * _COST_REPEATS:
-        result = engine.generate(prompt, few, DraftParams(depth=length - 1))
-        if result.error is not None:
-            raise GenerationError(result.error)
+    for seed in range(_COST_REPEATS):  # or the same lengths would come again
+        few = replace(sampling, max_new_tokens=_COST_TOKENS, ignore_eos=True, seed=seed)
+        for draft in (None, DraftParams(total_tokens=1)):
+            result = engine.generate(prompt, few, draft)
+            if result.error is not None:
+                raise GenerationError(result.error)
     return cast("ChainDrafter", engine.drafter).costs()
 
 

@@ -127,6 +127,7 @@ def test_tables_show_what_was_asked_for_and_what_it_is_measured_by(
 
 def test_one_task_has_one_table(capsys: pytest.CaptureFixture[str], files: list[str]) -> None:
     code, out, _ = run(capsys, files[0])
+    assert run(capsys, files[0], files[0]) == (code, out, "")  # a file named twice counts once
     assert code == 0
     assert ALL_TASKS not in out and "hard" not in out.split("\n\n")[0]
 
@@ -202,7 +203,7 @@ def test_without_a_trace_one_is_recorded_for_now(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     sizes = ("--max-draft", "3", "--max-new-tokens", "20", "--prompts", letters)
     code, out, err = run(capsys, *models, *sizes)
-    assert code == 0 and "letters, " in out and "fixed-3" in out
+    assert code == 0 and "letters, " in out and "fixed-3" in out and "recorded now: " in out
     assert err.startswith("specrt: no trace given: recording") and err.count("\n") == 1
     assert list((tmp_path / "temporary").iterdir()) == []
 

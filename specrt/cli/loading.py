@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from specrt.draft.control import ControlOptions
     from specrt.engine import Engine
 
 NO_DRAFTER = "none"
@@ -20,7 +21,7 @@ def load_engine(
     threads: int | None,
     max_nodes: int = 64,
     max_batch: int = 8,
-    controller: str | None = None,
+    controller: str | ControlOptions | None = None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 

@@ -65,20 +65,19 @@ def record_file(file: str, options: RecordOptions, sampling: SamplingParams) -> 
     from specrt.cli.prompts import encode
     from specrt.draft.eesd import EesdDrafter
     from specrt.draft.trace import write_trace
-    from specrt.ops.draft_control import MAX_DRAFT
-    from specrt.record import record
+    from specrt.record import measuring_control, record
 
-    if not 1 <= options.max_draft <= MAX_DRAFT:
-        raise ValueError(f"max_draft: expected 1..{MAX_DRAFT}, got {options.max_draft}")
-    if not Path(file).parent.is_dir():  # or it would be found out after all the work
-        raise ValueError(f"record: expected a folder to write into, got {file!r}")
     named = options.named_prompts()
+    _check(file, options)
     engine = load_engine(
-        options.target, options.drafter, dtype=options.dtype, threads=options.threads
+        options.target,
+        options.drafter,
+        dtype=options.dtype,
+        threads=options.threads,
+        controller=measuring_control(options.max_draft),
     )
     drafter = engine.drafter
-    if not isinstance(drafter, EesdDrafter):
-        raise ValueError(f"drafter: expected one of EESD, got {options.drafter!r}")
+    assert isinstance(drafter, EesdDrafter), "what its checkpoint says"
     prompts = encode(engine, named)
     greedy, sampled = drafter.exit_model.slope.tolist()
     trace = record(
@@ -91,6 +90,21 @@ def record_file(file: str, options: RecordOptions, sampling: SamplingParams) -> 
         on_prompt=lambda done: _progress(done, len(prompts)),
     )
     write_trace(file, trace)
+
+
+def _check(file: str, options: RecordOptions) -> None:
+    """What would else be found out after the work, or told less clearly."""
+    from specrt.builtin import drafter_paths
+    from specrt.draft.exit_checkpoint import is_exit_checkpoint
+    from specrt.ops.draft_control import MAX_DRAFT
+
+    if not 1 <= options.max_draft <= MAX_DRAFT:
+        raise ValueError(f"max_draft: expected 1..{MAX_DRAFT}, got {options.max_draft}")
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"record: expected a folder to write into, got {file!r}")
+    directory = drafter_paths().get(options.drafter, Path(options.drafter))
+    if not is_exit_checkpoint(directory):
+        raise ValueError(f"drafter: expected one of EESD, got {options.drafter!r}")
 
 
 def note(message: str) -> None:

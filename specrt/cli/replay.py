@@ -115,9 +115,10 @@ def replay(
         dtype=dtype,
         threads=threads,
     )
-    files = list(traces or ())
+    files = list(dict.fromkeys(traces or ()))
+    is_temporary = record is None and not files
     with TemporaryDirectory() as folder:
-        if record is None and not files:
+        if is_temporary:
             note(f"no trace given: recording {target} with {drafter} into a temporary file")
             record = str(Path(folder) / "trace.jsonl")
         if record is not None:
@@ -125,14 +126,15 @@ def replay(
                 max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
             )
             record_file(record, options, limits)
-            files.insert(0, record)
+            files = [record, *(file for file in files if file != record)]
         found = read_traces(files)
     result = compare(found, _fitted(chosen, found[0].header.models.max_draft))
     shown = _shown(result, controller)
     if plot is not None:
         replay_plot.save(plot, result, shown)
     show = replay_report.print_json if json else replay_report.print_tables
-    show(result, shown, dict(zip(files, found, strict=True)))
+    names = ["recorded now"] if is_temporary else files
+    show(result, shown, dict(zip(names, found, strict=True)))
 
 
 def _fitted(chosen: Mapping[str, ControlOptions], longest: int) -> dict[str, ControlOptions]:

@@ -29,7 +29,7 @@ def print_json(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]
     Args:
         result: of the replay.
         shown: controllers, in order.
-        traces: by file.
+        traces: by their files' names.
     """
     headers = {file: trace.header for file, trace in traces.items()}
     files = [
@@ -47,7 +47,7 @@ def print_json(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]
 
 def print_tables(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]) -> None:
     """A table for each task, and one for all where there are several; as :func:`print_json`."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for task in result.task_names():
         console.print(f"{task}, {result.num_tokens(task)} tokens", style="bold")
         console.print(_table(result, shown, task))
@@ -55,7 +55,7 @@ def print_tables(result: Replay, shown: Sequence[str], traces: Mapping[str, Trac
     models = next(iter(traces.values())).header.models
     console.print(
         f"{models.target} ({models.dtype}) with {models.drafter}, chains of {models.max_draft}; "
-        "tokens and rounds as recorded, times modelled"
+        "rounds are exact, times modelled from these:"
     )
     for file, trace in traces.items():
         parts = ", ".join(f"{name} {ms:.3f}" for name, ms in asdict(trace.header.costs).items())
