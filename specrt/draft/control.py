@@ -269,7 +269,11 @@ class ControlRound:
         """``[B, max_draft]`` float32; NaN where nothing was drafted."""
 
     def stage(
-        self, control: DraftControl, states: Sequence[SequenceState], costs: DraftCosts
+        self,
+        control: DraftControl,
+        states: Sequence[SequenceState],
+        costs: DraftCosts,
+        positions: Sequence[int] | None = None,
     ) -> None:
         """Copy in what the round's decisions depend on.
 
@@ -277,16 +281,22 @@ class ControlRound:
             control: the one these buffers were made by.
             states: the B sequences. One near its end drafts no more than it can use.
             costs: of this round.
+            positions: numbers that no other round of the same seed has; None: the lengths.
         """
         control.read(states, self._posterior)
-        self._costs.numpy()[:] = astuple(costs)
+        self.price(costs)
         seeds = np.array([state.seed % 2**64 for state in states], dtype=np.uint64)
         self._seed.numpy()[:] = seeds.view(np.int64)
-        self._position.numpy()[:] = [len(state.token_ids) for state in states]
+        lengths = [len(state.token_ids) for state in states]
+        self._position.numpy()[:] = lengths if positions is None else positions
         # The bonus token takes the last place.
         left = [state.num_left - 1 for state in states]
         self._limit.numpy()[:] = np.clip(left, 0, self._max_draft)
         self._is_sampled.numpy()[:] = [state.temperature > 0.0 for state in states]
+
+    def price(self, costs: DraftCosts) -> None:
+        """Replace the costs."""
+        self._costs.numpy()[:] = astuple(costs)
 
     def decide(
         self, step: int, score: torch.Tensor | None = None, evidence: torch.Tensor | None = None
