@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -210,13 +210,15 @@ class DraftControl:
     def __init__(self, options: ControlOptions) -> None:
         self.options = options
         self.kind = ControlKind(CONTROLLERS.index(options.kind))
-        self.settings = options.settings().tensor()
-        self._shared = prior_beliefs(self.settings) if options.shares else None
-        self._rows: dict[SequenceState, torch.Tensor] = {}
+        settings = options.settings()
+        self.settings, self._gain_var = settings.tensor(), settings.gain_var
+        self._prior = prior_beliefs(self.settings).numpy()
+        self._shared = self._prior.copy() if options.shares else None
+        self._rows: dict[SequenceState, np.ndarray] = {}
 
     def start(self, state: SequenceState) -> None:
         """A sequence joins, with the prior or the shared posterior."""
-        self._rows[state] = prior_beliefs(self.settings) if self._shared is None else self._shared
+        self._rows[state] = self._prior.copy() if self._shared is None else self._shared
 
     def finish(self, state: SequenceState) -> None:
         """A sequence leaves."""
@@ -233,7 +235,7 @@ class DraftControl:
             bias_var=1.0 / own.bias_precision,
             threshold=own.threshold,
             gain_mean=own.gain_sum / own.gain_weight,
-            gain_var=float(self.settings[-1]) / own.gain_weight,
+            gain_var=self._gain_var / own.gain_weight,
             tokens_per_ms=own.tokens / own.time if own.time else math.nan,
             idle=int(own.idle),
             next_alpha=tuple(values[-2 * NUM_BINS : -NUM_BINS]),
@@ -249,14 +251,15 @@ class DraftControl:
         """
         return ControlRound(self, batch, slope)
 
-    def read(self, states: Sequence[SequenceState], rows: torch.Tensor) -> None:
+    def read(self, states: Sequence[SequenceState], rows: np.ndarray) -> None:
         """Copy the posteriors of ``states`` to ``rows [P, beliefs]``; P = 1 if they are shared."""
-        torch.stack([self._rows[state] for state in states[: len(rows)]], out=rows)
+        for state, row in zip(states, rows, strict=False):
+            row[:] = self._rows[state]
 
-    def write(self, states: Sequence[SequenceState], rows: torch.Tensor) -> None:
+    def write(self, states: Sequence[SequenceState], rows: np.ndarray) -> None:
         """Take back what :meth:`read` gave."""
-        for slot in range(len(rows)):
-            self._rows[states[slot]].copy_(rows[slot])
+        for state, row in zip(states, rows, strict=False):
+            self._rows[state][:] = row
 
 
 class ControlRound:
@@ -285,7 +288,11 @@ class ControlRound:
         """``[B, max_draft]`` float32; NaN where nothing was drafted."""
 
     def stage(
-        self, control: DraftControl, states: Sequence[SequenceState], costs: DraftCosts
+        self,
+        control: DraftControl,
+        states: Sequence[SequenceState],
+        costs: DraftCosts,
+        positions: Sequence[int] | None = None,
     ) -> None:
         """Copy in what the round's decisions depend on.
 
@@ -293,16 +300,23 @@ class ControlRound:
             control: the one these buffers were made by.
             states: the B sequences. One near its end drafts no more than it can use.
             costs: of this round.
+            positions: numbers that no other round of the same seed has; None: the lengths.
         """
-        control.read(states, self._posterior)
-        self._costs.numpy()[:] = astuple(costs)
+        control.read(states, self._posterior.numpy())
+        self.price(costs)
         seeds = np.array([state.seed % 2**64 for state in states], dtype=np.uint64)
         self._seed.numpy()[:] = seeds.view(np.int64)
-        self._position.numpy()[:] = [len(state.token_ids) for state in states]
+        lengths = [len(state.token_ids) for state in states]
+        self._position.numpy()[:] = lengths if positions is None else positions
         # The bonus token takes the last place.
-        left = [state.num_left - 1 for state in states]
-        self._limit.numpy()[:] = np.clip(left, 0, self._max_draft)
+        most = self._max_draft
+        self._limit.numpy()[:] = [max(0, min(most, state.num_left - 1)) for state in states]
         self._is_sampled.numpy()[:] = [state.temperature > 0.0 for state in states]
+
+    def price(self, costs: DraftCosts) -> None:
+        """Replace the costs."""
+        times = (costs.fixed, costs.step, costs.lower, costs.verify, costs.row)
+        self._costs.numpy()[:] = times
 
     def decide(
         self, step: int, score: torch.Tensor | None = None, evidence: torch.Tensor | None = None
@@ -347,7 +361,7 @@ class ControlRound:
             states: as staged.
             accept_lengths: accepted drafted tokens of each; -1 = failed, nothing is learned.
         """
-        control.read(states, self._posterior)
+        control.read(states, self._posterior.numpy())
         self._accept_length.numpy()[:] = accept_lengths
         draft_control_update(
             self._kind,
@@ -361,7 +375,7 @@ class ControlRound:
             self._accept_length,
             self._posterior,
         )
-        control.write(states, self._posterior)
+        control.write(states, self._posterior.numpy())
 
 
 def _is_positive(value: float) -> bool:

@@ -9,6 +9,7 @@ times move trees, never tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -85,8 +86,46 @@ def _probability(scores: np.ndarray) -> np.ndarray:
     return np.exp(np.where(np.isnan(scores), -np.inf, scores))
 
 
+class TreePolicy(Protocol):
+    """Chooses depth and size for a batch, round by round; shared by the sequences of a drafter.
+
+    A round asks ``drafts``, then ``expands`` after each level, then ``size``; if it drafted, it
+    reports to ``observe_draft`` and ``observe_outcome``.
+    """
+
+    def drafts(self) -> bool:
+        """Whether to draft this round at all."""
+
+    def mass(self, scores: np.ndarray) -> float:
+        """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
+
+    def expands(self, masses: list[float], batch: int, cost: RoundCost) -> bool:
+        """Whether to draft another level; asked of the last possible one too.
+
+        Args:
+            masses: :meth:`mass` of each level so far.
+            batch: B.
+            cost: of verifying.
+        """
+
+    def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
+        """The envelope to verify.
+
+        Args:
+            scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
+            num_levels: levels that were drafted, the root's children included.
+            cost: of verifying.
+        """
+
+    def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
+        """Times of one proposal whose steps were all replayed."""
+
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
+
+
 class EnvelopePolicy:
-    """Chooses depth and size for a batch, round by round; shared by the sequences of a drafter."""
+    """The :class:`TreePolicy` by belief and measured time."""
 
     def __init__(self) -> None:
         self._extend_ms, self._level_ms = RunningMean(), RunningMean()
@@ -106,31 +145,25 @@ class EnvelopePolicy:
         return min(1.0, float(self._calibration(scores).sum(axis=1).mean()))
 
     def expands(self, masses: list[float], batch: int, cost: RoundCost) -> bool:
-        """Whether another level will pay.
-
-        Args:
-            masses: :meth:`mass` of each level so far.
-            batch: B.
-            cost: of verifying.
-        """
+        """Whether another level will pay."""
         above, last = (masses[-2] if len(masses) > 1 else 1.0), masses[-1]
         if not (last > 0.0 and above > 0.0):  # nothing is reached
             return False
         gain = batch * last * min(1.0, last / above)
-        level = self._relative(self._level_ms, cost)
+        level = self.level_cost(cost)
         # A level brings a row or two a sequence to verify.
         price = self._drafting(len(masses), cost) + cost.relative(batch * (1 + 2 * len(masses)))
         added = level + cost.relative(1 + 2 * batch) - 1.0
         return gain * price > added * batch * (1.0 + sum(masses))
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify.
+        """The envelope of the highest rate; where it still loses, drafting pauses."""
+        best, gain = self.best_size(scores, num_levels, cost)
+        self._judge(gain)
+        return best
 
-        Args:
-            scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
-            num_levels: levels that were drafted, the root's children included.
-            cost: of verifying.
-        """
+    def best_size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> tuple[int, float]:
+        """The envelope of the highest rate, and that rate over plain decoding's."""
         batch, most = scores.shape[0], scores.shape[1] + 1
         expected = np.concatenate([[0.0], self._calibration(scores).sum(axis=0).cumsum()])
         sizes = [size for size in ENVELOPES if size < most] + [most]
@@ -141,8 +174,7 @@ class EnvelopePolicy:
             return float(tokens / (drafting + cost.relative(batch * size)))
 
         best: int = max(sizes, key=rate)
-        self._judge(rate(best) * cost.relative(batch) / batch)
-        return best
+        return best, rate(best) * cost.relative(batch) / batch
 
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
         """Times of one proposal whose steps were all replayed."""
@@ -154,14 +186,21 @@ class EnvelopePolicy:
         """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
         self._calibration.observe(scores, is_accepted)
 
+    def extend_cost(self, cost: RoundCost) -> float:
+        """Time of the root's children, in rounds of one row."""
+        return self._relative(self._extend_ms, cost)
+
+    def level_cost(self, cost: RoundCost) -> float:
+        """Time of a level below them, in rounds of one row."""
+        return self._relative(self._level_ms, cost)
+
     def _relative(self, average: RunningMean, cost: RoundCost) -> float:
         if average.value is None or cost.one_ms is None:
             return _ASSUMED_LEVEL
         return average.value / cost.one_ms
 
     def _drafting(self, num_levels: int, cost: RoundCost) -> float:
-        level = self._relative(self._level_ms, cost)
-        return self._relative(self._extend_ms, cost) + (num_levels - 1) * level
+        return self.extend_cost(cost) + (num_levels - 1) * self.level_cost(cost)
 
     def _judge(self, gain: float) -> None:
         """Pause where drafting loses against plain decoding, longer each time it still does."""

@@ -22,7 +22,9 @@ import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
-from specrt.draft.envelope import EnvelopePolicy
+from specrt.draft.control import ControlOptions
+from specrt.draft.controlled_envelope import ControlledEnvelope
+from specrt.draft.envelope import EnvelopePolicy, TreePolicy
 from specrt.draft.fspad_layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad_round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
 from specrt.models.llama import FINAL_TAP, StepRunner, run_eagerly
@@ -87,6 +89,7 @@ class FspadDrafter:
         on_move: Callable[[], None] = lambda: None,
         *,
         is_coupled: bool = True,
+        control: ControlOptions | None = None,
     ) -> None:
         self.layer = layer
         self.is_coupled = is_coupled
@@ -94,7 +97,9 @@ class FspadDrafter:
         self._on_move = on_move
         self._cache = KVCache(layer.config.layer, layer.weights.fc.dtype, on_move=self._forget)
         self._drafts: dict[SequenceState, _Draft] = {}
-        self._policy = EnvelopePolicy()
+        self._policy: TreePolicy = (
+            EnvelopePolicy() if control is None else ControlledEnvelope(control)
+        )
         self._rounds: dict[RoundKey, RoundBuffers] = {}
         self._batch: CacheBatch | None = None
         self._batch_states: list[SequenceState] = []
@@ -209,12 +214,13 @@ class FspadDrafter:
     ) -> tuple[int, bool]:
         """Levels there are then, the root's children included; whether all steps were replays."""
         are_replays, masses = True, []
-        for level in range(1, plan.num_levels):
+        for level in range(1, plan.num_levels + 1):
             if plan.is_auto:
                 masses.append(self._policy.mass(buffers.scores(level - 1)))
                 if not self._policy.expands(masses, buffers.key.batch, budget.cost):
                     return level, are_replays
-            are_replays &= self._run(buffers, level, partial(buffers.expand, level, batch))
+            if level < plan.num_levels:
+                are_replays &= self._run(buffers, level, partial(buffers.expand, level, batch))
         return plan.num_levels, are_replays
 
     def _choose(

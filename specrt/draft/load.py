@@ -89,6 +89,7 @@ def load_drafter(
             run_step,
             on_move,
             is_coupled=options.is_coupled,
+            control=options.control,
         )
     _refuse_control(options)
     return _small_model(directory, target, dtype, run_step, on_move)
