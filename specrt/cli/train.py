@@ -112,10 +112,10 @@ def fspad(
     """Train FSPAD, EAGLE-2 or one between them. The same command goes on after an interruption."""
     _require_accelerate()
     from specrt.cli.loading import set_threads, target_directory
-    from specrt.train.options import TrainOptions
-    from specrt.train.run import TrainJob, train_drafter
+    from specrt.train.options import FspadOptions
+    from specrt.train.run import TrainJob, train_fspad
 
-    options = TrainOptions(
+    options = FspadOptions(
         batch_size=batch,
         accumulation_steps=accumulate,
         epochs=epochs,
@@ -145,8 +145,6 @@ def fspad(
         target_name=name,
         data=tuple(data),
         out=out,
-        arch=arch,
-        intermediate_size=intermediate_size,
         max_length=max_length,
         held_out=held_out,
         features=features,
@@ -154,7 +152,8 @@ def fspad(
         is_restart=restart,
     )
     set_threads(threads)
-    _end(train_drafter(job, options), out, is_json=json)
+    outcome = train_fspad(job, options, arch=arch, intermediate_size=intermediate_size)
+    _end(outcome, out, is_json=json)
 
 
 def _require_accelerate() -> None:
