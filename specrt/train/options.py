@@ -103,7 +103,6 @@ class EesdOptions(TrainOptions):
     """The recipe of EESD, for one layer that starts as the target's last; all defaults are ours."""
 
     batch_size: int = 8
-    epochs: int = 4
     lr: float = 1e-3
     schedule: str = "cosine"
     clip_value: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,18 @@ from accelerate import Accelerator
 
 from specrt.config import ModelConfig
 from specrt.draft.checkpoint import DraftConfig
+from specrt.draft.exit_checkpoint import ExitConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
 from specrt.train.data import Dataset, read_examples
+from specrt.train.eesd import read_last_layer
+from specrt.train.eesd_task import EesdTask
 from specrt.train.evaluate import TargetTables
 from specrt.train.feature_cache import cache_features
 from specrt.train.features import FeatureSource, OnlineFeatures
 from specrt.train.fspad_task import FspadTask
 from specrt.train.loop import Outcome, Trainer, run_identity
-from specrt.train.options import FspadOptions, TrainOptions
+from specrt.train.options import EesdOptions, FspadOptions, TrainOptions
 from specrt.train.processes import make_accelerator
 from specrt.train.report import Reporter
 from specrt.train.state import StateFolder
@@ -42,6 +45,8 @@ class TrainJob:
     """What the checkpoint calls it."""
     data: tuple[Path, ...]
     out: Path
+    write_data: Callable[[], None] | None = None
+    """Makes ``data`` first, in the main process alone."""
     max_length: int = 2048
     held_out: float = 0.02
     """Share of the data kept apart."""
@@ -76,6 +81,33 @@ def train_fspad(
     return train(job, options, FspadTask(config, lambda: _tables(job, target), options))
 
 
+def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) -> Outcome:
+    """Train exits after several N side by side and write them to ``job.out``.
+
+    Args:
+        job, options: what and how.
+        exit_layers: every N, 1..L-1.
+
+    Raises:
+        As :func:`train`; ValueError also for no N, or one out of range.
+    """
+    if not exit_layers:
+        raise ValueError("exit_layer: expected at least one")
+    target = ModelConfig.from_directory(job.target)
+    configs = [
+        ExitConfig.for_target(target, number, name=job.target_name)
+        for number in sorted(set(exit_layers))
+    ]
+    task = EesdTask(
+        target,
+        configs,
+        lambda: _tables(job, target),
+        lambda: read_last_layer(job.target, target),
+        options,
+    )
+    return train(job, options, task)
+
+
 def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
     """Train what a task describes, from files to a checkpoint.
 
@@ -90,6 +122,10 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
     with Reporter(accelerator.is_main_process, log_dir) as reporter:
         tokenizer = load_tokenizer(job.target)
+        if job.write_data is not None:
+            with accelerator.main_process_first():
+                if accelerator.is_main_process:
+                    job.write_data()
         max_length = min(job.max_length, target.max_positions)
         dataset = read_examples(job.data, tokenizer, max_length=max_length, skip_bad=job.skip_bad)
         for line in dataset.report.lines():
