@@ -87,7 +87,7 @@ class _Calibration(nn.Module):
             return functional.linear(normed.detach().float(), self.weight.float(), self.bias)
 
 
-class ExitModel(nn.Module):
+class ExitModule(nn.Module):
     """One exit in training; embedding and LM head are the target's and not part of it.
 
     Args:
@@ -109,7 +109,7 @@ class ExitModel(nn.Module):
         return ExitOutput(normed, self.calibration(normed), self.calibration.slope)
 
 
-class ExitModels(nn.Module):
+class ExitModules(nn.Module):
     """Exits after several N, which share nothing: each learns as if it were alone.
 
     Args:
@@ -119,9 +119,9 @@ class ExitModels(nn.Module):
 
     def __init__(self, configs: Sequence[ExitConfig], start: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.exits = nn.ModuleDict({str(c.exit_layer): ExitModel(c) for c in configs})
+        self.exits = nn.ModuleDict({str(c.exit_layer): ExitModule(c) for c in configs})
         for model in self.exits.values():
-            assert isinstance(model, ExitModel)
+            assert isinstance(model, ExitModule)
             model.model.load_state_dict(start)
 
     def forward(self, states: torch.Tensor) -> list[ExitOutput]:
@@ -131,13 +131,13 @@ class ExitModels(nn.Module):
 
 
 def exit_weights(weights: Mapping[str, torch.Tensor], exit_layer: int) -> dict[str, torch.Tensor]:
-    """One exit's part of the state dict of :class:`ExitModels`, under the checkpoint's names."""
+    """One exit's part of the state dict of :class:`ExitModules`, under the checkpoint's names."""
     prefix = f"{_EXITS}{exit_layer}."
     return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
 
 
 def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
-    """Each exit's layer and each calibration head by itself, whatever wraps :class:`ExitModels`."""
+    """Each exit's layer and each calibration head by itself, however the module is wrapped."""
     groups: dict[tuple[str, ...], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         _, _, inside = name.partition(_EXITS)

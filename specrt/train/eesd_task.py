@@ -20,7 +20,7 @@ from specrt.draft.exit_checkpoint import (
 )
 from specrt.train.batches import ExitBatch, collate_exits
 from specrt.train.calibration import MODES, ExitWatch, GumbelRows, calibration_losses
-from specrt.train.eesd import ExitModel, ExitModels, exit_weights, parameter_groups
+from specrt.train.eesd import ExitModule, ExitModules, exit_weights, parameter_groups
 from specrt.train.evaluate import TargetTables
 from specrt.train.exit_evaluate import Estimate, evaluate_exit
 from specrt.train.features import FeatureSource
@@ -77,7 +77,7 @@ class EesdTask:
         self._device = device
         self._full_head = self._load_tables().head
         self._head = self._full_head.to(device, dtype)
-        return ExitModels(self._configs, self._load_start())
+        return ExitModules(self._configs, self._load_start())
 
     def collate(self, source: FeatureSource, indices: Sequence[int], epoch: int) -> ExitBatch:
         """As :class:`TrainTask` says."""
@@ -137,7 +137,7 @@ class EesdTask:
     ) -> dict[str, Any]:
         """What there is to say of one exit, as stored."""
         config = self._configs[column]
-        model = ExitModel(config).requires_grad_(False)
+        model = ExitModule(config).requires_grad_(False)
         model.load_state_dict(tensors)
         report = evaluate_exit(
             model.to(self._device),

@@ -25,7 +25,7 @@ from specrt.train.calibration import (
     expected_calibration_error,
     judge,
 )
-from specrt.train.eesd import ExitModel
+from specrt.train.eesd import ExitModule
 from specrt.train.evaluate import Acceptance, ChainCounter, spread
 from specrt.train.features import FeatureSource
 
@@ -88,7 +88,7 @@ def step_share(target: ModelConfig, exit_layer: int) -> float:
 
 @torch.no_grad()
 def evaluate_exit(
-    model: ExitModel,
+    model: ExitModule,
     column: int,
     head: torch.Tensor,
     source: FeatureSource,

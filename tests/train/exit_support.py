@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from specrt.draft.exit_checkpoint import ExitConfig
-from specrt.train.eesd import ExitModel
+from specrt.train.eesd import ExitModule
 from specrt.train.eesd_task import EesdTask
 from specrt.train.features import Sample
 from specrt.train.loop import Outcome, Trainer, run_identity
@@ -51,7 +51,7 @@ def random_layer(seed: int = 3) -> dict[str, torch.Tensor]:
     """Weights to start from."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, like in ExitModel(exit_config(1)).model.state_dict().items():
+    for name, like in ExitModule(exit_config(1)).model.state_dict().items():
         noise = torch.randn(like.shape, generator=generator)
         tensors[name] = noise * HIDDEN**-0.5 if like.dim() == 2 else 1 + 0.1 * noise
     return tensors

@@ -15,7 +15,7 @@ from specrt.train.calibration import (
     expected_calibration_error,
     judge,
 )
-from specrt.train.eesd import ExitModel
+from specrt.train.eesd import ExitModule
 from specrt.train.evaluate import Acceptance
 from specrt.train.exit_evaluate import Estimate, evaluate_exit, step_share
 from specrt.train.features import Sample
@@ -126,7 +126,7 @@ def test_calibration_error() -> None:
 def test_chains_are_those_of_every_position() -> None:
     """Counted from every root by itself, for a target and an exit of two tokens."""
     depth, head = 3, tables().head[:2]
-    model = ExitModel(exit_config(2)).requires_grad_(False)
+    model = ExitModule(exit_config(2)).requires_grad_(False)
     model.model.load_state_dict(random_layer())
     random = torch.Generator().manual_seed(5)
     samples, wanted = [], [[0] * depth, [0] * depth]
@@ -157,7 +157,7 @@ def test_chains_are_those_of_every_position() -> None:
 
 
 def test_no_held_out_data() -> None:
-    model = ExitModel(exit_config(1))
+    model = ExitModule(exit_config(1))
     report = evaluate_exit(model, 0, tables().head, MemorySource([]), [], depth=2, seed=0)
     assert report.acceptance.tau == 1.0 and report.calibration_error == (0.0, 0.0)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.draft.exit_checkpoint import (
     CALIBRATION,
@@ -20,12 +21,16 @@ from specrt.draft.exit_checkpoint import (
     read_exit,
     write_exit,
 )
+from specrt.draft.exit_model import ExitModel
+from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
+from specrt.models.step import StepRows
 from specrt.train.batches import collate_exits
-from specrt.train.eesd import ExitModel, ExitModels, exit_weights, read_last_layer
+from specrt.train.eesd import ExitModule, ExitModules, exit_weights, read_last_layer
 from specrt.train.features import Sample
 from specrt.train.frozen import load_frozen_target
 from specrt.train.loop import TrainingError
+from specrt.tree import chain
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
 from tests.train.exit_support import (
     DEEP,
@@ -63,7 +68,7 @@ def test_a_copy_of_the_last_layer_is_the_last_layer(tmp_path: Path, family: str)
     target = ModelConfig.from_directory(tmp_path)
     last = target.num_layers - 1
     config = ExitConfig.for_target(target, last, name="x")
-    model = ExitModels([config], read_last_layer(tmp_path, target))
+    model = ExitModules([config], read_last_layer(tmp_path, target))
     ids = torch.randint(0, target.vocab_size, (37,), generator=torch.Generator().manual_seed(1))
     (rows,) = load_frozen_target(tmp_path, torch.float32, taps=(last,)).features([ids])
     hidden, feature = rows.chunk(2, -1)
@@ -77,12 +82,12 @@ def test_a_copy_of_the_last_layer_is_the_last_layer(tmp_path: Path, family: str)
 def test_state_dict_is_a_checkpoint(tmp_path: Path, family: str) -> None:
     make_checkpoint(family, tmp_path)
     config = ExitConfig.for_target(ModelConfig.from_directory(tmp_path), 1, name="x")
-    state = ExitModel(config).state_dict()
+    state = ExitModule(config).state_dict()
     assert {key: tuple(t.shape) for key, t in state.items()} == exit_tensor_shapes(config)
 
 
 def test_causal_and_blind_to_padding() -> None:
-    model = ExitModels([exit_config(1)], random_layer())
+    model = ExitModules([exit_config(1)], random_layer())
     hidden = torch.randn(1, 9, 1, HIDDEN, generator=torch.Generator().manual_seed(0))
     before = model(hidden)[0].normed
     hidden[:, 5:] = 9.0
@@ -237,7 +242,7 @@ def test_what_is_written_loads(tmp_path: Path) -> None:
     make_checkpoint("qwen3", tmp_path / "target")
     target = ModelConfig.from_directory(tmp_path / "target")
     config = ExitConfig.for_target(target, 1, name="x")
-    model = ExitModels([config], read_last_layer(tmp_path / "target", target))
+    model = ExitModules([config], read_last_layer(tmp_path / "target", target))
     config = replace(config, layer=replace(config.layer, dtype=torch.float32))
     write_exit(tmp_path / "exit", config, exit_weights(model.state_dict(), 1))
     whole = load_weights(tmp_path / "target", target, torch.float32)
@@ -246,6 +251,43 @@ def test_what_is_written_loads(tmp_path: Path) -> None:
         wanted = getattr(whole.layers[-1], name)
         assert (tensor is None and wanted is None) or torch.equal(tensor, wanted)
     assert torch.equal(loaded.layer.final_norm, whole.final_norm)
+
+
+def test_what_is_trained_is_what_serves(tmp_path: Path) -> None:
+    """The kernels' logits and evidence are the module's."""
+    make_checkpoint("qwen3", tmp_path / "target")
+    target = ModelConfig.from_directory(tmp_path / "target")
+    config = ExitConfig.for_target(target, 2, name="x")
+    config = replace(config, layer=replace(config.layer, dtype=torch.float32))
+    module = ExitModule(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    write_exit(tmp_path / "exit", config, module.state_dict())
+    whole = load_weights(tmp_path / "target", target, torch.float32)
+    weights = load_exit(tmp_path / "exit", read_exit(tmp_path / "exit", target), whole)
+    served = ExitModel(config, weights, LlamaModel(target, whole))
+    states = torch.randn(50, target.hidden_size, generator=generator)
+    hidden, evidence = torch.empty_like(states), torch.empty(50, 2)
+    logits = torch.empty(50, target.vocab_size)
+    cache = served.new_cache()
+    batch, shape = CacheBatch(cache, [cache.open(200)]), chain(torch.zeros(1, 50).int())
+    rows = StepRows(
+        shape.depth,
+        shape.ancestors,
+        shape.num_nodes,
+        torch.zeros_like(shape.num_nodes),
+        batch.kv_len,
+        batch.block_table,
+    )
+    served.reserve(50)
+    served.launch_exit(states, rows, cache, hidden, logits, evidence)
+    output = module(states[None])
+    torch.testing.assert_close(hidden, output.normed[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(evidence, output.evidence[0], rtol=1e-4, atol=1e-4)
+    wanted = output.normed[0] @ whole.lm_head.T
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-3)
+    assert torch.equal(served.slope, output.slope)
 
 
 def test_refuses_to_mix_runs(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from specrt.builtin import target_path
+import specrt
+from specrt.builtin import heldout_prompts, target_path
 from specrt.cli import distill
 from specrt.config import ModelConfig
 from specrt.draft.exit_checkpoint import read_exit
+from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, make_checkpoint
 from tests.test_cli import expect_one_line, run, write_tokenizer
 
@@ -134,6 +136,10 @@ def test_a_table_compares_several_exits(
     target = ModelConfig.from_directory(target_path())
     assert [read_exit(tmp_path / f"exit-{n}", target).exit_layer for n in (2, 3)] == [2, 3]
     assert not (tmp_path / "distilled.jsonl").exists()
+    sampling, prompt = SamplingParams(max_new_tokens=12), heldout_prompts(1)
+    plain = specrt.load("builtin", progress=False).generate(prompt, sampling)
+    drafted = specrt.load("builtin", tmp_path / "exit-3", progress=False).generate(prompt, sampling)
+    assert drafted[0].token_ids == plain[0].token_ids
     rows = [line.split() for line in said.splitlines()]
     shares = {row[0]: row[1] for row in rows if row and row[0] in ("2", "3")}
     assert shares == {"2": "0.17", "3": "0.21"}
