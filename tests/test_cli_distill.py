@@ -150,7 +150,7 @@ def test_prompts_that_are_all_empty_are_refused(
     out = str(tmp_path / "out.jsonl")
     args = ("--target", str(target), "--prompts", str(prompts), "--out", out, *ANSWERS)
     done = run(capsys, "distill-data", *args)
-    expect_one_line(done, "prompts: expected some text before the response, got 2 empty prompts")
+    expect_one_line(done, f"prompts: none in {prompts}: 2 read, 2 of them empty")
 
 
 # --- ends -----------------------------------------------------------------------------------------

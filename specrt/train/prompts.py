@@ -64,8 +64,8 @@ def read_prompts(
     if not prompts:
         named = ", ".join(map(str, paths)) or "no files"
         raise ValueError(
-            f"prompts: expected some text before the response, got {num_empty} empty prompts and "
-            f"no other in {named}"
+            f"prompts: none in {named}: {num_records} read, {num_empty} of them empty (nothing "
+            "before the response)"
         )
     num_repeated = num_records - num_empty - len(prompts)
     return list(prompts.values()), PromptReport(num_records, num_empty, num_repeated)

@@ -26,7 +26,13 @@ from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
 from specrt.models.step import StepRows
 from specrt.train.batches import collate_exits
-from specrt.train.eesd import ExitModule, ExitModules, exit_weights, read_last_layer
+from specrt.train.eesd import (
+    ExitModule,
+    ExitModules,
+    exit_weights,
+    parameter_groups,
+    read_last_layer,
+)
 from specrt.train.features import Sample
 from specrt.train.frozen import load_frozen_target
 from specrt.train.loop import TrainingError
@@ -169,6 +175,9 @@ def test_an_exit_learns_as_if_it_were_alone(tmp_path: Path, clip_norm: float | N
 def test_calibration_does_not_move_the_exit(tmp_path: Path) -> None:
     """Other draws of noise train another calibration head and the same exit."""
     trainer = make_exit_trainer(tmp_path)
+    for name, parameter in trainer._model.named_parameters():
+        if name.endswith("calibration.weight"):
+            parameter.data += 0.5  # at 0 there would be no way back
     batch: Any = trainer._task.collate(make_exit_source(), [0, 1], 0)
 
     def gradients(seeds: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -180,6 +189,13 @@ def test_calibration_does_not_move_the_exit(tmp_path: Path) -> None:
     one, other = gradients((1, 2)), gradients((3, 4))
     for name in one:
         assert torch.equal(one[name], other[name]) == ("calibration" not in name)
+
+
+def test_layers_and_calibration_heads_are_clipped_apart(tmp_path: Path) -> None:
+    model = make_exit_trainer(tmp_path)._model
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{names.pop(p).rsplit("exits.")[1][:7] for p in g} for g in parameter_groups(model)]
+    assert groups == [{"1.model"}, {"1.calib"}, {"3.model"}, {"3.calib"}] and not names
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
