@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specrt.config import ModelConfig
+from specrt.config import ModelConfig, read_json
 from specrt.draft.exit_checkpoint import (
     CALIBRATION,
     ExitConfig,
@@ -26,7 +26,7 @@ from specrt.train.exit_evaluate import Estimate, evaluate_exit
 from specrt.train.features import FeatureSource
 from specrt.train.losses import TOP, soft_cross_entropy
 from specrt.train.options import SAVE_DTYPES, EesdOptions
-from specrt.train.summary import brief, write_summary
+from specrt.train.summary import SUMMARY_FILE, brief, write_summary
 from specrt.train.task import StepLosses, TrainData
 
 _NAMES = (
@@ -118,6 +118,8 @@ class EesdTask:
         self, out: Path, weights: dict[str, torch.Tensor], data: TrainData, run: dict[str, Any]
     ) -> dict[str, Any]:
         """As :class:`TrainTask` says: one exit goes to ``out``, several to ``out/exit-N`` each."""
+        replaced = _places(out, _written_exits(out))
+        places = _places(out, self.taps)
         exits = []
         for column, config in enumerate(self._configs):
             tensors = self._stored(exit_weights(weights, config.exit_layer))
@@ -126,10 +128,11 @@ class EesdTask:
             dtype = SAVE_DTYPES[self._options.save_dtype]
             layer = replace(config.layer, dtype=dtype)
             extra = {**config.extra, "training": said}
-            write_exit(self._place(out, config), replace(config, layer=layer, extra=extra), tensors)
+            write_exit(places[column], replace(config, layer=layer, extra=extra), tensors)
         summary = {"arch": "eesd", "exits": exits, **run}
         write_summary(out, summary)
-        self._remove_other_form(out)
+        for path in set(replaced) - set(places):
+            _remove(path)
         return summary
 
     def _report(
@@ -160,17 +163,25 @@ class EesdTask:
         dtype = SAVE_DTYPES[self._options.save_dtype]
         return {k: t if k in CALIBRATION else t.to(dtype) for k, t in tensors.items()}
 
-    def _place(self, out: Path, config: ExitConfig) -> Path:
-        return out if len(self._configs) == 1 else out / f"exit-{config.exit_layer}"
 
-    def _remove_other_form(self, out: Path) -> None:
-        """A run that this one replaces may have had another number of exits."""
-        kept = {self._place(out, config) for config in self._configs}
-        for path in sorted({*out.glob("exit-*"), out} - kept):
-            if not is_exit_checkpoint(path):
-                continue
-            (path / "config.json").unlink()
-            (path / "model.safetensors").unlink(missing_ok=True)
-            if path != out:
-                with suppress(OSError):  # not ours alone
-                    path.rmdir()
+def _places(out: Path, exit_layers: Sequence[int]) -> list[Path]:
+    """Where a run's exits are: a single one is ``out`` itself."""
+    if len(exit_layers) == 1:
+        return [out]
+    return [out / f"exit-{number}" for number in exit_layers]
+
+
+def _written_exits(out: Path) -> list[int]:
+    """N of the exits that an earlier run, which this one replaces, has left."""
+    file = out / SUMMARY_FILE
+    summary = read_json(file) if file.is_file() else {}
+    return [int(one["exit_layer"]) for one in summary.get("exits", [])]
+
+
+def _remove(path: Path) -> None:
+    """Remove an exit that would be mistaken for this run's, and nothing else."""
+    if is_exit_checkpoint(path):
+        (path / "config.json").unlink()
+        (path / "model.safetensors").unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        path.rmdir()

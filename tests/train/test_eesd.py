@@ -247,9 +247,11 @@ def test_several_exits_have_a_place_each(tmp_path: Path) -> None:
     assert [read_exit(tmp_path / f"exit-{n}", DEEP).exit_layer for n in (1, 3)] == [1, 3]
     with pytest.raises(ValueError, match="already holds a model"):
         make_exit_trainer(tmp_path)
+    others = tmp_path / "exit-2"  # trained by itself, and only lying there
+    train_exits(others, exits=(2,))
     train_exits(tmp_path, exits=(2,), is_restart=True)
-    assert read_exit(tmp_path, DEEP).exit_layer == 2
-    assert not list(tmp_path.glob("exit-*"))
+    assert read_exit(tmp_path, DEEP).exit_layer == read_exit(others, DEEP).exit_layer == 2
+    assert list(tmp_path.glob("exit-*")) == [others]
     train_exits(tmp_path, is_restart=True)
     assert not (tmp_path / "config.json").exists() and (tmp_path / "exit-3").is_dir()
 
