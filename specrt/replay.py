@@ -23,6 +23,7 @@ from specrt.types import SequenceState
 
 PLAIN = "plain"
 ALL_TASKS = "all tasks"
+_DRAW = 0x9E3779B97F4A7C15  # odd and large: seeds of different draws do not meet
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Rounds:
 # --- one controller -------------------------------------------------------------------------------
 
 
-def simulate(traces: Iterable[Trace], options: ControlOptions) -> list[Rounds]:
+def simulate(traces: Iterable[Trace], options: ControlOptions, draw: int = 0) -> list[Rounds]:
     """Run one new controller over the sequences of traces, in their order.
 
     Sequences whose posteriors are their own run together, since no decision depends on a
@@ -53,6 +54,7 @@ def simulate(traces: Iterable[Trace], options: ControlOptions) -> list[Rounds]:
     Args:
         traces: of one drafter.
         options: of the controller.
+        draw: 0 draws what the engine would; another number gives other draws of the same law.
 
     Raises:
         ValueError: the controller may draft more than the traces hold.
@@ -68,7 +70,7 @@ def simulate(traces: Iterable[Trace], options: ControlOptions) -> list[Rounds]:
         size = 1 if options.shares else len(trace.sequences)
         for start in range(0, len(trace.sequences), size):
             batch = trace.sequences[start : start + size]
-            rounds += _simulate_batch(trace.header, batch, control)
+            rounds += _simulate_batch(trace.header, batch, control, draw)
     return rounds
 
 
@@ -95,12 +97,12 @@ class _Player:
     """Drafted, verified, accepted, emitted."""
 
     @classmethod
-    def begin(cls, sequence: TraceSequence, header: TraceHeader) -> _Player:
+    def begin(cls, sequence: TraceSequence, header: TraceHeader, draw: int) -> _Player:
         state = SequenceState(
             [0] * sequence.prompt_len,  # controllers ask only how many there are
             sequence.prompt_len,
             sequence.max_len,
-            seed=sequence.seed,
+            seed=(sequence.seed + draw * _DRAW) % 2**64,
             temperature=header.temperature,
             top_k=header.top_k,
             top_p=header.top_p,
@@ -130,9 +132,9 @@ class _Player:
 
 
 def _simulate_batch(
-    header: TraceHeader, sequences: Sequence[TraceSequence], control: DraftControl
+    header: TraceHeader, sequences: Sequence[TraceSequence], control: DraftControl, draw: int
 ) -> list[Rounds]:
-    players = [_Player.begin(sequence, header) for sequence in sequences]
+    players = [_Player.begin(sequence, header, draw) for sequence in sequences]
     for player in players:
         control.start(player.state)
     slope = torch.tensor(header.slope, dtype=torch.float32)
@@ -242,6 +244,8 @@ class Replay:
     """By controller, then by task; :data:`ALL_TASKS` is one of the tasks."""
     fixed: tuple[str, ...]
     """The controllers that are fixed lengths, :data:`PLAIN` among them."""
+    draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]
+    """``[N]``: milliseconds a token in each draw, as ``outcomes``, whose own draw is the first."""
 
     def task_names(self) -> tuple[str, ...]:
         """The tasks, and their sum where there are several."""
@@ -268,6 +272,11 @@ class Replay:
         """The same as a share of the best fixed length's time."""
         return self.regret_ms(name, task) / self.outcomes[self.best_fixed(task)][task].ms_per_token
 
+    def regret_draws(self, name: str, task: str) -> npt.NDArray[np.float64]:
+        """``[N]``: the same in each draw of the controller."""
+        best = self.outcomes[self.best_fixed(task)][task].ms_per_token
+        return self.draws[name][task] / best - 1.0
+
     def regret_curve(
         self, name: str, task: str, num_points: int = 200
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -287,7 +296,7 @@ class Replay:
             for task in self.task_names()
         }
 
-    def _row(self, name: str, task: str) -> dict[str, float]:
+    def _row(self, name: str, task: str) -> dict[str, Any]:
         outcome = self.outcomes[name][task]
         return {
             "num_rounds": outcome.num_rounds,
@@ -299,10 +308,13 @@ class Replay:
             "speedup": self.speedup(name, task),
             "regret_ms_per_token": self.regret_ms(name, task),
             "regret": self.regret_share(name, task),
+            "regret_draws": self.regret_draws(name, task).tolist(),
         }
 
 
-def compare(traces: Sequence[Trace], controllers: Mapping[str, ControlOptions]) -> Replay:
+def compare(
+    traces: Sequence[Trace], controllers: Mapping[str, ControlOptions], num_draws: int = 1
+) -> Replay:
     """Replay controllers, and plain decoding and every fixed length to compare them with.
 
     Each task has a controller of its own, so that what it learns is that task's: results do not
@@ -311,23 +323,37 @@ def compare(traces: Sequence[Trace], controllers: Mapping[str, ControlOptions]) 
     Args:
         traces: as :func:`~specrt.draft.trace.read_traces` gives them.
         controllers: by name; ``fixed-K`` are added.
+        num_draws: how often to replay those that may draw, to see how much of a result is luck.
 
     Raises:
-        ValueError: as :func:`simulate`.
+        ValueError: as :func:`simulate`, or ``num_draws`` is less than 1.
     """
+    if num_draws < 1:
+        raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
     longest = min(trace.header.models.max_draft for trace in traces)
     fixed = {
         f"fixed-{length}": ControlOptions(kind="fixed", max_draft=longest, draft_len=length)
         for length in range(1, longest + 1)
     }
     tasks = split_tasks(traces)
-    outcomes = {PLAIN: {task: Outcome(tuple(simulate_plain(t))) for task, t in tasks.items()}}
+    drawn = {PLAIN: [_with_sum({task: simulate_plain(t) for task, t in tasks.items()})]}
     for name, options in {**fixed, **controllers}.items():
-        outcomes[name] = {task: Outcome(tuple(simulate(t, options))) for task, t in tasks.items()}
-    for by_task in outcomes.values():
-        everything = tuple(one for outcome in by_task.values() for one in outcome.rounds)
-        by_task[ALL_TASKS] = Outcome(everything)
-    return Replay(tuple(tasks), outcomes, (PLAIN, *fixed))
+        drawn[name] = [
+            _with_sum({task: simulate(t, options, draw) for task, t in tasks.items()})
+            for draw in range(1 if options.kind == "fixed" else num_draws)
+        ]
+    draws = {
+        name: {task: np.array([one[task].ms_per_token for one in all_]) for task in all_[0]}
+        for name, all_ in drawn.items()
+    }
+    outcomes = {name: all_[0] for name, all_ in drawn.items()}
+    return Replay(tuple(tasks), outcomes, (PLAIN, *fixed), draws)
+
+
+def _with_sum(rounds: Mapping[str, list[Rounds]]) -> dict[str, Outcome]:
+    """Outcomes by task, that of all tasks among them."""
+    everything = [one for of_task in rounds.values() for one in of_task]
+    return {task: Outcome(tuple(each)) for task, each in {**rounds, ALL_TASKS: everything}.items()}
 
 
 def split_tasks(traces: Iterable[Trace]) -> dict[str, list[Trace]]:

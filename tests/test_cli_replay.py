@@ -132,6 +132,22 @@ def test_one_task_has_one_table(capsys: pytest.CaptureFixture[str], files: list[
     assert ALL_TASKS not in out and "hard" not in out.split("\n\n")[0]
 
 
+def test_draws_have_a_mean_and_a_spread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, files: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    args = (files[0], "--controller", "beta-ts", "--controller", "fixed-2", "--draws", "4")
+    _, out, _ = run(capsys, *args, "--json")
+    shares = json.loads(out)["tasks"]["easy"]["controllers"]["beta-ts"]["regret_draws"]
+    code, out, _ = run(capsys, *args)
+    assert (code, len(shares)) == (0, 4)
+    rows = {line.split()[0]: line for line in out.split("\n\n")[0].splitlines()}
+    spread = f"{np.mean(shares):+.1%} ±{100 * np.std(shares, ddof=1):.1f}"
+    assert rows["beta-ts"].endswith(spread)
+    assert rows["fixed-2"].rstrip().endswith("%")
+    assert rows["rounds"].rstrip().endswith(" 4 draws")
+
+
 def test_needs_no_torch_to_be_described() -> None:
     code = (
         "import sys; from specrt.cli import main; code = main(['replay', '--help']);"
@@ -261,6 +277,7 @@ def test_a_picture_without_matplotlib(
     [
         (("--controller", "magic"), "controller: expected one of fixed-1"),
         (("--controller", "fixed-9"), "expected at most the traces' fixed-5, got fixed-9"),
+        (("--draws", "0"), "draws: expected at least 1, got 0"),
         (("--plot", "a.pdf"), "plot: expected a name in .png or .svg, got 'a.pdf'"),
         (("--plot", "no/such/folder/a.svg"), "plot: expected a folder to write into"),
         (("nowhere.jsonl",), "nowhere.jsonl: No such file"),

@@ -296,6 +296,21 @@ def test_the_curve_ends_at_the_regret(replay: Replay) -> None:
             )
 
 
+def test_draws_are_other_draws_of_the_same_rule(trace: Trace) -> None:
+    names = ("threshold", "beta-ts", "cost-aware")
+    replay = compare([trace], {name: KINDS[name] for name in names}, num_draws=3)
+    (task,) = replay.tasks
+    for name in replay.outcomes:
+        draws = replay.regret_draws(name, task)
+        assert len(draws) == (3 if name in names else 1)
+        assert draws[0] == pytest.approx(replay.regret_share(name, task))
+        assert len(set(draws.tolist())) == (3 if name in names[1:] else 1)
+    (first, *_), (again, *_) = (simulate([trace], KINDS["beta-ts"], draw) for draw in (0, 0))
+    assert np.array_equal(first.drafted, again.drafted)
+    with pytest.raises(ValueError, match="num_draws: expected at least 1, got 0"):
+        compare([trace], {}, num_draws=0)
+
+
 def test_another_temperature_is_another_task(trace: Trace) -> None:
     warm = replace(trace, header=replace(trace.header, temperature=0.25))
     cold = replace(trace, header=replace(trace.header, temperature=0.0))

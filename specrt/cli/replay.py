@@ -47,6 +47,12 @@ def replay(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            help="Replay those that draw so often, to see what is luck.", rich_help_panel=INPUT
+        ),
+    ] = 1,
     plot: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="A picture: .png or .svg.", rich_help_panel=INPUT),
@@ -102,6 +108,8 @@ def replay(
 
     if plot is not None:
         replay_plot.check(plot)
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
     chosen = {name: parse_control(name) for name in controller or CONTROLLERS[1:]}
     options = RecordOptions(
         target=target,
@@ -128,7 +136,7 @@ def replay(
             record_file(record, options, limits)
             files = [record, *(file for file in files if file != record)]
         found = read_traces(files)
-    result = compare(found, _fitted(chosen, found[0].header.models.max_draft))
+    result = compare(found, _fitted(chosen, found[0].header.models.max_draft), draws)
     shown = _shown(result, controller)
     if plot is not None:
         replay_plot.save(plot, result, shown)

@@ -49,6 +49,8 @@ def save(file: str, result: Replay, shown: Sequence[str]) -> None:
     for panel, task in zip(panels, result.tasks, strict=False):
         _draw_regret(panel, result, shown, task)
     _draw_speedups(panels[-1], result, shown)
+    tasks = panels[-1].get_legend_handles_labels()
+    figure.legend(*tasks, loc="outside lower center", ncols=3, fontsize=7)
     figure.savefig(file, dpi=150)
 
 
@@ -60,6 +62,7 @@ def _draw_regret(axes: Axes, result: Replay, shown: Sequence[str], task: str) ->
             axes.annotate(name, (tokens[-1], lost[-1]), color="0.5", fontsize=6)
         else:
             axes.plot(tokens, lost, label=name)
+    axes.margins(x=0.1)  # room for the names at the curves' ends
     axes.set_title(f"{task}: time lost against {result.best_fixed(task)}", fontsize=10)
     axes.set_xlabel("tokens")
     axes.set_ylabel("ms")
@@ -78,4 +81,3 @@ def _draw_speedups(axes: Axes, result: Replay, shown: Sequence[str]) -> None:
     axes.set_yticks([row + 0.4 - thickness / 2 for row in range(len(shown))], shown, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("speed-up over plain decoding (modelled)")
-    axes.legend(fontsize=7)

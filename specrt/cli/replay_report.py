@@ -13,14 +13,18 @@ from rich.table import Table
 from specrt.cli.bench import TAU
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from specrt.draft.trace import Trace
     from specrt.replay import Replay
 
 _REGRET = (
     "regret: modelled time lost against the best fixed length in hindsight (*), in milliseconds a "
-    "token and as a share; negative: won"
+    "token and as a share; negative: won; of several draws, mean and deviation"
 )
-_COLUMNS = ("rounds", "tau", "drafted", "accepted", "ms/token", "speed-up", "regret", "")
+_WIDTH = 100  # of a pipe or a file, which rich takes to be 80 wide
+_COLUMNS = ("rounds", "tau", "drafted", "accepted", "ms/token", "speed-up", "regret")
 
 
 def print_json(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]) -> None:
@@ -48,6 +52,8 @@ def print_json(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]
 def print_tables(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]) -> None:
     """A table for each task, and one for all where there are several; as :func:`print_json`."""
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
     for task in result.task_names():
         console.print(f"{task}, {result.num_tokens(task)} tokens", style="bold")
         console.print(_table(result, shown, task))
@@ -65,9 +71,10 @@ def print_tables(result: Replay, shown: Sequence[str], traces: Mapping[str, Trac
 
 
 def _table(result: Replay, shown: Sequence[str], task: str) -> Table:
+    num_draws = max(len(result.regret_draws(name, task)) for name in shown)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for column in _COLUMNS:
+    for column in (*_COLUMNS, f"{num_draws} draws" if num_draws > 1 else ""):
         table.add_column(column, justify="right")
     best = result.best_fixed(task)
     for name in shown:
@@ -78,9 +85,16 @@ def _table(result: Replay, shown: Sequence[str], task: str) -> Table:
             f"{outcome.tau:.2f}",
             str(outcome.num_drafted),
             str(outcome.num_accepted),
-            f"{outcome.ms_per_token:.3f}",
+            f"{outcome.ms_per_token:.4g}",
             f"{result.speedup(name, task):.2f}x",
-            f"{result.regret_ms(name, task):+.3f}",
-            f"{result.regret_share(name, task):+.1%}",
+            f"{result.regret_ms(name, task):+.3g}",
+            _share(result.regret_draws(name, task)),
         )
     return table
+
+
+def _share(draws: npt.NDArray[np.float64]) -> str:
+    """The regret; mean and standard deviation where draws differ."""
+    mean = f"{draws.mean():+.1%}"
+    is_random = draws.min() < draws.max()
+    return f"{mean} ±{100 * draws.std(ddof=1):.1f}" if is_random else mean
