@@ -7,8 +7,7 @@
 // HAZARD: cost-aware may drop the last drafted token after having seen its confidence. That is
 // unbiased only for drafts checked by equality with the target's own token (deterministic ones, or
 // ones coupled to its noise): they move what is verified, never what is said. A drafter that
-// samples and hands over draft_probs must not use it, nor any rule that looks at the token it may
-// still stop before.
+// samples and hands over draft_probs must not use it.
 #pragma once
 #include "draft_control/draws.h"
 
