@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
+    from specrt.draft.control import ControlOptions
     from specrt.engine import Engine, GenerationResult, StreamChunk
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ControlOptions",
     "DraftParams",
     "Engine",
     "GenerationResult",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "specrt.types",
+    "ControlOptions": "specrt.draft.control",
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine",
     "GenerationResult": "specrt.engine",

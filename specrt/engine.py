@@ -327,12 +327,12 @@ class Engine:
                 f"got {draft.total_tokens}"
             )
         requests = deque(enumerate(self._checked(prompts, sampling)))
-        return self._rounds(requests, Budget(self.max_nodes, self._cost, draft), has_text)
+        return self._rounds(requests, draft, has_text)
 
     def _rounds(
         self,
         waiting: deque[tuple[int, tuple[list[int], SamplingParams]]],
-        budget: Budget,
+        draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
         batch = _Batch(self.cache, self.target.config.vocab_size)
@@ -343,7 +343,7 @@ class Engine:
                     batch.join(self._new_sequence(index, ids, params, has_text))
                     self._start(batch.sequences[-1])
                 batch.refresh()
-                for chunk, sequence in self._round(batch, budget):
+                for chunk, sequence in self._round(batch, draft):
                     if chunk.result is not None:
                         self._release(batch, sequence)
                     yield chunk
@@ -366,9 +366,12 @@ class Engine:
             self.drafter.prefill(sequence.state, start, taps)
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
-    def _round(self, batch: _Batch, budget: Budget) -> list[tuple[StreamChunk, _Sequence]]:
+    def _round(
+        self, batch: _Batch, draft: DraftParams | None
+    ) -> list[tuple[StreamChunk, _Sequence]]:
         """One round of every running sequence."""
         drafter = self.drafter
+        budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
         times = [perf_counter()]
         tree = drafter.propose(batch.states, budget)
         times.append(perf_counter())

@@ -12,6 +12,7 @@ import torch
 from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
+from specrt.draft.control import ControlOptions, parse_control
 from specrt.draft.load import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
 from specrt.engine import Engine, Prompt
 from specrt.graph import GraphCache
@@ -43,6 +44,7 @@ def load(
     progress: bool = True,
     fold: bool | None = None,
     coupled: bool = True,
+    controller: str | ControlOptions | None = None,
 ) -> Engine:
     """Load a target and a drafter.
 
@@ -50,9 +52,10 @@ def load(
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
         drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else
-            prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``), a
-            directory with an FSPAD or EAGLE-1/2 drafter or with a smaller model of the same
-            vocabulary, or any object with the methods of :class:`specrt.draft.base.Drafter`.
+            prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
+            ``"eesd"``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller
+            model of the same vocabulary, or any object with the methods of
+            :class:`specrt.draft.base.Drafter`.
         device: ``"auto"`` or ``"cpu"``.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's), ``"float32"``,
             ``"bfloat16"`` or ``"float16"``. Activations are float32 in any case.
@@ -61,7 +64,10 @@ def load(
         progress: show a bar on a terminal while loading.
         fold: FSPAD and EAGLE: replace the weights that are functions of the token by tables; None
             does so where it pays.
-        coupled: FSPAD and EAGLE, temperature above 0: rank candidates with the target's own noise.
+        coupled: trained drafters, temperature above 0: rank candidates with the target's own noise.
+        controller: trained drafters: how long to draft, by name (``"fixed-4"``, ``"threshold"``,
+            ``"adaptive-threshold"``, ``"beta-ts"``, ``"calibration-ts"``, ``"cost-aware"``) or with
+            all its settings; None: EESD by ``"cost-aware"``, the others by measured cost.
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
@@ -79,8 +85,11 @@ def load(
     if drafter == AUTO:
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
-        options = DrafterOptions(fold, coupled)
+        rule = parse_control(controller) if isinstance(controller, str) else controller
+        options = DrafterOptions(fold, coupled, rule)
         drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options)
+    elif controller is not None:
+        raise ValueError("controller: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
 
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from specrt.config import ModelConfig
 from specrt.draft.checkpoint import DraftConfig, tensor_shapes, write_checkpoint
+from specrt.draft.exit_checkpoint import ExitConfig, exit_tensor_shapes, write_exit
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -191,3 +192,29 @@ def random_draft_tensors(config: DraftConfig, dtype: torch.dtype) -> dict[str, t
         key: (0.1 * torch.randn(shape, generator=generator)).to(dtype)
         for key, shape in tensor_shapes(config).items()
     }
+
+
+def make_exit_checkpoint(
+    target: Path, path: Path, exit_layer: int, *, noise: float = 0.0, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """An EESD drafter as training begins it: the target's last layer and final norm; its tensors.
+
+    After all layers but the last one it is the target itself, so every draft is accepted.
+    ``noise`` makes it err. The calibration head is random.
+    """
+    target_config = ModelConfig.from_directory(target)
+    config = ExitConfig.for_target(target_config, exit_layer, name="tiny")
+    config = replace(config, layer=replace(config.layer, dtype=torch.float32))
+    stored = load_file(target / "model.safetensors")
+    last = f"model.layers.{target_config.num_layers - 1}."
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in exit_tensor_shapes(config).items():
+        random = torch.randn(shape, generator=generator)
+        if name.startswith("calibration."):
+            tensors[name] = 0.1 * random + float(name == "calibration.slope")
+        else:
+            copied = stored[name.replace("model.layers.0.", last)].float()
+            tensors[name] = copied + noise * copied.std() * random
+    write_exit(path, config, tensors)
+    return tensors

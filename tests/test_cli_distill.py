@@ -143,6 +143,16 @@ def test_repeated_empty_and_long_prompts_are_left_out_and_said(
         assert line in err
 
 
+def test_prompts_that_are_all_empty_are_refused(
+    capsys: pytest.CaptureFixture[str], target: Path, tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": ""}, {"prompt": "", "response": "x"})
+    out = str(tmp_path / "out.jsonl")
+    args = ("--target", str(target), "--prompts", str(prompts), "--out", out, *ANSWERS)
+    done = run(capsys, "distill-data", *args)
+    expect_one_line(done, f"prompts: none in {prompts}: 2 read, 2 of them empty")
+
+
 # --- ends -----------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"draft"},
     {"engine", "train"},
     {"loading"},
-    {"measure"},
+    {"measure", "record", "replay"},
     {"cli", "serve", "__init__"},
     {"__main__"},
 ]

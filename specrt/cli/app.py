@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from specrt.cli import convert, distill, errors, train
+from specrt.cli import convert, distill, errors, replay, train
 from specrt.cli.options import (
     INPUT,
     RUNTIME,
     SAMPLING,
+    Controller,
     Drafter,
     Dtype,
     Jsonl,
@@ -40,6 +41,7 @@ app.add_typer(train.app)
 @app.command()
 def demo(
     drafter: Drafter = "auto",
+    controller: Controller = None,
     prompt: Annotated[str | None, typer.Option(help="Instead of the demo's own.")] = None,
     max_new_tokens: MaxNewTokens = 160,
     temperature: Temperature = 0.0,
@@ -54,7 +56,7 @@ def demo(
     from specrt.sampling import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    engine = load_engine("builtin", drafter, dtype=dtype, threads=threads)
+    engine = load_engine("builtin", drafter, dtype=dtype, threads=threads, controller=controller)
     command.run(engine, drafter_name(drafter, "builtin"), prompt, sampling)
 
 
@@ -62,6 +64,7 @@ def demo(
 def generate(
     target: Target = "builtin",
     drafter: Drafter = "auto",
+    controller: Controller = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=INPUT)
     ] = None,
@@ -145,7 +148,14 @@ def generate(
         logprobs=logprobs,
     )
     prompts = read_prompts(prompt, file, is_jsonl=jsonl, is_chat=chat)
-    engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
+    engine = load_engine(
+        target,
+        drafter,
+        dtype=dtype,
+        threads=threads,
+        max_nodes=max_nodes,
+        controller=controller,
+    )
     write = command.write_stream if stream else command.write_results
     write(engine, encode(engine, prompts), sampling, is_json=json)
 
@@ -154,6 +164,7 @@ def generate(
 def bench(
     target: Target = "builtin",
     drafter: Drafter = "auto",
+    controller: Controller = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -192,7 +203,14 @@ def bench(
         named = bundled_prompts(num_prompts or 16)
     else:
         named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)[:num_prompts]
-    engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_nodes=max_nodes)
+    engine = load_engine(
+        target,
+        drafter,
+        dtype=dtype,
+        threads=threads,
+        max_nodes=max_nodes,
+        controller=controller,
+    )
     encoded = encode(engine, named)
     name = drafter_name(drafter, target)
     command.run(engine, name, encoded, sampling, repeats=repeats, is_json=json)
@@ -210,6 +228,7 @@ def info(
 
 app.command("distill-data")(distill.distill_data)
 app.command("convert")(convert.convert)
+app.command("replay")(replay.replay)
 
 
 def _print_version(is_wanted: bool) -> None:

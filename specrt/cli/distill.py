@@ -72,7 +72,7 @@ def distill_data(
         found, told = read_prompts(prompts, engine.tokenizer)
         for count, why in ((told.num_empty, "empty"), (told.num_repeated, "repeated")):
             if count:
-                _note(f"{count} {why} prompts skipped")
+                note(f"{count} {why} prompts skipped")
         plan = Plan(tuple(dict.fromkeys(temperature or [0.0])), samples_per_prompt, seed)
         jobs = plan.jobs(_fitting(found[:num_prompts], engine), max_new_tokens)
         answer(engine, jobs, file)
@@ -202,8 +202,19 @@ class AnswerFile:
         self.done.add((tuple(data["prompt_ids"]), data["temperature"], data["seed"]))
 
 
-def answer(engine: Engine, jobs: Sequence[Job], file: AnswerFile) -> None:
+def answer(
+    engine: Engine,
+    jobs: Sequence[Job],
+    file: AnswerFile,
+    say: Callable[[str], object] = print,
+) -> None:
     """Make the answers that are not in the file yet, and say what came of it.
+
+    Args:
+        engine: of the target.
+        jobs: what to make.
+        file: where to.
+        say: is given one line at the end.
 
     Raises:
         typer.Exit: with code 2, after all others were made, if a sequence failed.
@@ -223,7 +234,7 @@ def answer(engine: Engine, jobs: Sequence[Job], file: AnswerFile) -> None:
                 file.write(left[chunk.index], chunk.result)
                 num_tokens += len(chunk.result.token_ids)
             advance()
-    print(
+    say(
         f"{file.path}: {len(left) - num_failed} answers written, {num_tokens} tokens; "
         f"{num_there} were there"
     )
@@ -231,7 +242,7 @@ def answer(engine: Engine, jobs: Sequence[Job], file: AnswerFile) -> None:
         raise typer.Exit(USER_ERROR)
 
 
-def _note(message: str) -> None:
+def note(message: str) -> None:
     """One line on stderr that is no error."""
     print(f"specrt: {message}", file=sys.stderr)
 
@@ -242,7 +253,7 @@ def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[Training
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) < limit]
     if len(fitting) < len(prompts):
         num_long = len(prompts) - len(fitting)
-        _note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
+        note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
     return fitting
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from specrt.draft.control import ControlOptions
     from specrt.engine import Engine
 
 NO_DRAFTER = "none"
@@ -20,11 +21,12 @@ def load_engine(
     threads: int | None,
     max_nodes: int = 64,
     max_batch: int = 8,
+    controller: str | ControlOptions | None = None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, dtype, max_nodes, max_batch: as for :func:`specrt.load`.
+        target, dtype, max_nodes, max_batch, controller: as for :func:`specrt.load`.
         drafter: ``"none"``, or as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
@@ -41,7 +43,14 @@ def load_engine(
     if drafter not in names and not Path(drafter).exists():
         raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
     name = None if drafter == NO_DRAFTER else drafter
-    return load(target, name, dtype=dtype, max_nodes=max_nodes, max_batch=max_batch)
+    return load(
+        target,
+        name,
+        dtype=dtype,
+        max_nodes=max_nodes,
+        max_batch=max_batch,
+        controller=controller,
+    )
 
 
 def drafter_name(drafter: str, target: str) -> str:

@@ -17,8 +17,16 @@ Drafter = Annotated[
     str,
     typer.Option(
         help="'auto' (bundled FSPAD for the bundled target, else prompt lookup), "
-        "'prompt-lookup', 'none', a bundled one ('fspad', 'eagle2'), or a directory with an FSPAD "
-        "or EAGLE drafter or a smaller model.",
+        "'prompt-lookup', 'none', a bundled one ('fspad', 'eagle2', 'eesd'), or a directory with "
+        "an EESD, FSPAD or EAGLE drafter or a smaller model.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+Controller = Annotated[
+    str | None,
+    typer.Option(
+        help="How long a trained drafter drafts: fixed-K, threshold, adaptive-threshold, beta-ts, "
+        "calibration-ts or cost-aware; default: EESD cost-aware, others by measured cost.",
         rich_help_panel=RUNTIME,
     ),
 ]

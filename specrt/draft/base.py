@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from specrt.cache import CacheBatch
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
@@ -103,18 +104,27 @@ class RoundCost:
 
 
 class Budget:
-    """How large a tree may be this round.
+    """How large a tree may be this round, and where the target's rows go.
 
     Args:
         max_nodes: nodes a sequence's tree may have, root included.
         cost: measured cost of verifying rows.
         params: what the caller asked for.
+        target_batch: the target's cache of the round's sequences, for drafters that run the
+            target's own first layers: their rows lie past ``kv_len``, at their nodes' places.
     """
 
-    def __init__(self, max_nodes: int, cost: RoundCost, params: DraftParams | None = None) -> None:
+    def __init__(
+        self,
+        max_nodes: int,
+        cost: RoundCost,
+        params: DraftParams | None = None,
+        target_batch: CacheBatch | None = None,
+    ) -> None:
         self.max_nodes = max_nodes
         self.cost = cost
         self.params = params or DraftParams()
+        self.target_batch = target_batch
 
 
 class Drafter(Protocol):

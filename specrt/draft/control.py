@@ -117,6 +117,22 @@ class ControlOptions:
         )
 
 
+def parse_control(text: str) -> ControlOptions:
+    """A rule by its name: ``fixed-4``, ``threshold``, ``cost-aware``, ….
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    kind, _, length = text.rpartition("-")
+    if kind == "fixed" and length.isdecimal() and 1 <= int(length) <= MAX_DRAFT:
+        return ControlOptions("fixed", max_draft=max(8, int(length)), draft_len=int(length))
+    learning = CONTROLLERS[1:]
+    if text in learning:
+        return ControlOptions(text)
+    names = ", ".join((f"fixed-1 .. fixed-{MAX_DRAFT}", *learning))
+    raise ValueError(f"controller: expected one of {names}, got {text!r}")
+
+
 @dataclass(frozen=True)
 class DraftCosts:
     """Times of a round's pieces in milliseconds; a plain round takes ``lower + verify``.

@@ -25,7 +25,7 @@ _PROOF = 16  # rounds that win since a pause before the next one is short again
 
 
 @dataclass
-class _Average:
+class RunningMean:
     """A running mean that follows the present; the plain mean of the first values."""
 
     value: float | None = None
@@ -128,9 +128,9 @@ class EnvelopePolicy:
     """The :class:`TreePolicy` by belief and measured time."""
 
     def __init__(self) -> None:
-        self._extend_ms, self._level_ms = _Average(), _Average()
+        self._extend_ms, self._level_ms = RunningMean(), RunningMean()
         self._calibration = Calibration()
-        self._gain = _Average()
+        self._gain = RunningMean()
         self._pause = 0
         self._next_pause = _MIN_PAUSE
 
@@ -194,7 +194,7 @@ class EnvelopePolicy:
         """Time of a level below them, in rounds of one row."""
         return self._relative(self._level_ms, cost)
 
-    def _relative(self, average: _Average, cost: RoundCost) -> float:
+    def _relative(self, average: RunningMean, cost: RoundCost) -> float:
         if average.value is None or cost.one_ms is None:
             return _ASSUMED_LEVEL
         return average.value / cost.one_ms
@@ -211,5 +211,5 @@ class EnvelopePolicy:
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
         # What comes after the pause may be another text: it is judged by itself.
-        self._gain = _Average()
+        self._gain = RunningMean()
         self._calibration.forgive()

@@ -15,8 +15,9 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch
+from specrt.draft.coupling import make_noise, stage_noise
 from specrt.draft.fspad_layer import Activations, DraftLayer, Rows
-from specrt.ops.tree_build import CoupledNoise, expand_workspace_size
+from specrt.ops.tree_build import expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, SequenceState
 
@@ -110,23 +111,6 @@ class Choice:
         )
 
 
-def _make_noise(batch: int) -> CoupledNoise:
-    dtypes = (torch.int64, torch.int32, torch.float32, torch.int32, torch.float64, torch.float32)
-    return CoupledNoise(*(torch.zeros(batch, dtype=dtype) for dtype in dtypes))
-
-
-def _stage_noise(noise: CoupledNoise, states: Sequence[SequenceState]) -> None:
-    """The root's child takes position ``len(token_ids)``."""
-    for row, state in enumerate(states):
-        seed = state.seed % 2**64
-        noise.seed[row] = seed - 2**64 if seed >= 2**63 else seed
-        noise.position[row] = len(state.token_ids)
-        noise.temperature[row] = state.temperature
-        noise.top_k[row] = state.top_k
-        noise.top_p[row] = state.top_p
-        noise.min_p[row] = state.min_p
-
-
 class RoundBuffers:
     """The buffers of rounds of one :class:`RoundKey` and the steps over them.
 
@@ -170,7 +154,7 @@ class RoundBuffers:
         self._root_candidates = torch.full((batch, 1), -1, dtype=torch.int32)
         self._root_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
         self._roots = torch.zeros(batch, dtype=torch.int32)
-        self._noise = _make_noise(batch) if key.is_coupled else None
+        self._noise = make_noise(batch) if key.is_coupled else None
         self._frontiers = [Frontier.make(batch, width) for _ in range(2)]
         self._pool = Pool.make(batch, width + max_levels * width * width)
         num_parts = max(1, min(batch * width, torch.get_num_threads()))
@@ -215,7 +199,7 @@ class RoundBuffers:
             self._block_table.copy_(batch.block_table)
             self._table = batch.block_table
         if self._noise is not None:
-            _stage_noise(self._noise, states)
+            stage_noise(self._noise, states)
         return most
 
     # --- steps: nothing but launches on static buffers ----------------------------------------

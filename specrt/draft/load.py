@@ -13,6 +13,10 @@ from specrt import builtin
 from specrt.config import ModelConfig, checkpoint_directory
 from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.draft.checkpoint import is_draft_checkpoint, read_checkpoint
+from specrt.draft.control import ControlOptions
+from specrt.draft.eesd import EesdDrafter
+from specrt.draft.exit_checkpoint import is_exit_checkpoint, load_exit, read_exit
+from specrt.draft.exit_model import ExitModel
 from specrt.draft.fspad import FspadDrafter
 from specrt.draft.fspad_layer import DraftLayer, fold, folding_pays, pack_weights
 from specrt.draft.prompt_lookup import PromptLookupDrafter
@@ -33,6 +37,8 @@ class DrafterOptions:
     """Replace weights that are functions of the token by tables; None: where that pays."""
     is_coupled: bool = True
     """Where the temperature is above 0, rank candidates with the target's own noise."""
+    control: ControlOptions | None = None
+    """How long to draft; None: the drafter's own way."""
 
 
 def drafter_directory(name: str | os.PathLike[str]) -> Path:
@@ -68,18 +74,42 @@ def load_drafter(
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
     """
-    if name is None:
-        return EmptyDrafter()
-    if name == PROMPT_LOOKUP:
-        return PromptLookupDrafter()
+    if name is None or name == PROMPT_LOOKUP:
+        _refuse_control(options)
+        return EmptyDrafter() if name is None else PromptLookupDrafter()
     directory = drafter_directory(name)
+    if is_exit_checkpoint(directory):
+        config = read_exit(directory, target.config)
+        weights = load_exit(directory, config, target.weights)
+        exit_model = ExitModel(config, weights, target, on_move)
+        return EesdDrafter(exit_model, options.control, run_step, is_coupled=options.is_coupled)
     if is_draft_checkpoint(directory):
         return FspadDrafter(
             _draft_layer(directory, target, options.fold),
             run_step,
             on_move,
             is_coupled=options.is_coupled,
+            control=options.control,
         )
+    _refuse_control(options)
+    return _small_model(directory, target, dtype, run_step, on_move)
+
+
+def _refuse_control(options: DrafterOptions) -> None:
+    if options.control is not None:
+        raise ValueError(
+            f"controller: only trained drafters take one (EESD, FSPAD, EAGLE), got "
+            f"{options.control.kind!r}"
+        )
+
+
+def _small_model(
+    directory: Path,
+    target: LlamaModel,
+    dtype: torch.dtype | None,
+    run_step: StepRunner,
+    on_move: Callable[[], None],
+) -> Drafter:
     config = ModelConfig.from_directory(directory)
     if config.vocab_size != target.config.vocab_size:
         raise CheckpointError(

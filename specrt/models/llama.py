@@ -10,7 +10,6 @@ Activations are float32; weights and cache keep the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -20,7 +19,8 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
-from specrt.tree import MAX_NODES, chain, num_words
+from specrt.models.step import Step, StepKey, StepRows, Workspace
+from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
 
 StepRunner = Callable[[Hashable, Callable[[], None]], None]
@@ -40,106 +40,6 @@ def run_eagerly(key: Hashable, launch: Callable[[], None]) -> None:
 def layer_tap(layer: int) -> str:
     """The tap that gives the output of layer ``layer`` (counted from 0)."""
     return f"layer.{layer}"
-
-
-@dataclass(frozen=True)
-class _StepKey:
-    batch: int
-    num_nodes: int
-    table_width: int
-    has_logits: bool
-    taps: tuple[str, ...]
-
-
-@dataclass(eq=False)
-class _Step:
-    """Static copies of what a step reads, at addresses a recorded graph may keep."""
-
-    tokens: torch.Tensor
-    depth: torch.Tensor
-    ancestors: torch.Tensor
-    num_nodes: torch.Tensor
-    first_node: torch.Tensor
-    kv_len: torch.Tensor
-    block_table: torch.Tensor
-    output: VerifyOutput
-    sources: dict[str, torch.Tensor | None]
-    """What was copied last: shapes of chains and page tables are shared objects that are never
-    written, so most copies of plain decoding need not be made again."""
-
-    @classmethod
-    def make(cls, key: _StepKey, output: VerifyOutput) -> _Step:
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32)
-
-        words = num_words(MAX_NODES)
-        return cls(
-            tokens=ints(key.batch, key.num_nodes),
-            depth=ints(key.batch, key.num_nodes),
-            ancestors=torch.zeros(key.batch, key.num_nodes, words, dtype=torch.int64),
-            num_nodes=ints(key.batch),
-            first_node=ints(key.batch),
-            kv_len=ints(key.batch),
-            block_table=ints(key.batch, key.table_width),
-            output=output,
-            sources={},
-        )
-
-    def stage(self, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None) -> None:
-        """Copy a round's tree and cache tables in."""
-        self.tokens.copy_(tree.draft_tokens)
-        self.kv_len.copy_(batch.kv_len)
-        sources = self.sources
-        if sources.get("depth") is not tree.depth:
-            self.depth.copy_(tree.depth)
-        if sources.get("ancestors") is not tree.ancestors:
-            self.ancestors[..., : tree.ancestors.shape[-1]].copy_(tree.ancestors)
-        if sources.get("num_nodes") is not tree.num_nodes:
-            self.num_nodes.copy_(tree.num_nodes)
-        if sources.get("block_table") is not batch.block_table:
-            self.block_table.copy_(batch.block_table)
-        if first_node is not None:
-            self.first_node.copy_(first_node)
-        elif sources.get("first_node") is not None:
-            self.first_node.zero_()
-        # Kept alive here, so that another tensor cannot take the same identity.
-        self.sources = {
-            "depth": tree.depth,
-            "ancestors": tree.ancestors,
-            "num_nodes": tree.num_nodes,
-            "block_table": batch.block_table,
-            "first_node": first_node,
-        }
-
-
-@dataclass(frozen=True)
-class _Workspace:
-    """Activations of up to ``rows`` rows, shared by all steps (which run one at a time)."""
-
-    rows: int
-    hidden: torch.Tensor
-    normed: torch.Tensor
-    qkv: torch.Tensor
-    attended: torch.Tensor
-    gate_up: torch.Tensor
-    activated: torch.Tensor
-    feature: torch.Tensor
-    logits: torch.Tensor
-
-    @classmethod
-    def make(cls, config: ModelConfig, rows: int, logit_rows: int) -> _Workspace:
-        heads = config.num_heads + 2 * config.num_kv_heads
-        return cls(
-            rows=rows,
-            hidden=torch.empty(rows, config.hidden_size),
-            normed=torch.empty(rows, config.hidden_size),
-            qkv=torch.empty(rows, heads * config.head_dim),
-            attended=torch.empty(rows, config.num_heads * config.head_dim),
-            gate_up=torch.empty(rows, 2 * config.intermediate_size),
-            activated=torch.empty(rows, config.intermediate_size),
-            feature=torch.empty(rows, config.hidden_size),
-            logits=torch.empty(logit_rows, config.vocab_size),
-        )
 
 
 class LlamaModel:
@@ -171,9 +71,15 @@ class LlamaModel:
             config.max_positions + MAX_NODES,
             config.rope_scaling,
         )
-        self._workspace = _Workspace.make(config, 0, 0)
-        self._steps: dict[_StepKey, _Step] = {}
+        self._workspace = Workspace.make(config, 0, 0)
+        self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Grows whenever launches recorded over this model's buffers or caches have gone stale."""
+        return self._version
 
     def new_cache(self, page_size: int = 64) -> KVCache:
         """An empty cache of this model's shape and dtype."""
@@ -190,8 +96,10 @@ class LlamaModel:
     ) -> VerifyOutput:
         """Run every node of the trees; write their keys and values past each ``kv_len``.
 
+        A tree with ``hidden`` is taken up where its drafter left it: at layer ``num_layers_run``.
+
         Args:
-            tree: B trees of N nodes; only tokens, depth, ancestors and num_nodes are read.
+            tree: B trees of N nodes; only tokens, depth, ancestors, num_nodes and hidden are read.
             batch: the B sequences the trees continue.
             taps: hidden states to return: ``"final"`` or :func:`layer_tap` names.
             has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
@@ -202,20 +110,26 @@ class LlamaModel:
             Logits ``[B, N, V]`` and taps ``[B, N, H]``, valid until the next call.
 
         Raises:
-            ValueError: more than 128 nodes, or an unknown tap.
+            ValueError: more than 128 nodes, an unknown tap, or one of a layer before
+                ``num_layers_run`` (the tap of the last layer that was run is ``hidden``).
         """
         size, num_nodes = tree.draft_tokens.shape
         if num_nodes > MAX_NODES:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
-        key = _StepKey(size, num_nodes, batch.block_table.shape[1], has_logits, taps)
+        width = batch.block_table.shape[1]
+        key = StepKey(size, num_nodes, width, has_logits, taps, _layers_run(tree))
         self._ensure_buffers(key)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= _MAX_STEPS:
                 self._forget_buffers()
-            step = self._steps[key] = _Step.make(key, self._output(key))
+            step = self._steps[key] = Step.make(key, self._output(key))
         step.stage(tree, batch, first_node)
-        self._embed(step.tokens, self._workspace.hidden[: size * num_nodes])
+        start = self._start(key)
+        if tree.hidden is None:
+            self.embed_tokens(step.tokens.view(-1), start)
+        else:
+            start.copy_(tree.hidden.view(start.shape))
         # A graph holds this model's and this cache's addresses; as part of its key they outlive it.
         self._run_step((self, batch.cache, key), lambda: self._launch(key, step, batch.cache))
         return step.output
@@ -243,40 +157,48 @@ class LlamaModel:
 
     # --- buffers ------------------------------------------------------------------------------
 
-    def _ensure_buffers(self, key: _StepKey) -> None:
-        rows = key.batch * key.num_nodes
-        logit_rows = rows if key.has_logits else 0
+    def reserve(self, rows: int, logit_rows: int = 0) -> None:
+        """Make the activations' buffers large enough; recorded graphs are dropped if they move."""
         work = self._workspace
         if rows > work.rows or logit_rows > work.logits.shape[0]:
             rows = max(rows, work.rows)
             logit_rows = max(logit_rows, work.logits.shape[0])
-            self._workspace = _Workspace.make(self.config, rows, logit_rows)
+            self._workspace = Workspace.make(self.config, rows, logit_rows)
             self._tap_buffers.clear()
             self._forget_buffers()
-        for tap in key.taps:
-            if tap != FINAL_TAP and tap not in self._tap_buffers:
-                self._tap_buffers[self._checked_tap(tap)] = torch.empty_like(self._workspace.hidden)
 
-    def _checked_tap(self, tap: str) -> str:
-        layers = self.config.num_layers
-        if tap not in {layer_tap(i) for i in range(layers)}:
+    def _ensure_buffers(self, key: StepKey) -> None:
+        rows = key.batch * key.num_nodes
+        self.reserve(rows, rows if key.has_logits else 0)
+        for tap in key.taps:
+            if tap == FINAL_TAP or tap in self._tap_buffers:
+                continue
+            self._check_tap(tap, first=0)
+            self._tap_buffers[tap] = torch.empty_like(self._workspace.hidden)
+        if key.first_layer:
+            for tap in key.taps:
+                self._check_tap(tap, first=key.first_layer - 1)
+
+    def _check_tap(self, tap: str, first: int) -> None:
+        last = self.config.num_layers - 1
+        if tap != FINAL_TAP and tap not in {layer_tap(i) for i in range(first, last + 1)}:
             raise ValueError(
-                f"taps: expected 'final' or 'layer.0' .. 'layer.{layers - 1}', got {tap!r}"
+                f"taps: expected 'final' or 'layer.{first}' .. 'layer.{last}', got {tap!r}"
             )
-        return tap
 
     def _forget_buffers(self) -> None:
+        self._version += 1
         self._steps.clear()
         self._on_move()
 
-    def _embed(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        embed = self.weights.embed
-        if embed.dtype == torch.float32:
-            torch.index_select(embed, 0, tokens.view(-1), out=out)
-        else:
-            out.copy_(embed.index_select(0, tokens.view(-1)))
+    def _start(self, key: StepKey) -> torch.Tensor:
+        """Where the first layer's input goes: a tap's buffer if that very state is tapped."""
+        rows = key.batch * key.num_nodes
+        if key.first_layer and layer_tap(key.first_layer - 1) in key.taps:
+            return self._tap_buffers[layer_tap(key.first_layer - 1)][:rows]
+        return self._workspace.hidden[:rows]
 
-    def _output(self, key: _StepKey) -> VerifyOutput:
+    def _output(self, key: StepKey) -> VerifyOutput:
         rows = key.batch * key.num_nodes
         work, shape = self._workspace, (key.batch, key.num_nodes, -1)
         taps = {
@@ -289,72 +211,115 @@ class LlamaModel:
             logits = work.logits.new_empty(key.batch, 0, self.config.vocab_size)
         return VerifyOutput(logits, MappingProxyType(taps))
 
-    # --- the pass -----------------------------------------------------------------------------
+    # --- launches: on buffers that :meth:`reserve` has made, so that a graph may record them ----
 
-    def _launch(self, key: _StepKey, step: _Step, cache: KVCache) -> None:
+    def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never recorded)."""
+        embed = self.weights.embed
+        if embed.dtype == torch.float32:
+            torch.index_select(embed, 0, tokens, out=out)
+        else:
+            out.copy_(embed.index_select(0, tokens))
+
+    def launch_layer(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        out: torch.Tensor,
+    ) -> None:
+        """One decoder layer over B·N rows; its keys and values are appended.
+
+        Args:
+            index: which layer.
+            hidden: ``[B * N, H]`` float32, read; the workspace's own rows may be overwritten.
+            rows: where they stand.
+            cache: this model's.
+            out: ``[B * N, H]``, written.
+        """
+        layer, between = self.weights.layers[index], self._workspace.hidden[: hidden.shape[0]]
+        q = self._project(layer, index, hidden, rows, cache)
+        self._attention(layer, index, (q, hidden), between, rows, cache)
+        self._mlp(layer, between, out)
+
+    def launch_kv(self, index: int, hidden: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
+        """Append a layer's keys and values of ``hidden [B * N, H]``, and nothing more."""
+        self._project(self.weights.layers[index], index, hidden, rows, cache)
+
+    def launch_head(
+        self, hidden: torch.Tensor, feature: torch.Tensor, logits: torch.Tensor | None
+    ) -> None:
+        """Final norm of ``hidden [M, H]`` into ``feature``, and its ``logits [M, V]``."""
+        ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
+        if logits is not None:
+            ops.linear(feature, self.weights.lm_head, out=logits)
+
+    def _launch(self, key: StepKey, step: Step, cache: KVCache) -> None:
         rows = key.batch * key.num_nodes
         work = self._workspace
-        hidden = between = work.hidden[:rows]
-        for index, layer in enumerate(self.weights.layers):
+        hidden = self._start(key)
+        for index in range(key.first_layer, self.config.num_layers):
             # A tapped layer's output is read by the next layer where it lies, never written.
             is_tapped = layer_tap(index) in key.taps
-            out = self._tap_buffers[layer_tap(index)][:rows] if is_tapped else between
-            self._attention(layer, index, hidden, between, step, cache)
-            self._mlp(layer, between, out)
+            out = (self._tap_buffers[layer_tap(index)] if is_tapped else work.hidden)[:rows]
+            self.launch_layer(index, hidden, step.rows, cache, out)
             hidden = out
         if key.has_logits or FINAL_TAP in key.taps:
-            feature = work.feature[:rows]
-            ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
-            if key.has_logits:
-                ops.linear(feature, self.weights.lm_head, out=work.logits[:rows])
+            logits = work.logits[:rows] if key.has_logits else None
+            self.launch_head(hidden, work.feature[:rows], logits)
+
+    def _project(
+        self, layer: LayerWeights, index: int, hidden: torch.Tensor, rows: StepRows, cache: KVCache
+    ) -> torch.Tensor:
+        """Queries ``[B, N, Hq, d]`` of ``norm(hidden)``; keys and values go to the cache."""
+        config, count = self.config, hidden.shape[0]
+        normed, qkv = self._workspace.normed[:count], self._workspace.qkv[:count]
+        ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
+        ops.linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
+        heads = qkv.view(*rows.depth.shape, -1, config.head_dim)
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
+        for part, norm in ((q, layer.q_norm), (k, layer.k_norm)):
+            if norm is not None:
+                flat = part.view(count, -1, config.head_dim)
+                ops.rms_norm(flat, norm, config.rms_norm_eps, out=flat)
+        ops.rope_append(
+            q,
+            k,
+            v,
+            rows.depth,
+            rows.kv_len,
+            rows.first_node,
+            rows.num_nodes,
+            rows.block_table,
+            self._rope,
+            *cache.layer(index),
+        )
+        queries: torch.Tensor = q
+        return queries
 
     def _attention(
         self,
         layer: LayerWeights,
         index: int,
-        hidden: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
-        step: _Step,
+        rows: StepRows,
         cache: KVCache,
     ) -> None:
-        """``out = hidden + O(attention(norm(hidden)))``; the keys and values are appended."""
-        config, rows = self.config, hidden.shape[0]
-        size, num_nodes = step.tokens.shape
-        normed, qkv = self._workspace.normed[:rows], self._workspace.qkv[:rows]
-        attended = self._workspace.attended[:rows]
-        ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
-        ops.linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
-        heads = qkv.view(size, num_nodes, -1, config.head_dim)
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
-        for part, norm in ((q, layer.q_norm), (k, layer.k_norm)):
-            if norm is not None:
-                flat = part.view(rows, -1, config.head_dim)
-                ops.rms_norm(flat, norm, config.rms_norm_eps, out=flat)
-        key_cache, value_cache = cache.layer(index)
-        ops.rope_append(
-            q,
-            k,
-            v,
-            step.depth,
-            step.kv_len,
-            step.first_node,
-            step.num_nodes,
-            step.block_table,
-            self._rope,
-            key_cache,
-            value_cache,
-        )
+        """``out = hidden + O(attention(q))`` for ``inputs`` = (q, hidden)."""
+        config, (q, hidden) = self.config, inputs
+        attended = self._workspace.attended[: hidden.shape[0]]
         ops.tree_attention(
             q,
-            key_cache,
-            value_cache,
-            step.block_table,
-            step.kv_len,
-            step.first_node,
-            step.num_nodes,
-            step.ancestors,
+            *cache.layer(index),
+            rows.block_table,
+            rows.kv_len,
+            rows.first_node,
+            rows.num_nodes,
+            rows.ancestors,
             config.head_dim**-0.5,
-            out=attended.view(size, num_nodes, config.num_heads, config.head_dim),
+            out=attended.view(*rows.depth.shape, config.num_heads, config.head_dim),
         )
         ops.linear(attended, layer.o, layer.o_bias, residual=hidden, out=out)
 
@@ -367,3 +332,17 @@ class LlamaModel:
         ops.linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
         ops.silu_mul(gate_up, out=activated)
         ops.linear(activated, layer.down, layer.down_bias, residual=hidden, out=out)
+
+
+def _layers_run(tree: DraftTree) -> int:
+    """How many layers the nodes of a tree have been through.
+
+    Raises:
+        ValueError: hidden states and their layer do not go together.
+    """
+    if (tree.hidden is None) != (tree.num_layers_run == 0):
+        raise ValueError(
+            "tree: expected hidden and num_layers_run > 0 together, got num_layers_run "
+            f"{tree.num_layers_run} {'without' if tree.hidden is None else 'with'} hidden"
+        )
+    return tree.num_layers_run

@@ -394,7 +394,8 @@ def _check_scale(checkpoint: Checkpoint, key: str, scale_key: str) -> str:
 def _check_unknown(checkpoint: Checkpoint, unknown: list[str]) -> None:
     """Tensors the architecture has no place for mean another model, bar two known harmless ones."""
     bad = [key for key in unknown if not key.endswith(".rotary_emb.inv_freq")]
-    if _HEAD in bad and _EMBED not in bad:  # not expected, so the head is tied
+    is_tied = _EMBED in checkpoint.infos and _EMBED not in bad
+    if _HEAD in bad and is_tied:
         head, embed = checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBED)
         if head.dtype != embed.dtype or not torch.equal(head, embed):
             raise CheckpointError(

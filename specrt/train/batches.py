@@ -17,7 +17,7 @@ from specrt.train.losses import counted_positions
 
 _WINDOW = 32  # batches sorted by length together: enough for little padding, still well mixed
 _NOISE_LENGTH = 512  # noise is scaled by this over a sequence's length, as in EAGLE
-_ORDER, _NOISE = 0, 1  # purposes of random numbers
+_ORDER, _NOISE, _DRAWS = 0, 1, 2  # purposes of random numbers
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,58 @@ def collate(
     return Batch(
         tuple(indices), inputs, next_tokens.to(device), targets, is_counted.to(device), num_tokens
     )
+
+
+@dataclass(frozen=True)
+class ExitBatch:
+    """B sequences of m positions, padded at the end; T tapped layers, H the hidden size."""
+
+    indices: tuple[int, ...]
+    """``[B]``"""
+    states: torch.Tensor
+    """``[B, m, T + 1, H]`` float32: what the tapped layers give for token t, then its feature."""
+    is_counted: torch.Tensor
+    """``[B, m]`` bool: token t + 1 is to be predicted."""
+    draw_seeds: tuple[int, ...]
+    """``[B]``: of the noise that samples the tokens of each sequence."""
+    num_tokens: int
+    """Without padding."""
+
+    def bad_rows(self) -> list[int]:
+        """The sequences whose features are not finite."""
+        is_good = torch.isfinite(self.states).flatten(1).all(-1)
+        return [i for i, good in zip(self.indices, is_good.tolist(), strict=True) if not good]
+
+
+def collate_exits(
+    source: FeatureSource,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    device: torch.device,
+) -> ExitBatch:
+    """Read sequences with tapped layers and pad them to the longest.
+
+    Args:
+        source: of the samples.
+        indices: the B sequences.
+        seed, epoch: what the draws depend on, beside the sequence.
+        device: of the batch.
+    """
+    samples = source.batch(indices)
+    num_positions = max(1, max(len(sample.token_ids) for sample in samples) - 1)
+    width = samples[0].features.shape[1] // source.hidden_size
+    shape = (len(samples), num_positions)
+    states = torch.zeros(*shape, width, source.hidden_size, device=device)
+    is_counted = torch.zeros(shape, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        part = (row, slice(len(sample.token_ids) - 1))
+        states[part] = sample.features[:-1].to(device).unflatten(1, (width, -1)).float()
+        is_counted[part] = sample.loss_mask[1:]
+    seeds = tuple(_key(seed, _DRAWS, epoch, index) for index in indices)
+    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    return ExitBatch(tuple(indices), states, is_counted.to(device), seeds, num_tokens)
 
 
 def feature_noise(

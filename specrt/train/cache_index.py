@@ -46,6 +46,13 @@ class CacheKey:
     max_length: int
     hidden_size: int
     features_dtype: str
+    taps: tuple[int, ...] = ()
+    """Layers whose outputs are kept before the final feature (``load_frozen_target``)."""
+
+    @property
+    def row_size(self) -> int:
+        """Values of one token."""
+        return (len(self.taps) + 1) * self.hidden_size
 
     @classmethod
     def make(
@@ -54,6 +61,7 @@ class CacheKey:
         target_path: str | os.PathLike[str],
         dtype: torch.dtype | None = None,
         features_dtype: torch.dtype = torch.bfloat16,
+        taps: tuple[int, ...] = (),
     ) -> CacheKey:
         """The key of a data set and a target; reads little of the weights and computes nothing.
 
@@ -71,6 +79,7 @@ class CacheKey:
             max_length=dataset.max_length,
             hidden_size=config.hidden_size,
             features_dtype=_name(features_dtype),
+            taps=taps,
         )
 
 
@@ -108,8 +117,9 @@ class CacheIndex:
                 f"got {data.get('format_version')!r}"
             )
         try:
-            return cls(root, CacheKey(**data["key"]), data["lengths"], data["borders"])
-        except (KeyError, TypeError) as error:
+            key = {**data["key"], "taps": tuple(data["key"].get("taps", ()))}
+            return cls(root, CacheKey(**key), data["lengths"], data["borders"])
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: no index of cached features: {error}") from error
 
     def write(self) -> None:
@@ -124,15 +134,24 @@ class CacheIndex:
         self._replace(INDEX, json.dumps(data).encode())
 
     def check(self, key: CacheKey) -> None:
-        """Refuse a cache of something else, naming what differs."""
+        """Refuse a cache of something else, naming what differs; more taps do no harm."""
         for name, wanted in vars(key).items():
             found = vars(self.key)[name]
-            if name != "target_name" and found != wanted:
+            is_there = set(wanted) <= set(found) if name == "taps" else found == wanted
+            if name != "target_name" and not is_there:
                 kind = "target" if name.startswith("target_") else "data set or setting"
                 raise CheckpointError(
                     f"{self.root}: features cached for another {kind}: {name} is {found}, "
                     f"expected {wanted}; use another directory or remove this one"
                 )
+
+    def columns(self, taps: tuple[int, ...]) -> torch.Tensor | None:
+        """Where in a row some of its taps and the feature are; None: they are all of it."""
+        if taps == self.key.taps:
+            return None
+        places = [*map(self.key.taps.index, taps), len(self.key.taps)]
+        blocks = torch.arange(self.key.row_size).view(-1, self.key.hidden_size)
+        return blocks[places].flatten()
 
     @property
     def num_shards(self) -> int:
@@ -158,7 +177,7 @@ class CacheIndex:
                 shape = file.get_slice("features").get_shape()
         except (OSError, SafetensorError):
             return False
-        return list(shape) == [self.tokens_of(shard), self.key.hidden_size]
+        return list(shape) == [self.tokens_of(shard), self.key.row_size]
 
     def check_space(self, missing: list[int]) -> None:
         """Stop before the work begins if its result cannot be kept."""
@@ -203,7 +222,7 @@ class CacheIndex:
 def _token_bytes(key: CacheKey) -> int:
     """Of one token: features, id and mask."""
     dtype: torch.dtype = getattr(torch, key.features_dtype)
-    return key.hidden_size * dtype.itemsize + 5
+    return key.row_size * dtype.itemsize + 5
 
 
 def _weights_hash(directory: Path) -> str:

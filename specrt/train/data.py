@@ -119,10 +119,13 @@ class Dataset:
         return train, [index for index, held in enumerate(is_held) if held]
 
     def _prompt_mark(self, index: int) -> float:
-        """A number in [0, 1) that depends on an example's tokens before its first response."""
+        """A number in [0, 1) that depends on an example's tokens before its first response.
+
+        What a target said from its first token on has no prompt and is told apart by itself.
+        """
         token_ids, loss_mask = self[index]
         first = int(loss_mask.int().argmax())
-        prompt = token_ids[:first] if first > 0 else token_ids
+        prompt = token_ids[:first] if first > 1 else token_ids
         digest = hashlib.sha256(prompt.numpy().tobytes()).digest()
         return int.from_bytes(digest[:6], "big") / 2**48
 

@@ -17,7 +17,6 @@ from specrt.train.features import FeatureSource
 from specrt.train.fspad import DraftModel
 
 _MAX_SEQUENCES = 64
-_BATCH_TOKENS = 2048
 _ROWS = 256  # queries, or logits, at a time
 
 
@@ -55,11 +54,16 @@ class Acceptance:
     @property
     def tau(self) -> float:
         """Expected tokens of a round with a greedy chain of this depth, the bonus included."""
-        reached, tau = 1.0, 1.0
+        return self.taus[-1]
+
+    @property
+    def taus(self) -> tuple[float, ...]:
+        """The same for chains of every depth from 0, which is plain decoding, to this one."""
+        reached, taus = 1.0, [1.0]
         for rate in self.rates:
             reached *= rate
-            tau += reached
-        return tau
+            taus.append(taus[-1] + reached)
+        return tuple(taus)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +73,46 @@ class Acceptance:
             "tau": self.tau,
             "proposed": list(self.proposed),
         }
+
+
+class ChainCounter:
+    """Counts how far chains from every position would be accepted.
+
+    Args:
+        depth: of the chains.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._proposed, self._accepted = [0] * depth, [0] * depth
+        self._num_sequences = 0
+
+    def add(self, hits: Sequence[torch.Tensor], is_wanted: torch.Tensor) -> None:
+        """Count one sequence.
+
+        Args:
+            hits: for each depth, from 1, ``[>= n - d]`` bool by position: the chain from there
+                guesses its token d right, whatever came before.
+            is_wanted: ``[n - 1]`` bool: the first token of the chain from there is to be predicted.
+        """
+        alive = torch.ones(len(hits[0]), dtype=torch.bool, device=is_wanted.device)
+        for level, hit in enumerate(hits):
+            wanted = is_wanted[level:]
+            alive = alive[: len(wanted)] & wanted
+            self._proposed[level] += int(alive.sum())
+            alive = alive & hit[: len(wanted)]
+            self._accepted[level] += int(alive.sum())
+        self._num_sequences += 1
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """What was counted."""
+        return Acceptance(tuple(self._proposed), tuple(self._accepted), self._num_sequences)
+
+
+def spread(indices: Sequence[int]) -> list[int]:
+    """At most 64 of the held-out sequences, evenly spaced."""
+    step = max(1.0, len(indices) / _MAX_SEQUENCES)
+    return [indices[int(i * step)] for i in range(min(len(indices), _MAX_SEQUENCES))]
 
 
 @torch.no_grad()
@@ -88,10 +132,8 @@ def chain_acceptance(
         indices: the held-out ones; at most 64 of them are used, evenly spaced.
         depth: of the chains.
     """
-    step = max(1.0, len(indices) / _MAX_SEQUENCES)
-    chosen = [indices[int(i * step)] for i in range(min(len(indices), _MAX_SEQUENCES))]
-    proposed, accepted = [0] * depth, [0] * depth
-    for index in chosen:
+    counter = ChainCounter(depth)
+    for index in spread(indices):
         (sample,) = source.batch([index])
         device = target.embed.device
         hits = _chain_hits(
@@ -101,15 +143,8 @@ def chain_acceptance(
             sample.features.to(device, torch.float32),
             depth,
         )
-        alive = torch.ones(len(hits[0]), dtype=torch.bool, device=device)
-        mask = sample.loss_mask.to(device)
-        for level, hit in enumerate(hits):
-            is_wanted = mask[level + 2 :]
-            alive = alive[: len(is_wanted)] & is_wanted
-            proposed[level] += int(alive.sum())
-            alive = alive & hit[: len(is_wanted)]
-            accepted[level] += int(alive.sum())
-    return Acceptance(tuple(proposed), tuple(accepted), len(chosen))
+        counter.add(hits, sample.loss_mask[2:].to(device))
+    return counter.acceptance
 
 
 def _chain_hits(

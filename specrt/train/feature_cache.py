@@ -33,7 +33,8 @@ class CachedFeatures:
 
     Args:
         directory: where :func:`cache_features` put it.
-        key: refuse a cache of anything else.
+        key: refuse a cache of anything else. One with more taps will do; samples have those of
+            the key.
 
     Raises:
         CheckpointError: no cache, an unfinished or broken one, or one of another target, data or
@@ -44,6 +45,7 @@ class CachedFeatures:
         self._index = CacheIndex.read(Path(directory))
         if key is not None:
             self._index.check(key)
+        self._wanted = None if key is None else self._index.columns(key.taps)
         num_whole = sum(self._index.is_whole(shard) for shard in range(self._index.num_shards))
         if num_whole < self._index.num_shards:
             raise CheckpointError(
@@ -84,10 +86,12 @@ class CachedFeatures:
         first = self._starts[self._index.borders[shard]]
         rows = slice(self._starts[index] - first, self._starts[index + 1] - first)
         file = self._file(shard)
+        features = file.get_slice("features")[rows]
         return Sample(
             file.get_slice("token_ids")[rows].long(),
             file.get_slice("loss_mask")[rows].bool(),
-            file.get_slice("features")[rows].clone(),  # a view would keep the shard mapped
+            # Either copies: a view would keep the shard mapped.
+            features.clone() if self._wanted is None else features[:, self._wanted],
         )
 
     def _file(self, shard: int) -> Any:
@@ -107,6 +111,7 @@ def cache_features(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    taps: tuple[int, ...] = (),
     features_dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = _SHARD_BYTES,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
@@ -121,6 +126,7 @@ def cache_features(
         target_path: the target's directory.
         dtype: of the target's weights; the checkpoint's by default.
         device: where to run the target.
+        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
         features_dtype: what is stored.
         shard_bytes: about the size of a shard; what is there keeps the size it was begun with.
         on_tokens: called with the number of tokens that became ready, those found there first.
@@ -133,13 +139,13 @@ def cache_features(
         ValueError: an example does not fit the target's vocabulary or context.
     """
     root = Path(directory)
-    key = CacheKey.make(dataset, target_path, dtype, features_dtype)
+    key = CacheKey.make(dataset, target_path, dtype, features_dtype, taps)
     index = _begun(root, key, dataset, shard_bytes)
     missing = [shard for shard in range(index.num_shards) if not index.is_whole(shard)]
     on_tokens(index.num_tokens - sum(index.tokens_of(shard) for shard in missing))
     if missing:
         index.check_space(missing)
-        target = load_frozen_target(target_path, dtype, device)
+        target = load_frozen_target(target_path, dtype, device, index.key.taps)
         for shard in missing:
             tensors = _compute(index, shard, dataset, target, on_tokens)
             index.write_shard(shard, tensors)

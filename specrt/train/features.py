@@ -20,8 +20,9 @@ class Sample(NamedTuple):
     loss_mask: torch.Tensor
     """``[n]`` bool"""
     features: torch.Tensor
-    """``[n, H]`` float32, or the lower precision they were computed or stored in: the hidden state
-    after the final norm at each token."""
+    """``[n, (T + 1) * H]`` float32, or the lower precision they were computed or stored in: at each
+    token the outputs of the T layers the source taps, in their order, then the hidden state after
+    the final norm."""
 
 
 class FeatureSource(Protocol):
@@ -52,6 +53,7 @@ class OnlineFeatures:
         target_path: the target's directory.
         dtype: of the target's weights; the checkpoint's by default.
         device: where the target is put and features are left.
+        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class OnlineFeatures:
         target_path: str | os.PathLike[str],
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        taps: tuple[int, ...] = (),
     ) -> None:
         self._examples = examples
-        self._target: FrozenTarget = load_frozen_target(target_path, dtype, device)
+        self._target: FrozenTarget = load_frozen_target(target_path, dtype, device, taps)
 
     @property
     def hidden_size(self) -> int:

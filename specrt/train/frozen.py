@@ -15,12 +15,17 @@ from specrt.models.rope import rope_table
 
 
 class FrozenTarget(Protocol):
-    """Gives the hidden states after the final norm, what the LM head multiplies."""
+    """Gives the hidden states after the final norm, what the LM head multiplies, and taps."""
 
     config: ModelConfig
 
     def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Features ``[n, H]`` on the target's device of each sequence, ``[n]`` token ids."""
+        """Features on the target's device of each sequence, ``[n]`` token ids.
+
+        Returns:
+            ``[n, (T + 1) * H]`` each: the outputs of the T tapped layers in their order, then the
+            hidden state after the final norm.
+        """
         ...
 
 
@@ -28,6 +33,7 @@ def load_frozen_target(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    taps: tuple[int, ...] = (),
 ) -> FrozenTarget:
     """Load a target for training: by ``transformers`` on a GPU, by specrt's own loader elsewhere.
 
@@ -37,17 +43,20 @@ def load_frozen_target(
         path: a local Hugging Face directory.
         dtype: of its weights; the checkpoint's by default.
         device: where it shall be.
+        taps: increasing numbers N of layers: also give the hidden state after the first N, which
+            ``transformers`` calls ``hidden_states[N]`` and the engine ``layer_tap(N - 1)``.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken or of an unsupported family.
+        ValueError: ``taps`` are not increasing numbers of 1..L-1.
     """
     directory = checkpoint_directory(path)
     config = ModelConfig.from_directory(directory)
     chosen = dtype or config.dtype
     place = torch.device(device)
     if place.type == "cpu" or config.float8_scale_suffix is not None:
-        return PackedTarget(directory, config, chosen, place)
-    return TransformersTarget(directory, config, chosen, place)
+        return PackedTarget(directory, config, chosen, place, taps)
+    return TransformersTarget(directory, config, chosen, place, taps)
 
 
 class PackedTarget:
@@ -62,6 +71,7 @@ class PackedTarget:
         config: its configuration.
         dtype: of the weights.
         device: where to compute.
+        taps: as for :func:`load_frozen_target`.
     """
 
     def __init__(
@@ -70,8 +80,10 @@ class PackedTarget:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
+        taps: tuple[int, ...] = (),
     ) -> None:
         self.config = config
+        self._taps = _checked_taps(config, taps)
         self._dtype = dtype
         self._device = device
         compute = torch.float32 if device.type == "cpu" else dtype
@@ -100,7 +112,8 @@ class PackedTarget:
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
         angles = self._rope[positions][:, None]
         hidden = self._embed[torch.cat(list(sequences)).to(self._device)]
-        for layer in self._layers:
+        parts = []
+        for number, layer in enumerate(self._layers, start=1):
             normed = self._norm(hidden, layer.input_norm)
             attended = self._attention(layer, normed, angles, lengths)
             hidden = hidden + functional.linear(attended, layer.o, layer.o_bias)
@@ -108,7 +121,10 @@ class PackedTarget:
             gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             mlp = functional.linear(functional.silu(gate) * up, layer.down, layer.down_bias)
             hidden = hidden + mlp
-        return list(self._norm(hidden, self._final_norm).split(lengths))
+            if number in self._taps:
+                parts.append(hidden)
+        parts.append(self._norm(hidden, self._final_norm))
+        return list(torch.cat(parts, -1).split(lengths))
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         eps = self.config.rms_norm_eps
@@ -150,6 +166,7 @@ class TransformersTarget:
         config: its configuration.
         dtype: of weights and activations.
         device: where to put it.
+        taps: as for :func:`load_frozen_target`.
     """
 
     def __init__(
@@ -158,10 +175,12 @@ class TransformersTarget:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
+        taps: tuple[int, ...] = (),
     ) -> None:
         from transformers import AutoModel  # slow to import, and not needed on a CPU
 
         self.config = config
+        self._taps = _checked_taps(config, taps)
         self._device = device
         # The model without its head: its last hidden state is the one after the final norm.
         model = AutoModel.from_pretrained(
@@ -180,11 +199,14 @@ class TransformersTarget:
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        hidden = self._model(
+        output = self._model(
             input_ids=padded.to(self._device),
             attention_mask=mask.long().to(self._device),
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=bool(self._taps),
+        )
+        tapped = [output.hidden_states[number] for number in self._taps]
+        hidden = torch.cat([*tapped, output.last_hidden_state], -1)
         return [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
 
 
@@ -204,6 +226,14 @@ class _Layer:
         self.gate_up_bias: torch.Tensor | None = placed(layer.gate_up_bias)
         self.down: torch.Tensor = placed(layer.down)
         self.down_bias: torch.Tensor | None = placed(layer.down_bias)
+
+
+def _checked_taps(config: ModelConfig, taps: tuple[int, ...]) -> tuple[int, ...]:
+    """The last layer's output cannot be tapped: ``transformers`` gives it behind the norm only."""
+    last = config.num_layers - 1
+    if list(taps) != sorted(set(taps)) or any(not 1 <= number <= last for number in taps):
+        raise ValueError(f"taps: expected increasing numbers of 1..{last}, got {list(taps)}")
+    return taps
 
 
 def _check(config: ModelConfig, sequences: Sequence[torch.Tensor]) -> None:

@@ -9,38 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from specrt.config import ModelConfig
 from specrt.draft.checkpoint import DraftConfig
-from specrt.models.rope import rope_table
-
-
-class _Norm(nn.Module):
-    """RMS norm that keeps its input's dtype, so that autocast does not fall back to a slow path."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(rows.dtype)
-        return functional.rms_norm(rows, weight.shape, weight, self.eps)
-
-
-class _GatedMlp(nn.Module):
-    """``down(silu(gate a) * (up b))``; a and b are the same thing in a decoder layer."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, out_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, out_size, bias=False)
-
-    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(gate)) * self.up_proj(up))
-        return out
+from specrt.train.layers import Attention, GatedMlp, Norm, Rope
 
 
 class _FeatureSampling(nn.Module):
@@ -50,8 +22,8 @@ class _FeatureSampling(nn.Module):
         super().__init__()
         hidden_size = config.hidden_size
         self.fc = nn.Linear(2 * hidden_size, hidden_size)
-        self.mlp = _GatedMlp(hidden_size, config.intermediate_size, hidden_size)
-        self.post_attention_layernorm = _Norm(hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(hidden_size, config.intermediate_size, hidden_size)
+        self.post_attention_layernorm = Norm(hidden_size, config.rms_norm_eps)
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.fc(pairs)
@@ -60,46 +32,13 @@ class _FeatureSampling(nn.Module):
         return hidden + sampled
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        hidden_size = config.hidden_size
-        q_rows = config.num_heads * config.head_dim
-        kv_rows = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, q_rows, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_rows, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_rows, bias=False)
-        self.o_proj = nn.Linear(q_rows, hidden_size, bias=False)
-
-    def project(
-        self, hidden: torch.Tensor, rope: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries and keys, and values: ``[B, heads, m, d]`` each."""
-        q, k, v = (
-            layer(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return _rotated(q, rope), _rotated(k, rope), v
-
-    def merge(self, attended: torch.Tensor) -> torch.Tensor:
-        """``[B, heads, m, d]`` to ``[B, m, H]``."""
-        out: torch.Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return out
-
-    def forward(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(hidden, rope)
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.merge(attended)
-
-
 class _Layer(nn.Module):
     def __init__(self, config: ModelConfig, out_size: int) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.self_attn = _Attention(config)
-        self.post_attention_layernorm = _Norm(hidden_size, config.rms_norm_eps)
-        self.mlp = _GatedMlp(hidden_size, config.intermediate_size, out_size)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = Norm(hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(hidden_size, config.intermediate_size, out_size)
 
     def forward(
         self, hidden: torch.Tensor, rope: torch.Tensor
@@ -123,8 +62,6 @@ class DraftModel(nn.Module):
     Shapes: B sequences, m pairs each, H hidden size, V vocabulary, d head size.
     """
 
-    rope: torch.Tensor
-
     def __init__(self, config: DraftConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -135,7 +72,7 @@ class DraftModel(nn.Module):
             self.fc = nn.Linear(2 * hidden_size, hidden_size)
         num_halves = 2 if config.has_split_output else 1
         self.layers = nn.ModuleList([_Layer(config.layer, num_halves * hidden_size)])
-        self.register_buffer("rope", self._table(512), persistent=False)
+        self.rope = Rope(config.layer)
         self._initialise(seed)
 
     @property
@@ -152,9 +89,7 @@ class DraftModel(nn.Module):
 
     def rope_rows(self, num_positions: int) -> torch.Tensor:
         """``[num_positions, d]``: cosines, then sines, of positions 0 on."""
-        if num_positions > len(self.rope):
-            self.rope = self._table(2 * num_positions).to(self.rope.device)
-        return self.rope[:num_positions]
+        return self.rope.rows(num_positions)
 
     def forward(
         self, features: torch.Tensor, embeddings: torch.Tensor
@@ -177,10 +112,6 @@ class DraftModel(nn.Module):
         out = self.layers[0](hidden, self.rope_rows(hidden.shape[1]))
         return out
 
-    def _table(self, num_positions: int) -> torch.Tensor:
-        config = self.config.layer
-        return rope_table(config.head_dim, config.rope_theta, num_positions, config.rope_scaling)
-
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Norms 1, biases 0, matrices normal with variance 1 / fan-in: a function of ``seed``.
@@ -199,10 +130,3 @@ class DraftModel(nn.Module):
         pairing = self.fc.fc if isinstance(self.fc, _FeatureSampling) else self.fc
         assert isinstance(pairing, nn.Linear)
         pairing.weight[:, self.config.layer.hidden_size :].zero_()
-
-
-def _rotated(heads: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate ``[B, heads, m, d]`` by ``[m, d]`` (or ``[B, 1, m, d]``) cosines and sines."""
-    cos, sin = rope.to(heads.dtype).chunk(2, dim=-1)
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

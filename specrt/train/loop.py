@@ -9,50 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from torch import nn
 
-from specrt.draft.checkpoint import DraftConfig
-from specrt.train.batches import Batch, BatchPlan, collate
-from specrt.train.evaluate import TargetTables, chain_acceptance
-from specrt.train.features import FeatureSource
-from specrt.train.fspad import DraftModel
-from specrt.train.losses import TOP, Losses, draft_losses
-from specrt.train.options import SAVE_DTYPES, TrainOptions
+from specrt.train.batches import BatchPlan
+from specrt.train.options import TrainOptions
 from specrt.train.report import Reporter
 from specrt.train.state import StateFolder
 from specrt.train.stopping import StopRequest
-from specrt.train.summary import peak_memory, write_drafter
+from specrt.train.summary import peak_memory
+from specrt.train.task import TaskBatch, TrainData, TrainTask
 
 _BETAS = (0.9, 0.95)
-_HOURS = 24  # the others wait while the main process caches features
 _MAX_NAMED = 8
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: the loss, a gradient or a weight is not finite."""
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """Sequences with features, and which of them are for what."""
-
-    source: FeatureSource
-    train: Sequence[int]
-    held_out: Sequence[int]
-    describe: Callable[[int], str] = str
-    """What errors call a sequence."""
 
 
 @dataclass(frozen=True)
@@ -77,34 +59,8 @@ class _Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def make_accelerator(options: TrainOptions) -> Accelerator:
-    """An accelerator for this process, as ``accelerate launch`` or plain Python started it.
-
-    Raises:
-        ValueError: the launcher started several processes that know nothing of one another; each
-            would train the whole and write over the others' files.
-    """
-    # All accelerators of a process share it, and an earlier one may have had another precision.
-    AcceleratorState._reset_state()
-    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=_HOURS))]
-    is_told = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
-    if options.precision == "auto" and is_told:
-        accelerator = Accelerator(kwargs_handlers=handlers)
-    else:
-        is_bf16 = options.precision == "bf16" or (options.precision == "auto" and _has_fast_bf16())
-        precision = "bf16" if is_bf16 else "no"
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE: the launcher started {launched} processes, but accelerate sees "
-            f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
 def run_identity(
-    config: DraftConfig,
+    task: TrainTask,
     options: TrainOptions,
     accelerator: Accelerator,
     content_hash: str,
@@ -113,16 +69,14 @@ def run_identity(
     """What a run must share with the one it takes up, for its result to be the same.
 
     Args:
-        config, options: of the drafter and its training.
+        task, options: what is trained, and how.
         accelerator: the number of processes and their precision count.
         content_hash: of the data.
         train: the sequences trained on.
     """
     data = json.dumps([content_hash, *map(int, train)]).encode()
     return {
-        "arch": config.arch,
-        "target": config.target_fingerprint,
-        "intermediate_size": config.layer.intermediate_size,
+        **task.identity(),
         "data": hashlib.sha256(data).hexdigest()[:16],
         "num_processes": accelerator.num_processes,
         "mixed_precision": str(accelerator.mixed_precision),
@@ -131,11 +85,10 @@ def run_identity(
 
 
 class Trainer:
-    """Trains one drafter.
+    """Trains what a task describes.
 
     Args:
-        config: the drafter's architecture.
-        target: the target's embedding and head.
+        task: the drafter's kind.
         data: its sequences.
         options: the recipe.
         out: where the drafter and its summary go.
@@ -148,8 +101,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: DraftConfig,
-        target: TargetTables,
+        task: TrainTask,
         data: TrainData,
         options: TrainOptions,
         *,
@@ -159,7 +111,7 @@ class Trainer:
     ) -> None:
         if not data.train:
             raise ValueError("data: no sequence to train on")
-        self._config, self._data, self._options = config, data, options
+        self._task, self._data, self._options = task, data, options
         self._out, self._state, self._accelerator = out, state, accelerator
         self._plan = BatchPlan(data.train, data.source.lengths, options.batch_size, options.seed)
         self._num_parts = accelerator.num_processes * options.accumulation_steps
@@ -171,9 +123,8 @@ class Trainer:
             )
         self._total = options.total_steps(self._plan.steps_per_epoch)
         is_bf16 = accelerator.mixed_precision == "bf16"
-        self._full_target = target
-        self._target = target.to(accelerator.device, torch.bfloat16 if is_bf16 else torch.float32)
-        self._model, self._optimizer = self._prepare(DraftModel(config, options.seed))
+        module = task.start(accelerator.device, torch.bfloat16 if is_bf16 else torch.float32)
+        self._model, self._optimizer = self._prepare(module)
         self._progress = _Progress()
         self._saved_at = time.monotonic()
         self._saved_step: int | None = None
@@ -225,28 +176,21 @@ class Trainer:
         values = None
         if is_logged:
             speed = {"lr": rate, "tokens_per_second": num_tokens / seconds}
-            values = {**self._named(means), "gradient_norm": norm, **speed}
+            values = {**self._task.named(means), "gradient_norm": norm, **speed}
             progress.history.append({"step": progress.step, **values})
         reporter.update(progress.step, self._total, values)
         return True
 
-    def _batches(self, epoch: int, indices: list[int]) -> list[Batch]:
+    def _batches(self, epoch: int, indices: list[int]) -> list[TaskBatch]:
         """This process's share of a step, one for each accumulation step."""
-        options, num_parts = self._options, self._options.accumulation_steps
+        num_parts = self._options.accumulation_steps
         first = self._accelerator.process_index * num_parts
         return [
-            collate(
-                self._data.source,
-                indices[part :: self._num_parts],
-                noise=options.noise,
-                seed=options.seed,
-                epoch=epoch,
-                device=self._accelerator.device,
-            )
+            self._task.collate(self._data.source, indices[part :: self._num_parts], epoch)
             for part in range(first, first + num_parts)
         ]
 
-    def _agree(self, batches: list[Batch], stop: StopRequest) -> tuple[int, int, bool, bool]:
+    def _agree(self, batches: list[TaskBatch], stop: StopRequest) -> tuple[int, int, bool, bool]:
         """Counted positions and tokens of the whole step; whether to stop, and to save, now."""
         count = sum(int(batch.is_counted.sum()) for batch in batches)
         num_tokens = sum(batch.num_tokens for batch in batches)
@@ -258,38 +202,28 @@ class Trainer:
         return int(said[0]), int(said[1]), said[2] > 0, said[3] > 0
 
     def _gradients(
-        self, batches: list[Batch], count: int, has_hits: bool
+        self, batches: list[TaskBatch], count: int, has_hits: bool
     ) -> tuple[list[float], float]:
-        """Both losses and the hit rates of the whole step, and its gradient's norm."""
-        accelerator, options = self._accelerator, self._options
-        sums = torch.zeros(2 + TOP, device=accelerator.device)
+        """The means of the whole step's losses and hits, and its gradient's norm."""
+        accelerator = self._accelerator
         # A gradient is that of the sum over all positions, of which DDP takes the processes' mean.
         share = accelerator.num_processes / max(1, count)
+        sums = []
         for batch in batches:
             is_last = batch is batches[-1]
             with nullcontext() if is_last else accelerator.no_sync(self._model):
-                losses = self._losses(batch, has_hits)
-                loss = options.regression_weight * losses.regression
-                loss = loss + options.classification_weight * losses.classification
-                accelerator.backward(loss * share)
-            pair = torch.stack([losses.regression.detach(), losses.classification.detach()])
-            sums += torch.cat([pair, losses.hits])
-        means = accelerator.reduce(sums, "sum") / max(1, count)
-        limit = math.inf if options.clip_norm is None else options.clip_norm
-        norm = accelerator.clip_grad_norm_(self._model.parameters(), limit)
-        return means.tolist(), float(norm)
+                losses = self._task.losses(self._model, batch, has_hits=has_hits)
+                accelerator.backward(losses.total * share)
+            sums.append(losses.sums)
+        means = accelerator.reduce(reduce(torch.add, sums), "sum") / max(1, count)
+        return means.tolist(), self._clip_norms()
 
-    def _losses(self, batch: Batch, has_hits: bool) -> Losses:
-        embeddings = self._target.embed[batch.next_tokens]
-        predicted, regressed = self._model(batch.inputs, embeddings)
-        counted = batch.is_counted
-        return draft_losses(
-            predicted[counted],
-            regressed[counted],
-            batch.targets[counted],
-            self._target.head,
-            has_hits=has_hits,
-        )
+    def _clip_norms(self) -> float:
+        """The gradient's norm before clipping."""
+        limit = math.inf if self._options.clip_norm is None else self._options.clip_norm
+        groups = self._task.clip_groups(self._model)
+        norms = [float(self._accelerator.clip_grad_norm_(group, limit)) for group in groups]
+        return math.hypot(*norms)
 
     def _apply(self, rate: float) -> None:
         if self._options.clip_value is not None:
@@ -300,20 +234,8 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _named(self, means: list[float]) -> dict[str, float]:
-        regression, classification, *hits = means
-        loss = self._options.regression_weight * regression
-        loss += self._options.classification_weight * classification
-        tops = {f"top{k}": hit for k, hit in enumerate(hits, 1)}
-        return {
-            "loss": loss,
-            "regression": regression,
-            "classification": classification,
-            **tops,
-        }
-
     def _check_finite(
-        self, means: list[float], norm: float, indices: list[int], batches: list[Batch]
+        self, means: list[float], norm: float, indices: list[int], batches: list[TaskBatch]
     ) -> None:
         """The gradient's norm is checked before clipping, which would hide an infinite one."""
         if all(map(math.isfinite, means)) and math.isfinite(norm):
@@ -322,16 +244,18 @@ class Trainer:
         cause = "features that are not finite" if bad else "none with features out of range"
         names = [self._data.describe(index) for index in (bad or indices)]
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        values = {**self._task.named(means), "gradient norm": norm}
+        said = [f"{name} {v:g}" for name, v in values.items() if not math.isfinite(v)]
         kept = self._state.latest()
         raise TrainingError(
-            f"step {self._progress.step + 1}: regression loss {means[0]:g}, classification loss "
-            f"{means[1]:g}, gradient norm {norm:g}; sequences {', '.join(names[:_MAX_NAMED])}"
-            f"{more} ({cause}); the last good state is {kept or 'none, none was saved yet'}"
+            f"step {self._progress.step + 1}: not finite: {', '.join(said)}; sequences "
+            f"{', '.join(names[:_MAX_NAMED])}{more} ({cause}); the last good state is "
+            f"{kept or 'none, none was saved yet'}"
         )
 
     # --- state ------------------------------------------------------------------------------------
 
-    def _prepare(self, model: DraftModel) -> tuple[Any, Any]:
+    def _prepare(self, model: nn.Module) -> tuple[Any, Any]:
         options = self._options
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -384,28 +308,16 @@ class Trainer:
         tensors = self._accelerator.get_state_dict(self._model)
         summary: dict[str, Any] = {}
         if self._accelerator.is_main_process:
-            dtype = SAVE_DTYPES[self._options.save_dtype]
-            stored = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
-            summary = self._summary(stored)
-            write_drafter(self._out, self._config, stored, summary)
+            on_cpu = {key: tensor.to("cpu") for key, tensor in tensors.items()}
+            summary = self._task.finish(self._out, on_cpu, self._data, self._described())
         self._accelerator.wait_for_everyone()
         return summary
 
-    def _summary(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
+        """What the summary says of the run itself."""
         progress, accelerator = self._progress, self._accelerator
-        model = DraftModel(self._config).requires_grad_(False)
-        model.load_state_dict(tensors)
-        acceptance = chain_acceptance(
-            model.to(accelerator.device),
-            self._full_target.to(accelerator.device, torch.float32),
-            self._data.source,
-            self._data.held_out,
-            self._options.depth,
-        )
         return {
-            "arch": self._config.arch,
             "is_complete": progress.step >= self._total,
-            "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
             "num_steps": progress.step,
             "num_epochs": progress.step / self._plan.steps_per_epoch,
             "num_sequences": len(self._data.train),
@@ -416,12 +328,5 @@ class Trainer:
             "num_processes": accelerator.num_processes,
             "mixed_precision": str(accelerator.mixed_precision),
             "options": asdict(self._options),
-            "held_out": acceptance.as_dict(),
             "history": progress.history,
         }
-
-
-def _has_fast_bf16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,11 +1,13 @@
-"""The two losses of partial alignment distillation (arXiv 2408.15562, section 3.3).
+"""Soft cross entropy behind a frozen head, and the losses of FSPAD around it.
 
-The pair (f_t, e_{t+1}) predicts f_{t+1} and the logits of token t + 2. So position t counts where
-token t + 2 is one to be predicted.
+The two losses of partial alignment distillation are arXiv 2408.15562's (section 3.3). The pair
+(f_t, e_{t+1}) predicts f_{t+1} and the logits of token t + 2. So position t counts where token
+t + 2 is one to be predicted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,10 @@ from torch.nn import functional
 # large vocabularies the whole would not fit any memory.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
 TOP = 3
+
+Watch = Callable[[slice, torch.Tensor, torch.Tensor], None]
+"""Sees logits while they are at hand: which rows, the target's and the drafter's ``[n, V]`` float32
+of them; it must not change them."""
 
 
 class Losses(NamedTuple):
@@ -57,17 +63,48 @@ def draft_losses(
     """
     features = features.float()
     regression = functional.smooth_l1_loss(regressed.float(), features, reduction="none")
-    classification, hits = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        predicted, features, head, has_hits
+    hits = HitCounter(head.device)
+    watch = hits if has_hits else None
+    classification = soft_cross_entropy(predicted, features, head, watch)
+    return Losses(regression.mean(-1).sum(), classification, hits.sums)
+
+
+def soft_cross_entropy(
+    predicted: torch.Tensor,
+    features: torch.Tensor,
+    head: torch.Tensor,
+    watch: Watch | None = None,
+) -> torch.Tensor:
+    """The drafter's law against the target's, without ever holding all logits.
+
+    Args:
+        predicted: ``[N, H]``: what the drafter gives to the head.
+        features: ``[N, H]``: what the target gives to it.
+        head: ``[V, H]``, frozen; its dtype is that of the products.
+        watch: called with the logits of every part of the rows, in order.
+
+    Returns:
+        ``[]`` float32, nats: the sum over the rows.
+    """
+    loss: torch.Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        predicted, features, head, watch
     )
-    return Losses(regression.mean(-1).sum(), classification, hits)
+    return loss
+
+
+class HitCounter:
+    """A :data:`Watch` that counts how often the target's likeliest token is among the best."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(TOP, device=device)
+        """``[3]`` float32: rows with it among the drafter's 1, 2, 3 best."""
+
+    def __call__(self, rows: slice, target: torch.Tensor, draft: torch.Tensor) -> None:
+        self.sums += _hits(draft, target.argmax(-1))
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Soft cross entropy behind a frozen head, without ever holding all logits.
-
-    The gradient is made along with the loss, while a chunk's logits are at hand.
-    """
+    """The gradient is made along with the loss, while a part's logits are at hand."""
 
     @staticmethod
     def forward(
@@ -75,25 +112,23 @@ class _HeadLoss(torch.autograd.Function):
         predicted: torch.Tensor,
         features: torch.Tensor,
         head: torch.Tensor,
-        has_hits: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        watch: Watch | None,
+    ) -> torch.Tensor:
         gradient = torch.empty_like(predicted)
         loss = torch.zeros((), device=head.device)
-        hits = torch.zeros(TOP, device=head.device)
         rows = max(1, _CHUNK.get(head.device.type, _CHUNK["cpu"]) // len(head))
         with torch.autocast(head.device.type, enabled=False):
             for start in range(0, len(predicted), rows):
                 part = slice(start, start + rows)
                 target = _logits(features[part], head)
                 draft = _logits(predicted[part], head)
-                if has_hits:
-                    hits += _hits(draft, target.argmax(-1))
+                if watch is not None:
+                    watch(part, target, draft)
                 target, draft = target.softmax(-1), draft.log_softmax(-1)
                 loss -= torch.dot(target.view(-1), draft.view(-1))
                 gradient[part] = (draft.exp_() - target).to(head.dtype) @ head
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(hits)
-        return loss, hits
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:

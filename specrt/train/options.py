@@ -24,7 +24,7 @@ _FREE = frozenset(
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The recipe; the defaults are the paper's (arXiv 2408.15562, section 4)."""
+    """What the recipes of all kinds of drafters have in common."""
 
     batch_size: int = 4
     """Sequences of an optimizer step, over all processes and accumulation steps together."""
@@ -41,9 +41,6 @@ class TrainOptions:
     weight_decay: float = 0.01
     clip_value: float | None = 0.5
     clip_norm: float | None = None
-    noise: float = 0.2
-    regression_weight: float = 1.0
-    classification_weight: float = 0.1
     precision: str = "auto"
     seed: int = 0
     depth: int = 5
@@ -59,9 +56,7 @@ class TrainOptions:
             _at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "save_steps"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "noise", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("regression_weight", "classification_weight"):
+        for name in ("warmup_steps", "weight_decay"):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "max_minutes", "save_minutes", "clip_value", "clip_norm"):
             _positive(name, getattr(self, name))
@@ -86,6 +81,33 @@ class TrainOptions:
     def fixed(self) -> dict[str, Any]:
         """What a resumed run must share with its first part."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+
+@dataclass(frozen=True)
+class FspadOptions(TrainOptions):
+    """The recipe of FSPAD; all defaults are the paper's (arXiv 2408.15562, section 4)."""
+
+    noise: float = 0.2
+    """Width of the uniform noise on input features, for sequences of 512 tokens."""
+    regression_weight: float = 1.0
+    classification_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("noise", "regression_weight", "classification_weight"):
+            _at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class EesdOptions(TrainOptions):
+    """The recipe of EESD, for one layer that starts as the target's last; all defaults are ours."""
+
+    batch_size: int = 8
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    clip_value: float | None = None
+    clip_norm: float | None = 1.0
+    depth: int = 8
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:

@@ -29,6 +29,15 @@ class TrainingPrompt:
     """Encodes to ``token_ids`` where the tokenizer can say them at all."""
     token_ids: tuple[int, ...]
 
+    @classmethod
+    def from_tokens(cls, token_ids: tuple[int, ...], tokenizer: Tokenizer) -> TrainingPrompt:
+        """A prompt of tokens and their text, but for a first one that encoding adds by itself."""
+        start = 0
+        while start < len(token_ids) and token_ids[start] == tokenizer.inner.bos_token_id:
+            start += 1
+        ids = list(token_ids[start:])
+        return cls(tokenizer.inner.decode(ids, clean_up_tokenization_spaces=False), token_ids)
+
 
 def read_prompts(
     paths: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer
@@ -51,9 +60,13 @@ def read_prompts(
             num_records += 1
             num_empty += not token_ids
             if token_ids and token_ids not in prompts:
-                prompts[token_ids] = TrainingPrompt(_text(token_ids, tokenizer), token_ids)
+                prompts[token_ids] = TrainingPrompt.from_tokens(token_ids, tokenizer)
     if not prompts:
-        raise ValueError(f"prompts: none in {', '.join(map(str, paths)) or 'no files'}")
+        named = ", ".join(map(str, paths)) or "no files"
+        raise ValueError(
+            f"prompts: none in {named}: {num_records} read, {num_empty} of them empty (nothing "
+            "before the response)"
+        )
     num_repeated = num_records - num_empty - len(prompts)
     return list(prompts.values()), PromptReport(num_records, num_empty, num_repeated)
 
@@ -71,11 +84,3 @@ def _encoded(where: str, record: Record, tokenizer: Tokenizer) -> tuple[int, ...
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('prompt: ')}") from error
     return record.prompt_ids
-
-
-def _text(token_ids: tuple[int, ...], tokenizer: Tokenizer) -> str:
-    """The tokens' text, special ones included, but for the one that encoding begins with anyway."""
-    start = 0
-    while start < len(token_ids) and token_ids[start] == tokenizer.inner.bos_token_id:
-        start += 1
-    return str(tokenizer.inner.decode(list(token_ids[start:]), clean_up_tokenization_spaces=False))

@@ -92,7 +92,10 @@ class Reporter:
 
 
 def _described(values: Mapping[str, float]) -> str:
-    return (
-        f"loss {values['loss']:.4f} top-1 {values['top1']:.3f} "
-        f"{values['tokens_per_second']:.0f} tokens/s"
-    )
+    tops = [
+        f"{name.removesuffix('top1')}top-1 {value:.3f}"
+        for name, value in values.items()
+        if name.endswith("top1")
+    ]
+    speed = f"{values['tokens_per_second']:.0f} tokens/s"
+    return f"loss {values['loss']:.4f} {' '.join(tops)} {speed}"

@@ -1,27 +1,33 @@
-"""From a target and files of conversations to a drafter: everything ``specrt train fspad`` does."""
+"""From a target and files of conversations to a drafter: everything ``specrt train`` does."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from specrt.config import ModelConfig, checkpoint_directory
+from specrt.config import ModelConfig
 from specrt.draft.checkpoint import DraftConfig
+from specrt.draft.exit_checkpoint import ExitConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
 from specrt.train.data import Dataset, read_examples
+from specrt.train.eesd import read_last_layer
+from specrt.train.eesd_task import EesdTask
 from specrt.train.evaluate import TargetTables
 from specrt.train.feature_cache import cache_features
 from specrt.train.features import FeatureSource, OnlineFeatures
-from specrt.train.loop import Outcome, TrainData, Trainer, make_accelerator, run_identity
-from specrt.train.options import TrainOptions
+from specrt.train.fspad_task import FspadTask
+from specrt.train.loop import Outcome, Trainer, run_identity
+from specrt.train.options import EesdOptions, FspadOptions, TrainOptions
+from specrt.train.processes import make_accelerator
 from specrt.train.report import Reporter
 from specrt.train.state import StateFolder
+from specrt.train.task import TrainData, TrainTask
 
 ONLINE = "online"
 _FEATURES_FOLDER = "features"
@@ -39,9 +45,8 @@ class TrainJob:
     """What the checkpoint calls it."""
     data: tuple[Path, ...]
     out: Path
-    arch: str = "fspad"
-    intermediate_size: int | None = None
-    """I; the target's by default."""
+    write_data: Callable[[], None] | None = None
+    """Makes ``data`` first, in the main process alone."""
     max_length: int = 2048
     held_out: float = 0.02
     """Share of the data kept apart."""
@@ -52,8 +57,59 @@ class TrainJob:
     is_restart: bool = False
 
 
-def train_drafter(job: TrainJob, options: TrainOptions) -> Outcome:
-    """Train a drafter and write it to ``job.out``.
+def train_fspad(
+    job: TrainJob,
+    options: FspadOptions,
+    *,
+    arch: str = "fspad",
+    intermediate_size: int | None = None,
+) -> Outcome:
+    """Train FSPAD, EAGLE-2 or one between them and write it to ``job.out``.
+
+    Args:
+        job, options: what and how.
+        arch: a key of :data:`specrt.draft.checkpoint.ARCHS`.
+        intermediate_size: I; the target's by default.
+
+    Raises:
+        As :func:`train`; ValueError also for an unknown ``arch``.
+    """
+    target = ModelConfig.from_directory(job.target)
+    config = DraftConfig.for_target(
+        target, arch, name=job.target_name, intermediate_size=intermediate_size
+    )
+    return train(job, options, FspadTask(config, lambda: _tables(job, target), options))
+
+
+def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) -> Outcome:
+    """Train exits after several N side by side and write them to ``job.out``.
+
+    Args:
+        job, options: what and how.
+        exit_layers: every N, 1..L-1.
+
+    Raises:
+        As :func:`train`; ValueError also for no N, or one out of range.
+    """
+    if not exit_layers:
+        raise ValueError("exit_layer: expected at least one")
+    target = ModelConfig.from_directory(job.target)
+    configs = [
+        ExitConfig.for_target(target, number, name=job.target_name)
+        for number in sorted(set(exit_layers))
+    ]
+    task = EesdTask(
+        target,
+        configs,
+        lambda: _tables(job, target),
+        lambda: read_last_layer(job.target, target),
+        options,
+    )
+    return train(job, options, task)
+
+
+def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
+    """Train what a task describes, from files to a checkpoint.
 
     Raises:
         CheckpointError: the target, or cached features, are missing, broken or do not belong.
@@ -61,21 +117,21 @@ def train_drafter(job: TrainJob, options: TrainOptions) -> Outcome:
         TrainingError: the loss is not finite.
         OSError: a file cannot be read or written.
     """
-    directory = checkpoint_directory(job.target)
-    target = ModelConfig.from_directory(directory)
-    config = DraftConfig.for_target(
-        target, job.arch, name=job.target_name, intermediate_size=job.intermediate_size
-    )
+    target = ModelConfig.from_directory(job.target)
     accelerator = make_accelerator(options)
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
     with Reporter(accelerator.is_main_process, log_dir) as reporter:
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(job.target)
+        if job.write_data is not None:
+            with accelerator.main_process_first():
+                if accelerator.is_main_process:
+                    job.write_data()
         max_length = min(job.max_length, target.max_positions)
         dataset = read_examples(job.data, tokenizer, max_length=max_length, skip_bad=job.skip_bad)
         for line in dataset.report.lines():
             reporter.say(line)
         train, held_out = dataset.split(job.held_out)
-        identity = run_identity(config, options, accelerator, dataset.content_hash, train)
+        identity = run_identity(task, options, accelerator, dataset.content_hash, train)
         state = StateFolder(job.out, identity, accelerator)
         state.claim(is_restart=job.is_restart)  # before the long work on features
 
@@ -83,25 +139,23 @@ def train_drafter(job: TrainJob, options: TrainOptions) -> Outcome:
             beginning = tokenizer.decode(dataset[index].token_ids[:_MAX_SHOWN].tolist())
             return f"{index} ({beginning!r} ...)"
 
-        source = _features(job, options, dataset, train, accelerator)
-        trainer = Trainer(
-            config,
-            TargetTables(*load_tables(directory, target, torch.float32)),
-            TrainData(source, train, held_out, describe),
-            options,
-            out=job.out,
-            state=state,
-            accelerator=accelerator,
-        )
+        source = _features(job, options, task.taps, dataset, train, accelerator)
+        data = TrainData(source, train, held_out, describe)
+        trainer = Trainer(task, data, options, out=job.out, state=state, accelerator=accelerator)
         outcome = trainer.run(reporter)
     if outcome.is_done and accelerator.is_main_process:
         shutil.rmtree(job.out / _FEATURES_FOLDER, ignore_errors=True)
     return outcome
 
 
+def _tables(job: TrainJob, target: ModelConfig) -> TargetTables:
+    return TargetTables(*load_tables(job.target, target, torch.float32))
+
+
 def _features(
     job: TrainJob,
     options: TrainOptions,
+    taps: tuple[int, ...],
     dataset: Dataset,
     train: Sequence[int],
     accelerator: Accelerator,
@@ -111,7 +165,7 @@ def _features(
     steps_per_epoch = max(1, len(train) // options.batch_size)
     is_single_pass = options.total_steps(steps_per_epoch) <= steps_per_epoch
     if job.features == ONLINE or (job.features is None and is_single_pass):
-        return OnlineFeatures(dataset, job.target, device=device)
+        return OnlineFeatures(dataset, job.target, device=device, taps=taps)
     folder = Path(job.features) if job.features else job.out / _FEATURES_FOLDER
     with accelerator.main_process_first():
-        return cache_features(folder, dataset, job.target, device=device)
+        return cache_features(folder, dataset, job.target, device=device, taps=taps)

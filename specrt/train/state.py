@@ -10,6 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from specrt.train.summary import SUMMARY_FILE
+
 _FOLDER = "state"
 _PARTIAL = "partial"
 _PREFIX = "step-"
@@ -53,7 +55,7 @@ class StateFolder:
             return
         state = self.latest()
         if state is None:
-            if (self._out / "config.json").exists():
+            if any((self._out / name).exists() for name in ("config.json", SUMMARY_FILE)):
                 raise ValueError(f"out: {self._out} already holds a model; --restart replaces it")
             return
         theirs = _read(state)["identity"]

@@ -35,10 +35,24 @@ def write_drafter(
         OSError: a file cannot be written.
     """
     dtype = next(iter(tensors.values())).dtype
-    brief = {key: value for key, value in summary.items() if key != "history"}
-    extra = {**config.extra, "training": brief}
+    extra = {**config.extra, "training": brief(summary)}
     stored = replace(config, layer=replace(config.layer, dtype=dtype), extra=extra)
     write_checkpoint(out, stored, tensors)
+    write_summary(out, summary)
+
+
+def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a summary goes into ``config.json``: all but its history."""
+    return {key: value for key, value in summary.items() if key != "history"}
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``training.json``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     partial = out / f"{SUMMARY_FILE}.partial"
     partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     partial.replace(out / SUMMARY_FILE)

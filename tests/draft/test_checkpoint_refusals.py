@@ -113,7 +113,7 @@ OURS: dict[str, tuple[Breaking, str]] = {
         f"config.json: made for another target (big, fingerprint {'0' * 16}; this one has ",
     ),
     "target": (config_with(target="big"), "config.json: target: expected an object, got 'big'"),
-    "kind": (config_with(drafter="eesd"), "this version has no drafter of kind 'eesd'"),
+    "kind": (config_with(drafter="medusa"), "this version has no drafter of kind 'medusa'"),
     "no kind": (config_with(drafter=None), "this version has no drafter of kind None"),
     "newer": (config_with(format_version=2), "format_version: this version reads 1, got 2"),
     "no version": (config_with(format_version=...), "this version reads 1, got None"),

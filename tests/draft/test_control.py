@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from specrt.draft.control import CONTROLLERS, ControlOptions, DraftControl, DraftCosts
+from specrt.draft.control import (
+    CONTROLLERS,
+    ControlOptions,
+    DraftControl,
+    DraftCosts,
+    parse_control,
+)
 from specrt.ops.graph import CpuGraph
 from specrt.types import SequenceState
 
@@ -109,6 +115,16 @@ def test_the_time_of_a_round() -> None:
 
 def test_a_fixed_length_is_bound_by_the_cap_of_its_kind_alone() -> None:
     assert ControlOptions("beta-ts", max_draft=2).draft_len == 4
+
+
+def test_rules_have_names() -> None:
+    assert parse_control("fixed-3") == ControlOptions("fixed", draft_len=3)
+    assert parse_control("fixed-62").max_draft == 62
+    for kind in CONTROLLERS[1:]:
+        assert parse_control(kind) == ControlOptions(kind)
+    for name in ("fixed", "fixed-0", "fixed-63", "fixed--1", "fixed-²", "Beta-TS", "", "-4"):
+        with pytest.raises(ValueError, match="controller: expected one of fixed-1 .. fixed-62, "):
+            parse_control(name)
 
 
 # --- the baselines --------------------------------------------------------------------------------

@@ -26,10 +26,13 @@ from specrt.draft.checkpoint import DraftConfig
 from specrt.train.evaluate import TargetTables
 from specrt.train.features import Sample
 from specrt.train.fspad import DraftModel
-from specrt.train.loop import Outcome, TrainData, Trainer, make_accelerator, run_identity
-from specrt.train.options import TrainOptions
+from specrt.train.fspad_task import FspadTask
+from specrt.train.loop import Outcome, Trainer, run_identity
+from specrt.train.options import FspadOptions
+from specrt.train.processes import make_accelerator
 from specrt.train.report import Reporter
 from specrt.train.state import StateFolder
+from specrt.train.task import TrainData
 
 HIDDEN, VOCAB = 32, 61
 TARGET = ModelConfig.from_dict(
@@ -44,7 +47,7 @@ TARGET = ModelConfig.from_dict(
         "max_position_embeddings": 128,
     }
 )
-OPTIONS = TrainOptions(
+OPTIONS = FspadOptions(
     batch_size=4,
     max_steps=8,
     lr=3e-3,
@@ -114,23 +117,24 @@ def make_source(num_samples: int = 24, *, shift: int = 0, seed: int = 1) -> Memo
 
 def make_trainer(
     out: Path,
-    options: TrainOptions = OPTIONS,
+    options: FspadOptions = OPTIONS,
     source: MemorySource | None = None,
     arch: str = "fspad",
     **given: Any,
 ) -> Trainer:
     """A trainer on all but the last two sequences; ``given`` goes to ``StateFolder.claim``."""
     source = source or make_source()
-    config, accelerator = draft_config(arch), make_accelerator(options)
+    accelerator = make_accelerator(options)
+    task = FspadTask(draft_config(arch), tables, options)
     train = range(len(source) - 2)
-    identity = run_identity(config, options, accelerator, "table", train)
+    identity = run_identity(task, options, accelerator, "table", train)
     state = StateFolder(out, identity, accelerator)
     state.claim(**given)
     data = TrainData(source, train, range(len(source) - 2, len(source)))
-    return Trainer(config, tables(), data, options, out=out, state=state, accelerator=accelerator)
+    return Trainer(task, data, options, out=out, state=state, accelerator=accelerator)
 
 
-def train(out: Path, options: TrainOptions = OPTIONS, **given: Any) -> Outcome:
+def train(out: Path, options: FspadOptions = OPTIONS, **given: Any) -> Outcome:
     """Run a trainer, silently."""
     with Path(os.devnull).open("w") as sink, Reporter(True, None, Console(file=sink)) as reporter:
         return make_trainer(out, options, **given).run(reporter)
@@ -155,7 +159,7 @@ def _main(out: str, max_steps: str, kill_at: str = "-1") -> None:
 
     source = make_source()
     source.on_batch = kill
-    options = TrainOptions(**{**vars(OPTIONS), "max_steps": int(max_steps), "save_steps": 2})
+    options = FspadOptions(**{**vars(OPTIONS), "max_steps": int(max_steps), "save_steps": 2})
     train(Path(out), options, source=source)
 
 

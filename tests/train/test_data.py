@@ -222,6 +222,15 @@ def test_the_split_follows_the_prompts(tmp_path: Path, bundled: Tokenizer) -> No
     assert {int(turned[i].token_ids[1]) for i in turned.split(0.2)[1]} == prompts
 
 
+def test_texts_without_a_prompt_are_told_apart_by_themselves(
+    tmp_path: Path, bundled: Tokenizer
+) -> None:
+    """The target's own text from its first token on, which all of them share."""
+    texts = [{"prompt_ids": [0], "response_ids": [9, n]} for n in range(2, 102)]
+    train, held_out = read(tmp_path, bundled, *texts).split(0.2)
+    assert len(train) + len(held_out) == 100 and 1 <= len(held_out) <= 44  # 6 deviations
+
+
 @pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
 def test_both_sides_get_something(tmp_path: Path, bundled: Tokenizer, share: float) -> None:
     train, held_out = read(tmp_path, bundled, *answers(3)).split(share)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from specrt.builtin import target_path
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
-from specrt.models.llama import FINAL_TAP, LlamaModel
+from specrt.models.llama import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.loader import load_weights
 from specrt.train.cache_index import INDEX
 from specrt.train.data import DataReport, Dataset
@@ -45,7 +45,9 @@ def make_dataset(*, vocab: int = VOCAB, seed: int = 0, max_length: int = 140) ->
     )
 
 
-def engine_features(path: Path, dtype: torch.dtype, dataset: Dataset) -> list[torch.Tensor]:
+def engine_features(
+    path: Path, dtype: torch.dtype, dataset: Dataset, tap: str = FINAL_TAP
+) -> list[torch.Tensor]:
     """What the engine taps, ``[n, H]`` of each example."""
     config = ModelConfig.from_directory(path)
     model = LlamaModel(config, load_weights(path, config, dtype))
@@ -53,8 +55,8 @@ def engine_features(path: Path, dtype: torch.dtype, dataset: Dataset) -> list[to
     for index in range(len(dataset)):
         ids = dataset[index].token_ids.tolist()
         sequence = cache.open(len(ids) + 128)
-        pieces = model.extend(ids, CacheBatch(cache, [sequence]), taps=(FINAL_TAP,))
-        found.append(torch.cat([taps[FINAL_TAP][0].clone() for _, taps in pieces]))
+        pieces = model.extend(ids, CacheBatch(cache, [sequence]), taps=(tap,))
+        found.append(torch.cat([taps[tap][0].clone() for _, taps in pieces]))
         cache.close(sequence)
     return found
 
@@ -129,6 +131,37 @@ def test_the_place_of_the_target_chooses_its_reader(tmp_path: Path, target: Path
     make_checkpoint("llama", tmp_path)
     store_as_float8(tmp_path)  # transformers cannot read it
     assert isinstance(load_frozen_target(tmp_path, device="meta"), PackedTarget)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taps_are_the_engines_layers(tmp_path: Path, family: str) -> None:
+    make_checkpoint(family, tmp_path)
+    dataset = make_dataset()
+    samples = OnlineFeatures(dataset, tmp_path, taps=(1, 2)).batch(range(len(dataset)))
+    taps = (layer_tap(0), layer_tap(1), FINAL_TAP)
+    columns = [engine_features(tmp_path, torch.float32, dataset, tap) for tap in taps]
+    for sample, *wanted in zip(samples, *columns, strict=True):
+        for got, layer in zip(sample.features.chunk(3, -1), wanted, strict=True):
+            assert error(got, layer) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_taps_through_transformers_are_the_same(tmp_path: Path, family: str) -> None:
+    make_checkpoint(family, tmp_path)
+    config, dataset = ModelConfig.from_directory(tmp_path), make_dataset()
+    sequences = [dataset[index].token_ids for index in range(len(dataset))]
+    place = torch.float32, torch.device("cpu"), (2,)
+    features = TransformersTarget(tmp_path, config, *place).features(sequences)
+    others = PackedTarget(tmp_path, config, *place).features(sequences)
+    for got, other in zip(features, others, strict=True):
+        assert got.shape[1] == 128
+        assert max(map(error, got.chunk(2, -1), other.chunk(2, -1))) < 1e-5
+
+
+@pytest.mark.parametrize("taps", [(0,), (3,), (2, 1), (1, 1)])
+def test_taps_out_of_range(target: Path, taps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"taps: expected increasing numbers of 1\.\.2, got"):
+        load_frozen_target(target, taps=taps)
 
 
 def test_features_can_be_trained_on(target: Path) -> None:
@@ -297,6 +330,28 @@ def test_features_that_are_nan_are_not_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="broken: NaN or infinite features of example 0"):
         cache(tmp_path / "features", tmp_path / "broken")
     assert not shards(tmp_path / "features")
+
+
+def test_cached_taps_are_those_on_line(tmp_path: Path, target: Path) -> None:
+    """A cache with more taps serves those who want fewer; one with fewer is refused."""
+    features, order = tmp_path / "features", [7, 0, 2, 5, 1, 3, 4, 6]
+    more = {"features_dtype": torch.float32}
+    for taps in ((1, 2), (2,), (1,), ()):
+        wanted = OnlineFeatures(make_dataset(), target, taps=taps).batch(order)
+        got = cache(features, target, taps=taps, **more).batch(order)
+        assert_same(got, wanted, 1e-6)
+    cache(tmp_path / "one", target, taps=(2,), **more)
+    with pytest.raises(CheckpointError, match=r"taps is \(2,\), expected \(1,\)"):
+        cache(tmp_path / "one", target, taps=(1,), **more)
+
+
+def test_a_cache_without_the_field_has_no_taps(tmp_path: Path, target: Path) -> None:
+    wanted = cache(tmp_path, target).batch(range(8))
+    data = json.loads((tmp_path / INDEX).read_text())
+    del data["key"]["taps"]  # as written before there were any
+    (tmp_path / INDEX).write_text(json.dumps(data))
+    assert CachedFeatures(tmp_path).key.taps == ()
+    assert_same(cache(tmp_path, target).batch(range(8)), wanted, 1e-6)
 
 
 # --- a full disk ----------------------------------------------------------------------------------

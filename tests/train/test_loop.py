@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from specrt.draft.checkpoint import ARCHS, read_checkpoint
-from specrt.train.loop import TrainingError, make_accelerator
-from specrt.train.options import TrainOptions
+from specrt.train.loop import TrainingError
+from specrt.train.options import FspadOptions
+from specrt.train.processes import make_accelerator
 from tests.train.support import OPTIONS, TARGET, curve, make_source, make_trainer, train
 
 ROOT = Path(__file__).parents[2]
@@ -280,7 +281,7 @@ def step_is_finite(state: Path) -> bool:
 
 
 def test_learning_rate() -> None:
-    linear = TrainOptions(lr=1.0, warmup_steps=4)
+    linear = FspadOptions(lr=1.0, warmup_steps=4)
     assert [linear.learning_rate(step, 12) for step in (0, 3, 4, 8, 12)] == [0.25, 1, 1, 0.5, 0]
     cosine = replace(linear, schedule="cosine")
     assert [round(cosine.learning_rate(step, 12), 3) for step in (4, 6, 8, 12)] == [
@@ -289,7 +290,7 @@ def test_learning_rate() -> None:
         0.5,
         0,
     ]
-    default = TrainOptions(lr=1.0)
+    default = FspadOptions(lr=1.0)
     assert default.learning_rate(0, 100) == 0.1 and default.learning_rate(0, 10**6) == 1 / 2000
 
 
@@ -311,4 +312,4 @@ def test_learning_rate() -> None:
 )
 def test_bad_option(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got"):
-        TrainOptions(**{name: value})  # type: ignore[arg-type]
+        FspadOptions(**{name: value})  # type: ignore[arg-type]

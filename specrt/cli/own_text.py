@@ -1,0 +1,77 @@
+"""Training data from nothing: what a target says by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specrt.cli.distill import AnswerFile, Job, Plan, answer, note
+from specrt.cli.loading import NO_DRAFTER, load_engine
+
+if TYPE_CHECKING:
+    from specrt.engine import Engine
+    from specrt.train.prompts import TrainingPrompt
+
+TEXTS_FILE = "distilled.jsonl"
+_OPENINGS_FILE = "openings.jsonl"
+_OPENING_TOKENS = 32
+_BATCH = 16
+
+
+def write_own_text(
+    target: str, name: str, folder: Path, *, num_texts: int, max_new_tokens: int, seed: int
+) -> None:
+    """Let a target speak from its first token on, and keep it in ``folder`` as training data.
+
+    Half of the texts are drawn at temperature 1. The others are greedy from behind an opening of 32
+    tokens, which was drawn too: greedy from the first token on there would be but one text. What is
+    there already is not made again.
+
+    Args:
+        target: as named on the command line.
+        name: what the files call it; those of another target are refused.
+        folder: made where it is missing.
+        num_texts: at least 2.
+        max_new_tokens: of a text.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: too few texts, a target without a first token (bos), or files of another target.
+        OSError: a file cannot be read or written.
+        typer.Exit: with code 2 if a text failed.
+    """
+    from specrt.train.prompts import TrainingPrompt
+
+    if num_texts < 2:
+        raise ValueError(f"num_texts: expected at least 2, got {num_texts}")
+    engine = load_engine(target, NO_DRAFTER, dtype="auto", threads=None, max_batch=_BATCH)
+    first = engine.target.config.bos_id
+    if first is None:
+        raise ValueError("data: expected --data, for this target has no first token (bos_token_id)")
+    beginning = [TrainingPrompt.from_tokens((first,), engine.tokenizer)]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of another seed, so that no opening is the beginning of a text that is drawn as well.
+    openings = Plan((1.0,), num_texts // 2, seed + 1).jobs(beginning, _OPENING_TOKENS)
+    drawn = Plan((1.0,), num_texts - num_texts // 2, seed).jobs(beginning, max_new_tokens)
+    with AnswerFile(folder / _OPENINGS_FILE, name) as file:
+        answer(engine, openings, file, note)
+    opened = _opened(folder / _OPENINGS_FILE, engine, openings)
+    greedy = Plan((0.0,), 1, seed).jobs(opened, max_new_tokens)
+    with AnswerFile(folder / TEXTS_FILE, name) as file:
+        answer(engine, [*drawn, *greedy], file, note)
+
+
+def _opened(file: Path, engine: Engine, jobs: Sequence[Job]) -> list[TrainingPrompt]:
+    """What these jobs wrote as prompts; a text that was over within its opening is none."""
+    from specrt.train.prompts import TrainingPrompt
+
+    wanted = {job.sampling.seed for job in jobs}
+    prompts: dict[tuple[int, ...], TrainingPrompt] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        said = json.loads(line)
+        token_ids = (*said["prompt_ids"], *said["response_ids"])
+        if said["seed"] in wanted and token_ids[-1] not in engine.target.config.eos_ids:
+            prompts[token_ids] = TrainingPrompt.from_tokens(token_ids, engine.tokenizer)
+    return list(prompts.values())

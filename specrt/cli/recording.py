@@ -1,0 +1,136 @@
+"""Recording the chains that ``specrt replay`` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from specrt.draft.eesd import EesdDrafter
+    from specrt.draft.trace import TraceModels
+    from specrt.engine import Engine, Prompt
+    from specrt.sampling import SamplingParams
+
+_NUM_PROBLEMS = 6
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What to record, as given on the command line."""
+
+    target: str
+    drafter: str
+    prompts: str | None
+    """A file; None: problems the bundled model has not seen."""
+    is_jsonl: bool
+    is_chat: bool
+    task: str | None
+    num_prompts: int | None
+    max_draft: int
+    dtype: str
+    threads: int | None
+
+    def named_prompts(self) -> list[tuple[str, Prompt]]:
+        """The prompts, each with the name that error messages give it."""
+        from specrt.cli.prompts import bundled_prompts, read_prompts
+
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ValueError(f"num_prompts: expected at least 1, got {self.num_prompts}")
+        if self.prompts is None:
+            return bundled_prompts(self.num_prompts or _NUM_PROBLEMS)
+        found = read_prompts(None, self.prompts, is_jsonl=self.is_jsonl, is_chat=self.is_chat)
+        return found[: self.num_prompts]
+
+    def task_name(self) -> str:
+        """What the prompts are called."""
+        if self.task is not None:
+            return self.task
+        return "problems" if self.prompts is None else Path(self.prompts).name.split(".")[0]
+
+
+def record_file(file: str, options: RecordOptions, sampling: SamplingParams) -> None:
+    """Load the models, record, and write a trace.
+
+    Raises:
+        ValueError: an option is out of range, or the drafter is none of EESD.
+        CheckpointError, OSError: a file is missing or broken.
+        GenerationError: a sequence failed.
+    """
+    from specrt.cli.loading import load_engine
+    from specrt.cli.prompts import encode
+    from specrt.draft.eesd import EesdDrafter
+    from specrt.draft.trace import write_trace
+    from specrt.record import measuring_control, record
+
+    named = options.named_prompts()
+    _check(file, options)
+    engine = load_engine(
+        options.target,
+        options.drafter,
+        dtype=options.dtype,
+        threads=options.threads,
+        controller=measuring_control(options.max_draft),
+    )
+    drafter = engine.drafter
+    assert isinstance(drafter, EesdDrafter), "what its checkpoint says"
+    prompts = encode(engine, named)
+    greedy, sampled = drafter.exit_model.slope.tolist()
+    trace = record(
+        engine,
+        prompts,
+        sampling,
+        _models(options, engine, drafter),
+        task=options.task_name(),
+        slope=(greedy, sampled),
+        on_prompt=lambda done: _progress(done, len(prompts)),
+    )
+    write_trace(file, trace)
+
+
+def _check(file: str, options: RecordOptions) -> None:
+    """What would else be found out after the work, or told less clearly."""
+    from specrt.builtin import drafter_paths
+    from specrt.draft.exit_checkpoint import is_exit_checkpoint
+    from specrt.ops.draft_control import MAX_DRAFT
+
+    if not 1 <= options.max_draft <= MAX_DRAFT:
+        raise ValueError(f"max_draft: expected 1..{MAX_DRAFT}, got {options.max_draft}")
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"record: expected a folder to write into, got {file!r}")
+    directory = drafter_paths().get(options.drafter, Path(options.drafter))
+    if not is_exit_checkpoint(directory):
+        raise ValueError(f"drafter: expected one of EESD, got {options.drafter!r}")
+
+
+def note(message: str) -> None:
+    """One line on stderr that is no error."""
+    print(f"specrt: {message}", file=sys.stderr)
+
+
+def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> TraceModels:
+    from specrt.cli.loading import drafter_name, target_directory
+    from specrt.config import config_fingerprint
+    from specrt.draft.load import drafter_directory
+    from specrt.draft.trace import TraceModels
+
+    weights = drafter_directory(options.drafter) / "model.safetensors"
+    return TraceModels(
+        target=target_directory(options.target)[1],
+        target_fingerprint=config_fingerprint(engine.target.config),
+        drafter=drafter_name(options.drafter, options.target),
+        drafter_fingerprint=hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        exit_layer=drafter.exit_model.num_layers,
+        dtype=str(engine.target.weights.lm_head.dtype).removeprefix("torch."),
+        max_draft=options.max_draft,
+    )
+
+
+def _progress(done: int, total: int) -> None:
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(f"{done} of {total} prompts recorded", end="\r")

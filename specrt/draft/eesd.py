@@ -1,0 +1,356 @@
+"""EESD: the target drafts for itself, with its first N layers and one trained exit layer.
+
+A round runs the root, then drafted token after drafted token, through the target's own first N
+layers, the exit layer and the head; after each a controller decides whether the next one will pay.
+Verification takes the nodes up at layer N, so the first N layers run once for every token, with one
+cache (arXiv 2406.03853, section 3). Drafts are deterministic, or coupled to the target's noise, and
+accepted by equality: a controller may therefore stop, or drop a draft, for whatever reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.draft.base import Budget
+from specrt.draft.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.eesd_costs import CostMeter
+from specrt.draft.eesd_round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
+from specrt.draft.exit_model import ExitModel
+from specrt.models.llama import StepRunner, run_eagerly
+from specrt.tree import MAX_NODES, chain
+from specrt.types import AcceptResult, DraftTree, SequenceState
+
+_MAX_ROUNDS = 32  # kinds of round whose buffers are kept
+
+
+@dataclass(eq=False)
+class _Draft:
+    """What is kept for one sequence."""
+
+    cached: CachedSequence
+    pending: list[torch.Tensor]
+    """``[n, H]`` each: g of tokens that plain rounds brought; the exit's cache lacks them."""
+
+
+class _Plan(NamedTuple):
+    """What a round may draft."""
+
+    num_branches: int
+    caps: list[int]
+    """Drafted levels of each of B sequences, at most."""
+    is_fixed: bool
+    """All of them, whatever the controller would say."""
+
+
+class _Times(NamedTuple):
+    begun: float
+    steps: float
+    """Seconds of all draft steps."""
+    lower: float | None
+    """Seconds of the last nodes' first N layers."""
+    num_steps: int
+    are_replays: bool
+    ended: float
+
+
+class EesdDrafter:
+    """Drafts with an exit of the target.
+
+    :class:`DraftParams`: ``depth`` fixes the number of drafted levels (one more than ``depth``),
+    ``top_k`` makes a tree of so many branches (by default a chain), ``total_tokens`` bounds it.
+
+    Args:
+        exit_model: the exit, which knows its target.
+        control: how long to draft.
+        run_step: how its steps run.
+        is_coupled: rank candidates with the noise the target will draw with, where the temperature
+            is above 0. Moves trees, never tokens.
+        costs: of a round's parts, in place of measured ones (which differ from run to run).
+    """
+
+    def __init__(
+        self,
+        exit_model: ExitModel,
+        control: ControlOptions | None = None,
+        run_step: StepRunner = run_eagerly,
+        *,
+        is_coupled: bool = True,
+        costs: DraftCosts | None = None,
+    ) -> None:
+        self.exit_model = exit_model
+        self.taps: tuple[str, ...] = (exit_model.tap,)
+        self.is_coupled = is_coupled
+        self.control = DraftControl(control or ControlOptions())
+        self._run_step = run_step
+        self._cache = exit_model.new_cache()
+        self._drafts: dict[SequenceState, _Draft] = {}
+        self._buffers: dict[EesdKey, EesdBuffers] = {}
+        self._controls: dict[tuple[int, bool], ControlRound] = {}
+        self._recorded: set[Hashable] = set()
+        self._batch: CacheBatch | None = None
+        self._batch_states: list[SequenceState] = []
+        self._meter = CostMeter(exit_model)
+        self._given_costs = costs
+        self._controlled: ControlRound | None = None
+        self._times: _Times | None = None
+        self._last: tuple[EesdBuffers, int] | None = None
+        self._num_rows = 0
+
+    @property
+    def last_chain(self) -> Chain:
+        """What the steps of the last proposal, a chain, said, dropped drafts included.
+
+        Raises:
+            ValueError: nothing was drafted, or a tree.
+        """
+        if self._last is None or self._last[0].key.num_branches != 1:
+            raise ValueError("last_chain: the last proposal was no chain")
+        buffers, num_levels = self._last
+        return buffers.chain(num_levels)
+
+    def costs(self, batch: int = 1) -> DraftCosts:
+        """Milliseconds of a round's parts, as given or as measured so far."""
+        return self._given_costs or self._meter.costs(batch)
+
+    # --- the protocol -------------------------------------------------------------------------
+
+    def start(self, state: SequenceState) -> None:
+        """Reserve pages in the exit's cache."""
+        cached = self._cache.open(state.max_len + MAX_NODES)
+        self._drafts[state] = _Draft(cached, [])
+        self.control.start(state)
+
+    def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
+        """Run the exit's keys and values for a piece of the prompt."""
+        self._absorb(state, taps[self.exit_model.tap][0])
+
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+        """Draft while the controller goes on.
+
+        Raises:
+            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes.
+        """
+        assert budget.target_batch is not None, "EESD runs the target's own layers"
+        begun = perf_counter()
+        self._controlled = self._times = self._last = None
+        self._num_rows = len(states)
+        plan = self._plan(states, budget)
+        if not any(plan.caps) or not self._wants_draft(states, plan):
+            roots = [[state.token_ids[-1]] for state in states]
+            return self._timed(chain(torch.tensor(roots, dtype=torch.int32)), begun)
+        for state in states:
+            self._catch_up(state)
+        drafts = self._batch_of(states)
+        buffers = self._buffers_of(states, budget.target_batch, drafts, plan)
+        buffers.stage(states, budget.target_batch, drafts)
+        lengths = self._draft(buffers, plan, (budget.target_batch, drafts), begun)
+        return self._timed(buffers.tree(lengths), begun)
+
+    def observe(
+        self,
+        states: Sequence[SequenceState],
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Commit the accepted path in the exit's cache too, and learn from it."""
+        begun = perf_counter()
+        lengths = result.accept_length.tolist()
+        if self._times is None or self._times.num_steps == 0:
+            self._keep_states(states, result, taps[self.exit_model.tap])
+        else:
+            self._batch_of(states).commit(result.path, result.accept_length + 1)
+        if self._controlled is not None:
+            self._controlled.update(self.control, states, lengths)
+        self._measure(begun)
+
+    def finish(self, state: SequenceState) -> None:
+        """Free the sequence's pages."""
+        draft = self._drafts.pop(state, None)
+        if draft is not None:
+            self._cache.close(draft.cached)
+            self.control.finish(state)
+        self._batch = None
+
+    # --- a round ------------------------------------------------------------------------------
+
+    def _plan(self, states: Sequence[SequenceState], budget: Budget) -> _Plan:
+        params = budget.params
+        width = params.top_k or 1
+        is_fixed = params.depth is not None
+        wanted = self.control.options.max_draft if params.depth is None else params.depth + 1
+        vocab_size = self.exit_model.target.config.vocab_size
+        if width > vocab_size:
+            raise ValueError(f"top_k: expected at most the vocabulary {vocab_size}, got {width}")
+        if is_fixed and wanted * width > MAX_DRAFT_NODES:
+            raise ValueError(
+                f"depth, top_k: expected at most {MAX_DRAFT_NODES} drafted nodes, "
+                f"got {wanted} levels of {width}"
+            )
+        total = min(params.total_tokens or MAX_NODES, budget.max_nodes, 1 + MAX_DRAFT_NODES)
+        most = min(wanted, (total - 1) // width)
+        # The bonus token takes the last place.
+        caps = [max(0, min(most, state.num_left - 1)) for state in states]
+        return _Plan(width, caps, is_fixed)
+
+    def _wants_draft(self, states: Sequence[SequenceState], plan: _Plan) -> bool:
+        """Whether any sequence is to draft at all."""
+        if plan.is_fixed:
+            return True
+        key = len(states), plan.num_branches == 1
+        control = self._controls.get(key)
+        if control is None:
+            slope = self.exit_model.slope if plan.num_branches == 1 else None
+            control = self._controls[key] = self.control.new_round(len(states), slope)
+        control.stage(self.control, states, self.costs(len(states)))
+        control.decide(0, None, None)
+        self._controlled = control
+        return self._is_any_open(control, plan, 0)
+
+    def _draft(
+        self,
+        buffers: EesdBuffers,
+        plan: _Plan,
+        batches: tuple[CacheBatch, CacheBatch],
+        begun: float,
+    ) -> list[int]:
+        """Run level after level; how many of each sequence to verify."""
+        caches = batches[0].cache, batches[1].cache
+        most, control = max(plan.caps), self._controlled
+        started, are_replays, level = perf_counter(), True, 0
+        while level < most:
+            buffers.embed(level)
+            step = partial(buffers.draft, level, *caches)
+            are_replays &= self._run(buffers, level, step, caches)
+            level += 1
+            if control is not None and not self._goes_on(control, buffers, plan, level):
+                break
+        stepped = perf_counter()
+        lengths = [min(cap, level) for cap in plan.caps]
+        if control is not None:
+            lengths = control.length.tolist()
+        lower = None
+        if max(lengths) == level:
+            buffers.embed(level)
+            close = partial(buffers.close, level, *caches)
+            are_replays &= self._run(buffers, -level, close, caches)
+            lower = perf_counter() - stepped
+        self._last = buffers, level
+        self._times = _Times(begun, stepped - started, lower, level, are_replays, 0.0)
+        return lengths
+
+    def _goes_on(
+        self, control: ControlRound, buffers: EesdBuffers, plan: _Plan, level: int
+    ) -> bool:
+        """Tell the controller of the drafts just made; whether a sequence wants more."""
+        last = buffers.levels[level - 1]
+        if plan.num_branches == 1:
+            control.decide(level, last.scores[:, 0], last.evidence[:, 0])
+        else:
+            control.decide(level, buffers.level_score(level - 1), None)
+        return self._is_any_open(control, plan, level)
+
+    def _is_any_open(self, control: ControlRound, plan: _Plan, level: int) -> bool:
+        """Whether a sequence is to draft on; those at their cap are closed."""
+        for row, cap in enumerate(plan.caps):
+            if cap <= level:
+                control.is_open[row] = 0
+        return 1 in control.is_open.tolist()
+
+    def _run(
+        self,
+        buffers: EesdBuffers,
+        step: int,
+        launch: Callable[[], None],
+        caches: tuple[KVCache, KVCache],
+    ) -> bool:
+        """Run a step of ``buffers``; whether it had been run, and so recorded, before.
+
+        Engines that share the drafter have target caches of their own.
+        """
+        key = (buffers, caches, step, self.exit_model.version)
+        is_known = key in self._recorded
+        self._recorded.add(key)
+        # A graph holds addresses of all of these; as part of its key they outlive it.
+        self._run_step((self, *key), launch)
+        return is_known
+
+    # --- sequences and buffers ----------------------------------------------------------------
+
+    def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
+        if self._batch is None or self._batch_states != list(states):
+            self._batch_states = list(states)
+            cached = [self._drafts[state].cached for state in states]
+            self._batch = CacheBatch(self._cache, cached)
+        return self._batch
+
+    def _buffers_of(
+        self,
+        states: Sequence[SequenceState],
+        target: CacheBatch,
+        drafts: CacheBatch,
+        plan: _Plan,
+    ) -> EesdBuffers:
+        is_coupled = self.is_coupled and any(state.temperature > 0 for state in states)
+        widths = target.block_table.shape[1], drafts.block_table.shape[1]
+        key = EesdKey(len(states), *widths, plan.num_branches, is_coupled)
+        buffers = self._buffers.get(key)
+        if buffers is None:
+            if len(self._buffers) >= _MAX_ROUNDS:
+                self._buffers.clear()
+                self._recorded.clear()
+            max_levels = MAX_DRAFT_NODES // plan.num_branches
+            buffers = self._buffers[key] = EesdBuffers(key, self.exit_model, max_levels)
+        return buffers
+
+    def _keep_states(
+        self, states: Sequence[SequenceState], result: AcceptResult, hidden: torch.Tensor
+    ) -> None:
+        """Of a plain round: the exit's cache takes its roots when drafting goes on."""
+        for row, state in enumerate(states):
+            if result.accept_length[row] >= 0:
+                self._drafts[state].pending.append(hidden[row].clone())
+
+    def _catch_up(self, state: SequenceState) -> None:
+        draft = self._drafts[state]
+        if draft.pending:
+            self._absorb(state, torch.cat(draft.pending))
+            draft.pending = []
+
+    def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
+        self.exit_model.absorb(hidden, CacheBatch(self._cache, [self._drafts[state].cached]))
+        self._batch = None
+
+    # --- times --------------------------------------------------------------------------------
+
+    def _timed(self, tree: DraftTree, begun: float) -> DraftTree:
+        """Note when a proposal ended."""
+        self._num_rows = tree.draft_tokens.numel()
+        ended = perf_counter()
+        if self._times is None:
+            self._times = _Times(begun, 0.0, None, 0, True, ended)
+        else:
+            self._times = self._times._replace(ended=ended)
+        return tree
+
+    def _measure(self, observed: float) -> None:
+        """Take the round's times; ``observed`` is when its outcome came."""
+        times = self._times
+        if times is None or self._given_costs is not None:
+            return
+        is_plain = times.num_steps == 0
+        self._meter.observe_verify(
+            self._num_rows, 1e3 * (observed - times.ended), is_plain=is_plain
+        )
+        if is_plain or not times.are_replays:
+            return
+        drafting = times.steps + (times.lower or 0.0)
+        fixed = times.ended - times.begun - drafting + perf_counter() - observed
+        lower = None if times.lower is None else 1e3 * times.lower
+        self._meter.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)

@@ -1,0 +1,41 @@
+"""A small target with an EESD exit that is often right, though it was never trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from specrt.config import ModelConfig
+from specrt.draft.exit_checkpoint import ExitConfig, exit_tensor_shapes, write_exit
+from tests.checkpoints import make_checkpoint
+
+NUM_LAYERS, EXIT_LAYER = 4, 3
+
+
+def make_exit_pair(folder: Path, **overrides: Any) -> tuple[Path, Path]:
+    """Write a random target of four layers, and an exit behind three of them.
+
+    The exit is the target's own last layer, a little off: right often, but not always.
+
+    Args:
+        folder: gets ``target`` and ``exit``.
+        **overrides: of the target's configuration.
+    """
+    target, directory = folder / "target", folder / "exit"
+    make_checkpoint("llama", target, num_hidden_layers=NUM_LAYERS, **overrides)
+    config = ExitConfig.for_target(ModelConfig.from_directory(target), EXIT_LAYER, name="target")
+    own = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, shape in exit_tensor_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        if key.startswith("calibration."):
+            tensors[key] = 0.2 * noise + float(key.endswith("slope"))
+        else:
+            last = key.replace(".layers.0.", f".layers.{NUM_LAYERS - 1}.")
+            tensors[key] = own[last] + 0.04 * noise
+    write_exit(directory, config, tensors)
+    return target, directory
