@@ -96,6 +96,15 @@ SPECRT_HD float fused_mul_add(float a, float b, float c) {
 #endif
 }
 
+// Correctly rounded everywhere.
+SPECRT_HD double sqrt_of(double x) {
+#if defined(__CUDA_ARCH__)
+    return __dsqrt_rn(x);
+#else
+    return __builtin_sqrt(x);
+#endif
+}
+
 // ln(x) for normal positive x, within 2 ulp. Not libm's, whose bits differ between machines.
 SPECRT_HD float log_of(float x) {
     uint32_t u;
@@ -118,7 +127,7 @@ SPECRT_HD float log_of(float x) {
 SPECRT_HD float exp_of(float x) {
     if (x != x) return x;
     if (x < -87.33654f) return 0.0f;
-    if (x > 88.72283f) return __builtin_inff();
+    x = x < 89.0f ? x : 89.0f;  // is +inf already
     // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer.
     const float n = fused_mul_add(x, 1.44269504f, 12582912.0f) - 12582912.0f;
     const float r = fused_mul_add(n, 2.12194440e-4f, fused_mul_add(n, -0.693359375f, x));

@@ -145,7 +145,7 @@ void normal_draws(const TensorView& seed, const TensorView& position, uint32_t i
     const int64_t count = check_draws(seed, position, out);
     for (int64_t i = 0; i < count; ++i) {
         DrawStream stream = stream_of(seed, position, i, index);
-        out.as<double>()[i] = mean + __builtin_sqrt(variance) * draw_normal(&stream);
+        out.as<double>()[i] = mean + sqrt_of(variance) * draw_normal(&stream);
     }
 }
 

@@ -23,8 +23,7 @@ SPECRT_HD double draw_normal(DrawStream* stream) {
         const float x = 2.0f * draw_uniform(stream) - 1.0f;
         const float y = 2.0f * draw_uniform(stream) - 1.0f;
         const float square = fused_mul_add(x, x, y * y);
-        if (square > 0.0f && square < 1.0f)
-            return x * __builtin_sqrt(-2.0 * log_of(square) / square);
+        if (square > 0.0f && square < 1.0f) return x * sqrt_of(-2.0 * log_of(square) / square);
     }
     return 0.0;
 }
@@ -34,7 +33,7 @@ SPECRT_HD double draw_normal(DrawStream* stream) {
 // a number would vanish for small shapes. A try fails at most once in 20.
 SPECRT_HD double draw_log_gamma(double shape, DrawStream* stream) {
     const double raised = shape < 1.0 ? shape + 1.0 : shape;
-    const double d = raised - 1.0 / 3.0, c = 1.0 / __builtin_sqrt(9.0 * d);
+    const double d = raised - 1.0 / 3.0, c = 1.0 / sqrt_of(9.0 * d);
     double log_cube = 0.0;
     for (int tries = 0; tries < 8; ++tries) {
         const double x = draw_normal(stream), root = 1.0 + c * x;

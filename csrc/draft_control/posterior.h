@@ -7,8 +7,7 @@
 // HAZARD: cost-aware may drop the last drafted token after having seen its confidence. That is
 // unbiased only for drafts checked by equality with the target's own token (deterministic ones, or
 // ones coupled to its noise): they move what is verified, never what is said. A drafter that
-// samples and hands over draft_probs must not use it, nor any rule that looks at the token it may
-// still stop before.
+// samples and hands over draft_probs must not use it.
 #pragma once
 #include "draft_control/draws.h"
 
@@ -141,8 +140,7 @@ SPECRT_HD DrawStream stream_at(uint64_t seed, uint64_t position, int step, uint3
 }
 
 SPECRT_HD double draw_bias(const Posterior& q, DrawStream stream) {
-    return q.bias_shift / q.bias_precision +
-           draw_normal(&stream) / __builtin_sqrt(q.bias_precision);
+    return q.bias_shift / q.bias_precision + draw_normal(&stream) / sqrt_of(q.bias_precision);
 }
 
 // Whether to draft this round at all: a draw of the gain that a drafted round brings.
@@ -151,7 +149,7 @@ SPECRT_HD bool starts(int32_t kind, const ControlSettings& s, const Posterior& q
     if (kind != kCostAware) return true;
     DrawStream stream = stream_at(seed, position, 0, 1);
     const double mean = q.gain_sum / q.gain_weight;
-    return mean + __builtin_sqrt(s.gain_var / q.gain_weight) * draw_normal(&stream) > 0.0;
+    return mean + sqrt_of(s.gain_var / q.gain_weight) * draw_normal(&stream) > 0.0;
 }
 
 // The drawn chance that all of `count` drafted tokens are accepted.
