@@ -12,8 +12,10 @@ namespace {
 // kWholeRows accumulate in pieces, going over the operands once a piece.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kWholeRows = 6, kOutputs = 4;
+constexpr int kMemoryRows = 3, kMostMemoryRows = 9;
 #else
 constexpr int kRows = 4, kWholeRows = 2, kOutputs = 3;
+constexpr int kMemoryRows = 2, kMostMemoryRows = 8;
 #endif
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kAhead = 16 * 1024;  // fetch at least so far ahead: half of L1
@@ -128,11 +130,13 @@ void block_of(const MatmulParams& p, const Block& at, int64_t num_rows) {
 // evenly, so that memory is busy while the later blocks compute from the cache.
 template <typename W>
 void all_rows(const MatmulParams& p, int64_t output, int num_outputs) {
-    // Few rows wait for memory, and a second going over the operands only delays the fetching;
-    // 16-bit weights need the larger blocks all the same, to convert less.
-    const bool is_memory_bound = sizeof(W) == 4 && p.num_rows <= 8;
-    const int64_t most = is_memory_bound ? kWholeRows : kRows;
-    const int64_t num_blocks = (p.num_rows + most - 1) / most;
+    // Up to kMostMemoryRows rows of float32 weights wait for memory, and blocks larger than
+    // kMemoryRows only delay the fetching (measured; so was that three blocks of 1, 1 and 2 rows
+    // beat two). 16-bit weights need the larger blocks all the same, to convert less.
+    const bool is_memory_bound = sizeof(W) == 4 && p.num_rows <= kMostMemoryRows;
+    const int64_t most = is_memory_bound ? kMemoryRows : kRows;
+    const bool is_split_further = is_memory_bound && kMemoryRows == 3 && p.num_rows == 4;
+    const int64_t num_blocks = is_split_further ? 3 : (p.num_rows + most - 1) / most;
     const int64_t bytes = kOutputs * p.depth * static_cast<int64_t>(sizeof(W));
     const int64_t share = (bytes / kLine + num_blocks) / num_blocks;
     const int64_t steps = p.depth / 16;
@@ -140,7 +144,7 @@ void all_rows(const MatmulParams& p, int64_t output, int num_outputs) {
                         output * p.depth * static_cast<int64_t>(sizeof(W)) +
                         (bytes > kAhead ? bytes : kAhead);
     const int64_t per_step = steps > 0 ? (share + steps - 1) / steps : 0;
-    // Rows are spread evenly (7 = 4 + 3, not 6 + 1): a lone row uses the weights it loads once.
+    // Rows are spread evenly (7 = 2 + 2 + 3): a lone row uses the weights it loads once.
     for (int64_t i = 0, row = 0; i < num_blocks; ++i) {
         const int64_t end = p.num_rows * (i + 1) / num_blocks;
         block_of<W>(p, {row, output, num_outputs, ahead + i * share * kLine, share, per_step},
