@@ -251,7 +251,7 @@ class EesdDrafter:
         """Tell the controller of the drafts just made; whether a sequence wants more."""
         last = buffers.levels[level - 1]
         if plan.num_branches == 1:
-            control.decide(level, last.scores[:, 0], last.evidence[:, 0])
+            control.decide(level, last.first_score, last.first_evidence)
         else:
             control.decide(level, buffers.level_score(level - 1), None)
         return self._is_any_open(control, plan, level)
