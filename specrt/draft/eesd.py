@@ -135,9 +135,15 @@ class EesdDrafter:
         """Draft while the controller goes on.
 
         Raises:
-            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes.
+            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes, or the budget
+                has no cache of the model whose layers the exit runs.
         """
-        assert budget.target_batch is not None, "EESD runs the target's own layers"
+        target = budget.target_batch
+        if target is None or not self.exit_model.target.owns(target.cache):
+            raise ValueError(
+                "drafter: expected an engine of the very target that this EESD drafter was loaded "
+                f"for, got {'none' if target is None else 'another'}"
+            )
         begun = perf_counter()
         self._controlled = self._times = self._last = None
         self._num_rows = len(states)
@@ -148,9 +154,9 @@ class EesdDrafter:
         for state in states:
             self._catch_up(state)
         drafts = self._batch_of(states)
-        buffers = self._buffers_of(states, budget.target_batch, drafts, plan)
-        buffers.stage(states, budget.target_batch, drafts)
-        lengths = self._draft(buffers, plan, (budget.target_batch, drafts), begun)
+        buffers = self._buffers_of(states, target, drafts, plan)
+        buffers.stage(states, target, drafts)
+        lengths = self._draft(buffers, plan, (target, drafts), begun)
         return self._timed(buffers.tree(lengths), begun)
 
     def observe(

@@ -314,6 +314,22 @@ def test_shapes_that_do_not_fit(
     assert engine.generate([1, 2, 3], GREEDY).finish_reason == "length"
 
 
+def test_another_targets_engine(float_model: LlamaModel, folder: Path) -> None:
+    """It would run its own target's layers in the other one's cache: a text of neither."""
+    drafter = make_drafter(float_model, folder / "exit-1")
+    engine = make_engine(make_model(folder / "target"), drafter)
+    with pytest.raises(ValueError, match="drafter: expected an engine of the very target"):
+        engine.generate([1, 2, 3], GREEDY)
+    assert drafter._drafts == {}
+    assert make_engine(float_model, drafter).generate([1, 2, 3], GREEDY).finish_reason == "length"
+
+
+def test_a_budget_without_the_targets_cache(float_model: LlamaModel, folder: Path) -> None:
+    drafter = make_drafter(float_model, folder / "exit-1")
+    with pytest.raises(ValueError, match="got none"):
+        drafter.propose([], Budget(64, RoundCost()))
+
+
 def test_the_context_ends_inside_a_draft(float_model: LlamaModel, folder: Path) -> None:
     prompt = prompts(6, VOCAB)[-1]
     prompt = (prompt * 512)[:490]
