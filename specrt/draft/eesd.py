@@ -94,6 +94,7 @@ class EesdDrafter:
         self._buffers: dict[EesdKey, EesdBuffers] = {}
         self._controls: dict[tuple[int, bool], ControlRound] = {}
         self._recorded: set[Hashable] = set()
+        self._recorded_version = exit_model.version
         self._batch: CacheBatch | None = None
         self._batch_states: list[SequenceState] = []
         self._meter = CostMeter(exit_model)
@@ -280,7 +281,11 @@ class EesdDrafter:
 
         Engines that share the drafter have target caches of their own.
         """
-        key = (buffers, caches, step, self.exit_model.version)
+        version = self.exit_model.version
+        if version != self._recorded_version:
+            self._recorded.clear()  # all are stale, and would keep the caches of gone engines
+            self._recorded_version = version
+        key = (buffers, caches, step, version)
         is_known = key in self._recorded
         self._recorded.add(key)
         # A graph holds addresses of all of these; as part of its key they outlive it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,6 +352,19 @@ def test_everything_is_given_back(float_model: LlamaModel, folder: Path) -> None
     assert drafter._cache.num_free_pages == drafter._cache.num_pages
     assert engine.cache.num_free_pages == engine.cache.num_pages
     assert drafter._drafts == {}
+
+
+def test_a_gone_engines_cache_is_freed(float_model: LlamaModel, folder: Path) -> None:
+    """`bench` and recordings put a new engine around the same drafter, whose cache is its own."""
+    drafter = make_drafter(float_model, folder / "exit-2", "fixed")
+    caches = []
+    for _ in range(4):
+        engine = make_engine(float_model, drafter)
+        engine.generate([1, 2, 3], GREEDY)
+        caches.append(weakref.ref(engine.cache))
+    del engine
+    gc.collect()
+    assert sum(cache() is not None for cache in caches) <= 1
 
 
 def test_the_last_chain(float_model: LlamaModel, folder: Path) -> None:
