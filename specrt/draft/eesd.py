@@ -195,12 +195,14 @@ class EesdDrafter:
         vocab_size = self.exit_model.target.config.vocab_size
         if width > vocab_size:
             raise ValueError(f"top_k: expected at most the vocabulary {vocab_size}, got {width}")
-        if is_fixed and wanted * width > MAX_DRAFT_NODES:
+        asked = wanted if is_fixed else 1
+        if asked * width > MAX_DRAFT_NODES:
             raise ValueError(
                 f"depth, top_k: expected at most {MAX_DRAFT_NODES} drafted nodes, "
-                f"got {wanted} levels of {width}"
+                f"got {asked} levels of {width}"
             )
         total = min(params.total_tokens or MAX_NODES, budget.max_nodes, 1 + MAX_DRAFT_NODES)
+        width = min(width, max(1, total - 1))  # a narrower level rather than none
         most = min(wanted, (total - 1) // width)
         # The bonus token takes the last place.
         caps = [max(0, min(most, state.num_left - 1)) for state in states]

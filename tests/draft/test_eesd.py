@@ -305,6 +305,7 @@ def test_fixed_lengths_and_caps(float_model: LlamaModel, folder: Path) -> None:
     [
         (DraftParams(depth=20, top_k=3), "at most 62 drafted nodes, got 21 levels of 3"),
         (DraftParams(top_k=98), "top_k: expected at most the vocabulary 97, got 98"),
+        (DraftParams(top_k=63), "at most 62 drafted nodes, got 1 levels of 63"),
     ],
 )
 def test_shapes_that_do_not_fit(
@@ -314,6 +315,21 @@ def test_shapes_that_do_not_fit(
     with pytest.raises(ValueError, match=message):
         engine.generate([1, 2, 3], GREEDY, shape)
     assert engine.generate([1, 2, 3], GREEDY).finish_reason == "length"
+
+
+def test_more_branches_than_nodes(float_model: LlamaModel, folder: Path) -> None:
+    """The first level is cut to what may be verified; it is not left out."""
+    drafter = make_drafter(float_model, folder / "perfect", "fixed")
+    small = make_engine(float_model, drafter, max_nodes=4)
+    large = make_engine(float_model, drafter)
+    for engine, shape in (
+        (small, DraftParams(top_k=6)),
+        (large, DraftParams(top_k=6, total_tokens=4)),
+        (large, DraftParams(depth=2, top_k=6, total_tokens=4)),
+    ):
+        stats = engine.generate([9, 8, 7], GREEDY, shape).stats
+        assert stats.accept_lengths[:3] == [1, 1, 1]
+        assert stats.num_draft_tokens == 3 * stats.num_rounds
 
 
 def test_another_targets_engine(float_model: LlamaModel, folder: Path) -> None:
