@@ -94,6 +94,7 @@ class EesdDrafter:
         self._buffers: dict[EesdKey, EesdBuffers] = {}
         self._controls: dict[tuple[int, bool], ControlRound] = {}
         self._recorded: set[Hashable] = set()
+        self._recorded_version = exit_model.version
         self._batch: CacheBatch | None = None
         self._batch_states: list[SequenceState] = []
         self._meter = CostMeter(exit_model)
@@ -135,9 +136,15 @@ class EesdDrafter:
         """Draft while the controller goes on.
 
         Raises:
-            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes.
+            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes, or the budget
+                has no cache of the model whose layers the exit runs.
         """
-        assert budget.target_batch is not None, "EESD runs the target's own layers"
+        target = budget.target_batch
+        if target is None or not self.exit_model.target.owns(target.cache):
+            raise ValueError(
+                "drafter: expected an engine of the very target that this EESD drafter was loaded "
+                f"for, got {'none' if target is None else 'another'}"
+            )
         begun = perf_counter()
         self._controlled = self._times = self._last = None
         self._num_rows = len(states)
@@ -148,9 +155,9 @@ class EesdDrafter:
         for state in states:
             self._catch_up(state)
         drafts = self._batch_of(states)
-        buffers = self._buffers_of(states, budget.target_batch, drafts, plan)
-        buffers.stage(states, budget.target_batch, drafts)
-        lengths = self._draft(buffers, plan, (budget.target_batch, drafts), begun)
+        buffers = self._buffers_of(states, target, drafts, plan)
+        buffers.stage(states, target, drafts)
+        lengths = self._draft(buffers, plan, (target, drafts), begun)
         return self._timed(buffers.tree(lengths), begun)
 
     def observe(
@@ -188,12 +195,14 @@ class EesdDrafter:
         vocab_size = self.exit_model.target.config.vocab_size
         if width > vocab_size:
             raise ValueError(f"top_k: expected at most the vocabulary {vocab_size}, got {width}")
-        if is_fixed and wanted * width > MAX_DRAFT_NODES:
+        asked = wanted if is_fixed else 1
+        if asked * width > MAX_DRAFT_NODES:
             raise ValueError(
                 f"depth, top_k: expected at most {MAX_DRAFT_NODES} drafted nodes, "
-                f"got {wanted} levels of {width}"
+                f"got {asked} levels of {width}"
             )
         total = min(params.total_tokens or MAX_NODES, budget.max_nodes, 1 + MAX_DRAFT_NODES)
+        width = min(width, max(1, total - 1))  # a narrower level rather than none
         most = min(wanted, (total - 1) // width)
         # The bonus token takes the last place.
         caps = [max(0, min(most, state.num_left - 1)) for state in states]
@@ -274,7 +283,11 @@ class EesdDrafter:
 
         Engines that share the drafter have target caches of their own.
         """
-        key = (buffers, caches, step, self.exit_model.version)
+        version = self.exit_model.version
+        if version != self._recorded_version:
+            self._recorded.clear()  # all are stale, and would keep the caches of gone engines
+            self._recorded_version = version
+        key = (buffers, caches, step, version)
         is_known = key in self._recorded
         self._recorded.add(key)
         # A graph holds addresses of all of these; as part of its key they outlive it.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from weakref import WeakSet
 
 import torch
 
@@ -74,6 +75,7 @@ class LlamaModel:
         self._workspace = Workspace.make(config, 0, 0)
         self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
+        self._caches: WeakSet[KVCache] = WeakSet()
         self._version = 0
 
     @property
@@ -83,7 +85,13 @@ class LlamaModel:
 
     def new_cache(self, page_size: int = 64) -> KVCache:
         """An empty cache of this model's shape and dtype."""
-        return KVCache(self.config, self.dtype, page_size, on_move=self._forget_buffers)
+        cache = KVCache(self.config, self.dtype, page_size, on_move=self._forget_buffers)
+        self._caches.add(cache)
+        return cache
+
+    def owns(self, cache: KVCache) -> bool:
+        """Whether :meth:`new_cache` of this very model made ``cache``."""
+        return cache in self._caches
 
     def forward(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -303,6 +305,7 @@ def test_fixed_lengths_and_caps(float_model: LlamaModel, folder: Path) -> None:
     [
         (DraftParams(depth=20, top_k=3), "at most 62 drafted nodes, got 21 levels of 3"),
         (DraftParams(top_k=98), "top_k: expected at most the vocabulary 97, got 98"),
+        (DraftParams(top_k=63), "at most 62 drafted nodes, got 1 levels of 63"),
     ],
 )
 def test_shapes_that_do_not_fit(
@@ -312,6 +315,37 @@ def test_shapes_that_do_not_fit(
     with pytest.raises(ValueError, match=message):
         engine.generate([1, 2, 3], GREEDY, shape)
     assert engine.generate([1, 2, 3], GREEDY).finish_reason == "length"
+
+
+def test_more_branches_than_nodes(float_model: LlamaModel, folder: Path) -> None:
+    """The first level is cut to what may be verified; it is not left out."""
+    drafter = make_drafter(float_model, folder / "perfect", "fixed")
+    small = make_engine(float_model, drafter, max_nodes=4)
+    large = make_engine(float_model, drafter)
+    for engine, shape in (
+        (small, DraftParams(top_k=6)),
+        (large, DraftParams(top_k=6, total_tokens=4)),
+        (large, DraftParams(depth=2, top_k=6, total_tokens=4)),
+    ):
+        stats = engine.generate([9, 8, 7], GREEDY, shape).stats
+        assert stats.accept_lengths[:3] == [1, 1, 1]
+        assert stats.num_draft_tokens == 3 * stats.num_rounds
+
+
+def test_another_targets_engine(float_model: LlamaModel, folder: Path) -> None:
+    """It would run its own target's layers in the other one's cache: a text of neither."""
+    drafter = make_drafter(float_model, folder / "exit-1")
+    engine = make_engine(make_model(folder / "target"), drafter)
+    with pytest.raises(ValueError, match="drafter: expected an engine of the very target"):
+        engine.generate([1, 2, 3], GREEDY)
+    assert drafter._drafts == {}
+    assert make_engine(float_model, drafter).generate([1, 2, 3], GREEDY).finish_reason == "length"
+
+
+def test_a_budget_without_the_targets_cache(float_model: LlamaModel, folder: Path) -> None:
+    drafter = make_drafter(float_model, folder / "exit-1")
+    with pytest.raises(ValueError, match="got none"):
+        drafter.propose([], Budget(64, RoundCost()))
 
 
 def test_the_context_ends_inside_a_draft(float_model: LlamaModel, folder: Path) -> None:
@@ -334,6 +368,19 @@ def test_everything_is_given_back(float_model: LlamaModel, folder: Path) -> None
     assert drafter._cache.num_free_pages == drafter._cache.num_pages
     assert engine.cache.num_free_pages == engine.cache.num_pages
     assert drafter._drafts == {}
+
+
+def test_a_gone_engines_cache_is_freed(float_model: LlamaModel, folder: Path) -> None:
+    """`bench` and recordings put a new engine around the same drafter, whose cache is its own."""
+    drafter = make_drafter(float_model, folder / "exit-2", "fixed")
+    caches = []
+    for _ in range(4):
+        engine = make_engine(float_model, drafter)
+        engine.generate([1, 2, 3], GREEDY)
+        caches.append(weakref.ref(engine.cache))
+    del engine
+    gc.collect()
+    assert sum(cache() is not None for cache in caches) <= 1
 
 
 def test_the_last_chain(float_model: LlamaModel, folder: Path) -> None:
