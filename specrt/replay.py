@@ -366,5 +366,6 @@ def split_tasks(traces: Iterable[Trace]) -> dict[str, list[Trace]]:
             by_name.setdefault(sequence.task, []).append(sequence)
         for name, sequences in by_name.items():
             label = f"{name} at {temperature:g}" if temperature > 0 else name
+            label = repr(label) if label == ALL_TASKS else label  # that is the sum's name
             tasks.setdefault(label, []).append(replace(trace, sequences=tuple(sequences)))
     return tasks

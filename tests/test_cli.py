@@ -293,6 +293,11 @@ def test_another_vocabulary_is_refused(
     expect_one_line(run(capsys, "generate", *args), "vocabulary")
 
 
+def test_an_empty_drafter_is_no_directory(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    args = ("--target", target, "--drafter", "", "--prompt", "hi")
+    expect_one_line(run(capsys, "generate", *args), "drafter: expected")
+
+
 def test_an_unknown_architecture_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

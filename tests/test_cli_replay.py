@@ -224,12 +224,18 @@ def test_without_a_trace_one_is_recorded_for_now(
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_what_cannot_be_recorded_for_now_is_one_line(
+    capsys: pytest.CaptureFixture[str], models: list[str]
+) -> None:
+    expect_one_line(run(capsys, *models[:2], "--drafter", "nowhere"), "got 'nowhere'")
+
+
 def test_only_eesd_can_be_recorded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, models: list[str], letters: str
 ) -> None:
     given = (*models[:2], "--drafter", "prompt-lookup", "--prompts", letters)
     done = run(capsys, *given, "--record", str(tmp_path / "a.jsonl"))
-    expect_one_line(done, "drafter: expected one of EESD, got 'prompt-lookup'")
+    expect_one_line(done, "drafter: expected a bundled EESD drafter or")
     assert not (tmp_path / "a.jsonl").exists()
 
 
@@ -282,7 +288,12 @@ def test_a_picture_without_matplotlib(
         (("--plot", "no/such/folder/a.svg"), "plot: expected a folder to write into"),
         (("nowhere.jsonl",), "nowhere.jsonl: No such file"),
         (("--record", "no/such/folder/a.gz"), "record: expected a folder to write into"),
-        (("--record", "new.jsonl", "--max-draft", "0"), "max_draft: expected 1..62, got 0"),
+        (("--record", "."), "record: expected a file to write, got '.'"),
+        (("--record", ""), "record: expected a file to write, got ''"),
+        (("--record", "new.jsonl", "--controller", "fixed-9"), "fixed-8, got fixed-9"),
+        (("--record", "new.jsonl", "none.jsonl"), "none.jsonl: No such file"),
+        (("--record", "new.jsonl", "--num-prompts", "999"), "num_prompts: expected 1..473"),
+        (("--record", "new.jsonl", "--max-draft", "0"), "max_draft: expected an int in 1..62"),
         (("--record", "new.jsonl", "--num-prompts", "0"), "num_prompts: expected at least 1"),
         (("--record", "new.jsonl", "--temperature", "-1"), "temperature: expected"),
         (("--record", "new.jsonl", "--prompts", "none.txt"), "none.txt: No such file"),

@@ -315,3 +315,12 @@ def test_another_temperature_is_another_task(trace: Trace) -> None:
     warm = replace(trace, header=replace(trace.header, temperature=0.25))
     cold = replace(trace, header=replace(trace.header, temperature=0.0))
     assert compare([warm, cold, cold], {}).tasks == ("letters at 0.25", "letters")
+
+
+def test_a_task_may_be_called_as_their_sum_is(trace: Trace) -> None:
+    named = replace(trace, sequences=tuple(replace(s, task=ALL_TASKS) for s in trace.sequences))
+    both = compare([trace, named], {})
+    assert both.tasks[1] != ALL_TASKS
+    alone = compare([trace], {}).outcomes[PLAIN][ALL_TASKS].num_tokens
+    assert both.num_tokens(both.tasks[1]) == alone
+    assert both.num_tokens(ALL_TASKS) == 2 * alone

@@ -40,7 +40,8 @@ def load_engine(
     from specrt.loading import AUTO, load
 
     names = (NO_DRAFTER, AUTO, PROMPT_LOOKUP, *drafter_paths())
-    if drafter not in names and not Path(drafter).exists():
+    is_path = drafter != "" and Path(drafter).exists()  # the empty path is the present folder
+    if drafter not in names and not is_path:
         raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
     name = None if drafter == NO_DRAFTER else drafter
     return load(

@@ -38,7 +38,8 @@ def write_own_text(
         seed: of what is drawn.
 
     Raises:
-        ValueError: too few texts, a target without a first token (bos), or files of another target.
+        ValueError: too few or too short texts, a target without a first token (bos), or files of
+            another target.
         OSError: a file cannot be read or written.
         typer.Exit: with code 2 if a text failed.
     """
@@ -46,6 +47,11 @@ def write_own_text(
 
     if num_texts < 2:
         raise ValueError(f"num_texts: expected at least 2, got {num_texts}")
+    if max_new_tokens <= _OPENING_TOKENS:  # of texts behind an opening nothing would be left
+        least = _OPENING_TOKENS + 2
+        raise ValueError(
+            f"max_length: expected at least {least} without --data, got {max_new_tokens + 1}"
+        )
     engine = load_engine(target, NO_DRAFTER, dtype="auto", threads=None, max_batch=_BATCH)
     first = engine.target.config.bos_id
     if first is None:

@@ -47,7 +47,11 @@ def bundled_prompts(count: int) -> list[tuple[str, Prompt]]:
     """
     from specrt.builtin import heldout_prompts
 
-    return [(f"problem {i}", text) for i, text in enumerate(heldout_prompts(count), start=1)]
+    try:
+        found = heldout_prompts(count)
+    except ValueError as error:
+        raise ValueError(f"num_prompts: {str(error).removeprefix('count: ')}") from error
+    return [(f"problem {i}", text) for i, text in enumerate(found, start=1)]
 
 
 def encode(engine: Engine, prompts: list[tuple[str, Prompt]]) -> list[Prompt]:

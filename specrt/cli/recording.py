@@ -53,8 +53,15 @@ class RecordOptions:
         return "problems" if self.prompts is None else Path(self.prompts).name.split(".")[0]
 
 
-def record_file(file: str, options: RecordOptions, sampling: SamplingParams) -> None:
+def record_file(
+    file: str, options: RecordOptions, sampling: SamplingParams, notice: str | None = None
+) -> None:
     """Load the models, record, and write a trace.
+
+    Args:
+        file: to write.
+        options, sampling: what and how.
+        notice: said once the work begins.
 
     Raises:
         ValueError: an option is out of range, or the drafter is none of EESD.
@@ -79,6 +86,8 @@ def record_file(file: str, options: RecordOptions, sampling: SamplingParams) -> 
     drafter = engine.drafter
     assert isinstance(drafter, EesdDrafter), "what its checkpoint says"
     prompts = encode(engine, named)
+    if notice is not None:
+        print(f"specrt: {notice}", file=sys.stderr)
     greedy, sampled = drafter.exit_model.slope.tolist()
     trace = record(
         engine,
@@ -96,20 +105,17 @@ def _check(file: str, options: RecordOptions) -> None:
     """What would else be found out after the work, or told less clearly."""
     from specrt.builtin import drafter_paths
     from specrt.draft.exit_checkpoint import is_exit_checkpoint
-    from specrt.ops.draft_control import MAX_DRAFT
 
-    if not 1 <= options.max_draft <= MAX_DRAFT:
-        raise ValueError(f"max_draft: expected 1..{MAX_DRAFT}, got {options.max_draft}")
     if not Path(file).parent.is_dir():
         raise ValueError(f"record: expected a folder to write into, got {file!r}")
+    if Path(file).is_dir():  # the empty name is the present one
+        raise ValueError(f"record: expected a file to write, got {file!r}")
     directory = drafter_paths().get(options.drafter, Path(options.drafter))
     if not is_exit_checkpoint(directory):
-        raise ValueError(f"drafter: expected one of EESD, got {options.drafter!r}")
-
-
-def note(message: str) -> None:
-    """One line on stderr that is no error."""
-    print(f"specrt: {message}", file=sys.stderr)
+        raise ValueError(
+            "drafter: expected a bundled EESD drafter or the directory of one, "
+            f"got {options.drafter!r}"
+        )
 
 
 def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> TraceModels:

@@ -21,7 +21,7 @@ from specrt.cli.options import (
     Temperature,
     Threads,
 )
-from specrt.cli.recording import RecordOptions, note, record_file
+from specrt.cli.recording import RecordOptions, record_file
 
 if TYPE_CHECKING:
     from specrt.draft.control import ControlOptions
@@ -126,14 +126,18 @@ def replay(
     files = list(dict.fromkeys(traces or ()))
     is_temporary = record is None and not files
     with TemporaryDirectory() as folder:
+        notice = None
         if is_temporary:
-            note(f"no trace given: recording {target} with {drafter} into a temporary file")
+            notice = f"no trace given: recording {target} with {drafter} into a temporary file"
             record = str(Path(folder) / "trace.jsonl")
         if record is not None:
+            # What would be refused behind the work is refused before it.
+            _fitted(chosen, max_draft)
+            read_traces([file for file in files if file != record])
             limits = SamplingParams(
                 max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
             )
-            record_file(record, options, limits)
+            record_file(record, options, limits, notice)
             files = [record, *(file for file in files if file != record)]
         found = read_traces(files)
     result = compare(found, _fitted(chosen, found[0].header.models.max_draft), draws)

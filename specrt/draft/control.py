@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -84,14 +85,15 @@ class ControlOptions:
         _check_int("max_draft", self.max_draft, MAX_DRAFT)
         _check_int("draft_len", self.draft_len, self.max_draft if self.kind == "fixed" else None)
         for name in ("threshold", "adapt_rate", "target_rejection"):
-            _check(name, "a number in [0, 1]", getattr(self, name), 0.0 <= getattr(self, name) <= 1)
-        alpha, beta = self.prior
-        _check("prior", "two numbers > 0", self.prior, _is_positive(alpha) and _is_positive(beta))
-        mean, variance = self.bias_prior
-        fits = math.isfinite(mean) and _is_positive(variance)
+            value = getattr(self, name)
+            _check(name, "a number in [0, 1]", value, _is_finite(value) and 0.0 <= value <= 1.0)
+        fits = _is_pair(self.prior) and min(self.prior) > 0.0
+        _check("prior", "two numbers > 0", self.prior, fits)
+        fits = _is_pair(self.bias_prior) and self.bias_prior[1] > 0.0
         _check("bias_prior", "a mean and a variance > 0", self.bias_prior, fits)
-        _check("noise_var", "a number > 0", self.noise_var, _is_positive(self.noise_var))
-        fits = self.discount is None or 0.0 < self.discount <= 1.0
+        fits = _is_finite(self.noise_var) and self.noise_var > 0.0
+        _check("noise_var", "a number > 0", self.noise_var, fits)
+        fits = self.discount is None or (_is_finite(self.discount) and 0.0 < self.discount <= 1.0)
         _check("discount", "None or a number in (0, 1]", self.discount, fits)
 
     @property
@@ -382,8 +384,12 @@ class ControlRound:
         control.write(states, self._beliefs)
 
 
-def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0.0
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_pair(values: object) -> bool:
+    return isinstance(values, tuple | list) and len(values) == 2 and all(map(_is_finite, values))
 
 
 def _check(name: str, expected: str, value: object, fits: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from specrt.draft.control import DraftCosts
+from specrt.ops.draft_control import MAX_DRAFT
 
 FORMAT_VERSION = 1
 _VERSION_KEY = "specrt_trace"
+_MAX_LEN = 2**31 - 1  # positions are int32
 _T = TypeVar("_T")
 
 
@@ -97,6 +100,8 @@ class TraceSequence:
 
     def __post_init__(self) -> None:
         shape = self.draft_tokens.shape
+        if self.max_len > _MAX_LEN:
+            raise ValueError(f"max_len: expected at most {_MAX_LEN}, got {self.max_len}")
         if not 1 <= self.prompt_len <= self.max_len - len(self.token_ids):
             raise ValueError(
                 f"prompt_len: expected 1..max_len less the output, {self.max_len} - "
@@ -207,7 +212,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     header = _parse_header(first)
     num_sequences, num_lines = first.get("num_sequences", int), len(lines) - 1
     if num_lines != num_sequences or num_lines < 1:
-        raise ValueError(f"{path}: expected {num_sequences} >= 1 sequences, got {num_lines}")
+        expected = "at least 1" if num_sequences < 1 else str(num_sequences)
+        raise ValueError(f"{path}: expected {expected} sequences, got {num_lines}")
     sequences = tuple(
         _parse_sequence(_parse_line(f"{path}, line {number}", line), header.models.max_draft)
         for number, line in enumerate(lines[1:], start=2)
@@ -332,8 +338,11 @@ def _parse_header(line: _Object) -> TraceHeader:
     models = line.inner("models")
     names = {field.name: str for field in fields(TraceModels)}
     values = models.fields({**names, "exit_layer": int, "max_draft": int})
-    if values["max_draft"] < 1:
-        raise models.error("max_draft", "at least 1", str(values["max_draft"]))
+    if not 1 <= values["max_draft"] <= MAX_DRAFT:
+        raise models.error("max_draft", f"1..{MAX_DRAFT}", str(values["max_draft"]))
+    sampling = line.fields({"temperature": float, "top_k": int, "top_p": float, "min_p": float})
+    if not 0.0 <= sampling["temperature"] < math.inf:
+        raise line.error("temperature", "a number >= 0", str(sampling["temperature"]))
     costs = line.inner("costs")
     times = costs.fields({field.name: float for field in fields(DraftCosts)})
     slope = line.numbers("slope", np.float32, line.get("slope", list)).tolist()
@@ -343,7 +352,7 @@ def _parse_header(line: _Object) -> TraceHeader:
         models=TraceModels(**values),
         costs=costs.make(DraftCosts, **times),
         slope=(slope[0], slope[1]),
-        **line.fields({"temperature": float, "top_k": int, "top_p": float, "min_p": float}),
+        **sampling,
     )
 
 

@@ -37,7 +37,11 @@ _MAX_SHOWN = 16  # tokens of a sequence that an error names
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What to train, on what, and where to put it."""
+    """What to train, on what, and where to put it.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
 
     target: Path
     """A Hugging Face directory."""
@@ -55,6 +59,13 @@ class TrainJob:
     under ``out`` while training, unless the run sees no sequence twice."""
     skip_bad: bool = False
     is_restart: bool = False
+
+    def __post_init__(self) -> None:
+        # Asked for here too, for ``write_data`` may take minutes before they are used.
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2, got {self.max_length}")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out: expected a share in [0, 1), got {self.held_out}")
 
 
 def train_fspad(

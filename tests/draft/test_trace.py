@@ -140,17 +140,20 @@ BROKEN = {
     "no JSON": (lambda lines: lines.__setitem__(2, lines[2][:40]), "line 3: not JSON"),
     "version": (edited(0, put("specrt_trace", value=2)), 'line 1: "specrt_trace": expected 1'),
     "no version": (edited(0, put("specrt_trace", value="1")), "expected int, got str"),
-    "cut": (lambda lines: lines.pop(), "expected 20 >= 1 sequences, got 19"),
+    "cut": (lambda lines: lines.pop(), "expected 20 sequences, got 19"),
     "nothing": (
         lambda lines: lines.__setitem__(
             slice(None), [json.dumps({**json.loads(lines[0]), "num_sequences": 0})]
         ),
-        "expected 0 >= 1 sequences, got 0",
+        "expected at least 1 sequences, got 0",
     ),
     "no costs": (edited(0, put("costs", value=...)), 'line 1: no "costs"'),
     "cost": (edited(0, put("costs", "step", value=None)), '"costs": "step": expected float'),
     "cost < 0": (edited(0, put("costs", "step", value=-1)), 'line 1, "costs": step: expected'),
-    "max_draft": (edited(0, put("models", "max_draft", value=0)), '"max_draft": expected at least'),
+    "max_draft": (edited(0, put("models", "max_draft", value=0)), '"max_draft": expected 1..62'),
+    "far": (edited(0, put("models", "max_draft", value=10**12)), '"max_draft": expected 1..62'),
+    "cold": (edited(0, put("temperature", value=-1)), '"temperature": expected a number >= 0'),
+    "no heat": (edited(0, put("temperature", value=float("nan"))), '"temperature": expected a'),
     "is bool": (edited(0, put("models", "exit_layer", value=True)), '"exit_layer": expected int'),
     "slope": (edited(0, put("slope", value=[1.0])), '"slope": expected two numbers, got 1'),
     "no number": (edited(0, put("slope", 0, value="x")), '"slope": expected a list of finite'),
@@ -166,6 +169,7 @@ BROKEN = {
     "short": (edited(4, put("scores", 0, value=[0.5])), "line 5: scores: expected a finite number"),
     "long": (edited(4, put("scores", 8, value=[0.5])), "line 5: scores: expected a finite number"),
     "tokens": (edited(4, put("token_ids", value=[])), "line 5: "),
+    "endless": (edited(4, put("max_len", value=2**31)), "line 5: max_len: expected at most"),
     "length": (edited(4, put("max_len", value=13)), "line 5: prompt_len: expected 1..max_len"),
 }  # fmt: skip
 

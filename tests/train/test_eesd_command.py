@@ -170,6 +170,9 @@ def test_features_cached_for_several_exits_serve_one(
         (("--exit-layer", "0"), "exit_layer: expected 1..2 for a target of 3 layers, got 0"),
         (("--exit-layer", "1", "--exit-layer", "3"), "exit_layer: expected 1..2 for a target"),
         (("--exit-layer", "1", "--num-texts", "1"), "num_texts: expected at least 2, got 1"),
+        (("--exit-layer", "1", "--max-length", "1"), "max_length: expected at least 2, got 1"),
+        (("--exit-layer", "1", "--max-length", "33"), "max_length: expected at least 34 without"),
+        (("--exit-layer", "1", "--held-out", "1"), "held_out: expected a share in [0, 1), got 1"),
         (("--exit-layer", "1", "--lr", "0"), "lr: expected a positive number, got 0.0"),
         (("--exit-layer", "1", "--data", "/no/file.jsonl"), "/no/file.jsonl: No such file"),
     ],
@@ -181,7 +184,8 @@ def test_mistakes_are_one_line(
     more: tuple[str, ...],
     message: str,
 ) -> None:
-    expect_one_line(train(capsys, target, tmp_path, *more), message)
+    expect_one_line(train(capsys, target, tmp_path / "out", *more), message)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
