@@ -32,6 +32,8 @@ from specrt.ops.draft_control import (
 )
 from specrt.types import SequenceState
 
+_DISCOUNT_PLACE = ControlSettings._fields.index("discount")
+
 CONTROLLERS = tuple(kind.name.lower().replace("_", "-") for kind in ControlKind)
 """Names of the rules."""
 
@@ -269,7 +271,9 @@ class ControlRound:
 
     def __init__(self, control: DraftControl, batch: int, slope: torch.Tensor | None) -> None:
         shares, cap = control.options.shares, control.options.max_draft
-        self._kind, self._settings, self._slope = int(control.kind), control.settings, slope
+        self._kind, self._settings, self._slope = int(control.kind), control.settings.clone(), slope
+        self._setting_values = self._settings.numpy()
+        self._discount = float(self._setting_values[_DISCOUNT_PLACE])
         self._max_draft = cap
         self._costs = torch.zeros(NUM_COSTS, dtype=torch.float64)
         self._posterior = prior_beliefs(control.settings).repeat(1 if shares else batch, 1)
@@ -358,7 +362,11 @@ class ControlRound:
         )
 
     def update(
-        self, control: DraftControl, states: Sequence[SequenceState], accept_lengths: Sequence[int]
+        self,
+        control: DraftControl,
+        states: Sequence[SequenceState],
+        accept_lengths: Sequence[int],
+        num_rounds: int = 1,
     ) -> None:
         """Learn from the round that was staged.
 
@@ -366,7 +374,9 @@ class ControlRound:
             control: as staged.
             states: as staged.
             accept_lengths: accepted drafted tokens of each; -1 = failed, nothing is learned.
+            num_rounds: how many rounds' forgetting this one stands for.
         """
+        self._setting_values[_DISCOUNT_PLACE] = self._discount**num_rounds
         control.read(states, self._beliefs)
         self._accepted[:] = accept_lengths
         draft_control_update(
