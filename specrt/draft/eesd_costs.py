@@ -7,6 +7,8 @@ from specrt.draft.control import DraftCosts
 from specrt.draft.envelope import RunningMean
 from specrt.draft.exit_model import ExitModel
 
+_LEAST_MS = 1e-6  # a difference of times may be 0 or less, from where no mean would rise
+
 
 class CostMeter:
     """Means of the times of a round's parts; until there are some, shares of the weights' bytes.
@@ -50,10 +52,10 @@ class CostMeter:
             fixed_ms: of all that a drafted round does beside steps and verification.
             lower_ms: of the last nodes' first N layers, if they were run.
         """
-        self._step.add(step_ms)
-        self._fixed.add(fixed_ms)
+        self._step.add(max(step_ms, _LEAST_MS))
+        self._fixed.add(max(fixed_ms, _LEAST_MS))
         if lower_ms is not None:
-            self._lower.add(lower_ms)
+            self._lower.add(max(lower_ms, _LEAST_MS))
 
     def observe_verify(self, num_rows: int, ms: float, *, is_plain: bool) -> None:
         """Take the time from proposal to outcome; ``is_plain``: all layers were run."""

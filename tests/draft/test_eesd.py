@@ -15,6 +15,7 @@ from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams, RoundCost
 from specrt.draft.control import CONTROLLERS, ControlOptions, DraftCosts
 from specrt.draft.eesd import EesdDrafter
+from specrt.draft.eesd_costs import CostMeter
 from specrt.draft.exit_checkpoint import load_exit, read_exit
 from specrt.draft.exit_model import ExitModel
 from specrt.engine import Engine
@@ -412,3 +413,15 @@ def test_measured_costs(float_model: LlamaModel, folder: Path) -> None:
     two = drafter.costs(2)
     assert two.step == pytest.approx(measured.step / 2)
     assert two.verify < measured.verify
+
+
+@pytest.mark.parametrize("ms", [0.0, -1e-3])
+def test_times_that_cannot_be(float_model: LlamaModel, folder: Path, ms: float) -> None:
+    """Of a coarse clock: what is made of them are costs all the same."""
+    meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
+    for seen in (ms, 1.0, ms):
+        for number in range(12):
+            meter.observe_draft(seen, seen, seen)
+            meter.observe_verify(1 + number % 3, seen, is_plain=number % 2 == 0)
+            for batch in (1, 4):
+                assert meter.costs(batch).plain_ms() > 0
