@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +11,8 @@ import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams, RoundCost
-from specrt.draft.control import CONTROLLERS, ControlOptions, DraftCosts
+from specrt.draft.control import CONTROLLERS, ControlOptions
 from specrt.draft.eesd import EesdDrafter
-from specrt.draft.eesd_costs import CostMeter
-from specrt.draft.exit_checkpoint import load_exit, read_exit
-from specrt.draft.exit_model import ExitModel
 from specrt.engine import Engine
 from specrt.models.llama import LlamaModel
 from specrt.models.step import StepRows
@@ -25,14 +20,13 @@ from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
 from specrt.types import SequenceState
 from tests.checkpoints import FAMILIES, make_checkpoint, make_exit_checkpoint
+from tests.engine.exits import COSTS, make_drafter
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 
 VOCAB, LAYERS = 97, 4
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1), "penalties": PENALISED}
-# Of plain rounds; given, so that decisions do not depend on the machine.
-COSTS = DraftCosts(fixed=0.05, step=0.3, lower=0.2, verify=0.8, row=0.05)
 CHAIN, TREES = None, [DraftParams(top_k=2), DraftParams(depth=3, top_k=5, total_tokens=17)]
 
 
@@ -55,16 +49,6 @@ def model(request: pytest.FixtureRequest, folder: Path) -> LlamaModel:
 @pytest.fixture(scope="module")
 def float_model(folder: Path) -> LlamaModel:
     return make_model(folder / "target")
-
-
-def make_drafter(
-    model: LlamaModel, path: Path, kind: str = "calibration-ts", **options: object
-) -> EesdDrafter:
-    config = read_exit(path, model.config)
-    weights = load_exit(path, config, model.weights)
-    exit_model = ExitModel(config, weights, model, model._on_move)
-    control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
-    return EesdDrafter(exit_model, control, model._run_step, costs=COSTS)
 
 
 def tau(engine: Engine, asked: list[list[int]], params: SamplingParams = GREEDY) -> float:
@@ -333,22 +317,6 @@ def test_more_branches_than_nodes(float_model: LlamaModel, folder: Path) -> None
         assert stats.num_draft_tokens == 3 * stats.num_rounds
 
 
-def test_another_targets_engine(float_model: LlamaModel, folder: Path) -> None:
-    """It would run its own target's layers in the other one's cache: a text of neither."""
-    drafter = make_drafter(float_model, folder / "exit-1")
-    engine = make_engine(make_model(folder / "target"), drafter)
-    with pytest.raises(ValueError, match="drafter: expected an engine of the very target"):
-        engine.generate([1, 2, 3], GREEDY)
-    assert drafter._drafts == {}
-    assert make_engine(float_model, drafter).generate([1, 2, 3], GREEDY).finish_reason == "length"
-
-
-def test_a_budget_without_the_targets_cache(float_model: LlamaModel, folder: Path) -> None:
-    drafter = make_drafter(float_model, folder / "exit-1")
-    with pytest.raises(ValueError, match="got none"):
-        drafter.propose([], Budget(64, RoundCost()))
-
-
 def test_the_context_ends_inside_a_draft(float_model: LlamaModel, folder: Path) -> None:
     prompt = prompts(6, VOCAB)[-1]
     prompt = (prompt * 512)[:490]
@@ -369,19 +337,6 @@ def test_everything_is_given_back(float_model: LlamaModel, folder: Path) -> None
     assert drafter._cache.num_free_pages == drafter._cache.num_pages
     assert engine.cache.num_free_pages == engine.cache.num_pages
     assert drafter._drafts == {}
-
-
-def test_a_gone_engines_cache_is_freed(float_model: LlamaModel, folder: Path) -> None:
-    """`bench` and recordings put a new engine around the same drafter, whose cache is its own."""
-    drafter = make_drafter(float_model, folder / "exit-2", "fixed")
-    caches = []
-    for _ in range(4):
-        engine = make_engine(float_model, drafter)
-        engine.generate([1, 2, 3], GREEDY)
-        caches.append(weakref.ref(engine.cache))
-    del engine
-    gc.collect()
-    assert sum(cache() is not None for cache in caches) <= 1
 
 
 def test_the_last_chain(float_model: LlamaModel, folder: Path) -> None:
@@ -413,15 +368,3 @@ def test_measured_costs(float_model: LlamaModel, folder: Path) -> None:
     two = drafter.costs(2)
     assert two.step == pytest.approx(measured.step / 2)
     assert two.verify < measured.verify
-
-
-@pytest.mark.parametrize("ms", [0.0, -1e-3])
-def test_times_that_cannot_be(float_model: LlamaModel, folder: Path, ms: float) -> None:
-    """Of a coarse clock: what is made of them are costs all the same."""
-    meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
-    for seen in (ms, 1.0, ms):
-        for number in range(12):
-            meter.observe_draft(seen, seen, seen)
-            meter.observe_verify(1 + number % 3, seen, is_plain=number % 2 == 0)
-            for batch in (1, 4):
-                assert meter.costs(batch).plain_ms() > 0
