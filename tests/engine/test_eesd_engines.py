@@ -41,15 +41,20 @@ def float_model(folder: Path) -> LlamaModel:
     return make_model(folder / "target")
 
 
+@pytest.mark.parametrize(("max_rounds", "sizes"), [(2, (2, 3)), (32, (3, 3))])
 def test_streams_of_several_engines_take_turns(
-    float_model: LlamaModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+    float_model: LlamaModel,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_rounds: int,
+    sizes: tuple[int, int],
 ) -> None:
     """Caches and workspaces grow and buffers are evicted while other streams are in mid-text;
     greedy, sampled and penalised sequences share batches, join and leave."""
-    monkeypatch.setattr("specrt.draft.eesd._MAX_ROUNDS", 2)
+    monkeypatch.setattr("specrt.draft.eesd._MAX_ROUNDS", max_rounds)
     plain, model = make_engine(float_model), make_model(folder / "target")
     drafter = make_drafter(model, folder / "exit-2")
-    engines = [make_engine(model, drafter, max_batch=size) for size in (2, 3)]
+    engines = [make_engine(model, drafter, max_batch=size) for size in sizes]
     open_streams, expected, num_drafted = [], [], 0
     for number, shape in enumerate(SHAPES):
         asked = prompts(3 + number, VOCAB, seed=number)
