@@ -18,6 +18,7 @@ from tests.checkpoints import (
     edit_tensors,
     make_checkpoint,
     make_draft_checkpoint,
+    make_exit_checkpoint,
     make_official_draft,
     store_as_float8,
 )
@@ -117,6 +118,8 @@ def test_what_is_no_drafter_and_what_is_there_already(
 
     expect_one_line(converted(target, tmp_path / "dst"), "no FSPAD or EAGLE drafter")
     expect_one_line(converted(tmp_path / "nowhere", tmp_path / "dst"), "no such directory")
+    make_exit_checkpoint(target, tmp_path / "exit", 1)
+    expect_one_line(converted(tmp_path / "exit", tmp_path / "dst"), "EESD has no other layout")
     write_official(tmp_path / "src", target, "fspad")
     before = (tmp_path / "src" / "config.json").read_text()
     expect_one_line(converted(tmp_path / "src", tmp_path / "src"), "expected a new directory")

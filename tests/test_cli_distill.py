@@ -209,7 +209,7 @@ def test_a_failed_sequence_is_reported_not_written(
     assert code == 2
     assert "0 answers written" in said
     assert err.count("NaN") == 3
-    assert out.read_bytes() == b""
+    assert not out.exists()
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -231,6 +231,16 @@ def test_a_file_of_something_else_is_left_alone(
     args = ("--target", str(target), "--prompts", str(prompts), "--out", str(out))
     expect_one_line(run(capsys, "distill-data", *args), named)
     assert out.read_text() == content
+
+
+def test_an_empty_file_of_the_users_is_left_alone(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    out = prompts.parent / "out.jsonl"
+    out.touch()
+    args = ("--target", str(target), "--prompts", "no/such.jsonl", "--out", str(out))
+    expect_one_line(run(capsys, "distill-data", *args), "no/such.jsonl")
+    assert out.read_bytes() == b""
 
 
 @pytest.mark.parametrize(
@@ -255,6 +265,7 @@ def test_a_bad_option_is_one_line(
 ) -> None:
     given = ("--target", str(target), "--prompts", str(prompts), "--out", str(prompts) + ".out")
     expect_one_line(run(capsys, "distill-data", *given, *args), named)
+    assert not Path(f"{prompts}.out").exists()
 
 
 def test_the_bar_is_for_terminals(

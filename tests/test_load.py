@@ -16,7 +16,7 @@ from specrt.draft.base import EmptyDrafter
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.types import CheckpointError
-from tests.checkpoints import edit_config, make_checkpoint
+from tests.checkpoints import edit_config, make_checkpoint, make_exit_checkpoint
 
 
 def make_target(path: Path, vocab_size: int = 97, dtype: torch.dtype = torch.float32) -> Path:
@@ -62,6 +62,14 @@ def test_a_drafter_of_another_vocabulary(target: Path, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, vocab_size=96)
     with pytest.raises(CheckpointError, match="vocabulary of 97, got 96"):
         specrt.load(target, tmp_path)
+
+
+def test_a_folder_of_several_exits(target: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        make_exit_checkpoint(target, tmp_path / f"exit-{number}", number)
+    with pytest.raises(CheckpointError, match="expected one of them: exit-1, exit-2"):
+        specrt.load(target, tmp_path, progress=False)
+    specrt.load(target, tmp_path / "exit-2", progress=False)
 
 
 def test_a_drafter_of_an_unknown_kind(target: Path, tmp_path: Path) -> None:

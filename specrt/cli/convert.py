@@ -36,6 +36,7 @@ def convert(
     from specrt.cli.loading import target_directory
     from specrt.config import ModelConfig, config_fingerprint
     from specrt.draft.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+    from specrt.draft.exit_checkpoint import is_exit_checkpoint
     from specrt.draft.load import drafter_directory
 
     place = Path(destination)
@@ -44,7 +45,10 @@ def convert(
     directory, name = target_directory(target)
     model = ModelConfig.from_directory(directory)
     _check_reduction(draft_vocab, corpus, model.vocab_size)
-    config, tensors = read_checkpoint(drafter_directory(source), model)
+    found = drafter_directory(source)
+    if is_exit_checkpoint(found):
+        raise ValueError(f"{found}: expected an FSPAD or EAGLE drafter; EESD has no other layout")
+    config, tensors = read_checkpoint(found, model)
     config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
     notes = _settle_embedding(tensors, directory, model)
     _add_biases(config, tensors)

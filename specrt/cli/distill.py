@@ -129,6 +129,8 @@ class Plan:
 class AnswerFile:
     """A file of answers that grows line by line; a line cut short by a kill is dropped.
 
+    As a context that ends by an exception it removes a file that it made and wrote nothing to.
+
     Args:
         path: written if missing, else gone on with.
         target: the target's name; answers of another are refused.
@@ -142,6 +144,7 @@ class AnswerFile:
         self.path = path
         self.done: set[tuple[tuple[int, ...], float, int]] = set()
         self._target = target
+        self._is_new = not path.exists()
         self._file: BinaryIO = path.open("a+b")
         try:
             self._read()
@@ -158,6 +161,8 @@ class AnswerFile:
         except OSError:  # what a full disk did not take is still in the buffer
             if kind is None:
                 raise
+        if kind is not None and self._is_new and self.path.stat().st_size == 0:
+            self.path.unlink()
 
     def write(self, job: Job, result: GenerationResult) -> None:
         """Add one answer; it is in the file when this returns."""

@@ -12,6 +12,8 @@ from specrt.cache import CacheBatch
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
+_LEAST_MS = 1e-6  # a coarse clock may say that nothing took any time
+
 
 @dataclass(frozen=True)
 class DraftParams:
@@ -74,7 +76,7 @@ class RoundCost:
             # The first round of a size also records its graph.
             self._seen_once.add(num_rows)
             return
-        x = num_rows - 1
+        ms, x = max(ms, _LEAST_MS), num_rows - 1
         if self._one_ms is not None:
             # Outliers (a preempted thread) are capped so that one cannot turn drafting on or off.
             ms = min(ms, 2.0 * (self._one_ms + x * self._row_ms))

@@ -9,6 +9,7 @@ from specrt.draft.exit_model import ExitModel
 
 _CHECK = 3  # plain rounds in a row; the first of them finds the caches full of the drafter
 _SOONEST, _LATEST = 32, 256  # drafted rounds between two checks, doubled each time
+_LEAST_MS = 1e-6  # a difference of times may be 0 or less, from where no mean would rise
 
 
 class CostMeter:
@@ -66,10 +67,10 @@ class CostMeter:
             fixed_ms: of all that a drafted round does beside steps and verification.
             lower_ms: of the last nodes' first N layers, if they were run.
         """
-        self._step.add(step_ms)
-        self._fixed.add(fixed_ms)
+        self._step.add(max(step_ms, _LEAST_MS))
+        self._fixed.add(max(fixed_ms, _LEAST_MS))
         if lower_ms is not None:
-            self._lower.add(lower_ms)
+            self._lower.add(max(lower_ms, _LEAST_MS))
 
     def observe_verify(self, num_rows: int, batch: int, ms: float) -> None:
         """Take the time from proposal to outcome of a drafted round.
@@ -79,7 +80,7 @@ class CostMeter:
             batch: sequences; the line counts the rows beyond one of each.
             ms: the time.
         """
-        self._verify.observe(num_rows - batch + 1, ms)
+        self._verify.observe(num_rows - batch + 1, max(ms, _LEAST_MS))
         self._plain_run = 0
         self._until_check -= 1
         if self._until_check == 0:
@@ -88,6 +89,7 @@ class CostMeter:
     def observe_plain(self, ms: float) -> None:
         """Take the time of a round that drafted nothing."""
         self._plain_run += 1
+        ms = max(ms, _LEAST_MS)
         if self._plain_run > 1:
             line = self._line_ms()
             if line is None:

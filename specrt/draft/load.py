@@ -78,6 +78,7 @@ def load_drafter(
         _refuse_control(options)
         return EmptyDrafter() if name is None else PromptLookupDrafter()
     directory = drafter_directory(name)
+    _refuse_several(directory)
     if is_exit_checkpoint(directory):
         config = read_exit(directory, target.config)
         weights = load_exit(directory, config, target.weights)
@@ -93,6 +94,15 @@ def load_drafter(
         )
     _refuse_control(options)
     return _small_model(directory, target, dtype, run_step, on_move)
+
+
+def _refuse_several(directory: Path) -> None:
+    """Say so where training left several exits to choose from."""
+    inner = [file.parent.name for file in sorted(directory.glob("exit-*/config.json"))]
+    if inner and not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{directory}: has several drafters, expected one of them: {', '.join(inner)}"
+        )
 
 
 def _refuse_control(options: DrafterOptions) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +11,9 @@ import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams, RoundCost
-from specrt.draft.control import CONTROLLERS, ControlOptions, DraftCosts
+from specrt.draft.control import CONTROLLERS, ControlOptions
 from specrt.draft.eesd import EesdDrafter
-from specrt.draft.exit_checkpoint import load_exit, read_exit
-from specrt.draft.exit_model import ExitModel
+from specrt.draft.eesd_costs import CostMeter
 from specrt.engine import Engine
 from specrt.models.llama import LlamaModel
 from specrt.models.step import StepRows
@@ -24,14 +21,13 @@ from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
 from specrt.types import SequenceState
 from tests.checkpoints import FAMILIES, make_checkpoint, make_exit_checkpoint
+from tests.engine.exits import COSTS, make_drafter
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 
 VOCAB, LAYERS = 97, 4
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1), "penalties": PENALISED}
-# Of plain rounds; given, so that decisions do not depend on the machine.
-COSTS = DraftCosts(fixed=0.05, step=0.3, lower=0.2, verify=0.8, row=0.05)
 CHAIN, TREES = None, [DraftParams(top_k=2), DraftParams(depth=3, top_k=5, total_tokens=17)]
 
 
@@ -54,16 +50,6 @@ def model(request: pytest.FixtureRequest, folder: Path) -> LlamaModel:
 @pytest.fixture(scope="module")
 def float_model(folder: Path) -> LlamaModel:
     return make_model(folder / "target")
-
-
-def make_drafter(
-    model: LlamaModel, path: Path, kind: str = "calibration-ts", **options: object
-) -> EesdDrafter:
-    config = read_exit(path, model.config)
-    weights = load_exit(path, config, model.weights)
-    exit_model = ExitModel(config, weights, model, model._on_move)
-    control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
-    return EesdDrafter(exit_model, control, model._run_step, costs=COSTS)
 
 
 def tau(engine: Engine, asked: list[list[int]], params: SamplingParams = GREEDY) -> float:
@@ -332,22 +318,6 @@ def test_more_branches_than_nodes(float_model: LlamaModel, folder: Path) -> None
         assert stats.num_draft_tokens == 3 * stats.num_rounds
 
 
-def test_another_targets_engine(float_model: LlamaModel, folder: Path) -> None:
-    """It would run its own target's layers in the other one's cache: a text of neither."""
-    drafter = make_drafter(float_model, folder / "exit-1")
-    engine = make_engine(make_model(folder / "target"), drafter)
-    with pytest.raises(ValueError, match="drafter: expected an engine of the very target"):
-        engine.generate([1, 2, 3], GREEDY)
-    assert drafter._drafts == {}
-    assert make_engine(float_model, drafter).generate([1, 2, 3], GREEDY).finish_reason == "length"
-
-
-def test_a_budget_without_the_targets_cache(float_model: LlamaModel, folder: Path) -> None:
-    drafter = make_drafter(float_model, folder / "exit-1")
-    with pytest.raises(ValueError, match="got none"):
-        drafter.propose([], Budget(64, RoundCost()))
-
-
 def test_the_context_ends_inside_a_draft(float_model: LlamaModel, folder: Path) -> None:
     prompt = prompts(6, VOCAB)[-1]
     prompt = (prompt * 512)[:490]
@@ -368,19 +338,6 @@ def test_everything_is_given_back(float_model: LlamaModel, folder: Path) -> None
     assert drafter._cache.num_free_pages == drafter._cache.num_pages
     assert engine.cache.num_free_pages == engine.cache.num_pages
     assert drafter._drafts == {}
-
-
-def test_a_gone_engines_cache_is_freed(float_model: LlamaModel, folder: Path) -> None:
-    """`bench` and recordings put a new engine around the same drafter, whose cache is its own."""
-    drafter = make_drafter(float_model, folder / "exit-2", "fixed")
-    caches = []
-    for _ in range(4):
-        engine = make_engine(float_model, drafter)
-        engine.generate([1, 2, 3], GREEDY)
-        caches.append(weakref.ref(engine.cache))
-    del engine
-    gc.collect()
-    assert sum(cache() is not None for cache in caches) <= 1
 
 
 def test_the_last_chain(float_model: LlamaModel, folder: Path) -> None:
@@ -412,3 +369,61 @@ def test_measured_costs(float_model: LlamaModel, folder: Path) -> None:
     two = drafter.costs(2)
     assert two.step == pytest.approx(measured.step / 2)
     assert two.verify < measured.verify
+
+
+def test_plain_rounds_are_looked_at_now_and_then(float_model: LlamaModel, folder: Path) -> None:
+    """A run of them at first, and ever rarer ones; the first of a run does not count."""
+    meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
+    due = []
+    for number in range(500):
+        due.append(meter.is_plain_due())
+        if due[-1]:
+            meter.observe_plain(2.0 if number and due[-2] else 50.0)
+        else:
+            meter.observe_draft(0.5, 0.2, 0.3)
+            meter.observe_verify(3, 1, 3.0)
+    runs = [number for number in range(1, 500) if due[number] and not due[number - 1]]
+    assert due[:3] == [True] * 3
+    assert runs == [35, 102, 233, 492]  # behind 32, 64, 128 and 256 drafted rounds
+    assert sum(due) == 3 * (1 + len(runs))
+    assert meter.costs(1).plain_ms() == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("plain_ms", [1.0, 4.0])
+def test_costs_add_up_to_what_was_measured(
+    float_model: LlamaModel, folder: Path, plain_ms: float
+) -> None:
+    """A drafted round's time is that of its parts, wherever plain rounds are on its line."""
+    meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
+    for number in range(400):
+        if meter.is_plain_due():
+            meter.observe_plain(plain_ms)
+        else:
+            rows = 2 + number % 4
+            meter.observe_draft(0.5, 0.2, 0.3)
+            meter.observe_verify(rows, 1, 2.0 + 0.25 * (rows - 1))
+    costs = meter.costs(1)
+    assert costs.plain_ms() == pytest.approx(plain_ms, rel=0.05)
+    if plain_ms < 2.0:  # else drafted rounds would seem faster than their parts
+        assert costs.round_ms(3, 3) == pytest.approx(0.2 + 3 * 0.5 + 0.3 + 2.75, rel=0.05)
+
+
+def test_asking_in_vain_brings_a_rest(float_model: LlamaModel, folder: Path) -> None:
+    """Where drafting does not pay, most rounds are plain without a question."""
+    useless = folder / "useless-2"
+    make_exit_checkpoint(folder / "target", useless, 1, noise=30.0)
+    drafter = make_drafter(float_model, useless, "cost-aware")
+    drafter._given_costs, drafter._weighs_time = None, True
+    asked = 0
+    decide = drafter._wants_draft
+
+    def counted(*args: object) -> bool:
+        nonlocal asked
+        asked += 1
+        return decide(*args)  # type: ignore[arg-type]
+
+    drafter._wants_draft = counted  # type: ignore[method-assign, assignment]
+    params = SamplingParams(max_new_tokens=400, ignore_eos=True)
+    result = make_engine(float_model, drafter).generate([5, 6], params)
+    assert result.token_ids == make_engine(float_model).generate([5, 6], params).token_ids
+    assert asked < 0.4 * result.stats.num_rounds

@@ -9,10 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 from specrt.config import ModelConfig
-from specrt.draft.exit_checkpoint import ExitConfig, exit_tensor_shapes, write_exit
+from specrt.draft.control import ControlOptions, DraftCosts
+from specrt.draft.eesd import EesdDrafter
+from specrt.draft.exit_checkpoint import (
+    ExitConfig,
+    exit_tensor_shapes,
+    load_exit,
+    read_exit,
+    write_exit,
+)
+from specrt.draft.exit_model import ExitModel
+from specrt.models.llama import LlamaModel
 from tests.checkpoints import make_checkpoint
 
 NUM_LAYERS, EXIT_LAYER = 4, 3
+# Of plain rounds; given, so that decisions do not depend on the machine.
+COSTS = DraftCosts(fixed=0.05, step=0.3, lower=0.2, verify=0.8, row=0.05)
 
 
 def make_exit_pair(folder: Path, **overrides: Any) -> tuple[Path, Path]:
@@ -39,3 +51,14 @@ def make_exit_pair(folder: Path, **overrides: Any) -> tuple[Path, Path]:
             tensors[key] = own[last] + 0.04 * noise
     write_exit(directory, config, tensors)
     return target, directory
+
+
+def make_drafter(
+    model: LlamaModel, path: Path, kind: str = "calibration-ts", **options: object
+) -> EesdDrafter:
+    """An EESD drafter of given costs for a model in memory; ``options`` are its controller's."""
+    config = read_exit(path, model.config)
+    weights = load_exit(path, config, model.weights)
+    exit_model = ExitModel(config, weights, model, model._on_move)
+    control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
+    return EesdDrafter(exit_model, control, model._run_step, costs=COSTS)

@@ -1,0 +1,136 @@
+"""EESD among several engines: what they share, what must not mix, and what is given back."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+
+from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.control import CONTROLLERS
+from specrt.draft.eesd_costs import CostMeter
+from specrt.engine import GenerationResult
+from specrt.models.llama import LlamaModel
+from specrt.sampling import SamplingParams
+from tests.checkpoints import make_checkpoint, make_exit_checkpoint
+from tests.engine.exits import make_drafter
+from tests.engine.support import make_engine, make_model, prompts, sampled, texts
+
+VOCAB, LAYERS = 97, 4
+GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
+PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
+SETTINGS = (GREEDY, sampled(1), PENALISED)
+SHAPES = (None, DraftParams(top_k=2), None, DraftParams(depth=3, top_k=5, total_tokens=17), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eesd")
+    make_checkpoint("llama", folder / "target", num_hidden_layers=LAYERS)
+    for number in (1, 2):
+        make_exit_checkpoint(folder / "target", folder / f"exit-{number}", number, noise=0.1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float_model(folder: Path) -> LlamaModel:
+    return make_model(folder / "target")
+
+
+@pytest.mark.parametrize(("max_rounds", "sizes"), [(2, (2, 3)), (32, (3, 3))])
+def test_streams_of_several_engines_take_turns(
+    float_model: LlamaModel,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_rounds: int,
+    sizes: tuple[int, int],
+) -> None:
+    """Caches and workspaces grow and buffers are evicted while other streams are in mid-text;
+    greedy, sampled and penalised sequences share batches, join and leave."""
+    monkeypatch.setattr("specrt.draft.eesd._MAX_ROUNDS", max_rounds)
+    plain, model = make_engine(float_model), make_model(folder / "target")
+    drafter = make_drafter(model, folder / "exit-2")
+    engines = [make_engine(model, drafter, max_batch=size) for size in sizes]
+    open_streams, expected, num_drafted = [], [], 0
+    for number, shape in enumerate(SHAPES):
+        asked = prompts(3 + number, VOCAB, seed=number)
+        params = [SETTINGS[row % len(SETTINGS)] for row in range(len(asked))]
+        open_streams.append(engines[number % 2].stream(asked, params, shape))
+        expected.append(texts(plain.generate(asked, params)))
+        for stream in open_streams:  # the older ones are in mid-text
+            next(stream)
+    said: list[dict[int, GenerationResult]] = [{} for _ in open_streams]
+    for chunks in zip_longest(*open_streams):
+        for results, chunk in zip(said, chunks, strict=True):
+            if chunk is not None and chunk.result is not None:
+                results[chunk.index] = chunk.result
+                num_drafted += chunk.result.stats.num_draft_tokens
+    for found, wanted in zip(said, expected, strict=True):
+        assert texts([found[index] for index in range(len(wanted))]) == wanted
+    assert num_drafted > 100
+    assert drafter._cache.num_free_pages == drafter._cache.num_pages
+
+
+@pytest.mark.parametrize("kind", CONTROLLERS)
+@pytest.mark.parametrize("shape", [*SHAPES[:2], DraftParams(depth=4)], ids=str)
+def test_broken_logits_stop_their_own_sequence_alone(
+    folder: Path, kind: str, shape: DraftParams | None
+) -> None:
+    model = make_model(folder / "target")
+    model.weights.embed[50] = torch.nan
+    asked = [[1, 2, 3], [4, 50, 6], [7, 8], [9], [50]]
+    expected = make_engine(model).generate(asked, sampled(3))
+    assert [result.finish_reason == "error" for result in expected] == [0, 1, 0, 0, 1]
+    drafter = make_drafter(model, folder / "exit-2", kind)
+    found = make_engine(model, drafter, max_batch=3).generate(asked, sampled(3), shape)
+    assert texts(found) == texts(expected)
+    assert [result.error for result in found] == [result.error for result in expected]
+    # Nothing of it is left in what all sequences share.
+    again = make_engine(model, drafter).generate(asked[:1], sampled(3), shape)
+    assert texts(again) == texts(expected[:1])
+
+
+def test_another_targets_engine(float_model: LlamaModel, folder: Path) -> None:
+    """It would run its own target's layers in the other one's cache: a text of neither."""
+    drafter = make_drafter(float_model, folder / "exit-1")
+    engine = make_engine(make_model(folder / "target"), drafter)
+    with pytest.raises(ValueError, match="drafter: expected an engine of the very target"):
+        engine.generate([1, 2, 3], GREEDY)
+    assert drafter._drafts == {}
+    assert make_engine(float_model, drafter).generate([1, 2, 3], GREEDY).finish_reason == "length"
+
+
+def test_a_budget_without_the_targets_cache(float_model: LlamaModel, folder: Path) -> None:
+    drafter = make_drafter(float_model, folder / "exit-1")
+    with pytest.raises(ValueError, match="got none"):
+        drafter.propose([], Budget(64, RoundCost()))
+
+
+def test_a_gone_engines_cache_is_freed(float_model: LlamaModel, folder: Path) -> None:
+    """`bench` and recordings put a new engine around the same drafter, whose cache is its own."""
+    drafter = make_drafter(float_model, folder / "exit-2", "fixed")
+    caches = []
+    for _ in range(4):
+        engine = make_engine(float_model, drafter)
+        engine.generate([1, 2, 3], GREEDY)
+        caches.append(weakref.ref(engine.cache))
+    del engine
+    gc.collect()
+    assert sum(cache() is not None for cache in caches) <= 1
+
+
+@pytest.mark.parametrize("ms", [0.0, -1e-3])
+def test_times_that_cannot_be(float_model: LlamaModel, folder: Path, ms: float) -> None:
+    """Of a coarse clock: what is made of them are costs all the same."""
+    meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
+    for seen in (ms, 1.0, ms):
+        for number in range(12):
+            meter.observe_draft(seen, seen, seen)
+            meter.observe_verify(1 + number % 3, 1, seen)
+            meter.observe_plain(seen)
+            for batch in (1, 4):
+                assert meter.costs(batch).plain_ms() > 0
