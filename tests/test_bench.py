@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_drafters, bench_generate, contenders
+from bench import bench_control, bench_drafters, bench_generate, contenders
 from bench.draft_contenders import PLAIN, Contender, Run, Tree, Variant
 from bench.memory import Probe
 from specrt import Engine, builtin
 from specrt.config import ModelConfig
+from specrt.engine import GenerationResult
 from specrt.models.loader import load_weights
 from specrt.types import RoundStats
 from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict
 
 ROOT = Path(__file__).parents[1]
-END_TO_END = {"bench_generate", "bench_drafters"}
+END_TO_END = {"bench_generate", "bench_drafters", "bench_control"}
 KERNELS = sorted({file.stem for file in (ROOT / "bench").glob("bench_*.py")} - END_TO_END)
 TARGET = builtin.target_path()
 needs_target = pytest.mark.skipif(
@@ -93,6 +94,45 @@ def test_drafters_bench(tmp_path: Path) -> None:
         assert row["drafter"] != "random" or row["least"] <= row["tau"] <= row["greatest"]
     assert result["command"].endswith("--seeds-of random=0,1")
     assert [one["checkpoint"] for one in result["summary"]["drafters"]["random"]] == ["0", "1"]
+
+
+@needs_target
+def test_control_bench() -> None:
+    result = run("bench_control", "--controllers", "fixed-2", "cost-aware", "--branches", "2")
+    rows = {row["controller"]: row for row in result["rows"]}
+    trees = [f"tree {depth} x 2" for depth in (2, 3, 4)]
+    assert list(rows) == ["plain", "fixed-2", "cost-aware", *trees]
+    assert all(row["differing"] == 0 and row["tokens/s"] > 0 for row in rows.values())
+    assert rows["plain"]["vs plain"] == rows["fixed-2"]["vs best K"] == 1.0
+    assert rows["fixed-2"]["drafted"] > 1
+    assert rows["fixed-2"]["tau"] == 1 + rows["fixed-2"]["accepted"]
+
+
+def test_control_bench_sums_the_kinds() -> None:
+    """Sums of medians over repeats; the best fixed length is the one that took least."""
+
+    def made_runs(seconds: list[float], accepted: int) -> bench_control.Runs:
+        stats = RoundStats()
+        stats.record(3, accepted, torch.tensor([0, 1, 2]))
+        one = GenerationResult("", [1] * (accepted + 1), [], "stop", None, stats)
+        return bench_control.Runs([seconds], [one])
+
+    slow, fast = made_runs([4.0, 5.0, 9.0], 0), made_runs([1.0, 2.0, 3.0], 2)
+    part = {"plain": slow, "fixed-1": slow, "fixed-2": fast, "beta-ts": slow}
+    rows = bench_control.rows_of("all", "float32", bench_control.together([part, part]))
+    beta, fixed = rows[3], rows[2]
+    assert (fixed["vs plain"], fixed["vs best K"], beta["vs best K"]) == (2.5, 1.0, 0.4)
+    assert (fixed["tau"], fixed["drafted"], fixed["tokens/s"]) == (3.0, 2.0, 1.5)
+    assert fixed["differing"] == 2
+
+
+@needs_target
+def test_control_bench_fails_where_text_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"controller": "beta-ts", "differing": 1}]
+    monkeypatch.setattr(bench_control, "bench", lambda args, dtype: rows)
+    monkeypatch.setattr(sys, "argv", ["bench_control", "--quick"])
+    with pytest.raises(SystemExit, match="not lossless: beta-ts"):
+        bench_control.main()
 
 
 def contender(name: str, *, is_coupled: bool = False) -> Contender:

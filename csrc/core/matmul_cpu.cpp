@@ -12,10 +12,10 @@ namespace {
 // kWholeRows accumulate in pieces, going over the operands once a piece.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kWholeRows = 6, kOutputs = 4;
-constexpr int kMemoryRows = 3, kMostMemoryRows = 9;
+constexpr int kMemoryRows = 3, kMemoryFour = 1, kMostMemoryRows = 9;
 #else
 constexpr int kRows = 4, kWholeRows = 2, kOutputs = 3;
-constexpr int kMemoryRows = 2, kMostMemoryRows = 8;
+constexpr int kMemoryRows = 2, kMemoryFour = 2, kMostMemoryRows = 8;
 #endif
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kAhead = 16 * 1024;  // fetch at least so far ahead: half of L1
@@ -131,12 +131,11 @@ void block_of(const MatmulParams& p, const Block& at, int64_t num_rows) {
 template <typename W>
 void all_rows(const MatmulParams& p, int64_t output, int num_outputs) {
     // Up to kMostMemoryRows rows of float32 weights wait for memory, and blocks larger than
-    // kMemoryRows only delay the fetching (measured; so was that three blocks of 1, 1 and 2 rows
-    // beat two). 16-bit weights need the larger blocks all the same, to convert less.
+    // kMemoryRows only delay the fetching (measured; so was that four rows go best one by one).
+    // 16-bit weights need the larger blocks all the same, to convert less.
     const bool is_memory_bound = sizeof(W) == 4 && p.num_rows <= kMostMemoryRows;
-    const int64_t most = is_memory_bound ? kMemoryRows : kRows;
-    const bool is_split_further = is_memory_bound && kMemoryRows == 3 && p.num_rows == 4;
-    const int64_t num_blocks = is_split_further ? 3 : (p.num_rows + most - 1) / most;
+    const int64_t most = is_memory_bound ? (p.num_rows == 4 ? kMemoryFour : kMemoryRows) : kRows;
+    const int64_t num_blocks = (p.num_rows + most - 1) / most;
     const int64_t bytes = kOutputs * p.depth * static_cast<int64_t>(sizeof(W));
     const int64_t share = (bytes / kLine + num_blocks) / num_blocks;
     const int64_t steps = p.depth / 16;

@@ -32,6 +32,8 @@ from specrt.ops.draft_control import (
 )
 from specrt.types import SequenceState
 
+_DISCOUNT_PLACE = ControlSettings._fields.index("discount")
+
 CONTROLLERS = tuple(kind.name.lower().replace("_", "-") for kind in ControlKind)
 """Names of the rules."""
 
@@ -269,7 +271,9 @@ class ControlRound:
 
     def __init__(self, control: DraftControl, batch: int, slope: torch.Tensor | None) -> None:
         shares, cap = control.options.shares, control.options.max_draft
-        self._kind, self._settings, self._slope = int(control.kind), control.settings, slope
+        self._kind, self._settings, self._slope = int(control.kind), control.settings.clone(), slope
+        self._setting_values = self._settings.numpy()
+        self._discount = float(self._setting_values[_DISCOUNT_PLACE])
         self._max_draft = cap
         self._costs = torch.zeros(NUM_COSTS, dtype=torch.float64)
         self._posterior = prior_beliefs(control.settings).repeat(1 if shares else batch, 1)
@@ -280,6 +284,11 @@ class ControlRound:
         self._position, self._limit, self._is_sampled, self._accept_length = ints[:4]
         self._is_open, self._drafted, self._length = ints[4:]
         self._confidence = torch.full((batch, cap), math.nan)
+        # The same memory through numpy, where small writes cost a tenth of torch's.
+        self._cost_values, self._beliefs = self._costs.numpy(), self._posterior.numpy()
+        self._seeds, self._positions = self._seed.numpy(), self._position.numpy()
+        self._limits, self._modes = self._limit.numpy(), self._is_sampled.numpy()
+        self._accepted = self._accept_length.numpy()
         self.is_open = self._is_open.numpy()
         """``[B]`` int32: 1 = draft another token for this sequence."""
         self.drafted = self._drafted.numpy()
@@ -304,21 +313,20 @@ class ControlRound:
             costs: of this round.
             positions: numbers that no other round of the same seed has; None: the lengths.
         """
-        control.read(states, self._posterior.numpy())
+        control.read(states, self._beliefs)
         self.price(costs)
-        seeds = np.array([state.seed % 2**64 for state in states], dtype=np.uint64)
-        self._seed.numpy()[:] = seeds.view(np.int64)
-        lengths = [len(state.token_ids) for state in states]
-        self._position.numpy()[:] = lengths if positions is None else positions
-        # The bonus token takes the last place.
-        most = self._max_draft
-        self._limit.numpy()[:] = [max(0, min(most, state.num_left - 1)) for state in states]
-        self._is_sampled.numpy()[:] = [state.temperature > 0.0 for state in states]
+        for row, state in enumerate(states):
+            seed = state.seed % 2**64
+            self._seeds[row] = seed - 2**64 if seed >= 2**63 else seed
+            self._positions[row] = len(state.token_ids) if positions is None else positions[row]
+            # The bonus token takes the last place.
+            self._limits[row] = max(0, min(self._max_draft, state.num_left - 1))
+            self._modes[row] = state.temperature > 0.0
 
     def price(self, costs: DraftCosts) -> None:
         """Replace the costs."""
         times = (costs.fixed, costs.step, costs.lower, costs.verify, costs.row)
-        self._costs.numpy()[:] = times
+        self._cost_values[:] = times
 
     def decide(
         self, step: int, score: torch.Tensor | None = None, evidence: torch.Tensor | None = None
@@ -354,7 +362,11 @@ class ControlRound:
         )
 
     def update(
-        self, control: DraftControl, states: Sequence[SequenceState], accept_lengths: Sequence[int]
+        self,
+        control: DraftControl,
+        states: Sequence[SequenceState],
+        accept_lengths: Sequence[int],
+        num_rounds: int = 1,
     ) -> None:
         """Learn from the round that was staged.
 
@@ -362,9 +374,11 @@ class ControlRound:
             control: as staged.
             states: as staged.
             accept_lengths: accepted drafted tokens of each; -1 = failed, nothing is learned.
+            num_rounds: how many rounds' forgetting this one stands for.
         """
-        control.read(states, self._posterior.numpy())
-        self._accept_length.numpy()[:] = accept_lengths
+        self._setting_values[_DISCOUNT_PLACE] = self._discount**num_rounds
+        control.read(states, self._beliefs)
+        self._accepted[:] = accept_lengths
         draft_control_update(
             self._kind,
             self._settings,
@@ -377,7 +391,7 @@ class ControlRound:
             self._accept_length,
             self._posterior,
         )
-        control.write(states, self._posterior.numpy())
+        control.write(states, self._beliefs)
 
 
 def _is_finite(value: object) -> bool:

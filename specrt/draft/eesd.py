@@ -28,6 +28,9 @@ from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
 _MAX_ROUNDS = 32  # kinds of round whose buffers are kept
+# Where drafting does not pay, a rule that weighs time is asked once in so many rounds, for asking
+# costs a tenth of a fast round; and it forgets more slowly, for a look back costs a round.
+_REST, _REST_FORGOTTEN = 16, 4
 
 
 @dataclass(eq=False)
@@ -99,10 +102,12 @@ class EesdDrafter:
         self._batch_states: list[SequenceState] = []
         self._meter = CostMeter(exit_model)
         self._given_costs = costs
+        self._rest_left = 0
+        self._weighs_time = costs is None and self.control.options.kind == "cost-aware"
         self._controlled: ControlRound | None = None
         self._times: _Times | None = None
         self._last: tuple[EesdBuffers, int] | None = None
-        self._num_rows = 0
+        self._num_rows = self._batch_size = 0
 
     @property
     def last_chain(self) -> Chain:
@@ -145,15 +150,16 @@ class EesdDrafter:
                 "drafter: expected an engine of the very target that this EESD drafter was loaded "
                 f"for, got {'none' if target is None else 'another'}"
             )
-        begun = perf_counter()
         self._controlled = self._times = self._last = None
-        self._num_rows = len(states)
+        if budget.params.depth is None and self._rest_left > 0:
+            self._rest_left -= 1
+            return _roots(states)
+        self._batch_size = len(states)
+        begun = perf_counter()
         plan = self._plan(states, budget)
         if not any(plan.caps) or not self._wants_draft(states, plan):
-            roots = [[state.token_ids[-1]] for state in states]
-            return self._timed(chain(torch.tensor(roots, dtype=torch.int32)), begun)
-        for state in states:
-            self._catch_up(state)
+            return self._timed(_roots(states), begun)
+        begun += self._catch_up(states)
         drafts = self._batch_of(states)
         buffers = self._buffers_of(states, target, drafts, plan)
         buffers.stage(states, target, drafts)
@@ -168,13 +174,18 @@ class EesdDrafter:
     ) -> None:
         """Commit the accepted path in the exit's cache too, and learn from it."""
         begun = perf_counter()
-        lengths = result.accept_length.tolist()
-        if self._times is None or self._times.num_steps == 0:
-            self._keep_states(states, result, taps[self.exit_model.tap])
+        is_plain = self._times is None or self._times.num_steps == 0
+        if is_plain:
+            # The exit's cache takes these roots when drafting goes on.
+            hidden = taps[self.exit_model.tap]
+            for row, state in enumerate(states):
+                self._drafts[state].pending.append(hidden[row].clone())
         else:
             self._batch_of(states).commit(result.path, result.accept_length + 1)
         if self._controlled is not None:
-            self._controlled.update(self.control, states, lengths)
+            num_rounds = _REST_FORGOTTEN if is_plain and self._weighs_time else 1
+            lengths = result.accept_length.tolist()
+            self._controlled.update(self.control, states, lengths, num_rounds)
         self._measure(begun)
 
     def finish(self, state: SequenceState) -> None:
@@ -212,6 +223,8 @@ class EesdDrafter:
         """Whether any sequence is to draft at all."""
         if plan.is_fixed:
             return True
+        if self._weighs_time and self._meter.is_plain_due():
+            return False
         key = len(states), plan.num_branches == 1
         control = self._controls.get(key)
         if control is None:
@@ -220,7 +233,10 @@ class EesdDrafter:
         control.stage(self.control, states, self.costs(len(states)))
         control.decide(0, None, None)
         self._controlled = control
-        return self._is_any_open(control, plan, 0)
+        is_wanted = self._is_any_open(control, plan, 0)
+        if self._weighs_time and not is_wanted:
+            self._rest_left = _REST - 1
+        return is_wanted
 
     def _draft(
         self,
@@ -260,7 +276,7 @@ class EesdDrafter:
         """Tell the controller of the drafts just made; whether a sequence wants more."""
         last = buffers.levels[level - 1]
         if plan.num_branches == 1:
-            control.decide(level, last.scores[:, 0], last.evidence[:, 0])
+            control.decide(level, last.first_score, last.first_evidence)
         else:
             control.decide(level, buffers.level_score(level - 1), None)
         return self._is_any_open(control, plan, level)
@@ -322,19 +338,16 @@ class EesdDrafter:
             buffers = self._buffers[key] = EesdBuffers(key, self.exit_model, max_levels)
         return buffers
 
-    def _keep_states(
-        self, states: Sequence[SequenceState], result: AcceptResult, hidden: torch.Tensor
-    ) -> None:
-        """Of a plain round: the exit's cache takes its roots when drafting goes on."""
-        for row, state in enumerate(states):
-            if result.accept_length[row] >= 0:
-                self._drafts[state].pending.append(hidden[row].clone())
-
-    def _catch_up(self, state: SequenceState) -> None:
-        draft = self._drafts[state]
-        if draft.pending:
-            self._absorb(state, torch.cat(draft.pending))
-            draft.pending = []
+    def _catch_up(self, states: Sequence[SequenceState]) -> float:
+        """Give the exit's cache the roots of plain rounds; seconds that took, for they are not
+        what a drafted round among drafted ones takes."""
+        begun = perf_counter()
+        for state in states:
+            draft = self._drafts[state]
+            if draft.pending:
+                self._absorb(state, torch.cat(draft.pending))
+                draft.pending = []
+        return perf_counter() - begun
 
     def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
         self.exit_model.absorb(hidden, CacheBatch(self._cache, [self._drafts[state].cached]))
@@ -355,15 +368,20 @@ class EesdDrafter:
     def _measure(self, observed: float) -> None:
         """Take the round's times; ``observed`` is when its outcome came."""
         times = self._times
-        if times is None or self._given_costs is not None:
+        if times is None or self._given_costs is not None:  # resting, or of no interest
             return
-        is_plain = times.num_steps == 0
-        self._meter.observe_verify(
-            self._num_rows, 1e3 * (observed - times.ended), is_plain=is_plain
-        )
-        if is_plain or not times.are_replays:
+        verify_ms = 1e3 * (observed - times.ended)
+        if times.num_steps == 0:
+            self._meter.observe_plain(verify_ms)
+            return
+        self._meter.observe_verify(self._num_rows, self._batch_size, verify_ms)
+        if not times.are_replays:
             return
         drafting = times.steps + (times.lower or 0.0)
         fixed = times.ended - times.begun - drafting + perf_counter() - observed
         lower = None if times.lower is None else 1e3 * times.lower
         self._meter.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
+
+
+def _roots(states: Sequence[SequenceState]) -> DraftTree:
+    return chain(torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32))

@@ -9,7 +9,7 @@ to both and none of it is run again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,10 @@ class Level:
     exit_rows: StepRows
     evidence: torch.Tensor
     """``[B, F, 2]`` float32"""
+    first_evidence: torch.Tensor
+    """``[B, 2]``: of the first row."""
+    first_score: torch.Tensor
+    """``[B]``: of the best child."""
     tokens: torch.Tensor
     """``[B, K]`` int32, and so those below; best child first."""
     scores: torch.Tensor
@@ -124,8 +128,10 @@ class EesdBuffers:
         self.levels: list[Level] = []
         for _ in range(max_levels + 1):
             self.levels.append(self._next_level())
-        self._tree_tokens = np.zeros((batch, 1 + max_levels), dtype=np.int32)
+        self._chains: dict[int, tuple[np.ndarray, DraftTree]] = {}
+        # The same memory through numpy, where small copies cost a tenth of torch's.
         self._roots_view = self._roots.numpy()[:, 0]
+        self._kv_lens_view = self._kv_lens.numpy()
         self._children_views = [level.tokens.numpy()[:, 0] for level in self.levels]
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
@@ -193,8 +199,8 @@ class EesdBuffers:
         held = [[sequence.length for sequence in batch.sequences] for batch in (target, drafts)]
         assert held[0] == held[1], "the exit's cache lags behind the target's"
         self._exit.reserve(self._num_rows)
-        self._kv_lens[0] = target.kv_len
-        torch.add(target.kv_len, 1, out=self._kv_lens[1])
+        self._kv_lens_view[0] = held[0]
+        self._kv_lens_view[1] = self._kv_lens_view[0] + 1
         for place, table in enumerate((target.block_table, drafts.block_table)):
             if self._staged[place] is not table:
                 self._tables[place].copy_(table)
@@ -228,31 +234,30 @@ class EesdBuffers:
     def tree(self, lengths: Sequence[int]) -> DraftTree:
         """The tree below the roots, ``lengths`` levels of each sequence; valid until the next."""
         num_levels = max(lengths)
-        if self._is_chain:
-            shape = chain(self._chain_tokens(num_levels))
-        else:
-            shape = self._branched(num_levels)
-        num_nodes = shape.num_nodes
+        tree = self._chain_tree(num_levels) if self._is_chain else self._branched(num_levels)
+        if self._is_chain and self.key.batch > 1:  # of one sequence the states are a view
+            tree = replace(tree, hidden=self._states(num_levels))
         if min(lengths) < num_levels:
             counts = [1 + length * self.key.num_branches for length in lengths]
-            num_nodes = torch.tensor(counts, dtype=torch.int32)
-        return DraftTree(
-            shape.draft_tokens,
-            shape.parents,
-            shape.depth,
-            shape.ancestors,
-            num_nodes,
-            hidden=self._states(num_levels),
-            num_layers_run=self._exit.num_layers,
-        )
+            tree = replace(tree, num_nodes=torch.tensor(counts, dtype=torch.int32))
+        return tree
 
-    def _chain_tokens(self, num_levels: int) -> torch.Tensor:
-        """``[B, 1 + num_levels]``; through numpy, which costs a tenth of torch here."""
-        tokens = self._tree_tokens[:, : 1 + num_levels]
-        tokens[:, 0] = self._roots_view
+    def _chain_tree(self, num_levels: int) -> DraftTree:
+        """A chain, in buffers of its own."""
+        known = self._chains.get(num_levels)
+        if known is None:
+            tokens = torch.zeros(self.key.batch, 1 + num_levels, dtype=torch.int32)
+            tree = self._with_states(chain(tokens), num_levels)
+            known = self._chains[num_levels] = tokens.numpy(), tree
+        tokens_view, tree = known
+        tokens_view[:, 0] = self._roots_view
         for level, children in enumerate(self._children_views[:num_levels], start=1):
-            tokens[:, level] = children
-        return torch.from_numpy(np.ascontiguousarray(tokens))
+            tokens_view[:, level] = children
+        return tree
+
+    def _with_states(self, tree: DraftTree, num_levels: int) -> DraftTree:
+        hidden, num_layers = self._states(num_levels), self._exit.num_layers
+        return replace(tree, hidden=hidden, num_layers_run=num_layers)
 
     def _tokens(self, level: int) -> torch.Tensor:
         """``[B, F]``: the tokens of a level's rows."""
@@ -285,9 +290,10 @@ class EesdBuffers:
             depth.append(torch.full((batch, width), level, dtype=torch.int32))
         num_nodes = torch.full((batch,), tokens.shape[1], dtype=torch.int32)
         ancestors = torch.cat(bits, dim=1)[:, :, None]
-        return DraftTree(
+        tree = DraftTree(
             tokens, torch.cat(parents, dim=1), torch.cat(depth, dim=1), ancestors, num_nodes
         )
+        return self._with_states(tree, num_levels)
 
     # --- buffers ------------------------------------------------------------------------------
 
@@ -299,6 +305,7 @@ class EesdBuffers:
         target_rows, exit_rows = self._rows(level, count)
         tokens = self._tokens(level)
         ints = torch.zeros(3, *children, dtype=torch.int32)
+        evidence, scores = torch.zeros(batch, count, NUM_MODES), torch.zeros(children)
         return Level(
             # One dimension without a copy: a chain's level has one row a sequence.
             inputs=tokens[:, 0] if self._is_chain else tokens.view(-1),
@@ -306,9 +313,11 @@ class EesdBuffers:
             hidden=self._hidden[first : first + batch * count],
             target_rows=target_rows,
             exit_rows=exit_rows,
-            evidence=torch.zeros(batch, count, NUM_MODES),
+            evidence=evidence,
+            first_evidence=evidence[:, 0],
+            first_score=scores[:, 0],
             tokens=ints[0],
-            scores=torch.zeros(children),
+            scores=scores,
             candidates=ints[1],
             source=ints[2],
             ancestors=torch.zeros(*children, _WORDS, dtype=torch.int64),

@@ -199,7 +199,7 @@ def test_both_caches_after_200_random_rounds(
         num_rounds += 1
         if num_rounds == 201:
             (state,) = states
-            drafter._catch_up(state)
+            drafter._catch_up(states)
             assert budget.target_batch is not None
             cache = budget.target_batch.cache
             found["target"] = rows_of(cache, budget.target_batch.sequences[0])

@@ -11,6 +11,8 @@ import specrt
 from specrt import SamplingParams
 from specrt.builtin import drafter_paths, heldout_prompts
 from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter, RoundCost
+from specrt.draft.control import parse_control
+from specrt.draft.eesd import EesdDrafter
 from specrt.draft.load import DrafterOptions, load_drafter
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
@@ -28,6 +30,7 @@ SHAPES = [
     DraftParams(depth=3, top_k=3, total_tokens=8),
     DraftParams(depth=5, top_k=10, total_tokens=60),
 ]
+CONTROLLED = ["fixed-4", "threshold", "adaptive-threshold", "beta-ts", "calibration-ts"]
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -53,10 +56,18 @@ def own_model_drafter(engine: Engine) -> Drafter:
     return SmallModelDrafter(model, depth=3, width=2)
 
 
-def trained_drafter(engine: Engine, name: str) -> Drafter:
+def trained_drafter(engine: Engine, name: str, controller: str | None = None) -> Drafter:
     """A bundled drafter, with graphs of its own."""
     graphs = GraphCache()
-    return load_drafter(name, engine.target, None, graphs.run, graphs.clear, DrafterOptions())
+    options = DrafterOptions(control=None if controller is None else parse_control(controller))
+    return load_drafter(name, engine.target, None, graphs.run, graphs.clear, options)
+
+
+def always_drafts(drafter: Drafter) -> bool:
+    """Whatever was measured."""
+    if isinstance(drafter, EesdDrafter):
+        return drafter.control.options.kind != "cost-aware"
+    return isinstance(drafter, EagerLookup | SmallModelDrafter)
 
 
 def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int = 96) -> None:
@@ -72,6 +83,10 @@ def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int
     for name in drafter_paths():
         drafter = trained_drafter(bundled, name)
         contenders += [(drafter, 4, None), (drafter, 1, SHAPES[0]), (drafter, 4, SHAPES[1])]
+    for controller in CONTROLLED:
+        contenders.append((trained_drafter(bundled, "eesd", controller), 2, None))
+    for name in ("fspad", "eagle2"):
+        contenders.append((trained_drafter(bundled, name, "beta-ts"), 2, None))
     for drafter, max_batch, shape in contenders:
         results = engine_like(bundled, drafter, max_batch).generate(prompts, params, shape)
         differing = [
@@ -80,7 +95,7 @@ def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int
             for one, two in zip(expected, results, strict=True)
         ]
         assert sum(differing) == 0, (type(drafter).__name__, max_batch, shape, differing)
-        if isinstance(drafter, EagerLookup | SmallModelDrafter) or shape is not None:
+        if always_drafts(drafter) or shape is not None:
             assert sum(result.stats.num_accepted_tokens for result in results) > 0
 
 
@@ -105,6 +120,14 @@ def test_the_bundled_drafters_are_worth_it(bundled: Engine, name: str) -> None:
     num_rounds = sum(result.stats.num_rounds for result in results)
     accepted = sum(result.stats.num_accepted_tokens for result in results)
     assert 1 + accepted / num_rounds > {"fspad": 4.4, "eagle2": 3.8}[name]
+
+
+def test_the_bundled_exit_is_worth_it(bundled: Engine) -> None:
+    engine = engine_like(bundled, trained_drafter(bundled, "eesd", "fixed-4"), 4)
+    results = engine.generate(heldout_prompts(8), SamplingParams(max_new_tokens=96))
+    num_rounds = sum(result.stats.num_rounds for result in results)
+    accepted = sum(result.stats.num_accepted_tokens for result in results)
+    assert 1 + accepted / num_rounds > 2.5
 
 
 def test_it_writes_solutions(bundled: Engine) -> None:

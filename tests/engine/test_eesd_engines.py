@@ -129,7 +129,8 @@ def test_times_that_cannot_be(float_model: LlamaModel, folder: Path, ms: float) 
     meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
     for seen in (ms, 1.0, ms):
         for number in range(12):
+            meter.observe_plain(seen)
             meter.observe_draft(seen, seen, seen)
-            meter.observe_verify(1 + number % 3, seen, is_plain=number % 2 == 0)
+            meter.observe_verify(2 + number % 3, 2, seen)
             for batch in (1, 4):
                 assert meter.costs(batch).plain_ms() > 0
