@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
-from specrt.draft.base import Budget
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.draft.eesd_costs import CostMeter
 from specrt.draft.eesd_round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
@@ -151,7 +151,7 @@ class EesdDrafter:
                 f"for, got {'none' if target is None else 'another'}"
             )
         self._controlled = self._times = self._last = None
-        if budget.params.depth is None and self._rest_left > 0:
+        if self._rest_left > 0 and budget.params == DraftParams():
             self._rest_left -= 1
             return _roots(states)
         self._batch_size = len(states)

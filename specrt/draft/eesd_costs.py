@@ -88,8 +88,8 @@ class CostMeter:
 
     def observe_plain(self, ms: float) -> None:
         """Take the time of a round that drafted nothing."""
-        self._plain_run += 1
         ms = max(ms, _LEAST_MS)
+        self._plain_run += 1
         if self._plain_run > 1:
             line = self._line_ms()
             if line is None:

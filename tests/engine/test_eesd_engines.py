@@ -59,7 +59,7 @@ def test_streams_of_several_engines_take_turns(
     for number, shape in enumerate(SHAPES):
         asked = prompts(3 + number, VOCAB, seed=number)
         params = [SETTINGS[row % len(SETTINGS)] for row in range(len(asked))]
-        open_streams.append(engines[number % 2].stream(asked, params, shape))
+        open_streams.append(engines[number // 2 % 2].stream(asked, params, shape))
         expected.append(texts(plain.generate(asked, params)))
         for stream in open_streams:  # the older ones are in mid-text
             next(stream)
@@ -129,8 +129,8 @@ def test_times_that_cannot_be(float_model: LlamaModel, folder: Path, ms: float) 
     meter = CostMeter(make_drafter(float_model, folder / "exit-2").exit_model)
     for seen in (ms, 1.0, ms):
         for number in range(12):
-            meter.observe_draft(seen, seen, seen)
-            meter.observe_verify(1 + number % 3, 1, seen)
             meter.observe_plain(seen)
+            meter.observe_draft(seen, seen, seen)
+            meter.observe_verify(2 + number % 3, 2, seen)
             for batch in (1, 4):
                 assert meter.costs(batch).plain_ms() > 0
