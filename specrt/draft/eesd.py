@@ -15,6 +15,7 @@ from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
@@ -38,8 +39,8 @@ class _Draft:
     """What is kept for one sequence."""
 
     cached: CachedSequence
-    pending: list[torch.Tensor]
-    """``[n, H]`` each: g of tokens that plain rounds brought; the exit's cache lacks them."""
+    pending: list[np.ndarray]
+    """``[1, H]`` each: g of the roots of plain rounds, which the exit's cache lacks."""
 
 
 class _Plan(NamedTuple):
@@ -173,13 +174,13 @@ class EesdDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Commit the accepted path in the exit's cache too, and learn from it."""
+        if self._times is None:  # resting
+            self._keep_roots(states, taps)
+            return
         begun = perf_counter()
-        is_plain = self._times is None or self._times.num_steps == 0
+        is_plain = self._times.num_steps == 0
         if is_plain:
-            # The exit's cache takes these roots when drafting goes on.
-            hidden = taps[self.exit_model.tap]
-            for row, state in enumerate(states):
-                self._drafts[state].pending.append(hidden[row].clone())
+            self._keep_roots(states, taps)
         else:
             self._batch_of(states).commit(result.path, result.accept_length + 1)
         if self._controlled is not None:
@@ -338,6 +339,14 @@ class EesdDrafter:
             buffers = self._buffers[key] = EesdBuffers(key, self.exit_model, max_levels)
         return buffers
 
+    def _keep_roots(
+        self, states: Sequence[SequenceState], taps: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Of a plain round: the exit's cache takes its roots when drafting goes on."""
+        hidden = taps[self.exit_model.tap].numpy()
+        for row, state in enumerate(states):
+            self._drafts[state].pending.append(hidden[row].copy())
+
     def _catch_up(self, states: Sequence[SequenceState]) -> float:
         """Give the exit's cache the roots of plain rounds; seconds that took, for they are not
         what a drafted round among drafted ones takes."""
@@ -345,7 +354,7 @@ class EesdDrafter:
         for state in states:
             draft = self._drafts[state]
             if draft.pending:
-                self._absorb(state, torch.cat(draft.pending))
+                self._absorb(state, torch.from_numpy(np.concatenate(draft.pending)))
                 draft.pending = []
         return perf_counter() - begun
 
@@ -368,7 +377,7 @@ class EesdDrafter:
     def _measure(self, observed: float) -> None:
         """Take the round's times; ``observed`` is when its outcome came."""
         times = self._times
-        if times is None or self._given_costs is not None:  # resting, or of no interest
+        if times is None or self._given_costs is not None:
             return
         verify_ms = 1e3 * (observed - times.ended)
         if times.num_steps == 0:
