@@ -127,3 +127,25 @@ class CacheBatch:
         ops.kv_commit(self.cache.kv, self.block_table, path, num_path, self.kv_len)
         for sequence, length in zip(self.sequences, self.kv_len.tolist(), strict=True):
             sequence.length = length
+
+
+class LastBatch:
+    """The batch of the sequences that ran last: made anew only when others run.
+
+    Args:
+        cache: theirs.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._batch: CacheBatch | None = None
+
+    def of(self, sequences: list[CachedSequence]) -> CacheBatch:
+        """The batch of ``sequences``, in this order."""
+        if self._batch is None or self._batch.sequences != sequences:
+            self._batch = CacheBatch(self._cache, sequences)
+        return self._batch
+
+    def forget(self) -> None:
+        """A sequence was extended through another batch, or has left."""
+        self._batch = None

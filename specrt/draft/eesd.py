@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.cache import CacheBatch, CachedSequence, KVCache, LastBatch
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.draft.eesd_costs import CostMeter
@@ -99,8 +99,7 @@ class EesdDrafter:
         self._controls: dict[tuple[int, bool], ControlRound] = {}
         self._recorded: set[Hashable] = set()
         self._recorded_version = exit_model.version
-        self._batch: CacheBatch | None = None
-        self._batch_states: list[SequenceState] = []
+        self._batch = LastBatch(self._cache)
         self._meter = CostMeter(exit_model)
         self._given_costs = costs
         self._rest_left = 0
@@ -195,7 +194,7 @@ class EesdDrafter:
         if draft is not None:
             self._cache.close(draft.cached)
             self.control.finish(state)
-        self._batch = None
+        self._batch.forget()
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -314,11 +313,7 @@ class EesdDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        if self._batch is None or self._batch_states != list(states):
-            self._batch_states = list(states)
-            cached = [self._drafts[state].cached for state in states]
-            self._batch = CacheBatch(self._cache, cached)
-        return self._batch
+        return self._batch.of([self._drafts[state].cached for state in states])
 
     def _buffers_of(
         self,
@@ -360,7 +355,7 @@ class EesdDrafter:
 
     def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
         self.exit_model.absorb(hidden, CacheBatch(self._cache, [self._drafts[state].cached]))
-        self._batch = None
+        self._batch.forget()
 
     # --- times --------------------------------------------------------------------------------
 

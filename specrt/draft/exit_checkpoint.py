@@ -46,7 +46,6 @@ class ExitConfig:
     """The target's architecture with one layer; ``layer.dtype`` is the checkpoint's."""
     exit_layer: int
     """N: it reads what the target's first N layers give."""
-    num_target_layers: int
     target_name: str | None = None
     target_fingerprint: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +69,7 @@ class ExitConfig:
                 f"{target.num_layers} layers, got {exit_layer}"
             )
         layer = replace(target, num_layers=1, dtype=torch.bfloat16, float8_scale_suffix=None)
-        return cls(layer, exit_layer, target.num_layers, name, config_fingerprint(target))
+        return cls(layer, exit_layer, name, config_fingerprint(target))
 
 
 @dataclass(frozen=True)

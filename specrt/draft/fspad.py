@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.cache import CacheBatch, CachedSequence, KVCache, LastBatch
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.control import ControlOptions
 from specrt.draft.controlled_envelope import ControlledEnvelope
@@ -101,8 +101,7 @@ class FspadDrafter:
             EnvelopePolicy() if control is None else ControlledEnvelope(control)
         )
         self._rounds: dict[RoundKey, RoundBuffers] = {}
-        self._batch: CacheBatch | None = None
-        self._batch_states: list[SequenceState] = []
+        self._batch = LastBatch(self._cache)
         self._offered: np.ndarray | None = None
         self._recorded: set[Hashable] = set()
 
@@ -166,7 +165,7 @@ class FspadDrafter:
         draft = self._drafts.pop(state, None)
         if draft is not None:
             self._cache.close(draft.cached)
-        self._batch = None
+        self._batch.forget()
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -247,11 +246,7 @@ class FspadDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        if self._batch is None or self._batch_states != list(states):
-            self._batch_states = list(states)
-            cached = [self._drafts[state].cached for state in states]
-            self._batch = CacheBatch(self._cache, cached)
-        return self._batch
+        return self._batch.of([self._drafts[state].cached for state in states])
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -286,4 +281,4 @@ class FspadDrafter:
             self.layer.append(0, rows, self._cache, work)
             batch.commit(order, num)
             draft.pending = draft.pending[count:]
-            self._batch = None
+            self._batch.forget()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, LastBatch
 from specrt.draft.base import Budget
 from specrt.models.llama import LlamaModel
 from specrt.tree import MAX_NODES, chain
@@ -67,8 +67,7 @@ class SmallModelDrafter:
         self._width = width
         self._is_sampled = is_sampled
         self._cached: dict[SequenceState, CachedSequence] = {}
-        self._batch: CacheBatch | None = None
-        self._batch_states: list[SequenceState] = []
+        self._batch = LastBatch(self._cache)
 
     def start(self, state: SequenceState) -> None:
         """Reserve pages in the draft cache and run the prompt but for its last token."""
@@ -115,7 +114,7 @@ class SmallModelDrafter:
         cached = self._cached.pop(state, None)
         if cached is not None:
             self._cache.close(cached)
-        self._batch = None
+        self._batch.forget()
 
     def _possible_depth(self, states: Sequence[SequenceState], budget: Budget) -> int:
         room = min(budget.max_nodes - 1, _WORD - 1) // self._width
@@ -132,11 +131,8 @@ class SmallModelDrafter:
                 # A neighbour beyond this model's context has kept the whole batch from drafting.
                 for _ in self._model.extend(behind[:-1], CacheBatch(self._cache, [cached])):
                     pass
-                self._batch = None
-        if self._batch is None or self._batch_states != list(states):
-            self._batch_states = list(states)
-            self._batch = CacheBatch(self._cache, [self._cached[state] for state in states])
-        return self._batch
+                self._batch.forget()
+        return self._batch.of([self._cached[state] for state in states])
 
     def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
         """Run the tokens the draft cache lacks; logits ``[B, 1, V]`` behind the last ones."""
