@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from specrt.train.options import TrainOptions
 
 _HOURS = 24  # the others wait while the main process caches features
+_LET_GO = 1.0  # seconds
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
@@ -39,6 +41,17 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
             f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End the processes' group; training is done, and the interpreter may be torn down after this.
+
+    DDP keeps gloo's threads beyond their group. One of them may still be dropping a tensor of the
+    last exchange, which needs the interpreter, and would abort the process if there is none.
+    """
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        time.sleep(_LET_GO)
 
 
 def _has_fast_bf16() -> bool:

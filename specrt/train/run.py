@@ -24,7 +24,7 @@ from specrt.train.features import FeatureSource, OnlineFeatures
 from specrt.train.fspad_task import FspadTask
 from specrt.train.loop import Outcome, Trainer, run_identity
 from specrt.train.options import EesdOptions, FspadOptions, TrainOptions
-from specrt.train.processes import make_accelerator
+from specrt.train.processes import leave, make_accelerator
 from specrt.train.report import Reporter
 from specrt.train.state import StateFolder
 from specrt.train.task import TrainData, TrainTask
@@ -156,6 +156,7 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
         outcome = trainer.run(reporter)
     if outcome.is_done and accelerator.is_main_process:
         shutil.rmtree(job.out / _FEATURES_FOLDER, ignore_errors=True)
+    leave(accelerator)
     return outcome
 
 

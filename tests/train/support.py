@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 
 from specrt.config import ModelConfig
@@ -29,7 +30,7 @@ from specrt.train.fspad import DraftModel
 from specrt.train.fspad_task import FspadTask
 from specrt.train.loop import Outcome, Trainer, run_identity
 from specrt.train.options import FspadOptions
-from specrt.train.processes import make_accelerator
+from specrt.train.processes import leave, make_accelerator
 from specrt.train.report import Reporter
 from specrt.train.state import StateFolder
 from specrt.train.task import TrainData
@@ -137,7 +138,9 @@ def make_trainer(
 def train(out: Path, options: FspadOptions = OPTIONS, **given: Any) -> Outcome:
     """Run a trainer, silently."""
     with Path(os.devnull).open("w") as sink, Reporter(True, None, Console(file=sink)) as reporter:
-        return make_trainer(out, options, **given).run(reporter)
+        outcome = make_trainer(out, options, **given).run(reporter)
+    leave(Accelerator())  # they share their state
+    return outcome
 
 
 def curve(outcome: Outcome) -> list[tuple[float, ...]]:
