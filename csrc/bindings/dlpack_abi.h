@@ -10,7 +10,7 @@ constexpr const char* kTypeAttribute = "__dlpack_c_exchange_api__";
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 constexpr uint32_t kMajorVersion = 1;
 
-enum DeviceType : int32_t { kCpu = 1 };
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
 enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBFloat = 4 };
 
 struct Tensor {
@@ -31,7 +31,7 @@ struct ExchangeApi {
     void* managed_from_object;
     void* managed_to_object;
     int (*tensor_from_object)(void* object, Tensor* out);  // borrows; 0 on success
-    void* current_stream;
+    int (*current_stream)(int32_t device_type, int32_t device_id, void** out);  // 0 on success
 };
 
 }  // namespace specrt::bindings::dlpack

@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); });
     m.def("active_isa", [] { return isa_name(active_isa()); });
     m.def("set_thread_source", &set_thread_source);
+    m.def("set_stream_source", &set_stream_source);
     register_graph(m);
     register_linear(m);
     register_rms_norm(m);

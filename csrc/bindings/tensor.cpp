@@ -16,7 +16,9 @@ struct Names {
     PyObject* shape = PyUnicode_InternFromString("shape");
     PyObject* stride = PyUnicode_InternFromString("stride");
     PyObject* dtype = PyUnicode_InternFromString("dtype");
-    PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+    PyObject* device = PyUnicode_InternFromString("device");
+    PyObject* type = PyUnicode_InternFromString("type");
+    PyObject* index = PyUnicode_InternFromString("index");
 };
 
 const Names& names() {
@@ -26,6 +28,11 @@ const Names& names() {
 
 PyObject*& thread_source() {
     static PyObject* source = nullptr;  // held for the life of the process
+    return source;
+}
+
+PyObject*& stream_source() {
+    static PyObject* source = nullptr;  // likewise
     return source;
 }
 
@@ -50,6 +57,13 @@ DType dtype_of(PyObject* dtype, const char* name) {
     fail(name, ": unsupported dtype ", text);
 }
 
+int read_device(const py::object& device, const char* name) {
+    const std::string type = py::str(checked(PyObject_GetAttr(device.ptr(), names().type)));
+    if (type == "cpu") return kCpu;
+    SPECRT_CHECK(type == "cuda", name, ": expected a CPU or CUDA tensor, got one on ", type);
+    return checked(PyObject_GetAttr(device.ptr(), names().index)).cast<int>();
+}
+
 void read_sizes(PyObject* tuple, int64_t* out, int* ndim, const char* name) {
     const Py_ssize_t n = PyTuple_GET_SIZE(tuple);
     SPECRT_CHECK(n <= TensorView::kMaxDim, name, ": at most 6 dimensions, got ", n);
@@ -57,9 +71,16 @@ void read_sizes(PyObject* tuple, int64_t* out, int* ndim, const char* name) {
     *ndim = static_cast<int>(n);
 }
 
+using KnownApis = std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>>;
+
+KnownApis& known_apis() {
+    static KnownApis known;
+    return known;
+}
+
 // The exchange table of an object's type, or nullptr; each type is asked once.
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-    static std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>> known;
+    KnownApis& known = known_apis();
     for (const auto& [object, api] : known)
         if (object == type) return api;
     const dlpack::ExchangeApi* api = nullptr;
@@ -112,8 +133,10 @@ bool read_by_exchange(PyObject* self, TensorView* view) {
         PyErr_Clear();
         return false;
     }
-    if (t.device_type != dlpack::kCpu || t.ndim > TensorView::kMaxDim) return false;
+    if (t.device_type != dlpack::kCpu && t.device_type != dlpack::kCuda) return false;
+    if (t.ndim > TensorView::kMaxDim) return false;
     if (!read_dtype(t, &view->dtype)) return false;
+    view->device = t.device_type == dlpack::kCpu ? kCpu : t.device_id;
     view->ndim = t.ndim;
     std::copy(t.shape, t.shape + t.ndim, view->shape);
     std::copy(t.strides, t.strides + t.ndim, view->stride);
@@ -123,7 +146,7 @@ bool read_by_exchange(PyObject* self, TensorView* view) {
 
 }  // namespace
 
-TensorView view_of(py::handle tensor, const char* name, bool is_optional) {
+TensorView device_view_of(py::handle tensor, const char* name, bool is_optional) {
     TensorView view;
     view.name = name;
     if (tensor.is_none()) {
@@ -137,15 +160,13 @@ TensorView view_of(py::handle tensor, const char* name, bool is_optional) {
         if (!view.data) view.data = &nothing;
         return view;
     }
-    PyObject* is_cpu = PyObject_GetAttr(self, names().is_cpu);
-    if (!is_cpu) {
+    PyObject* device = PyObject_GetAttr(self, names().device);
+    if (!device) {
         PyErr_Clear();
         throw py::type_error(std::string(name) + ": expected a tensor, got " +
                              Py_TYPE(self)->tp_name);
     }
-    const bool on_cpu = is_cpu == Py_True;
-    Py_DECREF(is_cpu);
-    SPECRT_CHECK(on_cpu, name, ": expected a CPU tensor");
+    view.device = read_device(py::reinterpret_steal<py::object>(device), name);
     const py::object shape = checked(PyObject_GetAttr(self, names().shape));
     const py::object stride = checked(PyObject_CallMethodNoArgs(self, names().stride));
     const py::object dtype = checked(PyObject_GetAttr(self, names().dtype));
@@ -164,6 +185,22 @@ int num_threads() {
     if (!thread_source()) return static_cast<int>(std::thread::hardware_concurrency());
     const py::object value = checked(PyObject_CallNoArgs(thread_source()));
     return static_cast<int>(PyLong_AsLong(value.ptr()));
+}
+
+CudaStream current_stream(int device) {
+    CudaStream stream = nullptr;
+    for (const auto& known : known_apis()) {
+        const dlpack::ExchangeApi* api = known.second;
+        if (api && api->current_stream(dlpack::kCuda, device, &stream) == 0) return stream;
+        PyErr_Clear();
+    }
+    if (!stream_source()) return nullptr;
+    const py::object value = checked(PyObject_CallFunction(stream_source(), "i", device));
+    return PyLong_AsVoidPtr(value.ptr());
+}
+
+void set_stream_source(py::object get_stream) {
+    stream_source() = get_stream.release().ptr();
 }
 
 void set_thread_source(py::object get_num_threads) {

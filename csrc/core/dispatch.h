@@ -15,6 +15,11 @@ bool cpu_has(Isa isa);
 // A launch's body: does share `part` of `num_parts` of the work that `params` describes.
 using PartFn = void (*)(const void* params, int part, int num_parts);
 
+// A cudaStream_t, which host code need not know.
+using CudaStream = void*;
+// A launch's body on a GPU: starts kernels on the stream for what `params` describes.
+using CudaFn = void (*)(const void* params, CudaStream stream);
+
 }  // namespace specrt
 
 #if defined(SPECRT_X86)
@@ -38,5 +43,15 @@ using PartFn = void (*)(const void* params, int part, int num_parts);
     }                               \
     inline PartFn fn##_for(Isa) {   \
         return portable::fn;        \
+    }
+#endif
+
+// SPECRT_CUDA_KERNELS: the .cu files are part of this module (by nvcc, or through the SIMT shim).
+#if defined(SPECRT_CUDA_KERNELS)
+#define SPECRT_DECLARE_CUDA(fn) void fn(const void* params, ::specrt::CudaStream stream);
+#else
+#define SPECRT_DECLARE_CUDA(fn)                                                        \
+    inline void fn(const void*, ::specrt::CudaStream) {                                \
+        ::specrt::fail("this build of specrt has no CUDA kernels: see `specrt info`"); \
     }
 #endif

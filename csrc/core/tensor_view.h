@@ -20,6 +20,12 @@ inline int64_t size_of(DType dtype) {
     return kSizes[static_cast<int>(dtype)];
 }
 
+constexpr int kCpu = -1;  // a device: the CPU, or the index of a CUDA GPU
+
+inline std::string name_of_device(int device) {
+    return device == kCpu ? "cpu" : "cuda:" + std::to_string(device);
+}
+
 struct TensorView {
     static constexpr int kMaxDim = 6;
     void* data = nullptr;  // nullptr: the argument was None
@@ -27,6 +33,7 @@ struct TensorView {
     int64_t stride[kMaxDim] = {};
     int ndim = 0;
     DType dtype = DType::kFloat32;
+    int device = kCpu;
     const char* name = "";  // the argument's name, for errors
 
     explicit operator bool() const { return data != nullptr; }
@@ -57,6 +64,17 @@ inline void expect(const TensorView& t, DType dtype, const char* wanted, Sizes..
     }
     SPECRT_CHECK(ndim == 0 || t.stride[ndim - 1] == 1 || t.shape[ndim - 1] <= 1, t.name,
                  ": the last dimension must be contiguous, got stride ", t.stride[ndim - 1]);
+}
+
+// All on one device, which is returned; arguments that were None do not count.
+template <typename... Views>
+inline int common_device(const TensorView& first, const Views&... others) {
+    const TensorView* views[] = {&first, &others...};
+    for (const TensorView* view : views)
+        SPECRT_CHECK(!*view || view->device == first.device, view->name, ": expected a tensor on ",
+                     name_of_device(first.device), " as ", first.name, " is, got one on ",
+                     name_of_device(view->device));
+    return first.device;
 }
 
 // A type that kernels read as float32.

@@ -12,7 +12,14 @@ import torch
 
 from specrt import _C
 
+
+
+def _current_stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 _C.set_thread_source(torch.get_num_threads)
+_C.set_stream_source(_current_stream)
 
 _LIBRARY = torch.library.Library("specrt", "DEF")
 
@@ -26,7 +33,8 @@ def register(schema: str, kernel: Callable[..., None]) -> None:
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CPU")
+    for backend in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, backend)
 
     def fake(*args: Any) -> None:
         """Outputs are arguments, so there is no shape to infer."""

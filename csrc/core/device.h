@@ -1,0 +1,17 @@
+// Launches on a GPU, for code that no CUDA compiler sees.
+#pragma once
+#include "core/thread_pool.h"
+
+namespace specrt {
+
+#if defined(SPECRT_CUDA_KERNELS)
+// Starts a launch on its device, which is the calling thread's current one meanwhile. Throws
+// std::runtime_error with CUDA's reason.
+void run_on_gpu(const Launch& launch, CudaStream stream);
+#else
+inline void run_on_gpu(const Launch& launch, CudaStream stream) {
+    launch.cuda(launch.params, stream);  // explains itself
+}
+#endif
+
+}  // namespace specrt

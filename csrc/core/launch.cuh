@@ -1,0 +1,133 @@
+// How a kernel is started, and what its source may use: CUDA under nvcc, and under a C++ compiler
+// (SPECRT_SIMT) the shim in tests/simt, which runs the same source on the CPU.
+//
+// Kernel sources include this and core/ptx.cuh, never a CUDA header. They keep to: no <<<>>>, no
+// PTX outside core/ptx.cuh, warp intrinsics with explicit masks, SPECRT_SHARED for static shared
+// memory, dynamic_shared() for dynamic, no printf, no cub or thrust.
+#pragma once
+
+#if defined(SPECRT_SIMT)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/dispatch.h"
+#include "core/tensor_view.h"
+
+// SPECRT_SHARED(float[32], scratch): a static shared array (or struct) named `scratch`.
+#if defined(SPECRT_SIMT)
+#define SPECRT_SHARED(Type, name) Type& name = simt::shared_memory<Type>([] {})
+#else
+#define SPECRT_SHARED(Type, name) __shared__::specrt::detail::identity_t<Type> name
+#endif
+
+namespace specrt {
+
+namespace detail {
+template <typename T>
+struct Identity {
+    using type = T;
+};
+template <typename T>
+using identity_t = typename Identity<T>::type;
+}  // namespace detail
+
+#if defined(SPECRT_SIMT)
+using bf16_t = simt::bfloat16;
+using f16_t = simt::half;
+#else
+using bf16_t = __nv_bfloat16;
+using f16_t = __half;
+#endif
+
+struct LaunchShape {
+    dim3 grid, block;
+    size_t shared_bytes = 0;  // dynamic shared memory
+};
+
+// The launch's dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#if defined(SPECRT_SIMT)
+    return simt::dynamic_shared();
+#else
+    extern __shared__ __align__(16) unsigned char specrt_dynamic_shared[];
+    return specrt_dynamic_shared;
+#endif
+}
+
+struct DeviceLimits {
+    int num_sms;
+    size_t shared_bytes;  // a block's, at most
+};
+
+#if defined(SPECRT_SIMT)
+
+inline DeviceLimits device_limits() {
+    return {simt::num_sms(), simt::max_shared_bytes()};
+}
+
+template <typename... Params, typename... Args>
+void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
+                   CudaStream, const Args&... args) {
+    simt::launch(name, shape.grid, shape.block, shape.shared_bytes,
+                 [&] { kernel(static_cast<Params>(args)...); });
+}
+
+#else
+
+inline void cuda_check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Of the current device.
+inline DeviceLimits device_limits() {
+    int device = 0, num_sms = 0, shared_bytes = 0;
+    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
+    cuda_check(
+        cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+    return {num_sms, static_cast<size_t>(shared_bytes)};
+}
+
+// Above 48 KiB a kernel must be allowed its shared memory first, once on each device.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, size_t bytes, const char* name) {
+    if (bytes > 48 * 1024)
+        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(bytes)),
+                   name);
+}
+
+template <typename... Params, typename... Args>
+void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
+                   CudaStream stream, const Args&... args) {
+    allow_shared(kernel, shape.shared_bytes, name);
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+}
+
+#endif
+
+inline unsigned ceil_div(int64_t a, int64_t b) {
+    return static_cast<unsigned>((a + b - 1) / b);
+}
+
+}  // namespace specrt
+
+// SPECRT_LAUNCH(kernel<T>, shape, stream, params): asynchronous; throws if it cannot be started.
+#define SPECRT_LAUNCH(kernel, shape, stream, ...) \
+    ::specrt::launch_kernel(#kernel, kernel, shape, stream, __VA_ARGS__)

@@ -1,0 +1,44 @@
+// Sums over a warp and a block, in an order that depends on the block's size alone.
+#pragma once
+#include "core/launch.cuh"
+
+namespace specrt {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Every lane gets the same bits: partners add the same two numbers, and addition commutes.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+    return x;
+}
+
+// The sum of all threads' x, to all threads; `scratch` has a float for each of at most 32 warps,
+// and may be used again after the next __syncthreads().
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+    x = warp_sum(x);
+    if (num_warps == 1) return x;
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < num_warps ? scratch[lane] : 0.0f);
+}
+
+// True in all threads of the block that comes last of `expected`, and only after everything that
+// the others wrote before they came can be read. Sets the ticket back to 0 for the next launch.
+// All threads of the block must call; `flag` is one shared int.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned expected, int* flag) {
+    __threadfence();  // this thread's writes, before ...
+    __syncthreads();  // ... any thread's ticket
+    if (threadIdx.x == 0) {
+        const unsigned number = atomicAdd(ticket, 1u);
+        *flag = number + 1 == expected;
+        if (*flag) *ticket = 0;
+    }
+    __syncthreads();
+    const bool is_last = *flag != 0;
+    __threadfence();
+    return is_last;
+}
+
+}  // namespace specrt

@@ -1,0 +1,44 @@
+// Sixteen bytes at a time, and the floats in them.
+#pragma once
+#include "core/launch.cuh"
+
+namespace specrt {
+
+__device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+__device__ __forceinline__ float to_float(bf16_t x) {
+    return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(f16_t x) {
+    return __half2float(x);
+}
+
+// Round to nearest, ties to even.
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+    if constexpr (sizeof(T) == 4) {
+        return x;
+    } else if constexpr (std::is_same_v<T, bf16_t>) {
+        return __float2bfloat16(x);
+    } else {
+        return __float2half(x);
+    }
+}
+
+template <typename T>
+struct alignas(16) Vec {
+    static constexpr int kSize = 16 / sizeof(T);
+    T at[kSize];
+};
+
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec(const T* p) {
+    return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <typename T>
+__device__ __forceinline__ void store_vec(T* p, const Vec<T>& v) {
+    *reinterpret_cast<Vec<T>*>(p) = v;
+}
+
+}  // namespace specrt
