@@ -112,23 +112,22 @@ __global__ void overflow_stack(float* out, int depth) {
 }
 PROBE(overflow_stack, p.tensor<float>("out"), p.numbers[0])
 
-// Writes element `index` of a static (kind 0) or the dynamic (1) shared array of floats.
+// Block 1 writes element `index` of a static (kind 0) or the dynamic (1) shared array of floats.
 __global__ void write_shared(int kind, int index) {
     SPECRT_SHARED(float[32], array);
     auto* dynamic = reinterpret_cast<float*>(dynamic_shared());
     array[threadIdx.x] = 0.0f;
-    if (threadIdx.x == 0) (kind == 0 ? array : dynamic)[index] = 1.0f;
+    if (blockIdx.x == 1 && threadIdx.x == 0) (kind == 0 ? array : dynamic)[index] = 1.0f;
 }
 PROBE(write_shared, p.numbers[0], p.numbers[1])
 
 // What shared memory holds before it is written.
 __global__ void read_fresh_shared(float* out) {
     SPECRT_SHARED(float[32], array);
-    const auto* dynamic = reinterpret_cast<const float*>(dynamic_shared());
+    auto* dynamic = reinterpret_cast<float*>(dynamic_shared());
     out[threadIdx.x] = array[threadIdx.x];
     out[32 + threadIdx.x] = dynamic[threadIdx.x];
-    array[threadIdx.x] = 1.0f;
-    dynamic_shared()[threadIdx.x] = 1;
+    array[threadIdx.x] = dynamic[threadIdx.x] = 1.0f;
 }
 PROBE(read_fresh_shared, p.tensor<float>("out"))
 
