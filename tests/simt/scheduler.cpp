@@ -18,7 +18,7 @@ constexpr uint64_t kMaxPreemptions = uint64_t{1} << 25;  // without any other pr
 
 Policy policy_of(uint64_t seed, Random& random) {
     if (seed == 0) return {};
-    constexpr unsigned kStay[] = {0, 56, 63}, kContenders[] = {1, 2, 8}, kPreempt[] = {8, 32, 60};
+    constexpr unsigned kStay[] = {32, 56, 63}, kContenders[] = {1, 2, 8}, kPreempt[] = {8, 32, 60};
     Policy policy;
     policy.is_in_order = false;
     policy.stay = kStay[seed % 3];
