@@ -41,4 +41,18 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned expecte
     return is_last;
 }
 
+// For two blocks that share a ticket as above: true in all threads if the other one has come, and
+// then what it wrote can be read and the ticket is 0 again. Spares the later one its own writes.
+__device__ __forceinline__ bool has_other_come(unsigned* ticket, int* flag) {
+    __syncthreads();  // the flag may still be read from before
+    if (threadIdx.x == 0) {
+        *flag = atomicAdd(ticket, 0u) == 1;
+        if (*flag) *ticket = 0;
+    }
+    __syncthreads();
+    const bool has_come = *flag != 0;
+    __threadfence();
+    return has_come;
+}
+
 }  // namespace specrt

@@ -126,8 +126,11 @@ __device__ __forceinline__ bool merge_units(State<D>& s, const Merge& m, int uni
     for (int level = 0; 1 << level < m.num_units; ++level) {
         const int me = unit >> level, sibling = me ^ 1;
         if (sibling << level >= m.num_units) continue;  // no such leaves
-        save(s, {m.slots + int64_t{me << level} * m.slot_vectors});
-        if (!is_last_block(m.tickets + ((me | 1) << level), 2, flag)) return false;
+        unsigned* ticket = m.tickets + ((me | 1) << level);
+        if (!has_other_come(ticket, flag)) {
+            save(s, {m.slots + int64_t{me << level} * m.slot_vectors});
+            if (!is_last_block(ticket, 2, flag)) return false;
+        }
         merge(s, {m.slots + int64_t{sibling << level} * m.slot_vectors}, sibling < me);
     }
     return true;

@@ -53,23 +53,29 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     const int rows = shape.num_nodes * shape.group;
     plan.num_warps = rows <= 64 ? 4 : 8;
     plan.num_tiles = static_cast<int>(ceil_div64(rows, 16 * plan.num_warps));
+    plan.slot_vectors = (shape.head_dim / 8 + 1) * 32 * plan.num_warps;
+    const size_t pool = size_t{2} * 2 * kPoolRows * (shape.head_dim + 8);
+    const size_t tail = size_t{16} * plan.num_warps * (kMaxNodes + sizeof(int));
+    plan.shared_bytes = pool + tail;
+    // Registers let two blocks of four warps run on an SM. Where shared memory does too, it is
+    // better spent on that than on levels of merging; eight warps have the SM for themselves.
+    const bool has_pairs =
+        plan.num_warps == 4 && 2 * plan.shared_bytes + 1024 <= limits.shared_bytes;
     const int64_t leaves = ceil_div64(shape.max_len, kLeaf);
     const int64_t others = int64_t{shape.num_seqs} * shape.num_kv_heads * plan.num_tiles;
     // As many units as fill the GPU once: a second wave would wait, and partial results cost
     // traffic.
-    const int64_t units = others >= limits.num_sms ? 1 : ceil_div64(limits.num_sms, others);
+    const int64_t room = limits.num_sms * (has_pairs ? 2 : 1);
+    const int64_t units = others >= room ? 1 : ceil_div64(room, others);
     plan.num_units = static_cast<int>(units < leaves ? units : leaves);
     if (others * plan.num_units > kMaxTickets) plan.num_units = 1;
     while (ceil_div64(leaves, int64_t{1} << plan.num_levels) > plan.num_units) ++plan.num_levels;
-    const int threads = 32 * plan.num_warps;
-    plan.slot_vectors = (shape.head_dim / 8 + 1) * threads;
-    const size_t pool = size_t{2} * 2 * kPoolRows * (shape.head_dim + 8);
-    const size_t tail = size_t{16} * plan.num_warps * (kMaxNodes + sizeof(int));
-    const size_t level = sizeof(float4) * plan.slot_vectors, fixed = pool + tail;
-    const size_t room = limits.shared_bytes > fixed + 1024 ? limits.shared_bytes - fixed - 1024 : 0;
-    const int fit = static_cast<int>(room / level);
-    plan.shared_levels = fit < plan.num_levels ? fit : plan.num_levels;
-    plan.shared_bytes = fixed + level * plan.shared_levels;
+    if (has_pairs) return plan;
+    const size_t level = sizeof(float4) * plan.slot_vectors, used = plan.shared_bytes + 1024;
+    while (plan.shared_levels < plan.num_levels &&
+           used + level * (plan.shared_levels + 1) <= limits.shared_bytes)
+        ++plan.shared_levels;
+    plan.shared_bytes += level * plan.shared_levels;
     return plan;
 }
 

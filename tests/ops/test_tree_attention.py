@@ -336,9 +336,8 @@ def test_appending_on_the_way_is_rope_append_before_it(
     k, v = (torch.randn(shape, generator=g).to(dtype).to(backend.device) for _ in range(2))
     depth = torch.randint(0, 9, shape[:2], generator=g, dtype=torch.int32).to(backend.device)
     cos_sin = torch.randn(300, dim, generator=g).to(backend.device)  # shorter than the sequences
-    first, second = batch_arguments(cases, backend), batch_arguments(cases, backend)
-    for name in ("k_cache", "v_cache"):
-        second[name] = first[name].clone()  # type: ignore[union-attr]
+    first = batch_arguments(cases, backend)
+    second = {n: a.clone() if isinstance(a, Tensor) else a for n, a in first.items()}
     slots = ("kv_len", "first_node", "num_nodes", "block_table")
     ops.rope_append(
         first["q"], k, v, depth, *(first[n] for n in slots), cos_sin, first["k_cache"],
