@@ -22,7 +22,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
-from specrt.models.step import Step, StepKey, StepRows, Workspace, linear_scratch, on_host
+from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, on_host
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
 
@@ -84,9 +84,7 @@ class LlamaModel:
             config.rope_scaling,
         ).to(self.device)
         self._workspace = self._make_workspace(0, 0)
-        # Scratch of the kernels that need some on a GPU.
-        self._linear_scratch = None if is_on_cpu else linear_scratch(config, self.device)
-        self._attention_scratch: torch.Tensor | None = None
+        self._scratch = None if is_on_cpu else GpuScratch(config, self.device)
         self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -148,6 +146,8 @@ class LlamaModel:
         width = batch.block_table.shape[1]
         key = StepKey(size, num_nodes, width, has_logits, taps, _layers_run(tree))
         self._ensure_buffers(key)
+        if self._scratch is not None:
+            self._scratch.reserve(key, batch.cache.page_size)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= _MAX_STEPS:
@@ -352,7 +352,7 @@ class LlamaModel:
             rows.ancestors,
             config.head_dim**-0.5,
             out=attended.view(*rows.depth.shape, config.num_heads, config.head_dim),
-            workspace=self._attention_scratch,
+            workspace=None if self._scratch is None else self._scratch.attention,
         )
         self._linear(attended, layer.o, layer.o_bias, hidden, out=out)
 
@@ -375,7 +375,8 @@ class LlamaModel:
         *,
         out: torch.Tensor,
     ) -> None:
-        ops.linear(x, weight, bias, residual, out, self._linear_scratch)
+        workspace = None if self._scratch is None else self._scratch.linear
+        ops.linear(x, weight, bias, residual, out, workspace)
 
 
 def _layers_run(tree: DraftTree) -> int:

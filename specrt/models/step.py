@@ -129,15 +129,42 @@ def _fetch(source: torch.Tensor) -> torch.Tensor:
     return there.copy_(source, non_blocking=True)
 
 
-def linear_scratch(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """A workspace of ``linear`` for every matrix of a model."""
-    q_rows = config.num_heads * config.head_dim
-    qkv_rows = q_rows + 2 * config.num_kv_heads * config.head_dim
-    inner = config.intermediate_size
-    most_outputs = max(qkv_rows, config.hidden_size, 2 * inner, config.vocab_size)
-    most_inputs = max(q_rows, config.hidden_size, inner)
-    size = ops.linear_workspace(most_outputs, most_inputs)
-    return torch.empty(size, dtype=torch.uint8, device=device)
+class GpuScratch:
+    """What kernels on a GPU want beside their operands; launches share it one after another.
+
+    Args:
+        config: the model's.
+        device: where to; the memory there stays at its place unless attention needs more.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        q_rows = config.num_heads * config.head_dim
+        qkv_rows = q_rows + 2 * config.num_kv_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        most_outputs = max(qkv_rows, hidden, 2 * inner, config.vocab_size)
+        size = ops.linear_workspace(most_outputs, max(q_rows, hidden, inner))
+        self.linear = torch.empty(size, dtype=torch.uint8, device=device)
+        """A workspace of ``linear`` for every matrix of the model."""
+        self.attention = torch.zeros(0, device=device)
+        """A workspace of ``tree_attention`` for the largest step that came up."""
+
+    def reserve(self, key: StepKey, page_size: int) -> None:
+        """Make room for a step's attention."""
+        config = self._config
+        # The kernel asks the current GPU how many blocks it holds.
+        with torch.cuda.device_of(self.attention):
+            size = ops.tree_attention_workspace(
+                key.batch,
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                key.num_nodes,
+                key.table_width * page_size,
+            )
+        if size > self.attention.numel():
+            self.attention = torch.zeros(size, device=self._device)
 
 
 @dataclass(frozen=True)
