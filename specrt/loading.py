@@ -101,7 +101,7 @@ def load(
 
 def default_drafter(target: str | os.PathLike[str], device: str | torch.device = "cpu") -> str:
     """What ``"auto"`` means for a target; a GPU need not wait for a drafter on the CPU."""
-    is_on_gpu = torch.device(device).type == "cuda"
+    is_on_gpu = torch.device(device).type != "cpu"
     return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else PROMPT_LOOKUP
 
 
