@@ -1,5 +1,7 @@
 // Sixteen bytes at a time, and the floats in them.
 #pragma once
+#include <type_traits>
+
 #include "core/launch.cuh"
 
 namespace specrt {
