@@ -28,6 +28,14 @@ __device__ __forceinline__ T from_float(float x) {
     }
 }
 
+// Calls f with a value of the type that `dtype` names, for its type alone.
+template <typename F>
+void with_float_type(DType dtype, F&& f) {
+    if (dtype == DType::kBFloat16) return f(bf16_t{});
+    if (dtype == DType::kFloat16) return f(f16_t{});
+    f(0.0f);
+}
+
 template <typename T>
 struct alignas(16) Vec {
     static constexpr int kSize = 16 / sizeof(T);
