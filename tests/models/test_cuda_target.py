@@ -17,7 +17,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import specrt
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
@@ -261,15 +260,3 @@ def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) 
     results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(2, 3, 8))
     assert texts(results) == expected
     assert all(result.stats.num_draft_tokens for result in results)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_bundled_model_on_a_gpu(temperature: float) -> None:
-    params = SamplingParams(max_new_tokens=60, temperature=temperature, seed=3)
-    prompt = "Question: How many legs have 6 cats?\nAnswer:"
-    outputs = [
-        specrt.load("builtin", name, device="cuda").generate(prompt, params).token_ids
-        for name in (None, "auto", "fspad")
-    ]
-    assert outputs[0] == outputs[1] == outputs[2]
