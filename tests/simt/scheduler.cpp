@@ -14,7 +14,7 @@ Scheduler* scheduler = nullptr;
 
 namespace {
 
-constexpr uint64_t kMaxPreemptions = uint64_t{1} << 27;  // a second's worth without any progress
+constexpr uint64_t kMaxPreemptions = uint64_t{1} << 25;  // without any other progress
 
 Policy policy_of(uint64_t seed, Random& random) {
     if (seed == 0) return {};
