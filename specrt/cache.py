@@ -38,12 +38,19 @@ class KVCache:
         dtype: torch.dtype,
         page_size: int = 64,
         on_move: Callable[[], None] = lambda: None,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.page_size = page_size
         self._shape = (config.num_layers, 2, 0, page_size, config.num_kv_heads, config.head_dim)
         self._on_move = on_move
-        self.kv = torch.zeros(self._shape, dtype=dtype)
+        self.kv = torch.zeros(self._shape, dtype=dtype, device=device)
         self._free: list[int] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages lie."""
+        return self.kv.device
 
     @property
     def num_pages(self) -> int:
@@ -88,7 +95,7 @@ class KVCache:
         shape = (*self._shape[:2], old + num_more, *self._shape[3:])
         try:
             # Zeros, not empty: fresh pages come from the system untouched and cost no memory yet.
-            grown = torch.zeros(shape, dtype=self.kv.dtype)
+            grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.device)
         except (RuntimeError, MemoryError) as error:
             needed = (old + num_more) * self.page_bytes
             raise MemoryError(
@@ -104,7 +111,8 @@ class KVCache:
 class CacheBatch:
     """The sequences of one forward pass, as the tables the kernels read.
 
-    ``block_table [B, max_pages]`` and ``kv_len [B]``, both int32.
+    ``block_table [B, max_pages]`` and ``kv_len [B]``, both int32, lie where the pages do. Lengths
+    are also counted on the host, so that nobody waits for a GPU to learn them.
     """
 
     def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
@@ -114,19 +122,34 @@ class CacheBatch:
         most = 1 << max(3, (max(len(s.pages) for s in sequences) - 1).bit_length())
         # Unused entries repeat page 0; no kernel reads past kv_len + num_nodes.
         rows = [sequence.pages + [0] * (most - len(sequence.pages)) for sequence in sequences]
-        self.block_table = torch.tensor(rows, dtype=torch.int32)
-        self.kv_len = torch.tensor([s.length for s in sequences], dtype=torch.int32)
+        self.block_table = self._there(torch.tensor(rows, dtype=torch.int32))
+        lengths = [sequence.length for sequence in sequences]
+        self.kv_len = self._there(torch.tensor(lengths, dtype=torch.int32))
+        # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
+        self._tickets = torch.zeros_like(self.kv_len) if self.kv_len.is_cuda else None
 
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """Move the accepted rows into place and make them part of their sequences.
 
         Args:
-            path: ``[B, D]`` int32, node indices from the root down.
-            num_path: ``[B]`` int32, how many of each row count; 0 or less commits nothing.
+            path: ``[B, D]`` int32 on the host, node indices from the root down.
+            num_path: ``[B]`` int32 on the host, how many of each row count; 0 or less commits
+                nothing.
         """
-        ops.kv_commit(self.cache.kv, self.block_table, path, num_path, self.kv_len)
-        for sequence, length in zip(self.sequences, self.kv_len.tolist(), strict=True):
-            sequence.length = length
+        ops.kv_commit(
+            self.cache.kv,
+            self.block_table,
+            self._there(path),
+            self._there(num_path),
+            self.kv_len,
+            self._tickets,
+        )
+        for sequence, count in zip(self.sequences, num_path.tolist(), strict=True):
+            sequence.length += max(0, count)
+
+    def _there(self, table: torch.Tensor) -> torch.Tensor:
+        # Not blocking: ordinary host memory is staged before the call returns, and may be reused.
+        return table.to(self.cache.device, non_blocking=True)
 
 
 class LastBatch:

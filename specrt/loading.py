@@ -18,6 +18,7 @@ from specrt.engine import Engine, Prompt
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
+from specrt.models.placement import choose_dtype, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
@@ -37,7 +38,7 @@ def load(
     target: str | os.PathLike[str] = BUILTIN,
     drafter: str | os.PathLike[str] | Drafter | None = None,
     *,
-    device: str = "auto",
+    device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
     max_batch: int = 8,
     max_nodes: int = 64,
@@ -51,14 +52,17 @@ def load(
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
-        drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else
-            prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
+        drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
+            on a GPU prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
             ``"eesd"``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller
             model of the same vocabulary, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
-        device: ``"auto"`` or ``"cpu"``.
-        dtype: of weights and KV cache: ``"auto"`` (the checkpoint's), ``"float32"``,
-            ``"bfloat16"`` or ``"float16"``. Activations are float32 in any case.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
+            runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
+            the target's tables; EESD needs a target on the CPU.
+        dtype: of weights and KV cache: ``"auto"`` (the checkpoint's; on a GPU bfloat16 instead of
+            float32), ``"float32"`` (CPU only), ``"bfloat16"`` or ``"float16"``. Activations are
+            float32 on the CPU, and of this dtype on a GPU.
         max_batch: prompts that run together.
         max_nodes: the largest tree that is verified, root included, 1..128.
         progress: show a bar on a terminal while loading.
@@ -71,19 +75,21 @@ def load(
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; a device that is not there or that this build has no
+            kernels for; a model or drafter that the device's kernels do not run.
+        MemoryError: no room for the weights.
     """
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device: this build runs on 'cpu' (or 'auto'), got {device!r}")
+    place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
     chosen = _parse_dtype(dtype)
+    target_dtype = choose_dtype(config, chosen, place)
     tokenizer = load_tokenizer(path)
-    weights = load_weights(path, config, chosen or config.dtype, progress=progress)
+    weights = place_weights(load_weights(path, config, target_dtype, progress=progress), place)
     graphs = GraphCache()
     model = LlamaModel(config, weights, graphs.run, graphs.clear)
     if drafter == AUTO:
-        drafter = default_drafter(target)
+        drafter = default_drafter(target, place)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
@@ -93,9 +99,10 @@ def load(
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
 
 
-def default_drafter(target: str | os.PathLike[str]) -> str:
-    """What ``"auto"`` means for a target."""
-    return BUNDLED_DEFAULT if target == BUILTIN else PROMPT_LOOKUP
+def default_drafter(target: str | os.PathLike[str], device: str | torch.device = "cpu") -> str:
+    """What ``"auto"`` means for a target; a GPU need not wait for a drafter on the CPU."""
+    is_on_gpu = torch.device(device).type != "cpu"
+    return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else PROMPT_LOOKUP
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -109,8 +116,8 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 @lru_cache(maxsize=1)
-def _cached_engine(target: str, drafter: str | None) -> Engine:
-    return load(target, drafter)
+def _cached_engine(target: str, drafter: str | None, device: str | torch.device) -> Engine:
+    return load(target, drafter, device=device)
 
 
 def generate(
@@ -118,6 +125,7 @@ def generate(
     *,
     target: str = BUILTIN,
     drafter: str | None = AUTO,
+    device: str | torch.device = "cpu",
     **sampling: Any,
 ) -> str:
     """Answer one prompt and return its text; the engine is kept for the next call.
@@ -126,13 +134,15 @@ def generate(
         prompt: text, token ids or chat messages.
         target: as for :func:`load`.
         drafter: as for :func:`load`, by name or path.
+        device: as for :func:`load`.
         **sampling: fields of :class:`specrt.sampling.SamplingParams`.
 
     Raises:
         ValueError: as :meth:`Engine.generate`.
         GenerationError: the sequence failed.
     """
-    result = _cached_engine(target, drafter).generate(prompt, SamplingParams(**sampling))
+    engine = _cached_engine(target, drafter, device)
+    result = engine.generate(prompt, SamplingParams(**sampling))
     if result.error is not None:
         raise GenerationError(result.error)
     return str(result.text)

@@ -223,6 +223,7 @@ def test_stop_and_logit_bias(capsys: pytest.CaptureFixture[str], target: str) ->
         (("--max-new-tokens", "0"), "max_new_tokens"),
         (("--logit-bias", "five=1"), "five=1"),
         (("--dtype", "int3"), "dtype"),
+        (("--device", "tpu"), "device"),
         (("--threads", "0"), "threads"),
         (("--max-nodes", "1000"), "max_nodes"),
         (("--drafter", "crystal-ball"), "crystal-ball"),
@@ -236,6 +237,15 @@ def test_a_bad_option_is_one_line(
 ) -> None:
     prompt = ("--target", target, "--prompt", "hi")
     expect_one_line(run(capsys, "generate", *prompt, *args), named)
+
+
+@pytest.mark.parametrize("name", ["bench", "demo", "distill-data"])
+def test_a_device_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    files = ("--target", "builtin", "--prompts", str(tmp_path), "--out", str(tmp_path / "out"))
+    args = files if name == "distill-data" else ()
+    expect_one_line(run(capsys, name, *args, "--device", "cuda:99"), "device: ")
 
 
 @pytest.mark.parametrize(

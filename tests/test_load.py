@@ -12,11 +12,18 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import specrt
+from specrt import loading
 from specrt.draft.base import EmptyDrafter
+from specrt.draft.fspad import FspadDrafter
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.types import CheckpointError
-from tests.checkpoints import edit_config, make_checkpoint, make_exit_checkpoint
+from tests.checkpoints import (
+    edit_config,
+    make_checkpoint,
+    make_draft_checkpoint,
+    make_exit_checkpoint,
+)
 
 
 def make_target(path: Path, vocab_size: int = 97, dtype: torch.dtype = torch.float32) -> Path:
@@ -83,7 +90,7 @@ def test_a_drafter_of_an_unknown_kind(target: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"device": "tpu"}, "device: .*'tpu'"),
+        ({"device": "tpu"}, "device: expected 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
         ({"dtype": "int8"}, "dtype: expected auto or one of .*'int8'"),
         ({"dtype": torch.float64}, "dtype: .*float64"),
         ({"max_nodes": 0}, r"max_nodes: expected 1\.\.128, got 0"),
@@ -133,6 +140,69 @@ def test_every_drafter_says_the_same(target: Path, drafter: Path) -> None:
     assert len({tuple(output.token_ids) for output in outputs}) == 1
     assert len({output.text for output in outputs}) == 1
     assert outputs[0].text.startswith("w") or outputs[0].text.startswith("<")
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What "cuda" names meanwhile: a device without memory, enough for all but running."""
+    meta = torch.device("meta")
+    asked = loading.parse_device
+    monkeypatch.setattr(
+        loading, "parse_device", lambda name: meta if name == "cuda" else asked(name)
+    )
+    # From a GPU the drafter's copies of the target's tables would come back.
+    read = torch.Tensor.cpu
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else read(t)
+    )
+    return meta
+
+
+@pytest.fixture(scope="module")
+def wide_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its heads are of a size that GPUs run."""
+    path = make_target(tmp_path_factory.mktemp("wide"))
+    make_checkpoint("llama", path, head_dim=64)
+    return path
+
+
+def test_a_target_on_a_gpu(wide_target: Path, gpu: torch.device) -> None:
+    engine = specrt.load(wide_target, device="cuda")
+    assert engine.target.device == engine.cache.device == gpu
+    assert engine.target.dtype == engine.target.activation_dtype == torch.bfloat16
+    assert engine.cache.kv.dtype == torch.bfloat16
+    half = specrt.load(wide_target, device="cuda", dtype="fp16").target
+    assert half.weights.layers[0].qkv.dtype == half.activation_dtype == torch.float16
+    assert half.weights.layers[0].input_norm.dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype: .* got float32"):
+        specrt.load(wide_target, device="cuda", dtype="float32")
+
+
+def test_heads_that_no_gpu_kernel_takes(target: Path, wide_target: Path, gpu: torch.device) -> None:
+    for paths in ((target,), (wide_target, target)):
+        with pytest.raises(ValueError, match="head_dim: .* the model has 16"):
+            specrt.load(*paths, device="cuda")
+
+
+def test_drafters_beside_a_gpu(wide_target: Path, gpu: torch.device, tmp_path: Path) -> None:
+    assert isinstance(specrt.load(wide_target, device="cuda").drafter, EmptyDrafter)
+    for name, device in (("builtin", "cuda"), (wide_target, "cpu")):
+        assert isinstance(specrt.load(name, "auto", device=device).drafter, PromptLookupDrafter)
+    assert isinstance(specrt.load("builtin", "auto").drafter, FspadDrafter)
+    small = specrt.load(wide_target, wide_target, device="cuda").drafter
+    assert isinstance(small, SmallModelDrafter)
+    make_draft_checkpoint(wide_target, tmp_path / "fspad")
+    fspad = specrt.load(wide_target, tmp_path / "fspad", device="cuda").drafter
+    assert isinstance(fspad, FspadDrafter)
+    assert (
+        fspad.layer.weights.embed.device == fspad.layer.weights.head.device == torch.device("cpu")
+    )
+    make_exit_checkpoint(wide_target, tmp_path / "exit", 1)
+    with pytest.raises(ValueError, match="drafter: exit is an EESD drafter.* a smaller model"):
+        specrt.load(wide_target, tmp_path / "exit", device="cuda")
 
 
 def test_generate_in_one_line(target: Path, drafter: Path) -> None:

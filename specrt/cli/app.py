@@ -17,6 +17,7 @@ from specrt.cli.options import (
     RUNTIME,
     SAMPLING,
     Controller,
+    Device,
     Drafter,
     Dtype,
     Jsonl,
@@ -46,8 +47,11 @@ def demo(
     max_new_tokens: MaxNewTokens = 160,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    # In float32 the bundled model outgrows the caches, as real models do in any dtype.
-    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    # In float32 the bundled model outgrows a CPU's caches, as real models do in any dtype.
+    dtype: Annotated[
+        str | None, typer.Option(help="As for generate; default: float32, on a GPU auto.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Plain decoding and speculation side by side, on the bundled model."""
@@ -56,8 +60,15 @@ def demo(
     from specrt.sampling import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    engine = load_engine("builtin", drafter, dtype=dtype, threads=threads, controller=controller)
-    command.run(engine, drafter_name(drafter, "builtin"), prompt, sampling)
+    engine = load_engine(
+        "builtin",
+        drafter,
+        device=device,
+        dtype=dtype or ("float32" if device == "cpu" else "auto"),
+        threads=threads,
+        controller=controller,
+    )
+    command.run(engine, drafter_name(drafter, "builtin", engine), prompt, sampling)
 
 
 @app.command()
@@ -121,6 +132,7 @@ def generate(
         bool,
         typer.Option("--logprobs", help="Add them to the JSON.", rich_help_panel=SAMPLING),
     ] = False,
+    device: Device = "cpu",
     dtype: Dtype = "auto",
     max_nodes: MaxNodes = 64,
     threads: Threads = None,
@@ -151,6 +163,7 @@ def generate(
     engine = load_engine(
         target,
         drafter,
+        device=device,
         dtype=dtype,
         threads=threads,
         max_nodes=max_nodes,
@@ -186,6 +199,7 @@ def bench(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    device: Device = "cpu",
     dtype: Dtype = "auto",
     max_nodes: MaxNodes = 64,
     threads: Threads = None,
@@ -206,13 +220,14 @@ def bench(
     engine = load_engine(
         target,
         drafter,
+        device=device,
         dtype=dtype,
         threads=threads,
         max_nodes=max_nodes,
         controller=controller,
     )
     encoded = encode(engine, named)
-    name = drafter_name(drafter, target)
+    name = drafter_name(drafter, target, engine)
     command.run(engine, name, encoded, sampling, repeats=repeats, is_json=json)
 
 

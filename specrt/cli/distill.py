@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from specrt.cli.errors import USER_ERROR, report
-from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Dtype, Target, Threads
+from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, Threads
 
 if TYPE_CHECKING:
     from specrt.engine import Engine, GenerationResult
@@ -57,6 +57,7 @@ def distill_data(
     batch_size: Annotated[
         int, typer.Option(help="Answers made together.", rich_help_panel=RUNTIME)
     ] = 16,
+    device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
@@ -68,7 +69,14 @@ def distill_data(
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     with AnswerFile(Path(out), target_directory(target)[1]) as file:
-        engine = load_engine(target, drafter, dtype=dtype, threads=threads, max_batch=batch_size)
+        engine = load_engine(
+            target,
+            drafter,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_batch=batch_size,
+        )
         found, told = read_prompts(prompts, engine.tokenizer)
         for count, why in ((told.num_empty, "empty"), (told.num_repeated, "repeated")):
             if count:

@@ -17,6 +17,7 @@ def load_engine(
     target: str,
     drafter: str,
     *,
+    device: str = "cpu",
     dtype: str,
     threads: int | None,
     max_nodes: int = 64,
@@ -26,7 +27,7 @@ def load_engine(
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, dtype, max_nodes, max_batch, controller: as for :func:`specrt.load`.
+        target, device, dtype, max_nodes, max_batch, controller: as for :func:`specrt.load`.
         drafter: ``"none"``, or as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
@@ -47,6 +48,7 @@ def load_engine(
     return load(
         target,
         name,
+        device=device,
         dtype=dtype,
         max_nodes=max_nodes,
         max_batch=max_batch,
@@ -54,11 +56,11 @@ def load_engine(
     )
 
 
-def drafter_name(drafter: str, target: str) -> str:
-    """What to call the drafter in a table: ``"auto"`` by what it stands for."""
+def drafter_name(drafter: str, target: str, engine: Engine) -> str:
+    """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
     from specrt.loading import AUTO, default_drafter
 
-    return default_drafter(target) if drafter == AUTO else Path(drafter).name
+    return default_drafter(target, engine.target.device) if drafter == AUTO else Path(drafter).name
 
 
 def set_threads(threads: int | None) -> None:

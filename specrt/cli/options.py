@@ -33,8 +33,13 @@ Controller = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Of weights and cache: auto, float32, bfloat16 or float16.", rich_help_panel=RUNTIME
+        help="Of weights and cache: auto, float32 (CPU only), bfloat16 or float16.",
+        rich_help_panel=RUNTIME,
     ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the target runs: cpu, cuda or cuda:N.", rich_help_panel=RUNTIME),
 ]
 Threads = Annotated[
     int | None, typer.Option(help="Of the kernels; default: torch's.", rich_help_panel=RUNTIME)

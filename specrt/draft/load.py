@@ -23,6 +23,7 @@ from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.models.llama import LlamaModel, StepRunner
 from specrt.models.loader import load_weights
+from specrt.models.placement import choose_dtype, place_weights
 from specrt.types import CheckpointError
 
 PROMPT_LOOKUP = "prompt-lookup"
@@ -67,12 +68,14 @@ def load_drafter(
         target: the model it drafts for.
         dtype: of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its
             own: a narrower one is faster, and its rounding moves no token.
-        run_step: how its model's steps run.
+        run_step: how its model's steps run on the CPU.
         on_move: called when its model's buffers move.
         options: for trained drafters.
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
+        ValueError: a controller for a drafter that takes none; on a GPU, EESD, or a model that its
+            kernels do not run.
     """
     if name is None or name == PROMPT_LOOKUP:
         _refuse_control(options)
@@ -80,6 +83,7 @@ def load_drafter(
     directory = drafter_directory(name)
     _refuse_several(directory)
     if is_exit_checkpoint(directory):
+        _refuse_gpu(directory, target)
         config = read_exit(directory, target.config)
         weights = load_exit(directory, config, target.weights)
         exit_model = ExitModel(config, weights, target, on_move)
@@ -105,6 +109,15 @@ def _refuse_several(directory: Path) -> None:
         )
 
 
+def _refuse_gpu(directory: Path, target: LlamaModel) -> None:
+    if target.device.type != "cpu":
+        raise ValueError(
+            f"drafter: {directory.name} is an EESD drafter, which runs the target's own layers and "
+            f"needs device='cpu', got {target.device}; with it run: none, {PROMPT_LOOKUP}, FSPAD "
+            "and EAGLE (on the CPU), a smaller model"
+        )
+
+
 def _refuse_control(options: DrafterOptions) -> None:
     if options.control is not None:
         raise ValueError(
@@ -126,7 +139,8 @@ def _small_model(
             f"{directory / 'config.json'}: a drafter needs the target's vocabulary of "
             f"{target.config.vocab_size}, got {config.vocab_size}"
         )
-    weights = load_weights(directory, config, dtype or config.dtype)
+    chosen = choose_dtype(config, dtype, target.device)
+    weights = place_weights(load_weights(directory, config, chosen), target.device)
     return SmallModelDrafter(LlamaModel(config, weights, run_step, on_move))
 
 
@@ -135,7 +149,8 @@ def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) ->
     # Rotary positions must reach as far as the target's, whatever a drafter's config says.
     reach = max(config.layer.max_positions, target.config.max_positions)
     config = replace(config, layer=replace(config.layer, max_positions=reach))
-    embed, head = target.weights.embed, target.weights.lm_head
+    # It drafts on the CPU wherever the target is.
+    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
     weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)

@@ -4,7 +4,9 @@ One forward pass serves decoding, verification and prefill: a lone token is a tr
 piece of a prompt is a chain. Every op on the way is row-invariant, so a node's logits are those of
 decoding it alone, to the bit.
 
-Activations are float32; weights and cache keep the model's dtype.
+Weights and cache keep the model's dtype. Activations are float32 on the CPU and of the weights'
+dtype on a GPU, where kernels compute in float32 and round each result once; either way logits and
+taps come back as float32 on the host.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
-from specrt.models.step import Step, StepKey, StepRows, Workspace
+from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, on_host
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
 
@@ -49,8 +51,11 @@ class LlamaModel:
     Args:
         config: the architecture.
         weights: as :func:`specrt.models.loader.load_weights` gives them.
-        run_step: how steps run; the engine hands its graph cache here.
+        run_step: how steps run; the engine hands its graph cache here. Not asked on a GPU, where
+            steps run eagerly: what it records are the CPU's launches.
         on_move: called when buffers move, so that recorded graphs are dropped.
+        activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
+            weights' dtype on a GPU.
     """
 
     def __init__(
@@ -59,11 +64,17 @@ class LlamaModel:
         weights: Weights,
         run_step: StepRunner = run_eagerly,
         on_move: Callable[[], None] = lambda: None,
+        *,
+        activation_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.dtype = weights.embed.dtype
-        self._run_step = run_step
+        self.device = weights.embed.device
+        is_on_cpu = self.device.type == "cpu"
+        self.activation_dtype = activation_dtype or (torch.float32 if is_on_cpu else self.dtype)
+        self._is_output_plain = is_on_cpu and self.activation_dtype == torch.float32
+        self._run_step = run_step if is_on_cpu else run_eagerly
         self._on_move = on_move
         # Nodes of a tree at the context limit may lie past it; they are never accepted.
         self._rope = rope_table(
@@ -71,8 +82,9 @@ class LlamaModel:
             config.rope_theta,
             config.max_positions + MAX_NODES,
             config.rope_scaling,
-        )
-        self._workspace = Workspace.make(config, 0, 0)
+        ).to(self.device)
+        self._workspace = self._make_workspace(0, 0)
+        self._scratch = None if is_on_cpu else GpuScratch(config, self.device)
         self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -85,7 +97,13 @@ class LlamaModel:
 
     def new_cache(self, page_size: int = 64) -> KVCache:
         """An empty cache of this model's shape and dtype."""
-        cache = KVCache(self.config, self.dtype, page_size, on_move=self._forget_buffers)
+        cache = KVCache(
+            self.config,
+            self.dtype,
+            page_size,
+            on_move=self._forget_buffers,
+            device=self.device,
+        )
         self._caches.add(cache)
         return cache
 
@@ -115,7 +133,8 @@ class LlamaModel:
                 tree whose earlier nodes were run before (their rows still lie past ``kv_len``).
 
         Returns:
-            Logits ``[B, N, V]`` and taps ``[B, N, H]``, valid until the next call.
+            Logits ``[B, N, V]`` and taps ``[B, N, H]``, float32 on the host, valid until the next
+            call.
 
         Raises:
             ValueError: more than 128 nodes, an unknown tap, or one of a layer before
@@ -127,11 +146,13 @@ class LlamaModel:
         width = batch.block_table.shape[1]
         key = StepKey(size, num_nodes, width, has_logits, taps, _layers_run(tree))
         self._ensure_buffers(key)
+        if self._scratch is not None:
+            self._scratch.reserve(key, batch.cache.page_size)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= _MAX_STEPS:
                 self._forget_buffers()
-            step = self._steps[key] = Step.make(key, self._output(key))
+            step = self._steps[key] = Step.make(key, self._output(key), self.device)
         step.stage(tree, batch, first_node)
         start = self._start(key)
         if tree.hidden is None:
@@ -140,7 +161,7 @@ class LlamaModel:
             start.copy_(tree.hidden.view(start.shape))
         # A graph holds this model's and this cache's addresses; as part of its key they outlive it.
         self._run_step((self, batch.cache, key), lambda: self._launch(key, step, batch.cache))
-        return step.output
+        return step.output if self._is_output_plain else on_host(step.output)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -171,9 +192,12 @@ class LlamaModel:
         if rows > work.rows or logit_rows > work.logits.shape[0]:
             rows = max(rows, work.rows)
             logit_rows = max(logit_rows, work.logits.shape[0])
-            self._workspace = Workspace.make(self.config, rows, logit_rows)
+            self._workspace = self._make_workspace(rows, logit_rows)
             self._tap_buffers.clear()
             self._forget_buffers()
+
+    def _make_workspace(self, rows: int, logit_rows: int) -> Workspace:
+        return Workspace.make(self.config, rows, logit_rows, self.activation_dtype, self.device)
 
     def _ensure_buffers(self, key: StepKey) -> None:
         rows = key.batch * key.num_nodes
@@ -224,7 +248,7 @@ class LlamaModel:
     def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never recorded)."""
         embed = self.weights.embed
-        if embed.dtype == torch.float32:
+        if embed.dtype == out.dtype:
             torch.index_select(embed, 0, tokens, out=out)
         else:
             out.copy_(embed.index_select(0, tokens))
@@ -261,7 +285,7 @@ class LlamaModel:
         """Final norm of ``hidden [M, H]`` into ``feature``, and its ``logits [M, V]``."""
         ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
         if logits is not None:
-            ops.linear(feature, self.weights.lm_head, out=logits)
+            self._linear(feature, self.weights.lm_head, out=logits)
 
     def _launch(self, key: StepKey, step: Step, cache: KVCache) -> None:
         rows = key.batch * key.num_nodes
@@ -284,7 +308,7 @@ class LlamaModel:
         config, count = self.config, hidden.shape[0]
         normed, qkv = self._workspace.normed[:count], self._workspace.qkv[:count]
         ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
-        ops.linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
+        self._linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
         heads = qkv.view(*rows.depth.shape, -1, config.head_dim)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
         for part, norm in ((q, layer.q_norm), (k, layer.k_norm)):
@@ -328,8 +352,9 @@ class LlamaModel:
             rows.ancestors,
             config.head_dim**-0.5,
             out=attended.view(*rows.depth.shape, config.num_heads, config.head_dim),
+            workspace=None if self._scratch is None else self._scratch.attention,
         )
-        ops.linear(attended, layer.o, layer.o_bias, residual=hidden, out=out)
+        self._linear(attended, layer.o, layer.o_bias, hidden, out=out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
@@ -337,9 +362,21 @@ class LlamaModel:
         normed, gate_up = work.normed[:rows], work.gate_up[:rows]
         activated = work.activated[:rows]
         ops.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps, out=normed)
-        ops.linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
+        self._linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
         ops.silu_mul(gate_up, out=activated)
-        ops.linear(activated, layer.down, layer.down_bias, residual=hidden, out=out)
+        self._linear(activated, layer.down, layer.down_bias, hidden, out=out)
+
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor,
+    ) -> None:
+        workspace = None if self._scratch is None else self._scratch.linear
+        ops.linear(x, weight, bias, residual, out, workspace)
 
 
 def _layers_run(tree: DraftTree) -> int:

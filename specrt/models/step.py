@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
+from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,18 @@ class Step:
     written, so most copies of plain decoding need not be made again."""
 
     @classmethod
-    def make(cls, key: StepKey, output: VerifyOutput) -> Step:
+    def make(cls, key: StepKey, output: VerifyOutput, device: torch.device) -> Step:
         """Empty buffers."""
 
         def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32)
+            return torch.zeros(shape, dtype=torch.int32, device=device)
 
         words = num_words(MAX_NODES)
         rows = StepRows(
             depth=ints(key.batch, key.num_nodes),
-            ancestors=torch.zeros(key.batch, key.num_nodes, words, dtype=torch.int64),
+            ancestors=torch.zeros(
+                key.batch, key.num_nodes, words, dtype=torch.int64, device=device
+            ),
             num_nodes=ints(key.batch),
             first_node=ints(key.batch),
             kv_len=ints(key.batch),
@@ -74,19 +80,19 @@ class Step:
 
     def stage(self, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None) -> None:
         """Copy a round's tree and cache tables in."""
-        self.tokens.copy_(tree.draft_tokens)
         rows, sources = self.rows, self.sources
-        rows.kv_len.copy_(batch.kv_len)
+        _stage(self.tokens, tree.draft_tokens)
+        _stage(rows.kv_len, batch.kv_len)
         if sources.get("depth") is not tree.depth:
-            rows.depth.copy_(tree.depth)
+            _stage(rows.depth, tree.depth)
         if sources.get("ancestors") is not tree.ancestors:
-            rows.ancestors[..., : tree.ancestors.shape[-1]].copy_(tree.ancestors)
+            _stage(rows.ancestors[..., : tree.ancestors.shape[-1]], tree.ancestors)
         if sources.get("num_nodes") is not tree.num_nodes:
-            rows.num_nodes.copy_(tree.num_nodes)
+            _stage(rows.num_nodes, tree.num_nodes)
         if sources.get("block_table") is not batch.block_table:
-            rows.block_table.copy_(batch.block_table)
+            _stage(rows.block_table, batch.block_table)
         if first_node is not None:
-            rows.first_node.copy_(first_node)
+            _stage(rows.first_node, first_node)
         elif sources.get("first_node") is not None:
             rows.first_node.zero_()
         # Kept alive here, so that another tensor cannot take the same identity.
@@ -97,6 +103,68 @@ class Step:
             "block_table": batch.block_table,
             "first_node": first_node,
         }
+
+
+def _stage(there: torch.Tensor, source: torch.Tensor) -> None:
+    # Not blocking: ordinary host memory is staged before the call returns, and may be reused.
+    there.copy_(source, non_blocking=True)
+
+
+def on_host(output: VerifyOutput) -> VerifyOutput:
+    """A copy of ``output`` in float32 on the host, where trees are accepted and drafted today.
+
+    From a GPU this waits for the pass and moves ``4 B N V`` bytes of logits: 31 MB and some 0.6 ms
+    for 60 nodes of a vocabulary of 128k over PCIe 5. It goes when acceptance runs on the device.
+    """
+    taps = {name: _fetch(tap) for name, tap in output.taps.items()}
+    copy = VerifyOutput(_fetch(output.logits), MappingProxyType(taps))
+    if output.logits.is_cuda and (taps or copy.logits.numel()):
+        torch.cuda.current_stream(output.logits.device).synchronize()
+    return copy
+
+
+def _fetch(source: torch.Tensor) -> torch.Tensor:
+    # Pinned memory is kept by torch and handed out again; pageable would be copied twice.
+    there = torch.empty(source.shape, dtype=torch.float32, pin_memory=source.is_cuda)
+    return there.copy_(source, non_blocking=True)
+
+
+class GpuScratch:
+    """What kernels on a GPU want beside their operands; launches share it one after another.
+
+    Args:
+        config: the model's.
+        device: where to; the memory there stays at its place unless attention needs more.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        q_rows = config.num_heads * config.head_dim
+        qkv_rows = q_rows + 2 * config.num_kv_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        most_outputs = max(qkv_rows, hidden, 2 * inner, config.vocab_size)
+        size = ops.linear_workspace(most_outputs, max(q_rows, hidden, inner))
+        self.linear = torch.empty(size, dtype=torch.uint8, device=device)
+        """A workspace of ``linear`` for every matrix of the model."""
+        self.attention = torch.zeros(0, device=device)
+        """A workspace of ``tree_attention`` for the largest step that came up."""
+
+    def reserve(self, key: StepKey, page_size: int) -> None:
+        """Make room for a step's attention."""
+        config = self._config
+        # The kernel asks the current GPU how many blocks it holds.
+        with torch.cuda.device_of(self.attention):
+            size = ops.tree_attention_workspace(
+                key.batch,
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                key.num_nodes,
+                key.table_width * page_size,
+            )
+        if size > self.attention.numel():
+            self.attention = torch.zeros(size, device=self._device)
 
 
 @dataclass(frozen=True)
@@ -112,19 +180,31 @@ class Workspace:
     activated: torch.Tensor
     feature: torch.Tensor
     logits: torch.Tensor
+    """float32, whatever the activations are."""
 
     @classmethod
-    def make(cls, config: ModelConfig, rows: int, logit_rows: int) -> Workspace:
-        """Buffers for ``rows`` rows, ``logit_rows`` of them with logits."""
+    def make(
+        cls,
+        config: ModelConfig,
+        rows: int,
+        logit_rows: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = _CPU,
+    ) -> Workspace:
+        """Buffers for ``rows`` rows of ``dtype``, ``logit_rows`` of them with logits."""
         heads = config.num_heads + 2 * config.num_kv_heads
+
+        def wide(num_columns: int) -> torch.Tensor:
+            return torch.empty(rows, num_columns, dtype=dtype, device=device)
+
         return cls(
             rows=rows,
-            hidden=torch.empty(rows, config.hidden_size),
-            normed=torch.empty(rows, config.hidden_size),
-            qkv=torch.empty(rows, heads * config.head_dim),
-            attended=torch.empty(rows, config.num_heads * config.head_dim),
-            gate_up=torch.empty(rows, 2 * config.intermediate_size),
-            activated=torch.empty(rows, config.intermediate_size),
-            feature=torch.empty(rows, config.hidden_size),
-            logits=torch.empty(logit_rows, config.vocab_size),
+            hidden=wide(config.hidden_size),
+            normed=wide(config.hidden_size),
+            qkv=wide(heads * config.head_dim),
+            attended=wide(config.num_heads * config.head_dim),
+            gate_up=wide(2 * config.intermediate_size),
+            activated=wide(config.intermediate_size),
+            feature=wide(config.hidden_size),
+            logits=torch.empty(logit_rows, config.vocab_size, device=device),
         )

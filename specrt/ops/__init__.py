@@ -7,7 +7,7 @@ reduction order per row: a row's bits never depend on the other rows.
 from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.kv_commit import kv_commit
-from specrt.ops.linear import linear
+from specrt.ops.linear import linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
@@ -26,6 +26,7 @@ __all__ = [
     "gumbel_noise",
     "kv_commit",
     "linear",
+    "linear_workspace",
     "rms_norm",
     "rope_append",
     "silu_mul",

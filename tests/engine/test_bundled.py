@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 import specrt
 from specrt import SamplingParams
@@ -134,3 +135,14 @@ def test_it_writes_solutions(bundled: Engine) -> None:
     results = bundled.generate(heldout_prompts(8), SamplingParams(max_new_tokens=256))
     assert sum("####" in result.text for result in results) >= 6
     assert sum(result.finish_reason == "stop" for result in results) >= 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_on_a_gpu(setting: str) -> None:
+    params, prompts = SETTINGS[setting], heldout_prompts(3)
+    outputs = [
+        [r.token_ids for r in specrt.load("builtin", name, device="cuda").generate(prompts, params)]
+        for name in (None, "auto", "fspad")
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]

@@ -1,0 +1,144 @@
+"""Where a model runs: which devices there are, what a GPU's kernels ask, how weights get there."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from specrt.config import ModelConfig
+from specrt.models.loader import LayerWeights, Weights
+from specrt.ops.build import build_info
+
+CPU = torch.device("cpu")
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+"""What the tensor cores of ``tree_attention`` take."""
+CUDA_HEAD_DIMS = (64, 80, 96, 128)
+"""Head sizes that ``tree_attention`` has CUDA kernels for."""
+
+_LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores; older ones have no kernels
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """A device as users name it, checked to be there and usable.
+
+    Args:
+        device: ``"cpu"`` (or ``"auto"``, the same today), ``"cuda"``, ``"cuda:N"`` or a
+            ``torch.device`` of these.
+
+    Returns:
+        ``cpu``, or ``cuda`` with an index.
+
+    Raises:
+        ValueError: another kind of device, no usable GPU, or a build without CUDA kernels.
+    """
+    try:
+        place = CPU if device == "auto" else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise _unknown(device) from None
+    if place.type == "cpu":
+        return CPU
+    if place.type != "cuda":
+        raise _unknown(device)
+    return _checked_gpu(place)
+
+
+def _unknown(device: str | torch.device) -> ValueError:
+    return ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {str(device)!r}")
+
+
+def _checked_gpu(device: torch.device) -> torch.device:
+    if build_info().cuda is None:
+        raise ValueError(
+            f"device: expected 'cpu', got {str(device)!r}: this build of specrt has no CUDA "
+            "kernels (it was made without nvcc)"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ValueError(f"device: expected 'cpu', got {str(device)!r}: torch sees no CUDA GPU")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        known = "only cuda:0 is" if count == 1 else f"cuda:0 .. cuda:{count - 1} are"
+        raise ValueError(f"device: {known} there, got {str(device)!r}")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _LEAST_CAPABILITY:
+        least, has = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
+        raise ValueError(
+            f"device: expected a GPU of compute capability {least} or above, cuda:{index} has {has}"
+        )
+    return torch.device("cuda", index)
+
+
+def choose_dtype(
+    config: ModelConfig, asked: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """The dtype a model's weights and cache get on ``device``; on a GPU its activations too.
+
+    Args:
+        config: the model's.
+        asked: None takes the checkpoint's; on a GPU bfloat16 where that is float32.
+        device: as :func:`parse_device` gives it.
+
+    Raises:
+        ValueError: on a GPU, a dtype or a head size its kernels do not take.
+    """
+    if device.type == "cpu":
+        return asked or config.dtype
+    if config.head_dim not in CUDA_HEAD_DIMS:
+        *most, last = map(str, CUDA_HEAD_DIMS)
+        raise ValueError(
+            f"head_dim: tree_attention on CUDA takes {', '.join(most)} or {last}, "
+            f"the model has {config.head_dim}; device='cpu' runs it"
+        )
+    dtype = asked or (config.dtype if config.dtype in CUDA_DTYPES else torch.bfloat16)
+    if dtype not in CUDA_DTYPES:
+        raise ValueError(
+            "dtype: expected bfloat16 or float16 on CUDA, which the tensor cores of "
+            f"tree_attention take, got {str(dtype).removeprefix('torch.')}"
+        )
+    return dtype
+
+
+def place_weights(weights: Weights, device: torch.device) -> Weights:
+    """``weights`` on ``device``: one copy of the arena, its matrices where they were in it.
+
+    Args:
+        weights: with an embedding and a head of their own.
+        device: where to; the weights themselves are returned if they are there.
+
+    Raises:
+        MemoryError: the device has no room for them.
+    """
+    source = weights.arena
+    if source.device == device:
+        return weights
+    try:
+        arena = source.to(device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"no memory for {source.nbytes / 2**20:.0f} MiB of weights on {device}"
+        ) from error
+
+    def matrix(tensor: torch.Tensor) -> torch.Tensor:
+        start = tensor.data_ptr() - source.data_ptr()
+        assert 0 <= start <= source.nbytes - tensor.nbytes, "a view of the arena"
+        return arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def vector(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device)
+
+    def layer(there: LayerWeights) -> LayerWeights:
+        tensors = {field.name: getattr(there, field.name) for field in fields(there)}
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return replace(
+            there, **{n: matrix(t) if t.dim() == 2 else vector(t) for n, t in given.items()}
+        )
+
+    lm_head = matrix(weights.lm_head)
+    return Weights(
+        arena=arena,
+        embed=lm_head if weights.embed is weights.lm_head else matrix(weights.embed),
+        layers=tuple(map(layer, weights.layers)),
+        final_norm=vector(weights.final_norm),
+        lm_head=lm_head,
+    )

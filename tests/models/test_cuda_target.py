@@ -1,0 +1,262 @@
+"""The target in 16-bit activations: on the CPU's kernels, on the simulated CUDA kernels, on a GPU.
+
+``linear`` has no CUDA kernel of its own to simulate: where there is no GPU its padding runs around
+the CPU's product.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specrt import ops
+from specrt.cache import CacheBatch
+from specrt.config import ModelConfig
+from specrt.draft.base import Drafter, DraftParams
+from specrt.draft.load import DrafterOptions, load_drafter
+from specrt.draft.prompt_lookup import PromptLookupDrafter
+from specrt.draft.small_model import SmallModelDrafter
+from specrt.graph import GraphCache
+from specrt.models.llama import FINAL_TAP, LlamaModel, layer_tap
+from specrt.models.loader import load_weights
+from specrt.models.placement import place_weights
+from specrt.models.step import GpuScratch
+from specrt.ops.linear import linear_in_pieces
+from specrt.sampling import SamplingParams
+from specrt.tree import TreeBuilder, chain, stack
+from tests.checkpoints import make_checkpoint, make_draft_checkpoint
+from tests.engine.support import RandomTreeDrafter, make_engine, texts
+from tests.ops.conftest import Backend
+
+VOCAB = 97
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "dtype": torch.bfloat16,
+}
+PROMPT = [(11 * i * i + 3 * i) % VOCAB for i in range(70)]  # more than a leaf of attention
+PROMPTS = [PROMPT[:5] * 3, PROMPT[:1], PROMPT[:21]]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    make_checkpoint(request.param, path, **SIZES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    make_checkpoint("llama", path, **SIZES)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the CUDA path of ``linear`` around the CPU's product; simulated tickets."""
+    if backend.name == "cuda":
+        return
+    bare, commit = ops.linear, ops.kv_commit
+
+    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        bare(x.float(), weight, out=out)
+
+    def linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.dtype == torch.float32 or out is None:  # a drafter's, which runs on the CPU
+            return bare(x, weight, bias, residual, out)
+        linear_in_pieces(x, weight, bias, residual, out, workspace, product)
+        return out
+
+    def simulated_commit(*tables: torch.Tensor | None) -> None:
+        *given, kv_len, _ = tables
+        commit(*given, kv_len, torch.zeros_like(kv_len))
+
+    monkeypatch.setattr(ops, "linear", linear)
+    if backend.name == "simt":
+        monkeypatch.setattr(ops, "kv_commit", simulated_commit)
+
+
+def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:
+    config = ModelConfig.from_directory(path)
+    weights = place_weights(load_weights(path, config, dtype), torch.device(backend.device))
+    model = LlamaModel(config, weights, activation_dtype=dtype)
+    if backend.name == "simt":
+        # The simulated kernels want what CUDA's do, though their tensors are the CPU's.
+        model._scratch = GpuScratch(config, model.device)
+    return model
+
+
+def started(
+    model: LlamaModel, prompts: Sequence[Sequence[int]], page_size: int = 64, piece: int = 128
+) -> CacheBatch:
+    cache = model.new_cache(page_size)
+    sequences = [cache.open(len(prompt) + 40) for prompt in prompts]
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        alone = CacheBatch(cache, [sequence])
+        for start in range(0, len(prompt), piece):
+            for _ in model.extend(prompt[start : start + piece], alone):
+                pass
+    return CacheBatch(cache, sequences)
+
+
+def random_tree(num_nodes: int, seed: int) -> TreeBuilder:
+    rng = random.Random(seed)
+    tree = TreeBuilder(rng.randrange(VOCAB))
+    while len(tree) < num_nodes:
+        tree.add(rng.choice([len(tree) - 1, rng.randrange(len(tree))]), rng.randrange(VOCAB))
+    return tree
+
+
+def path_to(tree: TreeBuilder, node: int) -> list[int]:
+    """The tokens from the root down to a node."""
+    above = path_to(tree, tree.parents[node]) if node else []
+    return [*above, tree.tokens[node]]
+
+
+# --- against transformers -------------------------------------------------------------------------
+
+
+TREE = random_tree(7, seed=1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What ``transformers`` gives for a tree's nodes, each run as plain text: ``[N, ...]``."""
+
+    logits: torch.Tensor
+    final: torch.Tensor
+    first_layer: torch.Tensor
+
+
+@cache
+def reference(path: Path, dtype: torch.dtype, stored: torch.dtype) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=stored).to(dtype)
+    rows = []
+    for node in range(len(TREE)):
+        ids = torch.tensor([PROMPT + path_to(TREE, node)])
+        with torch.no_grad():
+            rows.append(model(ids, output_hidden_states=True))
+    hidden = [row.hidden_states for row in rows]
+    return Reference(
+        torch.stack([row.logits[0, -1] for row in rows]),
+        torch.stack([states[-1][0, -1] for states in hidden]),
+        torch.stack([states[1][0, -1] for states in hidden]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_less_exact_than_transformers(
+    checkpoint: Path, backend: Backend, dtype: torch.dtype
+) -> None:
+    exact, theirs = (reference(checkpoint, kind, dtype) for kind in (torch.float64, dtype))
+    model = make_model(checkpoint, backend, dtype)
+    batch = started(model, [PROMPT])
+    taps = (FINAL_TAP, layer_tap(0))
+    output = model.forward(stack([TREE]), batch, taps=taps)
+    for ours, name in (
+        (output.logits, "logits"),
+        (output.taps[FINAL_TAP], "final"),
+        (output.taps[layer_tap(0)], "first_layer"),
+    ):
+        assert ours.dtype == torch.float32 and ours.device.type == "cpu"
+        right = getattr(exact, name)
+        error = (ours[0].double() - right).square().mean().sqrt()
+        usual = (getattr(theirs, name).double() - right).square().mean().sqrt()
+        assert 0 < error <= 2 * usual, name
+
+
+# --- a row's bits are its own ---------------------------------------------------------------------
+
+
+def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
+    model, tree = make_model(checkpoint, backend), random_tree(13, seed=2)
+    batch = started(model, [PROMPT])
+    whole = model.forward(stack([tree]), batch).logits[0].clone()
+    for node in range(0, 13, 4):
+        *above, last = path_to(tree, node)
+        alone = started(model, [PROMPT + above])
+        single = chain(torch.tensor([[last]], dtype=torch.int32))
+        assert torch.equal(model.forward(single, alone).logits[0, 0], whole[node]), node
+
+
+def test_pieces_of_the_prompt_and_page_sizes(checkpoint: Path, backend: Backend) -> None:
+    model = make_model(checkpoint, backend)
+    tree = stack([random_tree(5, seed=3)])
+    outcomes = [
+        model.forward(tree, started(model, [PROMPT], page_size, piece)).logits.clone()
+        for page_size, piece in ((64, 128), (16, 128), (16, 10), (64, 19))
+    ]
+    assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
+
+
+def test_company_changes_nothing(checkpoint: Path, backend: Backend) -> None:
+    model = make_model(checkpoint, backend)
+    trees = [random_tree(size, seed=size) for size in (3, 11, 6)]
+    together = model.forward(stack(trees), started(model, PROMPTS)).logits.clone()
+    for row, (tree, prompt) in enumerate(zip(trees, PROMPTS, strict=True)):
+        alone = model.forward(stack([tree]), started(model, [prompt])).logits
+        assert torch.equal(together[row, : len(tree)], alone[0]), row
+
+
+def test_lengths_are_those_the_kernels_see(llama: Path, backend: Backend) -> None:
+    batch = started(make_model(llama, backend), PROMPTS)
+    path = torch.tensor([[0, 2, 3], [0, -1, -1], [-1, -1, -1]], dtype=torch.int32)
+    batch.commit(path, torch.tensor([3, 1, 0], dtype=torch.int32))
+    lengths = [sequence.length for sequence in batch.sequences]
+    assert lengths == batch.kv_len.tolist() == [len(PROMPTS[0]) + 3, 2, len(PROMPTS[2])]
+
+
+# --- speculation on is speculation off ------------------------------------------------------------
+
+SETTINGS: Mapping[str, SamplingParams] = {
+    "greedy": SamplingParams(max_new_tokens=9, ignore_eos=True),
+    "seed": SamplingParams(max_new_tokens=9, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_speculation_changes_nothing(checkpoint: Path, backend: Backend, setting: str) -> None:
+    model, params = make_model(checkpoint, backend), SETTINGS[setting]
+    expected = texts(make_engine(model, max_batch=1).generate(PROMPTS, params))
+    answers = {tuple(p): answer for p, answer in zip(PROMPTS, expected, strict=True)}
+    drafters: dict[str, Drafter] = {
+        "prompt lookup": PromptLookupDrafter(),
+        "small model": SmallModelDrafter(model, depth=3, width=2),
+        "garbage": RandomTreeDrafter(answers, VOCAB, 12),
+    }
+    accepted = 0
+    for name, drafter in drafters.items():
+        results = make_engine(model, drafter, max_batch=2).generate(PROMPTS, params)
+        assert texts(results) == expected, name
+        accepted += sum(result.stats.num_accepted_tokens for result in results)
+    assert accepted  # or nothing was tested
+
+
+def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) -> None:
+    if backend.name == "simt":
+        pytest.skip("the shim takes all tensors for a GPU's, this drafter's too")
+    model, params = make_model(llama, backend), SETTINGS["greedy"]
+    expected = texts(make_engine(model).generate(PROMPTS, params))
+    make_draft_checkpoint(llama, tmp_path)
+    graphs = GraphCache()
+    drafter = load_drafter(tmp_path, model, None, graphs.run, graphs.clear, DrafterOptions())
+    results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(2, 3, 8))
+    assert texts(results) == expected
+    assert all(result.stats.num_draft_tokens for result in results)

@@ -1,0 +1,249 @@
+"""Devices by name, what a GPU is asked to run, weights on their way; none of it needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specrt import ops
+from specrt.cache import CacheBatch, KVCache
+from specrt.config import ModelConfig
+from specrt.models import llama, placement
+from specrt.models.llama import FINAL_TAP, LlamaModel
+from specrt.models.loader import Weights, load_weights
+from specrt.models.placement import choose_dtype, parse_device, place_weights
+from specrt.tree import TreeBuilder, stack
+from specrt.types import VerifyOutput
+from tests.checkpoints import make_checkpoint
+
+# A device whose memory nobody can read, or copy from: stands for a GPU wherever kernels are not
+# what is tested.
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    make_checkpoint("llama", path, head_dim=64, dtype=torch.bfloat16, attention_bias=True)
+    return path
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes torch and the build say that there are so many GPUs."""
+
+    def pretend(
+        count: int, cuda: str | None = "13.0", capability: tuple[int, int] = (9, 0)
+    ) -> None:
+        build = replace(placement.build_info(), cuda=cuda)
+        monkeypatch.setattr(placement, "build_info", lambda: build)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: count - 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+    return pretend
+
+
+# --- devices by name ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", torch.device("cpu")], ids=str)
+def test_the_cpu(device: str | torch.device) -> None:
+    assert parse_device(device) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cuda", "cuda:1"), ("cuda:0", "cuda:0"), (torch.device("cuda", 1), "cuda:1")],
+)
+def test_a_gpu_that_is_there(
+    gpus: Callable[..., None], device: str | torch.device, expected: str
+) -> None:
+    gpus(2)  # the second is the current one
+    assert parse_device(device) == torch.device(expected)
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu", "mps", "cuda:x", "cuda:-1", "", "meta", 1.5])
+def test_no_device(gpus: Callable[..., None], device: Any) -> None:
+    gpus(2)
+    with pytest.raises(
+        ValueError, match="device: expected 'cpu', 'cuda' or 'cuda:N', got"
+    ) as error:
+        parse_device(device)
+    assert repr(str(device)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "words"),
+    [
+        ({"count": 0}, "cuda", "'cuda': torch sees no CUDA GPU"),
+        ({"count": 0}, "cuda:1", "'cuda:1': torch sees no CUDA GPU"),
+        ({"count": 1, "cuda": None}, "cuda", "'cuda': this build of specrt has no CUDA kernels"),
+        ({"count": 1}, "cuda:1", "only cuda:0 is there, got 'cuda:1'"),
+        ({"count": 3}, "cuda:3", r"cuda:0 \.\. cuda:2 are there, got 'cuda:3'"),
+        ({"count": 1, "capability": (7, 5)}, "cuda", "8.0 or above, cuda:0 has 7.5"),
+    ],
+)
+def test_no_usable_gpu(
+    gpus: Callable[..., None], machine: dict[str, Any], device: str, words: str
+) -> None:
+    gpus(**machine)
+    with pytest.raises(ValueError, match=f"device: .*{words}"):
+        parse_device(device)
+
+
+# --- what a GPU's kernels take --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "asked", "expected"),
+    [
+        ("cpu", torch.float32, None, torch.float32),
+        ("cpu", torch.bfloat16, torch.float32, torch.float32),
+        ("cuda:0", torch.float32, None, torch.bfloat16),
+        ("cuda:0", torch.float16, None, torch.float16),
+        ("cuda:0", torch.bfloat16, None, torch.bfloat16),
+        ("cuda:0", torch.float32, torch.float16, torch.float16),
+    ],
+)
+def test_dtypes(
+    checkpoint: Path,
+    device: str,
+    stored: torch.dtype,
+    asked: torch.dtype | None,
+    expected: torch.dtype,
+) -> None:
+    config = replace(ModelConfig.from_directory(checkpoint), dtype=stored)
+    assert choose_dtype(config, asked, torch.device(device)) == expected
+
+
+def test_what_no_gpu_kernel_takes(checkpoint: Path) -> None:
+    config, gpu = ModelConfig.from_directory(checkpoint), torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="dtype: .*tree_attention take, got float32"):
+        choose_dtype(config, torch.float32, gpu)
+    odd = replace(config, head_dim=32)
+    with pytest.raises(ValueError, match="head_dim: .* 64, 80, 96 or 128, the model has 32"):
+        choose_dtype(odd, None, gpu)
+    assert choose_dtype(odd, None, torch.device("cpu")) == torch.bfloat16
+
+
+# --- weights on their way -------------------------------------------------------------------------
+
+
+def tensors_of(weights: Weights) -> dict[str, torch.Tensor]:
+    named = {"embed": weights.embed, "lm_head": weights.lm_head, "norm": weights.final_norm}
+    for index, layer in enumerate(weights.layers):
+        named |= {f"{index}.{f.name}": getattr(layer, f.name) for f in fields(layer)}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_weights_keep_their_places_in_the_arena(tmp_path: Path, is_tied: bool) -> None:
+    make_checkpoint("llama", tmp_path, tie_word_embeddings=is_tied, attention_bias=True)
+    config = ModelConfig.from_directory(tmp_path)
+    here = load_weights(tmp_path, config, torch.bfloat16)
+    there = place_weights(here, META)
+    assert there.arena.device == META and there.arena.shape == here.arena.shape
+    assert (there.embed is there.lm_head) is is_tied
+    before, after = tensors_of(here), tensors_of(there)
+    assert before.keys() == after.keys()
+    start = here.arena.storage_offset()
+    for name, tensor in after.items():
+        assert (tensor.device, tensor.dtype) == (META, before[name].dtype), name
+        assert tensor.shape == before[name].shape and tensor.is_contiguous(), name
+        if tensor.dim() == 2:
+            old = before[name].storage_offset() * before[name].element_size() - start
+            assert tensor.storage_offset() * tensor.element_size() == old, name
+    assert place_weights(here, torch.device("cpu")) is here
+
+
+def test_no_room_for_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    weights = load_weights(checkpoint, ModelConfig.from_directory(checkpoint), torch.bfloat16)
+    monkeypatch.setattr(torch.Tensor, "to", refuse)
+    with pytest.raises(MemoryError, match=r"no memory for \d+ MiB of weights on meta"):
+        place_weights(weights, META)
+
+
+# --- a model whose memory cannot be read ----------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """Kernels that check where their tensors lie and otherwise do nothing."""
+    made: list[tuple[str, tuple[Any, ...]]] = []
+
+    def spy(name: str) -> Callable[..., None]:
+        def kernel(*args: Any, **named: Any) -> None:
+            given = (*args, *named.values())
+            for argument in given:
+                assert not isinstance(argument, torch.Tensor) or argument.device == META, name
+            made.append((name, given))
+
+        return kernel
+
+    kernels = "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul", "tree_attention"
+    for name in kernels:
+        monkeypatch.setattr(ops, name, spy(name))
+    monkeypatch.setattr(ops, "tree_attention_workspace", lambda *shape: 10 * shape[0])
+    return made
+
+
+def test_commits_count_on_the_host(
+    checkpoint: Path, calls: list[tuple[str, tuple[Any, ...]]]
+) -> None:
+    config = ModelConfig.from_directory(checkpoint)
+    cache = KVCache(config, torch.bfloat16, 16, device=META)
+    sequences = [cache.open(40), cache.open(40), cache.open(40)]
+    sequences[0].length = 3
+    batch = CacheBatch(cache, sequences)
+    path = torch.tensor([[0, 1], [0, -1], [-1, -1]], dtype=torch.int32)
+    batch.commit(path, torch.tensor([2, 1, 0], dtype=torch.int32))
+    batch.commit(path, torch.tensor([1, -1, 2], dtype=torch.int32))
+    assert [sequence.length for sequence in sequences] == [6, 1, 2]
+    assert [name for name, _ in calls] == ["kv_commit", "kv_commit"]
+    assert cache.open(100).pages and cache.kv.device == META  # grown where it was
+
+
+def test_a_pass_reads_nothing_back_but_its_output(
+    checkpoint: Path,
+    calls: list[tuple[str, tuple[Any, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched: list[VerifyOutput] = []
+
+    def fetch(output: VerifyOutput) -> VerifyOutput:
+        fetched.append(output)
+        return output
+
+    def no_graphs(key: object, launch: object) -> None:
+        raise AssertionError("a GPU's launches in a graph of the CPU")
+
+    monkeypatch.setattr(llama, "on_host", fetch)
+    config = ModelConfig.from_directory(checkpoint)
+    weights = place_weights(load_weights(checkpoint, config, torch.bfloat16), META)
+    model = LlamaModel(config, weights, no_graphs)
+    cache = model.new_cache()
+    batch = CacheBatch(cache, [cache.open(300), cache.open(300)])
+    tree = TreeBuilder(3)
+    tree.add_path([1, 2], 8)
+    tree.add_path([4], 8)
+    model.forward(stack([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
+    (output,) = fetched
+    assert output.logits.shape == (2, 4, 97) and output.logits.dtype == torch.float32
+    assert {tap.dtype for tap in output.taps.values()} == {torch.bfloat16}
+    names = [name for name, _ in calls]
+    assert names.count("tree_attention") == 3 and names.count("linear") == 13
+    # Nothing is allocated by the kernels: their scratch is handed in.
+    for kernel, dtype in (("linear", torch.uint8), ("tree_attention", torch.float32)):
+        scratches = [given[-1] for name, given in calls if name == kernel]
+        assert len({id(scratch) for scratch in scratches}) == 1
+        assert scratches[0].dtype == dtype and scratches[0].numel() >= 20
