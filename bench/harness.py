@@ -158,6 +158,7 @@ def report(
     *,
     save: Path | None = None,
     summary: Mapping[str, Any] | None = None,
+    gpu: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the rows as a table, then as the last line one JSON object; save it on request.
 
@@ -166,6 +167,7 @@ def report(
         rows: one dict a line; the keys of the first are the columns. Not empty.
         save: a folder for ``<name>.json``, the ``--save`` of :func:`parser`.
         summary: figures beside the rows.
+        gpu: facts of the GPU it ran on, kept with the environment.
     """
     table = Table(title=name)
     for column in rows[0]:
@@ -177,7 +179,7 @@ def report(
     result = {
         "name": name,
         "command": _command(),
-        "environment": environment(),
+        "environment": environment() | ({"gpu": dict(gpu)} if gpu else {}),
         "summary": dict(summary or {}),
         "rows": list(rows),
     }
