@@ -2,8 +2,42 @@
 
 namespace specrt {
 
+namespace {
+
+// What the GPU's kernel asks beyond what every backend does.
+void check_for_gpu(const TreeAttentionArgs& a, const TreeAttentionParams& p) {
+    SPECRT_CHECK(a.q.dtype != DType::kFloat32, "q: expected bfloat16 or float16 on a GPU, got ",
+                 a.q.describe());
+    SPECRT_CHECK(p.head_dim == 64 || p.head_dim == 80 || p.head_dim == 96 || p.head_dim == 128,
+                 "q: expected a head_dim of 64, 80, 96 or 128 on a GPU, got ", a.q.describe());
+    SPECRT_CHECK(a.k_cache.dtype == a.q.dtype, "k_cache: expected q's ", name_of(a.q.dtype),
+                 " on a GPU, got ", a.k_cache.describe());
+    for (const TensorView* t : {&a.q, &a.out}) {
+        const bool is_even = t->stride[0] % 2 == 0 && t->stride[1] % 2 == 0 &&
+                             t->stride[2] % 2 == 0 && reinterpret_cast<uintptr_t>(t->data) % 4 == 0;
+        SPECRT_CHECK(is_even, t->name, ": expected rows at multiples of 4 bytes on a GPU");
+    }
+    for (const TensorView* t : {&a.k_cache, &a.v_cache})
+        SPECRT_CHECK(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, t->name,
+                     ": expected an address that is a multiple of 16 bytes on a GPU");
+    const int64_t needed =
+        tree_attention_workspace(p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
+                                 int64_t{p.table.max_pages} * p.table.page_size);
+    SPECRT_CHECK(a.workspace, "workspace: expected a tensor on a GPU, got None");
+    expect(a.workspace, DType::kFloat32, "[floats]", -1);
+    SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
+                 " floats for this shape, got ", a.workspace.describe());
+    SPECRT_CHECK(reinterpret_cast<uintptr_t>(a.workspace.data) % 16 == 0,
+                 "workspace: expected an address that is a multiple of 16 bytes");
+}
+
+}  // namespace
+
 Launch tree_attention(const TreeAttentionArgs& a) {
-    expect(a.q, DType::kFloat32, "[B, N, Hq, d]", -1, -1, -1, -1);
+    const int device = common_device(a.q, a.k_cache, a.v_cache, a.block_table, a.kv_len,
+                                     a.first_node, a.num_nodes, a.ancestors, a.out, a.workspace);
+    expect_float(a.q);
+    expect(a.q, a.q.dtype, "[B, N, Hq, d]", -1, -1, -1, -1);
     const int64_t seqs = a.q.shape[0], nodes = a.q.shape[1], heads = a.q.shape[2];
     const int64_t dim = a.q.shape[3];
     SPECRT_CHECK(dim > 0 && dim <= 256 && dim % 16 == 0,
@@ -17,16 +51,17 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     expect(a.ancestors, DType::kInt64, "[B, N, W]", seqs, nodes, -1);
     SPECRT_CHECK(a.ancestors.shape[2] <= TreeAttentionParams::kMaxWords,
                  "ancestors: expected at most 2 words (128 nodes), got ", a.ancestors.describe());
-    expect(a.out, DType::kFloat32, "[B, N, Hq, d]", seqs, nodes, heads, dim);
+    expect(a.out, a.q.dtype, "[B, N, Hq, d]", seqs, nodes, heads, dim);
     TreeAttentionParams p{};
-    p.q = a.q.as<float>();
+    p.q = a.q.data;
     p.k_cache = a.k_cache.data;
     p.v_cache = a.v_cache.data;
     p.kv_len = expect_counts(a.kv_len, seqs);
     p.first_node = expect_counts(a.first_node, seqs);
     p.num_nodes = expect_counts(a.num_nodes, seqs);
     p.ancestors = a.ancestors.as<uint64_t>();
-    p.out = a.out.as<float>();
+    p.out = a.out.data;
+    p.workspace = a.workspace.data;
     p.table = page_table(a.block_table, seqs, a.k_cache.shape[1]);
     for (int i = 0; i < 3; ++i) {
         p.q_stride[i] = a.q.stride[i];
@@ -41,7 +76,12 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.head_dim = static_cast<int32_t>(dim);
     p.num_words = static_cast<int32_t>(a.ancestors.shape[2]);
     p.scale = a.scale;
+    p.q_dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
+    if (device != kCpu) {
+        check_for_gpu(a, p);
+        return make_cuda_launch(tree_attention_cuda, p, device);
+    }
     // Lengths are not known when a launch is recorded: this supposes a prefix of some 128 keys.
     const int64_t parts = 1 + seqs * nodes * heads * dim / 128;
     return make_launch(tree_attention_part_for(active_isa()), p, parts);

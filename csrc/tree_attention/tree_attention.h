@@ -14,25 +14,39 @@
 namespace specrt {
 
 struct TreeAttentionArgs {
-    TensorView q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, out;
+    TensorView q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, out,
+        workspace;
     float scale;
 };
 
 struct TreeAttentionParams {
     static constexpr int kMaxWords = 2;  // trees of at most 128 nodes
-    const float* q;                      // [B, N, Hq, d]
+    const void* q;                       // [B, N, Hq, d]
     const void *k_cache, *v_cache;       // [P, page_size, Hkv, d]
     const int32_t *kv_len, *first_node, *num_nodes;
     const uint64_t* ancestors;  // [B, N, W]
-    float* out;                 // [B, N, Hq, d]
+    void* out;                  // [B, N, Hq, d]
+    void* workspace;            // on a GPU: tickets, zero between launches, and scratch
     PageTable table;
     int64_t q_stride[3], out_stride[3], ancestors_stride[2];
     int32_t num_seqs, num_nodes_max, num_kv_heads, group, head_dim, num_words;  // group: Hq / Hkv
     float scale;
-    DType cache_dtype;
+    DType q_dtype, cache_dtype;  // out's is q's
 };
 
 SPECRT_DECLARE_CPU(tree_attention_part)
+SPECRT_DECLARE_CUDA(tree_attention_cuda)
+
+// Floats of workspace that launches of this shape on the current GPU need, for sequences of at most
+// max_len slots. Its first kTicketWords are to be zeroed once.
+#if defined(SPECRT_CUDA_KERNELS)
+int64_t tree_attention_workspace(int num_seqs, int num_kv_heads, int group, int num_nodes,
+                                 int head_dim, int64_t max_len);
+#else
+inline int64_t tree_attention_workspace(int, int, int, int, int, int64_t) {
+    return 0;
+}
+#endif
 
 Launch tree_attention(const TreeAttentionArgs& args);
 

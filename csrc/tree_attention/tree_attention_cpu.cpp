@@ -37,7 +37,8 @@ struct Item {
     const int32_t* pages;    // this sequence's
     int prefix, num_rows;    // committed keys; active rows
     const float* q[kRows];
-    float* out[kRows];
+    float query[kRows][kMaxDim];         // queries of 16 bits, widened
+    int64_t out[kRows];                  // offsets
     int node[kRows];                     // index into ancestor_*, rows of one node are neighbours
     int num_ancestors[kRows];            // by node
     int64_t ancestor[kRows][kMaxNodes];  // by node: offsets of the visible tree keys, in order
@@ -252,6 +253,27 @@ int read_ancestors(const Item<T>& it, int seq, int node, int64_t* offsets) {
     return count;
 }
 
+// head_dim floats to `out` at an offset, in its type.
+void write_row(const TreeAttentionParams& p, const float* row, int64_t at) {
+    const auto write = [&](auto* out) {
+        for (int i = 0; i < p.head_dim; ++i) from_float(row[i], out + at + i);
+    };
+    if (p.q_dtype == DType::kBFloat16) return write(static_cast<bf16*>(p.out));
+    if (p.q_dtype == DType::kFloat16) return write(static_cast<f16*>(p.out));
+    std::memcpy(static_cast<float*>(p.out) + at, row, sizeof(float) * size_t(p.head_dim));
+}
+
+// head_dim values of q at an offset: where they lie, or widened into `scratch`.
+const float* read_row(const TreeAttentionParams& p, int64_t at, float* scratch) {
+    const auto widen = [&](const auto* q) {
+        for (int i = 0; i < p.head_dim; i += 16) store(load(q + at + i), scratch + i);
+        return scratch;
+    };
+    if (p.q_dtype == DType::kBFloat16) return widen(static_cast<const bf16*>(p.q));
+    if (p.q_dtype == DType::kFloat16) return widen(static_cast<const f16*>(p.q));
+    return static_cast<const float*>(p.q) + at;
+}
+
 template <typename T>
 void run_item(Item<T>& it) {
     int longest = it.prefix;
@@ -265,7 +287,8 @@ void run_item(Item<T>& it) {
         const V16 sum = splat(it.sum[r]);
         const bool is_blind = it.sum[r] == 0.0f;
         for (int i = 0; i < it.p.head_dim; i += 16)
-            store(is_blind ? zero() : div(load(it.value[r] + i), sum), it.out[r] + i);
+            store(is_blind ? zero() : div(load(it.value[r] + i), sum), it.value[r] + i);
+        write_row(it.p, it.value[r], it.out[r]);
     }
 }
 
@@ -277,10 +300,11 @@ void item(const TreeAttentionParams& p, int seq, int head, int first_row) {
     int nodes_seen = 0, last_node = -1;
     for (int row = first_row; row < end; ++row) {
         const int node = row / p.group, q_head = head * p.group + row % p.group;
-        float* out =
-            p.out + seq * p.out_stride[0] + node * p.out_stride[1] + q_head * p.out_stride[2];
+        const int64_t out =
+            seq * p.out_stride[0] + node * p.out_stride[1] + q_head * p.out_stride[2];
         if (node >= p.num_nodes[seq]) {
-            std::memset(out, 0, sizeof(float) * static_cast<size_t>(p.head_dim));
+            const float zeros[kMaxDim] = {};
+            write_row(p, zeros, out);
             continue;
         }
         if (node != last_node) {
@@ -291,7 +315,8 @@ void item(const TreeAttentionParams& p, int seq, int head, int first_row) {
         const int r = it.num_rows++;
         it.node[r] = nodes_seen - 1;
         it.out[r] = out;
-        it.q[r] = p.q + seq * p.q_stride[0] + node * p.q_stride[1] + q_head * p.q_stride[2];
+        const int64_t q = seq * p.q_stride[0] + node * p.q_stride[1] + q_head * p.q_stride[2];
+        it.q[r] = read_row(p, q, it.query[r]);
     }
     if (it.num_rows > 0) run_item(it);
 }

@@ -12,7 +12,7 @@ from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
-from specrt.ops.tree_attention import tree_attention
+from specrt.ops.tree_attention import tree_attention, tree_attention_workspace
 from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "silu_mul",
     "tree_accept",
     "tree_attention",
+    "tree_attention_workspace",
     "tree_expand",
     "tree_rerank",
 ]

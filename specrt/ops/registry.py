@@ -13,7 +13,6 @@ import torch
 from specrt import _C
 
 
-
 def _current_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 

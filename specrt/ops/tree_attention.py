@@ -9,7 +9,8 @@ from specrt.ops.registry import register
 
 register(
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor kv_len,"
-    " Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale, Tensor(a!) out) -> ()",
+    " Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale, Tensor(a!) out,"
+    " Tensor(b!)? workspace) -> ()",
     _C.tree_attention,
 )
 
@@ -25,6 +26,7 @@ def tree_attention(
     ancestors: torch.Tensor,
     scale: float,
     out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``softmax(scale * q k^T) v`` over slots 0..kv_len-1, then the slots of the row's ancestors.
 
@@ -32,9 +34,10 @@ def tree_attention(
     that sequence is committed, the other rows, the pages, the threads or the instruction set.
 
     Args:
-        q: ``[B, N, Hq, d]`` float32, strided; N at most 128, d a multiple of 16 up to 256.
-        k_cache: ``[P, page_size, Hkv, d]`` float32, bfloat16 or float16, contiguous; Hkv divides
-            Hq. Slots that no row sees are never read.
+        q: ``[B, N, Hq, d]`` float32, bfloat16 or float16, strided; N at most 128, d a multiple of
+            16 up to 256. On a GPU: bfloat16 or float16, d one of 64, 80, 96 and 128.
+        k_cache: ``[P, page_size, Hkv, d]`` float32, bfloat16 or float16 (on a GPU: q's type),
+            contiguous; Hkv divides Hq. Slots that no row sees are never read.
         v_cache: like ``k_cache``.
         block_table: ``[B, max_pages]`` int32.
         kv_len: ``[B]`` int32, committed slots.
@@ -44,6 +47,8 @@ def tree_attention(
             j is the row's node or above it.
         scale: usually ``d ** -0.5``.
         out: like ``q``; made if not given.
+        workspace: on a GPU, float32, at least :func:`tree_attention_workspace`, zeroed when it was
+            made; launches of any shapes may share it, one after another. Made if not given.
 
     Returns:
         ``out``.
@@ -53,7 +58,37 @@ def tree_attention(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if workspace is None and q.is_cuda:
+        batch, num_nodes_max, num_heads, head_dim = q.shape
+        max_len = block_table.shape[1] * k_cache.shape[1]
+        floats = tree_attention_workspace(
+            batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max, max_len
+        )
+        workspace = torch.zeros(floats, device=q.device)
     is_compiling = torch.compiler.is_compiling()
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
-    kernel(q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out)
+    kernel(
+        q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out,
+        workspace,
+    )  # fmt: skip
     return out
+
+
+def tree_attention_workspace(
+    batch: int, num_heads: int, num_kv_heads: int, head_dim: int, num_nodes: int, max_len: int
+) -> int:
+    """Floats of ``workspace`` that :func:`tree_attention` needs on the current GPU.
+
+    Args:
+        batch: B.
+        num_heads: Hq.
+        num_kv_heads: Hkv.
+        head_dim: d.
+        num_nodes: N.
+        max_len: slots of a sequence's pages, ``block_table.shape[1] * page_size``.
+    """
+    return int(
+        _C.tree_attention_workspace(
+            batch, num_kv_heads, num_heads // num_kv_heads, num_nodes, head_dim, max_len
+        )
+    )

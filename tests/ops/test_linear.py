@@ -92,7 +92,7 @@ def test_nothing_to_do() -> None:
         ({"bias": torch.zeros(5)}, r"bias: expected \[N\] = \[4\]"),
         ({"residual": torch.zeros(3, 4)}, r"residual: expected \[M, N\] = \[2, 4\]"),
         ({"out": torch.zeros(2, 5)}, r"out: expected \[M, N\] = \[2, 4\]"),
-        ({"weight": torch.zeros(4, 16, device="meta")}, "weight: expected a CPU tensor"),
+        ({"weight": torch.zeros(4, 16, device="meta")}, "weight: expected a CPU or CUDA tensor"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:
@@ -106,7 +106,7 @@ class Duck:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
-        self.shape, self.dtype, self.is_cpu = tensor.shape, tensor.dtype, tensor.is_cpu
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
 
 
 def test_tensors_by_duck_type() -> None:

@@ -1,0 +1,136 @@
+// What attention over some keys leaves behind, for the two rows of 16 that a thread holds a quarter
+// of, and how two such states become one.
+#pragma once
+#include "core/launch.cuh"
+#include "core/ptx.cuh"
+#include "core/reduce.cuh"
+
+namespace specrt::attention {
+
+constexpr float kNone = -INFINITY;  // the maximum over no key
+
+// Row 0 of a thread is lane / 4 of its warp's sixteen, row 1 is eight further on.
+template <int D>
+struct State {
+    float max[2];         // of scores in units of log2(e)
+    float sum[2];         // of exp2(score - max)
+    float acc[D / 8][4];  // of exp2(score - max) * value; columns 8 n + 2 (lane % 4) + {0, 1}
+};
+
+template <int D>
+__device__ __forceinline__ void clear(State<D>& s) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) s.max[i] = kNone, s.sum[i] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s.acc[n][e] = 0.0f;
+}
+
+// What scores are measured from: any number will do where there are none.
+__device__ __forceinline__ float base_of(float max) {
+    return max == kNone ? 0.0f : max;
+}
+
+// Where a state lies in memory: float4 number i of all threads side by side.
+struct Slot {
+    float4* data;
+    __device__ float4& at(int i) const { return data[i * blockDim.x + threadIdx.x]; }
+};
+
+template <int D>
+constexpr int kSlotVectors = D / 8 + 1;  // float4 of a thread
+
+template <int D>
+__device__ __forceinline__ void save(const State<D>& s, const Slot& slot) {
+    slot.at(0) = float4{s.max[0], s.max[1], s.sum[0], s.sum[1]};
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+        slot.at(n + 1) = float4{s.acc[n][0], s.acc[n][1], s.acc[n][2], s.acc[n][3]};
+}
+
+// `s` joined with the state in `slot`, which is of earlier keys (is_left) or of later ones. Joining
+// with the state of no key changes no bit, and so it cannot be seen how many leaves there were.
+template <int D>
+__device__ __forceinline__ void merge(State<D>& s, const Slot& slot, bool is_left) {
+    const float4 head = slot.at(0);
+    const float their_max[2] = {head.x, head.y}, their_sum[2] = {head.z, head.w};
+    float left[2], right[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float top = fmaxf(s.max[i], their_max[i]), base = base_of(top);
+        const float mine = ptx::exp2_approx(s.max[i] - base);
+        const float theirs = ptx::exp2_approx(their_max[i] - base);
+        left[i] = is_left ? theirs : mine, right[i] = is_left ? mine : theirs;
+        const float a = is_left ? their_sum[i] : s.sum[i], b = is_left ? s.sum[i] : their_sum[i];
+        s.sum[i] = __fmaf_rn(a, left[i], __fmul_rn(b, right[i]));
+        s.max[i] = top;
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+        const float4 v = slot.at(n + 1);
+        const float other[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float a = is_left ? other[e] : s.acc[n][e], b = is_left ? s.acc[n][e] : other[e];
+            s.acc[n][e] = __fmaf_rn(a, left[e / 2], __fmul_rn(b, right[e / 2]));
+        }
+    }
+}
+
+// A binary counter of leaves: after leaf i its aligned subtrees are merged, lower levels first.
+// Levels lie in shared memory while there is room, then in the block's part of the workspace.
+struct Stack {
+    float4 *shared, *global;
+    int num_shared, slot_vectors;  // levels; float4 of a whole block's state
+
+    __device__ Slot level(int i) const {
+        return {i < num_shared ? shared + int64_t{i} * slot_vectors
+                               : global + int64_t{i - num_shared} * slot_vectors};
+    }
+};
+
+// Leaf `leaf` of the block's `num_leaves` is in `s`, but for its sums, of which each of four lanes
+// has a part. Afterwards `s` is to be used only if it was the last one, and holds all of them.
+template <int D>
+__device__ __forceinline__ void finish_leaf(State<D>& s, const Stack& stack, int leaf,
+                                            int num_leaves) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2)
+            s.sum[i] = __fadd_rn(s.sum[i], __shfl_xor_sync(kFullWarp, s.sum[i], step));
+    const bool is_last = leaf + 1 == num_leaves;
+    int level = 0;
+    for (; leaf >> level; ++level) {
+        if (leaf >> level & 1) {
+            merge(s, stack.level(level), /*is_left=*/true);
+        } else if (!is_last) {
+            break;
+        }
+    }
+    if (!is_last) save(s, stack.level(level));
+}
+
+// States of the units (blocks of 2^k aligned leaves) of one row tile, merged pairwise up an aligned
+// tree. Of two siblings the later one goes on with both; the order in which they come is not seen.
+struct Merge {
+    unsigned* tickets;  // one for each right sibling, by its first unit; 0 between launches
+    float4* slots;      // one for each unit
+    int num_units, slot_vectors;
+};
+
+// True in the block that ends up with the whole. All threads of the block call it.
+template <int D>
+__device__ __forceinline__ bool merge_units(State<D>& s, const Merge& m, int unit, int* flag) {
+    for (int level = 0; 1 << level < m.num_units; ++level) {
+        const int me = unit >> level, sibling = me ^ 1;
+        if (sibling << level >= m.num_units) continue;  // no such leaves
+        save(s, {m.slots + int64_t{me << level} * m.slot_vectors});
+        if (!is_last_block(m.tickets + ((me | 1) << level), 2, flag)) return false;
+        merge(s, {m.slots + int64_t{sibling << level} * m.slot_vectors}, sibling < me);
+    }
+    return true;
+}
+
+}  // namespace specrt::attention
