@@ -40,22 +40,22 @@ Outputs = Callable[[], torch.Tensor]
 class Case:
     """One row of the table."""
 
-    model: str
+    name: str
+    model: limits.Model
     batch: int
     prefix: int
     nodes: int
 
     @property
     def shape(self) -> Shape:
-        model = limits.MODELS[self.model]
+        model = self.model
         heads = Heads(model.num_heads, model.num_kv_heads, model.head_dim)
         return Shape(heads, self.batch, self.prefix, self.nodes, PAGE_SIZE)
 
     @property
     def work(self) -> limits.Work:
         pairs = int(tree_mask(self.nodes).sum())
-        model = limits.MODELS[self.model]
-        return limits.tree_attention(model, self.batch, self.prefix, self.nodes, pairs)
+        return limits.tree_attention(self.model, self.batch, self.prefix, self.nodes, pairs)
 
     @property
     def set_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Case:
         return self.batch == 1 and self.nodes == 60
 
     def __str__(self) -> str:
-        return f"{self.model} batch {self.batch} prefix {self.prefix} nodes {self.nodes}"
+        return f"{self.name} batch {self.batch} prefix {self.prefix} nodes {self.nodes}"
 
 
 def cases(is_quick: bool) -> Iterator[Case]:
@@ -76,8 +76,8 @@ def cases(is_quick: bool) -> Iterator[Case]:
     for batch in batches:
         for num_nodes in nodes:
             for prefix in PREFIXES[:2] if is_quick else PREFIXES:
-                for model in limits.MODELS:
-                    yield Case(model, batch, prefix, num_nodes)
+                for name, model in limits.MODELS.items():
+                    yield Case(name, model, batch, prefix, num_nodes)
 
 
 class Bench:
@@ -86,14 +86,14 @@ class Bench:
     def __init__(
         self, case: Case, num_sets: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        self.case, self.shape = case, case.shape
+        self.shape = case.shape
         self.device, self.dtype = device, dtype
         self.indices = Indices(self.shape, device)
         self.sets = [Tensors(self.shape, device, dtype, dtype) for _ in range(num_sets)]
         self.scale = self.shape.heads.head_dim**-0.5
 
     def contenders(
-        self, is_quick: bool
+        self, has_flex: bool
     ) -> tuple[dict[str, Contender], dict[str, Outputs], dict[str, str]]:
         """Those that can be made here, their outputs, and why others cannot."""
         makers: dict[str, Callable[[], tuple[Contender, Outputs]]] = {
@@ -101,7 +101,7 @@ class Bench:
             "sdpa": self.sdpa,
             "flashinfer": self.flashinfer,
         }
-        if self.case.has_flex and not is_quick:
+        if has_flex:
             makers["flex"] = self.flex
         made, outputs, failures = {}, {}, {}
         for name, make in makers.items():
@@ -260,7 +260,7 @@ def one_case(
     if num_sets == 0:
         return None, {OURS: f"needs {case.set_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
     bench = Bench(case, num_sets)
-    made, outputs, failures = bench.contenders(is_quick)
+    made, outputs, failures = bench.contenders(case.has_flex and not is_quick)
     checked(outputs, failures)
     timings = gpu.measure({name: made[name] for name in made if name not in failures})
     failures |= timings.failures
@@ -270,7 +270,7 @@ def one_case(
 def _row(case: Case, num_sets: int, timings: gpu.Timings, ceilings: limits.Ceilings) -> Row:
     ours = timings.graph[OURS]
     row: Row = {
-        "model": case.model,
+        "model": case.name,
         "batch": case.batch,
         "prefix": case.prefix,
         "nodes": case.nodes,
