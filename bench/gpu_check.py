@@ -195,7 +195,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", default=",".join(STAGES), help="some of %(default)s")
     parser.add_argument("--essentials", action="store_true", help="in 4 minutes instead of 9")
     parser.add_argument("--list", action="store_true", help="the commands, not run")
-    parser.add_argument("--save", type=Path, default=ROOT / "bench/results", metavar="DIR")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="default: bench/results")
     parser.add_argument("--logs", type=Path, default=ROOT / "build/gpu_check", metavar="DIR")
     parser.add_argument(
         "--fits", action="store_true", help="only say by the exit code if this Python has it all"
@@ -212,14 +212,15 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     machine = find_machine(_chosen_python())
-    stages = check_stages.plan(machine, names, args.essentials, args.save.resolve())
+    save = save_folder(args.save, machine)
+    stages = check_stages.plan(machine, names, args.essentials, save)
     limits = check_stages.choose_limits(machine, args.essentials)
     print(f"python: {machine.python}")
     print(f"GPU: {machine.gpu.get('device', 'none; building and running the shim tests')}")
     if args.list:
         _list(stages, limits)
         return
-    check(stages, limits, Report(args.save / "gpu_check.json", _head(machine, args)), args.logs)
+    check(stages, limits, Report(save / "gpu_check.json", _head(machine, args)), args.logs)
 
 
 def check(
@@ -237,6 +238,12 @@ def check(
     print(report.table())
     print(f"gpu-check: {'passed' if report.has_passed else 'FAILED'}, {report.path}")
     raise SystemExit(0 if report.has_passed else 1)
+
+
+def save_folder(asked: Path | None, machine: Machine) -> Path:
+    """Where results go: those of a machine without a GPU are not kept in the repository."""
+    kept = ROOT / "bench/results"
+    return asked.resolve() if asked else kept if machine.gpu else kept / "local"
 
 
 def _chosen_python() -> str:

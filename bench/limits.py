@@ -118,19 +118,22 @@ def figures(work: Work, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def input_sets(set_bytes: int, l2_bytes: int, free_bytes: int, most: int = 64) -> int:
+def input_sets(
+    used_bytes: int, held_bytes: int, l2_bytes: int, free_bytes: int, most: int = 64
+) -> int:
     """How many sets of inputs to rotate over, so that each launch finds the cache without its own.
 
     Small sets stop at ``most``: in a model too, the kernel before has left these in the cache.
 
     Args:
-        set_bytes: of one set.
-        l2_bytes: of the device's cache; twice that is asked for.
+        used_bytes: what one launch reads and writes.
+        held_bytes: memory that one set takes, with the copies of all contenders.
+        l2_bytes: of the device's cache; launches over all sets use twice that.
         free_bytes: memory that the sets may take.
         most: the largest answer.
 
     Returns:
         At least 1; 0 if not even one set fits.
     """
-    wanted = min(most, -(-2 * l2_bytes // set_bytes))
-    return min(max(1, wanted), free_bytes // set_bytes)
+    wanted = min(most, -(-2 * l2_bytes // used_bytes))
+    return min(max(1, wanted), free_bytes // held_bytes)

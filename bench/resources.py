@@ -1,9 +1,9 @@
 """Registers, shared memory and stack of every compiled CUDA kernel, as a table for docs/kernels.md.
 
 Read from the built extension by ``cuobjdump`` where the CUDA toolkit has it. ``--compile`` asks the
-compiler instead: it compiles every .cu file again, with the commands of the last build in place, and
-reads what ptxas says. ``--check`` exits 1 if a kernel has a stack frame or local memory: a
-register that went to memory, or an array indexed at run time.
+compiler instead: it compiles every .cu file again, with the commands of the last build, and reads
+what ptxas says. ``--check`` exits 1 if a kernel has a stack frame or local memory: a register that
+went to memory, or an array indexed at run time.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def from_extension() -> list[Resources]:
 
 
 def from_compiler() -> list[Resources]:
-    """By compiling again what the last build in place compiled with nvcc.
+    """By compiling again what the last build compiled with nvcc.
 
     Raises:
-        FileNotFoundError: no such build, or it had no CUDA.
+        FileNotFoundError: no build has CUDA.
         RuntimeError: a file does not compile.
     """
     found = []
@@ -128,13 +128,13 @@ def from_compiler() -> list[Resources]:
 
 
 def _compile_commands() -> list[list[str]]:
-    files = (ROOT / "build/inplace").glob("*/compile_commands.json")
+    files = (ROOT / "build").glob("*/*/compile_commands.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         entries = json.loads(file.read_text())
         found = [shlex.split(e["command"]) for e in entries if e["file"].endswith(".cu")]
         if found:
             return found
-    raise FileNotFoundError("no build in place has CUDA: run `SPECRT_CUDA=ON make ext`")
+    raise FileNotFoundError("no build has CUDA: run `SPECRT_CUDA=ON make ext`")
 
 
 def _without_output(command: Sequence[str]) -> Iterator[str]:

@@ -246,7 +246,7 @@ def one_case(name: str, model: str, rows: int, ceilings: limits.Ceilings, l2_byt
     kernel, shape = KERNELS[name], limits.MODELS[model]
     work = kernel.work(shape, rows)
     free = torch.cuda.mem_get_info()[0] // 2
-    num_sets = limits.input_sets(2 * work.num_bytes, l2_bytes, free)
+    num_sets = limits.input_sets(work.num_bytes, 3 * work.num_bytes, l2_bytes, free)
     timings = gpu.measure(contenders(*kernel.sets(shape, rows, num_sets, Place())))
     ours, torchs = timings.graph[OURS], timings.graph.get("torch")
     return {

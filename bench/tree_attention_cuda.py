@@ -58,8 +58,8 @@ class Case:
         return limits.tree_attention(self.model, self.batch, self.prefix, self.nodes, pairs)
 
     @property
-    def set_bytes(self) -> int:
-        """A set's cache, and its copy for those who want it gathered."""
+    def held_bytes(self) -> int:
+        """A set's cache, and its copies for those who want it gathered."""
         return 3 * self.work.num_bytes
 
     @property
@@ -256,9 +256,9 @@ def one_case(
 ) -> tuple[Row | None, dict[str, str]]:
     """A row, and the contenders that have no figure in it with the reason; no row: no memory."""
     free = torch.cuda.mem_get_info()[0] * 4 // 5
-    num_sets = limits.input_sets(case.set_bytes, l2_bytes, free)
+    num_sets = limits.input_sets(case.work.num_bytes, case.held_bytes, l2_bytes, free)
     if num_sets == 0:
-        return None, {OURS: f"needs {case.set_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
+        return None, {OURS: f"needs {case.held_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
     bench = Bench(case, num_sets)
     made, outputs, failures = bench.contenders(case.has_flex and not is_quick)
     checked(outputs, failures)
