@@ -17,7 +17,7 @@ export SPECRT_WERROR ?= ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench gpu-check ext clean
+.PHONY: help demo test test-slow lint format bench gpu-check ext simt clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -25,10 +25,10 @@ help:  ## this list
 demo: $(READY)  ## generate with the bundled model, with and without speculation
 	$(BIN)/specrt demo
 
-test: lint ext  ## lint, build, and all tests but the slow ones
+test: lint simt  ## lint, build, and all tests but the slow ones
 	$(PYTEST)
 
-test-slow: lint ext  ## the same and the slow tests
+test-slow: lint simt  ## the same and the slow tests
 	$(PYTEST) -m "slow or not slow"
 
 lint: $(READY)  ## ruff, mypy and clang-format; changes nothing
@@ -61,8 +61,13 @@ ext: $(READY)  ## build the extension in place; compiles only what changed
 	@$(PY) setup.py -q build_ext --inplace > build/ext.log 2>&1 || { cat build/ext.log; exit 1; }
 	@grep -h 'specrt: ' build/ext.log
 
+simt: ext  ## build the CUDA sources for the CPU too, for the tests
+	@SPECRT_SIMT=ON $(PY) setup.py -q build_ext --inplace > build/simt.log 2>&1 \
+	    || { cat build/simt.log; exit 1; }
+
 clean:  ## remove builds and caches; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis specrt/_C*.so
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis specrt/_C*.so \
+	    tests/simt/_simt*.so
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -f $(READY)
 

@@ -2,6 +2,7 @@
 
 Environment: SPECRT_CUDA=AUTO|ON|OFF, CMAKE_CUDA_ARCHITECTURES (default 80;90a),
 SPECRT_WERROR=ON|OFF (default OFF: a newer compiler's new warning must not stop an installation),
+SPECRT_SIMT=ON (also builds tests/simt/_simt, which runs the CUDA sources on the CPU),
 CMAKE_ARGS (more flags).
 """
 
@@ -65,6 +66,10 @@ class CMakeBuild(build_ext):
             defines["CMAKE_MAKE_PROGRAM"] = ninja
         if archs := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             defines["CMAKE_CUDA_ARCHITECTURES"] = archs
+        has_simt = os.environ.get("SPECRT_SIMT", "OFF").upper() == "ON"
+        if has_simt:
+            # Never set to OFF: CMake would remove what was compiled for it.
+            defines["SPECRT_SIMT"] = "ON"
         configure = [cmake, "-S", str(ROOT), "-B", str(folder)]
         configure += ["-G", "Ninja" if ninja else "Unix Makefiles"]
         configure += [f"-D{key}={value}" for key, value in defines.items()]
@@ -72,7 +77,7 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
 
-        build = [cmake, "--build", str(folder), "--target", "_C"]
+        build = [cmake, "--build", str(folder), "--target", "_C", *(["_simt"] if has_simt else [])]
         if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
             build += ["--parallel", str(os.cpu_count() or 1)]
         subprocess.run(build, check=True)

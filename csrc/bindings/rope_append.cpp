@@ -9,12 +9,12 @@ void register_rope_append(py::module_& m) {
           [](py::handle q, py::handle k, py::handle v, py::handle depth, py::handle kv_len,
              py::handle first_node, py::handle num_nodes, py::handle block_table,
              py::handle cos_sin, py::handle k_cache, py::handle v_cache) {
-              submit_released(
-                  rope_append({view_of(q, "q"), view_of(k, "k"), view_of(v, "v"),
-                               view_of(depth, "depth"), view_of(kv_len, "kv_len"),
-                               view_of(first_node, "first_node"), view_of(num_nodes, "num_nodes"),
-                               view_of(block_table, "block_table"), view_of(cos_sin, "cos_sin"),
-                               view_of(k_cache, "k_cache"), view_of(v_cache, "v_cache")}));
+              submit_released(rope_append(
+                  {device_view_of(q, "q"), device_view_of(k, "k"), device_view_of(v, "v"),
+                   device_view_of(depth, "depth"), device_view_of(kv_len, "kv_len"),
+                   device_view_of(first_node, "first_node"), device_view_of(num_nodes, "num_nodes"),
+                   device_view_of(block_table, "block_table"), device_view_of(cos_sin, "cos_sin"),
+                   device_view_of(k_cache, "k_cache"), device_view_of(v_cache, "v_cache")}));
           });
 }
 

@@ -6,7 +6,7 @@ namespace specrt::bindings {
 
 void register_silu_mul(py::module_& m) {
     m.def("silu_mul", [](py::handle gate_up, py::handle out) {
-        submit_released(silu_mul(view_of(gate_up, "gate_up"), view_of(out, "out")));
+        submit_released(silu_mul(device_view_of(gate_up, "gate_up"), device_view_of(out, "out")));
     });
 }
 

@@ -23,7 +23,8 @@
 
 // SPECRT_SHARED(float[32], scratch): a static shared array (or struct) named `scratch`.
 #if defined(SPECRT_SIMT)
-#define SPECRT_SHARED(Type, name) Type& name = simt::shared_memory<Type>([] {})
+#define SPECRT_SHARED(Type, name) \
+    ::specrt::detail::identity_t<Type>& name = simt::shared_memory<Type>([] {})
 #else
 #define SPECRT_SHARED(Type, name) __shared__::specrt::detail::identity_t<Type> name
 #endif

@@ -1,10 +1,21 @@
-// Operations on rows of floats that several kernels share; the hazards are those of core/simd.h.
+// Operations on rows (T: float, bf16 or f16) that several kernels share: float32 arithmetic, each
+// output rounded once. The hazards are those of core/simd.h.
 #pragma once
 #include "core/simd.h"
+#include "core/tensor_view.h"
 
 namespace specrt::SPECRT_ISA {
 
-inline float sum_of_squares(const float* x, int64_t width) {
+// Calls f with a value of the type that `dtype` names, for its type alone.
+template <typename F>
+inline void with_float_type(DType dtype, F&& f) {
+    if (dtype == DType::kBFloat16) return f(bf16{});
+    if (dtype == DType::kFloat16) return f(f16{});
+    f(0.0f);
+}
+
+template <typename T>
+inline float sum_of_squares(const T* x, int64_t width) {
     V16 sum = zero();
     int64_t i = 0;
     for (; i + 16 <= width; i += 16) {
@@ -19,14 +30,14 @@ inline float sum_of_squares(const float* x, int64_t width) {
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight; out may be x.
-inline void rms_norm_row(const float* x, const float* weight, float eps, float* out,
-                         int64_t width) {
+template <typename T>
+inline void rms_norm_row(const T* x, const float* weight, float eps, T* out, int64_t width) {
     const float mean = sum_of_squares(x, width) / static_cast<float>(width);
     const float scale = 1.0f / __builtin_sqrtf(mean + eps);
     const V16 s = splat(scale);
     int64_t i = 0;
     for (; i + 16 <= width; i += 16) store(mul(mul(load(x + i), s), load(weight + i)), out + i);
-    for (; i < width; ++i) out[i] = x[i] * scale * weight[i];
+    for (; i < width; ++i) from_float(to_float(x[i]) * scale * weight[i], out + i);
 }
 
 inline V16 silu(V16 x) {
@@ -34,7 +45,8 @@ inline V16 silu(V16 x) {
 }
 
 // out = silu(gate) * up, element by element; out may be gate or up.
-inline void silu_mul_row(const float* gate, const float* up, float* out, int64_t width) {
+template <typename T>
+inline void silu_mul_row(const T* gate, const T* up, T* out, int64_t width) {
     int64_t i = 0;
     for (; i + 16 <= width; i += 16) store(mul(silu(load(gate + i)), load(up + i)), out + i);
     const int rest = static_cast<int>(width - i);

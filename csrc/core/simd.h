@@ -68,8 +68,8 @@ inline void from_float(float x, bf16* out) {  // round to nearest, ties to even
 inline void from_float(float x, f16* out) {
     const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
     uint32_t half;
-    if (rest > 0x7f800000u) {
-        half = 0x7e00u;
+    if (rest > 0x7f800000u) {  // a quiet NaN, as the conversion instructions give
+        half = 0x7e00u | ((rest >> 13) & 0x3ffu);
     } else if (rest >= 0x477ff000u) {  // rounds past 65504
         half = 0x7c00u;
     } else if (rest < 0x38800000u) {  // subnormal: adding 0.5 aligns and rounds the mantissa
@@ -104,6 +104,19 @@ inline V16 load(const f16* p) {
 }
 inline void store(V16 a, float* p) {
     _mm512_storeu_ps(p, a.v);
+}
+inline void store(V16 a, bf16* p) {
+    const __m512i u = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i bits =
+        _mm512_mask_blend_epi32(is_nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+}
+inline void store(V16 a, f16* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline V16 add(V16 a, V16 b) {
     return {_mm512_add_ps(a.v, b.v)};
@@ -176,6 +189,23 @@ inline void store(V16 a, float* p) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
 }
+inline __m256i bf16_bits(__m256 v) {  // in the low half of each lane
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+}
+inline void store(V16 a, bf16* p) {
+    const __m256i packed = _mm256_packus_epi32(bf16_bits(a.lo), bf16_bits(a.hi));
+    // Packing works within 128-bit halves: lo 0-3, hi 0-3, lo 4-7, hi 4-7.
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline void store(V16 a, f16* p) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.lo, kNearest));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.hi, kNearest));
+}
 inline V16 add(V16 a, V16 b) {
     return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }
@@ -239,6 +269,10 @@ inline V16 load(const T* p) {
 }
 inline void store(V16 a, float* p) {
     std::memcpy(p, a.v, sizeof a.v);
+}
+template <typename T>
+inline void store(V16 a, T* p) {
+    for (int i = 0; i < 16; ++i) from_float(a.v[i], p + i);
 }
 inline V16 add(V16 a, V16 b) {
     return lanes([&](int i) { return a.v[i] + b.v[i]; });

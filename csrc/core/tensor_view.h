@@ -84,6 +84,11 @@ inline void expect_float(const TensorView& t) {
                  t.name, ": expected float32, bfloat16 or float16, got ", t.describe());
 }
 
+inline void expect_dtype_of(const TensorView& first, const TensorView& t) {
+    SPECRT_CHECK(t.dtype == first.dtype, t.name, ": expected ", name_of(first.dtype), " like ",
+                 first.name, ", got ", t.describe());
+}
+
 inline void expect_contiguous(const TensorView& t) {
     int64_t run = 1;
     for (int i = t.ndim - 1; i >= 0; --i) {

@@ -1,5 +1,7 @@
 // Sixteen bytes at a time, and the floats in them.
 #pragma once
+#include <type_traits>
+
 #include "core/launch.cuh"
 
 namespace specrt {
@@ -24,6 +26,14 @@ __device__ __forceinline__ T from_float(float x) {
     } else {
         return __float2half(x);
     }
+}
+
+// Calls f with a value of the type that `dtype` names, for its type alone.
+template <typename F>
+void with_float_type(DType dtype, F&& f) {
+    if (dtype == DType::kBFloat16) return f(bf16_t{});
+    if (dtype == DType::kFloat16) return f(f16_t{});
+    f(0.0f);
 }
 
 template <typename T>

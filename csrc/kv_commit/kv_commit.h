@@ -1,5 +1,6 @@
-// Accepted rows into place, in every layer, then the lengths. Two launches: no part may see a new
-// length while another still moves rows by the old one.
+// Accepted rows into place, in every layer, then the lengths: no part may see a new length while
+// another still moves rows by the old one. So two launches on the CPU; on a GPU one, whose last
+// block of a sequence to come knows that all others have read the old length.
 #pragma once
 #include "core/dispatch.h"
 #include "core/paged.h"
@@ -12,7 +13,8 @@ struct KvCommitParams {
     unsigned char* kv;    // [L, 2, P, page_size, row_bytes]
     const int32_t* path;  // [B, D], strictly increasing node indices
     const int32_t* num_path;
-    int32_t* kv_len;  // [B], in and out
+    int32_t* kv_len;    // [B], in and out
+    unsigned* tickets;  // [B], 0 before and after; on a GPU
     PageTable table;
     int64_t path_stride, row_bytes, plane_bytes;  // a plane: one layer's keys or values
     int32_t num_seqs, num_planes, max_path;
@@ -20,12 +22,14 @@ struct KvCommitParams {
 
 SPECRT_DECLARE_CPU(kv_commit_move_part)
 SPECRT_DECLARE_CPU(kv_commit_advance_part)
+SPECRT_DECLARE_CUDA(kv_commit_cuda)
 
 struct KvCommit {
-    Launch move, advance;  // to be submitted in this order
+    Launch launches[2];  // to be submitted in this order
+    int count;
 };
 
 KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const TensorView& path,
-                   const TensorView& num_path, const TensorView& kv_len);
+                   const TensorView& num_path, const TensorView& kv_len, const TensorView& tickets);
 
 }  // namespace specrt

@@ -4,8 +4,22 @@
 namespace specrt::SPECRT_ISA {
 namespace {
 
-void add_into(float* residual, const float* x, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) residual[i] += x[i];
+template <typename T>
+void add_into(T* residual, const T* x, int64_t width) {
+    for (int64_t i = 0; i < width; ++i)
+        from_float(to_float(residual[i]) + to_float(x[i]), residual + i);
+}
+
+template <typename T>
+void one_row(const RmsNormParams& p, int64_t row, int64_t slice) {
+    const auto at = [&](const int64_t* stride) { return row * stride[0] + slice * stride[1]; };
+    const T* x = static_cast<const T*>(p.x) + at(p.x_stride);
+    if (p.residual) {
+        T* residual = static_cast<T*>(p.residual) + at(p.residual_stride);
+        add_into(residual, x, p.width);
+        x = residual;
+    }
+    rms_norm_row(x, p.weight, p.eps, static_cast<T*>(p.out) + at(p.out_stride), p.width);
 }
 
 }  // namespace
@@ -13,18 +27,10 @@ void add_into(float* residual, const float* x, int64_t width) {
 void rms_norm_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const RmsNormParams*>(params);
     const int64_t total = p.num_rows * p.num_slices;
-    for (int64_t i = total * part / num_parts; i < total * (part + 1) / num_parts; ++i) {
-        const int64_t row = i / p.num_slices, slice = i % p.num_slices;
-        const float* x = p.x + row * p.x_stride[0] + slice * p.x_stride[1];
-        if (p.residual) {
-            float* residual =
-                p.residual + row * p.residual_stride[0] + slice * p.residual_stride[1];
-            add_into(residual, x, p.width);
-            x = residual;
-        }
-        rms_norm_row(x, p.weight, p.eps, p.out + row * p.out_stride[0] + slice * p.out_stride[1],
-                     p.width);
-    }
+    with_float_type(p.dtype, [&](auto type) {
+        for (int64_t i = total * part / num_parts; i < total * (part + 1) / num_parts; ++i)
+            one_row<decltype(type)>(p, i / p.num_slices, i % p.num_slices);
+    });
 }
 
 }  // namespace specrt::SPECRT_ISA

@@ -3,22 +3,25 @@
 namespace specrt {
 
 Launch rope_append(const RopeAppendArgs& a) {
-    expect(a.q, DType::kFloat32, "[B, N, Hq, d]", -1, -1, -1, -1);
+    expect_float(a.q);
+    expect(a.q, a.q.dtype, "[B, N, Hq, d]", -1, -1, -1, -1);
     const int64_t seqs = a.q.shape[0], rows = a.q.shape[1], dim = a.q.shape[3];
     SPECRT_CHECK(dim > 0 && dim <= 256 && dim % 2 == 0,
                  "q: expected an even head_dim of at most 256, got ", a.q.describe());
-    expect(a.k, DType::kFloat32, "[B, N, Hkv, d]", seqs, rows, -1, dim);
+    expect_dtype_of(a.q, a.k);
+    expect_dtype_of(a.q, a.v);
+    expect(a.k, a.q.dtype, "[B, N, Hkv, d]", seqs, rows, -1, dim);
     const int64_t kv_heads = a.k.shape[2];
-    expect(a.v, DType::kFloat32, "[B, N, Hkv, d]", seqs, rows, kv_heads, dim);
+    expect(a.v, a.q.dtype, "[B, N, Hkv, d]", seqs, rows, kv_heads, dim);
     expect(a.depth, DType::kInt32, "[B, N]", seqs, rows);
     expect(a.cos_sin, DType::kFloat32, "[max_positions, d]", -1, dim);
     expect_contiguous(a.cos_sin);
     SPECRT_CHECK(a.cos_sin.shape[0] > 0, "cos_sin: expected at least one position");
     expect_caches(a.k_cache, a.v_cache, kv_heads, dim);
     RopeAppendParams p{};
-    p.q = a.q.as<float>();
-    p.k = a.k.as<float>();
-    p.v = a.v.as<float>();
+    p.q = a.q.data;
+    p.k = a.k.data;
+    p.v = a.v.data;
     p.depth = a.depth.as<int32_t>();
     p.kv_len = expect_counts(a.kv_len, seqs);
     p.first_node = expect_counts(a.first_node, seqs);
@@ -39,7 +42,11 @@ Launch rope_append(const RopeAppendArgs& a) {
     p.num_kv_heads = static_cast<int32_t>(kv_heads);
     p.head_dim = static_cast<int32_t>(dim);
     p.max_positions = static_cast<int32_t>(a.cos_sin.shape[0]);
+    p.dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
+    const int device = common_device(a.q, a.k, a.v, a.depth, a.kv_len, a.first_node, a.num_nodes,
+                                     a.block_table, a.cos_sin, a.k_cache, a.v_cache);
+    if (device != kCpu) return make_cuda_launch(rope_append_cuda, p, device);
     const int64_t parts = 1 + seqs * rows * (a.q.shape[2] + 2 * kv_heads) * dim / 8192;
     return make_launch(rope_append_part_for(active_isa()), p, parts);
 }

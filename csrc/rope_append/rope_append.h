@@ -14,18 +14,19 @@ struct RopeAppendArgs {
 };
 
 struct RopeAppendParams {
-    float* q;            // [B, N, Hq, d], roped in place
-    const float *k, *v;  // [B, N, Hkv, d]
+    void* q;            // [B, N, Hq, d], roped in place
+    const void *k, *v;  // [B, N, Hkv, d]
     const int32_t *depth, *kv_len, *first_node, *num_nodes;
     const float* cos_sin;  // [max_positions, d]: cosines of d / 2 angles, then sines
     void *k_cache, *v_cache;
     PageTable table;
     int64_t q_stride[3], k_stride[3], v_stride[3], depth_stride;
     int32_t num_seqs, num_rows, num_heads, num_kv_heads, head_dim, max_positions;
-    DType cache_dtype;
+    DType dtype, cache_dtype;  // of q, k and v, and of the caches
 };
 
 SPECRT_DECLARE_CPU(rope_append_part)
+SPECRT_DECLARE_CUDA(rope_append_cuda)
 
 Launch rope_append(const RopeAppendArgs& args);
 

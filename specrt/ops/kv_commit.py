@@ -8,8 +8,8 @@ from specrt import _C
 from specrt.ops.registry import register
 
 register(
-    "kv_commit(Tensor(a!) kv, Tensor block_table, Tensor path, Tensor num_path, Tensor(b!) kv_len)"
-    " -> ()",
+    "kv_commit(Tensor(a!) kv, Tensor block_table, Tensor path, Tensor num_path, Tensor(b!) kv_len,"
+    " Tensor(c!)? tickets) -> ()",
     _C.kv_commit,
 )
 
@@ -20,6 +20,7 @@ def kv_commit(
     path: torch.Tensor,
     num_path: torch.Tensor,
     kv_len: torch.Tensor,
+    tickets: torch.Tensor | None = None,
 ) -> None:
     """Move slot ``kv_len + path[j]`` to ``kv_len + j``, j < num_path; then advance ``kv_len``.
 
@@ -29,9 +30,13 @@ def kv_commit(
         path: ``[B, D]`` int32, node indices, strictly increasing within ``num_path``.
         num_path: ``[B]`` int32; 0 or less commits nothing.
         kv_len: ``[B]`` int32, committed slots, advanced in place.
+        tickets: ``[B]`` int32, zero before and after, with which the thread blocks of a GPU agree
+            who is last; made if not given. The CPU needs none.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
     """
     kernel = torch.ops.specrt.kv_commit if torch.compiler.is_compiling() else _C.kv_commit
-    kernel(kv, block_table, path, num_path, kv_len)
+    if tickets is None and kv.is_cuda:
+        tickets = torch.zeros_like(num_path)
+    kernel(kv, block_table, path, num_path, kv_len, tickets)

@@ -20,13 +20,15 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalise each row: ``x / sqrt(mean(x**2) + eps) * weight``.
+    """Normalise each row: ``x / sqrt(mean(x**2) + eps) * weight``, computed in float32.
 
     Args:
-        x: ``[M, H]``, or ``[M, S, H]`` for S heads a row (qk-norm), float32; rows may be strided.
+        x: ``[M, H]``, or ``[M, S, H]`` for S heads a row (qk-norm), float32, bfloat16 or float16;
+            rows may be strided.
         weight: ``[H]`` float32.
         eps: added to the mean square.
-        residual: like ``x``; if given, ``residual += x`` in place and the sum is normalised.
+        residual: like ``x``; if given, ``residual += x`` in place, and the sum is normalised as
+            its dtype keeps it.
         out: like ``x``; made if not given. May be ``x`` itself (not under ``torch.compile``).
 
     Returns:

@@ -33,10 +33,12 @@ def rope_append(
     Row i of sequence b is tree node ``first_node[b] + i``, at position ``kv_len[b] + depth[b, i]``
     and slot ``kv_len[b] + first_node[b] + i``. Rows at ``num_nodes[b]`` and beyond, and slots past
     the block table, are left alone. Counts are read when the kernel runs, not when it is recorded.
+    Computed in float32 and rounded once, so the CPU and a GPU give the same bits.
 
     Args:
-        q: ``[B, N, Hq, d]`` float32, d even and at most 256; strided, roped in place.
-        k: ``[B, N, Hkv, d]`` float32, strided.
+        q: ``[B, N, Hq, d]`` float32, bfloat16 or float16, d even and at most 256; strided, roped in
+            place.
+        k: ``[B, N, Hkv, d]`` of q's dtype, strided.
         v: like ``k``.
         depth: ``[B, N]`` int32, distance from the root.
         kv_len: ``[B]`` int32, committed slots.

@@ -11,11 +11,12 @@ register("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", _C.silu_mul)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``silu(gate) * up``, element by element.
+    """``silu(gate) * up``, element by element, computed in float32.
 
     Args:
-        gate_up: ``[M, 2 I]`` float32, gate then up in each row; rows may be strided.
-        out: ``[M, I]`` float32; made if not given.
+        gate_up: ``[M, 2 I]`` float32, bfloat16 or float16, gate then up in each row; rows may be
+            strided.
+        out: ``[M, I]`` of the same dtype; made if not given.
 
     Returns:
         ``out``.

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specrt import _C
+from specrt import _C, ops
 from specrt.models.rope import rope_table
-from specrt.ops import rope_append
+from tests.ops.conftest import Backend
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,93 +16,155 @@ def ints(*values: int) -> Tensor:
 
 
 def make_arguments(
-    dim: int = 64, dtype: torch.dtype = torch.float32, page_size: int = 4
+    dim: int = 64,
+    cache_dtype: torch.dtype = torch.float32,
+    page_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(dim)
-    fused = torch.randn(2, 6, 4 + 2 + 2, dim, generator=g)  # strided views, as a qkv linear gives
+    # Strided views, as a qkv linear gives.
+    fused = torch.randn(2, 6, 4 + 2 + 2, dim, generator=g).to(dtype).to(device)
     pages = -(-40 // page_size)
     shape = (2 * pages + 1, page_size, 2, dim)
-    return {
-        "q": fused[:, :, :4],
-        "k": fused[:, :, 4:6],
-        "v": fused[:, :, 6:],
+    ids = torch.randperm(2 * pages + 1, generator=g)[:-1].view(2, pages).int()
+    others = {
         "depth": torch.randint(0, 5, (2, 6), generator=g, dtype=torch.int32),
         "kv_len": ints(0, 17),
         "first_node": ints(0, 3),
         "num_nodes": ints(6, 4),
-        "block_table": torch.randperm(2 * pages + 1, generator=g)[:-1].view(2, pages).int(),
+        "block_table": ids,
         "cos_sin": rope_table(dim, 10000.0, 64),
-        "k_cache": torch.full(shape, 7.0, dtype=dtype),
-        "v_cache": torch.full(shape, 7.0, dtype=dtype),
+        "k_cache": torch.full(shape, 7.0, dtype=cache_dtype),
+        "v_cache": torch.full(shape, 7.0, dtype=cache_dtype),
     }
+    qkv = {"q": fused[:, :, :4], "k": fused[:, :, 4:6], "v": fused[:, :, 6:]}
+    return qkv | {name: value.to(device) for name, value in others.items()}
 
 
 def clone(args: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in args.items()}
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """To the bit; equal NaN counts as equal."""
+    return all(
+        torch.equal(one[name].isnan(), other[name].isnan())
+        and torch.equal(one[name].nan_to_num(), other[name].nan_to_num())
+        for name in one
+    )
+
+
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Hugging Face's expression for one row, ``[heads, d]``."""
+    """Hugging Face's expression in float32 for one row, ``[heads, d]``."""
     cos, sin = (t.repeat(2) for t in cos_sin.chunk(2))
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    wide = x.float()
+    a, b = wide.chunk(2, -1)
+    return wide * cos + torch.cat([-b, a], -1) * sin
 
 
 def expected_of(args: dict[str, Tensor]) -> dict[str, Tensor]:
     e, page_size = clone(args), args["k_cache"].shape[1]
     for b in range(2):
         for i in range(int(args["num_nodes"][b])):
-            cos_sin = args["cos_sin"][int(args["kv_len"][b] + args["depth"][b, i])]
-            slot = int(args["kv_len"][b] + args["first_node"][b]) + i
-            page = int(args["block_table"][b, slot // page_size])
+            position = int(args["kv_len"][b] + args["depth"][b, i])
+            cos_sin = args["cos_sin"][min(position, args["cos_sin"].shape[0] - 1)]
             e["q"][b, i] = rotate(args["q"][b, i], cos_sin)
+            slot = int(args["kv_len"][b] + args["first_node"][b]) + i
+            if slot // page_size >= args["block_table"].shape[1]:
+                continue
+            page = int(args["block_table"][b, slot // page_size])
             e["k_cache"][page, slot % page_size] = rotate(args["k"][b, i], cos_sin)
             e["v_cache"][page, slot % page_size] = args["v"][b, i]
     return e
 
 
+@pytest.mark.parametrize("cache_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [16, 64, 80, 256])
-def test_is_hugging_faces_rope_bit_for_bit(dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dim", [6, 16, 64, 80, 96, 128, 256])
+def test_is_hugging_faces_rope_bit_for_bit(
+    backend: Backend, dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
     for page_size in (1, 4, 64):
-        args = make_arguments(dim, dtype, page_size)
+        args = make_arguments(dim, cache_dtype, page_size, dtype, backend.device)
         expected = expected_of(args)
-        rope_append(**args)
-        for name in args:  # what is not written keeps its value
-            assert torch.equal(args[name], expected[name]), name
+        ops.rope_append(**args)
+        assert same(args, expected)  # what is not written keeps its value
 
 
-def test_bits_do_not_depend_on_isa_or_threads() -> None:
-    expected = expected_of(make_arguments(80, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pad", [1, 8])
+def test_strides_of_any_kind_and_nothing_around_is_touched(
+    backend: Backend, pad: int, dtype: torch.dtype
+) -> None:
+    args = make_arguments(64, dtype, 4, dtype, backend.device)
+    expected = expected_of(args)
+    room = args["q"].new_full((2, 6, 8, pad + 64), float("nan"))  # NaN before each head
+    for name, heads in (("q", slice(0, 4)), ("k", slice(4, 6)), ("v", slice(6, 8))):
+        room[:, :, heads, pad:] = args[name]
+        args[name] = room[:, :, heads, pad:]
+    ops.rope_append(**args)
+    assert same(args, expected)
+    assert room[..., :pad].isnan().all()
+
+
+def test_rows_past_the_count_may_hold_anything(backend: Backend) -> None:
+    args = make_arguments(device=backend.device)
+    args["num_nodes"][0], args["num_nodes"][1] = 0, -1
+    args["depth"][:] = 2**30  # with NaN in the rows, whatever is left of a larger tree
+    for name in ("q", "k", "v"):
+        args[name][:] = float("nan")
+    before = clone(args)
+    ops.rope_append(**args)
+    assert same(args, before)
+
+
+def test_slots_past_the_block_table_are_not_written(backend: Backend) -> None:
+    args = make_arguments(device=backend.device)
+    # Sequence 0 has 40 slots; sequence 1's positions pass the 64 known ones.
+    args["kv_len"].copy_(ints(38, 63))
+    expected = expected_of(args)
+    before = args["k_cache"].clone()
+    ops.rope_append(**args)
+    assert same(args, expected)
+    assert (args["k_cache"] != before).any(-1).any(-1).sum() == 2
+
+
+def test_no_rows(backend: Backend) -> None:
+    args = make_arguments(device=backend.device)
+    for name in ("q", "k", "v", "depth"):
+        args[name] = args[name][:, :0]
+    before = clone(args)
+    ops.rope_append(**args)
+    assert same(args, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_isa_or_threads(dtype: torch.dtype) -> None:
+    expected = expected_of(make_arguments(80, torch.bfloat16, dtype=dtype))
     isa, threads = _C.active_isa(), torch.get_num_threads()
     try:
         for name in _C.build_info()["cpu_isas"]:
             _C.set_isa(name)
             for count in (1, 3):
                 torch.set_num_threads(count)
-                args = make_arguments(80, torch.bfloat16)
-                rope_append(**args)
-                assert all(torch.equal(args[n], expected[n]) for n in args), (name, count)
+                args = make_arguments(80, torch.bfloat16, dtype=dtype)
+                ops.rope_append(**args)
+                assert same(args, expected), (name, count)
     finally:
         _C.set_isa(isa)
         torch.set_num_threads(threads)
-
-
-def test_slots_past_the_block_table_are_not_written() -> None:
-    args = make_arguments()
-    args["kv_len"] = ints(38, 63)  # sequence 0 has 40 slots; 63 is the last position known
-    args["block_table"] = args["block_table"].contiguous()
-    before = clone(args)
-    rope_append(**args)
-    assert (args["k_cache"] != before["k_cache"]).any(-1).any(-1).sum() == 2
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("q", torch.zeros(2, 6, 4, 63)),
+        ("q", torch.zeros(2, 6, 4, 64, dtype=torch.float64)),
         ("k", torch.zeros(2, 5, 2, 64)),
+        ("k", torch.zeros(2, 6, 2, 64, dtype=torch.bfloat16)),
         ("v", torch.zeros(2, 6, 1, 64)),
+        ("v", torch.zeros(2, 6, 2, 64, dtype=torch.float16)),
         ("depth", torch.zeros(2, 6, dtype=torch.int64)),
         ("kv_len", torch.zeros(3, dtype=torch.int32)),
         ("first_node", torch.zeros(2)),
@@ -113,17 +175,18 @@ def test_slots_past_the_block_table_are_not_written() -> None:
         ("v_cache", torch.zeros(21, 4, 2, 64, dtype=torch.float16)),
     ],
 )
-def test_a_wrong_argument_is_named(name: str, value: Tensor) -> None:
+def test_a_wrong_argument_is_named(backend: Backend, name: str, value: Tensor) -> None:
+    args = make_arguments(device=backend.device) | {name: value.to(backend.device)}
     with pytest.raises(ValueError, match=f"^{name}:"):
-        rope_append(**(make_arguments() | {name: value}))
+        ops.rope_append(**args)
 
 
-def test_compiles() -> None:
-    args = make_arguments()
+def test_compiles(device: torch.device) -> None:
+    args = make_arguments(device=device)
     args["q"] = args["q"].clone()
     expected = expected_of(args)
-    torch.compile(rope_append, fullgraph=True, backend="aot_eager")(**args)
-    assert all(torch.equal(args[name], expected[name]) for name in args)
+    torch.compile(ops.rope_append, fullgraph=True, backend="aot_eager")(**args)
+    assert same(args, expected)
 
 
 @pytest.mark.parametrize(

@@ -3,55 +3,111 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specrt import _C
-from specrt.ops import silu_mul
+from specrt import _C, ops
+from tests.ops.conftest import Backend
+
+Tensor = torch.Tensor
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("width", [1, 16, 37, 400])
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# Beside whole blocks of threads: tails of a vector, of a block, and widths where `up` is unaligned.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 16, 37, 400, 2052])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_error_within_twice_torchs(rows: int, width: int) -> None:
-    x = 4 * torch.randn(rows, 2 * width + 3, generator=torch.Generator().manual_seed(0))
+def test_error_within_twice_torchs(
+    backend: Backend, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    x = 4 * random(rows, 2 * width + 3, dtype=dtype).to(backend.device)
     x = x[:, : 2 * width]  # strided rows
-    out = silu_mul(x, torch.full((rows, width), float("nan")))
+    out = ops.silu_mul(x, x.new_full((rows, width), float("nan")))
     gate, up = x.chunk(2, 1)
     exact = torch.nn.functional.silu(gate.double()) * up.double()
     theirs = (torch.nn.functional.silu(gate) * up - exact).abs().max()
     assert (out - exact).abs().max() <= 2 * theirs + 1e-6
 
 
-def test_extremes() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relative_error_over_the_whole_range(backend: Backend, dtype: torch.dtype) -> None:
+    gate = torch.linspace(-80, 80, 4000, dtype=dtype, device=backend.device)
+    out = ops.silu_mul(torch.cat([gate, torch.ones_like(gate)])[None])[0]
+    exact = torch.nn.functional.silu(gate.double())
+    unit = {torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    smallest = torch.finfo(dtype).smallest_normal * unit  # below, numbers lose digits
+    assert ((out - exact).abs() <= unit * exact.abs() + smallest).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes(backend: Backend, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
-    out = silu_mul(torch.tensor([[100.0, -100.0, 0.0, inf, nan, 1.0, 1.0, 1.0, 1.0, 1.0]]))[0]
-    assert out[0] == 100 and abs(out[1]) < 1e-30 and out[2] == 0
+    row = [100.0, -100.0, 0.0, inf, nan, 1.0, 1.0, 1.0, 1.0, 1.0]
+    out = ops.silu_mul(torch.tensor([row], dtype=dtype, device=backend.device))[0]
+    assert out[0] == 100 and abs(float(out[1])) < 1e-30 and out[2] == 0
     assert out[3] == inf and out[4].isnan()
 
 
-def test_bits_do_not_depend_on_rows_isa_or_threads() -> None:
-    x = torch.randn(50, 2 * 411, generator=torch.Generator().manual_seed(1))
-    expected = silu_mul(x)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_rows_isa_or_threads(dtype: torch.dtype) -> None:
+    x = random(50, 2 * 411, seed=1, dtype=dtype)
+    expected = ops.silu_mul(x)
     isa, threads = _C.active_isa(), torch.get_num_threads()
     try:
         for name in _C.build_info()["cpu_isas"]:
             _C.set_isa(name)
             for count in (1, 3):
                 torch.set_num_threads(count)
-                assert torch.equal(silu_mul(x), expected), (name, count)
+                assert torch.equal(ops.silu_mul(x), expected), (name, count)
     finally:
         _C.set_isa(isa)
         torch.set_num_threads(threads)
     for row in (0, 7, 49):
-        assert torch.equal(silu_mul(x[row : row + 1]), expected[row : row + 1])
+        assert torch.equal(ops.silu_mul(x[row : row + 1]), expected[row : row + 1])
 
 
-def test_a_wrong_argument_is_named() -> None:
-    with pytest.raises(ValueError, match="^gate_up: expected an even"):
-        silu_mul(torch.zeros(2, 3), torch.zeros(2, 1))
-    with pytest.raises(ValueError, match="^gate_up:"):
-        silu_mul(torch.zeros(2, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match="^out:"):
-        silu_mul(torch.zeros(2, 4), torch.zeros(2, 3))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 411])
+def test_bits_do_not_depend_on_rows_or_strides_and_nothing_around_is_touched(
+    backend: Backend, width: int, dtype: torch.dtype
+) -> None:
+    x = random(9, 2 * width, seed=1, dtype=dtype).to(backend.device)
+    expected = ops.silu_mul(x)
+    for row in (0, 7):
+        assert torch.equal(ops.silu_mul(x[row : row + 1]), expected[row : row + 1])
+    for pad in (1, 8):
+        wide = x.new_full((9, pad + 2 * width + pad), float("nan"))
+        wide[:, pad:-pad] = x
+        room = x.new_full((9, pad + width + pad), float("nan"))
+        ops.silu_mul(wide[:, pad:-pad], room[:, pad:-pad])
+        assert torch.equal(room[:, pad:-pad], expected)
+        assert room[:, :pad].isnan().all() and room[:, -pad:].isnan().all()
 
 
-def test_compiles() -> None:
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(torch.compile(silu_mul, fullgraph=True, backend="aot_eager")(x), silu_mul(x))
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0)])
+def test_nothing_to_do(backend: Backend, shape: tuple[int, int]) -> None:
+    out = ops.silu_mul(torch.zeros(shape, device=backend.device))
+    assert out.shape == (shape[0], shape[1] // 2)
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "out", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 1), "^gate_up: expected an even"),
+        (torch.zeros(2, 4).double(), torch.zeros(2, 2), "^gate_up: expected float32, bfloat16 or"),
+        (torch.zeros(2, 4), torch.zeros(2, 3), r"^out: expected \[M, I\] = \[2, 2\] float32"),
+        (torch.zeros(2, 4).half(), torch.zeros(2, 2), "^out: expected float16 like gate_up, got"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    backend: Backend, gate_up: Tensor, out: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.silu_mul(gate_up.to(backend.device), out.to(backend.device))
+
+
+def test_compiles(device: torch.device) -> None:
+    x = random(3, 64, seed=2).to(device)
+    compiled = torch.compile(ops.silu_mul, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.silu_mul(x))

@@ -1,0 +1,45 @@
+// A few values side by side, moved in as few instructions as their bytes allow.
+#pragma once
+#include "core/vector.cuh"
+
+namespace specrt {
+
+constexpr int pack_alignment(size_t bytes) {
+    return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : bytes % 2 == 0 ? 2 : 1;
+}
+
+template <typename T, int kSize>
+struct alignas(pack_alignment(sizeof(T) * kSize)) Pack {
+    T at[kSize];
+};
+
+template <int kSize, typename T>
+__device__ __forceinline__ Pack<T, kSize> load_pack(const T* p) {
+    return *reinterpret_cast<const Pack<T, kSize>*>(p);
+}
+template <int kSize, typename T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack) {
+#if !defined(SPECRT_SIMT)
+    // Asked for by name: nvcc 13.0 may make one store for each value of an assignment.
+    if constexpr (sizeof(pack) % 16 == 0) {
+        uint4 words[sizeof(pack) / 16];
+        memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i)
+            __stwb(reinterpret_cast<uint4*>(p) + i, words[i]);
+        return;
+    }
+#endif
+    *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
+}
+
+// For choosing a kernel that moves 16 bytes at a time: what addresses and byte strides must be
+// multiples of.
+inline bool is_multiple_of_16(const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+inline bool is_multiple_of_16(int64_t bytes) {
+    return bytes % 16 == 0;
+}
+
+}  // namespace specrt

@@ -1,0 +1,72 @@
+"""The machines that a kernel's tests run on: the CPU, a GPU, and the SIMT shim in between.
+
+Under ``simt`` a wrapper of ``specrt.ops`` calls ``tests/simt/_simt*.so``, where the CUDA sources
+are compiled as C++ and CPU tensors count as those of GPU 0; so a test's body is the same three
+ways. A module may name the schedules of threads that its kernels run under, ``SIMT_SCHEDULES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a test runs; its tensors are made with ``device=backend.device``."""
+
+    name: str  # "cpu", "simt" or "cuda"
+    device: torch.device
+
+    @property
+    def runs_cuda_source(self) -> bool:
+        return self.name != "cpu"
+
+
+def needs_gpu(*values: object, id: str) -> object:
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    return pytest.param(*values, id=id, marks=no_gpu)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    seeds = getattr(metafunc.module, "SIMT_SCHEDULES", (1,))
+    simt = [
+        pytest.param(("simt", seed), id="simt" if len(seeds) == 1 else f"simt{seed}")
+        for seed in seeds
+    ]
+    cases = [pytest.param(("cpu", None), id="cpu"), *simt, needs_gpu(("cuda", None), id="cuda")]
+    metafunc.parametrize("backend", cases, indirect=True)
+
+
+def load_simt() -> ModuleType:
+    try:
+        return importlib.import_module("tests.simt._simt")
+    except ModuleNotFoundError:
+        pytest.fail("the SIMT shim is not built: run `make simt`")
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    name, seed = request.param
+    if name == "simt":
+        simt = load_simt()
+        simt.set_schedule(seed)
+        simt.set_device()
+        for module_name, module in list(sys.modules.items()):
+            package, _, kernel = module_name.rpartition(".")
+            if package == "specrt.ops" and hasattr(simt, kernel):
+                monkeypatch.setattr(module, "_C", simt)
+    return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
+
+
+@pytest.fixture(params=["cpu", needs_gpu("cuda", id="cuda")])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """For what needs the extension itself (``torch.compile``), and so no shim."""
+    return torch.device(request.param)

@@ -1,0 +1,34 @@
+// cp.async: 16 bytes from global to shared memory. They land when the thread passes the wait that
+// covers them and not before; meanwhile the destination holds NaN.
+#pragma once
+#include <vector>
+
+namespace simt {
+
+class AsyncCopies {
+  public:
+    void issue(void* shared, const void* global, bool is_read);
+    void commit() { ++group_; }
+    void wait(unsigned num_pending);
+    void check_none_left() const;
+
+  private:
+    struct Copy {
+        void* to;
+        const void* from;  // nullptr: zeros
+        unsigned group;
+    };
+    std::vector<Copy> copies_;  // in the order of issue
+    unsigned group_ = 0;        // that the next commit closes
+};
+
+void cp_async_16(void* shared, const void* global, bool is_read = true);
+void cp_async_commit();
+void wait_for_copies(unsigned num_pending);
+
+template <int kPending>
+inline void cp_async_wait() {
+    wait_for_copies(kPending);
+}
+
+}  // namespace simt

@@ -1,0 +1,116 @@
+#include "guarded_copies.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "launch.h"
+#include "shared_memory.h"
+
+namespace simt {
+namespace {
+
+constexpr size_t kGuardBytes = 4 << 20;  // each side; address space, not memory
+
+thread_local GuardedCopies* current_copies = nullptr;
+
+}  // namespace
+
+GuardedCopies::GuardedCopies() : previous_(current_copies) {
+    current_copies = this;
+}
+
+GuardedCopies::~GuardedCopies() {
+    for (const Copy& copy : copies_) munmap(copy.mapping, copy.num_mapped);
+    current_copies = previous_;
+}
+
+GuardedCopies& GuardedCopies::current() {
+    if (!current_copies) throw std::logic_error("simt: a tensor outside of a call");
+    return *current_copies;
+}
+
+// With an even seed the copy ends where the guard begins (bar the rest of its last 16 bytes), with
+// an odd one it begins where the guard ends: the other side has up to a page of pattern.
+GuardedCopies::Copy GuardedCopies::map(void* host, size_t bytes) {
+    const auto page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t padded = (bytes + 15) / 16 * 16;
+    Copy copy{};
+    copy.host = host;
+    copy.bytes = bytes;
+    copy.num_paged = (padded + page_size - 1) / page_size * page_size;
+    copy.num_mapped = copy.num_paged + 2 * kGuardBytes;
+    void* memory = mmap(nullptr, copy.num_mapped, PROT_NONE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for a tensor's copy");
+    copy.mapping = static_cast<unsigned char*>(memory);
+    copy.page = copy.mapping + kGuardBytes;
+    copy.begin = settings().seed % 2 ? copy.page : copy.page + copy.num_paged - padded;
+    if (copy.num_paged && mprotect(copy.page, copy.num_paged, PROT_READ | PROT_WRITE) != 0) {
+        munmap(copy.mapping, copy.num_mapped);
+        throw std::runtime_error("simt: no memory for a tensor's copy");
+    }
+    fill_canary(copy.page, copy.begin);
+    if (bytes) std::memcpy(copy.begin, host, bytes);
+    fill_canary(copy.begin + bytes, copy.page + copy.num_paged);
+    return copy;
+}
+
+unsigned char* GuardedCopies::copy_of(void* host, size_t bytes, const char* name) {
+    for (Copy& copy : copies_) {
+        if (copy.host != host || copy.bytes != bytes) continue;
+        copy.names += std::string(" = ") + name;
+        return copy.begin;
+    }
+    copies_.push_back(map(host, bytes));
+    copies_.back().names = name;
+    return copies_.back().begin;
+}
+
+void GuardedCopies::write_back() {
+    for (size_t i = 0; i < copies_.size(); ++i) {
+        const Copy& copy = copies_[i];
+        const unsigned char* hit = first_overwritten(copy.page, copy.begin);
+        if (!hit) hit = first_overwritten(copy.begin + copy.bytes, copy.page + copy.num_paged);
+        if (hit) throw std::runtime_error("out-of-bounds write " + describe_here(hit));
+    }
+    // Memory that did not change may be read-only (a mapped file).
+    for (const Copy& copy : copies_)
+        if (copy.bytes && std::memcmp(copy.host, copy.begin, copy.bytes) != 0)
+            std::memcpy(copy.host, copy.begin, copy.bytes);
+}
+
+bool GuardedCopies::contain(const void* begin, size_t bytes) {
+    if (!current_copies) return true;
+    const auto* byte = static_cast<const unsigned char*>(begin);
+    for (const Copy& copy : current_copies->copies_)
+        if (byte >= copy.begin && byte + bytes <= copy.begin + copy.bytes) return true;
+    return false;
+}
+
+std::string GuardedCopies::describe(const void* address) {
+    return current_copies ? current_copies->describe_here(address) : "at an unmapped address";
+}
+
+std::string GuardedCopies::describe_here(const void* address) const {
+    if (reinterpret_cast<uintptr_t>(address) < 4096) return "through a null pointer";
+    const auto* byte = static_cast<const unsigned char*>(address);
+    for (size_t i = 0; i < copies_.size(); ++i) {
+        const Copy& copy = copies_[i];
+        if (byte < copy.mapping || byte >= copy.mapping + copy.num_mapped) continue;
+        const std::string buffer = " of buffer #" + std::to_string(i) + " (" + copy.names + ", " +
+                                   std::to_string(copy.bytes) + " bytes)";
+        if (byte < copy.begin)
+            return std::to_string(copy.begin - byte) + " bytes before the start" + buffer;
+        const std::ptrdiff_t past = byte - copy.begin - static_cast<std::ptrdiff_t>(copy.bytes);
+        if (past < 0) return "at the last " + std::to_string(-past) + " bytes" + buffer;
+        return std::to_string(past) + " bytes past the end" + buffer;
+    }
+    return "at an address in no buffer";
+}
+
+}  // namespace simt

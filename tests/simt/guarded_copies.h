@@ -1,0 +1,47 @@
+// Device memory: copies of a call's tensors, each between pages that fault, so that an access out
+// of bounds is an error that names the argument.
+#pragma once
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+// The copies of one call, the calling thread's current one until destroyed. They are written back
+// by write_back() only: a call that fails leaves the tensors as they were.
+class GuardedCopies {
+  public:
+    GuardedCopies();
+    ~GuardedCopies();
+    GuardedCopies(const GuardedCopies&) = delete;
+    GuardedCopies& operator=(const GuardedCopies&) = delete;
+
+    static GuardedCopies& current();  // throws if there is none
+
+    // The copy of the `bytes` at `host`, made at the first call. `name`, of an argument, must live
+    // as long as this.
+    unsigned char* copy_of(void* host, size_t bytes, const char* name);
+    // Throws std::runtime_error if something was written around a copy.
+    void write_back();
+
+    // Of the current copies; where a thread has none, everything is contained.
+    static bool contain(const void* begin, size_t bytes);
+    static std::string describe(const void* address);
+
+  private:
+    struct Copy {
+        void* host;
+        size_t bytes;
+        std::string names;
+        unsigned char *mapping, *page, *begin;
+        size_t num_mapped, num_paged;
+    };
+    static Copy map(void* host, size_t bytes);
+    std::string describe_here(const void* address) const;
+
+    std::vector<Copy> copies_;
+    GuardedCopies* previous_;
+};
+
+}  // namespace simt

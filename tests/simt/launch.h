@@ -1,0 +1,35 @@
+// Launches, and the device they believe to run on.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "cuda_types.h"
+
+namespace simt {
+
+struct Settings {
+    uint64_t seed = 0;             // of the schedule; 0: in order
+    unsigned resident_blocks = 3;  // blocks of a grid that run interleaved
+    bool is_strict = true;         // divergent barriers are errors
+    int num_sms = 8;
+    size_t shared_bytes = 232448;  // a block's, at most: an H100's
+};
+
+Settings settings();
+void set_settings(const Settings& settings);
+uint64_t num_launches();  // since the process began
+
+inline int num_sms() {
+    return settings().num_sms;
+}
+inline size_t max_shared_bytes() {
+    return settings().shared_bytes;
+}
+
+// Runs `body` once for each thread of the grid. Throws std::runtime_error, which names kernel,
+// block and thread; the next launch works again. Launches of several OS threads take turns.
+void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
+            std::function<void()> body);
+
+}  // namespace simt

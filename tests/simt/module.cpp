@@ -1,0 +1,91 @@
+// The test module: the bindings of every kernel that has a CUDA source, unchanged, and the shim's
+// settings.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "bindings/tensor.h"
+#include "guarded_copies.h"
+#include "launch.h"
+#include "probes/probe.h"
+
+namespace specrt::bindings {
+
+#define SIMT_KERNEL(name) void register_##name(py::module_& m);
+#include "simt_kernels.inc"
+#undef SIMT_KERNEL
+
+namespace {
+
+// As `function`, with copies of its tensors that live as long as a call.
+py::cpp_function with_guarded_copies(const py::object& function) {
+    return py::cpp_function([function](const py::args& args, const py::kwargs& kwargs) {
+        simt::GuardedCopies copies;
+        py::object result = function(*args, **kwargs);
+        copies.write_back();
+        return result;
+    });
+}
+
+void guard_kernels(py::module_& m) {
+    const auto members = m.attr("__dict__").cast<std::map<std::string, py::object>>();
+    for (const auto& [name, member] : members)
+        if (PyCFunction_Check(member.ptr())) m.attr(name.c_str()) = with_guarded_copies(member);
+}
+
+using Tensors = std::map<std::string, py::object>;
+
+void run_probe(const std::string& name, const Tensors& tensors, const std::vector<int>& numbers,
+               const std::vector<unsigned>& grid, const std::vector<unsigned>& block,
+               size_t shared_bytes) {
+    const auto sizes = [](std::vector<unsigned> d) {
+        d.resize(3, 1);
+        return dim3(d[0], d[1], d[2]);
+    };
+    probes::Probe probe{{sizes(grid), sizes(block), shared_bytes}, {}, numbers};
+    for (const auto& [argument, tensor] : tensors)
+        probe.tensors[argument] = device_view_of(tensor, argument.c_str()).data;
+    const probes::ProbeFn run = probes::find(name);
+    py::gil_scoped_release release;
+    run(probe);
+}
+
+void set_schedule(uint64_t seed, unsigned resident_blocks, bool strict) {
+    SPECRT_CHECK(resident_blocks >= 1 && resident_blocks <= 64,
+                 "resident_blocks: expected 1 to 64, got ", resident_blocks);
+    simt::Settings settings = simt::settings();
+    settings.seed = seed;
+    settings.resident_blocks = resident_blocks;
+    settings.is_strict = strict;
+    simt::set_settings(settings);
+}
+
+void set_device(int num_sms, size_t shared_bytes) {
+    SPECRT_CHECK(num_sms >= 1, "num_sms: expected at least 1, got ", num_sms);
+    simt::Settings settings = simt::settings();
+    settings.num_sms = num_sms;
+    settings.shared_bytes = shared_bytes;
+    simt::set_settings(settings);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_simt, m) {
+    m.doc() = "CUDA sources on the CPU: see tests/simt/README.md";
+#define SIMT_KERNEL(name) register_##name(m);
+#include "simt_kernels.inc"
+#undef SIMT_KERNEL
+    m.def("run_probe", &run_probe, py::arg("name"), py::arg("tensors"),
+          py::arg("numbers") = std::vector<int>{}, py::arg("grid") = std::vector<unsigned>{1},
+          py::arg("block") = std::vector<unsigned>{32}, py::arg("shared_bytes") = 0);
+    guard_kernels(m);
+    m.def("set_schedule", &set_schedule, py::arg("seed"), py::arg("resident_blocks") = 3,
+          py::arg("strict") = true);
+    m.def("set_device", &set_device, py::arg("num_sms") = 8, py::arg("shared_bytes") = 232448);
+    m.def("num_launches", &simt::num_launches);
+}
+
+}  // namespace specrt::bindings
