@@ -7,17 +7,17 @@ they do in a model, where the kernel before has just written them.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from bench import gpu, limits
 from bench.gpu import OURS, Contender, Launch
-from bench.harness import Row, ratio_to, report
+from bench.gpu_report import Measured, run_bench
+from bench.harness import Row, ratio_to
 from bench.limits import Model
 from specrt import ops
 from specrt.models.rope import rope_table
@@ -157,7 +157,7 @@ class CommitCaches:
         self.path = place.ints(*range(1, rows + 1))[None]
         self.count = place.ints(rows)
         self.kv_len, self.torch_kv_len = place.ints(PREFIX), place.ints(PREFIX)
-        self.options = {"tickets": place.ints(0)} if place.device == "cuda" else {}
+        self.tickets = place.ints(0)
 
     def reset(self) -> None:
         """Before the first commit; the rows stay moved, which costs the same again."""
@@ -176,7 +176,7 @@ class KvCommit:
 
     def ours(self) -> Tensors:
         c = self._caches
-        ops.kv_commit(c.kv, c.table, c.path, c.count, c.kv_len, **c.options)
+        ops.kv_commit(c.kv, c.table, c.path, c.count, c.kv_len, tickets=c.tickets)
         return c.kv, c.kv_len
 
     def torchs(self) -> Tensors:
@@ -222,13 +222,25 @@ KERNELS = {
 }
 
 
-def cases(is_quick: bool) -> Iterator[tuple[str, str, int]]:
-    """Kernel, model and rows; what the goals are stated for comes first."""
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    kernel: str
+    model: str
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.model} rows {self.rows}"
+
+
+def cases(is_quick: bool) -> Iterator[Case]:
+    """What the goals are stated for comes first."""
     for index in range(2 if is_quick else len(ROWS)):
         for model in list(limits.MODELS)[: 1 if is_quick else None]:
             for name, kernel in KERNELS.items():
                 if index < len(kernel.rows):
-                    yield name, model, kernel.rows[index]
+                    yield Case(name, model, kernel.rows[index])
 
 
 def contenders(sets: Sequence[InputSet], reset: Launch | None) -> dict[str, Contender]:
@@ -242,39 +254,28 @@ def contenders(sets: Sequence[InputSet], reset: Launch | None) -> dict[str, Cont
     }
 
 
-def one_case(name: str, model: str, rows: int, ceilings: limits.Ceilings, l2_bytes: int) -> Row:
-    kernel, shape = KERNELS[name], limits.MODELS[model]
-    work = kernel.work(shape, rows)
+def one_case(case: Case, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
+    kernel, model = KERNELS[case.kernel], limits.MODELS[case.model]
+    work = kernel.work(model, case.rows)
     free = torch.cuda.mem_get_info()[0] // 2
     num_sets = limits.input_sets(work.num_bytes, 3 * work.num_bytes, l2_bytes, free)
-    timings = gpu.measure(contenders(*kernel.sets(shape, rows, num_sets, Place())))
+    if num_sets == 0:
+        return None, {OURS: f"needs {3 * work.num_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
+    timings = gpu.measure(contenders(*kernel.sets(model, case.rows, num_sets, Place())))
     ours, torchs = timings.graph[OURS], timings.graph.get("torch")
-    return {
-        "op": name,
-        "model": model,
-        "rows": rows,
+    row: Row = {
+        "op": case.kernel,
+        "model": case.model,
+        "rows": case.rows,
         **limits.figures(work, ours, ceilings),
         "eager_us": 1e6 * timings.eager[OURS],
         "torch_us": None if torchs is None else 1e6 * torchs,
         "torch/ours": None if torchs is None else ratio_to(torchs, ours),
         "input_sets": num_sets,
-        "failure": timings.failures.get("torch"),
     }
+    return row, timings.failures
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and report what the budget allows."""
-    start = time.monotonic()
-    facts: dict[str, Any] = gpu.facts()
-    ceilings = gpu.measure_ceilings()
-    facts["busy"] = gpu.clocks()
-    rows: list[Row] = []
-    missing = []
-    for case in cases(args.quick):
-        if rows and args.budget and time.monotonic() - start > args.budget:
-            missing.append(" ".join(map(str, case)))
-            continue
-        rows.append(one_case(*case, ceilings, facts["l2_bytes"]))
-        torch.cuda.empty_cache()
-    summary = {**vars(ceilings), "over_budget": missing}
-    report("small_kernels_cuda", rows, save=args.save, summary=summary, gpu=facts)
+    run_bench("small_kernels_cuda", cases(args.quick), one_case, args)

@@ -9,7 +9,6 @@ compiles for each shape, so it runs at batch 1 and 60 nodes only.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from bench import gpu, limits
 from bench.attention_inputs import Heads, Indices, Shape, Tensors, tree_mask
 from bench.gpu import OURS, Contender
-from bench.harness import Row, report
+from bench.gpu_report import Measured, run_bench
+from bench.harness import Row
 from specrt import ops
 
 BATCHES = (1, 4, 16)
@@ -251,10 +251,8 @@ def checked(outputs: dict[str, Outputs], failures: dict[str, str]) -> None:
         )
 
 
-def one_case(
-    case: Case, ceilings: limits.Ceilings, l2_bytes: int, is_quick: bool
-) -> tuple[Row | None, dict[str, str]]:
-    """A row, and the contenders that have no figure in it with the reason; no row: no memory."""
+def one_case(case: Case, ceilings: limits.Ceilings, l2_bytes: int, is_quick: bool) -> Measured:
+    """No row if there is no memory for it."""
     free = torch.cuda.mem_get_info()[0] * 4 // 5
     num_sets = limits.input_sets(case.work.num_bytes, case.held_bytes, l2_bytes, free)
     if num_sets == 0:
@@ -287,19 +285,8 @@ def _row(case: Case, num_sets: int, timings: gpu.Timings, ceilings: limits.Ceili
 
 def run(args: argparse.Namespace) -> None:
     """Measure and report what the budget allows."""
-    start = time.monotonic()
-    facts = gpu.facts()
-    ceilings = gpu.measure_ceilings()
-    facts["busy"] = gpu.clocks()
-    rows: list[Row] = []
-    missing: dict[str, list[str]] = {}
-    for case in cases(args.quick):
-        row, failures = None, {OURS: "over the budget"}
-        if not rows or not args.budget or time.monotonic() - start < args.budget:
-            row, failures = one_case(case, ceilings, facts["l2_bytes"], args.quick)
-            torch.cuda.empty_cache()
-        rows += [row] if row else []
-        for name, reason in failures.items():
-            missing.setdefault(f"{name}: {reason}", []).append(str(case))
-    summary = {**vars(ceilings), "not_measured": gpu.counted(missing, len(rows))}
-    report("tree_attention_cuda", rows, save=args.save, summary=summary, gpu=facts)
+
+    def measured(case: Case, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
+        return one_case(case, ceilings, l2_bytes, args.quick)
+
+    run_bench("tree_attention_cuda", cases(args.quick), measured, args)

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -72,9 +73,9 @@ def test_cases_begin_with_the_goals() -> None:
     every = [str(case) for case in tree_attention_cuda.cases(is_quick=False)]
     assert len(set(every)) == len(every) == 2 * 3 * 4 * 4
     assert set(quick[:2]) == set(every[:2])
-    small = list(small_kernels_cuda.cases(is_quick=False))
+    small = [str(case) for case in small_kernels_cuda.cases(is_quick=False)]
     assert len(set(small)) == len(small) == 2 * (3 * 5 + 4)
-    assert small[0] == ("rms_norm", "Llama-3-8B", 60)
+    assert small[0] == "rms_norm Llama-3-8B rows 60"
 
 
 def test_passes_of_a_graph() -> None:
@@ -187,7 +188,7 @@ def test_report_of_the_small_kernels(tmp_path: Path) -> None:
     ]
     assert all(row["torch/ours"] == 1 and row["us"] == 1 for row in result["rows"])
     assert result["environment"]["gpu"]["device"] == "none"
-    assert result["summary"]["over_budget"] == []
+    assert result["summary"]["not_measured"] == {}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -200,6 +201,25 @@ def test_report_of_tree_attention(tmp_path: Path) -> None:
     missing = result["summary"]["not_measured"]
     assert missing["flashinfer: ImportError: not installed"] == "all 1"
     assert len(missing["ours: over the budget"].split("; ")) == 3 * 4 * 4 - 1
+
+
+@pytest.mark.usefixtures("cpu_for_gpu")
+def test_a_case_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong result ends with exit code 1, but first the rest is measured and saved."""
+    silu_mul = ops.silu_mul
+    monkeypatch.setattr(ops, "silu_mul", lambda x, out: silu_mul(x, out=out).add_(1))
+    args = argparse.Namespace(quick=True, budget=None, save=tmp_path)
+    with pytest.raises(SystemExit, match="2 cases failed; the first: silu_mul small rows 60: "):
+        small_kernels_cuda.run(args)
+    result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
+    assert {row["op"] for row in result["rows"]} == {"rms_norm", "rope_append", "kv_commit"}
+    assert any("silu_mul small rows 8192" in one for one in _cases(result))
+
+
+def _cases(result: dict[str, Any]) -> list[str]:
+    return list(result["summary"]["not_measured"].values())
 
 
 class FakeGraph:
