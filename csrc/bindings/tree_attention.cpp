@@ -6,17 +6,21 @@ namespace specrt::bindings {
 
 void register_tree_attention(py::module_& m) {
     m.def("tree_attention_workspace", &tree_attention_workspace);
-    m.def("tree_attention", [](py::handle q, py::handle k_cache, py::handle v_cache,
-                               py::handle block_table, py::handle kv_len, py::handle first_node,
-                               py::handle num_nodes, py::handle ancestors, float scale,
-                               py::handle out, py::handle workspace) {
-        submit_released(tree_attention(
-            {device_view_of(q, "q"), device_view_of(k_cache, "k_cache"),
-             device_view_of(v_cache, "v_cache"), device_view_of(block_table, "block_table"),
-             device_view_of(kv_len, "kv_len"), device_view_of(first_node, "first_node"),
-             device_view_of(num_nodes, "num_nodes"), device_view_of(ancestors, "ancestors"),
-             device_view_of(out, "out"), device_view_of(workspace, "workspace", true), scale}));
-    });
+    m.def("tree_attention",
+          [](py::handle q, py::handle k_cache, py::handle v_cache, py::handle block_table,
+             py::handle kv_len, py::handle first_node, py::handle num_nodes, py::handle ancestors,
+             float scale, py::handle out, py::handle workspace, py::handle k, py::handle v,
+             py::handle depth, py::handle cos_sin) {
+              submit_released(tree_attention(
+                  {device_view_of(q, "q"), device_view_of(k_cache, "k_cache"),
+                   device_view_of(v_cache, "v_cache"), device_view_of(block_table, "block_table"),
+                   device_view_of(kv_len, "kv_len"), device_view_of(first_node, "first_node"),
+                   device_view_of(num_nodes, "num_nodes"), device_view_of(ancestors, "ancestors"),
+                   device_view_of(out, "out"), device_view_of(workspace, "workspace", true),
+                   device_view_of(k, "k", true), device_view_of(v, "v", true),
+                   device_view_of(depth, "depth", true), device_view_of(cos_sin, "cos_sin", true),
+                   scale}));
+          });
 }
 
 }  // namespace specrt::bindings

@@ -16,7 +16,7 @@
 namespace specrt {
 
 struct Launch {
-    static constexpr size_t kMaxParams = 256;
+    static constexpr size_t kMaxParams = 320;
     PartFn fn = nullptr;    // on the CPU
     int max_parts = 1;      // never split into more parts than this
     CudaFn cuda = nullptr;  // on a GPU

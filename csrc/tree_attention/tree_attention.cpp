@@ -31,11 +31,40 @@ void check_for_gpu(const TreeAttentionArgs& a, const TreeAttentionParams& p) {
                  "workspace: expected an address that is a multiple of 16 bytes");
 }
 
+AppendParams append_params(const TreeAttentionArgs& a) {
+    AppendParams p{};
+    if (!a.k && !a.v && !a.depth && !a.cos_sin) return p;
+    for (const TensorView* t : {&a.k, &a.v, &a.depth, &a.cos_sin})
+        SPECRT_CHECK(*t, t->name, ": expected a tensor, as k, v, depth and cos_sin go together");
+    const int64_t seqs = a.q.shape[0], rows = a.q.shape[1], dim = a.q.shape[3];
+    expect(a.k, a.q.dtype, "[B, N, Hkv, d]", seqs, rows, a.k_cache.shape[2], dim);
+    expect(a.v, a.q.dtype, "[B, N, Hkv, d]", seqs, rows, a.k_cache.shape[2], dim);
+    expect(a.depth, DType::kInt32, "[B, N]", seqs, rows);
+    expect(a.cos_sin, DType::kFloat32, "[max_positions, d]", -1, dim);
+    expect_contiguous(a.cos_sin);
+    SPECRT_CHECK(a.cos_sin.shape[0] > 0, "cos_sin: expected at least one position");
+    for (const TensorView* t : {&a.k, &a.v, &a.cos_sin}) {
+        bool is_aligned = reinterpret_cast<uintptr_t>(t->data) % 16 == 0;
+        for (int i = 0; i + 1 < t->ndim; ++i)
+            is_aligned &= t->stride[i] * size_of(t->dtype) % 16 == 0;
+        SPECRT_CHECK(is_aligned, t->name, ": expected rows at multiples of 16 bytes");
+    }
+    p.k = a.k.data;
+    p.v = a.v.data;
+    p.depth = a.depth.as<int32_t>();
+    p.cos_sin = a.cos_sin.as<float>();
+    for (int i = 0; i < 3; ++i) p.k_stride[i] = a.k.stride[i], p.v_stride[i] = a.v.stride[i];
+    p.depth_stride = a.depth.stride[0];
+    p.max_positions = static_cast<int32_t>(a.cos_sin.shape[0]);
+    return p;
+}
+
 }  // namespace
 
 Launch tree_attention(const TreeAttentionArgs& a) {
-    const int device = common_device(a.q, a.k_cache, a.v_cache, a.block_table, a.kv_len,
-                                     a.first_node, a.num_nodes, a.ancestors, a.out, a.workspace);
+    const int device =
+        common_device(a.q, a.k_cache, a.v_cache, a.block_table, a.kv_len, a.first_node, a.num_nodes,
+                      a.ancestors, a.out, a.workspace, a.k, a.v, a.depth, a.cos_sin);
     expect_float(a.q);
     expect(a.q, a.q.dtype, "[B, N, Hq, d]", -1, -1, -1, -1);
     const int64_t seqs = a.q.shape[0], nodes = a.q.shape[1], heads = a.q.shape[2];
@@ -80,8 +109,10 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.cache_dtype = a.k_cache.dtype;
     if (device != kCpu) {
         check_for_gpu(a, p);
+        p.append = append_params(a);
         return make_cuda_launch(tree_attention_cuda, p, device);
     }
+    SPECRT_CHECK(!a.k, "k: expected None on the CPU, where rope_append comes first");
     // Lengths are not known when a launch is recorded: this supposes a prefix of some 128 keys.
     const int64_t parts = 1 + seqs * nodes * heads * dim / 128;
     return make_launch(tree_attention_part_for(active_isa()), p, parts);

@@ -10,6 +10,7 @@
 #include "core/launch.cuh"
 #include "core/ptx.cuh"
 #include "core/vector.cuh"
+#include "tree_attention/append.cuh"
 #include "tree_attention/block.cuh"
 #include "tree_attention/state.cuh"
 #include "tree_attention/tree_attention.h"
@@ -80,8 +81,8 @@ struct KernelParams {
 // What a block works on, and where it lies.
 template <typename T>
 struct Work {
-    const T *keys, *values;  // this head's, of all pages
-    const int32_t* pages;    // this sequence's
+    T *keys, *values;      // this head's, of all pages
+    const int32_t* pages;  // this sequence's
     int seq, head, first_row;
     int prefix, num_nodes, tree_size;  // keys committed; rows that are nodes; slots of the tree
 };
@@ -108,8 +109,36 @@ __device__ __forceinline__ void fetch(const TreeAttentionParams& p, const Work<T
     }
 }
 
-// A thread's quarter of the queries of its warp's 16 rows; rows that are no node's are zero.
+// The rows of this call as keys and values of the tree: rotated and into the pool, and by the block
+// that `is_writer` into the cache too. Others never read those slots of the cache.
 template <typename T, int D>
+__device__ __forceinline__ void append_rows(const TreeAttentionParams& p, const Work<T>& w,
+                                            const Pool<T, D>& pool, bool is_writer) {
+    constexpr int kPairs = D / 16;  // of eight columns and their partners
+    const AppendParams& a = p.append;
+    const int first = w.tree_size - w.num_nodes;
+    for (int i = threadIdx.x; i < w.num_nodes * kPairs; i += blockDim.x) {
+        const int row = i / kPairs, column = i % kPairs * 8;
+        const T* key = static_cast<const T*>(a.k) + w.seq * a.k_stride[0] + row * a.k_stride[1] +
+                       w.head * a.k_stride[2] + column;
+        const T* value = static_cast<const T*>(a.v) + w.seq * a.v_stride[0] + row * a.v_stride[1] +
+                         w.head * a.v_stride[2] + column;
+        Vec<T> low = load_vec(key), high = load_vec(key + D / 2);
+        const Vec<T> value_low = load_vec(value), value_high = load_vec(value + D / 2);
+        rotate_key<T, D>(low, high, angles(a, w.seq, row, w.prefix, D) + column);
+        const int to = (kBlock + first + row) * kStride<D> + column;
+        store_vec(pool.keys + to, low), store_vec(pool.keys + to + D / 2, high);
+        store_vec(pool.values + to, value_low), store_vec(pool.values + to + D / 2, value_high);
+        const int slot = w.prefix + first + row;
+        if (!is_writer || slot / p.table.page_size >= p.table.max_pages) continue;
+        const int64_t at = offset_of(p, w, slot) + column;
+        store_vec(w.keys + at, low), store_vec(w.keys + at + D / 2, high);
+        store_vec(w.values + at, value_low), store_vec(w.values + at + D / 2, value_high);
+    }
+}
+
+// A thread's quarter of the queries of its warp's 16 rows; rows that are no node's are zero.
+template <typename T, int D, bool kAppends>
 __device__ __forceinline__ void read_queries(const TreeAttentionParams& p, const Work<T>& w,
                                              int warp_row, uint32_t (&q)[D / 16][4]) {
     const int lane = threadIdx.x % 32, active = w.num_nodes * p.group;
@@ -126,6 +155,9 @@ __device__ __forceinline__ void read_queries(const TreeAttentionParams& p, const
                 if (row < active) memcpy(&bits, from + 16 * k + 8 * half, 4);
                 q[k][2 * half + i] = bits;
             }
+        if constexpr (kAppends)
+            if (row < active)
+                rotate_queries<T, D>(q, i, angles(p.append, w.seq, node, w.prefix, D));
     }
 }
 
@@ -252,7 +284,7 @@ __device__ __forceinline__ void stream_prefix(const TreeAttentionParams& p, cons
     __syncthreads();
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kAppends>
 __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Work<T>& w,
                                          const BlockMemory<T, D>& memory, const Span& span,
                                          int warp_row, const uint32_t (&q)[D / 16][4], float scale,
@@ -261,8 +293,13 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
     const int left = w.num_nodes - first_node, most = blockDim.x / 2;
     const int num_local = left < most ? left : most;
     if (span.tail < w.prefix) fetch(p, w, memory.pool, 0, span.tail, w.prefix - span.tail);
-    fetch(p, w, memory.pool, kBlock, w.prefix, w.tree_size);
+    fetch(p, w, memory.pool, kBlock, w.prefix, w.tree_size - (kAppends ? w.num_nodes : 0));
     ptx::cp_async_commit();
+    if constexpr (kAppends) {
+        const bool has_end = span.begin + num_leaves * kLeaf > w.prefix / kBlock * kBlock;
+        const bool is_first = w.first_row == 0 && span.begin <= w.prefix / kBlock * kBlock;
+        append_rows(p, w, memory.pool, is_first && has_end);
+    }
     read_tree(p, w, memory.ancestors, memory.counts, num_local);
     ptx::cp_async_wait<0>();
     __syncthreads();
@@ -288,15 +325,15 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
     }
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kAppends>
 __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelParams k) {
     const TreeAttentionParams& p = k.p;
     const int unit = blockIdx.x, tile = blockIdx.y % k.plan.num_tiles;
     Work<T> w;
     w.seq = blockIdx.z;
     w.head = blockIdx.y / k.plan.num_tiles;
-    w.keys = static_cast<const T*>(p.k_cache) + int64_t{w.head} * D;
-    w.values = static_cast<const T*>(p.v_cache) + int64_t{w.head} * D;
+    w.keys = static_cast<T*>(p.k_cache) + int64_t{w.head} * D;
+    w.values = static_cast<T*>(p.v_cache) + int64_t{w.head} * D;
     w.pages = p.table.pages + w.seq * p.table.stride;
     w.prefix = p.kv_len[w.seq];
     w.num_nodes = min(p.num_nodes[w.seq], p.num_nodes_max);
@@ -328,11 +365,12 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     const Workspace workspace(k, tile_index, unit, num_units, memory.levels);
     const float scale = __fmul_rn(p.scale, kLog2E);
     uint32_t q[D / 16][4];
-    read_queries<T, D>(p, w, warp_row, q);
+    read_queries<T, D, kAppends>(p, w, warp_row, q);
     stream_prefix<T, D>(p, w, memory.pool, span, warp_row < active, q, scale, workspace.stack,
                         num_leaves, s);
     if (span.tail < span.end)
-        run_tail<T, D>(p, w, memory, span, warp_row, q, scale, workspace.stack, num_leaves, s);
+        run_tail<T, D, kAppends>(p, w, memory, span, warp_row, q, scale, workspace.stack,
+                                 num_leaves, s);
     SPECRT_SHARED(int, flag);
     if (merge_units(s, workspace.merge, unit, &flag)) write_rows(p, w, warp_row, s);
 }
@@ -342,7 +380,11 @@ void start(const KernelParams& k, CudaStream stream) {
     const TreeAttentionParams& p = k.p;
     const LaunchShape shape{dim3(k.plan.num_units, p.num_kv_heads * k.plan.num_tiles, p.num_seqs),
                             dim3(32 * k.plan.num_warps), k.plan.shared_bytes};
-    SPECRT_LAUNCH((tree_attention_kernel<T, D>), shape, stream, k);
+    if (p.append.k) {
+        SPECRT_LAUNCH((tree_attention_kernel<T, D, true>), shape, stream, k);
+    } else {
+        SPECRT_LAUNCH((tree_attention_kernel<T, D, false>), shape, stream, k);
+    }
 }
 
 template <typename T>

@@ -16,18 +16,30 @@ namespace specrt {
 struct TreeAttentionArgs {
     TensorView q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, out,
         workspace;
+    TensorView k, v, depth, cos_sin;  // all or none: keys and values still to be appended
     float scale;
+};
+
+// On a GPU q and the tree's keys may come before their rotation, as rope_append gets them; they are
+// rotated here, and keys and values appended.
+struct AppendParams {
+    const void *k, *v;     // [B, N, Hkv, d]; nullptr: nothing to append
+    const int32_t* depth;  // [B, N]
+    const float* cos_sin;  // [max_positions, d]: cosines of d / 2 angles, then sines
+    int64_t k_stride[3], v_stride[3], depth_stride;
+    int32_t max_positions;
 };
 
 struct TreeAttentionParams {
     static constexpr int kMaxWords = 2;  // trees of at most 128 nodes
     const void* q;                       // [B, N, Hq, d]
-    const void *k_cache, *v_cache;       // [P, page_size, Hkv, d]
+    void *k_cache, *v_cache;             // [P, page_size, Hkv, d]
     const int32_t *kv_len, *first_node, *num_nodes;
     const uint64_t* ancestors;  // [B, N, W]
     void* out;                  // [B, N, Hq, d]
     void* workspace;            // on a GPU: tickets, zero between launches, and scratch
     PageTable table;
+    AppendParams append;
     int64_t q_stride[3], out_stride[3], ancestors_stride[2];
     int32_t num_seqs, num_nodes_max, num_kv_heads, group, head_dim, num_words;  // group: Hq / Hkv
     float scale;

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from specrt import _C
 from specrt.ops.registry import register
+from specrt.ops.rope_append import rope_append
 
 register(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor kv_len,"
-    " Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale, Tensor(a!) out,"
-    " Tensor(b!)? workspace) -> ()",
+    "tree_attention(Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor block_table,"
+    " Tensor kv_len, Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale,"
+    " Tensor(a!) out, Tensor(b!)? workspace, Tensor? k, Tensor? v, Tensor? depth, Tensor? cos_sin)"
+    " -> ()",
     _C.tree_attention,
 )
+
+
+@dataclass(frozen=True)
+class Append:
+    """What :func:`specrt.ops.rope_append` would have rotated and appended before."""
+
+    k: torch.Tensor
+    """``[B, N, Hkv, d]`` in q's type, strided; on a GPU rows lie at multiples of 16 bytes."""
+    v: torch.Tensor
+    """Like ``k``."""
+    depth: torch.Tensor
+    """``[B, N]`` int32, distance from the root."""
+    cos_sin: torch.Tensor
+    """``[max_positions, d]`` float32 from ``specrt.models.rope.rope_table``."""
 
 
 def tree_attention(
@@ -27,6 +45,7 @@ def tree_attention(
     scale: float,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    append: Append | None = None,
 ) -> torch.Tensor:
     """``softmax(scale * q k^T) v`` over slots 0..kv_len-1, then the slots of the row's ancestors.
 
@@ -49,6 +68,8 @@ def tree_attention(
         out: like ``q``; made if not given.
         workspace: on a GPU, float32, at least :func:`tree_attention_workspace`, zeroed when it was
             made; launches of any shapes may share it, one after another. Made if not given.
+        append: ``q`` is not rotated yet, and the rows' keys and values are these. On a GPU that is
+            part of the launch; on the CPU ``rope_append`` runs first, and rotates ``q`` in place.
 
     Returns:
         ``out``.
@@ -65,11 +86,18 @@ def tree_attention(
             batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max, max_len
         )
         workspace = torch.zeros(floats, device=q.device)
+    if append is not None and not q.is_cuda:
+        rope_append(
+            q, append.k, append.v, append.depth, kv_len, first_node, num_nodes, block_table,
+            append.cos_sin, k_cache, v_cache,
+        )  # fmt: skip
+        append = None
+    new = (append.k, append.v, append.depth, append.cos_sin) if append else (None,) * 4
     is_compiling = torch.compiler.is_compiling()
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
     kernel(
         q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out,
-        workspace,
+        workspace, *new,
     )  # fmt: skip
     return out
 

@@ -1,17 +1,24 @@
+"""``tree_attention``: a row's bits are those of decoding it alone, whatever else there is."""
+
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from specrt import _C
+from specrt import _C, ops
 from specrt.ops import tree_attention
+from tests.ops.conftest import Backend
 from tests.oracles.paged import attend, lineage, make_pages, pack_bits, random_parents
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+NUM_TICKETS = 4096  # words at a workspace's beginning that are zero between launches
+CPU = Backend("cpu", torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -69,52 +76,86 @@ def make_case(
     )
 
 
-def run(case: Case, rows: slice | None = None, page_size: int = 16, num_pad: int = 0) -> Tensor:
+def queries(case: Case, backend: Backend, dtype: torch.dtype) -> Case:
+    """The case as a backend takes it: the tensor cores have queries in the cache's type."""
+    if not backend.runs_cuda_source:
+        return case
+    if dtype == torch.float32:
+        pytest.skip("the tensor cores take 16 bits")
+    return replace(case, q=case.q.to(dtype))
+
+
+def workspace_for(backend: Backend, q: Tensor, table: Tensor, k_cache: Tensor) -> Tensor | None:
+    """Poisoned, but for the tickets."""
+    if not backend.runs_cuda_source:
+        return None
+    (size, nodes, heads, dim), max_len = q.shape, table.shape[1] * k_cache.shape[1]
+    floats = ops.tree_attention_workspace(size, heads, k_cache.shape[2], dim, nodes, max_len)
+    workspace = torch.full((floats,), float("nan"), device=backend.device)
+    workspace[:NUM_TICKETS] = 0
+    return workspace
+
+
+def run(
+    case: Case,
+    rows: slice | None = None,
+    page_size: int = 16,
+    num_pad: int = 0,
+    backend: Backend = CPU,
+) -> Tensor:
     """The tree's rows (or some of them) in one call of one sequence; ``num_pad`` idle rows."""
     nodes = list(range(len(case.parents)))[rows or slice(None)]
     pages = make_pages(len(case.k), page_size, *case.k.shape[1:], case.k.dtype, case.generator)
     needed = torch.tensor(sorted({s for n in nodes for s in case.visible(n)}))
     pages.write(needed, case.k[needed], case.v[needed])  # all else stays NaN
     total = len(nodes) + num_pad
-    q = torch.full((1, total, *case.q.shape[1:]), float("nan"))
+    q = torch.full((1, total, *case.q.shape[1:]), float("nan"), dtype=case.q.dtype)
     q[0, : len(nodes)] = case.q[nodes]
     words = (len(case.parents) + 63) // 64
     bits = torch.full((1, total, words), -1, dtype=torch.int64)
     bits[0, : len(nodes)] = pack_bits([lineage(case.parents, n) for n in nodes], words)
-    out = torch.full_like(q, float("nan"))
-    tree_attention(
+    args = [
         q, pages.k, pages.v, pages.block_table[None], ints(case.prefix), ints(nodes[0]),
-        ints(len(nodes)), bits, case.scale, out,
-    )  # fmt: skip
+        ints(len(nodes)), bits,
+    ]  # fmt: skip
+    args = [tensor.to(backend.device) for tensor in args]
+    out = torch.full_like(args[0], float("nan"))
+    workspace = workspace_for(backend, args[0], args[3], args[1])
+    tree_attention(*args, case.scale, out, workspace)
+    if workspace is not None:
+        assert (workspace[:NUM_TICKETS].view(torch.int32) == 0).all()
+    out = out.cpu()
     assert (out[0, len(nodes) :] == 0).all()
     return out[0, : len(nodes)]
 
 
-def alone(case: Case, node: int) -> Tensor:
+def alone(case: Case, node: int, backend: Backend = CPU) -> Tensor:
     """The node decoded by itself after its ancestors were committed."""
     slots = case.visible(node)
     single = Case(
         len(slots) - 1, [-1], case.q[[node]], case.k[slots], case.v[slots], case.generator
     )
-    return run(single, page_size=7)[0]
+    return run(single, page_size=7, backend=backend)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix", [0, 61, 64, 190])
+@pytest.mark.parametrize("prefix", [0, 61, 64, 190, 250, 520])
 def test_a_node_in_a_tree_has_the_bits_of_decoding_it_alone(
-    prefix: int, dtype: torch.dtype
+    backend: Backend, prefix: int, dtype: torch.dtype
 ) -> None:
-    case = make_case(prefix, 41, dtype=dtype, seed=prefix)
-    out = run(case)
-    for node in range(41):
-        assert torch.equal(out[node], alone(case, node)), node
+    case = queries(make_case(prefix, 41, dtype=dtype, seed=prefix), backend, dtype)
+    out = run(case, backend=backend)
+    for node in range(0, 41, 5 if backend.name == "simt" else 1):
+        assert torch.equal(out[node], alone(case, node, backend)), node
 
 
-def test_a_chain_of_128_crosses_leaves_inside_the_tree() -> None:
-    case = make_case(50, 128, chain=True)
-    out = run(case)
-    for node in (0, 13, 14, 63, 64, 77, 78, 127):
-        assert torch.equal(out[node], alone(case, node)), node
+@pytest.mark.parametrize("prefix", [50, 200])
+def test_a_chain_of_128_crosses_leaves_inside_the_tree(backend: Backend, prefix: int) -> None:
+    dtype = torch.bfloat16
+    case = queries(make_case(prefix, 128, chain=True, dtype=dtype), backend, dtype)
+    out = run(case, backend=backend)
+    for node in (0, 13, 14, 55, 56, 63, 64, 77, 78, 127):
+        assert torch.equal(out[node], alone(case, node, backend)), node
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
@@ -130,7 +171,31 @@ def test_error_within_twice_torchs(dim: int, heads: tuple[int, int]) -> None:
         assert (out[node] - exact).abs().max() <= 2 * theirs + 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (7, 1), (40, 2)])
+def test_error_within_twice_torchs_in_16_bits(
+    backend: Backend, heads: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case(291, 9, heads, dim, dtype)
+    case = replace(case, q=case.q.to(dtype))
+    out = run(case, backend=backend)
+    for node in (0, 8):
+        slots = case.visible(node)
+        args = case.q[node], case.k[slots], case.v[slots], case.scale
+        exact = attend(*args, torch.float64)
+        theirs = (attend(*args, dtype) - exact).abs().max()
+        assert (out[node] - exact).abs().max() <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_16_bit_queries_are_read_exactly_and_outputs_rounded_once(dtype: torch.dtype) -> None:
+    case = make_case(70, 5, dtype=dtype)
+    case = replace(case, q=case.q.to(dtype))
+    assert torch.equal(run(case), run(replace(case, q=case.q.float())).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_reads_half_precision_caches_exactly(dtype: torch.dtype) -> None:
     case = make_case(70, 5, dtype=dtype)
     wide = Case(70, case.parents, case.q, case.k.float(), case.v.float(), case.generator)
@@ -153,11 +218,45 @@ def test_bits_do_not_depend_on_pages_rows_isa_or_threads() -> None:
         assert torch.equal(run(case), expected), isa
 
 
-def batch_arguments(cases: list[Case]) -> dict[str, Tensor | float]:
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (20, 1)])
+def test_bits_do_not_depend_on_pages_rows_or_padding(
+    backend: Backend, heads: tuple[int, int]
+) -> None:
+    case = queries(make_case(291, 37, heads, 80, torch.bfloat16), backend, torch.bfloat16)
+    expected = run(case, backend=backend)
+    for page_size in (3, 64):
+        assert torch.equal(run(case, page_size=page_size, backend=backend), expected)
+    assert torch.equal(run(case, num_pad=91, backend=backend), expected)
+    for rows in (slice(0, 1), slice(5, 6), slice(11, 30)):  # first_node > 0
+        assert torch.equal(run(case, rows, backend=backend), expected[rows])
+
+
+def simt() -> object:
+    """The shim's settings; the fixture puts them back for the next test."""
+    return importlib.import_module("tests.simt._simt")
+
+
+@pytest.mark.parametrize("num_nodes", [1, 60])
+def test_bits_do_not_depend_on_the_gpu(backend: Backend, num_nodes: int) -> None:
+    """Nor on how many leaves a block takes, where it keeps them, or who comes last."""
+    if backend.name != "simt":
+        pytest.skip("a GPU cannot be changed")
+    case = queries(make_case(1990, num_nodes, dtype=torch.bfloat16), backend, torch.bfloat16)
+    expected = run(case, backend=backend)
+    for seed, (num_sms, shared) in enumerate([(1, 232448), (1, 92160), (5, 166912), (64, 232448)]):
+        simt().set_schedule(seed)  # type: ignore[attr-defined]
+        simt().set_device(num_sms, shared)  # type: ignore[attr-defined]
+        assert torch.equal(run(case, backend=backend), expected), num_sms
+
+
+def batch_arguments(
+    cases: list[Case], backend: Backend = CPU
+) -> dict[str, Tensor | float | None]:
     """Ragged sequences in one cache, with q a strided view of a fused projection."""
     most = max(len(c.parents) for c in cases)
     heads, dim = cases[0].q.shape[1:]
-    fused = torch.full((len(cases), most, heads + 3, dim), float("nan"))
+    dtype = cases[0].q.dtype
+    fused = torch.full((len(cases), most, heads + 3, dim), float("nan"), dtype=dtype)
     q = fused[:, :, 1 : heads + 1]
     bits = torch.zeros(len(cases), most, 2, dtype=torch.int64)
     k, v, tables, start = [], [], [], 0
@@ -172,25 +271,35 @@ def batch_arguments(cases: list[Case]) -> dict[str, Tensor | float]:
         table[: len(pages.block_table)] = pages.block_table + start
         start += len(pages.k)
         k.append(pages.k), v.append(pages.v), tables.append(table)
-    return {
+    keys, table = torch.cat(k), torch.stack(tables)
+    args: dict[str, Tensor | float | None] = {
         "q": q,
-        "k_cache": torch.cat(k),
+        "k_cache": keys,
         "v_cache": torch.cat(v),
-        "block_table": torch.stack(tables),
+        "block_table": table,
         "kv_len": ints(*(c.prefix for c in cases)),
         "first_node": ints(*(0 for _ in cases)),
         "num_nodes": ints(*(len(c.parents) for c in cases)),
         "ancestors": bits,
         "scale": cases[0].scale,
-        "out": torch.full(q.shape, float("nan")),
+        "out": torch.full(q.shape, float("nan"), dtype=dtype),
     }
+    if backend.name == "cuda":
+        fused = fused.to(backend.device)  # q stays a strided view
+        args = {n: a.to(backend.device) if isinstance(a, Tensor) else a for n, a in args.items()}
+        args["q"] = fused[:, :, 1 : heads + 1]
+    args["workspace"] = workspace_for(backend, q, table, keys)
+    return args
 
 
-def test_a_ragged_batch_gives_each_sequence_its_own_bits() -> None:
-    cases = [make_case(p, n, seed=p) for p, n in ((0, 1), (63, 65), (300, 17))]
-    out = tree_attention(**batch_arguments(cases))  # type: ignore[arg-type]
+def test_a_ragged_batch_gives_each_sequence_its_own_bits(backend: Backend) -> None:
+    sizes = ((0, 1), (63, 65), (300, 17))
+    cases = [make_case(p, n, seed=p, dtype=torch.bfloat16) for p, n in sizes]
+    cases = [queries(case, backend, torch.bfloat16) for case in cases]
+    out = tree_attention(**batch_arguments(cases, backend)).cpu()  # type: ignore[arg-type]
     for b, case in enumerate(cases):
-        assert torch.equal(out[b, : len(case.parents)], run(case))
+        assert torch.equal(out[b, : len(case.parents)], run(case, backend=backend))
+        assert (out[b, len(case.parents) :] == 0).all()
 
 
 def test_counts_are_read_when_it_runs() -> None:
@@ -207,14 +316,34 @@ def test_counts_are_read_when_it_runs() -> None:
     assert (replayed[0, 3:] == 0).all()
 
 
-def test_nan_in_one_row_stays_there() -> None:
-    case = make_case(70, 12)
-    expected = run(case)
-    case.q[5] = float("nan")
-    out = run(case)
-    assert out[5].isnan().all()
-    keep = [i for i in range(12) if i != 5]
-    assert torch.equal(out[keep], expected[keep])
+@pytest.mark.parametrize("what", ["q", "k", "v"])
+def test_nan_stays_in_the_rows_that_see_it(backend: Backend, what: str) -> None:
+    case = queries(make_case(70, 12, dtype=torch.bfloat16), backend, torch.bfloat16)
+    expected = run(case, backend=backend)
+    getattr(case, what)[5 if what == "q" else 75] = float("nan")  # of node 5
+    out = run(case, backend=backend)
+    sees = [i for i in range(12) if i == 5 or (what != "q" and 5 in lineage(case.parents, i))]
+    assert out[sees].isnan().all()
+    keep = [i for i in range(12) if i not in sees]
+    assert keep and torch.equal(out[keep], expected[keep])
+
+
+def test_a_row_that_sees_nothing_is_zero(backend: Backend) -> None:
+    case = queries(make_case(0, 3, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    args["ancestors"][0, 1] = 0  # type: ignore[index]
+    out = tree_attention(**args)  # type: ignore[arg-type]
+    assert (out[0, 1] == 0).all() and (out[0, [0, 2]] != 0).all()
+
+
+def test_stray_bits_above_a_node_show_nothing(backend: Backend) -> None:
+    case = queries(make_case(20, 70, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    expected = tree_attention(**args).clone()  # type: ignore[arg-type]
+    for node in range(70):
+        stray = [*lineage(case.parents, node), *range(node + 1, 128)]
+        args["ancestors"][0, node] = pack_bits([stray], 2)[0]  # type: ignore[index]
+    assert torch.equal(tree_attention(**args), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ inline bfloat16 to_bfloat16(float x) {
     return {static_cast<uint16_t>(shift_rounded(bit_cast<uint32_t>(x), 16))};
 }
 
-inline float to_float(bfloat16 x) {
+inline float widen(bfloat16 x) {
     return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 
@@ -61,7 +61,7 @@ inline half to_half(float x) {
     return {static_cast<uint16_t>(sign | rounded)};
 }
 
-inline float to_float(half x) {
+inline float widen(half x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
     if (magnitude < 0x400) {  // zero or subnormal: a multiple of 2^-24
         const float value = static_cast<float>(magnitude) * 0x1p-24f;
@@ -85,7 +85,7 @@ inline simt::bfloat16 __float2bfloat16_rn(float x) {
     return simt::to_bfloat16(x);
 }
 inline float __bfloat162float(simt::bfloat16 x) {
-    return simt::to_float(x);
+    return simt::widen(x);
 }
 inline simt::half __float2half(float x) {
     return simt::to_half(x);
@@ -94,14 +94,14 @@ inline simt::half __float2half_rn(float x) {
     return simt::to_half(x);
 }
 inline float __half2float(simt::half x) {
-    return simt::to_float(x);
+    return simt::widen(x);
 }
 
 inline simt::bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {simt::to_bfloat16(x), simt::to_bfloat16(y)};
 }
 inline float2 __bfloat1622float2(simt::bfloat162 v) {
-    return {simt::to_float(v.x), simt::to_float(v.y)};
+    return {simt::widen(v.x), simt::widen(v.y)};
 }
 inline simt::bfloat162 __halves2bfloat162(simt::bfloat16 x, simt::bfloat16 y) {
     return {x, y};
@@ -110,7 +110,7 @@ inline simt::half2 __floats2half2_rn(float x, float y) {
     return {simt::to_half(x), simt::to_half(y)};
 }
 inline float2 __half22float2(simt::half2 v) {
-    return {simt::to_float(v.x), simt::to_float(v.y)};
+    return {simt::widen(v.x), simt::widen(v.y)};
 }
 inline simt::half2 __halves2half2(simt::half x, simt::half y) {
     return {x, y};

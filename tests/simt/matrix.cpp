@@ -55,7 +55,7 @@ struct Fragments {
 
 template <typename T>
 float element(uint32_t pair, unsigned i) {
-    return to_float(T{static_cast<uint16_t>(pair >> 16 * i)});
+    return widen(T{static_cast<uint16_t>(pair >> 16 * i)});
 }
 
 template <typename T>

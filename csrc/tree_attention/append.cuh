@@ -1,0 +1,70 @@
+// Rotation of queries and keys, and the append of the tree's keys and values to the cache, on the
+// way into attention: what rope_append does, to the bit, without a launch and a trip to memory.
+#pragma once
+#include "core/vector.cuh"
+#include "tree_attention/block.cuh"
+#include "tree_attention/tree_attention.h"
+
+namespace specrt::attention {
+
+// Where the cosines of a row's position begin. A node past the context limit is never accepted; the
+// clamp only keeps its read in bounds.
+__device__ __forceinline__ const float* angles(const AppendParams& a, int seq, int row, int prefix,
+                                               int head_dim) {
+    const int position = prefix + a.depth[seq * a.depth_stride + row];
+    return a.cos_sin + int64_t{min(position, a.max_positions - 1)} * head_dim;
+}
+
+struct Rotated {
+    float low, high;
+};
+
+// Products and sums are rounded one by one, as in rope_append.
+__device__ __forceinline__ Rotated rotate(float low, float high, float cosine, float sine) {
+    return {__fsub_rn(__fmul_rn(low, cosine), __fmul_rn(high, sine)),
+            __fadd_rn(__fmul_rn(high, cosine), __fmul_rn(low, sine))};
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint32_t bits, float (&x)[2]) {
+    T two[2];
+    memcpy(two, &bits, 4);
+    x[0] = to_float(two[0]), x[1] = to_float(two[1]);
+}
+
+// Rotates row i (0 or 1) of a thread's queries. Column c pairs with c + D / 2, and D / 2 is a
+// multiple of 8: both are the thread's own.
+template <typename T, int D>
+__device__ __forceinline__ void rotate_queries(uint32_t (&q)[D / 16][4], int i,
+                                               const float* cosines) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {  // eight columns each
+        const int other = c + D / 16;
+        uint32_t &low_bits = q[c / 2][c % 2 * 2 + i], &high_bits = q[other / 2][other % 2 * 2 + i];
+        float low[2], high[2];
+        unpack<T>(low_bits, low);
+        unpack<T>(high_bits, high);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int at = 8 * c + column + e;
+            const Rotated r = rotate(low[e], high[e], cosines[at], cosines[D / 2 + at]);
+            low[e] = r.low, high[e] = r.high;
+        }
+        low_bits = pack<T>(low[0], low[1]);
+        high_bits = pack<T>(high[0], high[1]);
+    }
+}
+
+// Eight columns of the lower half of a key and their partners, rotated in place.
+template <typename T, int D>
+__device__ __forceinline__ void rotate_key(Vec<T>& low, Vec<T>& high, const float* cosines) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        const Rotated r =
+            rotate(to_float(low.at[e]), to_float(high.at[e]), cosines[e], cosines[D / 2 + e]);
+        low.at[e] = from_float<T>(r.low), high.at[e] = from_float<T>(r.high);
+    }
+}
+
+}  // namespace specrt::attention
