@@ -124,11 +124,6 @@ def test_ancestor_bits(nodes: int) -> None:
         assert {j for j in range(nodes) if value >> j & 1} == line
 
 
-def test_one_of_each_on_the_cpu() -> None:
-    place = small_kernels_cuda.Place("cpu", torch.float32)
-    assert one_of_each.run_small_kernels(place) == 4 * 3 * 3
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize(("batch", "prefix", "nodes"), [(1, 130, 1), (2, 70, 65)])
 def test_baselines_compute_tree_attention(

@@ -249,9 +249,7 @@ def test_bits_do_not_depend_on_the_gpu(backend: Backend, num_nodes: int) -> None
         assert torch.equal(run(case, backend=backend), expected), num_sms
 
 
-def batch_arguments(
-    cases: list[Case], backend: Backend = CPU
-) -> dict[str, Tensor | float | None]:
+def batch_arguments(cases: list[Case], backend: Backend = CPU) -> dict[str, Tensor | float | None]:
     """Ragged sequences in one cache, with q a strided view of a fused projection."""
     most = max(len(c.parents) for c in cases)
     heads, dim = cases[0].q.shape[1:]
