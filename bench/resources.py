@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,11 +130,15 @@ def from_compiler() -> list[Resources]:
 def _compile_commands() -> list[list[str]]:
     files = (ROOT / "build").glob("*/*/compile_commands.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        entries = json.loads(file.read_text())
-        found = [shlex.split(e["command"]) for e in entries if e["file"].endswith(".cu")]
-        if found:
+        if found := nvcc_commands(json.loads(file.read_text())):
             return found
     raise FileNotFoundError("no build has CUDA: run `SPECRT_CUDA=ON make ext`")
+
+
+def nvcc_commands(entries: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Those of ``compile_commands.json``; the shim compiles .cu files too, as C++."""
+    commands = [shlex.split(entry["command"]) for entry in entries]
+    return [command for command in commands if Path(command[0]).name == "nvcc"]
 
 
 def _without_output(command: Sequence[str]) -> Iterator[str]:

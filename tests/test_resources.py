@@ -87,6 +87,11 @@ def test_table_of_resources() -> None:
     ]
 
 
+def test_files_that_the_shim_compiles_are_left_out() -> None:
+    entries = [{"command": f"{compiler} -c a.cu"} for compiler in ("/bin/c++", "/cuda/bin/nvcc")]
+    assert resources.nvcc_commands(entries) == [["/cuda/bin/nvcc", "-c", "a.cu"]]
+
+
 def test_outputs_of_a_compile_command_are_left_out() -> None:
     command = ["nvcc", "-O3", "-MD", "-MT", "a.o", "-MF", "a.d", "-x", "cu", "-c", "a.cu"]
     kept = list(resources._without_output([*command, "-o", "a.o"]))
