@@ -18,6 +18,11 @@ __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p) {
     return *reinterpret_cast<const Pack<T, kSize>*>(p);
 }
 template <int kSize, typename T>
+__device__ __forceinline__ void store_shared_pack(T* p, const Pack<T, kSize>& pack) {
+    *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
+}
+// To global memory.
+template <int kSize, typename T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack) {
 #if !defined(SPECRT_SIMT)
     // Asked for by name: nvcc 13.0 may make one store for each value of an assignment.

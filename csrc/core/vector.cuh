@@ -1,4 +1,4 @@
-// Sixteen bytes at a time, and the floats in them.
+// Values of any of the three types as floats, and back.
 #pragma once
 #include <type_traits>
 
@@ -34,21 +34,6 @@ void with_float_type(DType dtype, F&& f) {
     if (dtype == DType::kBFloat16) return f(bf16_t{});
     if (dtype == DType::kFloat16) return f(f16_t{});
     f(0.0f);
-}
-
-template <typename T>
-struct alignas(16) Vec {
-    static constexpr int kSize = 16 / sizeof(T);
-    T at[kSize];
-};
-
-template <typename T>
-__device__ __forceinline__ Vec<T> load_vec(const T* p) {
-    return *reinterpret_cast<const Vec<T>*>(p);
-}
-template <typename T>
-__device__ __forceinline__ void store_vec(T* p, const Vec<T>& v) {
-    *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
 }  // namespace specrt

@@ -6,8 +6,9 @@ namespace {
 
 template <typename T>
 void add_into(T* residual, const T* x, int64_t width) {
-    for (int64_t i = 0; i < width; ++i)
-        from_float(to_float(residual[i]) + to_float(x[i]), residual + i);
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) store(add(load(residual + i), load(x + i)), residual + i);
+    for (; i < width; ++i) from_float(to_float(residual[i]) + to_float(x[i]), residual + i);
 }
 
 template <typename T>

@@ -1,7 +1,7 @@
 // Rotation of queries and keys, and the append of the tree's keys and values to the cache, on the
 // way into attention: what rope_append does, to the bit, without a launch and a trip to memory.
 #pragma once
-#include "core/vector.cuh"
+#include "core/pack.cuh"
 #include "tree_attention/block.cuh"
 #include "tree_attention/tree_attention.h"
 
@@ -58,7 +58,8 @@ __device__ __forceinline__ void rotate_queries(uint32_t (&q)[D / 16][4], int i,
 
 // Eight columns of the lower half of a key and their partners, rotated in place.
 template <typename T, int D>
-__device__ __forceinline__ void rotate_key(Vec<T>& low, Vec<T>& high, const float* cosines) {
+__device__ __forceinline__ void rotate_key(Pack<T, 8>& low, Pack<T, 8>& high,
+                                           const float* cosines) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
         const Rotated r =

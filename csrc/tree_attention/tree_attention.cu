@@ -8,8 +8,8 @@
 // The prefix is streamed through three stages of shared memory by cp.async. The last block of the
 // prefix and the tree's own slots come last, in the same memory, and are looked up row by row.
 #include "core/launch.cuh"
+#include "core/pack.cuh"
 #include "core/ptx.cuh"
-#include "core/vector.cuh"
 #include "tree_attention/append.cuh"
 #include "tree_attention/block.cuh"
 #include "tree_attention/state.cuh"
@@ -91,7 +91,9 @@ template <typename T>
 __device__ __forceinline__ int64_t offset_of(const TreeAttentionParams& p, const Work<T>& w,
                                              int slot) {
     const int page = slot / p.table.page_size, row = slot - page * p.table.page_size;
-    const int64_t at = int64_t{w.pages[page]} * p.table.page_size + row;
+    // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
+    const int known = min(page, p.table.max_pages - 1);
+    const int64_t at = int64_t{w.pages[known]} * p.table.page_size + row;
     return at * p.num_kv_heads * p.head_dim;
 }
 
@@ -123,17 +125,18 @@ __device__ __forceinline__ void append_rows(const TreeAttentionParams& p, const 
                        w.head * a.k_stride[2] + column;
         const T* value = static_cast<const T*>(a.v) + w.seq * a.v_stride[0] + row * a.v_stride[1] +
                          w.head * a.v_stride[2] + column;
-        Vec<T> low = load_vec(key), high = load_vec(key + D / 2);
-        const Vec<T> value_low = load_vec(value), value_high = load_vec(value + D / 2);
+        Pack<T, 8> low = load_pack<8>(key), high = load_pack<8>(key + D / 2);
+        const Pack<T, 8> value_low = load_pack<8>(value), value_high = load_pack<8>(value + D / 2);
         rotate_key<T, D>(low, high, angles(a, w.seq, row, w.prefix, D) + column);
         const int to = (kBlock + first + row) * kStride<D> + column;
-        store_vec(pool.keys + to, low), store_vec(pool.keys + to + D / 2, high);
-        store_vec(pool.values + to, value_low), store_vec(pool.values + to + D / 2, value_high);
+        store_shared_pack(pool.keys + to, low), store_shared_pack(pool.keys + to + D / 2, high);
+        store_shared_pack(pool.values + to, value_low),
+            store_shared_pack(pool.values + to + D / 2, value_high);
         const int slot = w.prefix + first + row;
         if (!is_writer || slot / p.table.page_size >= p.table.max_pages) continue;
         const int64_t at = offset_of(p, w, slot) + column;
-        store_vec(w.keys + at, low), store_vec(w.keys + at + D / 2, high);
-        store_vec(w.values + at, value_low), store_vec(w.values + at + D / 2, value_high);
+        store_pack(w.keys + at, low), store_pack(w.keys + at + D / 2, high);
+        store_pack(w.values + at, value_low), store_pack(w.values + at + D / 2, value_high);
     }
 }
 

@@ -28,6 +28,15 @@ class Backend:
         return self.name != "cpu"
 
 
+class OnAnotherGpu:
+    """A tensor as the extension sees it, by duck type, but on GPU 1: nobody may read its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.device = torch.device("cuda", 1)
+
+
 def needs_gpu(*values: object, id: str) -> object:
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
     return pytest.param(*values, id=id, marks=no_gpu)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from specrt import ops
-from tests.ops.conftest import Backend
+from tests.ops.conftest import Backend, OnAnotherGpu
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -167,6 +169,15 @@ def test_compiles_and_makes_its_own_tickets(device: torch.device) -> None:
 def test_a_wrong_argument_is_named(backend: Backend, name: str, value: Tensor) -> None:
     args = make_arguments(device=backend.device) | {name: value.to(backend.device)}
     with pytest.raises(ValueError, match=f"^{name}:"):
+        ops.kv_commit(**args)
+
+
+@pytest.mark.parametrize("name", ["block_table", "path", "num_path", "kv_len"])
+def test_tensors_on_two_devices_are_named(name: str) -> None:
+    args: dict[str, Any] = {**make_arguments()}
+    args[name] = OnAnotherGpu(args[name])
+    message = f"^{name}: expected a tensor on cpu as kv is, got one on cuda:1"
+    with pytest.raises(ValueError, match=message):
         ops.kv_commit(**args)
 
 

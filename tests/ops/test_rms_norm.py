@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from specrt import _C, ops
-from tests.ops.conftest import Backend
+from tests.ops.conftest import Backend, OnAnotherGpu
 
 Tensor = torch.Tensor
 EPS = 1e-6
@@ -89,7 +91,7 @@ def test_heads_of_a_packed_row_in_place(backend: Backend, width: int, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [33, 256, 2048])
+@pytest.mark.parametrize("width", [33, 256, 1000, 2048])
 def test_bits_depend_on_the_row_alone(backend: Backend, width: int, dtype: torch.dtype) -> None:
     rows = 300 if backend.name != "simt" else 30
     x = random(rows, width, dtype=dtype).to(backend.device)
@@ -159,6 +161,16 @@ def test_wrong_arguments_are_named(
     moved = {name: value.to(backend.device) for name, value in (tensors | change).items()}
     with pytest.raises(ValueError, match=message):
         ops.rms_norm(**moved, eps=EPS)
+
+
+@pytest.mark.parametrize("name", ["weight", "residual", "out"])
+def test_tensors_on_two_devices_are_named(name: str) -> None:
+    tensors: dict[str, Any] = {n: torch.zeros(2, 16) for n in ("x", "residual", "out")}
+    tensors["weight"] = torch.zeros(16)
+    tensors[name] = OnAnotherGpu(tensors[name])
+    message = f"^{name}: expected a tensor on cpu as x is, got one on cuda:1"
+    with pytest.raises(ValueError, match=message):
+        ops.rms_norm(**tensors, eps=EPS)
 
 
 def test_under_torch_compile(device: torch.device) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from specrt import _C, ops
 from specrt.models.rope import rope_table
-from tests.ops.conftest import Backend
+from tests.ops.conftest import Backend, OnAnotherGpu
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -178,6 +180,15 @@ def test_bits_do_not_depend_on_isa_or_threads(dtype: torch.dtype) -> None:
 def test_a_wrong_argument_is_named(backend: Backend, name: str, value: Tensor) -> None:
     args = make_arguments(device=backend.device) | {name: value.to(backend.device)}
     with pytest.raises(ValueError, match=f"^{name}:"):
+        ops.rope_append(**args)
+
+
+@pytest.mark.parametrize("name", [name for name in make_arguments() if name != "q"])
+def test_tensors_on_two_devices_are_named(name: str) -> None:
+    args: dict[str, Any] = {**make_arguments()}
+    args[name] = OnAnotherGpu(args[name])
+    message = f"^{name}: expected a tensor on cpu as q is, got one on cuda:1"
+    with pytest.raises(ValueError, match=message):
         ops.rope_append(**args)
 
 

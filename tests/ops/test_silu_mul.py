@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from specrt import _C, ops
-from tests.ops.conftest import Backend
+from tests.ops.conftest import Backend, OnAnotherGpu
 
 Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,15 +45,18 @@ def test_relative_error_over_the_whole_range(backend: Backend, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extremes(backend: Backend, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
-    row = [100.0, -100.0, 0.0, inf, nan, 1.0, 1.0, 1.0, 1.0, 1.0]
-    out = ops.silu_mul(torch.tensor([row], dtype=dtype, device=backend.device))[0]
-    assert out[0] == 100 and abs(float(out[1])) < 1e-30 and out[2] == 0
-    assert out[3] == inf and out[4].isnan()
+    gate = torch.tensor([100.0, -100.0, 0.0, inf, nan], dtype=dtype).repeat(8)[:37]
+    row = torch.cat([gate, torch.ones_like(gate)])[None].to(backend.device)
+    for out in ops.silu_mul(row)[0, :35].view(7, 5):  # in vectors, and in the tail
+        assert out[0] == 100 and abs(float(out[1])) < 1e-30 and out[2] == 0
+        assert out[3] == inf and out[4].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_rows_isa_or_threads(dtype: torch.dtype) -> None:
     x = random(50, 2 * 411, seed=1, dtype=dtype)
+    x[1, :411], x[1, 411:] = torch.linspace(-25, 0, 411), 1  # down to subnormals of float16
+    x[2] = 1000  # and past its largest number
     expected = ops.silu_mul(x)
     isa, threads = _C.active_isa(), torch.get_num_threads()
     try:
@@ -105,6 +110,13 @@ def test_a_wrong_argument_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ops.silu_mul(gate_up.to(backend.device), out.to(backend.device))
+
+
+def test_tensors_on_two_devices_are_named() -> None:
+    out: Any = OnAnotherGpu(torch.zeros(2, 2))
+    message = "^out: expected a tensor on cpu as gate_up is, got one on cuda:1"
+    with pytest.raises(ValueError, match=message):
+        ops.silu_mul(torch.zeros(2, 4), out)
 
 
 def test_compiles(device: torch.device) -> None:

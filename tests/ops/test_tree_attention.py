@@ -18,6 +18,10 @@ Tensor = torch.Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
 NUM_TICKETS = 4096  # words at a workspace's beginning that are zero between launches
+ARGUMENTS = (
+    "q", "k_cache", "v_cache", "block_table", "kv_len", "first_node", "num_nodes", "ancestors",
+    "scale", "out", "workspace",
+)  # fmt: skip
 CPU = Backend("cpu", torch.device("cpu"))
 
 
@@ -28,6 +32,11 @@ def restore_settings() -> Iterator[None]:
     yield
     _C.set_isa(isa)
     torch.set_num_threads(threads)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN included."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def ints(*values: int) -> Tensor:
@@ -312,6 +321,40 @@ def test_counts_are_read_when_it_runs() -> None:
     replayed = args["out"].clone()  # type: ignore[union-attr]
     assert torch.equal(replayed, tree_attention(**args))  # type: ignore[arg-type]
     assert (replayed[0, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+def test_appending_on_the_way_is_rope_append_before_it(
+    backend: Backend, dim: int, heads: tuple[int, int]
+) -> None:
+    dtype = torch.bfloat16 if backend.runs_cuda_source else torch.float32
+    cases = [make_case(p, n, heads, dim, dtype) for p, n in ((0, 1), (61, 40), (250, 70))]
+    cases = [replace(case, q=case.q.to(dtype)) for case in cases]
+    g = torch.Generator().manual_seed(1)
+    shape = (len(cases), 70, heads[1], dim)
+    k, v = (torch.randn(shape, generator=g).to(dtype).to(backend.device) for _ in range(2))
+    depth = torch.randint(0, 9, shape[:2], generator=g, dtype=torch.int32).to(backend.device)
+    cos_sin = torch.randn(300, dim, generator=g).to(backend.device)  # shorter than the sequences
+    first, second = batch_arguments(cases, backend), batch_arguments(cases, backend)
+    for name in ("k_cache", "v_cache"):
+        second[name] = first[name].clone()  # type: ignore[union-attr]
+    slots = ("kv_len", "first_node", "num_nodes", "block_table")
+    ops.rope_append(
+        first["q"], k, v, depth, *(first[n] for n in slots), cos_sin, first["k_cache"],
+        first["v_cache"],
+    )  # fmt: skip
+    expected = tree_attention(**first)  # type: ignore[arg-type]
+    if backend.runs_cuda_source:
+        # What the wrapper calls on a GPU; under the shim it sees CPU tensors.
+        kernel = importlib.import_module("specrt.ops.tree_attention")._C.tree_attention
+        kernel(*(second[name] for name in ARGUMENTS), k, v, depth, cos_sin)
+        out = second["out"]
+    else:
+        out = tree_attention(**second, append=ops.Append(k, v, depth, cos_sin))  # type: ignore[arg-type]
+    assert torch.equal(out, expected)  # type: ignore[arg-type]
+    for name in ("k_cache", "v_cache"):
+        assert same_bits(first[name], second[name])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v"])

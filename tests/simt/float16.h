@@ -16,6 +16,9 @@ inline To bit_cast(const From& from) {
     return to;
 }
 
+// In a namespace without functions, lest argument-dependent look-up finds ours beside a kernel's.
+namespace types {
+
 struct bfloat16 {
     uint16_t bits;
 };
@@ -28,6 +31,13 @@ struct alignas(4) bfloat162 {
 struct alignas(4) half2 {
     half x, y;
 };
+
+}  // namespace types
+
+using types::bfloat16;
+using types::bfloat162;
+using types::half;
+using types::half2;
 
 // `value` without its lowest `shift` bits, rounded.
 inline uint32_t shift_rounded(uint32_t value, int shift) {

@@ -76,7 +76,9 @@ void GuardedCopies::write_back() {
         const Copy& copy = copies_[i];
         const unsigned char* hit = first_overwritten(copy.page, copy.begin);
         if (!hit) hit = first_overwritten(copy.begin + copy.bytes, copy.page + copy.num_paged);
-        if (hit) throw std::runtime_error("out-of-bounds write " + describe_here(hit));
+        if (hit)
+            throw std::runtime_error("kernel " + last_kernel() + ": out-of-bounds write " +
+                                     describe_here(hit));
     }
     // Memory that did not change may be read-only (a mapped file).
     for (const Copy& copy : copies_)

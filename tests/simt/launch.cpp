@@ -18,6 +18,7 @@ struct Machine {
     std::mutex turn;
     Settings settings;
     uint64_t num_launches = 0;
+    std::string last_kernel;
     StackPool stacks;
     std::vector<std::unique_ptr<SharedArena>> arenas;
 };
@@ -82,10 +83,15 @@ uint64_t num_launches() {
     return machine().num_launches;
 }
 
+std::string last_kernel() {
+    return machine().last_kernel;
+}
+
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
             std::function<void()> body) {
     Machine& m = machine();
     std::lock_guard<std::mutex> lock(m.turn);
+    m.last_kernel = name;
     check_limits(name, grid, block, shared_bytes);
     Scheduler current({name, grid, block, shared_bytes, &body}, m.settings, m.stacks, m.arenas);
     const Session session(current);

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #include "cuda_types.h"
 
@@ -18,7 +19,8 @@ struct Settings {
 
 Settings settings();
 void set_settings(const Settings& settings);
-uint64_t num_launches();  // since the process began
+uint64_t num_launches();  // that ended well, since the process began
+std::string last_kernel();
 
 inline int num_sms() {
     return settings().num_sms;

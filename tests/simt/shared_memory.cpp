@@ -11,8 +11,10 @@
 namespace simt {
 namespace {
 
-constexpr size_t kZone = 128;              // bytes of pattern between two allocations
-constexpr size_t kGuardBytes = 64 * 1024;  // faults
+constexpr size_t kZone = 128;            // bytes of pattern between two allocations
+constexpr size_t kGuardBytes = 4 << 20;  // each side, faults; address space, not memory
+constexpr size_t kMaxZones = 64 * 1024;
+constexpr size_t kPage = 64 * 1024;  // of whatever machine
 constexpr size_t kStaticLimit = 48 * 1024;
 
 unsigned char canary_at(const unsigned char* address) {
@@ -36,7 +38,7 @@ const unsigned char* first_overwritten(const unsigned char* begin, const unsigne
 }
 
 SharedArena::SharedArena(size_t max_bytes)
-    : max_bytes_(max_bytes), capacity_(round_up(max_bytes + 64 * 1024, kGuardBytes)) {
+    : max_bytes_(max_bytes), capacity_(round_up(max_bytes + kMaxZones, kPage)) {
     void* memory = mmap(nullptr, capacity_ + 2 * kGuardBytes, PROT_NONE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for shared memory");
