@@ -17,7 +17,7 @@ export SPECRT_WERROR ?= ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench ext simt clean
+.PHONY: help demo test test-slow lint format bench gpu-check ext simt clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -50,6 +50,11 @@ bench: ext  ## every benchmark; results land in bench/results/local
 	    echo "== $$script"; \
 	    $(PY) -m bench.$$(basename $$script .py) --save bench/results/local; \
 	done
+
+# A GPU's machine may have no network: $(PYTHON) serves if it has torch, pybind11 and pytest.
+gpu-check:  ## on a GPU: build, tests, sanitizers, benchmarks; without one the shim's tests
+	@$(PYTHON) -m bench.gpu_check --fits || $(MAKE) $(READY) || echo "no .venv: trying $(PYTHON)"
+	@$(PYTHON) -m bench.gpu_check $(GPU_CHECK_ARGS)
 
 ext: $(READY)  ## build the extension in place; compiles only what changed
 	@mkdir -p build

@@ -3,7 +3,7 @@
 The first table times ``rms_norm``, ``rope_append``, ``silu_mul`` and ``kv_commit`` at 1, 8 and 64
 rows (kv_commit: committed rows, one slot further down) of the bundled model's and of Llama-3-8B's
 shape, one Python call each. Rows named ``call:`` are every op on the least work it takes, that is,
-wrapper and binding alone; the goal is 3 µs.
+wrapper and binding alone; the goal is 3 µs. ``--device cuda`` is ``small_kernels_cuda.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bench import gpu
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt import ops
 from specrt.models.rope import rope_table
@@ -240,7 +241,15 @@ def _row(name: str, shape: str, rows: int, ours: float | None, torchs: float | N
 
 def main() -> None:
     """Measure and report."""
-    args = start(parser(__doc__))
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments)
+    args = start(arguments)
+    if args.device == "cuda":
+        gpu.require_gpu()
+        from bench import small_kernels_cuda
+
+        small_kernels_cuda.run(args)
+        return
     calls = bench_calls(args.quick)
     summary = {"slowest_call_us": max(row["us"] for row in calls if row["us"] is not None)}
     report("small_kernels", bench_kernels(args.quick) + calls, save=args.save, summary=summary)

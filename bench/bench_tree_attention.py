@@ -1,60 +1,55 @@
-"""Tree attention against torch's SDPA with a mask over gathered keys and values."""
+"""Tree attention against torch's SDPA with a mask over gathered keys and values.
+
+``--device cuda`` has more contenders and the shapes of large models: ``tree_attention_cuda.py``.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from bench import gpu
+from bench.attention_inputs import Heads, Indices, Shape, Tensors
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt.ops import tree_attention
 
-HEADS = {"bundled": (4, 2, 64), "llama-3-8b": (32, 8, 128)}
+HEADS = {"bundled": Heads(4, 2, 64), "llama-3-8b": Heads(32, 8, 128)}
 PAGE_SIZE = 16
 
 
 def one_shape(name: str, prefix: int, nodes: int, dtype: torch.dtype) -> Row:
-    heads, kv_heads, dim = HEADS[name]
-    total = prefix + nodes
-    pages = -(-total // PAGE_SIZE)
-    q = torch.randn(1, nodes, heads, dim)
-    k_cache = torch.randn(pages, PAGE_SIZE, kv_heads, dim).to(dtype)
-    v_cache = torch.randn(pages, PAGE_SIZE, kv_heads, dim).to(dtype)
-    table = torch.randperm(pages).int()[None]
-    parents = [(i - 1) // 2 for i in range(nodes)]  # a binary tree; the root's is -1
-    mask = torch.zeros(nodes, total, dtype=torch.bool)
-    mask[:, :prefix] = True
-    ancestors = torch.zeros(1, nodes, 1, dtype=torch.int64)
-    for i in range(nodes):
-        if i:
-            mask[i] = mask[parents[i]]
-            ancestors[0, i] = ancestors[0, parents[i]]
-        mask[i, prefix + i] = True
-        ancestors[0, i, 0] |= 1 << i
-    kv_len = torch.tensor([prefix], dtype=torch.int32)
-    first_node = torch.zeros(1, dtype=torch.int32)
-    num_nodes = torch.tensor([nodes], dtype=torch.int32)
-    out, scale = torch.empty_like(q), dim**-0.5
+    heads = HEADS[name]
+    shape = Shape(heads, 1, prefix, nodes, PAGE_SIZE)
+    indices = Indices(shape, "cpu")
+    tensors = Tensors(shape, "cpu", torch.float32, dtype)
+    scale = heads.head_dim**-0.5
 
     def ours() -> None:
         tree_attention(
-            q, k_cache, v_cache, table, kv_len, first_node, num_nodes, ancestors, scale, out
+            tensors.q,
+            tensors.k_cache,
+            tensors.v_cache,
+            indices.table,
+            indices.kv_len,
+            indices.first_node,
+            indices.num_nodes,
+            indices.ancestors,
+            scale,
+            tensors.out,
         )
 
     # Gathered beforehand, in the cache's type, heads first: the baseline pays for attention alone.
-    keys, values = (
-        c[table[0].long()].flatten(0, 1)[:total].transpose(0, 1)[None].contiguous()
-        for c in (k_cache, v_cache)
-    )
-    queries = q.to(dtype).transpose(1, 2).contiguous()
+    keys, values = tensors.gathered(shape, indices.table)
+    queries = tensors.q.to(dtype).transpose(1, 2).contiguous()
 
     def sdpa() -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+            queries, keys, values, attn_mask=indices.mask, scale=scale, enable_gqa=True
         )
 
     ours()
-    torch.testing.assert_close(out.transpose(1, 2), sdpa().float(), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(tensors.out.transpose(1, 2), sdpa().float(), atol=2e-2, rtol=2e-2)
     seconds = measure_interleaved({"specrt": ours, "sdpa": sdpa}, min_time=0.05, rounds=10)
-    flops = 4 * heads * dim * int(mask.sum())
+    flops = 4 * heads.num_heads * heads.head_dim * int(indices.mask.sum())
     return {
         "heads": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -68,8 +63,16 @@ def one_shape(name: str, prefix: int, nodes: int, dtype: torch.dtype) -> Row:
 
 
 def main() -> None:
-    args = start(parser(__doc__))
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments)
+    args = start(arguments)
     torch.manual_seed(0)
+    if args.device == "cuda":
+        gpu.require_gpu()
+        from bench import tree_attention_cuda
+
+        tree_attention_cuda.run(args)
+        return
     rows = [
         one_shape(name, prefix, nodes, dtype)
         for name in HEADS

@@ -9,7 +9,6 @@ import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from bench.commit import git_commit
 
 Row = dict[str, Any]
 _SETTLE = 0.01  # seconds
@@ -147,7 +148,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -158,6 +159,7 @@ def report(
     *,
     save: Path | None = None,
     summary: Mapping[str, Any] | None = None,
+    gpu: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the rows as a table, then as the last line one JSON object; save it on request.
 
@@ -166,6 +168,7 @@ def report(
         rows: one dict a line; the keys of the first are the columns. Not empty.
         save: a folder for ``<name>.json``, the ``--save`` of :func:`parser`.
         summary: figures beside the rows.
+        gpu: facts of the GPU it ran on, kept with the environment.
     """
     table = Table(title=name)
     for column in rows[0]:
@@ -177,7 +180,7 @@ def report(
     result = {
         "name": name,
         "command": _command(),
-        "environment": environment(),
+        "environment": environment() | ({"gpu": dict(gpu)} if gpu else {}),
         "summary": dict(summary or {}),
         "rows": list(rows),
     }
@@ -222,20 +225,4 @@ def _l3_size() -> str | None:
     try:
         return Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
     except OSError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit, marked ``+`` when tracked files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
         return None

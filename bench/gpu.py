@@ -1,0 +1,270 @@
+"""Timing on a GPU: graphs of many launches, its facts and clocks, and its two ceilings.
+
+Run by itself (``python -m bench.gpu``) it prints the facts of the first GPU as one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.limits import Ceilings
+
+Launch = Callable[[], object]
+OURS = "ours"
+_GRAPH_SECONDS = 2e-3
+_MOST_LAUNCHES = 400
+_SMI_FIELDS = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "max_sm_mhz": "clocks.max.sm",
+    "power_w": "power.draw",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a benchmark that has a CUDA side."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="with --device cuda: begin no shape after so long; those left out are named",
+    )
+
+
+def require_gpu() -> None:
+    """Leave with a message unless the kernels can run on a GPU here."""
+    from specrt.ops.build import build_info
+
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU on this machine")
+    if build_info().cuda is None:
+        raise SystemExit(
+            "--device cuda: this build has no CUDA kernels; SPECRT_CUDA=ON make ext builds them"
+        )
+
+
+# --- facts ------------------------------------------------------------------------------------
+
+
+def facts() -> dict[str, Any]:
+    """Name, size, driver and clocks of the first GPU, as they are; nothing is ever set."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "num_sms": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        **clocks(),
+    }
+
+
+def clocks() -> dict[str, Any]:
+    """Clocks, power and temperature now, from nvidia-ml-py, else nvidia-smi, else nothing."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    try:
+        return _clocks_nvml(uuid)
+    except Exception as error:
+        reason = f"nvidia-ml-py: {error}"
+    command = ["nvidia-smi", f"--id={uuid}", "--format=csv,noheader,nounits"]
+    command.append("--query-gpu=" + ",".join(_SMI_FIELDS.values()))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"clocks": f"not read ({reason}; nvidia-smi: {error})"}
+    return parse_smi(done.stdout)
+
+
+def parse_smi(line: str) -> dict[str, Any]:
+    """A line of nvidia-smi's CSV; what is not a number (``[N/A]``) stays text."""
+    values = (value.strip() for value in line.strip().split(","))
+    return {name: _number(value) for name, value in zip(_SMI_FIELDS, values, strict=True)}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text) if text.count(".") < 2 else text
+    except ValueError:
+        return text
+
+
+def _clocks_nvml(uuid: str) -> dict[str, Any]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        return {
+            "driver": driver.decode() if isinstance(driver, bytes) else driver,
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+            "max_sm_mhz": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def measure_ceilings() -> Ceilings:
+    """A copy within the device (bytes read and written) and a bf16 product of random matrices."""
+    return Ceilings(_copy_rate(), _product_rate())
+
+
+def _copy_rate() -> float:
+    source = torch.randn(min(1 << 28, torch.cuda.mem_get_info()[0] // 32), device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median(lambda: target.copy_(source))
+
+
+def _product_rate(size: int = 8192) -> float:
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _median(lambda: torch.mm(a, b, out=out))
+
+
+def _median(launch: Launch) -> float:
+    for _ in range(3):
+        launch()
+    return statistics.median(_elapsed(launch) for _ in range(20))
+
+
+# --- timing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a piece of work, as one launch for each set of inputs."""
+
+    launches: Sequence[Launch]
+    reset: Launch | None = None
+    """Before each pass over the sets, where launches move on from what the last one left."""
+
+    def run(self) -> None:
+        """One pass."""
+        if self.reset:
+            self.reset()
+        for launch in self.launches:
+            launch()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one launch by contender."""
+
+    graph: dict[str, float]
+    """In a replayed graph: what the GPU takes."""
+    eager: dict[str, float]
+    """Called from Python one by one: what a caller without graphs waits for."""
+    failures: dict[str, str]
+    """Contenders that could not run here, with the reason."""
+
+
+def measure(
+    contenders: Mapping[str, Contender], *, min_time: float = 0.02, rounds: int = 7
+) -> Timings:
+    """Median seconds of a launch of each contender, timed in turn (A B A B ...).
+
+    Each turn replays a graph of some hundred launches that go round the sets of inputs, between
+    two events; so the launch from the host does not show, and the gap between two kernels does.
+
+    Args:
+        contenders: by name. If ``OURS`` fails, so does this; others are left out.
+        min_time: seconds of timed work for each, at the least.
+        rounds: replays of each, at the least.
+    """
+    eager: dict[str, float] = {}
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    failures: dict[str, str] = {}
+    for name, contender in contenders.items():
+        try:
+            seconds = _eager_seconds(contender)
+            graphs[name] = _capture(contender, passes_for(len(contender.launches), seconds))
+            eager[name] = seconds
+        except Exception as error:
+            if name == OURS:
+                raise
+            failures[name] = reason(error)
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    while any(len(times) < rounds or sum(times) < min_time for times in samples.values()):
+        for name, (graph, _) in graphs.items():
+            samples[name].append(_elapsed(graph.replay))
+    medians = {name: statistics.median(times) / graphs[name][1] for name, times in samples.items()}
+    return Timings(medians, eager, failures)
+
+
+def passes_for(num_launches: int, seconds: float) -> int:
+    """Passes over the sets in one graph: some milliseconds of work, not too many launches."""
+    wanted = min(_MOST_LAUNCHES, _GRAPH_SECONDS / max(seconds, 1e-9))
+    return max(1, round(wanted / num_launches))
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+
+
+def counted(missing: Mapping[str, Sequence[str]], num_rows: int) -> dict[str, str]:
+    """Reasons with the cases they left out: their names, or how many if no row has a figure."""
+    return {
+        reason: f"all {len(cases)}" if len(cases) == num_rows else "; ".join(cases)
+        for reason, cases in missing.items()
+    }
+
+
+def _elapsed(run: Launch) -> float:
+    """Seconds on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _eager_seconds(contender: Contender) -> float:
+    """Also the warm-up: the first pass compiles and loads what the contender needs."""
+    contender.run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        contender.run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / len(contender.launches)
+
+
+def _capture(contender: Contender, passes: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """The graph and its launches; replayed once, which uploads it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        contender.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(passes):
+            contender.run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, passes * len(contender.launches)
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts() if torch.cuda.is_available() else {}))

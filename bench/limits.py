@@ -1,0 +1,139 @@
+"""Bytes and FLOP of the CUDA kernels, and the time a GPU needs for them at the least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+BF16 = 2
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of a model that the kernels see."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+MODELS = {
+    "Llama-3-8B": Model(4096, 14336, 32, 32, 8, 128),
+    "Vicuna-7B": Model(4096, 11008, 32, 32, 32, 128),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be done however it is done: each input read once, each output written once."""
+
+    num_bytes: int
+    flop: int = 0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device moves and multiplies in a second, at the most."""
+
+    bytes_per_s: float
+    flop_per_s: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time for ``work``."""
+        return max(work.num_bytes / self.bytes_per_s, work.flop / self.flop_per_s)
+
+    def bound_by(self, work: Work) -> str:
+        """``memory`` or ``compute``, whichever takes longer."""
+        is_memory = work.num_bytes / self.bytes_per_s >= work.flop / self.flop_per_s
+        return "memory" if is_memory else "compute"
+
+
+H200 = Ceilings(4.3e12, 790e12)
+"""A device-to-device copy and a large bf16 product on random data, on that GPU."""
+
+
+def rms_norm(model: Model, rows: int) -> Work:
+    """With the residual: x and residual read, residual and out written; float32 weights."""
+    return Work(4 * rows * model.hidden_size * BF16 + model.hidden_size * FLOAT)
+
+
+def silu_mul(model: Model, rows: int) -> Work:
+    """Gate and up read, out written."""
+    return Work(3 * rows * model.intermediate_size * BF16)
+
+
+def rope_append(model: Model, rows: int) -> Work:
+    """q, k and v read and written, and a row of the rotary table each."""
+    heads = 2 * model.num_heads + 4 * model.num_kv_heads
+    return Work(rows * model.head_dim * (heads * BF16 + FLOAT))
+
+
+def kv_commit(model: Model, rows: int) -> Work:
+    """``rows`` slots moved, in keys and values of all layers."""
+    return Work(2 * rows * slot_bytes(model) * model.num_layers)
+
+
+def slot_bytes(model: Model) -> int:
+    """Key and value of one slot in one layer."""
+    return 2 * model.num_kv_heads * model.head_dim * BF16
+
+
+def tree_attention(model: Model, batch: int, prefix: int, nodes: int, tree_pairs: int) -> Work:
+    """Keys and values read once, q and out; two products of d for each visible pair and head.
+
+    Args:
+        model: the shape.
+        batch: sequences.
+        prefix: committed slots of each.
+        nodes: rows of each.
+        tree_pairs: pairs of a node and one of its ancestors (itself too), in one tree.
+    """
+    kv = (prefix + nodes) * slot_bytes(model)
+    rows = 2 * nodes * model.num_heads * model.head_dim * BF16
+    pairs = nodes * prefix + tree_pairs
+    return Work(batch * (kv + rows), batch * 4 * model.num_heads * model.head_dim * pairs)
+
+
+def figures(work: Work, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """Columns of a row: what was reached, and what share of the limit that is.
+
+    Args:
+        work: what one launch does.
+        seconds: what it took.
+        ceilings: of this device, measured in the same run.
+    """
+    limit = ceilings.seconds(work)
+    return {
+        "us": 1e6 * seconds,
+        "GB/s": work.num_bytes / seconds / 1e9,
+        "TFLOP/s": work.flop / seconds / 1e12 if work.flop else None,
+        "bound by": ceilings.bound_by(work),
+        "limit_us": 1e6 * limit,
+        "% of limit": 100 * limit / seconds,
+        "H200_limit_us": 1e6 * H200.seconds(work),
+    }
+
+
+def input_sets(
+    used_bytes: int, held_bytes: int, l2_bytes: int, free_bytes: int, most: int = 64
+) -> int:
+    """How many sets of inputs to rotate over, so that each launch finds the cache without its own.
+
+    Small sets stop at ``most``: in a model too, the kernel before has left these in the cache.
+
+    Args:
+        used_bytes: what one launch reads and writes.
+        held_bytes: memory that one set takes, with the copies of all contenders.
+        l2_bytes: of the device's cache; launches over all sets use twice that.
+        free_bytes: memory that the sets may take.
+        most: the largest answer.
+
+    Returns:
+        At least 1; 0 if not even one set fits.
+    """
+    wanted = min(most, -(-2 * l2_bytes // used_bytes))
+    return min(max(1, wanted), free_bytes // held_bytes)

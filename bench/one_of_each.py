@@ -1,0 +1,63 @@
+"""Every CUDA kernel once on small shapes, each result compared with a torch expression's.
+
+For tools that make a launch a hundred times as slow (compute-sanitizer), and for a machine without
+pytest. Outputs are poisoned before; shapes have ragged ends in every direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from bench import gpu, small_kernels_cuda, tree_attention_cuda
+from bench.check_stages import READY
+from bench.limits import Model
+from bench.tree_attention_cuda import Case
+
+MODELS = (Model(256, 208, 2, 4, 2, 64), Model(1032, 72, 3, 8, 1, 128), Model(80, 40, 1, 2, 2, 80))
+ROWS = (1, 9, 67)
+TREES = ((1, 130, 1), (3, 70, 9), (2, 300, 65))
+"""Batch, prefix, nodes."""
+
+
+def run_small_kernels(place: small_kernels_cuda.Place) -> int:
+    """Raises where a kernel and torch differ; the number of comparisons."""
+    done = 0
+    for kernel in small_kernels_cuda.KERNELS.values():
+        for model in MODELS:
+            for rows in ROWS:
+                small_kernels_cuda.contenders(*kernel.sets(model, rows, 1, place))
+                done += 1
+    return done
+
+
+def run_tree_attention(place: small_kernels_cuda.Place) -> int:
+    """The same for tree attention, against SDPA."""
+    done = 0
+    for model in MODELS:
+        for batch, prefix, nodes in TREES:
+            case = Case("small", model, batch, prefix, nodes)
+            bench = tree_attention_cuda.Bench(case, 1, place.device, place.dtype)
+            outputs = {"ours": bench.ours()[1], "sdpa": bench.sdpa()[1]}
+            failures: dict[str, str] = {}
+            tree_attention_cuda.checked(outputs, failures)
+            if failures:
+                raise RuntimeError(str(failures))
+            done += 1
+    return done
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    gpu.require_gpu()
+    torch.zeros(1, device="cuda").add_(1).item()
+    print(READY, flush=True)
+    torch.manual_seed(0)
+    place = small_kernels_cuda.Place()
+    print(f"small kernels: {run_small_kernels(place)} comparisons", flush=True)
+    print(f"tree_attention: {run_tree_attention(place)} comparisons", flush=True)
+
+
+if __name__ == "__main__":
+    main()
