@@ -14,6 +14,7 @@ import torch
 
 from specrt import ops
 from specrt.config import ModelConfig
+from specrt.ops import registry
 
 
 @dataclass(eq=False)
@@ -126,7 +127,7 @@ class CacheBatch:
         lengths = [sequence.length for sequence in sequences]
         self.kv_len = self._there(torch.tensor(lengths, dtype=torch.int32))
         # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
-        self._tickets = torch.zeros_like(self.kv_len) if self.kv_len.is_cuda else None
+        self._tickets = torch.zeros_like(self.kv_len) if registry.is_on_gpu(self.kv_len) else None
 
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """Move the accepted rows into place and make them part of their sequences.

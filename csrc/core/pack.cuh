@@ -38,6 +38,17 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack) {
     *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
 }
 
+// Two values of 16 bits as one word, at a multiple of 4 bytes. (memcpy knows nothing of the
+// alignment and moves bytes.)
+template <typename T>
+__device__ __forceinline__ uint32_t load_word(const T* p) {
+    return *reinterpret_cast<const uint32_t*>(p);
+}
+template <typename T>
+__device__ __forceinline__ void store_word(T* p, uint32_t bits) {
+    *reinterpret_cast<uint32_t*>(p) = bits;
+}
+
 // For choosing a kernel that moves 16 bytes at a time: what addresses and byte strides must be
 // multiples of.
 inline bool is_multiple_of_16(const void* p) {

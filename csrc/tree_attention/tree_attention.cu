@@ -161,7 +161,7 @@ __device__ __forceinline__ void read_queries(const TreeAttentionParams& p, const
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 uint32_t bits = 0;
-                if (row < active) memcpy(&bits, from + 16 * k + 8 * half, 4);
+                if (row < active) bits = load_word(from + 16 * k + 8 * half);
                 q[k][2 * half + i] = bits;
             }
         if constexpr (kAppends)
@@ -189,7 +189,7 @@ __device__ __forceinline__ void write_rows(const TreeAttentionParams& p, const W
             for (int e = 0; e < 2; ++e)  // + 0: a zero has no sign
                 x[e] = is_blank ? 0.0f : __fadd_rn(__fdiv_rn(s.acc[n][2 * i + e], s.sum[i]), 0.0f);
             const uint32_t bits = pack<T>(x[0], x[1]);
-            memcpy(to + 8 * n, &bits, 4);
+            store_word(to + 8 * n, bits);
         }
     }
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -23,6 +24,7 @@ from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
 from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, on_host
+from specrt.ops import registry
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
 
@@ -43,6 +45,14 @@ def run_eagerly(key: Hashable, launch: Callable[[], None]) -> None:
 def layer_tap(layer: int) -> str:
     """The tap that gives the output of layer ``layer`` (counted from 0)."""
     return f"layer.{layer}"
+
+
+class Heads(NamedTuple):
+    """A layer's queries, keys and values, views of one buffer: ``[B, N, heads, d]``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 class LlamaModel:
@@ -84,7 +94,8 @@ class LlamaModel:
             config.rope_scaling,
         ).to(self.device)
         self._workspace = self._make_workspace(0, 0)
-        self._scratch = None if is_on_cpu else GpuScratch(config, self.device)
+        is_on_gpu = registry.is_on_gpu(weights.embed)
+        self._scratch = GpuScratch(config, self.device) if is_on_gpu else None
         self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -271,13 +282,25 @@ class LlamaModel:
             out: ``[B * N, H]``, written.
         """
         layer, between = self.weights.layers[index], self._workspace.hidden[: hidden.shape[0]]
-        q = self._project(layer, index, hidden, rows, cache)
-        self._attention(layer, index, (q, hidden), between, rows, cache)
+        heads = self._project(layer, hidden, rows)
+        self._attention(layer, index, (heads, hidden), between, rows, cache)
         self._mlp(layer, between, out)
 
     def launch_kv(self, index: int, hidden: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
         """Append a layer's keys and values of ``hidden [B * N, H]``, and nothing more."""
-        self._project(self.weights.layers[index], index, hidden, rows, cache)
+        heads = self._project(self.weights.layers[index], hidden, rows)
+        ops.rope_append(
+            heads.q,
+            heads.k,
+            heads.v,
+            rows.depth,
+            rows.kv_len,
+            rows.first_node,
+            rows.num_nodes,
+            rows.block_table,
+            self._rope,
+            *cache.layer(index),
+        )
 
     def launch_head(
         self, hidden: torch.Tensor, feature: torch.Tensor, logits: torch.Tensor | None
@@ -301,49 +324,35 @@ class LlamaModel:
             logits = work.logits[:rows] if key.has_logits else None
             self.launch_head(hidden, work.feature[:rows], logits)
 
-    def _project(
-        self, layer: LayerWeights, index: int, hidden: torch.Tensor, rows: StepRows, cache: KVCache
-    ) -> torch.Tensor:
-        """Queries ``[B, N, Hq, d]`` of ``norm(hidden)``; keys and values go to the cache."""
+    def _project(self, layer: LayerWeights, hidden: torch.Tensor, rows: StepRows) -> Heads:
+        """Of ``norm(hidden)``; not rotated yet."""
         config, count = self.config, hidden.shape[0]
         normed, qkv = self._workspace.normed[:count], self._workspace.qkv[:count]
         ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
         self._linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
-        heads = qkv.view(*rows.depth.shape, -1, config.head_dim)
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
-        for part, norm in ((q, layer.q_norm), (k, layer.k_norm)):
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        shape = (*rows.depth.shape, -1, config.head_dim)
+        heads = Heads(*qkv.view(shape).split(sizes, dim=2))
+        for part, norm in ((heads.q, layer.q_norm), (heads.k, layer.k_norm)):
             if norm is not None:
                 flat = part.view(count, -1, config.head_dim)
                 ops.rms_norm(flat, norm, config.rms_norm_eps, out=flat)
-        ops.rope_append(
-            q,
-            k,
-            v,
-            rows.depth,
-            rows.kv_len,
-            rows.first_node,
-            rows.num_nodes,
-            rows.block_table,
-            self._rope,
-            *cache.layer(index),
-        )
-        queries: torch.Tensor = q
-        return queries
+        return heads
 
     def _attention(
         self,
         layer: LayerWeights,
         index: int,
-        inputs: tuple[torch.Tensor, torch.Tensor],
+        inputs: tuple[Heads, torch.Tensor],
         out: torch.Tensor,
         rows: StepRows,
         cache: KVCache,
     ) -> None:
-        """``out = hidden + O(attention(q))`` for ``inputs`` = (q, hidden)."""
-        config, (q, hidden) = self.config, inputs
+        """``out = hidden + O(attention(heads))`` for ``inputs`` = (heads, hidden)."""
+        config, (heads, hidden) = self.config, inputs
         attended = self._workspace.attended[: hidden.shape[0]]
         ops.tree_attention(
-            q,
+            heads.q,
             *cache.layer(index),
             rows.block_table,
             rows.kv_len,
@@ -353,6 +362,7 @@ class LlamaModel:
             config.head_dim**-0.5,
             out=attended.view(*rows.depth.shape, config.num_heads, config.head_dim),
             workspace=None if self._scratch is None else self._scratch.attention,
+            append=ops.Append(heads.k, heads.v, rows.depth, self._rope),
         )
         self._linear(attended, layer.o, layer.o_bias, hidden, out=out)
 

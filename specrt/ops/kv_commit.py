@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from specrt import _C
-from specrt.ops.registry import register
+from specrt.ops import registry
 
-register(
+registry.register(
     "kv_commit(Tensor(a!) kv, Tensor block_table, Tensor path, Tensor num_path, Tensor(b!) kv_len,"
     " Tensor(c!)? tickets) -> ()",
     _C.kv_commit,
@@ -37,6 +37,6 @@ def kv_commit(
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
     """
     kernel = torch.ops.specrt.kv_commit if torch.compiler.is_compiling() else _C.kv_commit
-    if tickets is None and kv.is_cuda:
+    if tickets is None and registry.is_on_gpu(kv):
         tickets = torch.zeros_like(num_path)
     kernel(kv, block_table, path, num_path, kv_len, tickets)

@@ -23,6 +23,11 @@ _C.set_stream_source(_current_stream)
 _LIBRARY = torch.library.Library("specrt", "DEF")
 
 
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether kernels take a tensor for a GPU's. (The tests' simulated GPU takes the CPU's.)"""
+    return tensor.is_cuda
+
+
 def register(schema: str, kernel: Callable[..., None]) -> None:
     """Register a kernel under ``torch.ops.specrt``.
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from specrt import _C
-from specrt.ops.registry import register
+from specrt.ops import registry
 from specrt.ops.rope_append import rope_append
 
-register(
+registry.register(
     "tree_attention(Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor block_table,"
     " Tensor kv_len, Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale,"
     " Tensor(a!) out, Tensor(b!)? workspace, Tensor? k, Tensor? v, Tensor? depth, Tensor? cos_sin)"
@@ -79,14 +79,14 @@ def tree_attention(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if workspace is None and q.is_cuda:
+    if workspace is None and registry.is_on_gpu(q):
         batch, num_nodes_max, num_heads, head_dim = q.shape
         max_len = block_table.shape[1] * k_cache.shape[1]
         floats = tree_attention_workspace(
             batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max, max_len
         )
         workspace = torch.zeros(floats, device=q.device)
-    if append is not None and not q.is_cuda:
+    if append is not None and not registry.is_on_gpu(q):
         rope_append(
             q, append.k, append.v, append.depth, kv_len, first_node, num_nodes, block_table,
             append.cos_sin, k_cache, v_cache,

@@ -28,7 +28,6 @@ from specrt.graph import GraphCache
 from specrt.models.llama import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.loader import load_weights
 from specrt.models.placement import place_weights
-from specrt.models.step import GpuScratch
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain, stack
@@ -63,10 +62,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the CUDA path of ``linear`` around the CPU's product; simulated tickets."""
+    """Without a GPU: the CUDA path of ``linear`` around the CPU's product."""
     if backend.name == "cuda":
         return
-    bare, commit = ops.linear, ops.kv_commit
+    bare = ops.linear
 
     def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         bare(x.float(), weight, out=out)
@@ -84,23 +83,13 @@ def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         linear_in_pieces(x, weight, bias, residual, out, workspace, product)
         return out
 
-    def simulated_commit(*tables: torch.Tensor | None) -> None:
-        *given, kv_len, _ = tables
-        commit(*given, kv_len, torch.zeros_like(kv_len))
-
     monkeypatch.setattr(ops, "linear", linear)
-    if backend.name == "simt":
-        monkeypatch.setattr(ops, "kv_commit", simulated_commit)
 
 
 def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:
     config = ModelConfig.from_directory(path)
     weights = place_weights(load_weights(path, config, dtype), torch.device(backend.device))
-    model = LlamaModel(config, weights, activation_dtype=dtype)
-    if backend.name == "simt":
-        # The simulated kernels want what CUDA's do, though their tensors are the CPU's.
-        model._scratch = GpuScratch(config, model.device)
-    return model
+    return LlamaModel(config, weights, activation_dtype=dtype)
 
 
 def started(

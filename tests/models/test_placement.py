@@ -17,6 +17,7 @@ from specrt.models import llama, placement
 from specrt.models.llama import FINAL_TAP, LlamaModel
 from specrt.models.loader import Weights, load_weights
 from specrt.models.placement import choose_dtype, parse_device, place_weights
+from specrt.ops import registry
 from specrt.tree import TreeBuilder, stack
 from specrt.types import VerifyOutput
 from tests.checkpoints import make_checkpoint
@@ -193,6 +194,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     kernels = "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul", "tree_attention"
     for name in kernels:
         monkeypatch.setattr(ops, name, spy(name))
+    monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(ops, "tree_attention_workspace", lambda *shape: 10 * shape[0])
     return made
 
@@ -243,7 +245,10 @@ def test_a_pass_reads_nothing_back_but_its_output(
     names = [name for name, _ in calls]
     assert names.count("tree_attention") == 3 and names.count("linear") == 13
     # Nothing is allocated by the kernels: their scratch is handed in.
-    for kernel, dtype in (("linear", torch.uint8), ("tree_attention", torch.float32)):
-        scratches = [given[-1] for name, given in calls if name == kernel]
+    for kernel, place, dtype in (
+        ("linear", -1, torch.uint8),
+        ("tree_attention", -2, torch.float32),
+    ):
+        scratches = [given[place] for name, given in calls if name == kernel]
         assert len({id(scratch) for scratch in scratches}) == 1
         assert scratches[0].dtype == dtype and scratches[0].numel() >= 20

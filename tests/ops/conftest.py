@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from specrt.ops import registry
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -68,6 +70,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         simt = load_simt()
         simt.set_schedule(seed)
         simt.set_device()
+        monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
         for module_name, module in list(sys.modules.items()):
             package, _, kernel = module_name.rpartition(".")
             if package == "specrt.ops" and hasattr(simt, kernel):
