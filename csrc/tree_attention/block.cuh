@@ -137,16 +137,23 @@ template <typename T, int D>
 __device__ __forceinline__ void whole_block(const uint32_t (&q)[D / 16][4], const Pool<T, D>& pool,
                                             int first, float scale, State<D>& s) {
     const int lane = threadIdx.x % 32;
-    float scores[8][4];
+    const T* key = pool.key(first + score_key(lane)) + score_column(lane);
+    float scores[8][4] = {};
+    // Depth outside, keys inside: eight chains of dependent products at a time, each of them the
+    // one in score_group.
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-        float part[2][4];
-        score_group<T, D>(q, pool.key(first + 16 * g + score_key(lane)) + score_column(lane), part);
+    for (int k = 0; k < D / 16; ++k)
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int g = 0; g < kGroups; ++g) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4(b, key + 16 * g * kStride<D> + 16 * k);
+            ptx::mma_m16n8k16(scores[2 * g], q[k], {b[0], b[1]}, T{});
+            ptx::mma_m16n8k16(scores[2 * g + 1], q[k], {b[2], b[3]}, T{});
+        }
 #pragma unroll
-            for (int e = 0; e < 4; ++e) scores[2 * g + n][e] = __fmul_rn(part[n][e], scale);
-    }
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[n][e] = __fmul_rn(scores[n][e], scale);
     soften(scores, s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
