@@ -95,7 +95,8 @@ inline void cuda_check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
     std::string text = std::string(what) + ": " + cudaGetErrorString(status);
 #if defined(SPECRT_CUDA_ARCHS)
-    if (status == cudaErrorNoKernelImageForDevice) text += " (built for sm " SPECRT_CUDA_ARCHS ")";
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+        text += " (built for sm " SPECRT_CUDA_ARCHS ")";
 #endif
     throw std::runtime_error(text);
 }
@@ -129,6 +130,10 @@ void allow_shared(Kernel* kernel, size_t bytes, const char* name) {
                                  std::to_string(most));
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(most)),
+               name);
+    // Left to itself the driver may give the L1 cache what a second block on the SM would need.
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
                name);
 }
 
