@@ -44,14 +44,17 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned expecte
     return *flag != 0;
 }
 
-// For two blocks that share a ticket as above: true in all threads if the other one has come, and
-// then what it wrote can be read and the ticket is 0 again. Spares the later one its own writes.
-__device__ __forceinline__ bool has_other_come(unsigned* ticket, int* flag) {
+// For blocks that share a ticket as above: true in all threads if all others of `expected` have
+// come, and then what they wrote can be read and the ticket is 0 again. Spares the last one its own
+// writes.
+__device__ __forceinline__ bool have_others_come(unsigned* ticket, unsigned expected, int* flag) {
     __syncthreads();  // the flag may still be read from before
     if (threadIdx.x == 0) {
-        *flag = atomicAdd(ticket, 0u) == 1;
-        if (*flag) *ticket = 0;
-        __threadfence();
+        *flag = atomicAdd(ticket, 0u) + 1 == expected;
+        if (*flag) {
+            *ticket = 0;
+            __threadfence();
+        }
     }
     __syncthreads();
     return *flag != 0;

@@ -248,7 +248,8 @@ def test_bits_do_not_depend_on_the_gpu(backend: Backend, num_nodes: int) -> None
         pytest.skip("a GPU cannot be changed")
     case = queries(make_case(1990, num_nodes, dtype=torch.bfloat16), backend, torch.bfloat16)
     expected = run(case, backend=backend)
-    for seed, (num_sms, shared) in enumerate([(1, 232448), (1, 92160), (5, 166912), (64, 232448)]):
+    devices = [(1, 232448), (1, 92160), (5, 166912), (6, 98304), (10, 98304), (64, 232448)]
+    for seed, (num_sms, shared) in enumerate(devices):
         simt().set_schedule(seed)  # type: ignore[attr-defined]
         simt().set_device(num_sms, shared)  # type: ignore[attr-defined]
         assert torch.equal(run(case, backend=backend), expected), num_sms
