@@ -144,6 +144,13 @@ bool read_by_exchange(PyObject* self, TensorView* view) {
     return true;
 }
 
+// A dimension of one element may have any stride: a view's is left over from what it was cut from,
+// and a producer of DLPack may write 1. As 0 it passes every check of alignment.
+void forget_unused_strides(TensorView* view) {
+    for (int i = 0; i < view->ndim; ++i)
+        if (view->shape[i] == 1) view->stride[i] = 0;
+}
+
 }  // namespace
 
 TensorView device_view_of(py::handle tensor, const char* name, bool is_optional) {
@@ -158,6 +165,7 @@ TensorView device_view_of(py::handle tensor, const char* name, bool is_optional)
     PyObject* self = tensor.ptr();
     if (read_by_exchange(self, &view)) {
         if (!view.data) view.data = &nothing;
+        forget_unused_strides(&view);
         return view;
     }
     PyObject* device = PyObject_GetAttr(self, names().device);
@@ -178,6 +186,7 @@ TensorView device_view_of(py::handle tensor, const char* name, bool is_optional)
     view.data = PyLong_AsVoidPtr(pointer.ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
     if (!view.data) view.data = &nothing;
+    forget_unused_strides(&view);
     return view;
 }
 

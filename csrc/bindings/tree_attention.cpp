@@ -5,7 +5,11 @@
 namespace specrt::bindings {
 
 void register_tree_attention(py::module_& m) {
-    m.def("tree_attention_workspace", &tree_attention_workspace);
+    m.def("tree_attention_workspace", [](int num_seqs, int num_kv_heads, int group, int num_nodes,
+                                         int head_dim, int64_t max_len) {
+        return tree_attention_workspace(kCpu, num_seqs, num_kv_heads, group, num_nodes, head_dim,
+                                        max_len);
+    });
     m.def("tree_attention",
           [](py::handle q, py::handle k_cache, py::handle v_cache, py::handle block_table,
              py::handle kv_len, py::handle first_node, py::handle num_nodes, py::handle ancestors,

@@ -68,10 +68,18 @@ struct DeviceLimits {
     size_t shared_bytes;  // a block's, at most
 };
 
+// No kernel has more static shared memory; what the system takes of an SM's for each block is as
+// much again.
+constexpr size_t kStaticShared = 1024;
+
 #if defined(SPECRT_SIMT)
 
-inline DeviceLimits device_limits() {
+inline DeviceLimits device_limits(int) {
     return {simt::num_sms(), simt::max_shared_bytes()};
+}
+
+inline int current_device() {
+    return 0;
 }
 
 template <typename... Params, typename... Args>
@@ -84,14 +92,24 @@ void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShap
 #else
 
 inline void cuda_check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    std::string text = std::string(what) + ": " + cudaGetErrorString(status);
+#if defined(SPECRT_CUDA_ARCHS)
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+        text += " (built for sm " SPECRT_CUDA_ARCHS ")";
+#endif
+    throw std::runtime_error(text);
 }
 
-// Of the current device.
-inline DeviceLimits device_limits() {
-    int device = 0, num_sms = 0, shared_bytes = 0;
+inline int current_device() {
+    int device = 0;
     cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
+// Asks the driver, and makes no context.
+inline DeviceLimits device_limits(int device) {
+    int num_sms = 0, shared_bytes = 0;
     cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
     cuda_check(
@@ -100,13 +118,23 @@ inline DeviceLimits device_limits() {
     return {num_sms, static_cast<size_t>(shared_bytes)};
 }
 
-// Above 48 KiB a kernel must be allowed its shared memory first, once on each device.
+// Above 48 KiB a kernel must be allowed its shared memory first. All there is, whatever this launch
+// needs: another thread may be about to launch the same kernel with more.
 template <typename Kernel>
 void allow_shared(Kernel* kernel, size_t bytes, const char* name) {
-    if (bytes > 48 * 1024)
-        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)),
-                   name);
+    if (bytes + kStaticShared <= 48 * 1024) return;
+    const size_t most = device_limits(current_device()).shared_bytes - kStaticShared;
+    if (bytes > most)
+        throw std::runtime_error(std::string(name) + ": needs " + std::to_string(bytes) +
+                                 " bytes of shared memory, and this GPU gives a block " +
+                                 std::to_string(most));
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(most)),
+               name);
+    // Left to itself the driver may give the L1 cache what a second block on the SM would need.
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               name);
 }
 
 template <typename... Params, typename... Args>

@@ -24,35 +24,40 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     return warp_sum(lane < num_warps ? scratch[lane] : 0.0f);
 }
 
+// A ticket's thread speaks for its block: the barrier before brings it all that the block wrote,
+// its fence passes that on to who draws a later ticket, and its second fence (which empties the
+// SM's L1) with the barrier after let the whole block read what came with earlier ones. Cooperative
+// groups' grid.sync() is made like this.
+
 // True in all threads of the block that comes last of `expected`, and only after everything that
 // the others wrote before they came can be read. Sets the ticket back to 0 for the next launch.
 // All threads of the block must call; `flag` is one shared int.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned expected, int* flag) {
-    __threadfence();  // this thread's writes, before ...
-    __syncthreads();  // ... any thread's ticket
+    __syncthreads();
     if (threadIdx.x == 0) {
-        const unsigned number = atomicAdd(ticket, 1u);
-        *flag = number + 1 == expected;
+        __threadfence();
+        *flag = atomicAdd(ticket, 1u) + 1 == expected;
         if (*flag) *ticket = 0;
+        __threadfence();
     }
     __syncthreads();
-    const bool is_last = *flag != 0;
-    __threadfence();
-    return is_last;
+    return *flag != 0;
 }
 
-// For two blocks that share a ticket as above: true in all threads if the other one has come, and
-// then what it wrote can be read and the ticket is 0 again. Spares the later one its own writes.
-__device__ __forceinline__ bool has_other_come(unsigned* ticket, int* flag) {
+// For blocks that share a ticket as above: true in all threads if all others of `expected` have
+// come, and then what they wrote can be read and the ticket is 0 again. Spares the last one its own
+// writes.
+__device__ __forceinline__ bool have_others_come(unsigned* ticket, unsigned expected, int* flag) {
     __syncthreads();  // the flag may still be read from before
     if (threadIdx.x == 0) {
-        *flag = atomicAdd(ticket, 0u) == 1;
-        if (*flag) *ticket = 0;
+        *flag = atomicAdd(ticket, 0u) + 1 == expected;
+        if (*flag) {
+            *ticket = 0;
+            __threadfence();
+        }
     }
     __syncthreads();
-    const bool has_come = *flag != 0;
-    __threadfence();
-    return has_come;
+    return *flag != 0;
 }
 
 }  // namespace specrt

@@ -45,10 +45,11 @@ __device__ __forceinline__ void rotate_queries(uint32_t (&q)[D / 16][4], int i,
         float low[2], high[2];
         unpack<T>(low_bits, low);
         unpack<T>(high_bits, high);
+        const Pack<float, 2> cosine = load_pack<2>(cosines + 8 * c + column),
+                             sine = load_pack<2>(cosines + D / 2 + 8 * c + column);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int at = 8 * c + column + e;
-            const Rotated r = rotate(low[e], high[e], cosines[at], cosines[D / 2 + at]);
+            const Rotated r = rotate(low[e], high[e], cosine.at[e], sine.at[e]);
             low[e] = r.low, high[e] = r.high;
         }
         low_bits = pack<T>(low[0], low[1]);
@@ -60,10 +61,11 @@ __device__ __forceinline__ void rotate_queries(uint32_t (&q)[D / 16][4], int i,
 template <typename T, int D>
 __device__ __forceinline__ void rotate_key(Pack<T, 8>& low, Pack<T, 8>& high,
                                            const float* cosines) {
+    const Pack<float, 8> cosine = load_pack<8>(cosines), sine = load_pack<8>(cosines + D / 2);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
         const Rotated r =
-            rotate(to_float(low.at[e]), to_float(high.at[e]), cosines[e], cosines[D / 2 + e]);
+            rotate(to_float(low.at[e]), to_float(high.at[e]), cosine.at[e], sine.at[e]);
         low.at[e] = from_float<T>(r.low), high.at[e] = from_float<T>(r.high);
     }
 }

@@ -50,21 +50,26 @@ __device__ __forceinline__ int value_column(int lane) {
     return lane / 16 * 8;
 }
 
-// Scores of 16 rows with 16 keys; this lane's matrix row begins at `key`.
-template <typename T, int D>
-__device__ __forceinline__ void score_group(const uint32_t (&q)[D / 16][4], const T* key,
-                                            float (&out)[2][4]) {
+// Scores of 16 rows with kCount times 16 keys; this lane's matrix rows begin at `key`. Each result
+// is one chain of dependent products over the depth, whatever kCount is; several chains at a time
+// keep the tensor cores from waiting for one.
+template <typename T, int D, int kCount>
+__device__ __forceinline__ void score_groups(const uint32_t (&q)[D / 16][4],
+                                             const T* const (&key)[kCount],
+                                             float (&out)[2 * kCount][4]) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < 2 * kCount; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, key + 16 * k);
-        ptx::mma_m16n8k16(out[0], q[k], {b[0], b[1]}, T{});
-        ptx::mma_m16n8k16(out[1], q[k], {b[2], b[3]}, T{});
-    }
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+        for (int g = 0; g < kCount; ++g) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4(b, key[g] + 16 * k);
+            ptx::mma_m16n8k16(out[2 * g], q[k], {b[0], b[1]}, T{});
+            ptx::mma_m16n8k16(out[2 * g + 1], q[k], {b[2], b[3]}, T{});
+        }
 }
 
 // acc += p * values of 16 keys, in the thread's rows that `is_mine` tells.
@@ -137,16 +142,16 @@ template <typename T, int D>
 __device__ __forceinline__ void whole_block(const uint32_t (&q)[D / 16][4], const Pool<T, D>& pool,
                                             int first, float scale, State<D>& s) {
     const int lane = threadIdx.x % 32;
-    float scores[8][4];
+    const T* key[kGroups];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-        float part[2][4];
-        score_group<T, D>(q, pool.key(first + 16 * g + score_key(lane)) + score_column(lane), part);
+    for (int g = 0; g < kGroups; ++g)
+        key[g] = pool.key(first + 16 * g + score_key(lane)) + score_column(lane);
+    float scores[2 * kGroups][4];
+    score_groups<T, D, kGroups>(q, key, scores);
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) scores[2 * g + n][e] = __fmul_rn(part[n][e], scale);
-    }
+        for (int e = 0; e < 4; ++e) scores[n][e] = __fmul_rn(scores[n][e], scale);
     soften(scores, s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -194,14 +199,22 @@ __device__ __forceinline__ void tail_scores(const uint32_t (&q)[D / 16][4], cons
         for (int e = 0; e < 4; ++e) out[n][e] = kNone;
     if (seen == Sight::kNone) return;
     const int last = seen == Sight::kAll ? t.first_node : t.last_node;
-    for (int node = t.first_node; node <= last; ++node) {
-        float part[2][4];
-        score_group<T, D>(q, pool.key(t.row_of(node, key)) + score_column(lane), part);
+    for (int node = t.first_node; node <= last; node += 2) {  // two at a time
+        const int nodes[2] = {node, min(node + 1, last)};
+        if (position >= max(t.end(nodes[0]), t.end(nodes[1]))) continue;
+        const T* keys[2];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            if (seen == Sight::kByNode && t.node[e / 2] != node) continue;
-            out[0][e] = part[0][e], out[1][e] = part[1][e];
-        }
+        for (int i = 0; i < 2; ++i)
+            keys[i] = pool.key(t.row_of(nodes[i], key)) + score_column(lane);
+        float part[4][4];
+        score_groups<T, D, 2>(q, keys, part);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (seen == Sight::kByNode && t.node[e / 2] != nodes[i]) continue;
+                out[0][e] = part[2 * i][e], out[1][e] = part[2 * i + 1][e];
+            }
     }
 }
 
@@ -217,6 +230,7 @@ __device__ __forceinline__ void tail_values(const uint32_t (&p)[4], const Pool<T
         return;
     }
     for (int node = t.first_node; node <= t.last_node; ++node) {
+        if (position >= t.end(node)) continue;  // terms of zero, which change nothing
         const T* value = pool.value(t.row_of(node, key)) + value_column(lane);
         value_group<T, D, false>(p, value, {t.node[0] == node, t.node[1] == node}, s.acc);
     }

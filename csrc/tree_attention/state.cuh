@@ -49,11 +49,23 @@ __device__ __forceinline__ void save(const State<D>& s, const Slot& slot) {
         slot.at(n + 1) = float4{s.acc[n][0], s.acc[n][1], s.acc[n][2], s.acc[n][3]};
 }
 
-// `s` joined with the state in `slot`, which is of earlier keys (is_left) or of later ones. Joining
-// with the state of no key changes no bit, and so it cannot be seen how many leaves there were.
 template <int D>
-__device__ __forceinline__ void merge(State<D>& s, const Slot& slot, bool is_left) {
+__device__ __forceinline__ void load(State<D>& s, const Slot& slot) {
     const float4 head = slot.at(0);
+    s.max[0] = head.x, s.max[1] = head.y, s.sum[0] = head.z, s.sum[1] = head.w;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+        const float4 v = slot.at(n + 1);
+        s.acc[n][0] = v.x, s.acc[n][1] = v.y, s.acc[n][2] = v.z, s.acc[n][3] = v.w;
+    }
+}
+
+// `s` joined with another state, which is of earlier keys (is_left) or of later ones; `vector(i)`
+// is what save() puts at i. Joining with the state of no key changes no bit, and so it cannot be
+// seen how many leaves there were.
+template <int D, typename Vector>
+__device__ __forceinline__ void merge_with(State<D>& s, bool is_left, Vector&& vector) {
+    const float4 head = vector(0);
     const float their_max[2] = {head.x, head.y}, their_sum[2] = {head.z, head.w};
     float left[2], right[2];
 #pragma unroll
@@ -68,7 +80,7 @@ __device__ __forceinline__ void merge(State<D>& s, const Slot& slot, bool is_lef
     }
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-        const float4 v = slot.at(n + 1);
+        const float4 v = vector(n + 1);
         const float other[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -76,6 +88,19 @@ __device__ __forceinline__ void merge(State<D>& s, const Slot& slot, bool is_lef
             s.acc[n][e] = __fmaf_rn(a, left[e / 2], __fmul_rn(b, right[e / 2]));
         }
     }
+}
+
+template <int D>
+__device__ __forceinline__ void merge(State<D>& s, const Slot& slot, bool is_left) {
+    merge_with(s, is_left, [&](int i) { return slot.at(i); });
+}
+
+template <int D>
+__device__ __forceinline__ void merge(State<D>& s, const State<D>& t, bool is_left) {
+    merge_with(s, is_left, [&](int i) {
+        if (i == 0) return float4{t.max[0], t.max[1], t.sum[0], t.sum[1]};
+        return float4{t.acc[i - 1][0], t.acc[i - 1][1], t.acc[i - 1][2], t.acc[i - 1][3]};
+    });
 }
 
 // A binary counter of leaves: after leaf i its aligned subtrees are merged, lower levels first.
@@ -112,26 +137,44 @@ __device__ __forceinline__ void finish_leaf(State<D>& s, const Stack& stack, int
     if (!is_last) save(s, stack.level(level));
 }
 
-// States of the units (blocks of 2^k aligned leaves) of one row tile, merged pairwise up an aligned
-// tree. Of two siblings the later one goes on with both; the order in which they come is not seen.
+// States of the units (blocks of 2^k aligned leaves) of one row tile, merged up an aligned binary
+// tree, two of its levels at a time: to meet costs more than to merge. Of four siblings the last
+// one goes on with all; the order in which they come is not seen.
 struct Merge {
-    unsigned* tickets;  // one for each right sibling, by its first unit; 0 between launches
-    float4* slots;      // one for each unit
+    unsigned*
+        tickets;    // one for each four siblings, by the second's first unit; 0 between launches
+    float4* slots;  // one for each unit
     int num_units, slot_vectors;
 };
+
+// `s`, the state of sibling `me` of `count`, joined with those of the others in the pairs' order.
+template <int D, typename SlotOf>
+__device__ __forceinline__ void merge_siblings(State<D>& s, int me, int count, SlotOf&& slot_of) {
+    const int beside = me ^ 1, other = (me & 2) ^ 2;  // the other one of my pair, the other pair
+    if (beside < count) merge(s, slot_of(beside), beside < me);
+    if (other >= count) return;
+    State<D> pair;
+    load(pair, slot_of(other));
+    if (other + 1 < count) merge(pair, slot_of(other + 1), /*is_left=*/false);
+    merge(s, pair, other < me);
+}
 
 // True in the block that ends up with the whole. All threads of the block call it.
 template <int D>
 __device__ __forceinline__ bool merge_units(State<D>& s, const Merge& m, int unit, int* flag) {
-    for (int level = 0; 1 << level < m.num_units; ++level) {
-        const int me = unit >> level, sibling = me ^ 1;
-        if (sibling << level >= m.num_units) continue;  // no such leaves
-        unsigned* ticket = m.tickets + ((me | 1) << level);
-        if (!has_other_come(ticket, flag)) {
-            save(s, {m.slots + int64_t{me << level} * m.slot_vectors});
-            if (!is_last_block(ticket, 2, flag)) return false;
+    for (int level = 0; (m.num_units - 1) >> level; level += 2) {
+        const int me = unit >> level, first = me & ~3;
+        const int count = min(((m.num_units - 1) >> level) + 1 - first, 4);
+        if (count == 1) continue;
+        const auto slot_of = [&](int i) -> Slot {
+            return {m.slots + int64_t{(first + i) << level} * m.slot_vectors};
+        };
+        unsigned* ticket = m.tickets + ((first + 1) << level);
+        if (!have_others_come(ticket, count, flag)) {
+            save(s, slot_of(me - first));
+            if (!is_last_block(ticket, count, flag)) return false;
         }
-        merge(s, {m.slots + int64_t{sibling << level} * m.slot_vectors}, sibling < me);
+        merge_siblings(s, me - first, count, slot_of);
     }
     return true;
 }

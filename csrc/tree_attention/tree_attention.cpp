@@ -20,9 +20,13 @@ void check_for_gpu(const TreeAttentionArgs& a, const TreeAttentionParams& p) {
     for (const TensorView* t : {&a.k_cache, &a.v_cache})
         SPECRT_CHECK(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, t->name,
                      ": expected an address that is a multiple of 16 bytes on a GPU");
+    SPECRT_CHECK(p.num_nodes_max <= 64 * TreeAttentionParams::kMaxWords,
+                 "q: expected at most 128 nodes on a GPU, got ", a.q.describe());
+    SPECRT_CHECK(p.table.max_pages > 0 || p.num_seqs == 0,
+                 "block_table: expected at least one page a sequence on a GPU");
     const int64_t needed =
-        tree_attention_workspace(p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
-                                 int64_t{p.table.max_pages} * p.table.page_size);
+        tree_attention_workspace(a.q.device, p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max,
+                                 p.head_dim, int64_t{p.table.max_pages} * p.table.page_size);
     SPECRT_CHECK(a.workspace, "workspace: expected a tensor on a GPU, got None");
     expect(a.workspace, DType::kFloat32, "[floats]", -1);
     SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,

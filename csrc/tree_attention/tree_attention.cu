@@ -19,7 +19,7 @@ namespace specrt {
 namespace attention {
 
 constexpr int kStages = 3, kPoolRows = kStages * kBlock;  // a tail: 64 of the prefix + 128 nodes
-constexpr int kMaxNodes = 128;
+constexpr int kMaxNodes = 64 * TreeAttentionParams::kMaxWords;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // How the launch is laid out; what workspace there is follows from it.
@@ -27,6 +27,7 @@ struct Plan {
     int num_warps, num_tiles;   // of 16 rows in a block; blocks over the rows
     int num_units, num_levels;  // at most, a sequence; of merging within a unit
     int shared_levels, slot_vectors;
+    int max_prefix;  // keys that pages are there for: more would leave the plan
     size_t shared_bytes;
 
     int64_t num_blocks(int num_seqs, int num_kv_heads) const {
@@ -51,6 +52,8 @@ int64_t ceil_div64(int64_t a, int64_t b) {
 Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     Plan plan{};
     const int rows = shape.num_nodes * shape.group;
+    const int64_t most = INT32_MAX - 2 * kLeaf;
+    plan.max_prefix = static_cast<int>(shape.max_len < most ? shape.max_len : most);
     plan.num_warps = rows <= 64 ? 4 : 8;
     plan.num_tiles = static_cast<int>(ceil_div64(rows, 16 * plan.num_warps));
     plan.slot_vectors = (shape.head_dim / 8 + 1) * 32 * plan.num_warps;
@@ -60,9 +63,11 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     // Registers let two blocks of four warps run on an SM. Where shared memory does too, it is
     // better spent on that than on levels of merging; eight warps have the SM for themselves.
     const bool has_pairs =
-        plan.num_warps == 4 && 2 * plan.shared_bytes + 1024 <= limits.shared_bytes;
-    const int64_t leaves = ceil_div64(shape.max_len, kLeaf);
+        plan.num_warps == 4 && 2 * plan.shared_bytes + kStaticShared <= limits.shared_bytes;
+    // A tree may begin where the pages end: its rows there count for nothing, but are gone through.
+    const int64_t leaves = ceil_div64(int64_t{plan.max_prefix} + kMaxNodes, kLeaf);
     const int64_t others = int64_t{shape.num_seqs} * shape.num_kv_heads * plan.num_tiles;
+    if (others == 0) return plan;  // nothing to do
     // As many units as fill the GPU once: a second wave would wait, and partial results cost
     // traffic.
     const int64_t room = limits.num_sms * (has_pairs ? 2 : 1);
@@ -71,7 +76,8 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     if (others * plan.num_units > kMaxTickets) plan.num_units = 1;
     while (ceil_div64(leaves, int64_t{1} << plan.num_levels) > plan.num_units) ++plan.num_levels;
     if (has_pairs) return plan;
-    const size_t level = sizeof(float4) * plan.slot_vectors, used = plan.shared_bytes + 1024;
+    const size_t level = sizeof(float4) * plan.slot_vectors;
+    const size_t used = plan.shared_bytes + kStaticShared;
     while (plan.shared_levels < plan.num_levels &&
            used + level * (plan.shared_levels + 1) <= limits.shared_bytes)
         ++plan.shared_levels;
@@ -79,9 +85,26 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     return plan;
 }
 
+// Division by a constant: n / divisor is n * factor >> shift for all n of 31 bits.
+struct Division {
+    uint32_t factor;
+    int shift;
+
+    __device__ int quotient(int n) const {
+        return static_cast<int>(uint64_t{factor} * static_cast<uint32_t>(n) >> shift);
+    }
+};
+
+Division division_by(uint32_t divisor) {
+    int shift = 31;
+    while (uint64_t{1} << (shift - 31) < divisor) ++shift;
+    return {static_cast<uint32_t>((uint64_t{1} << shift) / divisor + 1), shift};
+}
+
 struct KernelParams {
     TreeAttentionParams p;
     Plan plan;
+    Division page;
 };
 
 // What a block works on, and where it lies.
@@ -89,18 +112,19 @@ template <typename T>
 struct Work {
     T *keys, *values;      // this head's, of all pages
     const int32_t* pages;  // this sequence's
+    Division page;
     int seq, head, first_row;
     int prefix, num_nodes, tree_size;  // keys committed; rows that are nodes; slots of the tree
 };
 
-template <typename T>
+template <typename T, int D>
 __device__ __forceinline__ int64_t offset_of(const TreeAttentionParams& p, const Work<T>& w,
                                              int slot) {
-    const int page = slot / p.table.page_size, row = slot - page * p.table.page_size;
+    const int page = w.page.quotient(slot), row = slot - page * p.table.page_size;
     // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
     const int known = min(page, p.table.max_pages - 1);
     const int64_t at = int64_t{w.pages[known]} * p.table.page_size + row;
-    return at * p.num_kv_heads * p.head_dim;
+    return at * (p.num_kv_heads * D);
 }
 
 // Copies slots `slot` .. `slot + count` to pool rows `row` and on.
@@ -110,7 +134,7 @@ __device__ __forceinline__ void fetch(const TreeAttentionParams& p, const Work<T
     constexpr int kChunks = D / 8;  // of 16 bytes
     for (int i = threadIdx.x; i < count * kChunks; i += blockDim.x) {
         const int r = i / kChunks, column = i % kChunks * 8;
-        const int64_t from = offset_of(p, w, slot + r) + column;
+        const int64_t from = offset_of<T, D>(p, w, slot + r) + column;
         const int to = (row + r) * kStride<D> + column;
         ptx::cp_async_16(pool.keys + to, w.keys + from);
         ptx::cp_async_16(pool.values + to, w.values + from);
@@ -139,8 +163,8 @@ __device__ __forceinline__ void append_rows(const TreeAttentionParams& p, const 
         store_shared_pack(pool.values + to, value_low),
             store_shared_pack(pool.values + to + D / 2, value_high);
         const int slot = w.prefix + first + row;
-        if (!is_writer || slot / p.table.page_size >= p.table.max_pages) continue;
-        const int64_t at = offset_of(p, w, slot) + column;
+        if (!is_writer || w.page.quotient(slot) >= p.table.max_pages) continue;
+        const int64_t at = offset_of<T, D>(p, w, slot) + column;
         store_pack(w.keys + at, low), store_pack(w.keys + at + D / 2, high);
         store_pack(w.values + at, value_low), store_pack(w.values + at + D / 2, value_high);
     }
@@ -202,22 +226,27 @@ __device__ __forceinline__ uint64_t up_to(int last) {
 // Fills ancestors[node][rank] and counts[node] for the nodes of the block's rows.
 template <typename T>
 __device__ __forceinline__ void read_tree(const TreeAttentionParams& p, const Work<T>& w,
-                                          uint8_t* ancestors, int* counts, int num_local) {
-    const int first = w.first_row / p.group;
-    for (int i = threadIdx.x; i < num_local * kMaxNodes; i += blockDim.x) {
-        const int local = i / kMaxNodes, j = i % kMaxNodes, node = first + local;
+                                          uint8_t* ancestors, int* counts) {
+    constexpr int kBits = 8, kParts = kMaxNodes / kBits;  // a thread takes eight bits of a node
+    const int first = w.first_row / p.group, most = blockDim.x / 2;
+    const int num_local = min(w.num_nodes - first, most);
+    for (int i = threadIdx.x; i < num_local * kParts; i += blockDim.x) {
+        const int local = i / kParts, begin = i % kParts * kBits, node = first + local;
         // Nothing above a node has a greater index: a stray bit must not show an unwritten slot.
-        const int self = p.first_node[w.seq] + node;
+        const int self = w.tree_size - w.num_nodes + node;
         const uint64_t* from =
             p.ancestors + w.seq * p.ancestors_stride[0] + node * p.ancestors_stride[1];
         const uint64_t low = from[0] & up_to(self);
         const uint64_t high = p.num_words > 1 && self >= 64 ? from[1] & up_to(self - 64) : 0;
-        const uint64_t word = j < 64 ? low : high, bit = uint64_t{1} << j % 64;
-        const int rank = __popcll(word & (bit - 1)) + (j < 64 ? 0 : __popcll(low));
-        if (word & bit) ancestors[local * kMaxNodes + rank] = j;
-        if (j > 0) continue;
+        const uint64_t word = begin < 64 ? low : high;
+        const uint64_t before = word & ((uint64_t{1} << begin % 64) - 1);
+        uint8_t* to = ancestors + local * kMaxNodes;
+        int rank = __popcll(before) + (begin < 64 ? 0 : __popcll(low));
+        for (unsigned bits = word >> begin % 64 & 0xff; bits; bits &= bits - 1)
+            to[rank++] = static_cast<uint8_t>(begin + __ffs(static_cast<int>(bits)) - 1);
+        if (begin > 0) continue;
         counts[local] = __popcll(low) + __popcll(high);
-        if (counts[local] == 0) ancestors[local * kMaxNodes] = 0;
+        if (counts[local] == 0) to[0] = 0;
     }
 }
 
@@ -266,16 +295,22 @@ struct Span {
 };
 
 template <typename T, int D>
+__device__ __forceinline__ void begin_stream(const TreeAttentionParams& p, const Work<T>& w,
+                                             const Pool<T, D>& pool, const Span& span) {
+    for (int i = 0; i < kStages - 1; ++i) {
+        const int at = span.begin + i * kBlock;
+        if (at < span.tail) fetch(p, w, pool, i * kBlock, at, kBlock);
+        ptx::cp_async_commit();
+    }
+}
+
+template <typename T, int D>
 __device__ __forceinline__ void stream_prefix(const TreeAttentionParams& p, const Work<T>& w,
                                               const Pool<T, D>& pool, const Span& span,
                                               bool has_rows, const uint32_t (&q)[D / 16][4],
                                               float scale, const Stack& stack, int num_leaves,
                                               State<D>& s) {
     const int num_blocks = (span.tail - span.begin) / kBlock;
-    for (int i = 0; i < kStages - 1; ++i) {
-        if (i < num_blocks) fetch(p, w, pool, i * kBlock, span.begin + i * kBlock, kBlock);
-        ptx::cp_async_commit();
-    }
     for (int i = 0; i < num_blocks; ++i) {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // block i is there, and block i - 1 no longer read
@@ -299,8 +334,6 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
                                          int warp_row, const uint32_t (&q)[D / 16][4], float scale,
                                          const Stack& stack, int num_leaves, State<D>& s) {
     const int first_node = w.first_row / p.group;
-    const int left = w.num_nodes - first_node, most = blockDim.x / 2;
-    const int num_local = left < most ? left : most;
     if (span.tail < w.prefix) fetch(p, w, memory.pool, 0, span.tail, w.prefix - span.tail);
     fetch(p, w, memory.pool, kBlock, w.prefix, w.tree_size - (kAppends ? w.num_nodes : 0));
     ptx::cp_async_commit();
@@ -309,7 +342,6 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
         const bool is_first = w.first_row == 0 && span.begin <= w.prefix / kBlock * kBlock;
         append_rows(p, w, memory.pool, is_first && has_end);
     }
-    read_tree(p, w, memory.ancestors, memory.counts, num_local);
     ptx::cp_async_wait<0>();
     __syncthreads();
     const int active = w.num_nodes * p.group;
@@ -344,9 +376,12 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     w.keys = static_cast<T*>(p.k_cache) + int64_t{w.head} * D;
     w.values = static_cast<T*>(p.v_cache) + int64_t{w.head} * D;
     w.pages = p.table.pages + w.seq * p.table.stride;
-    w.prefix = p.kv_len[w.seq];
-    w.num_nodes = min(p.num_nodes[w.seq], p.num_nodes_max);
-    w.tree_size = p.first_node[w.seq] + w.num_nodes;
+    w.page = k.page;
+    // The host cannot check these, and shared memory and workspace are laid out for no more.
+    w.prefix = min(max(p.kv_len[w.seq], 0), k.plan.max_prefix);
+    const int first_node = min(max(p.first_node[w.seq], 0), kMaxNodes);
+    w.num_nodes = min(min(p.num_nodes[w.seq], p.num_nodes_max), kMaxNodes - first_node);
+    w.tree_size = first_node + w.num_nodes;
     w.first_row = tile * static_cast<int>(blockDim.x / 2);
 
     State<D> s;
@@ -373,6 +408,9 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     const int tile_index = (w.seq * p.num_kv_heads + w.head) * k.plan.num_tiles + tile;
     const Workspace workspace(k, tile_index, unit, num_units, memory.levels);
     const float scale = __fmul_rn(p.scale, kLog2E);
+    begin_stream(p, w, memory.pool, span);
+    // Beside the first keys on their way.
+    if (span.tail < span.end) read_tree(p, w, memory.ancestors, memory.counts);
     uint32_t q[D / 16][4];
     read_queries<T, D, kAppends>(p, w, warp_row, q);
     stream_prefix<T, D>(p, w, memory.pool, span, warp_row < active, q, scale, workspace.stack,
@@ -412,10 +450,11 @@ void start(const KernelParams& k, CudaStream stream) {
 
 }  // namespace attention
 
-int64_t tree_attention_workspace(int num_seqs, int num_kv_heads, int group, int num_nodes,
-                                 int head_dim, int64_t max_len) {
-    const attention::Plan plan = attention::make_plan(
-        {num_seqs, num_kv_heads, group, num_nodes, head_dim, max_len}, device_limits());
+int64_t tree_attention_workspace(int device, int num_seqs, int num_kv_heads, int group,
+                                 int num_nodes, int head_dim, int64_t max_len) {
+    const attention::Plan plan =
+        attention::make_plan({num_seqs, num_kv_heads, group, num_nodes, head_dim, max_len},
+                             device_limits(device == kCpu ? current_device() : device));
     return attention::kMaxTickets +
            plan.num_blocks(num_seqs, num_kv_heads) * plan.block_slots() * plan.slot_vectors * 4;
 }
@@ -425,8 +464,10 @@ void tree_attention_cuda(const void* params, CudaStream stream) {
     const attention::Plan plan =
         attention::make_plan({p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
                               int64_t{p.table.max_pages} * p.table.page_size},
-                             device_limits());
-    const attention::KernelParams k{p, plan};
+                             device_limits(current_device()));
+    if (plan.num_blocks(p.num_seqs, p.num_kv_heads) == 0) return;
+    const attention::KernelParams k{
+        p, plan, attention::division_by(static_cast<uint32_t>(p.table.page_size))};
     if (p.q_dtype == DType::kBFloat16) return attention::start<bf16_t>(k, stream);
     attention::start<f16_t>(k, stream);
 }

@@ -49,13 +49,13 @@ struct TreeAttentionParams {
 SPECRT_DECLARE_CPU(tree_attention_part)
 SPECRT_DECLARE_CUDA(tree_attention_cuda)
 
-// Floats of workspace that launches of this shape on the current GPU need, for sequences of at most
-// max_len slots. Its first kTicketWords are to be zeroed once.
+// Floats of workspace that launches of this shape need on a GPU (kCpu: the current one), for
+// sequences of at most max_len slots. Tickets at its beginning are to be zeroed once.
 #if defined(SPECRT_CUDA_KERNELS)
-int64_t tree_attention_workspace(int num_seqs, int num_kv_heads, int group, int num_nodes,
-                                 int head_dim, int64_t max_len);
+int64_t tree_attention_workspace(int device, int num_seqs, int num_kv_heads, int group,
+                                 int num_nodes, int head_dim, int64_t max_len);
 #else
-inline int64_t tree_attention_workspace(int, int, int, int, int, int64_t) {
+inline int64_t tree_attention_workspace(int, int, int, int, int, int, int64_t) {
     return 0;
 }
 #endif

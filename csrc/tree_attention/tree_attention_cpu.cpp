@@ -51,7 +51,9 @@ struct Item {
 template <typename T>
 int64_t offset_of(const Item<T>& it, int64_t slot) {
     const PageTable& table = it.p.table;
-    const int64_t row = int64_t{it.pages[slot / table.page_size]} * table.page_size;
+    const int64_t page = slot / table.page_size, last = table.max_pages - 1;
+    // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
+    const int64_t row = int64_t{it.pages[page < last ? page : last]} * table.page_size;
     return (row + slot % table.page_size) * it.p.num_kv_heads * it.p.head_dim;
 }
 

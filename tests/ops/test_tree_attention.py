@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -248,7 +248,8 @@ def test_bits_do_not_depend_on_the_gpu(backend: Backend, num_nodes: int) -> None
         pytest.skip("a GPU cannot be changed")
     case = queries(make_case(1990, num_nodes, dtype=torch.bfloat16), backend, torch.bfloat16)
     expected = run(case, backend=backend)
-    for seed, (num_sms, shared) in enumerate([(1, 232448), (1, 92160), (5, 166912), (64, 232448)]):
+    devices = [(1, 232448), (1, 92160), (5, 166912), (6, 98304), (10, 98304), (64, 232448)]
+    for seed, (num_sms, shared) in enumerate(devices):
         simt().set_schedule(seed)  # type: ignore[attr-defined]
         simt().set_device(num_sms, shared)  # type: ignore[attr-defined]
         assert torch.equal(run(case, backend=backend), expected), num_sms
@@ -376,6 +377,65 @@ def test_stray_bits_above_a_node_show_nothing(backend: Backend) -> None:
     assert torch.equal(tree_attention(**args), expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (1, 0)])
+def test_no_sequences_or_no_rows_are_nothing_to_do(
+    backend: Backend, shape: tuple[int, int]
+) -> None:
+    case = queries(make_case(24, 8, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    batch, rows = (slice(0, size) for size in shape)
+    for name in ("q", "out", "ancestors"):
+        args[name] = args[name][batch, rows]  # type: ignore[index]
+    for name in ("block_table", "kv_len", "first_node", "num_nodes"):
+        args[name] = args[name][batch]  # type: ignore[index]
+    assert tree_attention(**args).shape[:2] == shape  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+def test_strides_of_one_sequence_may_be_anything(backend: Backend, heads: tuple[int, int]) -> None:
+    case = queries(make_case(24, 8, heads, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    expected = tree_attention(**args).clone()  # type: ignore[arg-type]
+    for name in ("q", "out"):
+        tensor = args[name]
+        assert isinstance(tensor, Tensor)
+        args[name] = tensor.as_strided(tensor.shape, (1, *tensor.stride()[1:]))
+    assert torch.equal(tree_attention(**args), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kv_len", "first_node", "num_nodes"),
+    [(24, 100, 70), (24, 2**31 - 1, 70), (24, -5, 70), (24, 0, 1000), (2**31 - 1, 0, 70)],
+)
+def test_counts_that_cannot_be_touch_no_other_memory(
+    backend: Backend, kv_len: int, first_node: int, num_nodes: int
+) -> None:
+    """The shim's memory is guarded; on a GPU the next launch must come out as before."""
+    if not backend.runs_cuda_source:
+        pytest.skip("the CPU reads what it is told to")
+    case = queries(make_case(24, 70, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    expected = tree_attention(**args).clone()  # type: ignore[arg-type]
+    wrong = dict(args, out=torch.empty_like(expected))
+    for name, value in (("kv_len", kv_len), ("first_node", first_node), ("num_nodes", num_nodes)):
+        wrong[name] = ints(value).to(backend.device)
+    tree_attention(**wrong)  # type: ignore[arg-type]
+    assert (args["workspace"][:NUM_TICKETS] == 0).all()  # type: ignore[index]
+    assert torch.equal(tree_attention(**args), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefix", [240, 256])
+def test_rows_past_the_pages_disturb_no_others(backend: Backend, prefix: int) -> None:
+    """At the context's limit a tree's last nodes have no slots, and never count."""
+    case = queries(make_case(prefix, 40, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    expected = tree_attention(**args).clone()  # type: ignore[arg-type]
+    args["block_table"] = args["block_table"][:, :16].contiguous()  # type: ignore[index]
+    args["workspace"] = workspace_for(backend, args["q"], args["block_table"], args["k_cache"])  # type: ignore[arg-type]
+    out = tree_attention(**args)  # type: ignore[arg-type]
+    assert torch.equal(out[0, : 256 - prefix], expected[0, : 256 - prefix])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -398,6 +458,45 @@ def test_a_wrong_argument_is_named(name: str, value: Tensor) -> None:
     args = batch_arguments([make_case(24, 8)])
     args[name] = value
     with pytest.raises(ValueError, match=f"^{name}:"):
+        tree_attention(**args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", lambda q: q.float()),
+        ("q", lambda q: q.new_zeros(*q.shape[:3], 65)[..., 1:]),
+        ("out", lambda out: out.new_zeros(*out.shape[:3], 65)[..., :64]),
+        ("block_table", lambda table: table[:, :0]),
+        ("workspace", lambda workspace: workspace[:-1]),
+        ("workspace", lambda workspace: None),
+    ],
+)
+def test_what_a_gpu_asks_beyond_the_cpu_is_named(
+    backend: Backend, name: str, change: Callable[[Tensor], Tensor | None]
+) -> None:
+    if not backend.runs_cuda_source:
+        pytest.skip("of the GPU's kernel")
+    case = queries(make_case(600, 8, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    args[name] = change(args[name])  # type: ignore[arg-type]
+    if name == "q" and args["q"].dtype == torch.float32:  # type: ignore[union-attr]
+        args["out"] = torch.zeros_like(args["q"])  # type: ignore[arg-type]
+    kernel = simt() if backend.name == "simt" else _C
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        kernel.tree_attention(*args.values(), None, None, None, None)  # type: ignore[attr-defined]
+
+
+def test_more_rows_than_a_tree_has_are_refused(backend: Backend) -> None:
+    if not backend.runs_cuda_source:
+        pytest.skip("the CPU takes any number of rows")
+    case = queries(make_case(24, 8, dtype=torch.bfloat16), backend, torch.bfloat16)
+    args = batch_arguments([case], backend)
+    for name in ("q", "out", "ancestors"):
+        tensor = args[name]
+        assert isinstance(tensor, Tensor)
+        args[name] = tensor.new_zeros(1, 129, *tensor.shape[2:])
+    with pytest.raises(ValueError, match=r"^q: expected at most 128 nodes"):
         tree_attention(**args)  # type: ignore[arg-type]
 
 

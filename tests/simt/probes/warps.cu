@@ -94,7 +94,7 @@ __global__ void where(int* out) {
 PROBE(where, p.tensor<int>("out"))
 
 __global__ void limits(int* out) {
-    const DeviceLimits device = device_limits();
+    const DeviceLimits device = device_limits(current_device());
     out[0] = device.num_sms;
     out[1] = static_cast<int>(device.shared_bytes);
 }
