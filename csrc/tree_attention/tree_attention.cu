@@ -369,10 +369,11 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
 template <typename T, int D, bool kAppends>
 __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelParams k) {
     const TreeAttentionParams& p = k.p;
-    const int unit = blockIdx.x, tile = blockIdx.y % k.plan.num_tiles;
+    // The last units, which have few keys or none, come last: what does not fit at once is short.
+    const int unit = blockIdx.y, tile = blockIdx.x % k.plan.num_tiles;
     Work<T> w;
     w.seq = blockIdx.z;
-    w.head = blockIdx.y / k.plan.num_tiles;
+    w.head = blockIdx.x / k.plan.num_tiles;
     w.keys = static_cast<T*>(p.k_cache) + int64_t{w.head} * D;
     w.values = static_cast<T*>(p.v_cache) + int64_t{w.head} * D;
     w.pages = p.table.pages + w.seq * p.table.stride;
@@ -425,7 +426,7 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
 template <typename T, int D>
 void start(const KernelParams& k, CudaStream stream) {
     const TreeAttentionParams& p = k.p;
-    const LaunchShape shape{dim3(k.plan.num_units, p.num_kv_heads * k.plan.num_tiles, p.num_seqs),
+    const LaunchShape shape{dim3(p.num_kv_heads * k.plan.num_tiles, k.plan.num_units, p.num_seqs),
                             dim3(32 * k.plan.num_warps), k.plan.shared_bytes};
     if (p.append.k) {
         SPECRT_LAUNCH((tree_attention_kernel<T, D, true>), shape, stream, k);
