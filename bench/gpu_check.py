@@ -64,6 +64,13 @@ class Report:
         bad = any(row["status"] in (FAILED, CUT) for row in self.commands)
         return not bad and not self.is_interrupted
 
+    @property
+    def outcome(self) -> str:
+        """In a word."""
+        if self.is_interrupted:
+            return "INTERRUPTED"
+        return "passed" if self.has_passed else "FAILED"
+
     def table(self) -> str:
         """Fixed columns, one line a command."""
         lines = [f"{'stage':10}{'command':16}{'status':9}{'seconds':>8}  detail"]
@@ -254,7 +261,7 @@ def check(
         print(line)
     print(report.table())
     print(f"what the commands printed: {logs}")
-    print(f"gpu-check: {'passed' if report.has_passed else 'FAILED'}, {report.path}")
+    print(f"gpu-check: {report.outcome}, {report.path}")
     raise SystemExit(0 if report.has_passed else 1)
 
 

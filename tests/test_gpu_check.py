@@ -275,7 +275,7 @@ gpu_check.check(stages, check_stages.Limits(60, {{"build": 30, "tests": 30}}), r
     assert process.returncode == 1
     assert (saved["interrupted"], saved["passed"]) == (True, False)
     assert [row["command"] for row in saved["commands"]] == ["a"]
-    assert "gpu-check: FAILED" in output
+    assert "gpu-check: INTERRUPTED" in output
 
 
 def test_only_a_gpu_writes_results_that_are_kept() -> None:
