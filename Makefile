@@ -51,9 +51,10 @@ bench: ext  ## every benchmark; results land in bench/results/local
 	    $(PY) -m bench.$$(basename $$script .py) --save bench/results/local; \
 	done
 
-# A GPU's machine may have no network: $(PYTHON) serves if it has torch, pybind11 and pytest.
+# A GPU's machine may have no network: $(PYTHON) serves if it has what building and testing need,
+# and a .venv that cannot be had must not take minutes of it.
 gpu-check:  ## on a GPU: build, tests, sanitizers, benchmarks; without one the shim's tests
-	@$(PYTHON) -m bench.gpu_check --fits || $(MAKE) $(READY) || echo "no .venv: trying $(PYTHON)"
+	@$(PYTHON) -m bench.gpu_check --fits || PIP_RETRIES=1 $(MAKE) -s --no-print-directory $(READY) || echo "no .venv: trying $(PYTHON)"
 	@$(PYTHON) -m bench.gpu_check $(GPU_CHECK_ARGS)
 
 ext: $(READY)  ## build the extension in place; compiles only what changed

@@ -36,6 +36,11 @@ def find_tool(name: str) -> str | None:
 class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt once; the extension lands where setuptools wants it."""
 
+    def run(self) -> None:
+        # Kept, because setuptools clears it while extensions are built, and copies them afterwards.
+        self._is_in_place = bool(self.inplace)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
@@ -46,9 +51,10 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("SPECRT_CUDA", "AUTO").upper()
         if cuda not in ("AUTO", "ON", "OFF"):
             raise ValueError(f"SPECRT_CUDA: expected AUTO, ON or OFF, got {cuda!r}")
-        # In place, the build folder outlives this command (setuptools' own may not), and so the
-        # next build compiles only what changed. Generator and CUDA mode are CMake's to cache.
-        base = ROOT / "build" / "inplace" if self.inplace else Path(self.build_temp).resolve()
+        # In place, the build folder outlives this command (pip's own does not), and so the next
+        # build compiles only what changed. Generator and CUDA mode are CMake's to cache.
+        is_kept = self._is_in_place
+        base = ROOT / "build" / "inplace" if is_kept else Path(self.build_temp).resolve()
         folder = base / f"{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}-{cuda}"
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
 
@@ -72,6 +78,8 @@ class CMakeBuild(build_ext):
             defines["SPECRT_SIMT"] = "ON"
         configure = [cmake, "-S", str(ROOT), "-B", str(folder)]
         configure += ["-G", "Ninja" if ninja else "Unix Makefiles"]
+        # Not this one: what one build asked for would stay for those that ask for nothing.
+        configure += ["-UCMAKE_CUDA_ARCHITECTURES"]
         configure += [f"-D{key}={value}" for key, value in defines.items()]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         folder.mkdir(parents=True, exist_ok=True)

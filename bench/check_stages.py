@@ -18,6 +18,10 @@ BUDGET = "{budget}"
 READY = "the device runs torch"
 """``bench.one_of_each`` prints it before our first kernel: what fails earlier is not our fault."""
 OK, FAILED, CUT, SKIPPED, PARTIAL = "ok", "failed", "cut", "skipped", "partial"
+REQUIRED = ("torch", "pybind11", "setuptools", "rich")
+"""Modules without which there is nothing to build or to measure with."""
+FOR_TESTS = ("pytest", "pytest_timeout", "hypothesis", "transformers")
+"""Modules without which less is tested."""
 _DEFAULT_ARCHS = ("80", "90a")  # CMakeLists.txt's
 
 Verdict = tuple[str, str]
@@ -46,8 +50,10 @@ class Machine:
     python: str
     gpu: Mapping[str, Any]
     """``bench.gpu.facts``; empty without a GPU."""
-    has_pytest: bool
+    absent: Sequence[str]
+    """Those of ``FOR_TESTS`` that this Python lacks."""
     has_xdist: bool
+    has_flashinfer: bool
     sanitizer: str | None
     """Path of compute-sanitizer."""
 
@@ -85,14 +91,14 @@ def choose_limits(machine: Machine, is_essential: bool) -> Limits:
 
 
 def choose_python(candidates: Sequence[str], lacks: Callable[[str], Sequence[str]]) -> str | None:
-    """The first that lacks nothing, else the first that lacks pytest alone, else none.
+    """The first that lacks nothing, else the first that has what is required, else none.
 
     Args:
         candidates: interpreters, the preferred one first.
         lacks: the modules that one cannot import.
     """
     missing = {python: set(lacks(python)) for python in candidates}
-    for allowed in (set(), {"pytest"}):
+    for allowed in (set(), set(FOR_TESTS)):
         for python in candidates:
             if missing[python] <= allowed:
                 return python
@@ -139,17 +145,19 @@ def _build(machine: Machine, is_essential: bool) -> Stage:
 
 
 def _tests(machine: Machine) -> Stage:
-    if not machine.has_pytest:
+    if machine.absent:
+        lack = f"this Python lacks {', '.join(machine.absent)}"
         if not machine.gpu:
-            return Stage("tests", skipped="this Python has no pytest")
-        return Stage("tests", [_one_of_each(machine, "kernels")])
+            return Stage("tests", skipped=lack)
+        argv: tuple[str, ...] = (machine.python, "-m", "bench.one_of_each")
+        return Stage("tests", [Command("kernels", argv, judge_without_tests(lack))])
     pytest = (machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if machine.has_xdist:
         pytest += ("-n", "4" if machine.gpu else "2", "--dist", "loadfile")
     if machine.gpu:
-        argv = (*pytest, "-k", "cuda", "tests/ops", "tests/models")
-        return Stage("tests", [Command("cuda", argv, judge_pytest, environment)])
+        argv = (*pytest, "-m", "gpu", "tests/ops", "tests/models", "tests/engine/test_bundled.py")
+        return Stage("tests", [Command("gpu", argv, judge_pytest, environment)])
     return Stage(
         "tests",
         [
@@ -157,11 +165,6 @@ def _tests(machine: Machine) -> Stage:
             Command("kernels", (*pytest, "-k", "simt", "tests/ops"), judge_pytest, environment),
         ],
     )
-
-
-def _one_of_each(machine: Machine, name: str) -> Command:
-    argv = (machine.python, "-m", "bench.one_of_each")
-    return Command(name, argv, judge_without_pytest)
 
 
 def _sanitize(machine: Machine, is_essential: bool) -> Stage:
@@ -183,6 +186,9 @@ def _bench(machine: Machine, is_essential: bool, save: Path) -> Stage:
     if not machine.gpu:
         return Stage("bench", skipped="no GPU")
     commands = []
+    if machine.has_flashinfer and not is_essential:
+        argv: tuple[str, ...] = (machine.python, "-m", "bench.flashinfer_contender")
+        commands.append(Command("flashinfer", argv, judge_contender))
     for name in ("small_kernels", "tree_attention"):
         argv = (machine.python, "-m", f"bench.bench_{name}", "--device", "cuda")
         argv += ("--save", str(save), "--budget", BUDGET, *(("--quick",) if is_essential else ()))
@@ -202,21 +208,29 @@ def judge_exit(code: int, output: str) -> Verdict:
 
 def judge_pytest(code: int, output: str) -> Verdict:
     """Tests must have passed: a run that skips all of them proves nothing."""
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last_line(output))}
+    # Not always the last line: libraries may complain when the process ends.
+    summaries = [line for line in output.splitlines() if _PYTEST_SUMMARY.search(line)]
+    summary = summaries[-1] if summaries else ""
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", summary)}
     shown = ", ".join(f"{counts[word]} {word}" for word in _PYTEST_WORDS if word in counts)
     if code == 0 and counts.get("passed", 0) > 0:
         return OK, shown
     return FAILED, f"exit code {code}: {shown or last_line(output)}"
 
 
+_PYTEST_SUMMARY = re.compile(r"\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.:]+")
 _PYTEST_WORDS = ("passed", "failed", "error", "errors", "skipped")
 
 
-def judge_without_pytest(code: int, output: str) -> Verdict:
+def judge_without_tests(lack: str) -> Judge:
     """Less than the tests, and said so."""
-    if code == 0:
-        return PARTIAL, "no pytest here: one of each kernel against torch, not the tests"
-    return judge_exit(code, output)
+
+    def judge(code: int, output: str) -> Verdict:
+        if code == 0:
+            return PARTIAL, f"{lack}: one of each kernel against torch, not the tests"
+        return judge_exit(code, output)
+
+    return judge
 
 
 def judge_sanitizer(code: int, output: str) -> Verdict:
@@ -226,6 +240,11 @@ def judge_sanitizer(code: int, output: str) -> Verdict:
     summary = [line for line in output.splitlines() if "SUMMARY" in line]
     detail = summary[-1].strip("= ") if summary else last_line(output)
     return (OK if code == 0 else FAILED), detail
+
+
+def judge_contender(code: int, output: str) -> Verdict:
+    """A baseline that does not compile here is left out of the benchmarks."""
+    return (OK, "") if code == 0 else (SKIPPED, f"left out: {last_line(output)}")
 
 
 def judge_bench(code: int, output: str) -> Verdict:

@@ -26,7 +26,6 @@ from bench.check_stages import BUDGET, CUT, FAILED, SKIPPED, STAGES, Command, Ma
 from bench.commit import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "pybind11", "pytest")
 _SHOWN_OUTPUT = 1500
 _SHOWN_DETAIL = 110
 _GRACE = 15.0
@@ -64,6 +63,13 @@ class Report:
     def has_passed(self) -> bool:
         bad = any(row["status"] in (FAILED, CUT) for row in self.commands)
         return not bad and not self.is_interrupted
+
+    @property
+    def outcome(self) -> str:
+        """In a word."""
+        if self.is_interrupted:
+            return "INTERRUPTED"
+        return "passed" if self.has_passed else "FAILED"
 
     def table(self) -> str:
         """Fixed columns, one line a command."""
@@ -145,7 +151,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 # --- the machine ------------------------------------------------------------------------------
 
 
-def lacks(python: str, modules: Sequence[str] = NEEDED) -> list[str]:
+def lacks(
+    python: str, modules: Sequence[str] = (*check_stages.REQUIRED, *check_stages.FOR_TESTS)
+) -> list[str]:
     """Those of ``modules`` that an interpreter does not find; all if it does not run."""
     code = "import sys; from importlib.util import find_spec as f; "
     code += "print(*(m for m in sys.argv[1:] if f(m) is None))"
@@ -167,8 +175,15 @@ def find_machine(python: str) -> Machine:
         gpu = json.loads(check_stages.last_line(done.stdout))
     except ValueError:
         raise SystemExit(f"gpu-check: {python} -m bench.gpu failed:\n{done.stderr}") from None
-    absent = lacks(python, ("pytest", "xdist"))
-    return Machine(python, gpu, "pytest" not in absent, "xdist" not in absent, find_sanitizer())
+    absent = lacks(python, (*check_stages.FOR_TESTS, "xdist", "flashinfer"))
+    return Machine(
+        python=python,
+        gpu=gpu,
+        absent=[module for module in absent if module in check_stages.FOR_TESTS],
+        has_xdist="xdist" not in absent,
+        has_flashinfer="flashinfer" not in absent,
+        sanitizer=find_sanitizer(),
+    )
 
 
 def find_sanitizer() -> str | None:
@@ -216,7 +231,8 @@ def main() -> None:
     stages = check_stages.plan(machine, names, args.essentials, save)
     limits = check_stages.choose_limits(machine, args.essentials)
     print(f"python: {machine.python}")
-    print(f"GPU: {machine.gpu.get('device', 'none; building and running the shim tests')}")
+    without = "torch sees none; building and running the shim tests"
+    print(f"GPU: {machine.gpu.get('device', without)}")
     if args.list:
         _list(stages, limits)
         return
@@ -227,16 +243,25 @@ def check(
     stages: Sequence[Stage], limits: check_stages.Limits, report: Report, logs: Path
 ) -> NoReturn:
     """Run the stages, write the summary whatever happens, and leave with the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        report.write()
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # now, not when there are results
+        raise SystemExit(f"gpu-check: cannot write there (--save, --logs): {error}") from None
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) != signal.SIG_IGN:  # of nohup
+            signal.signal(sign, signal.default_int_handler)
     try:
         run_stages(stages, limits, report, logs)
     except KeyboardInterrupt:
         report.is_interrupted = True
     report.write()
-    for line in goals.lines(report.path.parent, report.head["date"]):
+    reached = goals.lines(report.path.parent, report.head["date"])
+    for line in ["goals, stated for an H200:", *reached] if reached else []:
         print(line)
     print(report.table())
-    print(f"gpu-check: {'passed' if report.has_passed else 'FAILED'}, {report.path}")
+    print(f"what the commands printed: {logs}")
+    print(f"gpu-check: {report.outcome}, {report.path}")
     raise SystemExit(0 if report.has_passed else 1)
 
 
@@ -250,7 +275,8 @@ def _chosen_python() -> str:
     candidates = [sys.executable, str(ROOT / ".venv/bin/python")]
     chosen = check_stages.choose_python(candidates, lacks)
     if chosen is None:
-        raise SystemExit(f"gpu-check: {candidates[0]} lacks {', '.join(lacks(candidates[0]))}")
+        missing = lacks(candidates[0], check_stages.REQUIRED)
+        raise SystemExit(f"gpu-check: {candidates[0]} lacks {', '.join(missing)}")
     return chosen
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from bench import gpu
 from bench.gpu import OURS
-from bench.harness import Row, report
+from bench.harness import Row, environment, report, result_of, save_result
 from bench.limits import Ceilings
 
 Case = TypeVar("Case")
@@ -27,6 +28,8 @@ def run_bench(
 ) -> None:
     """Measure and report; leave with exit code 1 if a case failed, after the others.
 
+    What there is, is saved after each case: the process may be stopped in the next.
+
     Args:
         name: of the results' file.
         cases: the ones that matter most first, since a budget may cut the rest.
@@ -36,26 +39,37 @@ def run_bench(
     start = time.monotonic()
     facts = gpu.facts()
     ceilings = gpu.measure_ceilings()
-    facts["busy"] = gpu.clocks()
+    where = environment() | {"gpu": facts | {"busy": gpu.clocks()}}
     rows: list[Row] = []
     missing: dict[str, list[str]] = {}
-    errors = []
+    errors: list[str] = []
+
+    def summary() -> dict[str, Any]:
+        return {**vars(ceilings), "not_measured": gpu.counted(missing, len(rows))}
+
     for case in cases:
         row, failures = None, {OURS: "over the budget"}
         if not rows or not args.budget or time.monotonic() - start < args.budget:
-            try:
-                row, failures = one_case(case, ceilings, facts["l2_bytes"])
-            except torch.OutOfMemoryError:
-                failures = {OURS: "out of memory"}
-            except Exception as error:
-                errors.append(f"{case}: {' '.join(str(error).split())}")
-                failures = {OURS: gpu.reason(error)}
+            measured = functools.partial(one_case, case, ceilings, facts["l2_bytes"])
+            row, failures = _tried(measured, str(case), errors)
             torch.cuda.empty_cache()
         rows += [row] if row else []
         for contender, reason in failures.items():
             missing.setdefault(f"{contender}: {reason}", []).append(str(case))
+        if row and args.save:
+            save_result(result_of(name, rows, summary(), where), args.save)
     if rows:
-        summary = {**vars(ceilings), "not_measured": gpu.counted(missing, len(rows))}
-        report(name, rows, save=args.save, summary=summary, gpu=facts)
+        report(name, rows, save=args.save, summary=summary(), where=where)
     if errors:
         raise SystemExit(f"{len(errors)} cases failed; the first: {errors[0][:400]}")
+
+
+def _tried(measured: Callable[[], Measured], case: str, errors: list[str]) -> Measured:
+    """Notes an error instead of raising it."""
+    try:
+        return measured()
+    except torch.OutOfMemoryError:
+        return None, {OURS: "out of memory"}
+    except Exception as error:
+        errors.append(f"{case}: {' '.join(str(error).split())}")
+        return None, {OURS: gpu.reason(error)}

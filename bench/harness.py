@@ -159,7 +159,7 @@ def report(
     *,
     save: Path | None = None,
     summary: Mapping[str, Any] | None = None,
-    gpu: Mapping[str, Any] | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> None:
     """Print the rows as a table, then as the last line one JSON object; save it on request.
 
@@ -168,7 +168,7 @@ def report(
         rows: one dict a line; the keys of the first are the columns. Not empty.
         save: a folder for ``<name>.json``, the ``--save`` of :func:`parser`.
         summary: figures beside the rows.
-        gpu: facts of the GPU it ran on, kept with the environment.
+        where: it was measured, if known already; else :func:`environment`.
     """
     table = Table(title=name)
     for column in rows[0]:
@@ -177,19 +177,34 @@ def report(
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in rows[0]))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    result = {
-        "name": name,
-        "command": _command(),
-        "environment": environment() | ({"gpu": dict(gpu)} if gpu else {}),
-        "summary": dict(summary or {}),
-        "rows": list(rows),
-    }
+    result = result_of(name, rows, summary or {}, where or environment())
     for key, value in result["summary"].items():
         print(f"{key}: {_shown(value)}")
     if save:
-        save.mkdir(parents=True, exist_ok=True)
-        (save / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        save_result(result, save)
     print(json.dumps(result))
+
+
+def result_of(
+    name: str, rows: Sequence[Row], summary: Mapping[str, Any], where: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is kept of a benchmark; arguments as for :func:`report`."""
+    return {
+        "name": name,
+        "command": _command(),
+        "environment": dict(where),
+        "summary": dict(summary),
+        "rows": list(rows),
+    }
+
+
+def save_result(result: Mapping[str, Any], folder: Path) -> None:
+    """Write ``<name>.json`` there, whole or not at all: the process may be stopped any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['name']}.json"
+    new = path.with_suffix(".json.new")
+    new.write_text(json.dumps(result, indent=2) + "\n")
+    new.replace(path)
 
 
 def _command() -> str:

@@ -213,6 +213,27 @@ def test_a_case_that_fails_leaves_the_others(
     assert any("silu_mul small rows 8192" in one for one in _cases(result))
 
 
+@pytest.mark.usefixtures("cpu_for_gpu")
+def test_a_process_that_is_stopped_leaves_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_case, calls = small_kernels_cuda.one_case, []
+
+    def stopped(*args: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return one_case(*args)
+
+    monkeypatch.setattr(small_kernels_cuda, "one_case", stopped)
+    args = argparse.Namespace(quick=True, budget=None, save=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        small_kernels_cuda.run(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["small_kernels_cuda.json"]
+    result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
+    assert [row["op"] for row in result["rows"]] == ["rms_norm", "silu_mul"]
+
+
 def _cases(result: dict[str, Any]) -> list[str]:
     return list(result["summary"]["not_measured"].values())
 

@@ -19,8 +19,8 @@ from bench.check_stages import CUT, FAILED, OK, PARTIAL, SKIPPED, STAGES, Comman
 
 ROOT = Path(__file__).parents[1]
 H100 = {"device": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
-WITH_GPU = Machine("python3", H100, True, True, "/opt/compute-sanitizer")
-WITHOUT_GPU = Machine("python3", {}, True, False, None)
+WITH_GPU = Machine("python3", H100, (), True, False, "/opt/compute-sanitizer")
+WITHOUT_GPU = Machine("python3", {}, (), False, False, None)
 
 
 def commands(
@@ -46,7 +46,7 @@ def test_plan_on_a_gpu() -> None:
     assert (build["SPECRT_CUDA"], build["CMAKE_CUDA_ARCHITECTURES"]) == ("ON", "90a;80")
     assert list(full["sanitize"]) == ["memcheck", "racecheck"]
     assert "bench.one_of_each" in full["sanitize"]["racecheck"].argv
-    assert full["tests"]["cuda"].argv[-4:] == ("-k", "cuda", "tests/ops", "tests/models")
+    assert full["tests"]["gpu"].argv[-5:-2] == ("-m", "gpu", "tests/ops")
     assert list(full["bench"]) == ["small_kernels", "tree_attention"]
     assert check_stages.choose_limits(WITH_GPU, is_essential=False).total < 9 * 60
 
@@ -78,12 +78,19 @@ def test_plan_without_a_gpu() -> None:
 
 
 def test_plan_without_tools() -> None:
-    bare = replace(WITH_GPU, has_pytest=False, sanitizer=None)
+    bare = replace(WITH_GPU, absent=["hypothesis"], sanitizer=None)
     assert commands(bare)["tests"]["kernels"].argv[-1] == "bench.one_of_each"
     stages = check_stages.plan(bare, ("sanitize",), False, Path("out"))
     assert "compute-sanitizer is neither" in stages[0].skipped
-    stages = check_stages.plan(replace(WITHOUT_GPU, has_pytest=False), ("tests",), False, Path("o"))
-    assert stages[0].skipped == "this Python has no pytest"
+    bare = replace(WITHOUT_GPU, absent=["pytest", "hypothesis"])
+    stages = check_stages.plan(bare, ("tests",), False, Path("out"))
+    assert stages[0].skipped == "this Python lacks pytest, hypothesis"
+
+
+def test_flashinfer_is_compiled_before_the_benchmarks() -> None:
+    machine = replace(WITH_GPU, has_flashinfer=True)
+    assert next(iter(commands(machine)["bench"])) == "flashinfer"
+    assert "flashinfer" not in commands(machine, is_essential=True)["bench"]
 
 
 def test_choosing_python() -> None:
@@ -110,6 +117,7 @@ def test_lacking_modules() -> None:
         (0, "..\n12 passed, 3 skipped in 1.2s\n", (OK, "12 passed, 3 skipped")),
         (1, "1 failed, 12 passed in 1.2s", (FAILED, "exit code 1: 12 passed, 1 failed")),
         (0, "15 skipped in 1.2s", (FAILED, "exit code 0: 15 skipped")),
+        (0, "12 passed in 61.20s (0:01:01)\nException ignored in: 1 socket", (OK, "12 passed")),
         (5, "40 deselected in 0.1s", (FAILED, "exit code 5: 40 deselected in 0.1s")),
         (4, "", (FAILED, "exit code 4: no output")),
     ],
@@ -143,8 +151,9 @@ def test_judging_benchmarks_and_the_rest() -> None:
     assert check_stages.judge_bench(0, 'a table\n{"rows": [1, 2]}\n') == (OK, "2 rows")
     assert check_stages.judge_bench(0, "a table\n")[0] == FAILED
     assert check_stages.judge_bench(1, "boom") == (FAILED, "exit code 1: boom")
-    assert check_stages.judge_without_pytest(0, "")[0] == PARTIAL
-    assert check_stages.judge_without_pytest(1, "boom")[0] == FAILED
+    less = check_stages.judge_without_tests("no pytest")
+    assert (less(0, "")[0], less(1, "boom")[0]) == (PARTIAL, FAILED)
+    assert check_stages.judge_contender(1, "no nvcc") == (SKIPPED, "left out: no nvcc")
     assert check_stages.judge_exit(0, "boom") == (OK, "")
 
 
@@ -183,7 +192,7 @@ def test_a_failing_stage_does_not_stop_the_next(
     lines = capfd.readouterr().out.splitlines()
     assert "why" in lines
     assert lines[-1].startswith("gpu-check: FAILED")
-    assert [line.split()[:3] for line in lines[-4:-2]] == [
+    assert [line.split()[:3] for line in lines[-5:-3]] == [
         ["build", "a", "failed"],
         ["tests", "b", "ok"],
     ]
@@ -230,6 +239,15 @@ def test_a_command_that_does_not_exist_has_failed(tmp_path: Path) -> None:
     assert gpu_check.run_command(command, 60, tmp_path / "log")[0] == FAILED
 
 
+def test_results_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
+    stages = [Stage("build", [python("a", f"open({str(tmp_path / 'ran')!r}, 'w')")])]
+    (tmp_path / "file").touch()
+    one = gpu_check.Report(tmp_path / "file/gpu_check.json", {})
+    with pytest.raises(SystemExit, match="cannot write there"):
+        gpu_check.check(stages, limits_of(30, build=30), one, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_interruption_leaves_the_summary(tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -257,7 +275,7 @@ gpu_check.check(stages, check_stages.Limits(60, {{"build": 30, "tests": 30}}), r
     assert process.returncode == 1
     assert (saved["interrupted"], saved["passed"]) == (True, False)
     assert [row["command"] for row in saved["commands"]] == ["a"]
-    assert "gpu-check: FAILED" in output
+    assert "gpu-check: INTERRUPTED" in output
 
 
 def test_only_a_gpu_writes_results_that_are_kept() -> None:
@@ -274,7 +292,7 @@ def test_listing_runs_nothing(
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--list", "--save", str(tmp_path / "new")])
     gpu_check.main()
     shown = capsys.readouterr().out
-    assert "GPU: none" in shown
+    assert "GPU: torch sees none" in shown
     assert "python3 setup.py -q build_ext --inplace" in shown
     assert not (tmp_path / "new").exists()
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
 
 import specrt
 from specrt import SamplingParams
@@ -137,7 +136,7 @@ def test_it_writes_solutions(bundled: Engine) -> None:
     assert sum(result.finish_reason == "stop" for result in results) >= 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_on_a_gpu(setting: str) -> None:
     params, prompts = SETTINGS[setting], heldout_prompts(3)

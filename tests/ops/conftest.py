@@ -40,8 +40,7 @@ class OnAnotherGpu:
 
 
 def needs_gpu(*values: object, id: str) -> object:
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    return pytest.param(*values, id=id, marks=no_gpu)
+    return pytest.param(*values, id=id, marks=pytest.mark.gpu)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

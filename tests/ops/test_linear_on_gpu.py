@@ -119,10 +119,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor], words: str) -> No
         check_gpu_linear(**{**given, **change})  # type: ignore[arg-type]
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (4096, 14336), (33, 64)], ids=str)
 def test_bits_on_a_gpu(dtype: torch.dtype, shape: tuple[int, int]) -> None:
