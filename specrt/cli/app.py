@@ -64,7 +64,7 @@ def demo(
         "builtin",
         drafter,
         device=device,
-        dtype=dtype or ("float32" if device == "cpu" else "auto"),
+        dtype=dtype or ("auto" if device.startswith("cuda") else "float32"),
         threads=threads,
         controller=controller,
     )

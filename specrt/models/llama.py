@@ -109,11 +109,7 @@ class LlamaModel:
     def new_cache(self, page_size: int = 64) -> KVCache:
         """An empty cache of this model's shape and dtype."""
         cache = KVCache(
-            self.config,
-            self.dtype,
-            page_size,
-            on_move=self._forget_buffers,
-            device=self.device,
+            self.config, self.dtype, page_size, self._forget_buffers, device=self.device
         )
         self._caches.add(cache)
         return cache

@@ -51,7 +51,7 @@ def _checked_gpu(device: torch.device) -> torch.device:
     if build_info().cuda is None:
         raise ValueError(
             f"device: expected 'cpu', got {str(device)!r}: this build of specrt has no CUDA "
-            "kernels (it was made without nvcc)"
+            "kernels; installing it again where nvcc is, with SPECRT_CUDA=ON, builds them"
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:

@@ -25,7 +25,8 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Te
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
     """
     if out is None:
-        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        *rows, width = gate_up.shape or (0,)
+        out = gate_up.new_empty(*rows, width // 2)
     if torch.compiler.is_compiling():
         torch.ops.specrt.silu_mul(gate_up, out)
     else:

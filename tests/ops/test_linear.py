@@ -102,11 +102,12 @@ def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str
 
 
 class Duck:
-    """What the extension asks of a tensor that offers no C exchange (torch before 2.10)."""
+    """What is asked of a tensor that offers no C exchange (torch before 2.10)."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.is_cuda = tensor.is_cuda
 
 
 def test_tensors_by_duck_type() -> None:

@@ -112,6 +112,12 @@ def test_a_wrong_argument_is_named(
         ops.silu_mul(gate_up.to(backend.device), out.to(backend.device))
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (1, 2, 4)])
+def test_a_wrong_shape_is_named_without_out(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="^gate_up: "):
+        ops.silu_mul(torch.zeros(shape))
+
+
 def test_tensors_on_two_devices_are_named() -> None:
     out: Any = OnAnotherGpu(torch.zeros(2, 2))
     message = "^out: expected a tensor on cpu as gate_up is, got one on cuda:1"
