@@ -33,7 +33,7 @@ from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain, stack
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
-from tests.ops.conftest import Backend
+from tests.ops.conftest import Backend, load_simt
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -169,6 +169,18 @@ def test_no_less_exact_than_transformers(
         error = (ours[0].double() - right).square().mean().sqrt()
         usual = (getattr(theirs, name).double() - right).square().mean().sqrt()
         assert 0 < error <= 2 * usual, name
+
+
+def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
+    """Attention, two norms and the activation a layer; the last norm."""
+    if backend.name == "cuda":
+        pytest.skip("the extension's launches are not counted")
+    model = make_model(llama, backend)
+    batch, simt = started(model, [PROMPT]), load_simt()
+    before = simt.num_launches()
+    model.forward(stack([TREE]), batch)
+    expected = 4 * SIZES["num_hidden_layers"] + 1 if backend.name == "simt" else 0
+    assert simt.num_launches() - before == expected
 
 
 # --- a row's bits are its own ---------------------------------------------------------------------
