@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench import gpu
+from bench import gpu, limits
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt import ops
 from specrt.models.rope import rope_table
@@ -30,21 +30,15 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the small kernels see of a model."""
+class Shape(limits.Model):
+    """A model, and what its cache holds."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     dtype: torch.dtype = torch.bfloat16
 
 
 SHAPES = {
     "builtin": Shape(256, 704, 24, 4, 2, 64),
-    "Llama-3-8B": Shape(4096, 14336, 32, 32, 8, 128),
+    "Llama-3-8B": Shape(**vars(limits.MODELS["Llama-3-8B"])),
 }
 
 

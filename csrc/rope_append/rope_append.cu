@@ -1,6 +1,7 @@
 // Products and sums are those of rope_append_cpu.cpp, each rounded by itself (--fmad=false), so
 // both give the same bits.
 #include "core/pack.cuh"
+#include "core/rotary.cuh"
 #include "rope_append/rope_append.h"
 
 namespace specrt {
@@ -39,13 +40,14 @@ __device__ __forceinline__ void store_pair(T* low, int half, const Pair<kSize>& 
 }
 
 template <int kSize>
-__device__ __forceinline__ Pair<kSize> rotate(const Pair<kSize>& x, const float* cosine, int half) {
+__device__ __forceinline__ Pair<kSize> rotate_pair(const Pair<kSize>& x, const float* cosine,
+                                                   int half) {
     const Pair<kSize> angle = load_pair<kSize>(cosine, half);  // cosines, sines
     Pair<kSize> out;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-        out.low[e] = x.low[e] * angle.low[e] - x.high[e] * angle.high[e];
-        out.high[e] = x.high[e] * angle.low[e] + x.low[e] * angle.high[e];
+        const Rotated r = rotate(x.low[e], x.high[e], angle.low[e], angle.high[e]);
+        out.low[e] = r.low, out.high[e] = r.high;
     }
     return out;
 }
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kBlock)
     if (row >= p.num_nodes[seq]) return;
     if (head < p.num_heads + p.num_kv_heads) {
         const int known = position < p.max_positions ? position : p.max_positions - 1;
-        x = rotate(x, p.cos_sin + int64_t{known} * p.head_dim + first, half);
+        x = rotate_pair(x, p.cos_sin + int64_t{known} * p.head_dim + first, half);
     }
     if (head < p.num_heads) return store_pair(source, half, x);
     const int64_t at = cache_row(p, seq, slot);

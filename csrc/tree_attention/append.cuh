@@ -2,6 +2,7 @@
 // way into attention: what rope_append does, to the bit, without a launch and a trip to memory.
 #pragma once
 #include "core/pack.cuh"
+#include "core/rotary.cuh"
 #include "tree_attention/block.cuh"
 #include "tree_attention/tree_attention.h"
 
@@ -13,16 +14,6 @@ __device__ __forceinline__ const float* angles(const AppendParams& a, int seq, i
                                                int head_dim) {
     const int position = prefix + a.depth[seq * a.depth_stride + row];
     return a.cos_sin + int64_t{min(position, a.max_positions - 1)} * head_dim;
-}
-
-struct Rotated {
-    float low, high;
-};
-
-// Products and sums are rounded one by one, as in rope_append.
-__device__ __forceinline__ Rotated rotate(float low, float high, float cosine, float sine) {
-    return {__fsub_rn(__fmul_rn(low, cosine), __fmul_rn(high, sine)),
-            __fadd_rn(__fmul_rn(high, cosine), __fmul_rn(low, sine))};
 }
 
 template <typename T>

@@ -45,17 +45,13 @@ struct Shape {
     int64_t max_len;  // keys of the longest sequence there may be
 };
 
-int64_t ceil_div64(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
 Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     Plan plan{};
     const int rows = shape.num_nodes * shape.group;
     const int64_t most = INT32_MAX - 2 * kLeaf;
     plan.max_prefix = static_cast<int>(shape.max_len < most ? shape.max_len : most);
     plan.num_warps = rows <= 64 ? 4 : 8;
-    plan.num_tiles = static_cast<int>(ceil_div64(rows, 16 * plan.num_warps));
+    plan.num_tiles = static_cast<int>(ceil_div(rows, 16 * plan.num_warps));
     plan.slot_vectors = (shape.head_dim / 8 + 1) * 32 * plan.num_warps;
     const size_t pool = size_t{2} * 2 * kPoolRows * (shape.head_dim + 8);
     const size_t tail = size_t{16} * plan.num_warps * (kMaxNodes + sizeof(int));
@@ -65,16 +61,17 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
     const bool has_pairs =
         plan.num_warps == 4 && 2 * plan.shared_bytes + kStaticShared <= limits.shared_bytes;
     // A tree may begin where the pages end: its rows there count for nothing, but are gone through.
-    const int64_t leaves = ceil_div64(int64_t{plan.max_prefix} + kMaxNodes, kLeaf);
+    const int64_t leaves = ceil_div(int64_t{plan.max_prefix} + kMaxNodes, kLeaf);
     const int64_t others = int64_t{shape.num_seqs} * shape.num_kv_heads * plan.num_tiles;
     if (others == 0) return plan;  // nothing to do
     // As many units as fill the GPU once: a second wave would wait, and partial results cost
     // traffic.
     const int64_t room = limits.num_sms * (has_pairs ? 2 : 1);
-    const int64_t units = others >= room ? 1 : ceil_div64(room, others);
+    const int64_t units = others >= room ? 1 : ceil_div(room, others);
     plan.num_units = static_cast<int>(units < leaves ? units : leaves);
     if (others * plan.num_units > kMaxTickets) plan.num_units = 1;
-    while (ceil_div64(leaves, int64_t{1} << plan.num_levels) > plan.num_units) ++plan.num_levels;
+    while (int64_t{ceil_div(leaves, int64_t{1} << plan.num_levels)} > plan.num_units)
+        ++plan.num_levels;
     if (has_pairs) return plan;
     const size_t level = sizeof(float4) * plan.slot_vectors;
     const size_t used = plan.shared_bytes + kStaticShared;
