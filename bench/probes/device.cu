@@ -35,7 +35,7 @@ __global__ void keep_busy(int rounds, float* result) {
 
 // Long enough for the host to start what is timed.
 __global__ void hold() {
-    const uint64_t end = nanoseconds() + 150000;
+    const uint64_t end = nanoseconds() + 400000;
     while (nanoseconds() < end) {
     }
 }
@@ -51,23 +51,21 @@ Device find_device() {
     PROBES_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     PROBES_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     const Buffer<int> has_hopper(1);
-    report_features<<<1, 1>>>(has_hopper.get());
-    PROBES_CHECK(cudaGetLastError());
+    start({1, 1}, nullptr, report_features, has_hopper.get());
     return {sms, static_cast<size_t>(shared), has_hopper.values()[0] != 0};
 }
 
 void fill_random(const Buffer<char>& buffer) {
     require(buffer.bytes() % 16 == 0, "fill_random: expected a multiple of 16 bytes");
-    fill_words<<<1024, 256>>>(reinterpret_cast<uint4*>(buffer.get()), buffer.bytes() / 16);
-    PROBES_CHECK(cudaGetLastError());
+    auto* words = reinterpret_cast<uint4*>(buffer.get());
+    start({1024, 256}, nullptr, fill_words, words, buffer.bytes() / 16);
     PROBES_CHECK(cudaDeviceSynchronize());
 }
 
 uint32_t sum_random(uint64_t first_word, uint64_t last_word) {
     const Buffer<uint32_t> sum(1);
     sum.fill(0);
-    sum_words<<<1024, 256>>>(first_word, last_word, sum.get());
-    PROBES_CHECK(cudaGetLastError());
+    start({1024, 256}, nullptr, sum_words, first_word, last_word, sum.get());
     return sum.values()[0];
 }
 
@@ -75,8 +73,7 @@ void warm_up(cudaStream_t stream) {
     const Buffer<float> result(1);
     const double end = now() + 0.15;
     while (now() < end) {
-        keep_busy<<<1024, 256, 0, stream>>>(100000, result.get());
-        PROBES_CHECK(cudaGetLastError());
+        start({1024, 256}, stream, keep_busy, 100000, result.get());
         PROBES_CHECK(cudaStreamSynchronize(stream));
     }
 }
@@ -104,8 +101,7 @@ std::vector<Timing> measure(cudaStream_t stream, const std::vector<Run>& runs, c
     for (int round = -1; round < rounds; ++round) {
         for (size_t i = 0; i < runs.size(); ++i) {
             if (before) before();
-            hold<<<1, 1, 0, stream>>>();
-            PROBES_CHECK(cudaGetLastError());
+            start({1, 1}, stream, hold);
             PROBES_CHECK(cudaEventRecord(begin, stream));
             runs[i]();
             PROBES_CHECK(cudaEventRecord(end, stream));

@@ -3,10 +3,10 @@
 // needs them (Device::has_hopper).
 #pragma once
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
+
+#include "core/ptx.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PROBES_HOPPER 1
@@ -16,9 +16,7 @@
 
 namespace probes {
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
+using specrt::ptx::shared_address;
 
 __device__ __forceinline__ uint64_t nanoseconds() {
     uint64_t time;
@@ -51,14 +49,14 @@ __device__ __forceinline__ uint4 load_16(const uint4* global, uint64_t policy) {
 }
 
 template <bool kHint>
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint64_t policy) {
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, uint64_t policy) {
     if constexpr (kHint)
-        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared),
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                         shared_address(shared)),
                      "l"(global), "l"(policy)
                      : "memory");
     else
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global)
-                     : "memory");
+        specrt::ptx::cp_async_16(shared, global);
 }
 
 // --- programmatic launches -------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // probes device | p1 ... p7: one probe, on the first GPU. Rows go to stdout as lines of JSON, the
 // last of which says that it is done; the reason why it is not to stderr, with exit code 1 (2:
 // misused).
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 
@@ -71,6 +72,8 @@ int run(const Probe& probe) {
 }  // namespace probes
 
 int main(int argc, char** argv) {
+    // Or kernels are loaded at their first launch, which may be within a capture.
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
     const probes::Probe* probe = argc == 2 ? probes::find(argv[1]) : nullptr;
     if (probe != nullptr) return probes::run(*probe);
     std::fprintf(stderr, "usage: %s device | p1 ... p7\n", argv[0]);

@@ -36,8 +36,9 @@ constexpr const char* kGroupNames[] = {"integers", "normal",  "wide",      "canc
 template <Unit kUnit, typename T>
 __global__ void __launch_bounds__(kTileThreads)
     sum_tiles(const uint4* a, const uint4* b, const float* c, float* d) {
-    __shared__ __align__(1024) unsigned char a_stage[kTileRows * kRowBytes];
-    __shared__ __align__(1024) unsigned char b_stage[kN * kRowBytes];
+    SPECRT_SHARED(Stage<kTileRows>, a_rows);
+    SPECRT_SHARED(Stage<kN>, b_rows);
+    unsigned char *const a_stage = a_rows.bytes, *const b_stage = b_rows.bytes;
     const int t = threadIdx.x, tile = blockIdx.x;
     // A row is two chunks of 16 bytes.
     *reinterpret_cast<uint4*>(a_stage + chunk_at(t / 2, t % 2)) = a[tile * (2 * kTileRows) + t];
@@ -178,10 +179,9 @@ std::vector<float> on_gpu(const Operands& operands, T) {
     const Buffer<uint16_t> a(operands.a), b(operands.b);
     const Buffer<float> c(operands.c), d(operands.c.size());
     d.fill(0xff);
-    sum_tiles<kUnit, T><<<kNumTiles, kTileThreads>>>(reinterpret_cast<const uint4*>(a.get()),
-                                                     reinterpret_cast<const uint4*>(b.get()),
-                                                     c.get(), d.get());
-    PROBES_CHECK(cudaGetLastError());
+    start({kNumTiles, kTileThreads}, nullptr, sum_tiles<kUnit, T>,
+          reinterpret_cast<const uint4*>(a.get()), reinterpret_cast<const uint4*>(b.get()), c.get(),
+          d.get());
     return d.values();
 }
 

@@ -78,8 +78,9 @@ __device__ void store_or_compare(const Sums<N>& sums, const Pools& pools, const 
 template <Unit kUnit, int N>
 __global__ void __launch_bounds__(kTileThreads)
     dot_products(const Pools pools, const Place* places, const Results results) {
-    __shared__ __align__(1024) unsigned char a_stage[kTileRows * kRowBytes];
-    __shared__ __align__(1024) unsigned char b_stage[N * kRowBytes];
+    SPECRT_SHARED(Stage<kTileRows>, a_rows);
+    SPECRT_SHARED(Stage<N>, b_rows);
+    unsigned char *const a_stage = a_rows.bytes, *const b_stage = b_rows.bytes;
     const Place place = places[blockIdx.x];
     Sums<N> sums = {};
     for (int chunk = 0; chunk < kRowChunks; chunk += kStageChunks) {
@@ -164,9 +165,8 @@ class Placement {
     template <Unit kUnit, int N>
     void run(const std::vector<Place>& places, const Pools& pools, const Results& results) const {
         const Buffer<Place> on_gpu(places);
-        dot_products<kUnit, N>
-            <<<static_cast<unsigned>(places.size()), kTileThreads>>>(pools, on_gpu.get(), results);
-        PROBES_CHECK(cudaGetLastError());
+        start({static_cast<unsigned>(places.size()), kTileThreads}, nullptr, dot_products<kUnit, N>,
+              pools, on_gpu.get(), results);
         PROBES_CHECK(cudaDeviceSynchronize());
     }
     template <Unit kUnit, int N>

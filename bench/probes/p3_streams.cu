@@ -113,9 +113,9 @@ class Streams {
     // Reads what no variant does, so that none finds its own lines in the L2 cache.
     Run flush() {
         return [this] {
-            read_by_loads<false><<<device_.num_sms * 4, kLoadThreads, 0, stream_>>>(
-                {flush_.get(), kFlushBytes, sums_.get(), nullptr, 0});
-            PROBES_CHECK(cudaGetLastError());
+            const Piece piece{flush_.get(), kFlushBytes, sums_.get(), nullptr, 0};
+            const auto blocks = static_cast<unsigned>(4 * device_.num_sms);
+            probes::start({blocks, kLoadThreads}, stream_, read_by_loads<false>, piece);
         };
     }
     static Row row(const char* variant, int blocks, bool has_hint) {

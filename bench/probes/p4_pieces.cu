@@ -98,9 +98,9 @@ class Pieces {
     }
     Run flush() {
         return [this] {
-            read_by_loads<false><<<device_.num_sms * 4, kLoadThreads, 0, stream_>>>(
-                {flush_.get(), kFlushBytes, flush_sums_.get(), nullptr, 0});
-            PROBES_CHECK(cudaGetLastError());
+            const Piece piece{flush_.get(), kFlushBytes, flush_sums_.get(), nullptr, 0};
+            const auto blocks = static_cast<unsigned>(4 * device_.num_sms);
+            probes::start({blocks, kLoadThreads}, stream_, read_by_loads<false>, piece);
         };
     }
     void start_small(bool is_programmatic) {

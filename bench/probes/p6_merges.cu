@@ -41,7 +41,7 @@ enum class Work {
 // A cluster of kRanks blocks: rank r sums its share of the vectors over all states.
 template <int kRanks>
 __global__ void __launch_bounds__(kThreads, 1) merge_in_cluster(Work work, float4* merged) {
-    extern __shared__ __align__(16) float4 state[];
+    auto* const state = reinterpret_cast<float4*>(specrt::dynamic_shared());
     const int rank = blockIdx.x % kRanks, group = blockIdx.x / kRanks;
     for (int i = threadIdx.x; i < kStateVectors; i += kThreads)
         state[i] = state_vector(blockIdx.x, i);
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 1) merge_in_cluster(Work work, float
 template <int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     merge_by_ticket(Work work, float4* states, unsigned* tickets, float4* merged) {
-    extern __shared__ __align__(16) float4 state[];
-    __shared__ bool is_last;
+    auto* const state = reinterpret_cast<float4*>(specrt::dynamic_shared());
+    SPECRT_SHARED(bool, is_last);
     const int rank = blockIdx.x % kRanks, group = blockIdx.x / kRanks;
     for (int i = threadIdx.x; i < kStateVectors; i += kThreads)
         state[i] = state_vector(blockIdx.x, i);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) meet(int rounds) {
 
 // Each rank of eight reads its eighth of seven peers' states, again and again.
 __global__ void __launch_bounds__(kThreads, 1) read_peers(int rounds, float4* result) {
-    extern __shared__ __align__(16) float4 state[];
+    auto* const state = reinterpret_cast<float4*>(specrt::dynamic_shared());
     constexpr int kRanks = 8, kShare = kStateVectors / kRanks;
     const int rank = blockIdx.x % kRanks;
     for (int i = threadIdx.x; i < kStateVectors; i += kThreads)

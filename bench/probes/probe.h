@@ -15,6 +15,10 @@
 #include <utility>
 #include <vector>
 
+#if CUDART_VERSION < 13000
+#error "the probes are written for CUDA 13, whose calls for edges of graphs differ from CUDA 12's"
+#endif
+
 // PROBES_CHECK(cudaX(...)): throws with the call's text and the runtime's reason.
 #define PROBES_CHECK(call) ::probes::check((call), #call)
 

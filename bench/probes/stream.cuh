@@ -28,7 +28,8 @@ struct Piece {
 __device__ __forceinline__ void follow_chain(const Piece& piece) {
     if (piece.chain == nullptr || threadIdx.x != 0) return;
     const int done = *static_cast<volatile int*>(piece.chain);
-    if (piece.index > 0 && done != piece.index) atomicAdd(piece.chain + 1, 1);
+    // This launch's first block may have counted it by now.
+    if (done < piece.index) atomicAdd(piece.chain + 1, 1);
 }
 
 // The last thing a launch does. A launch before has ended, so only the first block's write counts.
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kLoadThreads) read_by_loads(const Piece piece)
 // after tile. Stages of dynamic shared memory: kStages tiles.
 template <int kRow, bool kHint, int kStages>
 __global__ void __launch_bounds__(kStreamThreads) read_by_cp_async(const Piece piece) {
-    extern __shared__ __align__(128) unsigned char dynamic[];
+    unsigned char* const dynamic = specrt::dynamic_shared();
     constexpr int kRows = kTile / kRow, kChunks = kRow / 16, kEach = kTile / 16 / kStreamThreads;
     constexpr int kPitch = kRow == kTile ? kTile : kRowPitch, kAcross = kPitch / kRow;
     const uint64_t policy = evict_first();
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kStreamThreads) read_by_cp_async(const Piece p
     const auto load = [&](int64_t tile, int stage) {
         if (tile < tiles.last) {
             const char* from = piece.data + tile / kAcross * kRows * kPitch + tile % kAcross * kRow;
-            const uint32_t to = shared_address(dynamic + stage * kTile);
+            unsigned char* const to = dynamic + stage * kTile;
 #pragma unroll
             for (int i = 0; i < kEach; ++i) {
                 const int chunk = i * kStreamThreads + threadIdx.x;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kStreamThreads) read_by_cp_async(const Piece p
                                    from + chunk / kChunks * kPitch + chunk % kChunks * 16, policy);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        specrt::ptx::cp_async_commit();
     };
     let_next_start();
     for (int i = 0; i < kStages - 1; ++i) load(tiles.first + i, i);
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kStreamThreads) read_by_cp_async(const Piece p
     int stage = 0;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
         // One group a tile, and kStages - 2 behind this one's.
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+        specrt::ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // it is there for all, and the stage before has been read by all
         load(tile + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
         const auto* words = reinterpret_cast<const uint4*>(dynamic + stage * kTile);
@@ -140,8 +141,8 @@ template <bool kBox, bool kHint>
 __global__ void __launch_bounds__(kStreamThreads)
     read_by_copies(const Piece piece, const Stages stages,
                    const __grid_constant__ CUtensorMap map) {
-    extern __shared__ __align__(128) unsigned char dynamic[];
-    __shared__ __align__(8) uint64_t full[kMostStages];
+    unsigned char* const dynamic = specrt::dynamic_shared();
+    SPECRT_SHARED(uint64_t[kMostStages], full);
     unsigned char* base = dynamic + (kAtom - shared_address(dynamic) % kAtom) % kAtom;
     const Tiles tiles(piece.bytes / stages.bytes);
     const uint64_t policy = evict_first();
