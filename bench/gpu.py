@@ -34,19 +34,22 @@ _SMI_FIELDS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a benchmark that has a CUDA side."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+def add_arguments(parser: argparse.ArgumentParser, *, has_cpu_side: bool = True) -> None:
+    """The arguments of a benchmark that runs on a GPU, or can."""
+    on_a_gpu = ""
+    if has_cpu_side:
+        parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        on_a_gpu = "with --device cuda: "
     parser.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="with --device cuda: begin no shape after so long; those left out are named",
+        help=f"{on_a_gpu}begin no case after so long; those left out are named",
     )
     parser.add_argument(
         "--dry",
         action="store_true",
-        help="with --device cuda: small shapes on the CPU and a made-up clock; no figure is real",
+        help=f"{on_a_gpu}small shapes on the CPU and a made-up clock; no figure is real",
     )
 
 

@@ -14,10 +14,19 @@ from bench import gpu
 from bench.gpu import OURS, Device
 from bench.harness import Row, environment, report, result_of, save_result
 from bench.limits import Ceilings
+from specrt.ops.gemm_settings import gemm_facts
 
 Case = TypeVar("Case")
 Measured = tuple[Row | None, dict[str, str]]
 """A row, and the contenders that have no figure in it with the reason."""
+
+
+class WrongResultError(Exception):
+    """A case that was measured and gave something wrong: its row is kept, and says what."""
+
+    def __init__(self, reason: str, row: Row) -> None:
+        super().__init__(reason)
+        self.row = row
 
 
 def run_bench(
@@ -29,7 +38,8 @@ def run_bench(
 ) -> None:
     """Measure and report; leave with exit code 1 if a case failed, after the others.
 
-    What there is, is saved after each case: the process may be stopped in the next.
+    The last line is the result, with what ``failed``. What there is, is saved after each case: the
+    process may be stopped in the next.
 
     Args:
         name: of the results' file.
@@ -41,7 +51,7 @@ def run_bench(
     start = time.monotonic()
     try:
         facts, ceilings = device.facts(), device.ceilings()
-        where = environment() | {"gpu": facts | {"busy": device.clocks()}}
+        where = environment() | {"gpu": facts | {"busy": device.clocks()}, "gemm": gemm_facts()}
     except Exception as error:
         raise SystemExit(f"the device does not answer: {gpu.reason(error)}") from None
     rows: list[Row] = []
@@ -60,9 +70,8 @@ def run_bench(
         for contender, reason in failures.items():
             missing.setdefault(f"{contender}: {reason}", []).append(str(case))
         if row and args.save:
-            save_result(result_of(name, rows, summary(), where), args.save)
-    if rows:
-        report(name, rows, save=args.save, summary=summary(), where=where)
+            save_result(result_of(name, rows, summary(), where, errors), args.save)
+    report(name, rows, save=args.save, summary=summary(), where=where, failed=errors)
     if errors:
         raise SystemExit(f"{len(errors)} cases failed; the first: {errors[0][:400]}")
     if not rows:
@@ -73,6 +82,9 @@ def _tried(measured: Callable[[], Measured], case: str, errors: list[str]) -> Me
     """Notes an error instead of raising it."""
     try:
         return measured()
+    except WrongResultError as error:
+        errors.append(f"{case}: {error}")
+        return error.row, {}
     except torch.OutOfMemoryError:
         return None, {OURS: "out of memory"}
     except Exception as error:
