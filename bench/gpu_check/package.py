@@ -28,9 +28,9 @@ PYTHON = "3.12"
 """The GPU machine's."""
 WHEELS = (
     "flashinfer-python==0.5.3",
-    "apache-tvm-ffi",
-    "nvidia-cudnn-frontend",
-    "tabulate",
+    "apache-tvm-ffi==0.1.15.post2",
+    "nvidia-cudnn-frontend==1.32.0",
+    "tabulate==0.10.0",
 )
 """A baseline that machines with torch often lack, and what it needs beside torch."""
 MOST_BYTES = 28_000_000
