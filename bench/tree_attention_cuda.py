@@ -111,7 +111,8 @@ class Bench:
                 failures[name] = gpu.reason(error)
         return made, outputs, failures
 
-    def ours(self) -> tuple[Contender, Outputs]:
+    def ours(self, plan: AttentionPlan | None = None) -> tuple[Contender, Outputs]:
+        """As the shape is planned by itself, or by ``plan``."""
         indices = self.indices
         workspace = self._workspace() if registry.is_on_gpu(self.sets[0].q) else None
 
