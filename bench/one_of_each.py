@@ -11,9 +11,9 @@ import argparse
 import torch
 
 from bench import gpu, small_kernels_cuda, tree_attention_cuda
-from bench.check_stages import READY
 from bench.fake_gpu import FakeGpu
 from bench.gpu import Place
+from bench.gpu_check.judge import READY
 from bench.limits import Model
 from bench.tree_attention_cuda import Case
 
