@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -213,6 +214,8 @@ def one_case(
 def _theirs(case: Case, device: Device, ceilings: Ceilings, bench: Bench, end: float) -> Measured:
     """Even where ours fails: then it is compared with nothing."""
     is_compiled = case.contender == COMPILED
+    if find_spec("transformers") is None:
+        return None, {case.contender: "not installed"}
     if is_compiled and device.place.device != "cuda":
         return None, {case.contender: "not without a GPU"}
     if is_compiled and end - time.monotonic() < _COMPILE_SECONDS:

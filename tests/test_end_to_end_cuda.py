@@ -185,6 +185,10 @@ def test_what_there_is_no_room_or_time_for(monkeypatch: pytest.MonkeyPatch) -> N
     compiled = Case(end_to_end_cuda.COMPILED, GRAPH)
     row, missing = end_to_end_cuda._theirs(compiled, gpu, gpu.ceilings(), bench, end=0.0)
     assert row is None and "wants 150 s of the budget" in str(missing)
+    monkeypatch.setattr(end_to_end_cuda, "find_spec", lambda name: None)
+    theirs = Case(TRANSFORMERS)
+    _, missing = end_to_end_cuda._theirs(theirs, gpu, gpu.ceilings(), bench, end=0.0)
+    assert missing == {TRANSFORMERS: "not installed"}
 
 
 # --- steps as graphs --------------------------------------------------------------------------
