@@ -52,11 +52,10 @@ inline Unpacked unpack(float value, int min_exponent = kMinExponent) {
     return {word >> 31 ? -magnitude : magnitude, exponent, value};
 }
 
-// |x| * 2^shift without its fraction, with the sign of x.
-inline int64_t shift_towards_zero(int64_t x, int shift) {
+// x / 2^shift without its fraction, for any shift of 0 or more.
+inline int64_t truncate(int64_t x, int shift) {
     const int64_t sign = x >> 63, magnitude = (x ^ sign) - sign;
-    const int64_t moved = shift >= 0 ? magnitude << shift : shift > -63 ? magnitude >> -shift : 0;
-    return (moved ^ sign) - sign;
+    return ((magnitude >> (shift < 63 ? shift : 63)) ^ sign) - sign;
 }
 
 // total * 2^unit, truncated.
@@ -65,7 +64,8 @@ inline float truncate_to_float32(int64_t total, int unit) {
     const int64_t magnitude = total < 0 ? -total : total;
     const int exponent = unit + 63 - __builtin_clzll(static_cast<uint64_t>(magnitude));
     const int kept = exponent < kMinExponent ? kMinExponent : exponent;
-    const int64_t significand = shift_towards_zero(magnitude, unit - (kept - 23));
+    const int shift = kept - 23 - unit;
+    const int64_t significand = shift < 0 ? magnitude << -shift : truncate(magnitude, shift);
     if (significand == 0) return 0.0f;
     // A subnormal has biased exponent 0; else the leading one adds 1 to the exponent's field.
     uint32_t word = static_cast<uint32_t>(kept + 126) << 23;
@@ -95,13 +95,13 @@ inline float fused_sum(const Unpacked* a, const Unpacked* b, int n, float c, int
         largest = exponent > largest ? exponent : largest;
     }
     if (largest >= kNotFinite / 2) return sum_not_finite(a, b, n, c);
-    const int unit = largest - bits;
-    int64_t total = shift_towards_zero(accumulator.significand, accumulator.exponent - 23 - unit);
+    int64_t total = truncate(int64_t{accumulator.significand} * (int64_t{1} << (bits - 23)),
+                             largest - accumulator.exponent);
     for (int i = 0; i < n; ++i) {
         const int64_t product = int64_t{a[i].significand} * b[i].significand;
-        total += shift_towards_zero(product, a[i].exponent + b[i].exponent - 46 - unit);
+        total += truncate(product, largest - a[i].exponent - b[i].exponent + 46 - bits);
     }
-    return truncate_to_float32(total, unit);
+    return truncate_to_float32(total, largest - bits);
 }
 
 // The same, n at most 16. `min_exponent`: of the type of a and b.
