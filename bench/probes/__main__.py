@@ -117,13 +117,15 @@ def _dry(chosen: Sequence[Probe], budget: float) -> None:
 def _run(args: argparse.Namespace, chosen: Sequence[Probe], archs: Sequence[str]) -> int:
     """The exit code: 1 if a probe did not come to its end."""
     end = time.monotonic() + args.budget
-    if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
     program, device = _find_program(args.binary, archs, end)
     print(f"GPU: {device.get('device')}, {device.get('num_sms')} SMs; program: {program}")
     if device.get("sources") != build.source_digest():
         print("the program is made of other sources than those here")
     report = Report(device, sys.argv[1:], args.save)
+    try:
+        report.save()
+    except OSError as error:  # now, not when there are results
+        raise SystemExit(f"probes: --save: {error}") from None
     for probe in chosen:
         seconds = min(probe.seconds, end - time.monotonic())
         print(report.add(probe, run_probe([str(program)], probe.name, seconds)), flush=True)
@@ -147,6 +149,8 @@ def _candidate(program: Path, is_asked: bool) -> Candidate:
     if not program.is_file():
         return Candidate(program, {}, "not there")
     device, failure = _device(program)
+    if not failure and device.get("capability") == "9.0" and not device.get("has_hopper"):
+        failure = "built without sm_90a"
     if not failure and not is_asked and device.get("sources") != build.source_digest():
         failure = "made of other sources"
     return Candidate(program, device, failure)

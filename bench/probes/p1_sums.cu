@@ -363,20 +363,16 @@ void try_models(const Report& report, const Operands& operands, const std::vecto
     }
 }
 
-template <Unit kUnit, typename T>
-void probe_wgmma(const char* dtype, const Operands& operands, const std::vector<float>& mma,
-                 const std::vector<float>& model, T type) {
-    const auto found = on_gpu<kUnit>(operands, type);
-    require_exact_integers(kUnit, found, model);
-    const Report report(dtype, kUnit);
-    report.compare("mma", found, mma);
-    report.compare(kHopper.name().c_str(), found, model);
-    report.zero_products(operands, found);
-    print_examples(dtype, name_of(kUnit), "mma", operands, found, mma);
-}
+// A type of operand: what mma.sync makes of it, and the model of sm_90.
+template <typename T>
+struct Measured {
+    const char* dtype;
+    Operands operands;
+    std::vector<float> mma, model;
+};
 
 template <typename T>
-void probe_type(const char* dtype, const Device& device, T type) {
+Measured<T> probe_mma(const char* dtype, T type) {
     const Operands operands = make_operands(type);
     const auto mma = on_gpu<Unit::kMma>(operands, type);
     const auto hopper = by_model(operands, kHopper, type);
@@ -392,16 +388,30 @@ void probe_type(const char* dtype, const Device& device, T type) {
     print_examples(dtype, name_of(Unit::kMma), (is_ampere ? kAmpere : kHopper).name().c_str(),
                    operands, mma, is_ampere ? ampere : hopper);
     try_models(report, operands, mma, type);
-    if (!device.has_hopper) return;
-    probe_wgmma<Unit::kWgmma>(dtype, operands, mma, hopper, type);
-    probe_wgmma<Unit::kWgmmaRegisters>(dtype, operands, mma, hopper, type);
+    return {dtype, operands, mma, hopper};
+}
+
+template <Unit kUnit, typename T>
+void probe_wgmma(const Measured<T>& measured, T type) {
+    const auto found = on_gpu<kUnit>(measured.operands, type);
+    require_exact_integers(kUnit, found, measured.model);
+    const Report report(measured.dtype, kUnit);
+    report.compare("mma", found, measured.mma);
+    report.compare(kHopper.name().c_str(), found, measured.model);
+    report.zero_products(measured.operands, found);
+    print_examples(measured.dtype, name_of(kUnit), "mma", measured.operands, found, measured.mma);
 }
 
 }  // namespace
 
 void probe_p1(const Device& device) {
-    probe_type("bf16", device, bf16_t{});
-    probe_type("f16", device, f16_t{});
+    const auto bf16 = probe_mma("bf16", bf16_t{});
+    const auto f16 = probe_mma("f16", f16_t{});
+    if (!device.has_hopper) return;
+    probe_wgmma<Unit::kWgmma>(bf16, bf16_t{});
+    probe_wgmma<Unit::kWgmma>(f16, f16_t{});
+    probe_wgmma<Unit::kWgmmaRegisters>(bf16, bf16_t{});
+    probe_wgmma<Unit::kWgmmaRegisters>(f16, f16_t{});
 }
 
 }  // namespace probes

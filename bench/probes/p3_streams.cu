@@ -108,6 +108,7 @@ class Streams {
         add_copies<true, true>(1, {16384, 12});
         measure_variants();
     }
+    int num_wrong() const { return num_wrong_; }
 
   private:
     // Reads what no variant does, so that none finds its own lines in the L2 cache.
@@ -170,12 +171,14 @@ class Streams {
     void read(const Variant& variant, const Buffer<char>& matrix) {
         variant.start({matrix.get(), kBytes, sums_.get(), nullptr, 0});
     }
-    // Times and prints what was added, and forgets it.
+    // Times and prints what was added, and forgets it. One that reads wrong is no more than named.
     void measure_variants() {
+        const auto end = std::remove_if(variants_.begin(), variants_.end(), [&](const auto& one) {
+            return !reads_right(one, a_) || !reads_right(one, b_);
+        });
+        variants_.erase(end, variants_.end());
         std::vector<Run> runs;
         for (const Variant& variant : variants_) {
-            check_sum(variant, a_);
-            check_sum(variant, b_);
             runs.push_back([this, &variant] {
                 read(variant, a_);
                 read(variant, b_);
@@ -185,18 +188,19 @@ class Streams {
         for (size_t i = 0; i < runs.size(); ++i) print(variants_[i].row, timings[i], 2 * kBytes);
         variants_.clear();
     }
-    void check_sum(const Variant& variant, const Buffer<char>& matrix) {
+    // Whether it reads each byte once.
+    bool reads_right(const Variant& variant, const Buffer<char>& matrix) {
         sums_.fill(0);
         read(variant, matrix);
         stream_.wait();
         uint32_t sum = 0;
         const auto sums = sums_.values();
         for (int i = 0; i < variant.num_sums; ++i) sum += sums[i];
-        if (sum == expected_) return;
+        if (sum == expected_) return true;
+        ++num_wrong_;
         Row line = variant.row;
         line.add("sum_is_wrong", true).print();
-        throw std::runtime_error(
-            "a variant does not read each byte once: the last row has its name");
+        return false;
     }
     static void print(Row row, const Timing& timing, int64_t bytes) {
         row.add("us", timing.us).add("gb_s", bytes / timing.us / 1e3).add("spread", timing.spread);
@@ -208,6 +212,7 @@ class Streams {
     Buffer<char> a_, b_, flush_;
     Buffer<uint32_t> sums_;
     uint32_t expected_ = 0;
+    int num_wrong_ = 0;
     std::vector<Variant> variants_;
 };
 
@@ -223,6 +228,8 @@ void probe_p3(const Device& device) {
         streams.measure_boxes();
     }
     streams.measure_copy();
+    require(streams.num_wrong() == 0, std::to_string(streams.num_wrong()) +
+                                          " variants do not read each byte once: sum_is_wrong");
 }
 
 }  // namespace probes

@@ -70,6 +70,7 @@ class Report:
         name = file_name(str(self.device.get("device", "")))
         command = command_line("bench.probes", self.arguments)
         kept = {"name": name, "command": command, "environment": self.environment, **self.result}
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.json"
         new = path.with_suffix(".json.new")
         new.write_text(json.dumps(kept, indent=2) + "\n")

@@ -18,7 +18,7 @@ constexpr int kAtom = 1024;      // alignment of a swizzled box in shared memory
 struct Piece {
     const char* data;
     int64_t bytes;
-    uint32_t* sums;  // [blocks, 2 counts]: one word a warp
+    uint32_t* sums;  // [blocks, warps]: what each added up
     // A chain of launches counts itself. A launch that comes too early finds the wrong count.
     int* chain;  // [0]: launches done, [1]: found wrong; nullptr: no chain
     int index;   // of this launch in the chain
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kStreamThreads) read_by_cp_async(const Piece p
 }
 
 // The same by the copy engine. kBox: tiles are boxes of a row-major matrix, 64 values (128 bytes)
-// of `stage_bytes` / 128 rows; else they are consecutive bytes.
+// of bytes / 128 rows; else they are consecutive bytes.
 struct Stages {
     int bytes, count;
     size_t shared_bytes() const { return static_cast<size_t>(bytes) * count + kAtom; }
@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(kStreamThreads)
 }
 
 // A map of a row-major matrix of rows of kRowPitch bytes; a box is 64 values of `rows` rows.
-CUtensorMap make_map(const char* data, int64_t bytes, int rows, bool has_promotion);  // p3
+CUtensorMap make_map(const char* data, int64_t bytes, int rows,
+                     bool has_promotion);  // p3_streams.cu
 
 }  // namespace probes

@@ -212,6 +212,26 @@ def test_a_program_of_other_sources_is_built_anew_or_told(
     assert "made of other sources" in printed and result_of(printed)["failed"] == []
 
 
+def test_a_program_without_hoppers_instructions_is_not_used_on_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = make_program(tmp_path)
+    text = program.read_text().replace("'has_hopper': True", "'capability': '9.0'")
+    program.write_text(text)
+    monkeypatch.setattr(build, "found_arch", lambda: None)
+    assert call("--binary", str(program), monkeypatch=monkeypatch) == 1
+    assert "probes: built without sm_90a" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = make_program(tmp_path)
+    options = ["--binary", str(program), "--save", str(program)]
+    assert call(*options, monkeypatch=monkeypatch) == 1
+    assert "probes: --save: " in capsys.readouterr().out
+
+
 def test_no_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
