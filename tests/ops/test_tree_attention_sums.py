@@ -32,3 +32,17 @@ def test_the_last_bits_of_a_sum_are_those_of_decoding_alone(
     out = run(case, backend=backend)
     for node in range(0, 41, 5):
         assert torch.equal(out[node], alone(case, node, backend)), node
+
+
+@pytest.mark.tensor_cores("sm_80", "sm_90")
+def test_places_without_a_key_are_the_same_everywhere(backend: Backend) -> None:
+    """They count as zeros times some value, and a tensor core may see the size of that value."""
+    dtype = torch.bfloat16
+    case = make_case(14, 6, dtype=dtype, chain=True)
+    root = 14  # of no weight, since its key is opposed to all queries; a huge value
+    case = replace(case, q=case.q.abs() + 1, k=case.k.abs(), v=2.0**-20 * case.v)
+    case.k[root], case.v[root] = -100, 2.0**120
+    case = queries(case, backend, dtype)
+    out = run(case, backend=backend)
+    for node in range(1, 6):
+        assert torch.equal(out[node], alone(case, node, backend)), node
