@@ -7,13 +7,12 @@
 // without a key take the row's own; and rows of other nodes are left alone by selection.
 #pragma once
 #include "core/vector.cuh"
+#include "tree_attention/plan.cuh"
 #include "tree_attention/state.cuh"
 
 namespace specrt::attention {
 
-constexpr int kBlock = 64;         // keys
-constexpr int kGroups = 4;         // of 16 keys, the depth of one mma
-constexpr int kLeaf = 4 * kBlock;  // keys that are always gone through one after another
+constexpr int kGroups = kBlock / 16;  // of 16 keys, the depth of one mma
 
 template <int D>
 constexpr int kStride =

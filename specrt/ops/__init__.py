@@ -6,18 +6,26 @@ reduction order per row: a row's bits never depend on the other rows.
 
 from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
+from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
-from specrt.ops.tree_attention import Append, tree_attention, tree_attention_workspace
+from specrt.ops.tree_attention import (
+    Append,
+    AttentionPlan,
+    tree_attention,
+    tree_attention_workspace,
+)
 from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 
 __all__ = [
     "Append",
+    "AttentionPlan",
     "CoupledNoise",
+    "GemmSettings",
     "Purpose",
     "draft_control",
     "draft_control_update",
