@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from specrt import ops
 from tests.ops.conftest import Backend
-from tests.ops.test_tree_attention import DTYPES, Case, alone, make_case, queries, run
+from tests.ops.test_tree_attention import DTYPES, Case, alone, make_case, queries, run, simt
 from tests.oracles.paged import lineage
 
 
@@ -32,6 +33,18 @@ def test_the_last_bits_of_a_sum_are_those_of_decoding_alone(
     out = run(case, backend=backend)
     for node in range(0, 41, 5):
         assert torch.equal(out[node], alone(case, node, backend)), node
+
+
+@pytest.mark.tensor_cores("sm_80", "sm_90")
+def test_the_last_bits_depend_neither_on_the_plan_nor_on_the_gpu(backend: Backend) -> None:
+    if backend.name != "simt":
+        pytest.skip("a GPU cannot be changed")
+    dtype = torch.bfloat16
+    case = queries(cancelling(make_case(1100, 9, dtype=dtype)), backend, dtype)
+    expected = run(case, backend=backend)
+    for num_sms, plan in ((1, (8, 1)), (5, (0, 0)), (12, (4, 3))):
+        simt().set_device(num_sms)  # type: ignore[attr-defined]
+        assert torch.equal(run(case, backend=backend, plan=ops.AttentionPlan(*plan)), expected)
 
 
 @pytest.mark.tensor_cores("sm_80", "sm_90")

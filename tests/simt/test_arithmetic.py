@@ -73,9 +73,8 @@ def test_what_truncation_takes() -> None:
     assert one([quarter], [-2 * quarter], 1.0, bits=24) == 1.0
     assert one([1.5], [1.5], -(2.0**-25)) == 2.25 - 2.0**-22  # the product's exponent is 0, not 1
     assert one([1.5], [1.5], -(2.0**-26)) == 2.25
-    assert (
-        one([2.0**-14] * 2, [2.0**-12] * 2, 1.0) == 1.0
-    )  # each term by itself: their sum would show
+    # Each term by itself: four are 2^-24 together.
+    assert one([2.0**-13] * 4, [-(2.0**-13)] * 4, 1.0) == 1.0
     assert one([2.0**-12] * 4, [2.0**-13] * 4, 1.0) == 1 + 2.0**-23
 
 
@@ -137,7 +136,7 @@ def permuted(groups: int, within: int) -> list[int]:
     ]
 
 
-PLANTED = {
+PLANTED: dict[str, tuple[list[int], str | None, set[str]]] = {
     # How another row of the same keys is computed; in which arithmetics its bits are the same.
     "elsewhere in the group": ([4 + i for i in range(12)], None, {"ieee", "sm_90"}),
     "another order within 16": (permuted(2, 16), None, {"sm_90"}),
@@ -170,7 +169,7 @@ def test_what_another_order_shows(fault: str, arithmetic: str) -> None:
 @pytest.mark.parametrize("arithmetic", ["ieee", *SUMS])
 @pytest.mark.parametrize("dtype", HALF)
 def test_products_of_zero_change_nothing(dtype: torch.dtype, arithmetic: str) -> None:
-    """But the sign of a zero. Half: from 2^-111 on, whatever the other factors are."""
+    """But the sign of a zero. Half: from 2^-112 on, whatever the other factors are."""
     g = torch.Generator().manual_seed(7)
     limit = 15 if dtype == torch.float16 else 40
     v = torch.randn(16, 8, generator=g) * 2.0 ** torch.randint(-14, limit - 2, (16, 8), generator=g)
