@@ -410,9 +410,7 @@ def test_strides_of_one_sequence_may_be_anything(backend: Backend, heads: tuple[
 def test_counts_that_cannot_be_touch_no_other_memory(
     backend: Backend, kv_len: int, first_node: int, num_nodes: int
 ) -> None:
-    """The shim's memory is guarded; on a GPU the next launch must come out as before."""
-    if not backend.runs_cuda_source:
-        pytest.skip("the CPU reads what it is told to")
+    """The shim's memory is guarded; the next launch must come out as before."""
     case = queries(make_case(24, 70, dtype=torch.bfloat16), backend, torch.bfloat16)
     args = batch_arguments([case], backend)
     expected = tree_attention(**args).clone()  # type: ignore[arg-type]
@@ -420,7 +418,8 @@ def test_counts_that_cannot_be_touch_no_other_memory(
     for name, value in (("kv_len", kv_len), ("first_node", first_node), ("num_nodes", num_nodes)):
         wrong[name] = ints(value).to(backend.device)
     tree_attention(**wrong)  # type: ignore[arg-type]
-    assert (args["workspace"][:NUM_TICKETS] == 0).all()  # type: ignore[index]
+    if backend.runs_cuda_source:
+        assert (args["workspace"][:NUM_TICKETS] == 0).all()  # type: ignore[index]
     assert torch.equal(tree_attention(**args), expected)  # type: ignore[arg-type]
 
 
