@@ -109,7 +109,7 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.scale = a.scale;
     p.q_dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
-    SPECRT_CHECK(p.table.num_slots > 0 || seqs == 0,
+    SPECRT_CHECK(p.table.num_slots > 0 || seqs * nodes == 0,
                  "block_table: expected at least one page a sequence, and a cache that has pages");
     SPECRT_CHECK(p.num_words > 0 || nodes == 0, "ancestors: expected at least 1 word, got ",
                  a.ancestors.describe());
