@@ -17,7 +17,7 @@ export SPECRT_WERROR ?= ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench gpu-check ext simt clean
+.PHONY: help demo test test-slow lint format bench gpu-check gpu-package ext simt clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -53,9 +53,12 @@ bench: ext  ## every benchmark; results land in bench/results/local
 
 # A GPU's machine may have no network: $(PYTHON) serves if it has what building and testing need,
 # and a .venv that cannot be had must not take minutes of it.
-gpu-check:  ## on a GPU: build, tests, sanitizers, benchmarks; without one the shim's tests
+gpu-check:  ## ask a GPU (GPU_CHECK_ARGS="--stages A"); without one the shim's tests, or --dry
 	@$(PYTHON) -m bench.gpu_check --fits || PIP_RETRIES=1 $(MAKE) -s --no-print-directory $(READY) || echo "no .venv: trying $(PYTHON)"
 	@$(PYTHON) -m bench.gpu_check $(GPU_CHECK_ARGS)
+
+gpu-package: $(READY)  ## what a GPU's machine without a network needs beside the checkout, as one archive
+	@$(PY) -m bench.gpu_check.package $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
 
 ext: $(READY)  ## build the extension in place; compiles only what changed
 	@mkdir -p build

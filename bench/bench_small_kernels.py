@@ -239,10 +239,10 @@ def main() -> None:
     gpu.add_arguments(arguments)
     args = start(arguments)
     if args.device == "cuda":
-        gpu.require_gpu()
+        device = gpu.chosen_device(args)
         from bench import small_kernels_cuda
 
-        small_kernels_cuda.run(args)
+        small_kernels_cuda.run(args, device)
         return
     calls = bench_calls(args.quick)
     summary = {"slowest_call_us": max(row["us"] for row in calls if row["us"] is not None)}

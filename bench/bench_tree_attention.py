@@ -68,10 +68,10 @@ def main() -> None:
     args = start(arguments)
     torch.manual_seed(0)
     if args.device == "cuda":
-        gpu.require_gpu()
+        device = gpu.chosen_device(args)
         from bench import tree_attention_cuda
 
-        tree_attention_cuda.run(args)
+        tree_attention_cuda.run(args, device)
         return
     rows = [
         one_shape(name, prefix, nodes, dtype)

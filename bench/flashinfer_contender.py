@@ -81,7 +81,7 @@ def main() -> None:
 
     gpu.require_gpu()
     wanted = _wanted()
-    bench = Bench(Case("small", limits.MODELS["Llama-3-8B"], 1, 130, 8), 1)
+    bench = Bench(Case("small", limits.MODELS["Llama-3-8B"], 1, 130, 8), 1, gpu.Place())
     planned(bench)(bench.sets[0])
     torch.cuda.synchronize()
     _STAMP.parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Timing on a GPU: graphs of many launches, its facts and clocks, and its two ceilings.
 
-Run by itself (``python -m bench.gpu``) it prints the facts of the first GPU as one JSON line.
+Run by itself (``python -m bench.gpu``) it prints the facts of the first GPU as one JSON line; with
+``--dry`` those of one that is made up.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from bench.limits import Ceilings
+from bench.harness import RESULTS
+from bench.limits import MODELS, Ceilings, Model
 
 Launch = Callable[[], object]
 OURS = "ours"
@@ -32,14 +34,22 @@ _SMI_FIELDS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a benchmark that has a CUDA side."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+def add_arguments(parser: argparse.ArgumentParser, *, has_cpu_side: bool = True) -> None:
+    """The arguments of a benchmark that runs on a GPU, or can."""
+    on_a_gpu = ""
+    if has_cpu_side:
+        parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        on_a_gpu = "with --device cuda: "
     parser.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="with --device cuda: begin no shape after so long; those left out are named",
+        help=f"{on_a_gpu}begin no case after so long; those left out are named",
+    )
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help=f"{on_a_gpu}small shapes on the CPU and a made-up clock; no figure is real",
     )
 
 
@@ -53,6 +63,85 @@ def require_gpu() -> None:
         raise SystemExit(
             "--device cuda: this build has no CUDA kernels; SPECRT_CUDA=ON make ext builds them"
         )
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tensors of a benchmark lie, and their type."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def poison(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, float("nan"), device=self.device, dtype=self.dtype)
+
+    def ints(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, device=self.device, dtype=torch.int32)
+
+
+class Device(Protocol):
+    """What a benchmark asks of the machine that it measures; :class:`Gpu`, or a made-up one."""
+
+    @property
+    def place(self) -> Place: ...
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """Shapes by the names under which they are reported."""
+
+    def facts(self) -> dict[str, Any]: ...
+    def clocks(self) -> dict[str, Any]: ...
+    def ceilings(self) -> Ceilings: ...
+
+    def free_bytes(self) -> int:
+        """Of its memory, after what benchmarks left has been given back."""
+
+    def measure(self, contenders: Mapping[str, Contender]) -> Timings: ...
+
+
+class Gpu:
+    """The first GPU that torch sees."""
+
+    place = Place()
+    models: Mapping[str, Model] = MODELS
+
+    def facts(self) -> dict[str, Any]:
+        return facts()
+
+    def clocks(self) -> dict[str, Any]:
+        return clocks()
+
+    def ceilings(self) -> Ceilings:
+        return measure_ceilings()
+
+    def free_bytes(self) -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def measure(self, contenders: Mapping[str, Contender]) -> Timings:
+        return measure(contenders)
+
+
+def chosen_device(args: argparse.Namespace) -> Device:
+    """The GPU or, with ``--dry``, one that is made up.
+
+    Raises:
+        SystemExit: the kernels cannot run on a GPU here, or made-up figures would be kept.
+    """
+    from bench.fake_gpu import FakeGpu
+
+    if not args.dry:
+        require_gpu()
+        return Gpu()
+    if args.save and args.save.resolve() == RESULTS.resolve():
+        raise SystemExit("--dry: no figure of it is real, so none is kept in bench/results")
+    return FakeGpu()
 
 
 # --- facts ------------------------------------------------------------------------------------
@@ -266,5 +355,16 @@ def _capture(contender: Contender, passes: int) -> tuple[torch.cuda.CUDAGraph, i
     return graph, passes * len(contender.launches)
 
 
+def main() -> None:
+    """Print the facts; nothing known where there is no GPU."""
+    from bench.fake_gpu import FakeGpu
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="of a made-up GPU")
+    is_dry = parser.parse_args().dry
+    found = FakeGpu().facts() if is_dry else facts() if torch.cuda.is_available() else {}
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    print(json.dumps(facts() if torch.cuda.is_available() else {}))
+    main()

@@ -160,24 +160,27 @@ def report(
     save: Path | None = None,
     summary: Mapping[str, Any] | None = None,
     where: Mapping[str, Any] | None = None,
+    failed: Sequence[str] | None = None,
 ) -> None:
     """Print the rows as a table, then as the last line one JSON object; save it on request.
 
     Args:
         name: the benchmark's name.
-        rows: one dict a line; the keys of the first are the columns. Not empty.
+        rows: one dict a line; the keys of the first are the columns.
         save: a folder for ``<name>.json``, the ``--save`` of :func:`parser`.
         summary: figures beside the rows.
         where: it was measured, if known already; else :func:`environment`.
+        failed: what could not be measured or was wrong, where that does not end the benchmark.
     """
     table = Table(title=name)
-    for column in rows[0]:
+    columns = list(rows[0]) if rows else []
+    for column in columns:
         is_number = any(isinstance(row.get(column), (int, float)) for row in rows)
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in rows[0]))
+        table.add_row(*(_shown(row.get(column)) for column in columns))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    result = result_of(name, rows, summary or {}, where or environment())
+    result = result_of(name, rows, summary or {}, where or environment(), failed)
     for key, value in result["summary"].items():
         print(f"{key}: {_shown(value)}")
     if save:
@@ -186,16 +189,21 @@ def report(
 
 
 def result_of(
-    name: str, rows: Sequence[Row], summary: Mapping[str, Any], where: Mapping[str, Any]
+    name: str,
+    rows: Sequence[Row],
+    summary: Mapping[str, Any],
+    where: Mapping[str, Any],
+    failed: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What is kept of a benchmark; arguments as for :func:`report`."""
-    return {
+    result = {
         "name": name,
         "command": _command(),
         "environment": dict(where),
         "summary": dict(summary),
         "rows": list(rows),
     }
+    return result if failed is None else result | {"failed": list(failed)}
 
 
 def save_result(result: Mapping[str, Any], folder: Path) -> None:

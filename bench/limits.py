@@ -77,6 +77,12 @@ def kv_commit(model: Model, rows: int) -> Work:
     return Work(2 * rows * slot_bytes(model) * model.num_layers)
 
 
+def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:
+    """Weights read once, rows in and out, all of 16 bits."""
+    num_bytes = (num_outputs * num_inputs + rows * (num_outputs + num_inputs)) * BF16
+    return Work(num_bytes, 2 * rows * num_outputs * num_inputs)
+
+
 def slot_bytes(model: Model) -> int:
     """Key and value of one slot in one layer."""
     return 2 * model.num_kv_heads * model.head_dim * BF16

@@ -11,7 +11,9 @@ import argparse
 import torch
 
 from bench import gpu, small_kernels_cuda, tree_attention_cuda
-from bench.check_stages import READY
+from bench.fake_gpu import FakeGpu
+from bench.gpu import Place
+from bench.gpu_check.judge import READY
 from bench.limits import Model
 from bench.tree_attention_cuda import Case
 
@@ -21,7 +23,7 @@ TREES = ((1, 130, 1), (3, 70, 9), (2, 300, 65))
 """Batch, prefix, nodes."""
 
 
-def run_small_kernels(place: small_kernels_cuda.Place) -> int:
+def run_small_kernels(place: Place) -> int:
     """Raises where a kernel and torch differ; the number of comparisons."""
     done = 0
     for kernel in small_kernels_cuda.KERNELS.values():
@@ -32,13 +34,13 @@ def run_small_kernels(place: small_kernels_cuda.Place) -> int:
     return done
 
 
-def run_tree_attention(place: small_kernels_cuda.Place) -> int:
+def run_tree_attention(place: Place) -> int:
     """The same for tree attention, against SDPA."""
     done = 0
     for model in MODELS:
         for batch, prefix, nodes in TREES:
             case = Case("small", model, batch, prefix, nodes)
-            bench = tree_attention_cuda.Bench(case, 1, place.device, place.dtype)
+            bench = tree_attention_cuda.Bench(case, 1, place)
             outputs = {"ours": bench.ours()[1], "sdpa": bench.sdpa()[1]}
             failures: dict[str, str] = {}
             tree_attention_cuda.checked(outputs, failures)
@@ -49,12 +51,15 @@ def run_tree_attention(place: small_kernels_cuda.Place) -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    gpu.require_gpu()
-    torch.zeros(1, device="cuda").add_(1).item()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="the CPU's kernels instead of a GPU's")
+    is_dry = parser.parse_args().dry
+    place = FakeGpu.place if is_dry else Place()
+    if not is_dry:
+        gpu.require_gpu()
+    torch.zeros(1, device=place.device).add_(1).item()
     print(READY, flush=True)
     torch.manual_seed(0)
-    place = small_kernels_cuda.Place()
     print(f"small kernels: {run_small_kernels(place)} comparisons", flush=True)
     print(f"tree_attention: {run_tree_attention(place)} comparisons", flush=True)
 

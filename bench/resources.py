@@ -3,7 +3,8 @@
 Read from the built extension by ``cuobjdump`` where the CUDA toolkit has it. ``--compile`` asks the
 compiler instead: it compiles every .cu file again, with the commands of the last build, and reads
 what ptxas says. ``--check`` exits 1 if a kernel has a stack frame or local memory: a register that
-went to memory, or an array indexed at run time.
+went to memory, or an array indexed at run time. Its last line is JSON for other programs:
+``{"kernels": 70, "spills": ["kernel<bf16> (sm_80): ..."]}``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from bench.toolkit import find_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 _TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
@@ -97,9 +100,9 @@ def from_extension() -> list[Resources]:
     Raises:
         FileNotFoundError: it is not built, or there is no cuobjdump.
     """
-    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    tool = find_tool("cuobjdump")
     if tool is None:
-        raise FileNotFoundError("no cuobjdump on PATH or in /usr/local/cuda/bin; try --compile")
+        raise FileNotFoundError("no cuobjdump on PATH or in a CUDA toolkit; try --compile")
     extensions = sorted((ROOT / "specrt").glob("_C*.so"))
     if not extensions:
         raise FileNotFoundError("no specrt/_C*.so: run `make ext`")
@@ -118,8 +121,8 @@ def from_compiler() -> list[Resources]:
     """
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for command in _compile_commands():
-            argv = [*_without_output(command), "-Xptxas=-v", "-o", f"{folder}/out.o"]
+        for command in last_build_commands():
+            argv = [*without_output(command), "-Xptxas=-v", "-o", f"{folder}/out.o"]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise RuntimeError(f"{shlex.join(argv)}:\n{done.stderr}")
@@ -127,7 +130,12 @@ def from_compiler() -> list[Resources]:
     return _named(found)
 
 
-def _compile_commands() -> list[list[str]]:
+def last_build_commands() -> list[list[str]]:
+    """How the last build with CUDA compiled each .cu file.
+
+    Raises:
+        FileNotFoundError: no build has CUDA.
+    """
     files = (ROOT / "build").glob("*/*/compile_commands.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         if found := nvcc_commands(json.loads(file.read_text())):
@@ -136,12 +144,21 @@ def _compile_commands() -> list[list[str]]:
 
 
 def nvcc_commands(entries: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """Those of ``compile_commands.json``; the shim compiles .cu files too, as C++."""
-    commands = [shlex.split(entry["command"]) for entry in entries]
-    return [command for command in commands if Path(command[0]).name == "nvcc"]
+    """Those of ``compile_commands.json``, without launchers such as ccache.
+
+    The shim compiles .cu files too, as C++.
+    """
+    found = []
+    for entry in entries:
+        command = shlex.split(entry["command"])
+        programs = [Path(word).name for word in command[:2]]
+        if "nvcc" in programs:
+            found.append(command[programs.index("nvcc") :])
+    return found
 
 
-def _without_output(command: Sequence[str]) -> Iterator[str]:
+def without_output(command: Sequence[str]) -> Iterator[str]:
+    """The command's words but for those that say where its results go."""
     arguments = iter(command)
     for argument in arguments:
         if argument in ("-o", "-MF", "-MT"):
@@ -192,6 +209,11 @@ def in_memory(found: Sequence[Resources]) -> list[str]:
     ]
 
 
+def summary(found: Sequence[Resources]) -> str:
+    """How many kernels there are, an architecture's each for itself, and those in memory: JSON."""
+    return json.dumps({"kernels": len(found), "spills": in_memory(found)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true", help="ask ptxas; takes minutes")
@@ -205,8 +227,9 @@ def main() -> None:
     if not found:
         raise SystemExit("the extension has no CUDA kernels")
     print(table(found, is_detailed=args.detailed))
-    if args.check and (bad := in_memory(found)):
-        raise SystemExit("\n".join(bad))
+    if args.check:
+        print(summary(found))
+        raise SystemExit("\n".join(in_memory(found)) or 0)
 
 
 if __name__ == "__main__":

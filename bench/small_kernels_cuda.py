@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from bench import gpu, limits
-from bench.gpu import OURS, Contender, Launch
+from bench import limits
+from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
 from bench.limits import Model
@@ -31,23 +31,6 @@ PREFIX = 192
 EPS = 1e-6
 _TOLERANCE = 5e-2
 """Of a few roundings to bfloat16, which the expressions make and the kernels do not."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the tensors lie, and their type."""
-
-    device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
-
-    def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def poison(self, *shape: int) -> torch.Tensor:
-        return torch.full(shape, float("nan"), device=self.device, dtype=self.dtype)
-
-    def ints(self, *values: int) -> torch.Tensor:
-        return torch.tensor(values, device=self.device, dtype=torch.int32)
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -234,10 +217,10 @@ class Case:
         return f"{self.kernel} {self.model} rows {self.rows}"
 
 
-def cases(is_quick: bool) -> Iterator[Case]:
+def cases(is_quick: bool, models: Sequence[str] = tuple(limits.MODELS)) -> Iterator[Case]:
     """What the goals are stated for comes first."""
     for index in range(2 if is_quick else len(ROWS)):
-        for model in list(limits.MODELS)[: 1 if is_quick else None]:
+        for model in models[: 1 if is_quick else None]:
             for name, kernel in KERNELS.items():
                 if index < len(kernel.rows):
                     yield Case(name, model, kernel.rows[index])
@@ -254,14 +237,15 @@ def contenders(sets: Sequence[InputSet], reset: Launch | None) -> dict[str, Cont
     }
 
 
-def one_case(case: Case, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
-    kernel, model = KERNELS[case.kernel], limits.MODELS[case.model]
+def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
+    kernel, model = KERNELS[case.kernel], device.models[case.model]
     work = kernel.work(model, case.rows)
-    free = torch.cuda.mem_get_info()[0] // 2
+    free = device.free_bytes() // 2
     num_sets = limits.input_sets(work.num_bytes, 3 * work.num_bytes, l2_bytes, free)
     if num_sets == 0:
         return None, {OURS: f"needs {3 * work.num_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
-    timings = gpu.measure(contenders(*kernel.sets(model, case.rows, num_sets, Place())))
+    sets = kernel.sets(model, case.rows, num_sets, device.place)
+    timings = device.measure(contenders(*sets))
     ours, torchs = timings.graph[OURS], timings.graph.get("torch")
     row: Row = {
         "op": case.kernel,
@@ -276,6 +260,7 @@ def one_case(case: Case, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
     return row, timings.failures
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, device: Device) -> None:
     """Measure and report what the budget allows."""
-    run_bench("small_kernels_cuda", cases(args.quick), one_case, args)
+    chosen = cases(args.quick, tuple(device.models))
+    run_bench("small_kernels_cuda", chosen, one_case, args, device)

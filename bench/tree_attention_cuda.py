@@ -9,7 +9,8 @@ compiles for each shape, some ten seconds each, so it runs where there is a goal
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch.nn.functional as F
 
 from bench import flashinfer_contender, gpu, limits
 from bench.attention_inputs import Heads, Indices, Shape, Tensors, tree_mask
-from bench.gpu import OURS, Contender
+from bench.gpu import OURS, Contender, Device, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row
 from specrt import ops
+from specrt.ops import registry
 
 BATCHES = (1, 4, 16)
 PREFIXES = (2048, 8192, 512, 32768)
@@ -68,24 +70,22 @@ class Case:
         return f"{self.name} batch {self.batch} prefix {self.prefix} nodes {self.nodes}"
 
 
-def cases(is_quick: bool) -> Iterator[Case]:
+def cases(is_quick: bool, models: Mapping[str, limits.Model] = limits.MODELS) -> Iterator[Case]:
     """What the goals are stated for comes first, since a budget may cut the rest."""
     batches, nodes = ((1,), (60,)) if is_quick else (BATCHES, NODES)
     for batch in batches:
         for num_nodes in nodes:
             for prefix in PREFIXES[:2] if is_quick else PREFIXES:
-                for name, model in limits.MODELS.items():
+                for name, model in models.items():
                     yield Case(name, model, batch, prefix, num_nodes)
 
 
 class Bench:
     """The contenders of one case over rotating sets of inputs."""
 
-    def __init__(
-        self, case: Case, num_sets: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, case: Case, num_sets: int, place: Place) -> None:
         self.shape = case.shape
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = device, dtype = place.device, place.dtype
         self.indices = Indices(self.shape, device)
         self.sets = [Tensors(self.shape, device, dtype, dtype) for _ in range(num_sets)]
         self.scale = self.shape.heads.head_dim**-0.5
@@ -112,16 +112,8 @@ class Bench:
         return made, outputs, failures
 
     def ours(self) -> tuple[Contender, Outputs]:
-        heads, indices = self.shape.heads, self.indices
-        size = ops.tree_attention_workspace(
-            self.shape.batch,
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_dim,
-            self.shape.nodes,
-            self.shape.num_pages * PAGE_SIZE,
-        )
-        workspace = torch.zeros(size, device=self.device)
+        indices = self.indices
+        workspace = self._workspace() if registry.is_on_gpu(self.sets[0].q) else None
 
         def launch(tensors: Tensors) -> torch.Tensor:
             return ops.tree_attention(
@@ -139,6 +131,18 @@ class Bench:
             )
 
         return self._over_sets(launch), lambda: launch(self.sets[0])
+
+    def _workspace(self) -> torch.Tensor:
+        heads = self.shape.heads
+        size = ops.tree_attention_workspace(
+            self.shape.batch,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            self.shape.nodes,
+            self.shape.num_pages * PAGE_SIZE,
+        )
+        return torch.zeros(size, device=self.device)
 
     def sdpa(self) -> tuple[Contender, Outputs]:
         shape, heads = self.shape, self.shape.heads
@@ -221,16 +225,18 @@ def checked(outputs: dict[str, Outputs], failures: dict[str, str]) -> None:
         )
 
 
-def one_case(case: Case, ceilings: limits.Ceilings, l2_bytes: int, is_quick: bool) -> Measured:
+def one_case(
+    case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int, has_flex: bool
+) -> Measured:
     """No row if there is no memory for it."""
-    free = torch.cuda.mem_get_info()[0] * 4 // 5
+    free = device.free_bytes() * 4 // 5
     num_sets = limits.input_sets(case.work.num_bytes, case.held_bytes, l2_bytes, free)
     if num_sets == 0:
         return None, {OURS: f"needs {case.held_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
-    bench = Bench(case, num_sets)
-    made, outputs, failures = bench.contenders(case.has_flex and not is_quick)
+    bench = Bench(case, num_sets, device.place)
+    made, outputs, failures = bench.contenders(case.has_flex and has_flex)
     checked(outputs, failures)
-    timings = gpu.measure({name: made[name] for name in made if name not in failures})
+    timings = device.measure({name: made[name] for name in made if name not in failures})
     failures |= timings.failures
     return _row(case, num_sets, timings, ceilings), failures
 
@@ -253,10 +259,8 @@ def _row(case: Case, num_sets: int, timings: gpu.Timings, ceilings: limits.Ceili
     return row
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, device: Device) -> None:
     """Measure and report what the budget allows."""
-
-    def measured(case: Case, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
-        return one_case(case, ceilings, l2_bytes, args.quick)
-
-    run_bench("tree_attention_cuda", cases(args.quick), measured, args)
+    measured = functools.partial(one_case, has_flex=not args.quick)
+    chosen = cases(args.quick, device.models)
+    run_bench("tree_attention_cuda", chosen, measured, args, device)

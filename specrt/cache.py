@@ -149,8 +149,18 @@ class CacheBatch:
             sequence.length += min(max(0, count), path.shape[1])  # as the kernel does
 
     def _there(self, table: torch.Tensor) -> torch.Tensor:
-        # Not blocking: ordinary host memory is staged before the call returns, and may be reused.
-        return table.to(self.cache.device, non_blocking=True)
+        device = self.cache.device
+        return may_be_reused(table, device).to(device, non_blocking=True)
+
+
+def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``table`` as a copy to ``device`` that nobody waits for may read it.
+
+    From the host to a GPU it is read later, maybe after it was freed and written again: CUDA copies
+    ordinary memory aside first where it cannot read it, and promises nothing where it can. So the
+    table is copied into pinned memory, which torch does not hand out again before it was read.
+    """
+    return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
 
 
 class LastBatch:

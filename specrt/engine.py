@@ -364,6 +364,7 @@ class Engine:
         prompt = sequence.state.token_ids[:-1]
         for start, taps in self.target.extend(prompt, batch, taps=self.drafter.taps):
             self.drafter.prefill(sequence.state, start, taps)
+        self.target.wait()  # or the first round would be charged for it
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
     def _round(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from bench import (
     tree_attention_cuda,
 )
 from bench.attention_inputs import ancestor_bits, tree_mask
+from bench.fake_gpu import FakeGpu
 from specrt import ops
 
 # --- limits and tables ------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_baselines_compute_tree_attention(
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for model in (one_of_each.MODELS[0], one_of_each.MODELS[2]):
         case = tree_attention_cuda.Case("small", model, batch, prefix, nodes)
-        bench = tree_attention_cuda.Bench(case, 1, "cpu", torch.float32)
+        bench = tree_attention_cuda.Bench(case, 1, FakeGpu.place)
         indices, tensors = bench.indices, bench.sets[0]
         ours = ops.tree_attention(
             tensors.q,
@@ -149,71 +149,71 @@ def test_baselines_compute_tree_attention(
             torch.testing.assert_close(baseline()[1](), ours, atol=1e-5, rtol=1e-5)
 
 
-@pytest.fixture
-def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU benchmarks on a small model and the CPU; every launch takes a microsecond."""
-
-    def measure(contenders: dict[str, gpu.Contender]) -> gpu.Timings:
-        for contender in contenders.values():
-            contender.run()
-        seconds = dict.fromkeys(contenders, 1e-6)
-        return gpu.Timings(seconds, seconds, {})
-
-    monkeypatch.setattr(gpu, "facts", lambda: {"device": "none", "l2_bytes": 1 << 20})
-    monkeypatch.setattr(gpu, "clocks", dict)
-    monkeypatch.setattr(gpu, "measure_ceilings", lambda: limits.Ceilings(1e12, 1e14))
-    monkeypatch.setattr(gpu, "measure", measure)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(limits, "MODELS", {"small": one_of_each.MODELS[0]})
-    place = functools.partial(small_kernels_cuda.Place, "cpu", torch.float32)
-    monkeypatch.setattr(small_kernels_cuda, "Place", place)
-    bench = functools.partial(tree_attention_cuda.Bench, device="cpu", dtype=torch.float32)
-    monkeypatch.setattr(tree_attention_cuda, "Bench", bench)
-    monkeypatch.setattr(ops, "tree_attention_workspace", lambda *sizes: 1)
+def arguments(save: Path, *, is_quick: bool = True, budget: float | None = None) -> Any:
+    return argparse.Namespace(quick=is_quick, budget=budget, save=save)
 
 
-@pytest.mark.usefixtures("cpu_for_gpu")
 def test_report_of_the_small_kernels(tmp_path: Path) -> None:
-    small_kernels_cuda.run(argparse.Namespace(quick=True, budget=100.0, save=tmp_path))
+    small_kernels_cuda.run(arguments(tmp_path, budget=100.0), FakeGpu())
     result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
     assert [(row["op"], row["rows"]) for row in result["rows"][:2]] == [
         ("rms_norm", 60),
         ("silu_mul", 60),
     ]
     assert all(row["torch/ours"] == 1 and row["us"] == 1 for row in result["rows"])
-    assert result["environment"]["gpu"]["device"] == "none"
+    assert result["environment"]["gpu"]["device"].startswith("no GPU")
     assert result["summary"]["not_measured"] == {}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.usefixtures("cpu_for_gpu")
-def test_report_of_tree_attention(tmp_path: Path) -> None:
-    tree_attention_cuda.run(argparse.Namespace(quick=False, budget=1e-3, save=tmp_path))
+def test_report_of_tree_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    tree_attention_cuda.run(arguments(tmp_path, is_quick=False, budget=1e-3), FakeGpu())
     result = json.loads((tmp_path / "tree_attention_cuda.json").read_text())
     (row,) = result["rows"]
     assert row["sdpa/ours"] == row["flex/ours"] == 1 and row["flashinfer/ours"] is None
     missing = result["summary"]["not_measured"]
     assert missing["flashinfer: ImportError: not installed"] == "all 1"
-    assert len(missing["ours: over the budget"].split("; ")) == 3 * 4 * 4 - 1
+    assert len(missing["ours: over the budget"].split("; ")) == 2 * 3 * 4 * 4 - 1
 
 
-@pytest.mark.usefixtures("cpu_for_gpu")
 def test_a_case_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong result ends with exit code 1, but first the rest is measured and saved."""
     silu_mul = ops.silu_mul
     monkeypatch.setattr(ops, "silu_mul", lambda x, out: silu_mul(x, out=out).add_(1))
-    args = argparse.Namespace(quick=True, budget=None, save=tmp_path)
-    with pytest.raises(SystemExit, match="2 cases failed; the first: silu_mul small rows 60: "):
-        small_kernels_cuda.run(args)
+    with pytest.raises(SystemExit, match="2 cases failed; the first: silu_mul Llama-3-8B rows 60"):
+        small_kernels_cuda.run(arguments(tmp_path), FakeGpu())
     result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
     assert {row["op"] for row in result["rows"]} == {"rms_norm", "rope_append", "kv_commit"}
-    assert any("silu_mul small rows 8192" in one for one in _cases(result))
+    assert any("silu_mul Llama-3-8B rows 8192" in one for one in _cases(result))
 
 
-@pytest.mark.usefixtures("cpu_for_gpu")
+@pytest.mark.parametrize("stays_broken", [False, True])
+def test_a_gpu_may_fail_at_any_point(tmp_path: Path, stays_broken: bool) -> None:
+    """What was measured is saved, and the end is one line that says why."""
+    whole = FakeGpu()
+    small_kernels_cuda.run(arguments(tmp_path / "whole"), whole)
+    for point in range(1, whole.num_asked + 1):
+        folder = tmp_path / str(point)
+        with pytest.raises(SystemExit) as left:
+            small_kernels_cuda.run(arguments(folder), FakeGpu(point, stays_broken=stays_broken))
+        assert "an illegal memory access" in str(left.value.code)
+        assert "\n" not in str(left.value.code)
+        saved = folder / "small_kernels_cuda.json"
+        num_rows = len(json.loads(saved.read_text())["rows"]) if saved.exists() else 0
+        before = max(0, point - 4) // 2  # facts, ceilings, clocks; memory and measuring a case
+        assert num_rows == (before if stays_broken or point < 4 else 7)
+
+
+@pytest.mark.parametrize("module", [bench_small_kernels, bench_tree_attention])
+def test_made_up_figures_are_not_kept(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--device", "cuda", "--dry", "--save"])
+    with pytest.raises(SystemExit, match="none is kept in bench/results"):
+        module.main()
+
+
 def test_a_process_that_is_stopped_leaves_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,9 +226,8 @@ def test_a_process_that_is_stopped_leaves_what_it_measured(
         return one_case(*args)
 
     monkeypatch.setattr(small_kernels_cuda, "one_case", stopped)
-    args = argparse.Namespace(quick=True, budget=None, save=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        small_kernels_cuda.run(args)
+        small_kernels_cuda.run(arguments(tmp_path), FakeGpu())
     assert [path.name for path in tmp_path.iterdir()] == ["small_kernels_cuda.json"]
     result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
     assert [row["op"] for row in result["rows"]] == ["rms_norm", "silu_mul"]

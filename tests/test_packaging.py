@@ -68,7 +68,7 @@ def tracked(*patterns: str) -> set[str]:
 @pytest.mark.timeout(900)
 def test_sdist_and_wheel_contents(tmp_path: Path) -> None:
     """The wheel is built from the unpacked sdist, so nothing it needs can be missing there."""
-    sources = tracked("csrc", "specrt", "tests", "docs")
+    sources = tracked("cmake", "csrc", "specrt", "tests", "docs")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, env={**os.environ, "SPECRT_CUDA": "OFF"}, check=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -82,19 +83,20 @@ def test_table_of_resources() -> None:
     ]
     detailed = resources.table([one, other], is_detailed=True).splitlines()
     assert detailed[2] == "| `k<bf16>` | sm_80 | 1 | 32 | 128 | 0 | 0 |" and len(detailed) == 4
-    assert resources.in_memory([one, other]) == [
-        "k<f16> (sm_80): 8 bytes of stack, 0 of local memory"
-    ]
+    spills = ["k<f16> (sm_80): 8 bytes of stack, 0 of local memory"]
+    assert resources.in_memory([one, other]) == spills
+    assert json.loads(resources.summary([one, other])) == {"kernels": 2, "spills": spills}
 
 
 def test_files_that_the_shim_compiles_are_left_out() -> None:
-    entries = [{"command": f"{compiler} -c a.cu"} for compiler in ("/bin/c++", "/cuda/bin/nvcc")]
-    assert resources.nvcc_commands(entries) == [["/cuda/bin/nvcc", "-c", "a.cu"]]
+    compilers = ("/bin/c++", "/cuda/bin/nvcc", "/bin/ccache /cuda/bin/nvcc")
+    entries = [{"command": f"{compiler} -c a.cu"} for compiler in compilers]
+    assert resources.nvcc_commands(entries) == 2 * [["/cuda/bin/nvcc", "-c", "a.cu"]]
 
 
 def test_outputs_of_a_compile_command_are_left_out() -> None:
     command = ["nvcc", "-O3", "-MD", "-MT", "a.o", "-MF", "a.d", "-x", "cu", "-c", "a.cu"]
-    kept = list(resources._without_output([*command, "-o", "a.o"]))
+    kept = list(resources.without_output([*command, "-o", "a.o"]))
     assert kept == ["nvcc", "-O3", "-x", "cu", "-c", "a.cu"]
 
 

@@ -23,7 +23,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
-from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, on_host
+from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
 from specrt.ops import registry
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
@@ -61,8 +61,9 @@ class LlamaModel:
     Args:
         config: the architecture.
         weights: as :func:`specrt.models.loader.load_weights` gives them.
-        run_step: how steps run; the engine hands its graph cache here. Not asked on a GPU, where
-            steps run eagerly: what it records are the CPU's launches.
+        run_step: how steps run on the CPU; the engine hands its graph cache here.
+        run_on_gpu: the same on a GPU. One that records hears through ``on_move`` of memory that has
+            moved, as on the CPU; a step's kernels allocate nothing and wait for nothing.
         on_move: called when buffers move, so that recorded graphs are dropped.
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
@@ -75,6 +76,7 @@ class LlamaModel:
         run_step: StepRunner = run_eagerly,
         on_move: Callable[[], None] = lambda: None,
         *,
+        run_on_gpu: StepRunner = run_eagerly,
         activation_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
@@ -84,7 +86,7 @@ class LlamaModel:
         is_on_cpu = self.device.type == "cpu"
         self.activation_dtype = activation_dtype or (torch.float32 if is_on_cpu else self.dtype)
         self._is_output_plain = is_on_cpu and self.activation_dtype == torch.float32
-        self._run_step = run_step if is_on_cpu else run_eagerly
+        self._run_step = run_step if is_on_cpu else run_on_gpu
         self._on_move = on_move
         # Nodes of a tree at the context limit may lie past it; they are never accepted.
         self._rope = rope_table(
@@ -94,8 +96,9 @@ class LlamaModel:
             config.rope_scaling,
         ).to(self.device)
         self._workspace = self._make_workspace(0, 0)
-        is_on_gpu = registry.is_on_gpu(weights.embed)
-        self._scratch = GpuScratch(config, self.device) if is_on_gpu else None
+        self._scratch: GpuScratch | None = None
+        if registry.is_on_gpu(weights.embed):
+            self._scratch = GpuScratch(config, self.activation_dtype, self.device)
         self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -145,16 +148,17 @@ class LlamaModel:
 
         Raises:
             ValueError: more than 128 nodes, an unknown tap, or one of a layer before
-                ``num_layers_run`` (the tap of the last layer that was run is ``hidden``).
+                ``num_layers_run`` (the tap of the last layer that was run is ``hidden``). On a GPU,
+                a setting of torch's that has changed since the model was made, and bits with it.
         """
         size, num_nodes = tree.draft_tokens.shape
         if num_nodes > MAX_NODES:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
         width = batch.block_table.shape[1]
-        key = StepKey(size, num_nodes, width, has_logits, taps, _layers_run(tree))
+        key = StepKey(size, num_nodes, width, has_logits, taps, layers_run(tree))
         self._ensure_buffers(key)
-        if self._scratch is not None:
-            self._scratch.reserve(key, batch.cache.page_size)
+        if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
+            self._forget_buffers()
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= _MAX_STEPS:
@@ -190,6 +194,11 @@ class LlamaModel:
             path = torch.arange(tree.draft_tokens.shape[1], dtype=torch.int32)[None]
             batch.commit(path, tree.num_nodes)
             yield start, output.taps
+
+    def wait(self) -> None:
+        """Until what was launched has been done; on the CPU a launch is done when it returns."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     # --- buffers ------------------------------------------------------------------------------
 
@@ -383,17 +392,3 @@ class LlamaModel:
     ) -> None:
         workspace = None if self._scratch is None else self._scratch.linear
         ops.linear(x, weight, bias, residual, out, workspace)
-
-
-def _layers_run(tree: DraftTree) -> int:
-    """How many layers the nodes of a tree have been through.
-
-    Raises:
-        ValueError: hidden states and their layer do not go together.
-    """
-    if (tree.hidden is None) != (tree.num_layers_run == 0):
-        raise ValueError(
-            "tree: expected hidden and num_layers_run > 0 together, got num_layers_run "
-            f"{tree.num_layers_run} {'without' if tree.hidden is None else 'with'} hidden"
-        )
-    return tree.num_layers_run

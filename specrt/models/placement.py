@@ -9,6 +9,7 @@ import torch
 from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.ops.build import build_info
+from specrt.ops.gemm_settings import GemmSettings
 
 CPU = torch.device("cpu")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -80,7 +81,8 @@ def choose_dtype(
         device: as :func:`parse_device` gives it.
 
     Raises:
-        ValueError: on a GPU, a dtype or a head size its kernels do not take.
+        ValueError: on a GPU, a dtype or a head size its kernels do not take, or a setting of
+            torch's under which the rows of a matrix product might depend on one another.
     """
     if device.type == "cpu":
         return asked or config.dtype
@@ -96,6 +98,7 @@ def choose_dtype(
             "dtype: expected bfloat16 or float16 on CUDA, which the tensor cores of "
             f"tree_attention take, got {str(dtype).removeprefix('torch.')}"
         )
+    GemmSettings.current(dtype)  # refused before the weights are read, not after
     return dtype
 
 

@@ -8,8 +8,9 @@ from types import MappingProxyType
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch
+from specrt.cache import CacheBatch, may_be_reused
 from specrt.config import ModelConfig
+from specrt.ops.gemm_settings import GemmSettings
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
@@ -27,6 +28,20 @@ class StepKey:
     taps: tuple[str, ...]
     first_layer: int
     """The layer it starts at; above 0 it starts from hidden states, not from tokens."""
+
+
+def layers_run(tree: DraftTree) -> int:
+    """How many layers the nodes of a tree have been through.
+
+    Raises:
+        ValueError: hidden states and their layer do not go together.
+    """
+    if (tree.hidden is None) != (tree.num_layers_run == 0):
+        raise ValueError(
+            "tree: expected hidden and num_layers_run > 0 together, got num_layers_run "
+            f"{tree.num_layers_run} {'without' if tree.hidden is None else 'with'} hidden"
+        )
+    return tree.num_layers_run
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,7 @@ class Step:
 
 
 def _stage(there: torch.Tensor, source: torch.Tensor) -> None:
-    # Not blocking: ordinary host memory is staged before the call returns, and may be reused.
-    there.copy_(source, non_blocking=True)
+    there.copy_(may_be_reused(source, there.device), non_blocking=True)
 
 
 def on_host(output: VerifyOutput) -> VerifyOutput:
@@ -134,10 +148,12 @@ class GpuScratch:
 
     Args:
         config: the model's.
+        dtype: of its activations.
         device: where to; the memory there stays at its place unless attention needs more.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._settings = GemmSettings.current(dtype)
         self._config = config
         self._device = device
         q_rows = config.num_heads * config.head_dim
@@ -150,8 +166,16 @@ class GpuScratch:
         self.attention = torch.zeros(0, device=device)
         """A workspace of ``tree_attention`` for the largest step that came up."""
 
-    def reserve(self, key: StepKey, page_size: int) -> None:
-        """Make room for a step's attention."""
+    def prepare(self, key: StepKey, page_size: int) -> bool:
+        """Make room for a step's attention.
+
+        Returns:
+            Whether its workspace has moved, so that recorded steps are stale.
+
+        Raises:
+            ValueError: a setting of torch's has changed, and a row's bits with it.
+        """
+        self._settings.require_unchanged()
         config = self._config
         # The kernel asks the current GPU how many blocks it holds.
         with torch.cuda.device_of(self.attention):
@@ -163,8 +187,10 @@ class GpuScratch:
                 key.num_nodes,
                 key.table_width * page_size,
             )
-        if size > self.attention.numel():
-            self.attention = torch.zeros(size, device=self._device)
+        if size <= self.attention.numel():
+            return False
+        self.attention = torch.zeros(size, device=self._device)
+        return True
 
 
 @dataclass(frozen=True)

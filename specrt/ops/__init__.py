@@ -6,6 +6,7 @@ reduction order per row: a row's bits never depend on the other rows.
 
 from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
+from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
@@ -18,6 +19,7 @@ from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 __all__ = [
     "Append",
     "CoupledNoise",
+    "GemmSettings",
     "Purpose",
     "draft_control",
     "draft_control_update",

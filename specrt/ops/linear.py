@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from specrt import _C
+from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.registry import register
 
 register(
@@ -41,8 +42,10 @@ def linear(
     On a GPU this is cuBLAS on exactly 128 rows at a time, always at the same addresses of
     ``workspace``, so that nothing it chooses by can depend on the number of rows. That all of the
     128 rows are summed in one order is how its kernels work, not a promise of theirs: the GPU tests
-    look. In bfloat16 and float16 its sums are kept in float32, so torch's settings of reduced
-    precision do not matter; in float32 the bits follow ``allow_tf32``.
+    look. What else it chooses by are settings of torch's, which must stay as they are and be of
+    those that :class:`~specrt.ops.gemm_settings.GemmSettings` accepts: checked here if no workspace
+    is given, else by whoever made it. Its sums are float32; of float32 operands the bits follow
+    ``allow_tf32``.
 
     Args:
         x: ``[M, K]`` float32; on a GPU also bfloat16 or float16, as ``weight``. Rows may be
@@ -57,13 +60,16 @@ def linear(
         ``out``.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+        ValueError: a shape, dtype, stride or device does not fit; the argument is named. On a GPU,
+            a setting of torch's under which rows might depend on one another.
     """
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     if x.is_cuda:  # x.device.type costs 0.3 microseconds more
+        if workspace is None:
+            GemmSettings.current(x.dtype)
         check_gpu_linear(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, _gpu_product)
+        linear_in_pieces(x, weight, bias, residual, out, workspace, gpu_product)
     elif torch.compiler.is_compiling():
         torch.ops.specrt.linear(x, weight, bias, residual, out)
     else:
@@ -125,7 +131,8 @@ def _workspace_views(
     return workspace[sums_size:size].view(x.dtype).view(GEMM_ROWS, num_inputs), sums
 
 
-def _gpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+def gpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """The bare product, cuBLAS' on a GPU: sums and results are float32."""
     if x.dtype == torch.float32:
         torch.mm(x, weight.t(), out=out)
     else:

@@ -224,6 +224,21 @@ def test_lengths_are_those_the_kernels_see(llama: Path, backend: Backend) -> Non
     assert lengths == batch.kv_len.tolist() == [len(PROMPTS[0]) + 3, 2, len(PROMPTS[2])]
 
 
+def test_a_setting_that_changes_is_refused(
+    llama: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Committed keys and values would be of other bits than the rows that come after."""
+    if not backend.runs_cuda_source:
+        pytest.skip("a CPU's products do not ask torch")
+    model, tree = make_model(llama, backend), stack([TREE])
+    batch = started(model, [PROMPT])
+    model.forward(tree, batch)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 1 << 17, raising=False)
+    with pytest.raises(ValueError, match="matrix products were .*before loading"):
+        model.forward(tree, batch)
+
+
 # --- speculation on is speculation off ------------------------------------------------------------
 
 SETTINGS: Mapping[str, SamplingParams] = {

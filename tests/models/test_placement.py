@@ -134,6 +134,17 @@ def test_what_no_gpu_kernel_takes(checkpoint: Path) -> None:
     assert choose_dtype(odd, None, torch.device("cpu")) == torch.bfloat16
 
 
+def test_a_setting_under_which_rows_would_differ(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said when a dtype is chosen: before the weights are read."""
+    config = ModelConfig.from_directory(checkpoint)
+    monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: True)
+    with pytest.raises(ValueError, match="TunableOp: expected off"):
+        choose_dtype(config, None, torch.device("cuda", 0))
+    assert choose_dtype(config, None, torch.device("cpu")) == torch.bfloat16
+
+
 # --- weights on their way -------------------------------------------------------------------------
 
 
@@ -199,6 +210,49 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     return made
 
 
+def model_on_a_gpu(checkpoint: Path, **options: Any) -> LlamaModel:
+    def no_graphs(key: object, launch: object) -> None:
+        raise AssertionError("a GPU's launches in a graph of the CPU")
+
+    config = ModelConfig.from_directory(checkpoint)
+    weights = place_weights(load_weights(checkpoint, config, torch.bfloat16), META)
+    return LlamaModel(config, weights, no_graphs, **options)
+
+
+def test_who_records_on_a_gpu_hears_of_memory_that_moves(
+    checkpoint: Path,
+    calls: list[tuple[str, tuple[Any, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step that is known still has the memory with which it was recorded."""
+    monkeypatch.setattr(llama, "on_host", lambda output: output)
+    recorded: dict[Any, tuple[torch.Tensor, ...]] = {}
+    replays = 0
+
+    def record(key: Any, launch: Callable[[], None]) -> None:
+        nonlocal replays
+        calls.clear()
+        launch()
+        used = tuple(x for _, given in calls for x in given if isinstance(x, torch.Tensor))
+        if key in recorded:
+            replays += 1
+        before = recorded.setdefault(key, used)
+        scratch = [given[-2] for name, given in calls if name == "tree_attention"]
+        assert any(scratch[0] is x for x in before)
+
+    model = model_on_a_gpu(checkpoint, run_on_gpu=record, on_move=recorded.clear)
+    cache = model.new_cache()
+    sequences = [cache.open(300), cache.open(300)]
+    lone, both = CacheBatch(cache, sequences[:1]), CacheBatch(cache, sequences)
+    pair = TreeBuilder(3)
+    pair.add(0, 5)
+    # As many rows, so that only attention wants more for two sequences.
+    trees = {lone: stack([pair]), both: stack([TreeBuilder(3)] * 2)}
+    for batch in (lone, both, lone, both, lone):
+        model.forward(trees[batch], batch)
+    assert replays == 2
+
+
 def test_commits_count_on_the_host(
     checkpoint: Path, calls: list[tuple[str, tuple[Any, ...]]]
 ) -> None:
@@ -226,13 +280,8 @@ def test_a_pass_reads_nothing_back_but_its_output(
         fetched.append(output)
         return output
 
-    def no_graphs(key: object, launch: object) -> None:
-        raise AssertionError("a GPU's launches in a graph of the CPU")
-
     monkeypatch.setattr(llama, "on_host", fetch)
-    config = ModelConfig.from_directory(checkpoint)
-    weights = place_weights(load_weights(checkpoint, config, torch.bfloat16), META)
-    model = LlamaModel(config, weights, no_graphs)
+    model = model_on_a_gpu(checkpoint)
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(300), cache.open(300)])
     tree = TreeBuilder(3)

@@ -2,7 +2,8 @@
 
 Under ``simt`` a wrapper of ``specrt.ops`` calls ``tests/simt/_simt*.so``, where the CUDA sources
 are compiled as C++ and CPU tensors count as those of GPU 0; so a test's body is the same three
-ways. A module may name the schedules of threads that its kernels run under, ``SIMT_SCHEDULES``.
+ways. A module may name the schedules of threads that its kernels run under, ``SIMT_SCHEDULES``. A
+test marked ``tensor_cores`` runs once more with each GPU's sums that the mark names.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     seeds = getattr(metafunc.module, "SIMT_SCHEDULES", (1,))
     simt = [
-        pytest.param(("simt", seed), id="simt" if len(seeds) == 1 else f"simt{seed}")
+        pytest.param(("simt", seed, "ieee"), id="simt" if len(seeds) == 1 else f"simt{seed}")
         for seed in seeds
     ]
-    cases = [pytest.param(("cpu", None), id="cpu"), *simt, needs_gpu(("cuda", None), id="cuda")]
+    for mark in metafunc.definition.iter_markers("tensor_cores"):
+        simt += [pytest.param(("simt", seeds[0], gpu), id=f"simt_{gpu}") for gpu in mark.args]
+    cases = [pytest.param(("cpu",), id="cpu"), *simt, needs_gpu(("cuda",), id="cuda")]
     metafunc.parametrize("backend", cases, indirect=True)
 
 
@@ -78,9 +81,10 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    name, seed = request.param
+    name, *settings = request.param
     if name == "simt":
-        use_simt(seed, monkeypatch.setattr)
+        seed, arithmetic = settings
+        use_simt(seed, monkeypatch.setattr).set_arithmetic(arithmetic)
     return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from bench.linear_rows import SHAPES, Linear, Shape, differing_rows, random_inputs
 from specrt import ops
-from specrt.ops.linear import GEMM_ROWS, Product, check_gpu_linear, linear_in_pieces
+from specrt.ops.linear import (
+    GEMM_ROWS,
+    Product,
+    check_gpu_linear,
+    gpu_product,
+    linear_in_pieces,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Tensor = torch.Tensor
@@ -117,6 +126,49 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor], words: str) -> No
     check_gpu_linear(**given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=words):
         check_gpu_linear(**{**given, **change})  # type: ignore[arg-type]
+
+
+def test_how_torch_is_asked_for_float32_results() -> None:
+    """Its parser finds ``mm.dtype_out``, which only a GPU has, in every version that is allowed."""
+    x, weight = (random(4, 8, dtype=torch.bfloat16) for _ in range(2))
+    with pytest.raises(NotImplementedError, match=r"aten::mm\.dtype_out"):
+        gpu_product(x, weight, torch.empty(4, 4))
+
+
+# --- every row at every place ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda out, rows: None, (0, 0, 0)),
+        (lambda out, rows: out[64:].add_(1e-3), (128, 0, 64)),
+        (lambda out, rows: out.add_(1e-3 if rows < 16 else 0), (0, 15, 128)),
+        (lambda out, rows: out[3, 0].neg_() if rows == 128 else None, (128, 1, 1)),
+    ],
+    ids=["none", "by place", "by number", "one bit"],
+)
+def test_rows_that_depend_on_others_are_found(
+    spoil: Callable[[Tensor, int], object], expected: tuple[int, int, int]
+) -> None:
+    x, (weight,) = random_inputs(Shape("", "", 6, 16), torch.float32, "cpu")
+    linear = Linear(weight)
+
+    def product(x: Tensor) -> Tensor:
+        out = linear(x)
+        spoil(out, len(x))
+        return out
+
+    assert tuple(differing_rows(product, x).values()) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_places_numbers_and_company_on_a_gpu(shape: Shape, dtype: torch.dtype) -> None:
+    x, (weight,) = random_inputs(shape, dtype, "cuda")
+    linear = Linear(weight)
+    assert not any(differing_rows(linear, x, linear.leave_behind).values())
 
 
 @pytest.mark.gpu

@@ -14,3 +14,4 @@ def default_schedule() -> Iterator[None]:
     yield
     _simt.set_schedule(0)
     _simt.set_device()
+    _simt.set_arithmetic()

@@ -9,12 +9,16 @@
 
 namespace simt {
 
+// How mma adds: float32 in index order, or as a GPU's tensor cores (fused_sum.h).
+enum class Arithmetic { kIeee, kSm80, kSm90 };
+
 struct Settings {
     uint64_t seed = 0;             // of the schedule; 0: in order
     unsigned resident_blocks = 3;  // blocks of a grid that run interleaved
     bool is_strict = true;         // divergent barriers are errors
     int num_sms = 8;
     size_t shared_bytes = 232448;  // a block's, at most: an H100's
+    Arithmetic arithmetic = Arithmetic::kIeee;
 };
 
 Settings settings();

@@ -2,7 +2,9 @@
 
 #include <cstring>
 #include <string>
+#include <type_traits>
 
+#include "fused_sum.h"
 #include "scheduler.h"
 
 namespace simt {
@@ -58,26 +60,68 @@ float element(uint32_t pair, unsigned i) {
     return widen(T{static_cast<uint16_t>(pair >> 16 * i)});
 }
 
-template <typename T>
-void combine_mma(Warp& warp, uint32_t) {
+struct Operands {
     float a[16][16], b[16][8];
+};
+
+template <typename T>
+Operands gather(const Warp& warp) {
+    Operands all;
     for (unsigned lane = 0; lane < 32; ++lane) {
         const Fragments& in = warp.in<Fragments>(lane);
         const unsigned group = lane / 4, pair = lane % 4 * 2;
         for (unsigned i = 0; i < 2; ++i) {
             for (unsigned r = 0; r < 4; ++r)
-                a[group + r % 2 * 8][pair + r / 2 * 8 + i] = element<T>(in.a[r], i);
-            for (unsigned r = 0; r < 2; ++r) b[pair + r * 8 + i][group] = element<T>(in.b[r], i);
+                all.a[group + r % 2 * 8][pair + r / 2 * 8 + i] = element<T>(in.a[r], i);
+            for (unsigned r = 0; r < 2; ++r)
+                all.b[pair + r * 8 + i][group] = element<T>(in.b[r], i);
         }
     }
+    return all;
+}
+
+float& element_of_c(Warp& warp, unsigned row, unsigned column) {
+    return (&warp.out<float>(row % 8 * 4 + column / 2))[row / 8 * 2 + column % 2];
+}
+
+void add_in_index_order(Warp& warp, const Operands& in) {
     for (unsigned row = 0; row < 16; ++row) {
         float sum[8] = {};
         for (unsigned k = 0; k < 16; ++k)
-            for (unsigned column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
+            for (unsigned column = 0; column < 8; ++column)
+                sum[column] += in.a[row][k] * in.b[k][column];
+        for (unsigned column = 0; column < 8; ++column)
+            if (sum[column] != 0) element_of_c(warp, row, column) += sum[column];
+    }
+}
+
+// Sums of `depth` terms, one after another.
+void add_fused(Warp& warp, const Operands& in, int depth, int bits, int min_exponent) {
+    Unpacked a[16][16], b[8][16];  // b transposed: a sum's terms lie side by side
+    for (unsigned k = 0; k < 16; ++k) {
+        for (unsigned row = 0; row < 16; ++row) a[row][k] = unpack(in.a[row][k], min_exponent);
+        for (unsigned column = 0; column < 8; ++column)
+            b[column][k] = unpack(in.b[k][column], min_exponent);
+    }
+    for (unsigned row = 0; row < 16; ++row)
         for (unsigned column = 0; column < 8; ++column) {
-            float& c = (&warp.out<float>(row % 8 * 4 + column / 2))[row / 8 * 2 + column % 2];
-            if (sum[column] != 0) c += sum[column];
+            float& c = element_of_c(warp, row, column);
+            for (int k = 0; k < 16; k += depth)
+                c = fused_sum(a[row] + k, b[column] + k, depth, c, bits);
         }
+}
+
+template <typename T>
+void combine_mma(Warp& warp, uint32_t) {
+    constexpr int kMin = std::is_same_v<T, half> ? kMinExponentHalf : kMinExponent;
+    const Operands in = gather<T>(warp);
+    switch (scheduler->arithmetic()) {
+        case Arithmetic::kIeee:
+            return add_in_index_order(warp, in);
+        case Arithmetic::kSm80:
+            return add_fused(warp, in, 8, 24, kMin);
+        case Arithmetic::kSm90:
+            return add_fused(warp, in, 16, 25, kMin);
     }
 }
 

@@ -27,8 +27,9 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
     load_matrices(r, 4, row, true);
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8). Each element's 16 products are summed in float32 in index
-// order, then added to c: other bits than a GPU's, but as there none of another row's or column's.
+// c (16 x 8) += a (16 x 16) b (16 x 8), in the arithmetic of the settings. "ieee": each element's
+// 16 products are summed in float32 in index order, then added to c. No element depends on another
+// row or column, whatever the arithmetic.
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16);
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half);
 

@@ -71,6 +71,19 @@ void set_device(int num_sms, size_t shared_bytes) {
     simt::set_settings(settings);
 }
 
+void set_arithmetic(const std::string& name) {
+    static const std::map<std::string, simt::Arithmetic> kinds{
+        {"ieee", simt::Arithmetic::kIeee},
+        {"sm_80", simt::Arithmetic::kSm80},
+        {"sm_90", simt::Arithmetic::kSm90},
+    };
+    const auto kind = kinds.find(name);
+    SPECRT_CHECK(kind != kinds.end(), "arithmetic: expected ieee, sm_80 or sm_90, got ", name);
+    simt::Settings settings = simt::settings();
+    settings.arithmetic = kind->second;
+    simt::set_settings(settings);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
@@ -85,6 +98,7 @@ PYBIND11_MODULE(_simt, m) {
     m.def("set_schedule", &set_schedule, py::arg("seed"), py::arg("resident_blocks") = 3,
           py::arg("strict") = true);
     m.def("set_device", &set_device, py::arg("num_sms") = 8, py::arg("shared_bytes") = 232448);
+    m.def("set_arithmetic", &set_arithmetic, py::arg("name") = "ieee");
     m.def("num_launches", &simt::num_launches);
 }
 

@@ -60,7 +60,11 @@ int ReadySet::next(unsigned from) const {
 
 Scheduler::Scheduler(const LaunchSpec& spec, const Settings& settings, StackPool& stacks,
                      std::vector<std::unique_ptr<SharedArena>>& arenas)
-    : spec_(spec), is_strict_(settings.is_strict), random_(settings.seed), stacks_(stacks) {
+    : spec_(spec),
+      is_strict_(settings.is_strict),
+      arithmetic_(settings.arithmetic),
+      random_(settings.seed),
+      stacks_(stacks) {
     policy_ = policy_of(settings.seed, random_);
     const size_t num_blocks = size_t{spec.grid.x} * spec.grid.y * spec.grid.z;
     const unsigned block_size = spec.block.x * spec.block.y * spec.block.z;

@@ -131,6 +131,8 @@ class Scheduler {
     void preempt();
     [[noreturn]] void finish_fiber();
 
+    Arithmetic arithmetic() const { return arithmetic_; }
+
     [[noreturn]] void fail(const Thread& thread, const std::string& text) const;
     // By the signal handler: the running fiber is abandoned.
     void abandon_fiber(void* address, bool is_write);
@@ -155,6 +157,7 @@ class Scheduler {
 
     LaunchSpec spec_;
     bool is_strict_;
+    Arithmetic arithmetic_;
     Policy policy_;
     Random random_;
     StackPool& stacks_;

@@ -1,0 +1,1 @@
+"""``make gpu-check``: what a GPU is asked in the minutes that it is at hand."""

@@ -1,0 +1,134 @@
+"""The summary of a stage: a file rewritten after each command, a table, and one archive of it all.
+
+An interruption, even a kill, leaves what was known until then.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_check.judge import CUT, FAILED, OK, PARTIAL, SKIPPED, Verdict, printable
+
+_SHOWN_DETAIL = 130
+_BAD = (FAILED, CUT)
+Row = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """Of one stage."""
+
+    path: Path
+    """Of the summary; the benchmarks' results lie beside it."""
+    head: Mapping[str, Any]
+    order: Sequence[str]
+    """Names of the stage's commands."""
+    logs: Path
+    archive: Path | None = None
+    earlier: Sequence[Row] = ()
+    """Rows of an earlier run that are not run again."""
+    rows: list[Row] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    is_interrupted: bool = False
+
+    def add(self, command: str, verdict: Verdict, seconds: float) -> None:
+        status, detail = verdict
+        row = {"command": command, "status": status, "seconds": round(seconds, 1)}
+        self.rows.append(row | {"detail": detail})
+        self.write()
+
+    def write(self) -> None:
+        """The summary, and the archive with what lies beside it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            **self.head,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "outcome": self.outcome,
+            "left_out": self.left_out,
+            "commands": self.all_rows,
+        }
+        whole = self.path.with_suffix(".json.new")
+        whole.write_text(json.dumps(result, indent=2) + "\n")
+        whole.replace(self.path)
+        if self.archive:
+            pack(self.archive, [self.path.parent, self.logs])
+
+    @property
+    def all_rows(self) -> list[Row]:
+        """In the stage's order, with those of the earlier run."""
+        found = {row["command"]: row for row in (*self.earlier, *self.rows)}
+        return [found[name] for name in self.order if name in found]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What has no result: for want of time, of a tool, or because the run ended."""
+        known = {row["command"]: row for row in self.all_rows}
+        waiting = [f"{name}: not reached" for name in self.order if name not in known]
+        cut = [f"{n}: {r['detail']}" for n, r in known.items() if r["status"] in (CUT, SKIPPED)]
+        return cut + waiting
+
+    @property
+    def has_passed(self) -> bool:
+        return self.outcome in ("passed", "PARTIAL")
+
+    @property
+    def outcome(self) -> str:
+        """In a word; PARTIAL if nothing failed, but not all was looked at."""
+        states = {row["status"] for row in self.all_rows}
+        if self.is_interrupted:
+            return "INTERRUPTED"
+        if states & set(_BAD) or len(self.all_rows) < len(self.order):
+            return "FAILED"
+        return "PARTIAL" if PARTIAL in states else "passed"
+
+    def table(self) -> str:
+        """Fixed columns, one line a command."""
+        lines = [f"{'command':18}{'status':9}{'seconds':>8}  detail"]
+        for row in self.all_rows:
+            detail = printable(" ".join(row["detail"].split()))[:_SHOWN_DETAIL]
+            again = " (earlier run)" if row in self.earlier else ""
+            lines.append(
+                f"{row['command']:18}{row['status']:9}{row['seconds']:8.1f}  {detail}{again}"
+            )
+        return "\n".join(lines)
+
+
+def passed_before(path: Path) -> list[Row]:
+    """The rows of an earlier summary that need not be run again.
+
+    Raises:
+        SystemExit: there is none, or it is not one.
+    """
+    try:
+        rows = json.loads(path.read_text())["commands"]
+        return [row for row in rows if row["status"] in (OK, PARTIAL)]
+    except FileNotFoundError:
+        raise SystemExit(f"gpu-check: --only-failed: no earlier run in {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"gpu-check: --only-failed: {path} is no summary: {error!r}") from None
+
+
+def pack(archive: Path, folders: Sequence[Path]) -> None:
+    """What lies in ``folders`` (not in their subfolders), as one ``.tar.gz``, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    whole = archive.with_name(archive.name + ".new")
+    with tarfile.open(whole, "w:gz") as tar:
+        for folder in folders:
+            for path in sorted(folder.glob("*")):
+                if path.is_file() and path not in (archive, whole):
+                    tar.add(path, f"{folder.name}/{path.name}")
+    whole.replace(archive)

@@ -1,0 +1,238 @@
+"""Are the rows of ``linear`` independent of one another on this GPU, and how fast are weights read?
+
+Every matrix of three models, in both 16-bit types. A row's bits must be the same at each of the 128
+places of a product, with every number of rows, and alone beside what others left behind: 128 cyclic
+shifts of 128 rows bring each row to each place. Results are compared in float32, so that no
+rounding hides a bit. Exit code 1 if one differs.
+
+``us`` is a call of the op on 60 rows, ``product_us`` the bare product of 128 rows inside of it,
+``torch_us`` a product of 60 rows in 16 bits; weights come from memory, not from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench import gpu, limits
+from bench.gpu import OURS, Contender, Device
+from bench.gpu_report import Measured, WrongResultError, run_bench
+from bench.harness import Row, parser, ratio_to, start
+from specrt import ops
+from specrt.ops.linear import GEMM_ROWS, gpu_product
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TREE_ROWS = 60
+_MOST_SETS = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One matrix ``[num_outputs, num_inputs]`` of a model."""
+
+    model: str
+    matrix: str
+    num_outputs: int
+    num_inputs: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.matrix} {self.num_outputs}x{self.num_inputs}"
+
+
+SHAPES = (
+    Shape("Llama-3-8B", "qkv", 6144, 4096),
+    Shape("Llama-3-8B", "o", 4096, 4096),
+    Shape("Llama-3-8B", "gate_up", 28672, 4096),
+    Shape("Llama-3-8B", "down", 4096, 14336),
+    Shape("Llama-3-8B", "head", 128256, 4096),
+    Shape("Vicuna-7B", "qkv", 12288, 4096),
+    Shape("Vicuna-7B", "gate_up", 22016, 4096),
+    Shape("Vicuna-7B", "down", 4096, 11008),
+    Shape("Vicuna-7B", "head", 32000, 4096),
+    Shape("Llama-3-70B/4", "qkv", 2560, 8192),
+    Shape("Llama-3-70B/4", "o", 8192, 2048),
+    Shape("Llama-3-70B/4", "gate_up", 14336, 8192),
+    Shape("Llama-3-70B/4", "down", 8192, 7168),
+)
+"""``/4``: a quarter of the model, as each of four GPUs has it."""
+
+
+# --- bits -------------------------------------------------------------------------------------
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""``[M, K]`` to ``[M, N]`` float32, M up to 128; valid until the next call."""
+
+
+class Linear:
+    """``linear`` by one matrix, always with the same workspace, as a target runs it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        size = ops.linear_workspace(*weight.shape)
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=weight.device)
+        self._out = torch.empty(GEMM_ROWS, len(weight), device=weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._out[: len(x)]
+        return ops.linear(x, self._weight, out=out, workspace=self._workspace)
+
+    def leave_behind(self, byte: int) -> None:
+        """What the rows that are not given hold."""
+        self._workspace.fill_(byte)
+
+
+def differing_rows(
+    product: Product, x: torch.Tensor, leave_behind: Callable[[int], None] = lambda byte: None
+) -> dict[str, int]:
+    """How many of 128 rows have other bits at other places, among fewer, or alone.
+
+    Args:
+        product: what is looked at.
+        x: ``[128, K]``
+        leave_behind: told a byte to fill the product's memory with, before a row is alone.
+    """
+    expected = product(x).view(torch.int32).clone()
+    differs = torch.zeros(3, len(x), dtype=torch.bool, device=x.device)
+    for i in range(len(x)):
+        shifted = product(x.roll(i, 0)).view(torch.int32)
+        differs[0] |= (shifted.roll(-i, 0) != expected).any(dim=1)
+        fewer = product(x[: i + 1]).view(torch.int32)
+        differs[1, : i + 1] |= (fewer != expected[: i + 1]).any(dim=1)
+        leave_behind(0xFF)  # NaN in every type
+        alone = product(x[i : i + 1]).view(torch.int32)
+        differs[2, i] = (alone[0] != expected[i]).any()
+    names = "at other places", "among fewer", "alone"
+    return dict(zip(names, differs.sum(dim=1).tolist(), strict=True))
+
+
+def random_inputs(
+    shape: Shape, dtype: torch.dtype, device: str, num_weights: int = 1
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``[128, K]`` of the activations' type, and weights; a function of the shape.
+
+    Activations differ widely in size, so that sums in another order do differ.
+    """
+    generator = torch.Generator(device).manual_seed(shape.num_outputs + shape.num_inputs)
+
+    def normal(rows: int, dtype: torch.dtype) -> torch.Tensor:
+        empty = torch.empty(rows, shape.num_inputs, dtype=dtype, device=device)
+        return empty.normal_(generator=generator)
+
+    weights = [normal(shape.num_outputs, dtype) for _ in range(num_weights)]
+    x = normal(GEMM_ROWS, dtype if device == "cuda" else torch.float32)
+    return x * normal(GEMM_ROWS, x.dtype).exp2(), weights
+
+
+# --- cases ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    shape: Shape
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+    def on(self, device: Device) -> tuple[Shape, torch.dtype]:
+        """What stands for it on a device; a made-up one has small matrices."""
+        if device.place.device == "cuda":
+            return self.shape, DTYPES[self.dtype]
+        shape = self.shape
+        small = Shape(shape.model, shape.matrix, shape.num_outputs // 256, shape.num_inputs // 64)
+        return small, device.place.dtype
+
+
+def cases(is_quick: bool) -> Iterator[Case]:
+    """The types in turn; the largest model's matrices are left out of a quick run."""
+    for dtype in list(DTYPES)[: 1 if is_quick else None]:
+        for shape in SHAPES[: 5 if is_quick else None]:
+            yield Case(shape, dtype)
+
+
+def contenders(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, Contender]:
+    """The op, the product inside of it, and torch's product of as many rows as there are."""
+    num_outputs = len(weights[0])
+    size = ops.linear_workspace(*weights[0].shape)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    sums = torch.empty(GEMM_ROWS, num_outputs, device=x.device)
+    tree, out = x[:TREE_ROWS], x.new_empty(TREE_ROWS, num_outputs)
+
+    def each(launch: Callable[[torch.Tensor], object]) -> Contender:
+        return Contender([lambda weight=weight: launch(weight) for weight in weights])
+
+    return {
+        OURS: each(lambda weight: ops.linear(tree, weight, out=out, workspace=workspace)),
+        "product": each(lambda weight: gpu_product(x, weight, sums)),
+        "torch": each(lambda weight: torch.mm(tree, weight.t(), out=out)),
+    }
+
+
+def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
+    """Bits first; no row if there is no memory for it.
+
+    Raises:
+        WrongResultError: a row's bits depend on the others.
+    """
+    shape, dtype = case.on(device)
+    work = limits.linear(shape.num_outputs, shape.num_inputs, TREE_ROWS)
+    weight_bytes = shape.num_outputs * shape.num_inputs * dtype.itemsize
+    room = device.free_bytes() - 8 * GEMM_ROWS * (shape.num_outputs + shape.num_inputs) * 4
+    num_sets = limits.input_sets(weight_bytes, weight_bytes, l2_bytes, room // 2, _MOST_SETS)
+    if num_sets < 1:
+        return None, {OURS: f"needs {weight_bytes / 1e9:.1f} GB"}
+    x, weights = random_inputs(shape, dtype, device.place.device, num_sets)
+    linear = Linear(weights[0])
+    counts = differing_rows(linear, x, linear.leave_behind)
+    differs = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+    timings = device.measure(contenders(x, weights))
+    figures = limits.figures(work, timings.graph[OURS], ceilings)
+    row = _row(case, differs, timings, figures["% of limit"]) | {"input_sets": num_sets}
+    if differs:
+        raise WrongResultError(f"of {GEMM_ROWS} rows differ: {differs}", row)
+    return row, timings.failures
+
+
+def _row(case: Case, differs: str, timings: gpu.Timings, share: float) -> Row:
+    shape, ours = case.shape, timings.graph[OURS]
+    product, torchs = timings.graph.get("product"), timings.graph.get("torch")
+    weight_bytes = shape.num_outputs * shape.num_inputs * limits.BF16
+    return {
+        "model": shape.model,
+        "matrix": shape.matrix,
+        "shape": f"{shape.num_outputs}x{shape.num_inputs}",
+        "dtype": case.dtype,
+        "equal": not differs,
+        "differ": differs,
+        "us": 1e6 * ours,
+        "GB/s": weight_bytes / ours / 1e9,
+        "% of limit": share,
+        "eager_us": 1e6 * timings.eager[OURS],
+        "product_us": None if product is None else 1e6 * product,
+        "product GB/s": None if product is None else weight_bytes / product / 1e9,
+        "torch_us": None if torchs is None else 1e6 * torchs,
+        "torch/ours": None if torchs is None else ratio_to(torchs, ours),
+    }
+
+
+def run(args: argparse.Namespace, device: Device) -> None:
+    """Look, measure and report what the budget allows."""
+    run_bench("linear_rows", cases(args.quick), one_case, args, device)
+
+
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments, has_cpu_side=False)
+    args = start(arguments)
+    run(args, gpu.chosen_device(args))
+
+
+if __name__ == "__main__":
+    main()
