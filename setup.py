@@ -1,7 +1,7 @@
 """Builds ``specrt._C`` with CMake; everything else is in pyproject.toml.
 
-Environment: SPECRT_CUDA=AUTO|ON|OFF, CMAKE_CUDA_ARCHITECTURES (default 80;90a); where nvcc is looked
-for is in cmake/nvcc.cmake;
+Environment: SPECRT_CUDA=AUTO|ON|OFF, CMAKE_CUDA_ARCHITECTURES (default 80;90a),
+CUDACXX, CUDA_HOME, CUDA_PATH (where nvcc is: cmake/nvcc.cmake),
 SPECRT_WERROR=ON|OFF (default OFF: a newer compiler's new warning must not stop an installation),
 SPECRT_SIMT=ON (also builds tests/simt/_simt, which runs the CUDA sources on the CPU),
 CMAKE_ARGS (more flags).

@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -82,6 +83,9 @@ inline int current_device() {
     return 0;
 }
 
+template <auto kKernel>
+void allow_shared(size_t, const char*) {}  // the shim's launch looks at the size
+
 template <typename... Params, typename... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                    CudaStream, const Args&... args) {
@@ -118,29 +122,46 @@ inline DeviceLimits device_limits(int device) {
     return {num_sms, static_cast<size_t>(shared_bytes)};
 }
 
-// Above 48 KiB a kernel must be allowed its shared memory first. All there is, whatever this launch
-// needs: another thread may be about to launch the same kernel with more.
-template <typename Kernel>
-void allow_shared(Kernel* kernel, size_t bytes, const char* name) {
+// The GPUs on which something has been done, for any number of threads.
+class DeviceSet {
+  public:
+    bool has(int device) const {
+        return device < 64 && devices_.load(std::memory_order_acquire) >> device & 1;
+    }
+    void add(int device) {  // one past the 64th stays out, and what was to be done is done again
+        if (device < 64) devices_.fetch_or(uint64_t{1} << device, std::memory_order_release);
+    }
+
+  private:
+    std::atomic<uint64_t> devices_{0};
+};
+
+// Above 48 KiB a kernel must be allowed its shared memory first, once on each GPU. All there is,
+// whatever this launch needs: another may need more, or be under way in another thread.
+template <auto kKernel>
+void allow_shared(size_t bytes, const char* name) {
     if (bytes + kStaticShared <= 48 * 1024) return;
-    const size_t most = device_limits(current_device()).shared_bytes - kStaticShared;
+    const int device = current_device();
+    const size_t most = device_limits(device).shared_bytes - kStaticShared;
     if (bytes > most)
         throw std::runtime_error(std::string(name) + ": needs " + std::to_string(bytes) +
                                  " bytes of shared memory, and this GPU gives a block " +
                                  std::to_string(most));
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    static DeviceSet allowed;
+    if (allowed.has(device)) return;
+    cuda_check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(most)),
                name);
     // Left to itself the driver may give the L1 cache what a second block on the SM would need.
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+    cuda_check(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared),
                name);
+    allowed.add(device);
 }
 
 template <typename... Params, typename... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                    CudaStream stream, const Args&... args) {
-    allow_shared(kernel, shape.shared_bytes, name);
     cudaLaunchConfig_t config{};
     config.gridDim = shape.grid;
     config.blockDim = shape.block;
@@ -158,5 +179,6 @@ inline unsigned ceil_div(int64_t a, int64_t b) {
 }  // namespace specrt
 
 // SPECRT_LAUNCH(kernel<T>, shape, stream, params): asynchronous; throws if it cannot be started.
-#define SPECRT_LAUNCH(kernel, shape, stream, ...) \
-    ::specrt::launch_kernel(#kernel, kernel, shape, stream, __VA_ARGS__)
+#define SPECRT_LAUNCH(kernel, shape, stream, ...)                   \
+    (::specrt::allow_shared<kernel>((shape).shared_bytes, #kernel), \
+     ::specrt::launch_kernel(#kernel, kernel, shape, stream, __VA_ARGS__))
