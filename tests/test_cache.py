@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specrt.cache import CacheBatch, LastBatch, may_be_reused
+from specrt.cache import LastBatch, may_be_reused
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import make_model
 
