@@ -141,6 +141,7 @@ class Bench:
             heads.head_dim,
             self.shape.nodes,
             self.shape.num_pages * PAGE_SIZE,
+            self.sets[0].q.device,
         )
         return torch.zeros(size, device=self.device)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -137,3 +139,18 @@ def test_what_takes_too_long_is_named() -> None:
     assert build_times.too_long([(one, 15.1), (one, 14.9)], 15.0) == [
         "a/a.cu (sm_80): 15.1 s of nvcc, at most 15 were to be"
     ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("OFF", "SPECRT_CUDA=OFF"), ("AUTO", "nvcc cannot compile")]
+)
+def test_a_machine_without_cuda_configures(tmp_path: Path, mode: str, reason: str) -> None:
+    pybind11 = pytest.importorskip("pybind11")
+    if CMAKE is None:
+        pytest.skip("no cmake")
+    argv = [CMAKE, "-S", ROOT, "-B", tmp_path / "build", f"-DSPECRT_CUDA={mode}"]
+    argv += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    environ = {**os.environ, "CUDACXX": make_tool(tmp_path, BROKEN)}
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"-- specrt: CPU backend only: .*{reason}", done.stdout)

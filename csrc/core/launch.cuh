@@ -67,6 +67,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 struct DeviceLimits {
     int num_sms;
     size_t shared_bytes;  // a block's, at most
+    int arch;             // 90: compute capability 9.0
 };
 
 // No kernel has more static shared memory; what the system takes of an SM's for each block is as
@@ -76,7 +77,7 @@ constexpr size_t kStaticShared = 1024;
 #if defined(SPECRT_SIMT)
 
 inline DeviceLimits device_limits(int) {
-    return {simt::num_sms(), simt::max_shared_bytes()};
+    return {simt::num_sms(), simt::max_shared_bytes(), /*arch=*/0};
 }
 
 inline int current_device() {
@@ -111,15 +112,18 @@ inline int current_device() {
     return device;
 }
 
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+    int value = 0;
+    cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
 // Asks the driver, and makes no context.
 inline DeviceLimits device_limits(int device) {
-    int num_sms = 0, shared_bytes = 0;
-    cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
-    cuda_check(
-        cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-    return {num_sms, static_cast<size_t>(shared_bytes)};
+    return {device_attribute(cudaDevAttrMultiProcessorCount, device),
+            static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+            10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                device_attribute(cudaDevAttrComputeCapabilityMinor, device)};
 }
 
 // The GPUs on which something has been done, for any number of threads.

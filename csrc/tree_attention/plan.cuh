@@ -21,9 +21,7 @@ struct Plan {
     int max_prefix;  // keys that pages are there for: more would leave the plan
     size_t shared_bytes;
 
-    int64_t num_blocks(int num_seqs, int num_kv_heads) const {
-        return int64_t{num_seqs} * num_kv_heads * num_tiles * num_units;
-    }
+    int64_t num_blocks(int64_t pairs) const { return pairs * num_tiles * num_units; }
     int64_t block_slots() const {  // a block's, in the workspace
         return (num_units > 1 ? 1 : 0) + num_levels - shared_levels;
     }

@@ -23,8 +23,10 @@ void check_for_gpu(const TreeAttentionArgs& a, const TreeAttentionParams& p) {
     SPECRT_CHECK(p.num_nodes_max <= 64 * TreeAttentionParams::kMaxWords,
                  "q: expected at most 128 nodes on a GPU, got ", a.q.describe());
     const int64_t needed =
-        tree_attention_workspace(a.q.device, p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max,
-                                 p.head_dim, int64_t{p.table.max_pages} * p.table.page_size);
+        tree_attention_workspace(a.q.device,
+                                 {p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
+                                  int64_t{p.table.max_pages} * p.table.page_size},
+                                 p.plan);
     SPECRT_CHECK(a.workspace, "workspace: expected a tensor on a GPU, got None");
     expect(a.workspace, DType::kFloat32, "[floats]", -1);
     SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
@@ -63,10 +65,18 @@ AppendParams append_params(const TreeAttentionArgs& a) {
 
 }  // namespace
 
+void expect_plan(const PlanChoice& plan) {
+    SPECRT_CHECK(plan.num_warps == 0 || plan.num_warps == 4 || plan.num_warps == 8,
+                 "plan: expected num_warps of 4 or 8, got ", plan.num_warps);
+    SPECRT_CHECK(plan.blocks_per_sm >= 0 && plan.blocks_per_sm <= 16,
+                 "plan: expected blocks_per_sm from 1 to 16, got ", plan.blocks_per_sm);
+}
+
 Launch tree_attention(const TreeAttentionArgs& a) {
     const int device =
         common_device(a.q, a.k_cache, a.v_cache, a.block_table, a.kv_len, a.first_node, a.num_nodes,
                       a.ancestors, a.out, a.workspace, a.k, a.v, a.depth, a.cos_sin);
+    expect_plan(a.plan);
     expect_float(a.q);
     expect(a.q, a.q.dtype, "[B, N, Hq, d]", -1, -1, -1, -1);
     const int64_t seqs = a.q.shape[0], nodes = a.q.shape[1], heads = a.q.shape[2];
@@ -107,6 +117,7 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.head_dim = static_cast<int32_t>(dim);
     p.num_words = static_cast<int32_t>(a.ancestors.shape[2]);
     p.scale = a.scale;
+    p.plan = a.plan;
     p.q_dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
     SPECRT_CHECK(p.table.num_slots > 0 || seqs * nodes == 0,

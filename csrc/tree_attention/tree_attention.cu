@@ -1,42 +1,50 @@
 // The host's side: how many rows and leaves a block takes, what workspace that wants, and which
 // kernel (kernel_*.cu) is started.
 #include "tree_attention/plan.cuh"
+#include "tree_attention/variants.h"
 
 namespace specrt {
 namespace attention {
 
-struct Shape {
-    int num_seqs, num_kv_heads, group, num_nodes, head_dim;
-    int64_t max_len;  // keys of the longest sequence there may be
-};
+// What was asked for, else measured; what neither says stays 0.
+PlanChoice choose(const Shape& shape, const PlanChoice& asked, int arch) {
+    const bool is_free = asked.num_warps == 0 && asked.blocks_per_sm == 0;
+    return is_free ? measured_choice(kVariants, shape, arch) : asked;
+}
 
-Plan make_plan(const Shape& shape, const DeviceLimits& limits) {
-    Plan plan{};
-    const int rows = shape.num_nodes * shape.group;
-    const int64_t most = INT32_MAX - 2 * kLeaf;
-    plan.max_prefix = static_cast<int>(shape.max_len < most ? shape.max_len : most);
-    plan.num_warps = rows <= 64 ? 4 : 8;
-    plan.num_tiles = static_cast<int>(ceil_div(rows, 16 * plan.num_warps));
-    plan.slot_vectors = (shape.head_dim / 8 + 1) * 32 * plan.num_warps;
-    const size_t pool = size_t{2} * 2 * kPoolRows * (shape.head_dim + 8);
-    const size_t tail = size_t{16} * plan.num_warps * (kMaxNodes + sizeof(int));
-    plan.shared_bytes = pool + tail;
-    // Registers let two blocks of four warps run on an SM. Where shared memory does too, it is
-    // better spent on that than on levels of merging; eight warps have the SM for themselves.
-    const bool has_pairs =
-        plan.num_warps == 4 && 2 * plan.shared_bytes + kStaticShared <= limits.shared_bytes;
+// Units and the levels of merging within one, for `room` blocks of threads on the whole GPU.
+void split_sequences(const Shape& shape, int64_t room, Plan& plan) {
     // A tree may begin where the pages end: its rows there count for nothing, but are gone through.
     const int64_t leaves = ceil_div(int64_t{plan.max_prefix} + kMaxNodes, kLeaf);
-    const int64_t others = int64_t{shape.num_seqs} * shape.num_kv_heads * plan.num_tiles;
-    if (others == 0) return plan;  // nothing to do
-    // As many units as fill the GPU once: a second wave would wait, and partial results cost
-    // traffic.
-    const int64_t room = limits.num_sms * (has_pairs ? 2 : 1);
+    const int64_t others = shape.pairs() * plan.num_tiles;
     const int64_t units = others >= room ? 1 : ceil_div(room, others);
     plan.num_units = static_cast<int>(units < leaves ? units : leaves);
     if (others * plan.num_units > kMaxTickets) plan.num_units = 1;
     while (int64_t{ceil_div(leaves, int64_t{1} << plan.num_levels)} > plan.num_units)
         ++plan.num_levels;
+}
+
+Plan make_plan(const Shape& shape, const PlanChoice& asked, const DeviceLimits& limits) {
+    const PlanChoice choice = choose(shape, asked, limits.arch);
+    Plan plan{};
+    const int64_t most = INT32_MAX - 2 * kLeaf;
+    plan.max_prefix = static_cast<int>(shape.max_len < most ? shape.max_len : most);
+    plan.num_warps = choice.num_warps > 0 ? choice.num_warps : shape.rows() <= 64 ? 4 : 8;
+    plan.num_tiles = static_cast<int>(ceil_div(shape.rows(), 16 * plan.num_warps));
+    plan.slot_vectors = (shape.head_dim / 8 + 1) * 32 * plan.num_warps;
+    const size_t pool = size_t{2} * 2 * kPoolRows * (shape.head_dim + 8);
+    const size_t tail = size_t{16} * plan.num_warps * (kMaxNodes + sizeof(int));
+    plan.shared_bytes = pool + tail;
+    if (shape.pairs() * plan.num_tiles == 0) return plan;  // nothing to do
+    // Registers let two blocks of four warps run on an SM. Where shared memory does too, it is
+    // better spent on that than on levels of merging; eight warps have the SM for themselves.
+    const bool has_pairs = plan.num_warps == 4 && choice.blocks_per_sm != 1 &&
+                           2 * plan.shared_bytes + kStaticShared <= limits.shared_bytes;
+    // By rule, as many units as fill the GPU once: a second wave would wait, and partial results
+    // cost traffic.
+    const int by_rule = has_pairs ? 2 : 1;
+    const int per_sm = choice.blocks_per_sm > 0 ? choice.blocks_per_sm : by_rule;
+    split_sequences(shape, int64_t{limits.num_sms} * per_sm, plan);
     if (has_pairs) return plan;
     const size_t level = sizeof(float4) * plan.slot_vectors;
     const size_t used = plan.shared_bytes + kStaticShared;
@@ -69,22 +77,22 @@ void start(const KernelParams& k, CudaStream stream) {
 
 }  // namespace attention
 
-int64_t tree_attention_workspace(int device, int num_seqs, int num_kv_heads, int group,
-                                 int num_nodes, int head_dim, int64_t max_len) {
-    const attention::Plan plan =
-        attention::make_plan({num_seqs, num_kv_heads, group, num_nodes, head_dim, max_len},
-                             device_limits(device == kCpu ? current_device() : device));
+int64_t tree_attention_workspace(int device, const attention::Shape& shape,
+                                 const PlanChoice& choice) {
+    const attention::Plan plan = attention::make_plan(
+        shape, choice, device_limits(device == kCpu ? current_device() : device));
     return attention::kMaxTickets +
-           plan.num_blocks(num_seqs, num_kv_heads) * plan.block_slots() * plan.slot_vectors * 4;
+           plan.num_blocks(shape.pairs()) * plan.block_slots() * plan.slot_vectors * 4;
 }
 
 void tree_attention_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const TreeAttentionParams*>(params);
+    const attention::Shape shape{p.num_seqs, p.num_kv_heads,
+                                 p.group,    p.num_nodes_max,
+                                 p.head_dim, int64_t{p.table.max_pages} * p.table.page_size};
     const attention::Plan plan =
-        attention::make_plan({p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
-                              int64_t{p.table.max_pages} * p.table.page_size},
-                             device_limits(current_device()));
-    if (plan.num_blocks(p.num_seqs, p.num_kv_heads) == 0) return;
+        attention::make_plan(shape, p.plan, device_limits(current_device()));
+    if (plan.num_blocks(shape.pairs()) == 0) return;
     const attention::KernelParams k{
         p, plan, attention::division_by(static_cast<uint32_t>(p.table.page_size))};
     if (p.q_dtype == DType::kBFloat16) return attention::start<bf16_t>(k, stream);

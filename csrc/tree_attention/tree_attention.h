@@ -13,11 +13,19 @@
 
 namespace specrt {
 
+// How a launch on a GPU is laid out; 0: as was measured (variants.h), else by make_plan's rules.
+// Every choice gives the same bits.
+struct PlanChoice {
+    int32_t num_warps;      // of a block, each with 16 rows: 4 or 8
+    int32_t blocks_per_sm;  // sequences are split until every SM has so many, if they are that long
+};
+
 struct TreeAttentionArgs {
     TensorView q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, out,
         workspace;
     TensorView k, v, depth, cos_sin;  // all or none: keys and values still to be appended
     float scale;
+    PlanChoice plan;
 };
 
 // On a GPU q and the tree's keys may come before their rotation, as rope_append gets them; they are
@@ -44,21 +52,33 @@ struct TreeAttentionParams {
     int32_t num_seqs, num_nodes_max, num_kv_heads, group, head_dim, num_words;  // group: Hq / Hkv
     float scale;
     DType q_dtype, cache_dtype;  // out's is q's
+    PlanChoice plan;
 };
 
 SPECRT_DECLARE_CPU(tree_attention_part)
 SPECRT_DECLARE_CUDA(tree_attention_cuda)
 
-// Floats of workspace that launches of this shape need on a GPU (kCpu: the current one), for
-// sequences of at most max_len slots. Tickets at its beginning are to be zeroed once.
+namespace attention {
+struct Shape {
+    int num_seqs, num_kv_heads, group, num_nodes, head_dim;
+    int64_t max_len;  // keys of the longest sequence there may be
+
+    constexpr int rows() const { return num_nodes * group; }  // of a sequence and KV head
+    constexpr int64_t pairs() const { return int64_t{num_seqs} * num_kv_heads; }
+};
+}  // namespace attention
+
+// Floats of workspace that launches of this shape and plan need on a GPU (kCpu: the current one).
+// Tickets at its beginning are to be zeroed once.
 #if defined(SPECRT_CUDA_KERNELS)
-int64_t tree_attention_workspace(int device, int num_seqs, int num_kv_heads, int group,
-                                 int num_nodes, int head_dim, int64_t max_len);
+int64_t tree_attention_workspace(int device, const attention::Shape& shape, const PlanChoice& plan);
 #else
-inline int64_t tree_attention_workspace(int, int, int, int, int, int, int64_t) {
+inline int64_t tree_attention_workspace(int, const attention::Shape&, const PlanChoice&) {
     return 0;
 }
 #endif
+
+void expect_plan(const PlanChoice& plan);
 
 Launch tree_attention(const TreeAttentionArgs& args);
 

@@ -177,16 +177,15 @@ class GpuScratch:
         """
         self._settings.require_unchanged()
         config = self._config
-        # The kernel asks the current GPU how many blocks it holds.
-        with torch.cuda.device_of(self.attention):
-            size = ops.tree_attention_workspace(
-                key.batch,
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                key.num_nodes,
-                key.table_width * page_size,
-            )
+        size = ops.tree_attention_workspace(
+            key.batch,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            key.num_nodes,
+            key.table_width * page_size,
+            self._device,
+        )
         if size <= self.attention.numel():
             return False
         self.attention = torch.zeros(size, device=self._device)

@@ -13,11 +13,17 @@ from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
-from specrt.ops.tree_attention import Append, tree_attention, tree_attention_workspace
+from specrt.ops.tree_attention import (
+    Append,
+    AttentionPlan,
+    tree_attention,
+    tree_attention_workspace,
+)
 from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
 
 __all__ = [
     "Append",
+    "AttentionPlan",
     "CoupledNoise",
     "GemmSettings",
     "Purpose",

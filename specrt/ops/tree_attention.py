@@ -13,8 +13,8 @@ from specrt.ops.rope_append import rope_append
 registry.register(
     "tree_attention(Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor block_table,"
     " Tensor kv_len, Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale,"
-    " Tensor(a!) out, Tensor(b!)? workspace, Tensor? k, Tensor? v, Tensor? depth, Tensor? cos_sin)"
-    " -> ()",
+    " Tensor(a!) out, Tensor(b!)? workspace, Tensor? k, Tensor? v, Tensor? depth, Tensor? cos_sin,"
+    " int num_warps, int blocks_per_sm) -> ()",
     _C.tree_attention,
 )
 
@@ -33,6 +33,21 @@ class Append:
     """``[max_positions, d]`` float32 from ``specrt.models.rope.rope_table``."""
 
 
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a launch of :func:`tree_attention` is laid out on a GPU; the CPU needs no plan.
+
+    Every plan gives the same bits, so it is chosen for speed alone. With both fields 0 it is the
+    one that was measured (``csrc/tree_attention/variants.h``), where none was, by rule.
+    """
+
+    num_warps: int = 0
+    """Of a block of threads, with 16 rows each: 4 or 8. 0: 4 for up to 64 rows a KV head."""
+    blocks_per_sm: int = 0
+    """Sequences are split until each SM has so many blocks, 1 to 16, as far as they are long
+    enough. 0: as many as run at a time, 1 or 2."""
+
+
 def tree_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -46,6 +61,7 @@ def tree_attention(
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     append: Append | None = None,
+    plan: AttentionPlan | None = None,
 ) -> torch.Tensor:
     """``softmax(scale * q k^T) v`` over slots 0..kv_len-1, then the slots of the row's ancestors.
 
@@ -72,12 +88,14 @@ def tree_attention(
             made; launches of any shapes may share it, one after another. Made if not given.
         append: ``q`` is not rotated yet, and the rows' keys and values are these. On a GPU that is
             part of the launch; on the CPU ``rope_append`` runs first, and rotates ``q`` in place.
+        plan: on a GPU, another layout of the launch than the one chosen for the shape.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+        ValueError: a shape, dtype, stride or device does not fit, or there is no such plan; the
+            argument is named.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -85,7 +103,7 @@ def tree_attention(
         batch, num_nodes_max, num_heads, head_dim = q.shape
         max_len = block_table.shape[1] * k_cache.shape[1]
         floats = tree_attention_workspace(
-            batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max, max_len
+            batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max, max_len, q.device, plan
         )
         workspace = torch.zeros(floats, device=q.device)
     if append is not None and not registry.is_on_gpu(q):
@@ -99,15 +117,22 @@ def tree_attention(
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
     kernel(
         q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out,
-        workspace, *new,
+        workspace, *new, *_choice(plan),
     )  # fmt: skip
     return out
 
 
 def tree_attention_workspace(
-    batch: int, num_heads: int, num_kv_heads: int, head_dim: int, num_nodes: int, max_len: int
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_nodes: int,
+    max_len: int,
+    device: torch.device | int,
+    plan: AttentionPlan | None = None,
 ) -> int:
-    """Floats of ``workspace`` that :func:`tree_attention` needs on the current GPU.
+    """Floats of ``workspace`` that :func:`tree_attention` needs on a GPU.
 
     Args:
         batch: B.
@@ -116,9 +141,28 @@ def tree_attention_workspace(
         head_dim: d.
         num_nodes: N.
         max_len: slots of a sequence's pages, ``block_table.shape[1] * page_size``.
+        device: the tensors', or a GPU's index. One that names no GPU means the current one.
+        plan: what :func:`tree_attention` will be given.
+
+    Raises:
+        ValueError: the heads cannot be grouped, or there is no such plan.
     """
-    return int(
-        _C.tree_attention_workspace(
-            batch, num_kv_heads, num_heads // num_kv_heads, num_nodes, head_dim, max_len
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads: expected a divisor of num_heads ({num_heads}), got {num_kv_heads}"
         )
-    )
+    group = num_heads // num_kv_heads
+    index = _gpu_index(device)
+    sizes = batch, num_kv_heads, group, num_nodes, head_dim, max_len
+    return int(_C.tree_attention_workspace(index, *sizes, *_choice(plan)))
+
+
+def _gpu_index(device: torch.device | int) -> int:
+    """-1 where none is named."""
+    if isinstance(device, int):
+        return device
+    return device.index if device.type == "cuda" and device.index is not None else -1
+
+
+def _choice(plan: AttentionPlan | None) -> tuple[int, int]:
+    return (plan.num_warps, plan.blocks_per_sm) if plan else (0, 0)

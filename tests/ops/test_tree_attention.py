@@ -90,12 +90,19 @@ def queries(case: Case, backend: Backend, dtype: torch.dtype) -> Case:
     return replace(case, q=case.q.to(dtype))
 
 
-def workspace_for(backend: Backend, q: Tensor, table: Tensor, k_cache: Tensor) -> Tensor | None:
+def workspace_for(
+    backend: Backend,
+    q: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    plan: ops.AttentionPlan | None = None,
+) -> Tensor | None:
     """Poisoned, but for the tickets."""
     if not backend.runs_cuda_source:
         return None
     (size, nodes, heads, dim), max_len = q.shape, table.shape[1] * k_cache.shape[1]
-    floats = ops.tree_attention_workspace(size, heads, k_cache.shape[2], dim, nodes, max_len)
+    sizes = size, heads, k_cache.shape[2], dim, nodes, max_len
+    floats = ops.tree_attention_workspace(*sizes, backend.device, plan)
     workspace = torch.full((floats,), float("nan"), device=backend.device)
     workspace[:NUM_TICKETS] = 0
     return workspace
@@ -107,6 +114,7 @@ def run(
     page_size: int = 16,
     num_pad: int = 0,
     backend: Backend = CPU,
+    plan: ops.AttentionPlan | None = None,
 ) -> Tensor:
     """The tree's rows (or some of them) in one call of one sequence; ``num_pad`` idle rows."""
     nodes = list(range(len(case.parents)))[rows or slice(None)]
@@ -125,8 +133,8 @@ def run(
     ]  # fmt: skip
     args = [tensor.to(backend.device) for tensor in args]
     out = torch.full_like(args[0], float("nan"))
-    workspace = workspace_for(backend, args[0], args[3], args[1])
-    tree_attention(*args, case.scale, out, workspace)
+    workspace = workspace_for(backend, args[0], args[3], args[1], plan)
+    tree_attention(*args, case.scale, out, workspace, plan=plan)
     if workspace is not None:
         assert (workspace[:NUM_TICKETS].view(torch.int32) == 0).all()
     out = out.cpu()
@@ -485,7 +493,7 @@ def test_what_a_gpu_asks_beyond_the_cpu_is_named(
         args["out"] = torch.zeros_like(args["q"])  # type: ignore[arg-type]
     kernel = simt() if backend.name == "simt" else _C
     with pytest.raises(ValueError, match=f"^{name}:"):
-        kernel.tree_attention(*args.values(), None, None, None, None)  # type: ignore[attr-defined]
+        kernel.tree_attention(*args.values(), None, None, None, None, 0, 0)  # type: ignore[attr-defined]
 
 
 def test_more_rows_than_a_tree_has_are_refused(backend: Backend) -> None:

@@ -1,0 +1,39 @@
+// Which line of csrc/tree_attention/variants.h holds for a shape: decided while compiling.
+#include "tree_attention/variants.h"
+
+namespace specrt::attention {
+namespace {
+
+constexpr std::initializer_list<Variant> kLines = {
+    {90, 128, 64, 8, 4096, {4, 1}},
+    {90, 128, 64, 8, kAny, {4, 2}},
+    {90, 128, kAny, kAny, kAny, {8, 1}},
+};
+
+// One sequence of 8 KV heads, 16 nodes in groups of 4 and 4096 keys.
+constexpr Shape kShape{1, 8, 4, 16, 128, 4096};
+
+constexpr bool is_chosen(const Shape& shape, int arch, int num_warps, int blocks_per_sm) {
+    const PlanChoice choice = measured_choice(kLines, shape, arch);
+    return choice.num_warps == num_warps && choice.blocks_per_sm == blocks_per_sm;
+}
+
+static_assert(is_chosen(kShape, 90, 4, 1), "the first that holds");
+static_assert(is_chosen({1, 8, 4, 16, 128, 4097}, 90, 4, 2), "too many keys for the first");
+static_assert(is_chosen({1, 8, 4, 17, 128, 4096}, 90, 8, 1), "too many rows");
+static_assert(is_chosen({2, 8, 4, 16, 128, 4096}, 90, 8, 1), "too many pairs");
+static_assert(is_chosen(kShape, 80, 0, 0), "another GPU");
+static_assert(is_chosen({1, 8, 4, 16, 64, 4096}, 90, 0, 0), "another head size");
+
+// A plan in the table is one that a caller could have asked for.
+constexpr bool are_valid(std::initializer_list<Variant> lines) {
+    for (const Variant& v : lines)
+        if ((v.choice.num_warps != 4 && v.choice.num_warps != 8) || v.choice.blocks_per_sm < 1 ||
+            v.choice.blocks_per_sm > 16)
+            return false;
+    return true;
+}
+static_assert(are_valid(kVariants));
+
+}  // namespace
+}  // namespace specrt::attention
