@@ -1,9 +1,18 @@
-"""Which sources a result comes from."""
+"""Which sources and which command a result comes from."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """How it was called; of files elsewhere only the names, since results are kept."""
+    options = (re.sub(r"(?<![^\s,=])(?:/|\.\./)[^\s,=]*/", "", arg) for arg in arguments)
+    return shlex.join(["python", "-m", module, *options])
 
 
 def git_commit() -> str | None:

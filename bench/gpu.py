@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from bench.clocks import clocks as read_clocks
 from bench.harness import RESULTS
 from bench.limits import MODELS, Ceilings, Model
 
@@ -24,14 +24,6 @@ Launch = Callable[[], object]
 OURS = "ours"
 _GRAPH_SECONDS = 2e-3
 _MOST_LAUNCHES = 400
-_SMI_FIELDS = {
-    "driver": "driver_version",
-    "sm_mhz": "clocks.sm",
-    "memory_mhz": "clocks.mem",
-    "max_sm_mhz": "clocks.max.sm",
-    "power_w": "power.draw",
-    "temperature_c": "temperature.gpu",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, has_cpu_side: bool = True) -> None:
@@ -162,51 +154,8 @@ def facts() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, Any]:
-    """Clocks, power and temperature now, from nvidia-ml-py, else nvidia-smi, else nothing."""
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    try:
-        return _clocks_nvml(uuid)
-    except Exception as error:
-        reason = f"nvidia-ml-py: {error}"
-    command = ["nvidia-smi", f"--id={uuid}", "--format=csv,noheader,nounits"]
-    command.append("--query-gpu=" + ",".join(_SMI_FIELDS.values()))
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError) as error:
-        return {"clocks": f"not read ({reason}; nvidia-smi: {error})"}
-    return parse_smi(done.stdout)
-
-
-def parse_smi(line: str) -> dict[str, Any]:
-    """A line of nvidia-smi's CSV; what is not a number (``[N/A]``) stays text."""
-    values = (value.strip() for value in line.strip().split(","))
-    return {name: _number(value) for name, value in zip(_SMI_FIELDS, values, strict=True)}
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text) if text.count(".") < 2 else text
-    except ValueError:
-        return text
-
-
-def _clocks_nvml(uuid: str) -> dict[str, Any]:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        return {
-            "driver": driver.decode() if isinstance(driver, bytes) else driver,
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-            "max_sm_mhz": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
-        }
-    finally:
-        pynvml.nvmlShutdown()
+    """Clocks, power and temperature now."""
+    return read_clocks(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
 
 
 def measure_ceilings() -> Ceilings:

@@ -6,8 +6,6 @@ import argparse
 import json
 import os
 import platform
-import re
-import shlex
 import statistics
 import sys
 import time
@@ -20,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.commit import git_commit
+from bench.commit import command_line, git_commit
 
 Row = dict[str, Any]
 _SETTLE = 0.01  # seconds
@@ -198,7 +196,7 @@ def result_of(
     """What is kept of a benchmark; arguments as for :func:`report`."""
     result = {
         "name": name,
-        "command": _command(),
+        "command": command_line(f"bench.{Path(sys.argv[0]).stem}", sys.argv[1:]),
         "environment": dict(where),
         "summary": dict(summary),
         "rows": list(rows),
@@ -213,12 +211,6 @@ def save_result(result: Mapping[str, Any], folder: Path) -> None:
     new = path.with_suffix(".json.new")
     new.write_text(json.dumps(result, indent=2) + "\n")
     new.replace(path)
-
-
-def _command() -> str:
-    """The command line; of files elsewhere on this machine only the names, for results are kept."""
-    options = (re.sub(r"(?<![^\s,=])(?:/|\.\./)[^\s,=]*/", "", arg) for arg in sys.argv[1:])
-    return shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *options])
 
 
 def _shown(value: object) -> str:

@@ -23,6 +23,7 @@ from bench import (
     tree_attention_cuda,
 )
 from bench.attention_inputs import ancestor_bits, tree_mask
+from bench.clocks import parse_smi
 from bench.fake_gpu import FakeGpu
 from specrt import ops
 
@@ -95,7 +96,7 @@ def test_reasons_are_counted() -> None:
 
 
 def test_parsing_nvidia_smi() -> None:
-    found = gpu.parse_smi("580.159.04, 1980, 2619, 1980, 71.31, [N/A]\n")
+    found = parse_smi("580.159.04, 1980, 2619, 1980, 71.31, [N/A]\n")
     assert found == {
         "driver": "580.159.04",
         "sm_mhz": 1980.0,
