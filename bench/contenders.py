@@ -106,7 +106,7 @@ class Ours:
         )
 
 
-class _Clock:
+class Clock:
     """A transformers streamer that notes when tokens come."""
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class Transformers:
             options |= {"do_sample": True, "temperature": request.temperature, "top_k": 0}
         else:
             options["do_sample"] = False
-        clock = _Clock()
+        clock = Clock()
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -23,7 +23,7 @@ from bench.gpu import OURS, Contender, Device, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row
 from specrt import ops
-from specrt.ops import registry
+from specrt.ops import AttentionPlan, registry
 
 BATCHES = (1, 4, 16)
 PREFIXES = (2048, 8192, 512, 32768)
@@ -111,9 +111,10 @@ class Bench:
                 failures[name] = gpu.reason(error)
         return made, outputs, failures
 
-    def ours(self) -> tuple[Contender, Outputs]:
+    def ours(self, plan: AttentionPlan | None = None) -> tuple[Contender, Outputs]:
+        """As the shape is planned by itself, or by ``plan``."""
         indices = self.indices
-        workspace = self._workspace() if registry.is_on_gpu(self.sets[0].q) else None
+        workspace = self._workspace(plan) if registry.is_on_gpu(self.sets[0].q) else None
 
         def launch(tensors: Tensors) -> torch.Tensor:
             return ops.tree_attention(
@@ -128,11 +129,12 @@ class Bench:
                 self.scale,
                 out=tensors.out,
                 workspace=workspace,
+                plan=plan,
             )
 
         return self._over_sets(launch), lambda: launch(self.sets[0])
 
-    def _workspace(self) -> torch.Tensor:
+    def _workspace(self, plan: AttentionPlan | None) -> torch.Tensor:
         heads = self.shape.heads
         size = ops.tree_attention_workspace(
             self.shape.batch,
@@ -142,6 +144,7 @@ class Bench:
             self.shape.nodes,
             self.shape.num_pages * PAGE_SIZE,
             self.sets[0].q.device,
+            plan,
         )
         return torch.zeros(size, device=self.device)
 

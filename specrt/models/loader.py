@@ -21,7 +21,8 @@ from specrt.config import ModelConfig
 from specrt.models.checkpoint import Checkpoint, TensorInfo
 from specrt.types import CheckpointError
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Bytes; where a matrix of an arena may begin."""
 _HUGE_PAGE = 2 << 20
 # Elements converted at a time: few enough that torch does not split them over threads (waking those
 # costs more than it wins on a busy machine) and that they are still cached for the check.
@@ -144,7 +145,7 @@ class _Arena:
 
     def _size(self, shape: tuple[int, int]) -> int:
         size = math.prod(shape) * self._dtype.itemsize
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+        return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _allocate(size: int) -> torch.Tensor:
@@ -180,7 +181,7 @@ class _Loader:
         self._shapes = _expected_shapes(config)
         table = (config.vocab_size, config.hidden_size)
         num_tables = 0 if tables is not None else 1 if config.is_head_tied else 2
-        matrices = [*_layer_matrices(config).values()] * config.num_layers
+        matrices = [*layer_matrices(config).values()] * config.num_layers
         self._arena = _Arena(matrices + [table] * num_tables, dtype)
 
     def load(self, advance: Callable[[], None]) -> Weights:
@@ -288,7 +289,7 @@ def _not_finite(
     )
 
 
-def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Shapes of a layer's packed matrices, in the order a decode step reads them."""
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     q_rows = config.num_heads * config.head_dim

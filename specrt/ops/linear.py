@@ -66,7 +66,7 @@ def linear(
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     if x.is_cuda:  # x.device.type costs 0.3 microseconds more
-        if workspace is None:
+        if workspace is None and not torch.compiler.is_compiling():
             GemmSettings.current(x.dtype)
         check_gpu_linear(x, weight, bias, residual, out)
         linear_in_pieces(x, weight, bias, residual, out, workspace, gpu_product)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.step_graphs import StepGraphs
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
@@ -186,6 +187,7 @@ def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
 # --- a row's bits are its own ---------------------------------------------------------------------
 
 
+@pytest.mark.tensor_cores("sm_90")
 def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
     model, tree = make_model(checkpoint, backend), random_tree(13, seed=2)
     batch = started(model, [PROMPT])
@@ -207,6 +209,7 @@ def test_pieces_of_the_prompt_and_page_sizes(checkpoint: Path, backend: Backend)
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 
 
+@pytest.mark.tensor_cores("sm_80", "sm_90")
 def test_company_changes_nothing(checkpoint: Path, backend: Backend) -> None:
     model = make_model(checkpoint, backend)
     trees = [random_tree(size, seed=size) for size in (3, 11, 6)]
@@ -263,6 +266,23 @@ def test_speculation_changes_nothing(checkpoint: Path, backend: Backend, setting
         assert texts(results) == expected, name
         accepted += sum(result.stats.num_accepted_tokens for result in results)
     assert accepted  # or nothing was tested
+
+
+@pytest.mark.gpu
+def test_steps_captured_as_graphs_give_the_same_bits(checkpoint: Path) -> None:
+    """Sequences that join and leave make caches grow and attention's workspace move between."""
+    gpu, graphs = Backend("cuda", torch.device("cuda", 0)), StepGraphs()
+    eager = make_model(checkpoint, gpu)
+    model = LlamaModel(eager.config, eager.weights, on_move=graphs.clear, run_on_gpu=graphs.run)
+    params = replace(SETTINGS["greedy"], max_new_tokens=20, logprobs=True)
+    expected = make_engine(eager, max_batch=1).generate(PROMPTS, params)
+    answers = {tuple(p): one.token_ids for p, one in zip(PROMPTS, expected, strict=True)}
+    for max_batch in (1, 2):
+        for drafter in (None, RandomTreeDrafter(answers, VOCAB, 12)):
+            results = make_engine(model, drafter, max_batch=max_batch).generate(PROMPTS, params)
+            assert texts(results) == texts(expected)
+            assert [one.logprobs for one in results] == [one.logprobs for one in expected]
+    assert len(graphs.take_seconds()) > 20
 
 
 def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_node_in_a_tree_has_the_bits_of_decoding_it_alone(
         assert torch.equal(out[node], alone(case, node, backend)), node
 
 
+@pytest.mark.tensor_cores("sm_80", "sm_90")
 @pytest.mark.parametrize("prefix", [50, 200])
 def test_a_chain_of_128_crosses_leaves_inside_the_tree(backend: Backend, prefix: int) -> None:
     dtype = torch.bfloat16
@@ -231,6 +232,7 @@ def test_bits_do_not_depend_on_pages_rows_isa_or_threads() -> None:
         assert torch.equal(run(case), expected), isa
 
 
+@pytest.mark.tensor_cores("sm_90")
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (20, 1)])
 def test_bits_do_not_depend_on_pages_rows_or_padding(
     backend: Backend, heads: tuple[int, int]
@@ -304,6 +306,7 @@ def batch_arguments(cases: list[Case], backend: Backend = CPU) -> dict[str, Tens
     return args
 
 
+@pytest.mark.tensor_cores("sm_80", "sm_90")
 def test_a_ragged_batch_gives_each_sequence_its_own_bits(backend: Backend) -> None:
     sizes = ((0, 1), (63, 65), (300, 17))
     cases = [make_case(p, n, seed=p, dtype=torch.bfloat16) for p, n in sizes]
@@ -431,6 +434,7 @@ def test_counts_that_cannot_be_touch_no_other_memory(
     assert torch.equal(tree_attention(**args), expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.tensor_cores("sm_90")
 @pytest.mark.parametrize("prefix", [240, 256])
 def test_rows_past_the_pages_disturb_no_others(backend: Backend, prefix: int) -> None:
     """At the context's limit a tree's last nodes have no slots, and never count."""

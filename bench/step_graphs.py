@@ -1,0 +1,51 @@
+"""A target's steps as CUDA graphs, for measuring: a pass's time on the GPU, and without launches.
+
+The engine does not use it; steps on a GPU run eagerly there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class StepGraphs:
+    """A :data:`specrt.models.llama.StepRunner` that captures a step the second time it comes.
+
+    The first time runs it eagerly, which loads its kernels and makes what cuBLAS keeps. Each replay
+    is timed by events. :meth:`clear` is the model's ``on_move``.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Run ``launch``, which is nothing but launches on memory that stays at its place."""
+        if key not in self._graphs:
+            self._graphs[key] = None
+            launch()
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                launch()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        self._replays.append((start, end))
+
+    def clear(self) -> None:
+        """Forget all graphs: memory has moved."""
+        torch.cuda.synchronize()  # the last replay may still run
+        self._graphs.clear()
+
+    def take_seconds(self) -> list[float]:
+        """What each replay since the last call took on the GPU."""
+        torch.cuda.synchronize()
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in self._replays]
+        self._replays.clear()
+        return seconds

@@ -1,0 +1,200 @@
+"""Ways to do the same work on a GPU, measured against the one in use, and the winners put to use.
+
+Without ``--record``: for each shape all variants in one process, in turn, over inputs that rotate;
+the one in use twice, which shows how far two measurements of the same thing lie apart (spread). A
+variant wins where it is quicker by more than twice the spread and by more than 2 %; ties go to the
+one in use. All give the same bits, which is looked at first. Saved as ``variants_<GPU>.json``.
+
+``--record FILE`` writes the winners of such a file into the table that launches are planned by.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu, limits
+from bench.gpu import Contender, Device
+from bench.gpu_report import Measured, run_bench
+from bench.harness import Row, parser, start
+from bench.tree_attention_cuda import PAGE_SIZE, Bench, Case, Outputs
+from specrt.ops import AttentionPlan
+
+TABLE = Path(__file__).resolve().parents[1] / "csrc/tree_attention/variants.h"
+IN_USE, AGAIN = gpu.OURS, "ours again"
+PLANS = tuple(AttentionPlan(warps, blocks) for warps in (4, 8) for blocks in (1, 2, 4))
+LEAST_GAIN = 0.02
+"""Of the time in use: less is not worth a line."""
+_BEGIN, _END = "    // BEGIN measured\n", "    // END measured\n"
+
+
+def cases(is_quick: bool, models: Mapping[str, limits.Model]) -> Iterator[Case]:
+    """Single sequences first, the tree of 60 nodes before others."""
+    for batch in (1,) if is_quick else (1, 4, 16):
+        for nodes in (60,) if is_quick else (60, 8, 1):
+            for prefix in (2048,) if is_quick else (2048, 8192, 512, 32768):
+                for name, model in models.items():
+                    yield Case(name, model, batch, prefix, nodes)
+
+
+def name_of(plan: AttentionPlan) -> str:
+    """As it stands in a result."""
+    return f"{plan.num_warps} warps, {plan.blocks_per_sm} blocks/SM"
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
+    """Microseconds of every variant; no row if there is no memory for it."""
+    free = device.free_bytes() * 4 // 5
+    num_sets = limits.input_sets(case.work.num_bytes, case.work.num_bytes, l2_bytes, free)
+    if num_sets == 0:
+        return None, {IN_USE: f"{case.work.num_bytes / 1e9:.0f} GB of {free / 1e9:.0f} GB"}
+    timings = device.measure(same_bits(Bench(case, num_sets, device.place)))
+    found = judged(timings.graph)
+    row: Row = {
+        "model": case.name,
+        "batch": case.batch,
+        "prefix": case.prefix,
+        "nodes": case.nodes,
+        "winner": found.winner,
+        "gain_%": 100 * found.gain,
+        "spread_%": 100 * found.spread,
+        **limits.figures(case.work, timings.graph[IN_USE], ceilings),
+    }
+    others = {f"{name}_us": 1e6 * s for name, s in timings.graph.items() if name != IN_USE}
+    return row | others, timings.failures
+
+
+def same_bits(bench: Bench) -> dict[str, Contender]:
+    """The variants, when each has given the bits of the one in use.
+
+    Raises:
+        AssertionError: one has not.
+    """
+    made: dict[str, tuple[Contender, Outputs]] = {IN_USE: bench.ours(), AGAIN: bench.ours()}
+    made |= {name_of(plan): bench.ours(plan) for plan in PLANS}
+    expected = made[IN_USE][1]().clone()
+    for name, (_, output) in made.items():
+        bench.sets[0].out.fill_(float("nan"))  # what the one before wrote must not count
+        assert torch.equal(output(), expected), f"{name}: other bits than the one in use"
+    return {name: contender for name, (contender, _) in made.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one shape's measurements."""
+
+    winner: str
+    gain: float
+    """The share of the time in use that the quickest saves; what wins is not told by it alone."""
+    spread: float
+    """Between the two measurements of the one in use, as a share."""
+
+
+def judged(seconds: Mapping[str, float]) -> Verdict:
+    """Which variant is to be used.
+
+    Args:
+        seconds: by variant, ``IN_USE`` and ``AGAIN`` among them.
+    """
+    base = min(seconds[IN_USE], seconds[AGAIN])
+    spread = abs(seconds[IN_USE] - seconds[AGAIN]) / base
+    best = min(seconds, key=lambda name: seconds[name])
+    gain = 1 - seconds[best] / base
+    return Verdict(best if gain > max(2 * spread, LEAST_GAIN) else IN_USE, gain, spread)
+
+
+# --- recording --------------------------------------------------------------------------------
+
+
+def table_lines(result: Mapping[str, Any]) -> list[str]:
+    """The lines of ``variants.h`` for one GPU's result, narrow shapes before wide ones.
+
+    Shapes at which the one in use won have a line, too, where a wider one would hold for them.
+    """
+    facts = result["environment"]["gpu"]
+    arch = round(10 * float(facts["capability"]))
+    origin = f"{facts['device']}, {result['environment']['date'][:10]}"
+    chosen: dict[tuple[int, ...], tuple[int, int]] = {}
+    for row in result["rows"]:
+        warps, blocks = re.findall(r"\d+", row["winner"]) or (0, 0)
+        chosen[_key(row, limits.MODELS[row["model"]])] = int(warps), int(blocks)
+    others = {key[0] for key, choice in chosen.items() if choice != (0, 0)}
+    return [
+        f"    {{{arch}, {', '.join(map(str, key))}, {{{choice[0]}, {choice[1]}}}}},  // {origin}\n"
+        for key, choice in sorted(chosen.items())
+        if key[0] in others
+    ]
+
+
+def _key(row: Row, model: limits.Model) -> tuple[int, ...]:
+    """Head size, rows of a sequence and KV head, such pairs, slots of the pages."""
+    rows = row["nodes"] * (model.num_heads // model.num_kv_heads)
+    keys = -(-(row["prefix"] + row["nodes"]) // PAGE_SIZE) * PAGE_SIZE
+    return model.head_dim, rows, row["batch"] * model.num_kv_heads, keys
+
+
+def with_lines(table: str, arch: int, lines: Sequence[str]) -> str:
+    """``variants.h`` with these lines instead of those of the same architecture."""
+    head, rest = table.split(_BEGIN)
+    old, tail = rest.split(_END)
+    kept = [line for line in old.splitlines(True) if not line.strip().startswith(f"{{{arch},")]
+    return "".join([head, _BEGIN, *kept, *lines, _END, tail])
+
+
+def record(path: Path) -> None:
+    """Put the winners of a result to use.
+
+    Raises:
+        SystemExit: it is no result of a GPU.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if result["environment"]["gpu"]["device"].startswith("no GPU"):
+            raise SystemExit(f"{path}: a dry run, no figure is real")
+        lines = table_lines(result)
+        arch = round(10 * float(result["environment"]["gpu"]["capability"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path}: no result of this benchmark: {error!r}") from None
+    TABLE.write_text(with_lines(TABLE.read_text(), arch, lines))
+    print(f"{TABLE.name}: {len(lines)} lines for compute capability {arch / 10:g}")
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments)
+    arguments.set_defaults(device="cuda")
+    arguments.add_argument("--record", type=Path, metavar="FILE", help="instead of measuring")
+    arguments.add_argument("--only", metavar="CASE", help="shapes whose name contains this")
+    arguments.add_argument("--once", action="store_true", help="one launch, for a profiler")
+    args = start(arguments)
+    if args.record:
+        record(args.record)
+        return
+    torch.manual_seed(0)
+    device = gpu.chosen_device(args)
+    chosen = [case for case in cases(args.quick, device.models) if (args.only or "") in str(case)]
+    if not chosen:
+        raise SystemExit(f"--only: no shape's name contains {args.only!r}")
+    if args.once:
+        Bench(chosen[0], 1, device.place).ours()[0].run()
+        return
+    run_bench(result_name(device), chosen, one_case, args, device)
+
+
+def result_name(device: Device) -> str:
+    """``variants_H100_80GB_HBM3``, say."""
+    name = str(device.facts()["device"]).removeprefix("NVIDIA ").split(":")[0]
+    return "variants_" + re.sub(r"\W+", "_", name)
+
+
+if __name__ == "__main__":
+    main()
