@@ -117,7 +117,7 @@ def attention_arguments(variant: int, backend: Backend) -> Arguments:
     rows |= {"ancestors": torch.stack(bits), "scale": 0.2, "out": torch.zeros_like(rows["q"])}
     if backend.runs_cuda_source:
         slots = rows["block_table"].shape[1] * PAGE_SIZES[variant]
-        floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots)
+        floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots, backend.device)
         rows["workspace"] = torch.zeros(floats)
     return rows
 
