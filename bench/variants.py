@@ -23,6 +23,7 @@ from bench import gpu, limits
 from bench.gpu import Contender, Device
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, parser, start
+from bench.probes.report import file_name
 from bench.tree_attention_cuda import PAGE_SIZE, Bench, Case, Outputs
 from specrt.ops import AttentionPlan
 
@@ -191,9 +192,8 @@ def main() -> None:
 
 
 def result_name(device: Device) -> str:
-    """``variants_H100_80GB_HBM3``, say."""
-    name = str(device.facts()["device"]).removeprefix("NVIDIA ").split(":")[0]
-    return "variants_" + re.sub(r"\W+", "_", name)
+    """``variants_h100_80gb_hbm3``, say."""
+    return file_name("variants", str(device.facts()["device"]).split(":")[0])
 
 
 if __name__ == "__main__":

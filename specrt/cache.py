@@ -146,7 +146,7 @@ class CacheBatch:
             self._tickets,
         )
         for sequence, count in zip(self.sequences, num_path.tolist(), strict=True):
-            sequence.length += max(0, count)
+            sequence.length += min(max(0, count), path.shape[1])  # as the kernel does
 
     def _there(self, table: torch.Tensor) -> torch.Tensor:
         device = self.cache.device

@@ -1,4 +1,4 @@
-"""What drafters keep of the batch that ran last."""
+"""Lengths as the host counts them, and what drafters keep of the batch that ran last."""
 
 from __future__ import annotations
 

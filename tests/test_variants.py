@@ -128,8 +128,8 @@ def test_the_result_is_named_after_the_gpu() -> None:
         def facts(self) -> dict[str, Any]:
             return super().facts() | {"device": "NVIDIA H100 80GB HBM3"}
 
-    assert variants.result_name(H100()) == "variants_H100_80GB_HBM3"
-    assert variants.result_name(FakeGpu()) == "variants_no_GPU"
+    assert variants.result_name(H100()) == "variants_h100_80gb_hbm3"
+    assert variants.result_name(FakeGpu()) == "variants_no_gpu"
 
 
 def test_a_gpu_may_fail_at_any_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from bench import goals
 from bench.commit import git_commit
 from bench.gpu_check import machine as machines
 from bench.gpu_check import package, stages
-from bench.gpu_check.report import Report, passed_before
+from bench.gpu_check.report import Report, facts_found, passed_before
 from bench.gpu_check.run import run_stage
 from bench.gpu_check.stages import PREPARES, SECONDS, Command, Machine
 
@@ -129,9 +129,9 @@ def _to_run(commands: Sequence[Command], earlier: Sequence[dict[str, Any]]) -> l
 
 def _show(stage: str, report: Report, *, is_dry: bool) -> None:
     """The summary comes last: of a long output the end is what is seen."""
-    if not is_dry:
-        for line in goals.lines(report.path.parent, report.head["date"]):
-            print(line)
+    folder, since = report.path.parent, report.head["date"]
+    for line in facts_found(folder, since) + ([] if is_dry else goals.lines(folder, since)):
+        print(line)
     for line in report.left_out:
         print(f"left out: {line}")
     print(report.table())

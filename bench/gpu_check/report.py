@@ -103,6 +103,19 @@ class Report:
         return "\n".join(lines)
 
 
+def facts_found(folder: Path, since: str) -> list[str]:
+    """What results in ``folder`` say in words, of those made since that ISO date and time."""
+    found: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            if result["environment"]["date"] >= since:
+                found += map(str, result["facts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another kind of file
+    return found
+
+
 def passed_before(path: Path) -> list[Row]:
     """The rows of an earlier summary that need not be run again.
 

@@ -67,7 +67,7 @@ class Report:
         """Whole or not at all: the process may be stopped any time."""
         if self.folder is None:
             return
-        name = file_name(str(self.device.get("device", "")))
+        name = file_name("probes", str(self.device.get("device", "")))
         command = command_line("bench.probes", self.arguments)
         kept = {"name": name, "command": command, "environment": self.environment, **self.result}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,10 @@ class Report:
         new.replace(path)
 
 
-def file_name(card: str) -> str:
-    """``probes_h100_80gb_hbm3`` of ``NVIDIA H100 80GB HBM3``."""
+def file_name(kind: str, card: str) -> str:
+    """``probes_h100_80gb_hbm3`` for the ``probes`` of ``NVIDIA H100 80GB HBM3``."""
     words = [word for word in re.findall(r"[a-z0-9]+", card.lower()) if word != "nvidia"]
-    return "_".join(["probes", *(words or ["unknown"])])
+    return "_".join([kind, *(words or ["unknown"])])
 
 
 def table(rows: Sequence[Row]) -> list[str]:

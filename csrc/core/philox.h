@@ -2,17 +2,12 @@
 // 1, 2, 3", SC 2011) as a pure function of (seed, position, purpose, index).
 //
 // Everything is integer arithmetic, or IEEE operations in a written order, so host, device and
-// every instruction set give the same bits. `static`: this header is compiled with different -m
-// flags in different objects, and the linker must not merge the copies.
+// every instruction set give the same bits.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define SPECRT_HD __host__ __device__ static inline
-#else
-#define SPECRT_HD static inline
-#endif
+#include "core/host_device.h"
 
 namespace specrt {
 

@@ -69,8 +69,9 @@ SPECRT_HD double forget(double value, double prior, double discount) {
 }
 
 SPECRT_HD int bin_of(double confidence) {
-    const int bin = static_cast<int>(confidence * kNumBins);
-    return bin < 0 ? 0 : bin < kNumBins ? bin : kNumBins - 1;
+    const double bin = confidence * kNumBins;
+    if (!(bin > 0.0)) return 0;  // NaN too
+    return bin < kNumBins ? static_cast<int>(bin) : kNumBins - 1;
 }
 
 // (alpha, beta) = (1, 1) expects as much of the next token as of this one, with the weight of two.

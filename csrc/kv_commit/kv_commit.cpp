@@ -16,7 +16,7 @@ KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const Te
     p.num_path = expect_counts(num_path, seqs);
     expect_counts(kv_len, seqs);
     p.kv_len = kv_len.as<int32_t>();
-    p.table = page_table(block_table, seqs, kv.shape[3]);
+    p.table = page_table(block_table, seqs, kv.shape[2], kv.shape[3]);
     p.path_stride = path.stride[0];
     p.row_bytes = kv.shape[4] * kv.shape[5] * size_of(kv.dtype);
     p.plane_bytes = kv.shape[2] * kv.shape[3] * p.row_bytes;

@@ -1,6 +1,6 @@
 // A thread owns one column of one plane (a layer's keys or values) and moves it row by row, in
 // increasing j: path[j] >= j, so nothing lands on a row that is still to be read, and nobody else
-// touches the column.
+// touches the column. Of a path that does not increase the rows mean nothing.
 #include "core/pack.cuh"
 #include "core/reduce.cuh"
 #include "kv_commit/kv_commit.h"
@@ -20,26 +20,25 @@ __device__ __forceinline__ void read_nodes(const KvCommitParams& p, int seq, int
     }
 }
 
-__device__ __forceinline__ int64_t row_at(const KvCommitParams& p, int seq, unsigned slot) {
-    const unsigned page_size = p.table.page_size, page_index = slot / page_size;
-    const int64_t page = p.table.pages[seq * p.table.stride + page_index];
-    return (page * page_size + slot % page_size) * p.row_bytes;
-}
-
 // Rows first .. first + kBatch - 1 of the path, those of them that have to move.
 template <typename Column>
 __device__ __forceinline__ void move_batch(const KvCommitParams& p, int seq, unsigned char* column,
                                            int first, int end, const int (&nodes)[kBatch]) {
     const unsigned length = p.kv_len[seq];
+    const auto at = [&](unsigned slot) {
+        return reinterpret_cast<Column*>(column + row_of_slot(p.table, seq, slot) * p.row_bytes);
+    };
+    const auto moves = [&](int i) {
+        return first + i < end && nodes[i] != first + i && has_slot(p.table, length + first + i) &&
+               has_slot(p.table, length + nodes[i]);
+    };
     Column held[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-        if (first + i < end && nodes[i] != first + i)
-            held[i] = *reinterpret_cast<const Column*>(column + row_at(p, seq, length + nodes[i]));
+        if (moves(i)) held[i] = *at(length + nodes[i]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-        if (first + i < end && nodes[i] != first + i)
-            *reinterpret_cast<Column*>(column + row_at(p, seq, length + first + i)) = held[i];
+        if (moves(i)) *at(length + first + i) = held[i];
 }
 
 template <typename Column>
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kBlock)
         }
     }
     if (is_last_block(p.tickets + seq, blocks_per_seq, &flag) && threadIdx.x == 0)
-        p.kv_len[seq] = length + count;
+        p.kv_len[seq] = advanced(length, count);
 }
 
 template <typename Column>

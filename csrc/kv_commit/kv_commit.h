@@ -20,6 +20,11 @@ struct KvCommitParams {
     int32_t num_seqs, num_planes, max_path;
 };
 
+// Modulo 2^32: what is no length may overflow.
+SPECRT_HD int32_t advanced(int32_t length, int32_t count) {
+    return static_cast<int32_t>(static_cast<uint32_t>(length) + static_cast<uint32_t>(count));
+}
+
 SPECRT_DECLARE_CPU(kv_commit_move_part)
 SPECRT_DECLARE_CPU(kv_commit_advance_part)
 SPECRT_DECLARE_CUDA(kv_commit_cuda)

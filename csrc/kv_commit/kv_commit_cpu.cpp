@@ -1,5 +1,5 @@
 // path is strictly increasing, so path[j] >= j: in increasing j a row is read before anything lands
-// on it, and the move is safe in place.
+// on it, and the move is safe in place. Of any other path the rows mean nothing.
 #include "core/simd.h"
 #include "kv_commit/kv_commit.h"
 
@@ -11,19 +11,21 @@ int num_committed(const KvCommitParams& p, int seq) {
     return count < p.max_path ? count : p.max_path;
 }
 
-unsigned char* row_at(const KvCommitParams& p, unsigned char* plane, int seq, int64_t slot) {
-    const int64_t page = p.table.pages[seq * p.table.stride + slot / p.table.page_size];
-    return plane + (page * p.table.page_size + slot % p.table.page_size) * p.row_bytes;
+unsigned char* row_at(const KvCommitParams& p, unsigned char* plane, int seq, uint32_t slot) {
+    return plane + row_of_slot(p.table, seq, slot) * p.row_bytes;
 }
 
 void move_rows(const KvCommitParams& p, unsigned char* plane, int seq) {
     const int32_t* path = p.path + seq * p.path_stride;
     const int count = num_committed(p, seq);
-    const int64_t length = p.kv_len[seq];
+    const uint32_t length = static_cast<uint32_t>(p.kv_len[seq]);
     for (int j = 0; j < count; ++j) {
         if (path[j] == j) continue;  // already in place
-        std::memcpy(row_at(p, plane, seq, length + j), row_at(p, plane, seq, length + path[j]),
-                    static_cast<size_t>(p.row_bytes));
+        const uint32_t to = length + static_cast<uint32_t>(j);
+        const uint32_t from = length + static_cast<uint32_t>(path[j]);
+        if (!has_slot(p.table, to) || !has_slot(p.table, from)) continue;
+        std::memmove(row_at(p, plane, seq, to), row_at(p, plane, seq, from),
+                     static_cast<size_t>(p.row_bytes));  // two slots may be one row
     }
 }
 
@@ -40,7 +42,7 @@ void kv_commit_advance_part(const void* params, int, int) {
     const auto& p = *static_cast<const KvCommitParams*>(params);
     for (int seq = 0; seq < p.num_seqs; ++seq) {
         const int count = num_committed(p, seq);
-        if (count > 0) p.kv_len[seq] += count;
+        if (count > 0) p.kv_len[seq] = advanced(p.kv_len[seq], count);
     }
 }
 

@@ -29,7 +29,7 @@ Launch rope_append(const RopeAppendArgs& a) {
     p.cos_sin = a.cos_sin.as<float>();
     p.k_cache = a.k_cache.data;
     p.v_cache = a.v_cache.data;
-    p.table = page_table(a.block_table, seqs, a.k_cache.shape[1]);
+    p.table = page_table(a.block_table, seqs, a.k_cache.shape[0], a.k_cache.shape[1]);
     for (int i = 0; i < 3; ++i) {
         p.q_stride[i] = a.q.stride[i];
         p.k_stride[i] = a.k.stride[i];

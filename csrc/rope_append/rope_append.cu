@@ -65,15 +65,6 @@ __device__ __forceinline__ T* head_at(const RopeAppendParams& p, int seq, int ro
     return at(p.v, p.v_stride, head - p.num_kv_heads);
 }
 
-// Where a row of the cache begins, in elements; -1: past the sequence's pages, no such slot.
-__device__ __forceinline__ int64_t cache_row(const RopeAppendParams& p, int seq, int64_t slot) {
-    const int64_t page_index = slot / p.table.page_size;
-    if (page_index >= p.table.max_pages) return -1;
-    const int64_t page = p.table.pages[seq * p.table.stride + page_index];
-    const int64_t row = page * p.table.page_size + (slot - page_index * p.table.page_size);
-    return row * p.num_kv_heads * p.head_dim;
-}
-
 // A thread takes kSize elements of the lower half of a head, and their partners.
 template <typename T, typename C, int kSize>
 __global__ void __launch_bounds__(kBlock)
@@ -89,16 +80,14 @@ __global__ void __launch_bounds__(kBlock)
     // Every row can be read, so the data is asked for beside the counts that tell whether it
     // counts.
     Pair<kSize> x = load_pair<kSize>(source, half);
-    const int64_t length = p.kv_len[seq], slot = length + p.first_node[seq] + row;
-    const int position = static_cast<int>(length) + p.depth[seq * p.depth_stride + row];
+    const uint32_t slot = slot_of(p, seq, row);
+    const int64_t position = known_position(p, seq, row);
     if (row >= p.num_nodes[seq]) return;
-    if (head < p.num_heads + p.num_kv_heads) {
-        const int known = position < p.max_positions ? position : p.max_positions - 1;
-        x = rotate_pair(x, p.cos_sin + int64_t{known} * p.head_dim + first, half);
-    }
+    if (head < p.num_heads + p.num_kv_heads)
+        x = rotate_pair(x, p.cos_sin + position * p.head_dim + first, half);
     if (head < p.num_heads) return store_pair(source, half, x);
-    const int64_t at = cache_row(p, seq, slot);
-    if (at < 0) return;
+    if (!has_slot(p.table, slot)) return;
+    const int64_t at = row_of_slot(p.table, seq, slot) * p.num_kv_heads * p.head_dim;
     const bool is_key = head < p.num_heads + p.num_kv_heads;
     const int kv_head = head - p.num_heads - (is_key ? 0 : p.num_kv_heads);
     C* cache = static_cast<C*>(is_key ? p.k_cache : p.v_cache);

@@ -25,6 +25,19 @@ struct RopeAppendParams {
     DType dtype, cache_dtype;  // of q, k and v, and of the caches
 };
 
+// The position whose angles a row takes. A node past the context limit is never accepted; the clamp
+// only keeps its read in bounds.
+SPECRT_HD int64_t known_position(const RopeAppendParams& p, int seq, int row) {
+    const uint32_t length = static_cast<uint32_t>(p.kv_len[seq]);
+    const uint32_t depth = static_cast<uint32_t>(p.depth[seq * p.depth_stride + row]);
+    return clamp_index(length + depth, p.max_positions);
+}
+
+SPECRT_HD uint32_t slot_of(const RopeAppendParams& p, int seq, int row) {
+    return static_cast<uint32_t>(p.kv_len[seq]) + static_cast<uint32_t>(p.first_node[seq]) +
+           static_cast<uint32_t>(row);
+}
+
 SPECRT_DECLARE_CPU(rope_append_part)
 SPECRT_DECLARE_CUDA(rope_append_cuda)
 

@@ -21,11 +21,9 @@ void rotate(const T* x, const float* cos_sin, Out* out, int head_dim) {
 
 template <typename T, typename Cache>
 void append(const RopeAppendParams& p, int seq, int row, const float* cos_sin) {
-    const int64_t slot = int64_t{p.kv_len[seq]} + p.first_node[seq] + row;
-    const int64_t page_index = slot / p.table.page_size;
-    if (page_index >= p.table.max_pages) return;  // past the sequence's pages: no such slot
-    const int64_t page = p.table.pages[seq * p.table.stride + page_index];
-    const int64_t at = (page * p.table.page_size + slot % p.table.page_size) * p.num_kv_heads;
+    const uint32_t slot = slot_of(p, seq, row);
+    if (!has_slot(p.table, slot)) return;
+    const int64_t at = row_of_slot(p.table, seq, slot) * p.num_kv_heads;
     const auto source = [&](const void* x, const int64_t* stride, int head) {
         return static_cast<const T*>(x) + seq * stride[0] + row * stride[1] + head * stride[2];
     };
@@ -42,10 +40,7 @@ void append(const RopeAppendParams& p, int seq, int row, const float* cos_sin) {
 template <typename T, typename Cache>
 void one_row(const RopeAppendParams& p, int seq, int row) {
     if (row >= p.num_nodes[seq]) return;
-    // A node past the context limit is never accepted; the clamp only keeps its read in bounds.
-    const int position = p.kv_len[seq] + p.depth[seq * p.depth_stride + row];
-    const int known = position < p.max_positions ? position : p.max_positions - 1;
-    const float* cos_sin = p.cos_sin + int64_t{known} * p.head_dim;
+    const float* cos_sin = p.cos_sin + known_position(p, seq, row) * p.head_dim;
     for (int h = 0; h < p.num_heads; ++h) {
         T* q = static_cast<T*>(p.q) + seq * p.q_stride[0] + row * p.q_stride[1] + h * p.q_stride[2];
         rotate(q, cos_sin, q, p.head_dim);

@@ -5,12 +5,6 @@
 namespace specrt {
 namespace {
 
-bool is_plain_greedy(const SamplingRow& row) {
-    return row.temperature == 0.0f && row.repetition_penalty == 1.0f &&
-           row.presence_penalty == 0.0f && row.frequency_penalty == 0.0f &&
-           row.bias_begin == row.bias_end;
-}
-
 void check_shapes(const TreeAcceptArgs& a) {
     expect(a.logits, DType::kFloat32, "[B, N, V]", -1, -1, -1);
     const int64_t batch = a.logits.shape[0], nodes = a.logits.shape[1], vocab = a.logits.shape[2];
@@ -46,10 +40,10 @@ Launch tree_accept(const TreeAcceptArgs& a) {
     check_shapes(a);
     const int64_t batch = a.logits.shape[0], vocab = a.logits.shape[2];
     const auto* rows = a.sampling.as<SamplingRow>();
+    const int64_t num_bias = a.bias_ids ? a.bias_ids.shape[0] : 0;
     bool needs_workspace = false;
     for (int64_t b = 0; b < batch; ++b) {
         needs_workspace = needs_workspace || !is_plain_greedy(rows[b]);
-        const int64_t num_bias = a.bias_ids ? a.bias_ids.shape[0] : 0;
         SPECRT_CHECK(0 <= rows[b].bias_begin && rows[b].bias_begin <= rows[b].bias_end &&
                          rows[b].bias_end <= num_bias,
                      "sampling: row ", b, " points outside the packed logit_bias");
@@ -78,7 +72,8 @@ Launch tree_accept(const TreeAcceptArgs& a) {
                        a.logits.shape[1],
                        vocab,
                        a.logits.shape[1],
-                       a.history.shape[1]};
+                       a.history.shape[1],
+                       num_bias};
     // A part is whole sequences, and owns one workspace row. One thread is done with 16k logits
     // before a second could have started.
     int64_t parts = batch < 1 + batch * vocab / 16384 ? batch : 1 + batch * vocab / 16384;

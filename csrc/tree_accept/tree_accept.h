@@ -22,6 +22,13 @@ struct SamplingRow {
 };
 static_assert(sizeof(SamplingRow) == 64);
 
+// Needs nothing but the logits as they are: no workspace.
+SPECRT_HD bool is_plain_greedy(const SamplingRow& row) {
+    return row.temperature == 0.0f && row.repetition_penalty == 1.0f &&
+           row.presence_penalty == 0.0f && row.frequency_penalty == 0.0f &&
+           row.bias_begin == row.bias_end;
+}
+
 struct TreeAcceptParams {
     const int32_t* draft_tokens;  // [B, N]
     const int32_t* parents;       // [B, N]
@@ -39,7 +46,7 @@ struct TreeAcceptParams {
     float* logprobs;              // [B, P] or nullptr
     float* workspace;             // [parts, tree_accept_workspace(V)] or nullptr
     int64_t logits_stride[2], probs_stride[2], history_stride;
-    int64_t batch, nodes, vocab, path_size, history_size;
+    int64_t batch, nodes, vocab, path_size, history_size, num_bias;
 };
 
 // Floats of scratch a part needs, unless every sequence is greedy without bias or penalties.

@@ -152,6 +152,15 @@ float logprob_of(const float* row, int64_t vocab, int32_t token) {
 
 // --- one sequence
 // -----------------------------------------------------------------------------------
+// What a sequence gets that cannot be drawn from.
+void write_nothing(const TreeAcceptParams& p, int64_t b) {
+    for (int64_t i = b * p.path_size; i < (b + 1) * p.path_size; ++i) {
+        p.path[i] = p.tokens[i] = -1;
+        if (p.logprobs) p.logprobs[i] = kNoLogprob;
+    }
+    p.accept_length[b] = -1;
+}
+
 struct Walk {
     const TreeAcceptParams& p;
     int64_t b;
@@ -190,14 +199,22 @@ struct Walk {
         for (int64_t i = 0; i < n; ++i) counts.add(tokens[i], i >= s.prompt_len);
     }
 
+    // Ids outside of the vocabulary have no logit to add to.
+    void add_bias() {
+        const int64_t end = s.bias_end < p.num_bias ? s.bias_end : p.num_bias;
+        for (int64_t i = s.bias_begin < 0 ? 0 : s.bias_begin; i < end; ++i) {
+            const int32_t v = p.bias_ids[i];
+            if (0 <= v && v < p.vocab) w.processed[v] += p.bias_values[i];
+        }
+    }
+
     // The node's logits after bias, penalties and temperature, and their maximum.
     const float* process(int64_t node, RowMax* top) {
         const float* row = logits(node);
         const bool scales = !is_greedy && s.temperature != 1.0f;
         if (edits_row) {
             std::memcpy(w.processed, row, static_cast<size_t>(p.vocab) * sizeof(float));
-            for (int64_t i = s.bias_begin; i < s.bias_end; ++i)
-                w.processed[p.bias_ids[i]] += p.bias_values[i];
+            add_bias();
             if (counts_tokens) penalise(w.processed, s, counts);
             row = w.processed;
         }
@@ -270,12 +287,11 @@ struct Walk {
         int32_t* path = p.path + b * p.path_size;
         int32_t* tokens = p.tokens + b * p.path_size;
         float* logprobs = p.logprobs ? p.logprobs + b * p.path_size : nullptr;
-        for (int64_t i = 0; i < p.path_size; ++i) path[i] = tokens[i] = -1;
-        for (int64_t i = 0; logprobs && i < p.path_size; ++i) logprobs[i] = kNoLogprob;
+        write_nothing(p, b);
         int64_t node = 0, child = -1;
         for (int64_t depth = 0;; ++depth) {
             const int32_t token = draw(node, depth, &child);
-            if (token == kBadRow) return give_up(path, tokens, logprobs);
+            if (token == kBadRow) return write_nothing(p, b);
             path[depth] = static_cast<int32_t>(node);
             tokens[depth] = token;
             if (logprobs) logprobs[depth] = logprob_of(logits(node), p.vocab, token);
@@ -293,14 +309,6 @@ struct Walk {
         if (!is_greedy) filter = kept_set(row, top.value);
         for (int64_t v = 0; v < p.vocab; ++v) out[v] = filter.keeps(row[v], v) ? row[v] : -kInf;
     }
-
-    void give_up(int32_t* path, int32_t* tokens, float* logprobs) {
-        for (int64_t i = 0; i < p.path_size; ++i) {
-            path[i] = tokens[i] = -1;
-            if (logprobs) logprobs[i] = kNoLogprob;
-        }
-        p.accept_length[b] = -1;
-    }
 };
 
 }  // namespace
@@ -308,8 +316,14 @@ struct Walk {
 void tree_accept_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const TreeAcceptParams*>(params);
     float* scratch = p.workspace ? p.workspace + part * tree_accept_workspace(p.vocab) : nullptr;
-    for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
-        Walk(p, b, scratch).run();
+    for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b) {
+        // The host saw to it, but rows may have changed since the launch was recorded.
+        if (!scratch && !is_plain_greedy(p.sampling[b])) {
+            write_nothing(p, b);
+        } else {
+            Walk(p, b, scratch).run();
+        }
+    }
 }
 
 void processed_logits_part(const void* params, int part, int num_parts) {

@@ -12,8 +12,8 @@ namespace specrt::attention {
 // clamp only keeps its read in bounds.
 __device__ __forceinline__ const float* angles(const AppendParams& a, int seq, int row, int prefix,
                                                int head_dim) {
-    const int position = prefix + a.depth[seq * a.depth_stride + row];
-    return a.cos_sin + int64_t{min(position, a.max_positions - 1)} * head_dim;
+    const unsigned depth = a.depth[seq * a.depth_stride + row];
+    return a.cos_sin + int64_t{clamp_index(prefix + depth, a.max_positions)} * head_dim;
 }
 
 template <typename T>

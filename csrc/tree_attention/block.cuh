@@ -4,7 +4,7 @@
 // is always multiplied at its own position's place, committed or not.
 //
 // Hazard: what is not visible must not be touched even by a zero, since 0 * NaN is NaN. Positions
-// without a key take one that the row sees; and rows of other nodes are left alone by selection.
+// without a key take the row's own; and rows of other nodes are left alone by selection.
 #pragma once
 #include "core/vector.cuh"
 #include "tree_attention/plan.cuh"
@@ -169,11 +169,13 @@ struct Tail {
     int first_node, last_node;  // of the warp's rows, as `ancestors` counts them
     int node[2];                // of the thread's rows
 
-    // Pool rows 0..63 hold positions begin and on of the prefix, 64 and on the tree's slots.
+    // Pool rows 0..63 hold positions begin and on of the prefix, 64 and on the tree's slots. Past
+    // its last key a node has itself again, as if decoded alone: a zero times a value may still
+    // show the value's size.
     __device__ int row_of(int node, int position) const {
         if (position < prefix) return position - begin;
-        const int index = position - prefix;
-        return 64 + ancestors[node * 128 + (index < counts[node] ? index : 0)];
+        const int last = max(counts[node] - 1, 0);
+        return 64 + ancestors[node * 128 + min(position - prefix, last)];
     }
     __device__ int end(int node) const { return prefix + counts[node]; }
 };

@@ -36,8 +36,8 @@ __device__ __forceinline__ int64_t offset_of(const TreeAttentionParams& p, const
                                              int slot) {
     const int page = w.page.quotient(slot), row = slot - page * p.table.page_size;
     // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
-    const int known = min(page, p.table.max_pages - 1);
-    const int64_t at = int64_t{w.pages[known]} * p.table.page_size + row;
+    const unsigned known = w.pages[min(page, p.table.max_pages - 1)];
+    const int64_t at = int64_t{clamp_index(known, p.table.num_pages)} * p.table.page_size + row;
     return at * (p.num_kv_heads * D);
 }
 
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     // The host cannot check these, and shared memory and workspace are laid out for no more.
     w.prefix = min(max(p.kv_len[w.seq], 0), k.plan.max_prefix);
     const int first_node = min(max(p.first_node[w.seq], 0), kMaxNodes);
-    w.num_nodes = min(min(p.num_nodes[w.seq], p.num_nodes_max), kMaxNodes - first_node);
+    w.num_nodes = min(min(max(p.num_nodes[w.seq], 0), p.num_nodes_max), kMaxNodes - first_node);
     w.tree_size = first_node + w.num_nodes;
     w.first_row = tile * static_cast<int>(blockDim.x / 2);
 

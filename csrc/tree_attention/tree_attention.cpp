@@ -22,8 +22,6 @@ void check_for_gpu(const TreeAttentionArgs& a, const TreeAttentionParams& p) {
                      ": expected an address that is a multiple of 16 bytes on a GPU");
     SPECRT_CHECK(p.num_nodes_max <= 64 * TreeAttentionParams::kMaxWords,
                  "q: expected at most 128 nodes on a GPU, got ", a.q.describe());
-    SPECRT_CHECK(p.table.max_pages > 0 || p.num_seqs == 0,
-                 "block_table: expected at least one page a sequence on a GPU");
     const int64_t needed =
         tree_attention_workspace(a.q.device,
                                  {p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
@@ -105,7 +103,7 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.ancestors = a.ancestors.as<uint64_t>();
     p.out = a.out.data;
     p.workspace = a.workspace.data;
-    p.table = page_table(a.block_table, seqs, a.k_cache.shape[1]);
+    p.table = page_table(a.block_table, seqs, a.k_cache.shape[0], a.k_cache.shape[1]);
     for (int i = 0; i < 3; ++i) {
         p.q_stride[i] = a.q.stride[i];
         p.out_stride[i] = a.out.stride[i];
@@ -122,6 +120,10 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.plan = a.plan;
     p.q_dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
+    SPECRT_CHECK(p.table.num_slots > 0 || seqs * nodes == 0,
+                 "block_table: expected at least one page a sequence, and a cache that has pages");
+    SPECRT_CHECK(p.num_words > 0 || nodes == 0, "ancestors: expected at least 1 word, got ",
+                 a.ancestors.describe());
     if (device != kCpu) {
         check_for_gpu(a, p);
         p.append = append_params(a);

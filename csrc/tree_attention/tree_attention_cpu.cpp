@@ -21,6 +21,10 @@ constexpr int kBlockRows = 4, kColumns = 4;  // 16 accumulators of one register 
 constexpr int kBlockRows = 2, kColumns = 2;  // V16 is two registers (or a loop) here
 #endif
 
+int clamp(int count, int most) {
+    return count < 0 ? 0 : count < most ? count : most;
+}
+
 template <typename T>
 struct Item {
     // A constructor, since braces would clear all the scratch below.
@@ -28,14 +32,14 @@ struct Item {
         : p(params),
           keys(static_cast<const T*>(params.k_cache) + int64_t{head} * params.head_dim),
           values(static_cast<const T*>(params.v_cache) + int64_t{head} * params.head_dim),
-          pages(params.table.pages + seq * params.table.stride),
-          prefix(params.kv_len[seq]),
+          seq(seq),
+          prefix(clamp(params.kv_len[seq], params.table.num_slots)),
           num_rows(0) {}
 
     const TreeAttentionParams& p;
     const T *keys, *values;  // this kv head's
-    const int32_t* pages;    // this sequence's
-    int prefix, num_rows;    // committed keys; active rows
+    int seq;
+    int prefix, num_rows;  // committed keys; active rows
     const float* q[kRows];
     float query[kRows][kMaxDim];         // queries of 16 bits, widened
     int64_t out[kRows];                  // offsets
@@ -49,12 +53,10 @@ struct Item {
 };
 
 template <typename T>
-int64_t offset_of(const Item<T>& it, int64_t slot) {
-    const PageTable& table = it.p.table;
-    const int64_t page = slot / table.page_size, last = table.max_pages - 1;
+int64_t offset_of(const Item<T>& it, uint32_t slot) {
     // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
-    const int64_t row = int64_t{it.pages[page < last ? page : last]} * table.page_size;
-    return (row + slot % table.page_size) * it.p.num_kv_heads * it.p.head_dim;
+    const uint32_t known = clamp_index(slot, it.p.table.num_slots);
+    return row_of_slot(it.p.table, it.seq, known) * it.p.num_kv_heads * it.p.head_dim;
 }
 
 // Offsets of prefix slots begin..begin+count, a page at a time: one division a page.
@@ -63,7 +65,7 @@ void prefix_offsets(const Item<T>& it, int begin, int count, int64_t* offsets) {
     const int64_t step = int64_t{it.p.num_kv_heads} * it.p.head_dim;
     for (int i = 0; i < count;) {
         const int in_page = (begin + i) % it.p.table.page_size;
-        int64_t offset = offset_of(it, begin + i);
+        int64_t offset = offset_of(it, static_cast<uint32_t>(begin + i));
         for (int j = in_page; j < it.p.table.page_size && i < count; ++j, offset += step)
             offsets[i++] = offset;
     }
@@ -240,17 +242,17 @@ void run_leaf(Item<T>& it, int index) {
 
 // Reads one node's ancestor bits; returns how many there are.
 template <typename T>
-int read_ancestors(const Item<T>& it, int seq, int node, int64_t* offsets) {
+int read_ancestors(const Item<T>& it, int node, int64_t* offsets) {
     const uint64_t* bits =
-        it.p.ancestors + seq * it.p.ancestors_stride[0] + node * it.p.ancestors_stride[1];
-    const int self = it.p.first_node[seq] + node;
+        it.p.ancestors + it.seq * it.p.ancestors_stride[0] + node * it.p.ancestors_stride[1];
+    const int self = clamp(it.p.first_node[it.seq], kMaxNodes) + node;
     int count = 0;
     for (int w = 0; w < it.p.num_words; ++w)
         for (uint64_t rest = bits[w]; rest; rest &= rest - 1) {
             const int j = 64 * w + __builtin_ctzll(rest);
             // Nothing above a node has a greater index: a stray bit must not read an unwritten
             // slot.
-            if (j <= self) offsets[count++] = offset_of(it, int64_t{it.prefix} + j);
+            if (j <= self) offsets[count++] = offset_of(it, static_cast<uint32_t>(it.prefix + j));
         }
     return count;
 }
@@ -310,7 +312,7 @@ void item(const TreeAttentionParams& p, int seq, int head, int first_row) {
             continue;
         }
         if (node != last_node) {
-            it.num_ancestors[nodes_seen] = read_ancestors(it, seq, node, it.ancestor[nodes_seen]);
+            it.num_ancestors[nodes_seen] = read_ancestors(it, node, it.ancestor[nodes_seen]);
             ++nodes_seen;
             last_node = node;
         }

@@ -28,8 +28,8 @@ constexpr PlanChoice measured_choice(std::initializer_list<Variant> lines, const
     return {0, 0};
 }
 
-// Narrow lines before wide ones. A script may write all that is between the markers:
-//     {90, 128, 64, 32, kAny, {4, 2}},  // card, date
+// Narrow lines before wide ones. `python -m bench.variants --record` writes what is between the
+// markers, as {90, 128, 64, 32, kAny, {4, 2}},  // card, date
 constexpr std::initializer_list<Variant> kVariants = {
     // clang-format off
     // BEGIN measured

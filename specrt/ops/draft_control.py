@@ -111,7 +111,7 @@ def draft_control(
     Step 0 begins a round; step ``j`` takes the ``j``-th drafted token of the sequences that are
     still open and leaves the others as they are. A confidence of NaN ends a sequence's drafting
     without that token. A decision depends on the sequence's own row of ``posterior``, seed,
-    position, scores and the costs alone.
+    position, scores and the costs alone. Contents may be anything and reach no other memory.
 
     Args:
         kind: a :class:`ControlKind`.
@@ -172,6 +172,8 @@ def draft_control_update(
     posterior: torch.Tensor,
 ) -> None:
     """Learn from a verified round; sequences that share a posterior take turns, in order.
+
+    A sequence whose slot is out of range, or whose counts cannot be a round's, teaches nothing.
 
     Args:
         kind: as for :func:`draft_control`, and so to ``confidence``.

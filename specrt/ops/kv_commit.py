@@ -24,6 +24,9 @@ def kv_commit(
 ) -> None:
     """Move slot ``kv_len + path[j]`` to ``kv_len + j``, j < num_path; then advance ``kv_len``.
 
+    Contents out of range reach no other memory: a slot that the table lacks is left alone, a page
+    that the cache lacks is its last.
+
     Args:
         kv: ``[L, 2, P, page_size, Hkv, d]`` float32, bfloat16 or float16, contiguous.
         block_table: ``[B, max_pages]`` int32.

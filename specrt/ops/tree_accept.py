@@ -52,6 +52,9 @@ def tree_accept(
 ) -> None:
     """Walk each sequence's tree; see ``specrt.accept.accept`` for the rules.
 
+    Contents out of range reach no other memory: ids that are no token's are passed over, counts are
+    clamped.
+
     Args:
         draft_tokens: ``[B, N]`` int32.
         parents: ``[B, N]`` int32.

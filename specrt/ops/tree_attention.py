@@ -67,6 +67,8 @@ def tree_attention(
 
     A row's bits depend on its query and the sequence of its visible keys alone: not on how much of
     that sequence is committed, the other rows, the pages, the threads or the instruction set.
+    Contents out of range reach no other memory: counts are clamped, a page that the cache lacks is
+    its last.
 
     Args:
         q: ``[B, N, Hq, d]`` float32, bfloat16 or float16, strided; N at most 128, d a multiple of

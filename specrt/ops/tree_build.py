@@ -86,7 +86,8 @@ def tree_expand(
     With ``noise``, sequences of temperature > 0 are ranked by what the target would draw if the
     draft law were its own: logits / temperature, filtered, plus the target's Gumbel noise. The
     score of a child adds the log-softmax of these over the K children. Where fewer than K tokens
-    are kept, the first others fill up with score -inf.
+    are kept, the first others fill up with score -inf. Token ids and pool indices are passed on as
+    they are: none is looked up.
 
     Args:
         logits: ``[B, F, R]`` float32; the last dimension contiguous.
@@ -151,7 +152,8 @@ def tree_rerank(
     """Keep the N - 1 best candidates below the root; the outputs are a ``DraftTree``'s fields.
 
     Candidates of score NaN or -inf are never taken. Nodes come best first, so parents come before
-    children. Padding is zeros, with score -inf.
+    children. Padding is zeros, with score -inf. A candidate whose parent is none of those taken
+    before it, whatever ``pool_parents`` holds, is left out.
 
     Args:
         pool_tokens: ``[B, C]`` int32.

@@ -323,6 +323,15 @@ def test_packing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     assert archive.read_bytes() == before
 
 
+def test_facts_of_this_run_are_told(tmp_path: Path) -> None:
+    probes = {"environment": {"date": "2020-01-02"}, "facts": ["P1: one sum of sixteen"]}
+    (tmp_path / "probes_h100.json").write_text(json.dumps(probes))
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    assert report.facts_found(tmp_path, "2020-01-01") == ["P1: one sum of sixteen"]
+    assert report.facts_found(tmp_path, "2020-01-03") == []
+
+
 def test_goals(tmp_path: Path) -> None:
     rows = [
         {"model": "Llama-3-8B", "batch": 1, "prefix": 2048, "nodes": 60, "us": 8.0, "sdpa/ours": 2},

@@ -187,6 +187,7 @@ def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
 # --- a row's bits are its own ---------------------------------------------------------------------
 
 
+@pytest.mark.tensor_cores("sm_90")
 def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
     model, tree = make_model(checkpoint, backend), random_tree(13, seed=2)
     batch = started(model, [PROMPT])
@@ -208,6 +209,7 @@ def test_pieces_of_the_prompt_and_page_sizes(checkpoint: Path, backend: Backend)
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 
 
+@pytest.mark.tensor_cores("sm_80", "sm_90")
 def test_company_changes_nothing(checkpoint: Path, backend: Backend) -> None:
     model = make_model(checkpoint, backend)
     trees = [random_tree(size, seed=size) for size in (3, 11, 6)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -65,20 +66,25 @@ def load_simt() -> ModuleType:
         pytest.fail("the SIMT shim is not built: run `make simt`")
 
 
+def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr) -> ModuleType:
+    """Let the shim's kernels stand in for the extension's; ``replace`` sets attributes."""
+    simt = load_simt()
+    simt.set_schedule(seed)
+    simt.set_device()
+    replace(registry, "is_on_gpu", lambda tensor: True)
+    for module_name, module in list(sys.modules.items()):
+        package, _, kernel = module_name.rpartition(".")
+        if package == "specrt.ops" and hasattr(simt, kernel):
+            replace(module, "_C", simt)
+    return simt
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     name, *settings = request.param
     if name == "simt":
         seed, arithmetic = settings
-        simt = load_simt()
-        simt.set_schedule(seed)
-        simt.set_device()
-        simt.set_arithmetic(arithmetic)
-        monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
-        for module_name, module in list(sys.modules.items()):
-            package, _, kernel = module_name.rpartition(".")
-            if package == "specrt.ops" and hasattr(simt, kernel):
-                monkeypatch.setattr(module, "_C", simt)
+        use_simt(seed, monkeypatch.setattr).set_arithmetic(arithmetic)
     return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
 
 

@@ -268,8 +268,8 @@ def test_what_a_probe_started_is_stopped_with_it(tmp_path: Path) -> None:
 
 
 def test_files_are_named_after_the_card() -> None:
-    assert file_name("NVIDIA H200") == "probes_h200"
-    assert file_name("") == "probes_unknown"
+    assert file_name("probes", "NVIDIA H200") == "probes_h200"
+    assert file_name("probes", "") == "probes_unknown"
 
 
 def test_rows_with_other_keys_have_a_table_of_their_own() -> None:

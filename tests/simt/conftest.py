@@ -10,7 +10,7 @@ from tests.simt import _simt
 
 
 @pytest.fixture(autouse=True)
-def default_schedule() -> Iterator[None]:
+def defaults() -> Iterator[None]:
     yield
     _simt.set_schedule(0)
     _simt.set_device()

@@ -52,10 +52,11 @@ inline Unpacked unpack(float value, int min_exponent = kMinExponent) {
     return {word >> 31 ? -magnitude : magnitude, exponent, value};
 }
 
-// x / 2^shift without its fraction, for any shift of 0 or more.
+// x / 2^shift without its fraction; |x| < 2^61, any shift of 0 or more.
 inline int64_t truncate(int64_t x, int shift) {
-    const int64_t sign = x >> 63, magnitude = (x ^ sign) - sign;
-    return ((magnitude >> (shift < 63 ? shift : 63)) ^ sign) - sign;
+    const int by = shift < 62 ? shift : 62;
+    const int64_t below = (x >> 63) & ((int64_t{1} << by) - 1);  // of a negative x: up, not down
+    return (x + below) >> by;
 }
 
 // total * 2^unit, truncated.

@@ -25,12 +25,12 @@ static_assert(is_chosen({2, 8, 4, 16, 128, 4096}, 90, 8, 1), "too many pairs");
 static_assert(is_chosen(kShape, 80, 0, 0), "another GPU");
 static_assert(is_chosen({1, 8, 4, 16, 64, 4096}, 90, 0, 0), "another head size");
 
-// A plan in the table is one that a caller could have asked for.
+// A plan in the table is one that a caller could have asked for; {0, 0} leaves it to the rules.
 constexpr bool are_valid(std::initializer_list<Variant> lines) {
-    for (const Variant& v : lines)
-        if ((v.choice.num_warps != 4 && v.choice.num_warps != 8) || v.choice.blocks_per_sm < 1 ||
-            v.choice.blocks_per_sm > 16)
-            return false;
+    for (const Variant& v : lines) {
+        const int warps = v.choice.num_warps, blocks = v.choice.blocks_per_sm;
+        if ((warps != 0 && warps != 4 && warps != 8) || blocks < 0 || blocks > 16) return false;
+    }
     return true;
 }
 static_assert(are_valid(kVariants));

@@ -1,6 +1,7 @@
 // Conversions and arithmetic, element by element.
 #include "core/ptx.cuh"
 #include "core/vector.cuh"
+#include "fused_sum.h"
 #include "probes/probe.h"
 
 namespace probes {
@@ -46,6 +47,15 @@ __global__ void bits(const int* x, int* out) {
     for (int j = 0; j < 7; ++j) out[i * 7 + j] = row[j];
 }
 PROBE(bits, p.tensor<const int>("x"), p.tensor<int>("out"))
+
+// a, b [threads, n], c and out [threads].
+__global__ void fused_sums(const float* a, const float* b, const float* c, float* out, int n,
+                           int bits, int min_exponent) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[i] = simt::fused_sum(a + i * n, b + i * n, n, c[i], bits, min_exponent);
+}
+PROBE(fused_sums, p.tensor<const float>("a"), p.tensor<const float>("b"),
+      p.tensor<const float>("c"), p.tensor<float>("out"), p.numbers[0], p.numbers[1], p.numbers[2])
 
 }  // namespace
 }  // namespace probes

@@ -1,0 +1,397 @@
+"""Kernels that read the contents of tensors, valid arguments of each, and what may be spoiled.
+
+Shapes are tiny, B is 3, and the cache has one page more than the sequences use: its last, where
+page numbers out of range end up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from specrt import ops
+from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
+from specrt.ops.tree_accept import workspace_size
+from specrt.ops.tree_build import expand_workspace_size
+from specrt.sampling import SamplingParams, SamplingTable
+from tests.ops.conftest import Backend
+from tests.oracles.paged import lineage, pack_bits, random_parents
+
+Tensor = torch.Tensor
+Arguments = dict[str, Any]
+BATCH, NODES, VOCAB, TOP_K = 3, 6, 70, 3
+PAGE_SIZES = (1, 3, 4, 16, 5, 64)
+NUM_VARIANTS = 6
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, and how to call it."""
+
+    make: Callable[[int, Backend], Arguments]
+    """Valid arguments: of a variant in ``NUM_VARIANTS``, on the host, in a backend's types."""
+    call: Callable[[Arguments], object]
+    own: tuple[str, ...]
+    """What is read of one sequence, the first dimension's: contents may be spoiled."""
+    shared: tuple[str, ...] = ()
+    """What is read for all sequences: contents may be spoiled."""
+    results: tuple[str, ...] = ()
+    """What is written of one sequence, the first dimension's."""
+    pages: Mapping[str, int] = field(default_factory=dict)
+    """What is written to pages: the dimension that counts them."""
+    has_cuda_source: bool = False
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def generator(variant: int) -> torch.Generator:
+    return torch.Generator().manual_seed(variant)
+
+
+def dtype_of(backend: Backend, variant: int) -> torch.dtype:
+    """The tensor cores take 16 bits."""
+    if backend.runs_cuda_source:
+        return (torch.bfloat16, torch.float16)[variant % 2]
+    return (torch.float32, torch.bfloat16, torch.float16)[variant % 3]
+
+
+# --- the cache
+
+
+def pages_of(variant: int) -> tuple[Arguments, int]:
+    """Page table and lengths, and P. In the last variant several leaves of attention fit in."""
+    page_size = PAGE_SIZES[variant]
+    each = -(-(300 if page_size == 64 else 24) // page_size)
+    table = torch.randperm(BATCH * each, generator=generator(variant)).view(BATCH, each)
+    return {"block_table": table.int(), "kv_len": ints(4, 0, 7)}, BATCH * each + 1
+
+
+def commit_arguments(variant: int, backend: Backend) -> Arguments:
+    g, depth = generator(variant), (5, 11)[variant % 2]
+    paged, num_pages = pages_of(variant)
+    width = (8, 5)[variant // 3]  # rows of 16-byte pieces, or not
+    kv = torch.randn(2, 2, num_pages, PAGE_SIZES[variant], 1, width, generator=g)
+    paths = [torch.randperm(15, generator=g)[:depth].sort().values for _ in range(BATCH)]
+    return paged | {
+        "kv": kv.to(dtype_of(backend, variant)),
+        "path": torch.stack(paths).int(),
+        "num_path": ints(depth, 3, 0),
+        "tickets": ints(0, 0, 0),
+    }
+
+
+def row_arguments(variant: int, backend: Backend) -> tuple[Arguments, Arguments]:
+    """What attention and ``rope_append`` share, and what rotation needs."""
+    g, dtype, dim = generator(variant), dtype_of(backend, variant), 64
+    paged, num_pages = pages_of(variant)
+    if not backend.runs_cuda_source:
+        dim = (16, 32)[variant % 2]
+    cache, new = (num_pages, PAGE_SIZES[variant], 2, dim), (BATCH, NODES, 2, dim)
+    # Each of a storage of its own, whose borders the shim guards.
+    k_cache, v_cache, k, v = (
+        torch.randn(shape, generator=g).to(dtype) for shape in (cache, cache, new, new)
+    )
+    counts = {"first_node": ints(0, 2, 0), "num_nodes": ints(6, 4, 1)}
+    q = torch.randn(BATCH, NODES, 4, dim, generator=g).to(dtype)
+    depth = torch.randint(0, 4, (BATCH, NODES), generator=g, dtype=torch.int32)
+    angles = {"k": k, "v": v, "depth": depth, "cos_sin": torch.randn(13, dim, generator=g)}
+    return paged | counts | {"q": q, "k_cache": k_cache, "v_cache": v_cache}, angles
+
+
+def rope_arguments(variant: int, backend: Backend) -> Arguments:
+    rows, angles = row_arguments(variant, backend)
+    return rows | angles
+
+
+def attention_arguments(variant: int, backend: Backend) -> Arguments:
+    rows, _ = row_arguments(variant, backend)
+    words, parents = 1 + variant % 2, random_parents(NODES + 2, generator(variant))
+    nodes = [range(first, first + NODES) for first in rows["first_node"].tolist()]
+    bits = [pack_bits([lineage(parents, node) for node in row], words) for row in nodes]
+    rows |= {"ancestors": torch.stack(bits), "scale": 0.2, "out": torch.zeros_like(rows["q"])}
+    if backend.runs_cuda_source:
+        slots = rows["block_table"].shape[1] * PAGE_SIZES[variant]
+        floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots, backend.device)
+        rows["workspace"] = torch.zeros(floats)
+    return rows
+
+
+def attention_append_arguments(variant: int, backend: Backend) -> Arguments:
+    return attention_arguments(variant, backend) | row_arguments(variant, backend)[1]
+
+
+def attend_appending(a: Arguments) -> None:
+    rest = dict(a)
+    append = ops.Append(*(rest.pop(name) for name in ("k", "v", "depth", "cos_sin")))
+    ops.tree_attention(**rest, append=append)
+
+
+# --- acceptance
+
+SAMPLED = SamplingParams(
+    temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=0.5,
+    logit_bias={3: 1.0, 64: -2.0}, seed=7,
+)  # fmt: skip
+EDITED = SamplingParams(logit_bias={1: 0.5}, repetition_penalty=1.2)
+
+
+def accept_arguments(variant: int, backend: Backend) -> Arguments:
+    g = generator(variant)
+    plain, greedy = SamplingParams(temperature=1.0, seed=3), SamplingParams()
+    params = [greedy] * 3 if variant == 5 else [EDITED, SAMPLED, plain]
+    table = SamplingTable.build(params, [2, 3, 1], VOCAB)
+    parents = torch.tensor([random_parents(NODES, g) for _ in range(BATCH)], dtype=torch.int32)
+    shape = (BATCH, NODES)
+    law = torch.rand(*shape, VOCAB, generator=g).softmax(-1)
+    return {
+        "draft_tokens": torch.randint(0, VOCAB, shape, generator=g, dtype=torch.int32),
+        "parents": parents,
+        "num_nodes": ints(6, 4, 1),
+        "draft_probs": law if variant % 2 else None,
+        "logits": torch.randn(*shape, VOCAB, generator=g),
+        "sampling": table.rows.clone(),
+        "bias_ids": table.bias_ids,
+        "bias_values": table.bias_values,
+        "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
+        "history_len": ints(9, 4, 1),
+        "workspace": None if variant == 5 else torch.zeros(1, workspace_size(VOCAB)),
+        "path": torch.zeros(shape, dtype=torch.int32),
+        "accept_length": ints(0, 0, 0),
+        "tokens": torch.zeros(shape, dtype=torch.int32),
+        "logprobs": torch.zeros(shape) if variant % 3 else None,
+    }
+
+
+# --- trees
+
+
+def noise() -> Arguments:
+    return {
+        "seed": torch.tensor([1, -2, 3]),
+        "position": ints(5, 6, 7),
+        "temperature": torch.tensor([0.7, 1.0, 0.0]),
+        "top_k": ints(0, 40, 5),
+        "top_p": torch.tensor([0.9, 1.0, 0.5], dtype=torch.float64),
+        "min_p": torch.tensor([0.0, 0.05, 0.0]),
+    }
+
+
+def expand_arguments(variant: int, backend: Backend) -> Arguments:
+    """Level 2 of a tree, whose frontier has K nodes."""
+    g, size, width = generator(variant), TOP_K + 2 * TOP_K**2, (BATCH, TOP_K)
+    zeros = torch.zeros(4, *width, dtype=torch.int32)
+    token_map = torch.randperm(2 * VOCAB, generator=g)[:VOCAB].int()
+    return (noise() if variant % 2 else dict.fromkeys(noise())) | {
+        "logits": torch.randn(*width, VOCAB, generator=g),
+        "scores": -torch.rand(width, generator=g),
+        "candidates": torch.arange(9, dtype=torch.int32).view(width) + TOP_K,
+        "ancestors": torch.ones(*width, 1, dtype=torch.int64),
+        "token_map": token_map if variant % 3 else None,
+        "level": 2,
+        "workspace": torch.zeros(1, expand_workspace_size(VOCAB)),
+        "pool_tokens": torch.zeros(BATCH, size, dtype=torch.int32),
+        "pool_parents": torch.zeros(BATCH, size, dtype=torch.int32),
+        "pool_scores": torch.zeros(BATCH, size),
+        "frontier_tokens": zeros[0].clone(),
+        "frontier_scores": torch.zeros(width),
+        "frontier_candidates": zeros[1].clone(),
+        "frontier_source": zeros[2].clone(),
+        "frontier_ancestors": torch.zeros(*width, 1, dtype=torch.int64),
+    }
+
+
+def expand(a: Arguments) -> None:
+    rest = dict(a)
+    fields = [rest.pop(name) for name in ops.CoupledNoise._fields]
+    ops.tree_expand(**rest, noise=None if fields[0] is None else ops.CoupledNoise(*fields))
+
+
+def rerank_arguments(variant: int, backend: Backend) -> Arguments:
+    g, shape, size = generator(variant), (BATCH, NODES), TOP_K + TOP_K**2
+    parents = torch.tensor([-1] * TOP_K + [i // TOP_K for i in range(TOP_K**2)])
+    scores = -torch.rand(BATCH, size, generator=g)
+    scores[:, TOP_K:] += scores.gather(1, parents[TOP_K:].expand(BATCH, -1))
+    return {
+        "pool_tokens": torch.randint(0, VOCAB, (BATCH, size), generator=g, dtype=torch.int32),
+        "pool_parents": parents.int().repeat(BATCH, 1),
+        "pool_scores": scores,
+        "num_candidates": size,
+        "roots": ints(1, 2, 3),
+        "draft_tokens": torch.zeros(shape, dtype=torch.int32),
+        "parents": torch.zeros(shape, dtype=torch.int32),
+        "depth": torch.zeros(shape, dtype=torch.int32),
+        "ancestors": torch.zeros(*shape, 1, dtype=torch.int64),
+        "num_nodes": ints(0, 0, 0),
+        "node_scores": torch.zeros(shape),
+    }
+
+
+# --- draft control
+
+SETTINGS = ControlSettings(
+    draft_len=3, threshold=0.5, adapt_rate=0.1, target_rejection=0.3, alpha=1.5, beta=0.7,
+    bias_mean=-0.05, bias_var=0.04, noise_var=0.2, discount=0.9, gain_mean=0.4, gain_weight=1.5,
+    gain_var=0.3,
+)  # fmt: skip
+
+
+def control_arguments(variant: int, backend: Backend) -> Arguments:
+    settings = SETTINGS.tensor()
+    return {
+        "kind": variant,  # of six
+        "settings": settings,
+        "costs": torch.full((NUM_COSTS,), 0.1, dtype=torch.float64),
+        "posterior": prior_beliefs(settings).repeat(BATCH, 1),
+        "slots": ints(0, 1, 2),
+        "limit": ints(4, 3, 2),
+        "drafted": ints(1, 1, 1),
+        "length": ints(1, 1, 1),
+        "confidence": torch.full((BATCH, 4), 0.6),
+    }
+
+
+def decide_arguments(variant: int, backend: Backend) -> Arguments:
+    has_head = variant % 2 == 1
+    return control_arguments(variant, backend) | {
+        "seed": torch.tensor([1, -2, 3]),
+        "position": ints(5, 6, 7),
+        "is_sampled": ints(0, 1, 1),
+        "is_open": ints(1, 1, 0),
+        "score": torch.tensor([-0.1, -0.5, -1.0]),
+        "slope": torch.tensor([1.0, 0.8]) if has_head else None,
+        "evidence": torch.zeros(BATCH, 2) if has_head else None,
+    }
+
+
+def decide(a: Arguments) -> None:
+    """After the second token; then as a round begins."""
+    ops.draft_control(step=2, **a)
+    ops.draft_control(step=0, **a | {"score": None, "evidence": None})
+
+
+def learn_arguments(variant: int, backend: Backend) -> Arguments:
+    return control_arguments(variant, backend) | {"accept_length": ints(1, 0, -1)}
+
+
+# --- features
+
+
+def feature_arguments(variant: int, backend: Backend) -> Arguments:
+    g, size = generator(variant), 16
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    return {
+        "tokens": ints(4, 0, 69),
+        "source": ints(1, 4, 0),
+        "features": matrix(5, size),
+        "embed": matrix(VOCAB, size),
+        "fc": matrix(size, 2 * size),
+        "norm": matrix(size),
+        "gate": matrix(size, size),
+        "up": matrix(size, size),
+        "down": matrix(size, size),
+        "eps": 1e-5,
+        "workspace": torch.zeros(BATCH, ops.feature_sample_workspace(size, size)),
+        "out": torch.zeros(BATCH, size),
+    }
+
+
+COUNTS = ("block_table", "kv_len", "first_node", "num_nodes")
+CACHES = {"k_cache": 0, "v_cache": 0}
+KERNELS = {
+    "kv_commit": Kernel(
+        commit_arguments,
+        lambda a: ops.kv_commit(**a),
+        own=("block_table", "kv_len", "path", "num_path", "tickets"),
+        results=("kv_len",),
+        pages={"kv": 2},
+        has_cuda_source=True,
+    ),
+    "rope_append": Kernel(
+        rope_arguments,
+        lambda a: ops.rope_append(**a),
+        own=(*COUNTS, "depth"),
+        results=("q",),
+        pages=CACHES,
+        has_cuda_source=True,
+    ),
+    "tree_attention": Kernel(
+        attention_arguments,
+        lambda a: ops.tree_attention(**a),
+        own=(*COUNTS, "ancestors"),
+        shared=("workspace",),
+        results=("out",),
+        has_cuda_source=True,
+    ),
+    "tree_attention_append": Kernel(
+        attention_append_arguments,
+        attend_appending,
+        own=(*COUNTS, "ancestors", "depth"),
+        shared=("workspace",),
+        results=("out",),
+        pages=CACHES,
+        has_cuda_source=True,
+    ),
+    "tree_accept": Kernel(
+        accept_arguments,
+        lambda a: ops.tree_accept(**a),
+        own=("draft_tokens", "parents", "num_nodes", "history", "history_len", "sampling"),
+        shared=("bias_ids", "bias_values"),
+        results=("path", "accept_length", "tokens", "logprobs"),
+    ),
+    "tree_expand": Kernel(
+        expand_arguments,
+        expand,
+        own=(*noise(), "scores", "candidates", "ancestors"),
+        shared=("token_map",),
+        results=(
+            "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",
+            "frontier_candidates", "frontier_source", "frontier_ancestors",
+        ),
+    ),
+    "tree_rerank": Kernel(
+        rerank_arguments,
+        lambda a: ops.tree_rerank(**a),
+        own=("pool_tokens", "pool_parents", "pool_scores", "roots"),
+        results=("draft_tokens", "parents", "depth", "ancestors", "num_nodes", "node_scores"),
+    ),
+    "draft_control": Kernel(
+        decide_arguments,
+        decide,
+        own=(
+            "posterior", "slots", "seed", "position", "limit", "is_sampled", "score", "evidence",
+            "is_open", "drafted", "length", "confidence",
+        ),
+        shared=("settings", "costs", "slope"),
+        results=("is_open", "drafted", "length", "confidence"),
+    ),
+    "draft_control_update": Kernel(
+        learn_arguments,
+        lambda a: ops.draft_control_update(**a),
+        own=("posterior", "slots", "limit", "drafted", "length", "confidence", "accept_length"),
+        shared=("settings", "costs"),
+        results=("posterior",),
+    ),
+    "feature_sample": Kernel(
+        feature_arguments,
+        lambda a: ops.feature_sample(**a),
+        own=("tokens", "source"),
+        results=("out",),
+    ),
+}  # fmt: skip
+
+
+def read_where_told(a: Arguments) -> None:
+    ctypes.string_at(a["index"].data_ptr() + 4 * int(a["index"][0]), 1)
+
+
+PLANTED = Kernel(lambda variant, backend: {"index": ints(0)}, read_where_told, own=("index",))
+"""One that trusts what it reads."""
