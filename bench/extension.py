@@ -52,19 +52,25 @@ def write_stamp(extension: Path, digest: str) -> None:
     stamp_path(extension).write_text(json.dumps({"sources": digest, "extension": of}))
 
 
+def stamped_sources(extension: Path) -> str:
+    """The digest of what ``extension`` is made of; empty if that is not known."""
+    try:
+        stamp = json.loads(stamp_path(extension).read_text())
+        of, sources = stamp["extension"], str(stamp["sources"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return sources if of == hashlib.sha256(extension.read_bytes()).hexdigest() else ""
+
+
 def misfit(root: Path = ROOT) -> str:
     """Why the extension that is there does not do; empty if it does."""
     extension = root / "specrt" / file_name()
     if not extension.exists():
         return "none is there"
-    try:
-        stamp = json.loads(stamp_path(extension).read_text())
-        found = (stamp["sources"], stamp["extension"])
-    except (OSError, ValueError, KeyError, TypeError):
+    sources = stamped_sources(extension)
+    if not sources:
         return "what it was made of is not known"
-    if found[1] != hashlib.sha256(extension.read_bytes()).hexdigest():
-        return "what it was made of is not known"
-    if found[0] != source_digest(root):
+    if sources != source_digest(root):
         return "it was made of other sources"
     return _import_error(root)
 

@@ -77,7 +77,8 @@ def make(root: Path, python: str | None) -> Path:
     shutil.copy2(built, folder)
     _probes(root, tools, folder / "probes")
     wheels = _wheels(folder / "wheels")
-    manifest = Manifest(git_commit(), PYTHON, built.name, extension.source_digest(root), wheels)
+    sources = extension.stamped_sources(built)
+    manifest = Manifest(git_commit(), PYTHON, built.name, sources, wheels)
     (folder / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     archive = root / ARCHIVE
     _pack(folder, archive)
