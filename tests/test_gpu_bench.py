@@ -174,7 +174,8 @@ def test_report_of_tree_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (row,) = result["rows"]
     assert row["sdpa/ours"] == row["flex/ours"] == 1 and row["flashinfer/ours"] is None
     missing = result["summary"]["not_measured"]
-    assert missing["flashinfer: ImportError: not installed"] == "all 1"
+    flashinfer = [reason for reason in missing if reason.startswith("flashinfer: ")]
+    assert [missing[reason] for reason in flashinfer] == ["all 1"]  # whatever is installed here
     assert len(missing["ours: over the budget"].split("; ")) == 2 * 3 * 4 * 4 - 1
 
 
