@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -16,7 +17,11 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit, marked ``+`` when tracked files differ from it; None outside a checkout."""
+    """The commit, marked ``+`` when tracked files differ from it.
+
+    Outside a checkout that of the package which was brought along (``bench.gpu_check.package``), and
+    said so: the sources came with it, but may have been changed. None without that either.
+    """
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
@@ -28,4 +33,13 @@ def git_commit() -> str | None:
             "+" if git("status", "--porcelain", "--untracked-files=no") else ""
         )
     except (OSError, subprocess.CalledProcessError):
+        return packed_commit(here.parent / "build/gpu-package/manifest.json")
+
+
+def packed_commit(manifest: Path) -> str | None:
+    """What a package says it was made at; None if there is none that says so."""
+    try:
+        commit = json.loads(manifest.read_text())["commit"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return f"{commit} (of the package)" if commit else None

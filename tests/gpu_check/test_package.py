@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import extension
+from bench.commit import packed_commit
 from bench.gpu_check import package
 from bench.gpu_check.package import Manifest
 
@@ -46,6 +47,13 @@ def test_an_extension_of_these_sources_is_taken(checkout: Path) -> None:
     assert package.unpack(checkout)[0] == f"{extension.file_name()} is from {package.ARCHIVE}"
     assert (checkout / "specrt" / extension.file_name()).read_bytes() == b"machine code"
     assert "does not import" in extension.misfit(checkout)
+
+
+def test_results_outside_a_checkout_name_the_packages_commit(checkout: Path) -> None:
+    manifest = checkout / package.FOLDER / "manifest.json"
+    assert packed_commit(manifest) is None
+    package.unpack(checkout)
+    assert packed_commit(manifest) == "abc (of the package)"
 
 
 def test_an_extension_of_other_sources_is_not(checkout: Path) -> None:
