@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.extension import file_name
 from bench.toolkit import find_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,10 +104,10 @@ def from_extension() -> list[Resources]:
     tool = find_tool("cuobjdump")
     if tool is None:
         raise FileNotFoundError("no cuobjdump on PATH or in a CUDA toolkit; try --compile")
-    extensions = sorted((ROOT / "specrt").glob("_C*.so"))
-    if not extensions:
-        raise FileNotFoundError("no specrt/_C*.so: run `make ext`")
-    command = [tool, "--dump-resource-usage", str(extensions[0])]
+    extension = ROOT / "specrt" / file_name()  # another Python's may lie beside it
+    if not extension.exists():
+        raise FileNotFoundError(f"no specrt/{extension.name}: run `make ext`")
+    command = [tool, "--dump-resource-usage", str(extension)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     # It fails on a file without device code, in which no kernel needs anything.
     return _named(parse_cuobjdump(done.stdout))

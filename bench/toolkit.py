@@ -25,8 +25,8 @@ def find_tool(
         environ: the variables named above.
         usual_home: the toolkit that nobody names.
     """
-    if name == "nvcc" and environ.get("CUDACXX"):
-        return _on_path(shlex.split(environ["CUDACXX"])[0], environ)
+    if name == "nvcc" and (asked := shlex.split(environ.get("CUDACXX", ""))):
+        return _on_path(asked[0], environ)
     if found := _on_path(name, environ):
         return found
     paths = (folder / name for folder in _folders(name, environ, usual_home))

@@ -1,17 +1,26 @@
 # Which nvcc the build takes, and whether that one compiles. bench/toolkit.py looks in the same
 # order; tests/test_build.py runs this file by itself (cmake -P), with made-up compilers.
 
+# <program> and <flags> of $CUDACXX, as CMake reads it; "" where it is blank.
+function(specrt_split_cudacxx out_program out_flags)
+  separate_arguments(flags UNIX_COMMAND "$ENV{CUDACXX}")
+  set(program "")
+  if(flags)
+    list(POP_FRONT flags program)
+  endif()
+  set(${out_program} "${program}" PARENT_SCOPE)
+  set(${out_flags} "${flags}" PARENT_SCOPE)
+endfunction()
+
 # <nvcc>: CMAKE_CUDA_COMPILER, or the first of $CUDACXX, nvcc on PATH, in $CUDA_HOME/bin, in
 # $CUDA_PATH/bin and in SPECRT_USUAL_CUDA/bin; "" if there is none, and then <reason> says so.
 function(specrt_find_nvcc out_nvcc out_reason)
   set(nvcc NOTFOUND)  # find_program searches for what has no value yet
   set(reason "")
+  specrt_split_cudacxx(program flags)
   if(CMAKE_CUDA_COMPILER)
     set(nvcc "${CMAKE_CUDA_COMPILER}")
-  elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
-    # As CMake reads it: a program, and perhaps flags. One that was asked for is never replaced.
-    separate_arguments(words UNIX_COMMAND "$ENV{CUDACXX}")
-    list(GET words 0 program)
+  elseif(NOT program STREQUAL "")  # one that was asked for is never replaced
     find_program(nvcc NAMES "${program}" NO_CACHE)
     if(NOT nvcc)
       set(reason "CUDACXX names ${program}, which is not there")
@@ -46,6 +55,8 @@ function(specrt_nvcc_flags architectures out_flags)
     separate_arguments(flags UNIX_COMMAND "${CMAKE_CUDA_FLAGS}")
   else()
     separate_arguments(flags UNIX_COMMAND "$ENV{CUDAFLAGS}")
+    specrt_split_cudacxx(program own_flags)
+    list(PREPEND flags ${own_flags})
   endif()
   set(host "${CMAKE_CUDA_HOST_COMPILER}")
   if(NOT host)

@@ -106,10 +106,19 @@ def test_a_silent_nvcc_is_told_by_its_status(tmp_path: Path) -> None:
 
 def test_nvcc_is_tried_for_the_architectures_and_host_compiler(tmp_path: Path) -> None:
     make_tool(tmp_path / "usual/bin")
-    configure(tmp_path, CUDAFLAGS="-DX='a b'", CUDAHOSTCXX="/opt/c++")
+    asked = f"{tmp_path}/usual/bin/nvcc -allow-unsupported-compiler"
+    configure(tmp_path, CUDACXX=asked, CUDAFLAGS="-DX='a b'", CUDAHOSTCXX="/opt/c++")
     arguments = (tmp_path / "usual/bin/arguments").read_text()
     for flag in ("arch=compute_80,code=sm_80", "code=sm_90a", "-ccbin /opt/c++", "-DX=a b"):
         assert flag in arguments
+    assert "-allow-unsupported-compiler" in arguments
+
+
+def test_a_blank_variable_names_no_nvcc(tmp_path: Path) -> None:
+    nvcc = make_tool(tmp_path / "usual/bin")
+    code, output = configure(tmp_path, CUDACXX=" ")
+    assert code == 0 and f"nvcc={nvcc}=" in output
+    assert find_tool("nvcc", {"PATH": "/nowhere", "CUDACXX": " "}, tmp_path / "usual") == nvcc
 
 
 def test_other_tools_come_from_the_toolkit_that_nvcc_belongs_to(tmp_path: Path) -> None:

@@ -97,11 +97,13 @@ def check(stage: str, machine: Machine, save: Path, args: argparse.Namespace) ->
     """
     commands = stages.plan(machine, stage, save)
     path = save / f"gpu_check_{stage}.json"
-    earlier = passed_before(path) if args.only_failed else []
-    logs = args.logs.resolve() / stage
+    device = machine.gpu.get("device")
+    earlier = passed_before(path, device) if args.only_failed else []
+    all_logs = {name: args.logs.resolve() / name for name in SECONDS}
+    logs, order = all_logs[stage], [command.name for command in commands]
+    archive = args.archive.resolve()
     head = _head(stage, machine)
-    order = [command.name for command in commands]
-    report = Report(path, head, order, logs, args.archive.resolve(), earlier)
+    report = Report(path, head, order, logs, archive, earlier, list(all_logs.values()))
     try:
         report.write()
         logs.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def check(stage: str, machine: Machine, save: Path, args: argparse.Namespace) ->
         run_stage(_to_run(commands, earlier), SECONDS[stage], report, logs)
     except KeyboardInterrupt:
         report.is_interrupted = True
-    report.write()
+    report.try_write()
     _show(stage, report, is_dry=machine.is_dry)
     if report.is_interrupted:
         raise SystemExit(1)

@@ -134,9 +134,10 @@ def _failed(code: int, output: str) -> Verdict:
 
 
 def _json_object(output: str) -> dict[str, Any] | None:
-    """Of the last line."""
+    """Of the last line that begins like one; libraries may complain when the process ends."""
+    lines = [line for line in output.splitlines() if line.startswith("{")]
     try:
-        value = json.loads(last_line(output))
+        value = json.loads(lines[-1] if lines else "")
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

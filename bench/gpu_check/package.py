@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,9 +217,13 @@ def unpack(root: Path) -> list[str]:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         manifest = Manifest(**json.loads((folder / _MANIFEST).read_text()))
-    except (OSError, tarfile.TarError, EOFError, ValueError, TypeError) as error:
+    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError, TypeError) as error:
         return [f"{ARCHIVE} is not used: {error}"]
-    return [_place_extension(root, folder, manifest), _install(root, folder, manifest)]
+    try:
+        placed = _place_extension(root, folder, manifest)
+    except OSError as error:
+        placed = f"{manifest.extension} is not used: {error}"
+    return [placed, _install(root, folder, manifest)]
 
 
 def _place_extension(root: Path, folder: Path, manifest: Manifest) -> str:

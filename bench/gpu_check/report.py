@@ -16,6 +16,9 @@ from typing import Any
 from bench.gpu_check.judge import CUT, FAILED, OK, PARTIAL, SKIPPED, Verdict, printable
 
 _SHOWN_DETAIL = 130
+_KEPT_DETAIL = 2000
+_PACKED_BYTES = 8 << 20
+"""Of a file: of a longer one the archive, which is made after every command, has the end."""
 _BAD = (FAILED, CUT)
 Row = dict[str, Any]
 
@@ -33,6 +36,8 @@ class Report:
     archive: Path | None = None
     earlier: Sequence[Row] = ()
     """Rows of an earlier run that are not run again."""
+    other_logs: Sequence[Path] = ()
+    """Folders of the other stages' logs, which the archive has too."""
     rows: list[Row] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     is_interrupted: bool = False
@@ -40,8 +45,15 @@ class Report:
     def add(self, command: str, verdict: Verdict, seconds: float) -> None:
         status, detail = verdict
         row = {"command": command, "status": status, "seconds": round(seconds, 1)}
-        self.rows.append(row | {"detail": detail})
-        self.write()
+        self.rows.append(row | {"detail": detail[:_KEPT_DETAIL]})
+        self.try_write()
+
+    def try_write(self) -> None:
+        """As :meth:`write`; a disk that is full ends no run: the table is still printed."""
+        try:
+            self.write()
+        except OSError as error:
+            print(f"gpu-check: the results are not written: {error}", flush=True)
 
     def write(self) -> None:
         """The summary, and the archive with what lies beside it.
@@ -61,7 +73,8 @@ class Report:
         whole.write_text(json.dumps(result, indent=2) + "\n")
         whole.replace(self.path)
         if self.archive:
-            pack(self.archive, [self.path.parent, self.logs])
+            others = [folder for folder in self.other_logs if folder != self.logs]
+            pack(self.archive, [self.path.parent, self.logs, *others])
 
     @property
     def all_rows(self) -> list[Row]:
@@ -96,7 +109,7 @@ class Report:
         lines = [f"{'command':18}{'status':9}{'seconds':>8}  detail"]
         for row in self.all_rows:
             detail = printable(" ".join(row["detail"].split()))[:_SHOWN_DETAIL]
-            again = " (earlier run)" if row in self.earlier else ""
+            again = " (earlier run)" if "earlier" in row else ""
             lines.append(
                 f"{row['command']:18}{row['status']:9}{row['seconds']:8.1f}  {detail}{again}"
             )
@@ -116,19 +129,28 @@ def facts_found(folder: Path, since: str) -> list[str]:
     return found
 
 
-def passed_before(path: Path) -> list[Row]:
-    """The rows of an earlier summary that need not be run again.
+def passed_before(path: Path, device: str | None) -> list[Row]:
+    """The rows of an earlier summary that need not be run again, each with what it is of.
+
+    Args:
+        path: of the summary.
+        device: this GPU's name; None without one.
 
     Raises:
-        SystemExit: there is none, or it is not one.
+        SystemExit: there is none, it is not one, or it is another GPU's.
     """
     try:
-        rows = json.loads(path.read_text())["commands"]
-        return [row for row in rows if row["status"] in (OK, PARTIAL)]
+        summary = json.loads(path.read_text())
+        origin = {"earlier": {name: summary[name] for name in ("commit", "date")}}
+        found = (summary["gpu"] or {}).get("device")
+        rows = [origin | row for row in summary["commands"] if row["status"] in (OK, PARTIAL)]
     except FileNotFoundError:
         raise SystemExit(f"gpu-check: --only-failed: no earlier run in {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"gpu-check: --only-failed: {path} is no summary: {error!r}") from None
+    if found != device:
+        raise SystemExit(f"gpu-check: --only-failed: {path} is of {found}, this is {device}")
+    return rows
 
 
 def pack(archive: Path, folders: Sequence[Path]) -> None:
@@ -139,9 +161,18 @@ def pack(archive: Path, folders: Sequence[Path]) -> None:
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
     whole = archive.with_name(archive.name + ".new")
-    with tarfile.open(whole, "w:gz") as tar:
+    with tarfile.open(whole, "w:gz", compresslevel=6) as tar:
         for folder in folders:
             for path in sorted(folder.glob("*")):
                 if path.is_file() and path not in (archive, whole):
-                    tar.add(path, f"{folder.name}/{path.name}")
+                    _add_end(tar, path, f"{folder.name}/{path.name}")
     whole.replace(archive)
+
+
+def _add_end(tar: tarfile.TarFile, path: Path, name: str) -> None:
+    with path.open("rb") as file:
+        entry = tar.gettarinfo(arcname=name, fileobj=file)
+        kept = min(entry.size, _PACKED_BYTES)
+        file.seek(entry.size - kept)
+        entry.size = kept
+        tar.addfile(entry, file)

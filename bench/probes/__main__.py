@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ def main() -> None:
     elif args.dry:
         _dry(chosen, args.budget)
     else:
+        # The probe that runs is a process group of its own: stopped by what leaves this one.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("probes: stopped"))
         raise SystemExit(_run(args, chosen, archs))
 
 

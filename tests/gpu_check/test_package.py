@@ -75,6 +75,29 @@ def test_a_truncated_archive_is_not_used(checkout: Path, kept: int) -> None:
     assert line.startswith(f"{package.ARCHIVE} is not used: ")
 
 
+def test_a_damaged_archive_does_not_raise(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "_install", lambda *_: "")
+    archive = checkout / package.ARCHIVE
+    whole = archive.read_bytes()
+    for at in range(12, len(whole), 7):
+        archive.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        assert package.unpack(checkout), at
+
+
+def test_an_archive_without_the_extension_it_names(checkout: Path) -> None:
+    (checkout / "packed" / extension.file_name()).unlink()
+    with tarfile.open(checkout / package.ARCHIVE, "w:gz") as tar:
+        tar.add(checkout / "packed/manifest.json", "manifest.json")
+    assert f"{extension.file_name()} is not used: " in package.unpack(checkout)[0]
+
+
+def test_an_archive_writes_nowhere_else(checkout: Path) -> None:
+    with tarfile.open(checkout / package.ARCHIVE, "w:gz") as tar:
+        tar.add(checkout / "packed/manifest.json", "../../escaped")
+    assert "is not used: " in package.unpack(checkout)[0]
+    assert not list(checkout.rglob("escaped"))
+
+
 def test_an_archive_without_its_manifest_is_not_used(checkout: Path) -> None:
     with tarfile.open(checkout / package.ARCHIVE, "w:gz") as tar:
         tar.add(checkout / "setup.py", "setup.py")

@@ -23,6 +23,7 @@ from bench.gpu_check.report import Report, passed_before
 from bench.gpu_check.run import run_stage
 from bench.gpu_check.stages import Command, Machine
 from tests.gpu_check.test_stages import WITH_GPU, WITHOUT_GPU
+from tests.processes import has_ended
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,15 +81,7 @@ def test_a_command_that_overruns_is_cut(tmp_path: Path) -> None:
     assert statuses(one) == {"slow": CUT, "quick": OK}
     assert one.rows[0]["detail"] == "stopped after 5 s"
     assert not one.has_passed
-    assert _has_ended(int(child.read_text()))
-
-
-def _has_ended(pid: int) -> bool:
-    """Gone, or a zombie that nobody in this container collects."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    assert has_ended(int(child.read_text()))
 
 
 def test_a_stage_without_time_says_what_it_left_out(tmp_path: Path) -> None:
@@ -241,7 +234,9 @@ def test_only_what_failed_runs_again(
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
         names = {Path(name).name for name in tar.getnames()}
     assert {"gpu_check_shim.json", "good.log", "bad.log"} <= names
-    assert passed_before(tmp_path / "gpu_check_shim.json")[-1]["command"] == "bad"
+    rows = passed_before(tmp_path / "gpu_check_shim.json", None)
+    assert [row["command"] for row in rows] == ["extension", "aside", "good", "bad"]
+    assert rows[2]["earlier"]["date"] <= rows[3]["earlier"]["date"]
     (tmp_path / "gpu_check_shim.json").write_text("{")
     with pytest.raises(SystemExit, match="is no summary"):
         main(monkeypatch, *options, "--only-failed")
@@ -317,10 +312,57 @@ def test_packing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tarfile.TarFile, "add", full)
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(OSError, match="no space"):
         report.pack(archive, [tmp_path / "in"])
     assert archive.read_bytes() == before
+
+
+def test_of_a_long_log_the_end_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_PACKED_BYTES", 3)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.log").write_text("0123456789")
+    report.pack(tmp_path / "all.tar.gz", [tmp_path / "in"])
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        packed = tar.extractfile("in/a.log")
+        assert packed is not None and packed.read() == b"789"
+
+
+def test_a_disk_that_fills_up_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: Report) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Report, "write", full)
+    one = run(tmp_path, [python("a", "print('x' * 9999); raise SystemExit(1)"), python("b", "1")])
+    assert statuses(one) == {"a": FAILED, "b": OK}
+    assert "the results are not written: no space left" in capsys.readouterr().out
+    assert len(one.rows[0]["detail"]) < 9999
+
+
+def test_what_passed_on_another_gpu_does_not_count(tmp_path: Path) -> None:
+    """And a row keeps the commit at which it passed, however often others are run again."""
+    path = tmp_path / "gpu_check_A.json"
+    row = {"command": "a", "status": OK, "seconds": 1.0, "detail": ""}
+    older = row | {"earlier": {"commit": "aaa", "date": "2000"}}
+    summary = {"commit": "bbb", "date": "2001", "gpu": {"device": "H100"}, "commands": [row, older]}
+    path.write_text(json.dumps(summary))
+    found = [row["earlier"]["commit"] for row in passed_before(path, "H100")]
+    assert found == ["bbb", "aaa"]
+    with pytest.raises(SystemExit, match="is of H100, this is H200"):
+        passed_before(path, "H200")
+
+
+def test_the_archive_has_the_logs_of_all_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "plan", lambda *_: [python("a", "pass")])
+    options = ["--save", str(tmp_path), "--logs", str(tmp_path / "logs")]
+    options += ["--archive", str(tmp_path / "all.tar.gz"), "--stages", "A,C"]
+    assert main(monkeypatch, *options, found=WITH_GPU) == 0
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        assert {"A/a.log", "C/a.log"} <= set(tar.getnames())
 
 
 def test_facts_of_this_run_are_told(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_a_sanitizer_that_cannot_work_is_skipped() -> None:
     ("code", "output", "verdict"),
     [
         (0, 'a table\n{"rows": [1, 2]}\n', (OK, "2 rows")),
+        (0, '{"rows": [1, 2]}\nleaked 3 instances!\n', (OK, "2 rows")),
         (0, "a table\n", (FAILED, "exit code 0: no JSON in the last line: a table")),
         (0, '{"rows": [1, ', (FAILED, 'exit code 0: no JSON in the last line: {"rows": [1,')),
         (0, '{"rows": 3}', (FAILED, 'exit code 0: no JSON in the last line: {"rows": 3}')),
@@ -187,3 +188,5 @@ def test_judging_the_rest() -> None:
     assert judge.resources(0, '{"kernels": 9, "spills": []}') == (OK, "9 kernels, none spills")
     spilled = judge.resources(1, '{"kernels": 9, "spills": ["k (sm_90a): 8 bytes"]}')
     assert spilled == (FAILED, "1 kernels spill: k (sm_90a): 8 bytes")
+    said_again = judge.resources(1, '{"kernels": 9, "spills": ["k: 8 bytes"]}\nk: 8 bytes\n')
+    assert said_again == (FAILED, "1 kernels spill: k: 8 bytes")

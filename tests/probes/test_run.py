@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from bench.probes.catalogue import PROBES
 from bench.probes.report import file_name, table
 from bench.probes.run import run_probe
 from tests.probes import measured
+from tests.processes import has_ended
 
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = {"device": "NVIDIA H100 80GB HBM3", "num_sms": 132, "has_hopper": True}
 PROGRAM = """#!{python}
 import json, os, signal, sys, time
@@ -275,3 +280,21 @@ def test_files_are_named_after_the_card() -> None:
 def test_rows_with_other_keys_have_a_table_of_their_own() -> None:
     rows = [{"probe": "p1", "a": 1.23456, "b": "x" * 50}, {"probe": "p1", "c": True}]
     assert table(rows) == ["    a" + " " * 41 + "b", f"1.235  {'x' * 39}…", "   c", "True"]
+
+
+def test_who_is_stopped_stops_its_probe(tmp_path: Path) -> None:
+    """Else it would go on beside what is measured next."""
+    program, note = make_program(tmp_path), tmp_path / "pid"
+    text = program.read_text().splitlines(keepends=True)
+    wait = f"if probe == 'p1':\n    open({str(note)!r}, 'w').write(f'{{os.getpid()}}\\n')\n"
+    at = next(i for i, line in enumerate(text) if line.startswith("for "))
+    program.write_text("".join([*text[:at], wait, "    time.sleep(60)\n", *text[at:]]))
+    argv = [sys.executable, "-m", "bench.probes", "--binary", str(program), "--only", "p1"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not (note.exists() and note.read_text().endswith("\n")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[1] == b"probes: stopped\n"
+    assert has_ended(int(note.read_text()))
