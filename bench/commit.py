@@ -19,8 +19,8 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 def git_commit() -> str | None:
     """The commit, marked ``+`` when tracked files differ from it.
 
-    Outside a checkout that of the package which was brought along (``bench.gpu_check.package``), and
-    said so: the sources came with it, but may have been changed. None without that either.
+    Outside a checkout that of the package which was brought along, and said so: the sources came
+    with it (``bench.gpu_check.package``), but may have been changed. None without that either.
     """
     here = Path(__file__).parent
 
