@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CMAKE = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
 SCRIPT = """
 cmake_minimum_required(VERSION 3.22)
-include({module})
+include("{module}")
 specrt_choose_nvcc("80;90a" nvcc reason)
 message(STATUS "nvcc=${{nvcc}}=")
 if(NOT reason STREQUAL "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,11 +80,21 @@ def _start(command: Command, limit: float, report: Report, logs: Path) -> Runnin
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
     except OSError as error:
         report.add(command.name, (FAILED, str(error)), 0.0)
         return None
     return Running(command, process, log, start, limit)
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """In a new process: SIGTERM when gpu-check is killed, so that the GPU is free again."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _finish(running: Running, report: Report) -> None:

@@ -20,6 +20,11 @@ struct PlanChoice {
     int32_t blocks_per_sm;  // sequences are split until every SM has so many, if they are that long
 };
 
+constexpr bool is_valid(const PlanChoice& plan) {
+    const int warps = plan.num_warps, blocks = plan.blocks_per_sm;
+    return (warps == 0 || warps == 4 || warps == 8) && blocks >= 0 && blocks <= 16;
+}
+
 struct TreeAttentionArgs {
     TensorView q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, out,
         workspace;

@@ -37,4 +37,12 @@ constexpr std::initializer_list<Variant> kVariants = {
     // clang-format on
 };
 
+// Each is a plan that a caller could have asked for; {0, 0} leaves it to the rules.
+constexpr bool are_valid(std::initializer_list<Variant> lines) {
+    for (const Variant& v : lines)
+        if (!is_valid(v.choice)) return false;
+    return true;
+}
+static_assert(are_valid(kVariants), "no such plan");
+
 }  // namespace specrt::attention

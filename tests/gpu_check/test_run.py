@@ -23,7 +23,7 @@ from bench.gpu_check.report import Report, passed_before
 from bench.gpu_check.run import run_stage
 from bench.gpu_check.stages import Command, Machine
 from tests.gpu_check.test_stages import WITH_GPU, WITHOUT_GPU
-from tests.processes import has_ended
+from tests.processes import ends
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_a_command_that_overruns_is_cut(tmp_path: Path) -> None:
     assert statuses(one) == {"slow": CUT, "quick": OK}
     assert one.rows[0]["detail"] == "stopped after 5 s"
     assert not one.has_passed
-    assert has_ended(int(child.read_text()))
+    assert ends(int(child.read_text()))
 
 
 def test_a_stage_without_time_says_what_it_left_out(tmp_path: Path) -> None:
@@ -161,6 +161,7 @@ def test_a_device_may_fail_at_every_command(
 
 
 def test_a_gpu_that_torch_does_not_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is one, too
     monkeypatch.setattr(machine, "_listed_gpus", lambda: "GPU 0: NVIDIA H100")
     with pytest.raises(SystemExit, match="sees no GPU, nvidia-smi sees GPU 0: NVIDIA H100"):
         machine.find(sys.executable)
@@ -242,7 +243,8 @@ def test_only_what_failed_runs_again(
         main(monkeypatch, *options, "--only-failed")
 
 
-def test_an_interruption_leaves_the_summary_and_the_archive(tmp_path: Path) -> None:
+def start_three(tmp_path: Path) -> subprocess.Popen[str]:
+    """gpu-check in its second command of three; ``tmp_path/ready`` has that one's process id."""
     code = f"""
 import sys
 from pathlib import Path
@@ -250,7 +252,8 @@ from bench.gpu_check import __main__ as gpu_check, judge, machine, stages
 def command(name, code):
     return stages.Command(name, (sys.executable, "-c", code), judge.by_exit, 60)
 path = Path({str(tmp_path)!r})
-wait = f"import time; open({{str(path / 'ready')!r}}, 'w'); time.sleep(60)"
+wait = "import os, pathlib, time; new = pathlib.Path('{tmp_path}/new'); "
+wait += "new.write_text(str(os.getpid())); new.replace('{tmp_path}/ready'); time.sleep(60)"
 stages.plan = lambda *_: [command("a", "pass"), command("b", wait), command("c", "pass")]
 machine.find = lambda python, is_dry: stages.Machine(python, {{}}, (), False, False, None)
 sys.argv = ["gpu_check", "--save", str(path), "--logs", str(path / "logs")]
@@ -264,6 +267,11 @@ gpu_check.main()
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+def test_an_interruption_leaves_the_summary_and_the_archive(tmp_path: Path) -> None:
+    process = start_three(tmp_path)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     saved = json.loads((tmp_path / "gpu_check_shim.json").read_text())
@@ -274,6 +282,18 @@ gpu_check.main()
     assert "gpu-check shim: INTERRUPTED" in output
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
         assert any(name.endswith("b.log") for name in tar.getnames())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_a_kill_leaves_what_was_known_and_no_command(tmp_path: Path) -> None:
+    process = start_three(tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    saved = json.loads((tmp_path / "gpu_check_shim.json").read_text())
+    assert [row["command"] for row in saved["commands"]] == ["a"]
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        assert any(name.endswith("a.log") for name in tar.getnames())
+    assert ends(int((tmp_path / "ready").read_text()))
 
 
 def test_only_a_gpu_writes_results_that_are_kept() -> None:

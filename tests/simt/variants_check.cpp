@@ -25,15 +25,9 @@ static_assert(is_chosen({2, 8, 4, 16, 128, 4096}, 90, 8, 1), "too many pairs");
 static_assert(is_chosen(kShape, 80, 0, 0), "another GPU");
 static_assert(is_chosen({1, 8, 4, 16, 64, 4096}, 90, 0, 0), "another head size");
 
-// A plan in the table is one that a caller could have asked for; {0, 0} leaves it to the rules.
-constexpr bool are_valid(std::initializer_list<Variant> lines) {
-    for (const Variant& v : lines) {
-        const int warps = v.choice.num_warps, blocks = v.choice.blocks_per_sm;
-        if ((warps != 0 && warps != 4 && warps != 8) || blocks < 0 || blocks > 16) return false;
-    }
-    return true;
-}
-static_assert(are_valid(kVariants));
+static_assert(are_valid(kLines));
+static_assert(!are_valid({{90, 128, 64, 8, kAny, {16, 2}}}), "more warps than a block may have");
+static_assert(!are_valid({{90, 128, 64, 8, kAny, {4, 17}}}), "more blocks than may be asked for");
 
 }  // namespace
 }  // namespace specrt::attention
