@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,24 +117,52 @@ def judged(seconds: Mapping[str, float]) -> Verdict:
 # --- recording --------------------------------------------------------------------------------
 
 
-def table_lines(result: Mapping[str, Any]) -> list[str]:
+def table_lines(result: Mapping[str, Any], table: str) -> list[str]:
     """The lines of ``variants.h`` for one GPU's result, narrow shapes before wide ones.
 
     Shapes at which the one in use won have a line, too, where a wider one would hold for them.
+
+    Args:
+        result: of this benchmark.
+        table: ``variants.h`` as it was measured; what it says is the one in use.
+
+    Raises:
+        ValueError: a winner is no variant.
     """
     facts = result["environment"]["gpu"]
     arch = round(10 * float(facts["capability"]))
     origin = f"{facts['device']}, {result['environment']['date'][:10]}"
     chosen: dict[tuple[int, ...], tuple[int, int]] = {}
     for row in result["rows"]:
-        warps, blocks = re.findall(r"\d+", row["winner"]) or (0, 0)
-        chosen[_key(row, limits.MODELS[row["model"]])] = int(warps), int(blocks)
+        key = _key(row, limits.MODELS[row["model"]])
+        chosen[key] = _choice(row["winner"]) or in_use(table, arch, key)
     others = {key[0] for key, choice in chosen.items() if choice != (0, 0)}
     return [
         f"    {{{arch}, {', '.join(map(str, key))}, {{{choice[0]}, {choice[1]}}}}},  // {origin}\n"
         for key, choice in sorted(chosen.items())
         if key[0] in others
     ]
+
+
+def _choice(winner: str) -> tuple[int, int] | None:
+    """Warps and blocks; None: the one in use."""
+    if winner == IN_USE:
+        return None
+    for plan in PLANS:
+        if winner == name_of(plan):
+            return plan.num_warps, plan.blocks_per_sm
+    raise ValueError(f"no variant: {winner!r}")
+
+
+def in_use(table: str, arch: int, key: Sequence[int]) -> tuple[int, int]:
+    """What ``variants.h`` says of a shape, as its ``measured_choice`` does; (0, 0): the rules."""
+    for line in re.findall(r"^    \{(\d+, .*)\},  //", table, re.MULTILINE):
+        words = re.findall(r"kAny|\d+", line)
+        numbers = [sys.maxsize if word == "kAny" else int(word) for word in words]
+        is_near = numbers[:2] == [arch, key[0]]
+        if is_near and all(size <= most for size, most in zip(key[1:], numbers[2:5], strict=True)):
+            return numbers[5], numbers[6]
+    return 0, 0
 
 
 def _key(row: Row, model: limits.Model) -> tuple[int, ...]:
@@ -161,11 +190,12 @@ def record(path: Path) -> None:
         result = json.loads(path.read_text())
         if result["environment"]["gpu"]["device"].startswith("no GPU"):
             raise SystemExit(f"{path}: a dry run, no figure is real")
-        lines = table_lines(result)
+        table = TABLE.read_text()
+        lines = table_lines(result, table)
         arch = round(10 * float(result["environment"]["gpu"]["capability"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: no result of this benchmark: {error!r}") from None
-    TABLE.write_text(with_lines(TABLE.read_text(), arch, lines))
+    TABLE.write_text(with_lines(table, arch, lines))
     print(f"{TABLE.name}: {len(lines)} lines for compute capability {arch / 10:g}")
 
 

@@ -80,14 +80,29 @@ def result(*winners: tuple[int, int, str]) -> dict[str, Any]:
 
 def test_lines_go_from_narrow_to_wide() -> None:
     """A shape at which the one in use won keeps it below a wider one that was quicker."""
-    found = variants.table_lines(result((60, 8192, FAST), (8, 8192, IN_USE), (60, 512, FAST)))
+    rows = (60, 8192, FAST), (8, 8192, IN_USE), (60, 512, FAST)
+    found = variants.table_lines(result(*rows), "")
     origin = "// NVIDIA H100 80GB HBM3, 2027-01-02\n"
     assert found == [
         f"    {{90, 128, 32, 8, 8256, {{0, 0}}}},  {origin}",
         f"    {{90, 128, 240, 8, 576, {{8, 2}}}},  {origin}",
         f"    {{90, 128, 240, 8, 8256, {{8, 2}}}},  {origin}",
     ]
-    assert variants.table_lines(result((60, 8192, IN_USE))) == []
+    assert variants.table_lines(result((60, 8192, IN_USE)), "") == []
+    again = result((60, 8192, IN_USE), (8, 8192, IN_USE), (60, 512, IN_USE))
+    assert variants.table_lines(again, "".join(found)) == found  # the one in use is the table's
+
+
+def test_what_a_table_says_of_a_shape() -> None:
+    table = """
+// markers, as {90, 128, 64, 32, kAny, {4, 4}},  // card, date
+    {80, 128, 240, 8, 8256, {8, 4}},  // a card
+    {90, 128, 240, 8, 8256, {8, 2}},  // a card
+    {90, 128, kAny, 8, kAny, {4, 1}},  // a card
+"""
+    said = {(128, 240, 8, 8256): (8, 2), (128, 241, 8, 64): (4, 1), (128, 240, 9, 64): (0, 0)}
+    said |= {(64, 240, 8, 64): (0, 0), (128, 32, 8, 8257): (4, 1)}
+    assert {key: variants.in_use(table, 90, key) for key in said} == said
 
 
 def test_lines_replace_those_of_the_same_architecture() -> None:
@@ -116,7 +131,9 @@ def test_recording(
     before = table.read_text()
     dry = result((60, 8192, FAST))
     dry["environment"]["gpu"]["device"] = FakeGpu().facts()["device"]
-    for text, words in ((json.dumps(dry), "a dry run"), ("{", "no result of this benchmark")):
+    unknown = json.dumps(result((60, 8192, "16 warps, 2 blocks/SM")))
+    refused = {json.dumps(dry): "a dry run", "{": "no result of this", unknown: "no variant: '16"}
+    for text, words in refused.items():
         file.write_text(text)
         with pytest.raises(SystemExit, match=words):
             variants.record(file)
