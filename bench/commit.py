@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,11 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit, marked ``+`` when tracked files differ from it; None outside a checkout."""
+    """The commit, marked ``+`` when tracked files differ from it.
+
+    Where git knows of none (a copy of the files alone, or someone else's checkout) it is what
+    ``$SPECRT_COMMIT`` says, else None.
+    """
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
@@ -28,4 +33,4 @@ def git_commit() -> str | None:
             "+" if git("status", "--porcelain", "--untracked-files=no") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("SPECRT_COMMIT") or None
