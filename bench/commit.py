@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -19,8 +20,9 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 def git_commit() -> str | None:
     """The commit, marked ``+`` when tracked files differ from it.
 
-    Outside a checkout that of the package which was brought along, and said so: the sources came
-    with it (``bench.gpu_check.package``), but may have been changed. None without that either.
+    Where git knows of none (a copy of the files alone, or someone else's checkout) it is what
+    ``$SPECRT_COMMIT`` says, else that of the package which was brought along
+    (``bench.gpu_check.package``), and said so: files may have changed since. Else None.
     """
     here = Path(__file__).parent
 
@@ -33,7 +35,8 @@ def git_commit() -> str | None:
             "+" if git("status", "--porcelain", "--untracked-files=no") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return packed_commit(here.parent / "build/gpu-package/manifest.json")
+        asked = os.environ.get("SPECRT_COMMIT")
+        return asked or packed_commit(here.parent / "build/gpu-package/manifest.json")
 
 
 def packed_commit(manifest: Path) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,24 +117,51 @@ def judged(seconds: Mapping[str, float]) -> Verdict:
 # --- recording --------------------------------------------------------------------------------
 
 
-def table_lines(result: Mapping[str, Any]) -> list[str]:
+def table_lines(result: Mapping[str, Any], table: str) -> list[str]:
     """The lines of ``variants.h`` for one GPU's result, narrow shapes before wide ones.
 
     Shapes at which the one in use won have a line, too, where a wider one would hold for them.
+
+    Args:
+        result: of this benchmark.
+        table: ``variants.h`` as it was measured; what it says is the one in use.
+
+    Raises:
+        ValueError: a winner is no variant.
     """
     facts = result["environment"]["gpu"]
     arch = round(10 * float(facts["capability"]))
     origin = f"{facts['device']}, {result['environment']['date'][:10]}"
     chosen: dict[tuple[int, ...], tuple[int, int]] = {}
     for row in result["rows"]:
-        warps, blocks = re.findall(r"\d+", row["winner"]) or (0, 0)
-        chosen[_key(row, limits.MODELS[row["model"]])] = int(warps), int(blocks)
+        key = _key(row, limits.MODELS[row["model"]])
+        chosen[key] = _choice(row["winner"]) or in_use(table, arch, key)
     others = {key[0] for key, choice in chosen.items() if choice != (0, 0)}
     return [
         f"    {{{arch}, {', '.join(map(str, key))}, {{{choice[0]}, {choice[1]}}}}},  // {origin}\n"
         for key, choice in sorted(chosen.items())
         if key[0] in others
     ]
+
+
+def _choice(winner: str) -> tuple[int, int] | None:
+    """Warps and blocks; None: the one in use."""
+    if winner == IN_USE:
+        return None
+    for plan in PLANS:
+        if winner == name_of(plan):
+            return plan.num_warps, plan.blocks_per_sm
+    raise ValueError(f"no variant: {winner!r}")
+
+
+def in_use(table: str, arch: int, key: Sequence[int]) -> tuple[int, int]:
+    """What ``variants.h`` says of a shape, as its ``measured_choice`` does; (0, 0): the rules."""
+    for line in re.findall(r"^    \{\d.*", table, re.MULTILINE):
+        *about, warps, blocks = _numbers(line)
+        is_near = about[:2] == [arch, key[0]]
+        if is_near and all(size <= most for size, most in zip(key[1:], about[2:], strict=True)):
+            return warps, blocks
+    return 0, 0
 
 
 def _key(row: Row, model: limits.Model) -> tuple[int, ...]:
@@ -143,12 +171,22 @@ def _key(row: Row, model: limits.Model) -> tuple[int, ...]:
     return model.head_dim, rows, row["batch"] * model.num_kv_heads, keys
 
 
-def with_lines(table: str, arch: int, lines: Sequence[str]) -> str:
-    """``variants.h`` with these lines instead of those of the same architecture."""
+def with_lines(table: str, lines: Sequence[str]) -> str:
+    """``variants.h`` with these lines; others of the architecture stay for what they alone hold.
+
+    So a run that was cut takes nothing from the shapes that it did not measure.
+    """
     head, rest = table.split(_BEGIN)
     old, tail = rest.split(_END)
-    kept = [line for line in old.splitlines(True) if not line.strip().startswith(f"{{{arch},")]
-    return "".join([head, _BEGIN, *kept, *lines, _END, tail])
+    measured = {_numbers(line)[:-2] for line in lines}
+    kept = [line for line in old.splitlines(True) if _numbers(line)[:-2] not in measured]
+    return "".join([head, _BEGIN, *sorted([*kept, *lines], key=_numbers), _END, tail])
+
+
+def _numbers(line: str) -> tuple[int, ...]:
+    """Of a line: architecture, head size, the most rows, pairs and keys, then warps and blocks."""
+    words = re.findall(r"kAny|\d+", line.split("//")[0])
+    return tuple(sys.maxsize if word == "kAny" else int(word) for word in words)
 
 
 def record(path: Path) -> None:
@@ -161,11 +199,12 @@ def record(path: Path) -> None:
         result = json.loads(path.read_text())
         if result["environment"]["gpu"]["device"].startswith("no GPU"):
             raise SystemExit(f"{path}: a dry run, no figure is real")
-        lines = table_lines(result)
+        table = TABLE.read_text()
+        lines = table_lines(result, table)
         arch = round(10 * float(result["environment"]["gpu"]["capability"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: no result of this benchmark: {error!r}") from None
-    TABLE.write_text(with_lines(TABLE.read_text(), arch, lines))
+    TABLE.write_text(with_lines(table, lines))
     print(f"{TABLE.name}: {len(lines)} lines for compute capability {arch / 10:g}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,26 +79,44 @@ def result(*winners: tuple[int, int, str]) -> dict[str, Any]:
 
 def test_lines_go_from_narrow_to_wide() -> None:
     """A shape at which the one in use won keeps it below a wider one that was quicker."""
-    found = variants.table_lines(result((60, 8192, FAST), (8, 8192, IN_USE), (60, 512, FAST)))
+    rows = (60, 8192, FAST), (8, 8192, IN_USE), (60, 512, FAST)
+    found = variants.table_lines(result(*rows), "")
     origin = "// NVIDIA H100 80GB HBM3, 2027-01-02\n"
     assert found == [
         f"    {{90, 128, 32, 8, 8256, {{0, 0}}}},  {origin}",
         f"    {{90, 128, 240, 8, 576, {{8, 2}}}},  {origin}",
         f"    {{90, 128, 240, 8, 8256, {{8, 2}}}},  {origin}",
     ]
-    assert variants.table_lines(result((60, 8192, IN_USE))) == []
+    assert variants.table_lines(result((60, 8192, IN_USE)), "") == []
+    again = result((60, 8192, IN_USE), (8, 8192, IN_USE), (60, 512, IN_USE))
+    assert variants.table_lines(again, "".join(found)) == found  # the one in use is the table's
 
 
-def test_lines_replace_those_of_the_same_architecture() -> None:
-    table = variants.TABLE.read_text()
-    first = variants.with_lines(table, 80, ["    {80, 64, 1, 1, 64, {4, 1}},  // a card\n"])
-    both = variants.with_lines(first, 90, ["    {90, 64, 1, 1, 64, {4, 1}},  // a card\n"])
-    assert both.count("// a card") == 2
-    again = variants.with_lines(both, 90, ["    {90, 64, 1, 1, 64, {8, 1}},  // another\n"])
-    assert (again.count("// a card"), again.count("// another")) == (1, 1)
-    assert variants.with_lines(again, 80, []).count("// a card") == 0
-    entries = re.findall(r"^ +\{\d+, .*// another$", again, re.MULTILINE)
-    assert len(entries) == 1
+def test_what_a_table_says_of_a_shape() -> None:
+    table = """
+// markers, as {90, 128, 64, 32, kAny, {4, 4}},  // card, date
+    {80, 128, 240, 8, 8256, {8, 4}},  // a card
+    {90, 128, 240, 8, 8256, {8, 2}},  // a card
+    {90, 128, kAny, 8, kAny, {4, 1}},  // a card
+"""
+    said = {(128, 240, 8, 8256): (8, 2), (128, 241, 8, 64): (4, 1), (128, 240, 9, 64): (0, 0)}
+    said |= {(64, 240, 8, 64): (0, 0), (128, 32, 8, 8257): (4, 1)}
+    assert {key: variants.in_use(table, 90, key) for key in said} == said
+
+
+def test_a_line_replaces_only_that_of_its_own_shape() -> None:
+    """A run that was cut takes nothing from the shapes that it did not measure."""
+    old = [
+        "    {90, 64, 8, 1, kAny, {4, 1}},  // old\n",
+        "    {80, 64, 8, 1, 64, {4, 1}},  // old\n",
+    ]
+    table = variants.with_lines(variants.TABLE.read_text(), old)
+    new = ["    {90, 64, 8, 1, 64, {8, 1}},  // new\n", "    {80, 64, 8, 1, 64, {8, 1}},  // new\n"]
+    lines = [line for line in variants.with_lines(table, new).splitlines() if "// " in line[-7:]]
+    assert [line.split()[-1] for line in lines] == ["new", "new", "old"]
+    assert variants.in_use(
+        "\n".join(["    // BEGIN measured", *lines, "    // END measured", ""]), 90, (64, 8, 1, 65)
+    ) == (4, 1)
 
 
 def test_recording(
@@ -116,7 +133,9 @@ def test_recording(
     before = table.read_text()
     dry = result((60, 8192, FAST))
     dry["environment"]["gpu"]["device"] = FakeGpu().facts()["device"]
-    for text, words in ((json.dumps(dry), "a dry run"), ("{", "no result of this benchmark")):
+    unknown = json.dumps(result((60, 8192, "16 warps, 2 blocks/SM")))
+    refused = {json.dumps(dry): "a dry run", "{": "no result of this", unknown: "no variant: '16"}
+    for text, words in refused.items():
         file.write_text(text)
         with pytest.raises(SystemExit, match=words):
             variants.record(file)
