@@ -112,11 +112,10 @@ def test_a_line_replaces_only_that_of_its_own_shape() -> None:
     ]
     table = variants.with_lines(variants.TABLE.read_text(), old)
     new = ["    {90, 64, 8, 1, 64, {8, 1}},  // new\n", "    {80, 64, 8, 1, 64, {8, 1}},  // new\n"]
-    lines = [line for line in variants.with_lines(table, new).splitlines() if "// " in line[-7:]]
-    assert [line.split()[-1] for line in lines] == ["new", "new", "old"]
-    assert variants.in_use(
-        "\n".join(["    // BEGIN measured", *lines, "    // END measured", ""]), 90, (64, 8, 1, 65)
-    ) == (4, 1)
+    both = variants.with_lines(table, new)
+    assert re.findall(r"^    \{.*(old|new)$", both, re.MULTILINE) == ["new", "new", "old"]
+    assert variants.in_use(both, 90, (64, 8, 1, 64)) == (8, 1)
+    assert variants.in_use(both, 90, (64, 8, 1, 65)) == (4, 1)
 
 
 def test_recording(
