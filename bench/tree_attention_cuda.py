@@ -216,17 +216,27 @@ def _aligned(size: int) -> int:
 
 
 def checked(outputs: dict[str, Outputs], failures: dict[str, str]) -> None:
-    """Every contender's output is ours, else this raises; those that cannot run are noted."""
+    """Notes those that cannot run, or give something else than ours and at least one other do.
+
+    Raises:
+        AssertionError: some differ from ours, and none gives the same.
+    """
     expected = outputs[OURS]().float()
+    agreeing, differences = [], {}
     for name, output in outputs.items():
         try:
             found = output().float()
+            torch.testing.assert_close(expected, found, atol=2e-2, rtol=2e-2)
+        except AssertionError as error:
+            differences[name] = error
         except Exception as error:
             failures[name] = gpu.reason(error)
-            continue
-        torch.testing.assert_close(
-            expected, found, atol=2e-2, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        else:
+            agreeing += [name] if name != OURS else []
+    for name, error in differences.items():
+        if not agreeing or name == OURS:
+            raise AssertionError(f"{name}: {error}")
+        failures[name] = f"differs from ours, and {' and '.join(agreeing)} does not"
 
 
 def one_case(

@@ -291,6 +291,15 @@ def test_contenders_that_differ_are_found() -> None:
         tree_attention_cuda.checked(outputs, {})
 
 
+def test_one_that_differs_from_all_others_is_left_out() -> None:
+    outputs = {name: lambda: torch.zeros(2) for name in ("ours", "sdpa")}
+    failures: dict[str, str] = {}
+    tree_attention_cuda.checked(outputs | {"flashinfer": lambda: torch.ones(2)}, failures)
+    assert failures == {"flashinfer": "differs from ours, and sdpa does not"}
+    with pytest.raises(AssertionError, match="ours: "):  # NaN is equal to nothing
+        tree_attention_cuda.checked({"ours": lambda: torch.tensor([float("nan")])}, failures)
+
+
 def test_contenders_that_cannot_run_are_noted() -> None:
     def broken() -> torch.Tensor:
         raise RuntimeError("no kernel image")

@@ -80,6 +80,13 @@ def test_plan_without_tools() -> None:
     assert "ncu is neither" in commands(bare, "B")["profiles"].skipped
 
 
+@pytest.mark.parametrize(("stage", "tool"), [("A", "memcheck"), ("C", "racecheck")])
+def test_a_sanitizer_judges_our_kernels_alone(stage: str, tool: str) -> None:
+    """Not what torch asks a driver in vain, as it does whenever it starts."""
+    argv = " ".join(commands(WITH_GPU, stage)[tool].argv)
+    assert "--report-api-errors no --kernel-name kns=specrt" in argv
+
+
 @pytest.mark.parametrize("stage", stages.ON_A_GPU)
 def test_a_dry_run_has_the_same_commands(stage: str) -> None:
     """Each says that it is dry, or is left out with the reason."""

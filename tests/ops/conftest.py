@@ -48,6 +48,9 @@ def needs_gpu(*values: object, id: str) -> object:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
+    if metafunc.definition.get_closest_marker("gpu"):  # the module's fixtures ask, not the test
+        metafunc.parametrize("backend", [pytest.param(("cuda",), id="cuda")], indirect=True)
+        return
     seeds = getattr(metafunc.module, "SIMT_SCHEDULES", (1,))
     simt = [
         pytest.param(("simt", seed, "ieee"), id="simt" if len(seeds) == 1 else f"simt{seed}")
