@@ -23,7 +23,7 @@ from specrt import ops
 from specrt.models.rope import rope_table
 
 ROWS = (60, 8192, 1, 8, 128)
-COMMITS = (60, 1, 8, 127)
+COMMITS = (8, 60, 1, 127)
 """A path has at most the nodes of a tree, and each moves by one slot here."""
 PAGE_SIZE = 64
 PREFIX = 192
