@@ -50,7 +50,7 @@ def require_gpu() -> None:
     from specrt.ops.build import build_info
 
     if not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU on this machine")
+        raise SystemExit("--device cuda: torch sees no GPU on this machine (--dry needs none)")
     if build_info().cuda is None:
         raise SystemExit(
             "--device cuda: this build has no CUDA kernels; SPECRT_CUDA=ON make ext builds them"

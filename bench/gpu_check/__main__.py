@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,36 @@ from bench.gpu_check.stages import PREPARES, SECONDS, Command, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 _BUILD = ROOT / "build/gpu_check"
+_LISTED_FOR = {"device": "none here; as for one of compute capability 9.0", "capability": "9.0"}
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", help="some of A,B,C,shim; default: A, shim without a GPU")
+    parser.add_argument(
+        "--stages", help="some of A,B,C,shim, as A,C; default: A, shim without a GPU"
+    )
     parser.add_argument("--only-failed", action="store_true", help="what did not pass before")
     parser.add_argument("--dry", action="store_true", help="all stages on a made-up GPU")
     parser.add_argument("--list", action="store_true", help="the commands, not run")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="default: bench/results")
-    parser.add_argument("--logs", type=Path, default=_BUILD / "logs", metavar="DIR")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="default: bench/results; its folder local without a GPU, build/gpu_check/dry if --dry",
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        metavar="DIR",
+        help="default: logs, in build/gpu_check or in its dry",
+    )
     parser.add_argument(
         "--archive",
         type=Path,
-        default=_BUILD / "results.tar.gz",
         metavar="FILE",
-        help="results and logs in one, kept up to date; default: build/gpu_check/results.tar.gz",
+        help="results and logs in one, kept up to date; default: results.tar.gz beside the logs",
     )
     parser.add_argument(
         "--fits", action="store_true", help="only say by the exit code if this Python has it all"
@@ -65,7 +78,10 @@ def main() -> None:
         print(line)
     os.environ["PYTHONPATH"] = os.pathsep.join(package.search_path(ROOT))
     machine = machines.find(_chosen_python(), is_dry=args.dry)
-    if not machine.gpu and set(asked) & set(stages.ON_A_GPU):
+    is_for_a_gpu = bool(set(asked) & set(stages.ON_A_GPU))
+    if is_for_a_gpu and not machine.gpu and args.list:
+        machine = replace(machine, gpu=_LISTED_FOR)
+    if is_for_a_gpu and not machine.gpu:
         raise SystemExit(f"gpu-check: stage {asked[0]} needs a GPU, and torch sees none; try --dry")
     chosen = asked or (stages.ON_A_GPU[0] if machine.gpu else stages.WITHOUT_GPU,)
     print(f"python: {machine.python}")
@@ -99,9 +115,11 @@ def check(stage: str, machine: Machine, save: Path, args: argparse.Namespace) ->
     path = save / f"gpu_check_{stage}.json"
     device = machine.gpu.get("device")
     earlier = passed_before(path, device) if args.only_failed else []
-    all_logs = {name: args.logs.resolve() / name for name in SECONDS}
+    # What a dry run leaves must not take the place of a real one's.
+    build = _BUILD / "dry" if machine.is_dry else _BUILD
+    all_logs = {name: (args.logs or build / "logs").resolve() / name for name in SECONDS}
     logs, order = all_logs[stage], [command.name for command in commands]
-    archive = args.archive.resolve()
+    archive = (args.archive or build / "results.tar.gz").resolve()
     head = _head(stage, machine)
     report = Report(path, head, order, logs, archive, earlier, list(all_logs.values()))
     try:

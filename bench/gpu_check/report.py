@@ -39,6 +39,8 @@ class Report:
     other_logs: Sequence[Path] = ()
     """Folders of the other stages' logs, which the archive has too."""
     rows: list[Row] = field(default_factory=list)
+    begun: set[str] = field(default_factory=set)
+    """Names of the commands that were started."""
     started: float = field(default_factory=time.monotonic)
     is_interrupted: bool = False
 
@@ -86,7 +88,11 @@ class Report:
     def left_out(self) -> list[str]:
         """What has no result: for want of time, of a tool, or because the run ended."""
         known = {row["command"]: row for row in self.all_rows}
-        waiting = [f"{name}: not reached" for name in self.order if name not in known]
+        waiting = [
+            f"{name}: {'interrupted' if name in self.begun else 'not reached'}"
+            for name in self.order
+            if name not in known
+        ]
         cut = [f"{n}: {r['detail']}" for n, r in known.items() if r["status"] in (CUT, SKIPPED)]
         return cut + waiting
 
@@ -109,7 +115,7 @@ class Report:
         lines = [f"{'command':18}{'status':9}{'seconds':>8}  detail"]
         for row in self.all_rows:
             detail = printable(" ".join(row["detail"].split()))[:_SHOWN_DETAIL]
-            again = " (earlier run)" if "earlier" in row else ""
+            again = f" (earlier run, {row['earlier']['date'][:16]})" if "earlier" in row else ""
             lines.append(
                 f"{row['command']:18}{row['status']:9}{row['seconds']:8.1f}  {detail}{again}"
             )

@@ -85,6 +85,7 @@ def _start(command: Command, limit: float, report: Report, logs: Path) -> Runnin
     except OSError as error:
         report.add(command.name, (FAILED, str(error)), 0.0)
         return None
+    report.begun.add(command.name)
     return Running(command, process, log, start, limit)
 
 

@@ -231,7 +231,7 @@ def test_only_what_failed_runs_again(
     assert sorted(ran.read_text().split()) == ["aside", "bad", "extension"]
     last = capsys.readouterr().out.splitlines()
     assert last[-1].startswith("gpu-check shim: passed")
-    assert any(line.startswith("good") and line.endswith("(earlier run)") for line in last)
+    assert any(line.startswith("good") and "(earlier run, " in line for line in last)
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
         names = {Path(name).name for name in tar.getnames()}
     assert {"gpu_check_shim.json", "good.log", "bad.log"} <= names
@@ -278,7 +278,7 @@ def test_an_interruption_leaves_the_summary_and_the_archive(tmp_path: Path) -> N
     assert process.returncode == 1
     assert saved["outcome"] == "INTERRUPTED"
     assert [row["command"] for row in saved["commands"]] == ["a"]
-    assert saved["left_out"] == ["b: not reached", "c: not reached"]
+    assert saved["left_out"] == ["b: interrupted", "c: not reached"]
     assert "gpu-check shim: INTERRUPTED" in output
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
         assert any(name.endswith("b.log") for name in tar.getnames())
@@ -315,6 +315,26 @@ def test_listing_runs_nothing(
     assert "GPU: torch sees none" in shown
     assert "python3 setup.py -q build_ext --inplace" in shown
     assert not (tmp_path / "new").exists()
+
+
+def test_a_gpus_stage_is_listed_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(monkeypatch, "--list", "--stages", "A") == 0
+    shown = capsys.readouterr().out
+    assert "CMAKE_CUDA_ARCHITECTURES='90a;80'" in shown and "--dry" not in shown
+
+
+def test_a_dry_run_leaves_a_real_ones_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "_BUILD", tmp_path)
+    monkeypatch.setattr(stages, "plan", lambda *_: [python("a", "pass")])
+    assert main(monkeypatch, "--save", str(tmp_path / "real")) == 0
+    real = (tmp_path / "results.tar.gz").read_bytes()
+    assert main(monkeypatch, "--dry", "--stages", "A", found=WITH_GPU) == 0
+    assert (tmp_path / "results.tar.gz").read_bytes() == real
+    assert (tmp_path / "dry/results.tar.gz").exists()
 
 
 def test_a_stage_that_needs_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
