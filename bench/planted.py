@@ -11,19 +11,17 @@ drafter's trees the bundled target accepts on held-out problems, greedily.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-import torch
-
 from bench.draft_contenders import Tree
 from bench.harness import RESULTS, environment, parser, report, result_of, save_result, start
 from bench.prompts import HELDOUT, load_prompts
-from specrt.draft.base import Budget
+from specrt.draft.base import Budget, EmptyDrafter
 from specrt.tree import TreeBuilder, stack
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import DraftTree, SequenceState
 
 NODES = (60, 8, 16, 32)
 TRACE = "accept_lengths"
@@ -47,7 +45,7 @@ def recorded_trace(num_nodes: int) -> Trace:
     return Trace(num_nodes, row["depth"], [int(digit) for digit in row["accept_lengths"]])
 
 
-class PlantedDrafter:
+class PlantedDrafter(EmptyDrafter):
     """Proposes the first so many tokens of what comes, and wrong ones behind and beside them.
 
     One sequence at a time.
@@ -57,8 +55,6 @@ class PlantedDrafter:
         trace: how many to get right, round by round, over and over.
         vocab_size: more than a tree's nodes.
     """
-
-    taps: tuple[str, ...] = ()
 
     def __init__(self, answer: Sequence[int], trace: Trace, vocab_size: int) -> None:
         if not trace.depth < trace.num_nodes < vocab_size:
@@ -75,23 +71,9 @@ class PlantedDrafter:
         """Begin the trace."""
         self._lengths = cycle(self._trace.accept_lengths)
 
-    def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
-        """Nothing is read from the target."""
-
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
         """Trees of one size, whatever there is still to say: the last ones reach past the end."""
         return stack([self._tree(state) for state in states])
-
-    def observe(
-        self,
-        states: Sequence[SequenceState],
-        result: AcceptResult,
-        taps: Mapping[str, torch.Tensor],
-    ) -> None:
-        """All is known beforehand."""
-
-    def finish(self, state: SequenceState) -> None:
-        """Nothing is kept."""
 
     def _tree(self, state: SequenceState) -> TreeBuilder:
         trace, said = self._trace, len(state.token_ids) - state.prompt_len

@@ -22,6 +22,7 @@ from bench.planted import NODES, PlantedDrafter, Trace, recorded_trace
 from bench.step_graphs import StepGraphs
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import ALIGNMENT
+from tests.fake_cuda import FakeEvent
 
 NAME = "Llama-3-8B"
 
@@ -204,21 +205,6 @@ class FakeGraph:
     def replay(self) -> None:
         self.replays += 1
         FakeEvent.now += 3.0
-
-
-class FakeEvent:
-    """Milliseconds that only replays make pass."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.time = 0.0
-
-    def record(self) -> None:
-        self.time = FakeEvent.now
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return end.time - self.time
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from bench.attention_inputs import ancestor_bits, tree_mask
 from bench.clocks import parse_smi
 from bench.fake_gpu import FakeGpu
 from specrt import ops
+from tests.fake_cuda import FakeEvent
 
 # --- limits and tables ------------------------------------------------------------------------
 
@@ -244,23 +245,6 @@ class FakeGraph:
 
     def replay(self) -> None:
         FakeEvent.now += 8.0
-
-
-class FakeEvent:
-    """Milliseconds that only replays make pass."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.time = 0.0
-
-    def record(self) -> None:
-        self.time = FakeEvent.now
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return end.time - self.time
 
 
 def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
