@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -115,6 +116,9 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
+_LOADING = Lock()  # of threads that ask for one engine at once, one loads it
+
+
 @lru_cache(maxsize=1)
 def _cached_engine(target: str, drafter: str | None, device: str | torch.device) -> Engine:
     return load(target, drafter, device=device)
@@ -128,7 +132,7 @@ def generate(
     device: str | torch.device = "cpu",
     **sampling: Any,
 ) -> str:
-    """Answer one prompt and return its text; the engine is kept for the next call.
+    """Answer one prompt and return its text; the engine is kept for the next call, of any thread.
 
     Args:
         prompt: text, token ids or chat messages.
@@ -141,7 +145,8 @@ def generate(
         ValueError: as :meth:`Engine.generate`.
         GenerationError: the sequence failed.
     """
-    engine = _cached_engine(target, drafter, device)
+    with _LOADING:
+        engine = _cached_engine(target, drafter, device)
     result = engine.generate(prompt, SamplingParams(**sampling))
     if result.error is not None:
         raise GenerationError(result.error)
