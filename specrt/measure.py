@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any
 
 from specrt.draft.base import EmptyDrafter
-from specrt.engine import Engine, GenerationResult, Prompt
+from specrt.engine import Engine, GenerationResult
+from specrt.prompts import Prompt
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "stop"},
+    {"config", "stop", "option_hints"},
     {"ops"},
     {"sampling"},
     {"cache", "tree", "accept", "graph"},
     {"models"},
-    {"draft"},
+    {"draft", "prompts"},
     {"engine", "train"},
     {"loading"},
     {"measure", "record", "replay"},

@@ -25,8 +25,9 @@ from specrt.cli.demo_prompts import PROMPTS
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
     from specrt.measure import Comparison, Measurement
+    from specrt.prompts import Prompt
     from specrt.sampling import SamplingParams
 
 _ACCEPTED = "bold green"

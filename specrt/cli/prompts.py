@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
+    from specrt.prompts import Prompt
 
 STDIN = "-"
 

@@ -13,7 +13,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from specrt.draft.eesd import EesdDrafter
     from specrt.draft.trace import TraceModels
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
+    from specrt.prompts import Prompt
     from specrt.sampling import SamplingParams
 
 _NUM_PROBLEMS = 6
