@@ -46,12 +46,9 @@ _ELSEWHERE = {
     "random_seed": "seed",
     "top_logprobs": "logprobs, of the tokens that were chosen",
     "prompt_logprobs": "logprobs, of output tokens",
+    "model": "target",
     "sampling_params": "sampling",
     "generation_config": "sampling",
-    "input_ids": "prompts, the first argument",
-    "inputs": "prompts, the first argument",
-    "prompt_token_ids": "prompts, the first argument",
-    "attention_mask": "prompts, the first argument, as the tokenizer returned it",
 }
 
 

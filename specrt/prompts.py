@@ -92,9 +92,11 @@ def split_prompts(prompts: object) -> tuple[list[Any], bool]:
     if isinstance(prompts, str | Mapping):
         return [prompts], False
     items = _items("prompts", prompts)
-    if items and _kind_of_all("prompts", items) is not _Kind.PROMPT:
-        return [items], False
-    return items, True
+    if items:
+        is_many = _kind_of_all("prompts", items) is _Kind.PROMPT
+    else:  # a tensor of one dimension is one prompt, as empty as it may be
+        is_many = getattr(prompts, "ndim", 2) != 1
+    return (items, True) if is_many else ([items], False)
 
 
 def plain_prompt(prompt: object, name: str = "prompt") -> PlainPrompt:
@@ -124,6 +126,8 @@ def _mapped_prompt(prompt: Mapping[str, Any], name: str) -> PlainPrompt:
     given = {key: value for key, value in prompt.items() if value is not None}
     if given.keys() == {"prompt", "prompt_token_ids"}:  # vLLM's: a text and its own ids
         del given["prompt"]
+    if "role" in given:
+        raise ValueError(f"{name}: expected a list of chat messages, got one message outside a list")
     key = next(iter(given), None)
     if len(given) != 1 or key not in _FORMS:
         keys = ", ".join(map(str, prompt)) or "none"
@@ -165,12 +169,13 @@ def _without_padding(name: str, row: object, mask: object) -> list[int]:
     if mask is None:
         return token_ids
     bits = [int(bit) if bit in (0, 1) else None for bit in _items(f"{name}'s {_MASK}", mask)]
-    shown = [index for index, bit in enumerate(bits) if bit]
+    kept = [index for index, bit in enumerate(bits) if bit]
+    shown = reprlib.repr(bits)
     if len(bits) != len(ids) or None in bits:
-        raise ValueError(f"{name}: expected an {_MASK} of {len(ids)} zeros and ones, got {bits}")
-    if shown and shown[-1] - shown[0] >= len(shown):
-        raise ValueError(f"{name}: expected an {_MASK} that hides the ends alone, got {bits}")
-    return [token_ids[index] for index in shown]
+        raise ValueError(f"{name}: expected an {_MASK} of {len(ids)} zeros and ones, got {shown}")
+    if kept and kept[-1] - kept[0] >= len(kept):
+        raise ValueError(f"{name}: expected an {_MASK} that hides the ends alone, got {shown}")
+    return [token_ids[index] for index in kept]
 
 
 def _only_row(name: str, rows: list[Any]) -> Any:
@@ -202,7 +207,7 @@ def _kind_of_all(name: str, items: list[Any]) -> _Kind:
         return _Kind.TOKEN
     first = _kind(items[0])
     if first is None:
-        raise _refusal(f"{name}[0]", ", ".join(kind.value for kind in _Kind), items[0])
+        raise _refusal(f"{name}[0]", " or ".join(kind.value for kind in _Kind), items[0])
     for index, item in enumerate(items):
         if _kind(item) is not first:
             raise _refusal(f"{name}[{index}]", f"{first.value}, as {name}[0] is", item)
