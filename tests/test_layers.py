@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "stop"},
+    {"config", "stop", "json_lines"},
     {"ops"},
     {"sampling"},
     {"cache", "tree", "accept", "graph"},
