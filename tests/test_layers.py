@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "stop", "option_hints"},
+    {"config", "stop", "json_lines", "option_hints"},
     {"ops"},
     {"sampling"},
     {"cache", "tree", "accept", "graph"},
