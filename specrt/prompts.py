@@ -127,7 +127,7 @@ def _mapped_prompt(prompt: Mapping[str, Any], name: str) -> PlainPrompt:
     if given.keys() == {"prompt", "prompt_token_ids"}:  # vLLM's: a text and its own ids
         del given["prompt"]
     if "role" in given:
-        raise ValueError(f"{name}: expected a list of chat messages, got one message outside a list")
+        raise ValueError(f"{name}: expected a list of chat messages, got one without a list")
     key = next(iter(given), None)
     if len(given) != 1 or key not in _FORMS:
         keys = ", ".join(map(str, prompt)) or "none"

@@ -25,7 +25,7 @@ def run(
     engine: Engine,
     name: str,
     prompts: Sequence[Prompt],
-    sampling: SamplingParams,
+    sampling: Sequence[SamplingParams],
     *,
     repeats: int,
     is_json: bool,
