@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from specrt.json_lines import read_items
 from specrt.models.tokenizer import Tokenizer
-from specrt.train.records import ASSISTANT, Chat, Pair, Problem, Record, iter_items, parse_record
+from specrt.train.records import ASSISTANT, Chat, Pair, Problem, Record, parse_record
 
 
 class Example(NamedTuple):
@@ -137,7 +138,7 @@ def read_examples(
     max_length: int,
     skip_bad: bool = False,
 ) -> Dataset:
-    """Read JSONL files, or JSON lists in ``.json`` files.
+    """Read files of JSON objects, in any layout of :mod:`specrt.json_lines`.
 
     An object is a ShareGPT conversation (``conversations``), an OpenAI one (``messages``), a
     ``prompt`` with a ``response`` or ``completion``, a GSM8K problem (``question``, ``answer``), or
@@ -161,9 +162,9 @@ def read_examples(
     paths = list(paths)
     encoder, collector = _Encoder(tokenizer, max_length), _Collector(max_length)
     for path in paths:
-        for where, item in iter_items(path):
+        for item in read_items(path):
             try:
-                collector.add(encoder.encode(where, parse_record(where, item)))
+                collector.add(encoder.encode(item.where, parse_record(item)))
             except ValueError:
                 if not skip_bad:
                     raise

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from specrt.json_lines import read_items
 from specrt.models.tokenizer import Tokenizer
-from specrt.train.records import Chat, Pair, Problem, Record, iter_items, parse_record
+from specrt.train.records import Chat, Pair, Problem, Record, parse_record
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def read_prompts(
     num_records = num_empty = 0
     paths = list(paths)
     for path in paths:
-        for where, item in iter_items(path):
-            token_ids = _encoded(where, parse_record(where, item), tokenizer)
+        for item in read_items(path):
+            token_ids = _encoded(item.where, parse_record(item), tokenizer)
             num_records += 1
             num_empty += not token_ids
             if token_ids and token_ids not in prompts:

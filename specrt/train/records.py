@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from specrt.json_lines import JsonItem
 
 ASSISTANT = "assistant"
 
@@ -94,36 +94,13 @@ class Tokens:
 Record = Chat | Pair | Problem | Tokens
 
 
-def iter_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Every item of a file with the name that errors give it (``FILE, line 3``).
-
-    A ``.json`` file may hold one list (its items come parsed); any other is read line by line, and
-    the lines come as bytes.
-
-    Raises:
-        ValueError: the file is empty, or its list is not JSON.
-        OSError: it cannot be read.
-    """
-    file = Path(path)
-    count = 0
-    for where, item in _list_items(file) if _holds_list(file) else _lines(file):
-        count += 1
-        yield where, item
-    if count == 0:
-        raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
-
-
-def parse_record(where: str, item: Any) -> Record:
+def parse_record(item: JsonItem) -> Record:
     """What one item says.
 
-    Args:
-        where: its name, for errors.
-        item: as :func:`iter_items` gives it.
-
     Raises:
-        ValueError: it is not JSON or has none of the known forms; names ``where``.
+        ValueError: it is not JSON or has none of the known forms; names it.
     """
-    data = _decoded(where, item) if isinstance(item, bytes) else item
+    where, data = item.where, item.value()
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(data).__name__}")
     if "prompt_ids" in data or "response_ids" in data:
@@ -141,37 +118,6 @@ def parse_record(where: str, item: Any) -> Record:
         return Pair(_text(where, data, "prompt"), _optional_text(where, data, key))
     keys = ", ".join(map(str, data)) or "no keys"
     raise ValueError(f"{where}: expected {_FORMS}; got {keys}")
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _holds_list(file: Path) -> bool:
-    if file.suffix != ".json":
-        return False
-    with file.open("rb") as stream:
-        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _list_items(file: Path) -> Iterator[tuple[str, Any]]:
-    items = _decoded(str(file), file.read_bytes())
-    for number, item in enumerate(items, start=1):
-        yield f"{file}, item {number}", item
-
-
-def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if content.strip():
-                yield f"{file}, line {number}", content
-
-
-def _decoded(where: str, content: bytes) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
 
 
 # --- fields ---------------------------------------------------------------------------------------
