@@ -7,28 +7,25 @@ the stages; they exchange the plain types of :mod:`specrt.types` and never hold 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from specrt.accept import accept
 from specrt.cache import CacheBatch
 from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost, ShapedDrafter
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
+from specrt.prompts import Prompt, PromptEncoder, split_prompts
 from specrt.results import GenerationResult, StreamChunk
 from specrt.running import RunningBatch, RunningSequence
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, one_each
 from specrt.stop import OutputEnd, TextTracker
 from specrt.tree import MAX_NODES, first_nodes
 from specrt.types import AcceptResult, DraftTree, SequenceState
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or chat messages (through the tokenizer's own template)."""
 
 
 class Engine:
@@ -109,32 +106,40 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> Any:
         """Answer one prompt or many.
 
         Args:
-            prompts: one prompt (text, token ids or chat messages) or a list of them.
+            prompts: one prompt (text, token ids, chat messages) or a list of them, also as
+                tokenizers return them (:mod:`specrt.prompts`).
             sampling: for all prompts, or one each; greedy by default.
             draft: the shape of the draft trees; by default the drafter's choice. Never changes
                 the text.
+            add_special_tokens: False leaves out what the tokenizer puts before a text by itself
+                (bos); for texts that a chat template has made.
+            **options: fields of :class:`SamplingParams`, which replace those of ``sampling``.
 
         Returns:
             A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
             that failed has ``finish_reason == "error"`` and leaves the others untouched.
 
         Raises:
-            ValueError: an empty prompt, one longer than the context, bad sampling options, a
-                ``draft`` that the drafter does not take.
+            ValueError: no prompt or an empty one, one longer than the context, bad sampling
+                options, a ``draft`` that the drafter does not take; names it and what came.
+            TypeError: an option that :class:`SamplingParams` does not have.
             RuntimeError: the engine is closed.
             MemoryError: no memory for the KV cache; says how much was needed.
         """
-        many = _is_many(prompts)
-        batch = list(prompts) if many else [prompts]
+        batch, many = split_prompts(prompts)
+        requests = self._requests(batch, many, sampling, options, add_special_tokens)
         results: list[GenerationResult | None] = [None] * len(batch)
-        with closing(self._run(batch, sampling, draft, has_text=False)) as chunks:
+        with closing(self._run(requests, draft, has_text=False)) as chunks:
             for chunk in chunks:
                 if chunk.result is not None:
                     results[chunk.index] = chunk.result
@@ -142,67 +147,60 @@ class Engine:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
         Arguments are checked at the call, before the first chunk is asked for.
         """
-        batch = list(prompts) if _is_many(prompts) else [prompts]
-        return self._run(batch, sampling, draft, has_text=True)
+        batch, many = split_prompts(prompts)
+        requests = self._requests(batch, many, sampling, options, add_special_tokens)
+        return self._run(requests, draft, has_text=True)
 
     # --- requests -----------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids.
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """One prompt's token ids; arguments as for :meth:`generate`.
 
         Raises:
-            ValueError: the prompt is empty or has ids outside the vocabulary.
+            ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
         self._check_open()
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer.encode(prompt)) if prompt else []
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
-        else:
-            ids = [int(token) for token in cast("Sequence[int]", prompt)]
-        if not ids:
-            raise ValueError("prompt: expected at least one token, got an empty prompt")
-        vocab = self.target.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise ValueError(
-                    f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}"
-                )
-        return ids
+        vocab_size = self.target.config.vocab_size
+        return PromptEncoder(self.tokenizer, vocab_size, add_special_tokens).encode(prompt)
 
-    def _checked(
+    def _requests(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
+        many: bool,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        options: Mapping[str, Any],
+        add_special_tokens: bool,
     ) -> list[tuple[list[int], SamplingParams]]:
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"sampling: expected one for each of {len(prompts)} prompts, got {len(params)}"
-            )
-        requests = [(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        """Token ids and options of each prompt, which the target can take."""
+        self._check_open()
+        params = one_each(sampling, len(prompts), options)
         limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
-        for ids, p in requests:
+        encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
+        requests = []
+        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            name = f"prompts[{index}]" if many else "prompt"
+            ids = encoder.encode(prompt, name)
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"{name}: {len(ids)} tokens leave no room in the context of {limit}"
+                )
             if p.logit_bias and max(p.logit_bias) >= vocab:
                 raise ValueError(
                     f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
                 )
-            if len(ids) >= limit:
-                raise ValueError(
-                    f"prompt: {len(ids)} tokens leave no room in the context of {limit}"
-                )
+            requests.append((ids, p))
         return requests
 
     def _new_sequence(
@@ -251,16 +249,13 @@ class Engine:
 
     def _run(
         self,
-        prompts: Sequence[Any],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        requests: Sequence[tuple[list[int], SamplingParams]],
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        self._check_open()
         if draft is not None:
             self._check_draft(draft)
-        requests = deque(enumerate(self._checked(prompts, sampling)))
-        return self._rounds(requests, draft, has_text)
+        return self._rounds(deque(enumerate(requests)), draft, has_text)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -396,21 +391,10 @@ class Engine:
         return chunks
 
     def _chunk(self, sequence: RunningSequence, taken: list[int], length: int) -> StreamChunk:
-        is_over = sequence.end.reason is not None
         return StreamChunk(
             index=sequence.index,
             text=sequence.end.take_text(),
             token_ids=taken,
             num_accepted=min(length, len(taken)),
-            result=self._result(sequence) if is_over else None,
+            result=self._result(sequence) if sequence.end.reason is not None else None,
         )
-
-
-def _is_many(prompts: Any) -> bool:
-    """A list of prompts, as opposed to one prompt of token ids or of chat messages."""
-    if isinstance(prompts, str):
-        return False
-    if len(prompts) == 0:
-        return True
-    first = prompts[0]
-    return not isinstance(first, int | Mapping)

@@ -10,11 +10,13 @@ import math
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from specrt.ops.tree_accept import workspace_size
+from specrt.option_hints import with_option_hints
 
 # csrc/tree_accept/tree_accept.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
@@ -24,6 +26,23 @@ _FLOAT = struct.Struct("=f")
 
 def _fail(name: str, expected: str, got: object) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _with_int_keys(biases: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Biases by token id, where JSON had to write it as text; what is no id stays for checks."""
+    found: dict[Any, Any] = {}
+    for key, bias in biases.items():
+        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
+        token = int(key) if is_digits else _plain(key)
+        if token in found:
+            raise _fail("logit_bias", "each token id once", key)
+        found[token] = _plain(bias)
+    return found
 
 
 def _is_int(value: object) -> bool:
@@ -41,6 +60,7 @@ def _is_number(value: object) -> bool:
     return held != 0.0 or value == 0
 
 
+@with_option_hints
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
@@ -56,7 +76,7 @@ class SamplingParams:
     temperature: float = 0.0
     """0 is greedy: the largest processed logit, the lowest id on ties."""
     top_k: int | None = 0
-    """Keep the k largest logits; 0 or None is off."""
+    """Keep the k largest logits; 0, -1 or None is off (and is kept as 0)."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens that holds this mass; equal logits by id."""
     min_p: float = 0.0
@@ -68,7 +88,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once for each time it is in the output."""
     logit_bias: Mapping[int, float] | None = None
-    """Added to the logits of these token ids; ``-inf`` bans a token."""
+    """Added to the logits of these token ids; ``-inf`` bans a token. Ids may be written as JSON
+    writes them, ``"50256"``."""
     seed: int | None = None
     """64 bits (negative values wrap); None: the engine draws one (``with_seed``)."""
     stop: str | Sequence[str] | None = None
@@ -78,6 +99,12 @@ class SamplingParams:
     """Report each token's log-probability under the target's unprocessed law."""
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, _plain(getattr(self, one.name)))
+        if self.top_k is None or self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", _with_int_keys(self.logit_bias))
         self._check_ranges()
         self._check_filters()
         self._check_bias()
@@ -103,7 +130,7 @@ class SamplingParams:
 
     def _check_filters(self) -> None:
         if self.top_k is not None and not (_is_int(self.top_k) and 0 <= self.top_k < 2**31):
-            raise _fail("top_k", "None or an int >= 0", self.top_k)
+            raise _fail("top_k", "None, -1 or an int >= 0", self.top_k)
         if not _is_number(self.top_p) or not 1e-30 <= self.top_p <= 1.0:
             raise _fail("top_p", "a number in (0, 1]", self.top_p)
         if not _is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
@@ -165,6 +192,34 @@ class SamplingParams:
         if self.seed is not None:
             return self
         return replace(self, seed=secrets.randbits(63) if seed is None else seed)
+
+
+def one_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+    count: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[SamplingParams]:
+    """Parameters of each of ``count`` prompts, with ``options`` in place of their own fields.
+
+    Args:
+        sampling: for all, or one each; None is the default.
+
+    Raises:
+        ValueError: there are not so many, one is none, or an option is out of range.
+        TypeError: an option is no field.
+    """
+    if sampling is None or isinstance(sampling, SamplingParams):
+        params = [sampling or SamplingParams()] * count
+    elif isinstance(sampling, Sequence):
+        params = list(sampling)
+    else:
+        raise _fail("sampling", "SamplingParams, or one for each prompt", sampling)
+    if len(params) != count:
+        raise ValueError(f"sampling: expected one for each of {count} prompts, got {len(params)}")
+    for index, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise _fail(f"sampling[{index}]", "SamplingParams", one)
+    return [replace(one, **options) for one in params] if options else params
 
 
 @dataclass(frozen=True)

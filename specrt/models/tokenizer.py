@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from specrt.config import checkpoint_directory
+from specrt.models.chat import template_messages
 from specrt.types import CheckpointError
 
 # transformers makes up an empty tokenizer where a directory has none of these.
@@ -23,9 +26,31 @@ class Tokenizer:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens (bos) this tokenizer adds by itself."""
-        return [int(token) for token in self.inner.encode(text)]
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: what a chat template has made begins with bos already; a second one is warned of.
+            add_special_tokens: with those that this tokenizer adds by itself (bos).
+
+        Raises:
+            ValueError: half a surrogate pair, which is no character; names its position.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found, place = ascii(text[error.start]), error.start
+            raise ValueError(
+                f"prompt: expected characters, got half of one, {found}, at position {place}"
+            ) from None
+        ids = self.inner.encode(text, add_special_tokens=add_special_tokens)
+        if ids[:2] == [self.inner.bos_token_id] * 2 and add_special_tokens:
+            warnings.warn(
+                f"the text begins with {self.inner.bos_token!r} and the tokenizer adds another; "
+                "add_special_tokens=False leaves that out",
+                stacklevel=2,
+            )
+        return [int(token) for token in ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out and spaces as they are."""
@@ -36,30 +61,41 @@ class Tokenizer:
         )
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation and the opening of the assistant's next turn.
 
         Args:
-            messages: with ``role`` and ``content``.
+            messages: with ``role`` and ``content``, which is text or parts of text.
             add_generation_prompt: False leaves that opening out.
 
         Raises:
-            ValueError: the tokenizer has no chat template, or the template refuses the messages.
+            ValueError: the tokenizer has no chat template, the template refuses the messages, or
+                one of them is not well-formed (named by its index).
         """
+        template = self.inner.chat_template
+        if template is None:
+            raise ValueError("prompt: chat messages given, but the tokenizer has no chat template")
+        render = partial(self._render, add_generation_prompt=add_generation_prompt)
+        knows_tool_calls = "tool_calls" in str(template)
+        text = render(template_messages(messages, render, knows_tool_calls=knows_tool_calls))
+        return self.encode(text, add_special_tokens=False)
+
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError  # with transformers, not before
 
-        if self.inner.chat_template is None:
-            raise ValueError("prompt: chat messages given, but the tokenizer has no chat template")
         try:
-            ids = self.inner.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
+            return str(
+                self.inner.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
         except TemplateError as error:
             raise ValueError(f"prompt: the chat template refuses it: {error}") from error
-        return [int(token) for token in ids]
+        except Exception as error:  # whatever a template's expressions can raise
+            raise ValueError(
+                f"prompt: the chat template fails: {type(error).__name__}: {error}"
+            ) from error
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -23,7 +23,7 @@ from specrt.types import AcceptResult, DraftTree, SequenceState
 class LetterTokenizer:
     """Token i is the i-th printable character; enough of a tokenizer for the engine."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) - 32 for letter in text]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -1,0 +1,87 @@
+"""Chat messages as chat templates take them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# OpenAI's names of parts that are text.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PROBE = "specrt-probe"
+# A list of parts that a template did not look into, as Python or JSON writes it.
+_UNREAD_PART = re.compile(rf"""['"]text['"]: ?['"]{_PROBE}""")
+
+
+def template_messages(
+    messages: Sequence[Mapping[str, Any]],
+    render: Callable[[list[dict[str, Any]]], str],
+    *,
+    knows_tool_calls: bool,
+) -> list[dict[str, Any]]:
+    """Messages whose content the template can take.
+
+    Content in parts (OpenAI's form) is joined, unless the template goes through parts itself. An
+    assistant's null content beside its ``tool_calls`` is empty text where the template does not
+    know of tool calls, or it would write "None".
+
+    Args:
+        messages: with ``role`` and ``content``, text or parts of text.
+        render: a template's text of such messages; raises ValueError if it refuses them.
+        knows_tool_calls: whether the template does.
+
+    Raises:
+        ValueError: there are none, or one is not well-formed; names it by its index.
+    """
+    if not messages:
+        raise ValueError("prompt: expected at least one message, got none")
+    checked = [_checked(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    has_parts = any(isinstance(message["content"], list) for message in checked)
+    takes_parts = has_parts and _takes_parts(render)
+    for message in checked:
+        content = message["content"]
+        if isinstance(content, list) and not takes_parts:
+            message["content"] = "".join(part["text"] for part in content)
+        elif content is None and not knows_tool_calls:
+            message["content"] = ""
+    return checked
+
+
+def _takes_parts(render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    probe = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+    try:
+        text = render(probe)
+    except ValueError:
+        return False
+    return _PROBE in text and not _UNREAD_PART.search(text)
+
+
+def _checked(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"prompt: {name}: expected a mapping, got {type(message).__name__}")
+    if not isinstance(message.get("role"), str):
+        got = repr(message["role"]) if "role" in message else f"keys {', '.join(map(str, message))}"
+        raise ValueError(f'prompt: {name}: expected a "role" of text, got {got}')
+    return {**message, "content": _content(name, message)}
+
+
+def _content(name: str, message: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return content
+    if isinstance(content, list | tuple):
+        return [_text_part(f"{name}: content[{i}]", part) for i, part in enumerate(content)]
+    got = type(content).__name__ if "content" in message else "none"
+    raise ValueError(f'prompt: {name}: expected "content" of text or parts of text, got {got}')
+
+
+def _text_part(name: str, part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, Mapping):
+        kind = part.get("type", "text")
+        if kind not in _TEXT_PARTS:
+            raise ValueError(f"prompt: {name}: expected text, got a part of type {kind!r}")
+        if isinstance(part.get("text"), str):
+            return {**part, "type": "text"}
+    raise ValueError(f'prompt: {name}: expected a part with "text", got {type(part).__name__}')
