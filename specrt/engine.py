@@ -359,7 +359,7 @@ class Engine:
         """The drafter's trees, as far as there is room for them."""
         tree = self.drafter.propose(states, budget)
         num_nodes, sizes = tree.draft_tokens.shape[1], tree.num_nodes.tolist()
-        if len(sizes) != len(states) or not all(1 <= size <= num_nodes for size in sizes):
+        if len(sizes) != len(states) or min(sizes) < 1 or max(sizes) > num_nodes:
             raise ValueError(
                 f"{type(self.drafter).__name__}: num_nodes: expected {len(states)} numbers in "
                 f"1..{num_nodes}, the nodes of draft_tokens, got {sizes}"
