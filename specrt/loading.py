@@ -15,13 +15,14 @@ from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
 from specrt.draft.control import ControlOptions, parse_control
 from specrt.draft.load import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
-from specrt.engine import Engine, GenerationResult
+from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
 from specrt.models.placement import choose_dtype, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
 from specrt.prompts import Prompt
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 

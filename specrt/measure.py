@@ -9,8 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from specrt.draft.base import EmptyDrafter
-from specrt.engine import Engine, GenerationResult
+from specrt.engine import Engine
 from specrt.prompts import Prompt
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams, one_each
 from specrt.types import GenerationError
 
@@ -82,7 +83,7 @@ class Summary:
 
     @property
     def tau(self) -> float:
-        """Mean of accept_length + 1 per round, over the rounds of all prompts."""
+        """Mean of accept_length + 1 per round, over all prompts: their tokens by their rounds."""
         return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0
 
     @property
