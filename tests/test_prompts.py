@@ -149,7 +149,8 @@ def test_no_ids_of_one_dimension_are_one_empty_prompt() -> None:
     ],
 )
 def test_what_is_no_prompt_is_named(prompts: object, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}" if message.startswith("prompt") else message):
+    start = "^" if message.startswith("prompt") else ""
+    with pytest.raises(ValueError, match=start + message):
         read(prompts)
 
 

@@ -73,7 +73,7 @@ def test_null_beside_tool_calls() -> None:
             {"role": "user", "content": ["x", {"type": "image_url", "image_url": {}}]},
             r"content\[1\]: expected text, got a part of type 'image_url'",
         ),
-        ({"role": "user", "content": [{"type": "text"}]}, r'content\[0\]: .* with "text", got dict'),
+        ({"role": "user", "content": [{"type": "text"}]}, r'content\[0\]: .*"text", got dict'),
         ({"role": "user", "content": [None]}, r'content\[0\]: .* with "text", got NoneType'),
         ({"role": "user", "content": "ab\ud83d"}, r"got half of one, '\\ud83d', at position 2"),
         ({"role": "user", "content": ["\ude00"]}, r"content\[0\]: .* '\\ude00', at position 0"),

@@ -47,6 +47,26 @@ def test_text_goes_as_in_transformers(adds_bos: bool, tmp_path: Path) -> None:
     assert tokenizer.decode([1, 5, 6, 7, 2]) == "how many ?"
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_second_bos_is_warned_of_and_can_be_left_out(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, None, adds_bos=True)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match=r"begins with '<s>' .* add_special_tokens=False"):
+        assert tokenizer.encode("<s> how") == [1, 1, 5]
+    assert tokenizer.encode("<s> how", add_special_tokens=False) == [1, 5]
+    assert tokenizer.encode("how", add_special_tokens=False) == [5]
+    make_tokenizer(tmp_path, None, adds_bos=False)
+    assert load_tokenizer(tmp_path).encode("<s> how") == [1, 5]
+
+
+def test_half_a_character_is_refused_by_its_position(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, TEMPLATE, adds_bos=True)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"^prompt: .*'\\ud83d', at position 4$"):
+        tokenizer.encode("how \ud83d many")
+    assert tokenizer.encode("\U0001f600")  # a whole one
+
+
 def test_chat_has_one_bos_and_opens_the_answer(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, TEMPLATE, adds_bos=True)
     tokenizer = load_tokenizer(tmp_path)
