@@ -172,7 +172,7 @@ def test_a_second_bos_is_said_once(
     [
         (("generate", "--prompt", "a", "--jsonl"), "jsonl: goes with --file"),
         (("generate", "--prompt", "a", "--logprobs"), "logprobs: goes with --json"),
-        (("generate", "--prompt", "a", "--stop-token-ids", "5;6"), "stop_token_ids: expected token ids"),
+        (("generate", "--prompt", "a", "--stop-token-ids", "5;6"), "expected token ids"),
         (("bench", "--jsonl"), "jsonl: goes with --prompts"),
         (("bench", "--chat"), "chat: goes with --prompts"),
     ],
