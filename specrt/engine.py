@@ -176,6 +176,15 @@ class Engine:
         self.cache = target.new_cache()
         self._cost = RoundCost()
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's authors would sample by (``generation_config.json``); greedy if nothing.
+
+        Requests take nothing of it by themselves but ``repetition_penalty`` and
+        ``suppress_tokens``, which are part of ``transformers``' greedy output.
+        """
+        return SamplingParams.from_defaults(self.target.config.generation)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -258,12 +267,15 @@ class Engine:
             raise ValueError(
                 f"sampling: expected one for each of {len(prompts)} prompts, got {len(params)}"
             )
+        defaults = self.target.config.generation
+        params = [p.with_defaults(defaults) for p in params]
         requests = [(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
         limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
         for ids, p in requests:
             if p.logit_bias and max(p.logit_bias) >= vocab:
                 raise ValueError(
-                    f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
+                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
+                    f"got {max(p.logit_bias)}"
                 )
             if len(ids) >= limit:
                 raise ValueError(
