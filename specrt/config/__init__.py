@@ -3,7 +3,8 @@
 Only what specrt computes exactly is accepted; all else is refused with one line that says what.
 """
 
-from specrt.config.directory import checkpoint_directory, read_json
+from specrt.config.directory import check_file, checkpoint_directory, read_json
+from specrt.config.foreign import foreign_files, foreign_tensors
 from specrt.config.generation import GenerationDefaults
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
 
@@ -11,7 +12,10 @@ __all__ = [
     "FLOAT8_FORMAT",
     "GenerationDefaults",
     "ModelConfig",
+    "check_file",
     "checkpoint_directory",
     "config_fingerprint",
+    "foreign_files",
+    "foreign_tensors",
     "read_json",
 ]
