@@ -9,136 +9,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, cast
 
-import torch
-
 from specrt.accept import accept
-from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.cache import CacheBatch
 from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, SamplingTable
-from specrt.stop import FinishReason, OutputEnd, TextTracker
+from specrt.results import GenerationResult, StreamChunk
+from specrt.running import RunningBatch, RunningSequence
+from specrt.sampling import SamplingParams
+from specrt.stop import OutputEnd, TextTracker
 from specrt.tree import MAX_NODES
-from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
+from specrt.types import AcceptResult, DraftTree, SequenceState
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or chat messages (through the tokenizer's own template)."""
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """One prompt's output."""
-
-    text: str
-    """Without special tokens; cut before a stop string."""
-    token_ids: list[int]
-    """Output tokens, an end-of-sequence token included."""
-    prompt_token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[float] | None
-    """Of each token under the target's unprocessed law, if asked for."""
-    stats: RoundStats
-    error: str | None = None
-    """What went wrong, where ``finish_reason`` is ``"error"``."""
-
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """What one round gave one sequence."""
-
-    index: int
-    """Which prompt."""
-    text: str
-    """New text; concatenated, a sequence's chunks give its result's ``text``."""
-    token_ids: list[int]
-    num_accepted: int
-    """How many of ``token_ids`` (the first ones) the drafter had proposed."""
-    result: GenerationResult | None
-    """The whole result, with the sequence's last chunk."""
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One running sequence: what the engine keeps beside the state that drafters see."""
-
-    index: int
-    params: SamplingParams
-    state: SequenceState
-    end: OutputEnd
-    cached: CachedSequence
-    logprobs: list[float] = field(default_factory=list)
-    stats: RoundStats = field(default_factory=RoundStats)
-    error: str | None = None
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.state.token_ids[self.state.prompt_len :]
-
-    def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
-        """Take tokens until the output ends; return those taken."""
-        taken = 0
-        for token in tokens:
-            taken += 1
-            self.state.token_ids.append(token)
-            if self.end.push(token):
-                break
-        if logprobs is not None:
-            self.logprobs.extend(logprobs[:taken])
-        return list(tokens[:taken])
-
-
-class _Batch:
-    """The running sequences and the tables the kernels read, remade when one joins or leaves."""
-
-    def __init__(self, cache: KVCache, vocab_size: int) -> None:
-        self._cache = cache
-        self._vocab_size = vocab_size
-        self.sequences: list[_Sequence] = []
-        self._is_stale = True
-
-    def join(self, sequence: _Sequence) -> None:
-        self.sequences.append(sequence)
-        self._is_stale = True
-
-    def leave(self, sequence: _Sequence) -> None:
-        self.sequences.remove(sequence)
-        self._is_stale = True
-
-    def refresh(self) -> None:
-        """Make the tables fit the sequences."""
-        if not self._is_stale:
-            return
-        sequences = self.sequences
-        states = [sequence.state for sequence in sequences]
-        self.states = states
-        self.cached = CacheBatch(self._cache, [sequence.cached for sequence in sequences])
-        self.sampling = SamplingTable.build(
-            [sequence.params for sequence in sequences],
-            [state.prompt_len for state in states],
-            self._vocab_size,
-        )
-        self.history = torch.zeros(
-            len(states), max(state.max_len for state in states), dtype=torch.int32
-        )
-        for row, state in enumerate(states):
-            known = torch.tensor(state.token_ids, dtype=torch.int32)
-            self.history[row, : len(known)] = known
-        self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
-        # Writing through numpy costs a tenth of writing through torch.
-        self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
-        self._is_stale = False
-
-    def append(self, row: int, tokens: Sequence[int]) -> None:
-        """Add a sequence's new tokens to its row of the history."""
-        start = self._history_len[row]
-        self._history[row, start : start + len(tokens)] = tokens
-        self._history_len[row] = start + len(tokens)
 
 
 class Engine:
@@ -285,7 +174,7 @@ class Engine:
 
     def _new_sequence(
         self, index: int, ids: list[int], params: SamplingParams, has_text: bool
-    ) -> _Sequence:
+    ) -> RunningSequence:
         params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
@@ -310,9 +199,9 @@ class Engine:
         )
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
-        return _Sequence(index, params, state, end, cached)
+        return RunningSequence(index, params, state, end, cached)
 
-    def _result(self, sequence: _Sequence) -> GenerationResult:
+    def _result(self, sequence: RunningSequence) -> GenerationResult:
         ids = sequence.output_ids
         return GenerationResult(
             text=sequence.end.text(ids, self.tokenizer.decode),
@@ -347,7 +236,7 @@ class Engine:
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        batch = _Batch(self.cache, self.target.config.vocab_size)
+        batch = RunningBatch(self.cache, self.target.config.vocab_size)
         try:
             while waiting or batch.sequences:
                 while waiting and len(batch.sequences) < self.max_batch:
@@ -363,12 +252,12 @@ class Engine:
             for sequence in list(batch.sequences):
                 self._release(batch, sequence)
 
-    def _release(self, batch: _Batch, sequence: _Sequence) -> None:
+    def _release(self, batch: RunningBatch, sequence: RunningSequence) -> None:
         batch.leave(sequence)
         self.drafter.finish(sequence.state)
         self.cache.close(sequence.cached)
 
-    def _start(self, sequence: _Sequence) -> None:
+    def _start(self, sequence: RunningSequence) -> None:
         """Run the prompt but for its last token, which is the first round's root."""
         started = perf_counter()
         self.drafter.start(sequence.state)
@@ -380,8 +269,8 @@ class Engine:
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
     def _round(
-        self, batch: _Batch, draft: DraftParams | None
-    ) -> list[tuple[StreamChunk, _Sequence]]:
+        self, batch: RunningBatch, draft: DraftParams | None
+    ) -> list[tuple[StreamChunk, RunningSequence]]:
         """One round of every running sequence."""
         drafter = self.drafter
         budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
@@ -411,8 +300,8 @@ class Engine:
         return self._output(batch, tree, result)
 
     def _output(
-        self, batch: _Batch, tree: DraftTree, result: AcceptResult
-    ) -> list[tuple[StreamChunk, _Sequence]]:
+        self, batch: RunningBatch, tree: DraftTree, result: AcceptResult
+    ) -> list[tuple[StreamChunk, RunningSequence]]:
         """Append each sequence's new tokens and say what came of the round."""
         lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
         logprobs = None if result.logprobs is None else result.logprobs.tolist()
@@ -429,11 +318,12 @@ class Engine:
             row_logprobs = None if logprobs is None else logprobs[row]
             taken = sequence.append(tokens[row][: length + 1], row_logprobs)
             batch.append(row, taken)
-            sequence.stats.record(sizes[row], length, tree.depth[row] if sizes[row] > 1 else None)
+            depth = tree.depth[row] if sizes[row] > 1 else None
+            sequence.stats.record(sizes[row], len(taken) - 1, depth)
             chunks.append((self._chunk(sequence, taken, length), sequence))
         return chunks
 
-    def _chunk(self, sequence: _Sequence, taken: list[int], length: int) -> StreamChunk:
+    def _chunk(self, sequence: RunningSequence, taken: list[int], length: int) -> StreamChunk:
         is_over = sequence.end.reason is not None
         return StreamChunk(
             index=sequence.index,

@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any
 
 from specrt.draft.base import EmptyDrafter
-from specrt.engine import Engine, GenerationResult, Prompt
+from specrt.engine import Engine, Prompt
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
@@ -81,7 +82,7 @@ class Summary:
 
     @property
     def tau(self) -> float:
-        """Mean of accept_length + 1 per round, over the rounds of all prompts."""
+        """Mean of accept_length + 1 per round, over all prompts: their tokens by their rounds."""
         return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0
 
     @property

@@ -13,7 +13,8 @@ import typer
 from specrt.cli.errors import USER_ERROR, report
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, GenerationResult, Prompt, StreamChunk
+    from specrt.engine import Engine, Prompt
+    from specrt.results import GenerationResult, StreamChunk
     from specrt.sampling import SamplingParams
     from specrt.types import RoundStats
 
