@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from specrt.config import checkpoint_directory
-from specrt.models.chat import template_messages
+from specrt.models.chat import check_characters, template_messages
 from specrt.types import CheckpointError
 
 # transformers makes up an empty tokenizer where a directory has none of these.
@@ -36,14 +36,9 @@ class Tokenizer:
         Raises:
             ValueError: half a surrogate pair, which is no character; names its position.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found, place = ascii(text[error.start]), error.start
-            raise ValueError(
-                f"prompt: expected characters, got half of one, {found}, at position {place}"
-            ) from None
-        ids = self.inner.encode(text, add_special_tokens=add_special_tokens)
+        ids = self.inner.encode(
+            check_characters("prompt", text), add_special_tokens=add_special_tokens
+        )
         if ids[:2] == [self.inner.bos_token_id] * 2 and add_special_tokens:
             warnings.warn(
                 f"the text begins with {self.inner.bos_token!r} and the tokenizer adds another; "
