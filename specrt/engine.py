@@ -62,6 +62,15 @@ class Engine:
         self.cache = target.new_cache()
         self._cost = RoundCost()
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's authors would sample by (``generation_config.json``); greedy if nothing.
+
+        Requests take nothing of it by themselves but ``repetition_penalty`` and
+        ``suppress_tokens``, which are part of ``transformers``' greedy output.
+        """
+        return SamplingParams.from_defaults(self.target.config.generation)
+
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -141,6 +150,8 @@ class Engine:
     ) -> list[tuple[list[int], SamplingParams]]:
         """Token ids and options of each prompt, which the target can take."""
         params = one_each(sampling, len(prompts), options)
+        defaults = self.target.config.generation
+        params = [p.with_defaults(defaults) for p in params]
         limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
         encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
         requests = []
@@ -153,7 +164,8 @@ class Engine:
                 )
             if p.logit_bias and max(p.logit_bias) >= vocab:
                 raise ValueError(
-                    f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
+                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
+                    f"got {max(p.logit_bias)}"
                 )
             requests.append((ids, p))
         return requests
