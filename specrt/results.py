@@ -20,6 +20,8 @@ class GenerationResult:
     finish_reason: FinishReason
     logprobs: list[float] | None
     """Of each token under the target's unprocessed law, if asked for."""
+    seed: int
+    """The request's, or the one that was drawn for it; with it, it can be repeated."""
     stats: RoundStats
     error: str | None = None
     """What went wrong, where ``finish_reason`` is ``"error"``."""
