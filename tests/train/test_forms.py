@@ -215,9 +215,7 @@ def test_a_bad_line_is_named_or_skipped(
     assert read_prompts([file], tokenizer, skip_bad=True)[1].num_bad == 1
 
 
-@pytest.mark.parametrize(
-    "fault", ["m.content + 1", "m.content.x.y", "1 // 0", "'%d' % m.content"]
-)
+@pytest.mark.parametrize("fault", ["m.content + 1", "m.content.x.y", "1 // 0", "'%d' % m.content"])
 def test_whatever_a_template_raises_is_named_or_skipped(tmp_path: Path, fault: str) -> None:
     """As those do that were written for contents of another kind."""
     tokenizer = letter_tokenizer(
