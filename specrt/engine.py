@@ -7,141 +7,24 @@ the stages; they exchange the plain types of :mod:`specrt.types` and never hold 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from specrt.accept import accept
-from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.cache import CacheBatch
 from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, SamplingTable
-from specrt.stop import FinishReason, OutputEnd, TextTracker
+from specrt.prompts import Prompt, PromptEncoder, split_prompts
+from specrt.results import GenerationResult, StreamChunk
+from specrt.running import RunningBatch, RunningSequence
+from specrt.sampling import SamplingParams, one_each
+from specrt.stop import OutputEnd, TextTracker
 from specrt.tree import MAX_NODES
-from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or chat messages (through the tokenizer's own template)."""
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """One prompt's output."""
-
-    text: str
-    """What the output adds to the prompt's text, a leading space included; without special tokens,
-    and without the stop string or stop token that ended it (``include_stop_str_in_output``)."""
-    token_ids: list[int]
-    """Output tokens, an end-of-sequence token included."""
-    prompt_token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[float] | None
-    """Of each token under the target's unprocessed law, if asked for."""
-    stats: RoundStats
-    error: str | None = None
-    """What went wrong, where ``finish_reason`` is ``"error"``."""
-    stop_reason: int | str | None = None
-    """The stop string or the id in ``stop_token_ids`` that ended it; None for end-of-sequence."""
-
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """What one round gave one sequence."""
-
-    index: int
-    """Which prompt."""
-    text: str
-    """New text; concatenated, a sequence's chunks give its result's ``text``."""
-    token_ids: list[int]
-    num_accepted: int
-    """How many of ``token_ids`` (the first ones) the drafter had proposed."""
-    result: GenerationResult | None
-    """The whole result, with the sequence's last chunk."""
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One running sequence: what the engine keeps beside the state that drafters see."""
-
-    index: int
-    params: SamplingParams
-    state: SequenceState
-    end: OutputEnd
-    cached: CachedSequence
-    logprobs: list[float] = field(default_factory=list)
-    stats: RoundStats = field(default_factory=RoundStats)
-    error: str | None = None
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.state.token_ids[self.state.prompt_len :]
-
-    def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
-        """Take tokens until the output ends; return those taken."""
-        taken = 0
-        for token in tokens:
-            taken += 1
-            self.state.token_ids.append(token)
-            if self.end.push(token):
-                break
-        if logprobs is not None:
-            self.logprobs.extend(logprobs[:taken])
-        return list(tokens[:taken])
-
-
-class _Batch:
-    """The running sequences and the tables the kernels read, remade when one joins or leaves."""
-
-    def __init__(self, cache: KVCache, vocab_size: int) -> None:
-        self._cache = cache
-        self._vocab_size = vocab_size
-        self.sequences: list[_Sequence] = []
-        self._is_stale = True
-
-    def join(self, sequence: _Sequence) -> None:
-        self.sequences.append(sequence)
-        self._is_stale = True
-
-    def leave(self, sequence: _Sequence) -> None:
-        self.sequences.remove(sequence)
-        self._is_stale = True
-
-    def refresh(self) -> None:
-        """Make the tables fit the sequences."""
-        if not self._is_stale:
-            return
-        sequences = self.sequences
-        states = [sequence.state for sequence in sequences]
-        self.states = states
-        self.cached = CacheBatch(self._cache, [sequence.cached for sequence in sequences])
-        self.sampling = SamplingTable.build(
-            [sequence.params for sequence in sequences],
-            [state.prompt_len for state in states],
-            self._vocab_size,
-        )
-        self.history = torch.zeros(
-            len(states), max(state.max_len for state in states), dtype=torch.int32
-        )
-        for row, state in enumerate(states):
-            known = torch.tensor(state.token_ids, dtype=torch.int32)
-            self.history[row, : len(known)] = known
-        self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
-        # Writing through numpy costs a tenth of writing through torch.
-        self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
-        self._is_stale = False
-
-    def append(self, row: int, tokens: Sequence[int]) -> None:
-        """Add a sequence's new tokens to its row of the history."""
-        start = self._history_len[row]
-        self._history[row, start : start + len(tokens)] = tokens
-        self._history_len[row] = start + len(tokens)
+from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
 class Engine:
@@ -179,32 +62,50 @@ class Engine:
         self.cache = target.new_cache()
         self._cost = RoundCost()
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's authors would sample by (``generation_config.json``); greedy if nothing.
+
+        Requests take nothing of it by themselves but ``repetition_penalty`` and
+        ``suppress_tokens``, which are part of ``transformers``' greedy output.
+        """
+        return SamplingParams.from_defaults(self.target.config.generation)
+
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> Any:
         """Answer one prompt or many.
 
         Args:
-            prompts: one prompt (text, token ids or chat messages) or a list of them.
+            prompts: one prompt (text, token ids, chat messages) or a list of them, also as
+                tokenizers return them (:mod:`specrt.prompts`).
             sampling: for all prompts, or one each; greedy by default.
             draft: the shape of the draft trees; by default the drafter's choice. Never changes
                 the text.
+            add_special_tokens: False leaves out what the tokenizer puts before a text by itself
+                (bos); for texts that a chat template has made.
+            **options: fields of :class:`SamplingParams`, which replace those of ``sampling``.
 
         Returns:
             A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
             that failed has ``finish_reason == "error"`` and leaves the others untouched.
 
         Raises:
-            ValueError: an empty prompt, one longer than the context, bad sampling options.
+            ValueError: no prompt or an empty one, one longer than the context, bad sampling
+                options; names it and what came.
+            TypeError: an option that :class:`SamplingParams` does not have.
             MemoryError: no memory for the KV cache; says how much was needed.
         """
-        many = _is_many(prompts)
-        batch = list(prompts) if many else [prompts]
+        batch, many = split_prompts(prompts)
+        requests = self._requests(batch, many, sampling, options, add_special_tokens)
         results: list[GenerationResult | None] = [None] * len(batch)
-        with closing(self._run(batch, sampling, draft, has_text=False)) as chunks:
+        with closing(self._run(requests, draft, has_text=False)) as chunks:
             for chunk in chunks:
                 if chunk.result is not None:
                     results[chunk.index] = chunk.result
@@ -212,71 +113,66 @@ class Engine:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
         Arguments are checked at the call, before the first chunk is asked for.
         """
-        batch = list(prompts) if _is_many(prompts) else [prompts]
-        return self._run(batch, sampling, draft, has_text=True)
+        batch, many = split_prompts(prompts)
+        requests = self._requests(batch, many, sampling, options, add_special_tokens)
+        return self._run(requests, draft, has_text=True)
 
     # --- requests -----------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids.
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """One prompt's token ids; arguments as for :meth:`generate`.
 
         Raises:
-            ValueError: the prompt is empty or has ids outside the vocabulary.
+            ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer.encode(prompt)) if prompt else []
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
-        else:
-            ids = [int(token) for token in cast("Sequence[int]", prompt)]
-        if not ids:
-            raise ValueError("prompt: expected at least one token, got an empty prompt")
-        vocab = self.target.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise ValueError(
-                    f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}"
-                )
-        return ids
+        vocab_size = self.target.config.vocab_size
+        return PromptEncoder(self.tokenizer, vocab_size, add_special_tokens).encode(prompt)
 
-    def _checked(
+    def _requests(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
+        many: bool,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        options: Mapping[str, Any],
+        add_special_tokens: bool,
     ) -> list[tuple[list[int], SamplingParams]]:
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"sampling: expected one for each of {len(prompts)} prompts, got {len(params)}"
-            )
-        requests = [(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        """Token ids and options of each prompt, which the target can take."""
+        params = one_each(sampling, len(prompts), options)
+        defaults = self.target.config.generation
+        params = [p.with_defaults(defaults) for p in params]
         limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
-        for ids, p in requests:
-            if p.logit_bias and max(p.logit_bias) >= vocab:
-                raise ValueError(
-                    f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
-                )
+        encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
+        requests = []
+        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            name = f"prompts[{index}]" if many else "prompt"
+            ids = encoder.encode(prompt, name)
             if len(ids) >= limit:
                 raise ValueError(
-                    f"prompt: {len(ids)} tokens leave no room in the context of {limit}"
+                    f"{name}: {len(ids)} tokens leave no room in the context of {limit}"
                 )
+            if p.logit_bias and max(p.logit_bias) >= vocab:
+                raise ValueError(
+                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
+                    f"got {max(p.logit_bias)}"
+                )
+            requests.append((ids, p))
         return requests
 
     def _new_sequence(
         self, index: int, ids: list[int], params: SamplingParams, has_text: bool
-    ) -> _Sequence:
+    ) -> RunningSequence:
         params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
@@ -302,9 +198,9 @@ class Engine:
         )
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
-        return _Sequence(index, params, state, end, cached)
+        return RunningSequence(index, params, state, end, cached)
 
-    def _result(self, sequence: _Sequence) -> GenerationResult:
+    def _result(self, sequence: RunningSequence) -> GenerationResult:
         ids = sequence.output_ids
         return GenerationResult(
             text=sequence.end.whole_text(),
@@ -321,8 +217,7 @@ class Engine:
 
     def _run(
         self,
-        prompts: Sequence[Any],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        requests: Sequence[tuple[list[int], SamplingParams]],
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
@@ -331,8 +226,7 @@ class Engine:
                 f"total_tokens: expected at most the engine's max_nodes, {self.max_nodes}, "
                 f"got {draft.total_tokens}"
             )
-        requests = deque(enumerate(self._checked(prompts, sampling)))
-        return self._rounds(requests, draft, has_text)
+        return self._rounds(deque(enumerate(requests)), draft, has_text)
 
     def _rounds(
         self,
@@ -340,7 +234,7 @@ class Engine:
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        batch = _Batch(self.cache, self.target.config.vocab_size)
+        batch = RunningBatch(self.cache, self.target.config.vocab_size)
         try:
             while waiting or batch.sequences:
                 while waiting and len(batch.sequences) < self.max_batch:
@@ -356,12 +250,12 @@ class Engine:
             for sequence in list(batch.sequences):
                 self._release(batch, sequence)
 
-    def _release(self, batch: _Batch, sequence: _Sequence) -> None:
+    def _release(self, batch: RunningBatch, sequence: RunningSequence) -> None:
         batch.leave(sequence)
         self.drafter.finish(sequence.state)
         self.cache.close(sequence.cached)
 
-    def _start(self, sequence: _Sequence) -> None:
+    def _start(self, sequence: RunningSequence) -> None:
         """Run the prompt but for its last token, which is the first round's root."""
         started = perf_counter()
         self.drafter.start(sequence.state)
@@ -373,8 +267,8 @@ class Engine:
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
     def _round(
-        self, batch: _Batch, draft: DraftParams | None
-    ) -> list[tuple[StreamChunk, _Sequence]]:
+        self, batch: RunningBatch, draft: DraftParams | None
+    ) -> list[tuple[StreamChunk, RunningSequence]]:
         """One round of every running sequence."""
         drafter = self.drafter
         budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
@@ -404,8 +298,8 @@ class Engine:
         return self._output(batch, tree, result)
 
     def _output(
-        self, batch: _Batch, tree: DraftTree, result: AcceptResult
-    ) -> list[tuple[StreamChunk, _Sequence]]:
+        self, batch: RunningBatch, tree: DraftTree, result: AcceptResult
+    ) -> list[tuple[StreamChunk, RunningSequence]]:
         """Append each sequence's new tokens and say what came of the round."""
         lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
         logprobs = None if result.logprobs is None else result.logprobs.tolist()
@@ -422,11 +316,12 @@ class Engine:
             row_logprobs = None if logprobs is None else logprobs[row]
             taken = sequence.append(tokens[row][: length + 1], row_logprobs)
             batch.append(row, taken)
-            sequence.stats.record(sizes[row], length, tree.depth[row] if sizes[row] > 1 else None)
+            depth = tree.depth[row] if sizes[row] > 1 else None
+            sequence.stats.record(sizes[row], len(taken) - 1, depth)
             chunks.append((self._chunk(sequence, taken, length), sequence))
         return chunks
 
-    def _chunk(self, sequence: _Sequence, taken: list[int], length: int) -> StreamChunk:
+    def _chunk(self, sequence: RunningSequence, taken: list[int], length: int) -> StreamChunk:
         is_over = sequence.end.reason is not None
         return StreamChunk(
             index=sequence.index,
@@ -435,13 +330,3 @@ class Engine:
             num_accepted=min(length, len(taken)),
             result=self._result(sequence) if is_over else None,
         )
-
-
-def _is_many(prompts: Any) -> bool:
-    """A list of prompts, as opposed to one prompt of token ids or of chat messages."""
-    if isinstance(prompts, str):
-        return False
-    if len(prompts) == 0:
-        return True
-    first = prompts[0]
-    return not isinstance(first, int | Mapping)

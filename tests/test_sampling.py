@@ -18,7 +18,7 @@ from specrt.sampling import SamplingParams, SamplingTable
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", 1e-9),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 2.5),
         ("top_p", 0.0),
         ("top_p", 1.1),

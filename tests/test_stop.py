@@ -261,7 +261,7 @@ def cut_up(data: bytes, sizes: Sequence[int]) -> list[bytes]:
     return [piece for piece in [*pieces, data[start:]] if piece]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.text("ab€é😀", min_size=1, max_size=30),
     CUTS,
@@ -303,7 +303,7 @@ def test_text_without_stop_strings_is_complete_after_each_character(
         assert "".join(output.shown) == certain
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.text("ab€<x>", min_size=1, max_size=30),
     st.lists(st.text("ab€<x>", min_size=1, max_size=4) | st.just("b<x>"), min_size=1, max_size=4),

@@ -64,7 +64,7 @@ def token_lists(name: str, min_size: int, max_size: int) -> st.SearchStrategy[li
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_text_depends_on_the_tokens_alone(name: str, data: st.DataObject) -> None:
     """Not on streaming, nor on stop strings that do not come, with special tokens or without."""
@@ -159,7 +159,7 @@ def test_text_is_decoded_once_where_nobody_waits_for_it() -> None:
     assert calls == [2, 12]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=12))
 @example("é".encode() + b"\xff" + "😀".encode())
 @example(b"\xf0\x9f\x98")

@@ -25,8 +25,9 @@ from specrt.cli.demo_prompts import PROMPTS
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
     from specrt.measure import Comparison, Measurement
+    from specrt.prompts import Prompt
     from specrt.sampling import SamplingParams
 
 _ACCEPTED = "bold green"
@@ -187,8 +188,9 @@ def _print_header(console: Console, engine: Engine, drafter: str, sampling: Samp
         "Each is timed alone and warm, with nothing drawn meanwhile: median of 3 runs, the "
         "prompt's own pass included."
     )
-    if console.is_terminal:
-        console.print(Text.assemble(("green", _ACCEPTED), " tokens: drafted, then accepted"))
+    if console.is_terminal and console.color_system is not None:
+        look = "bold" if console.no_color else "green"
+        console.print(Text.assemble((look, _ACCEPTED), " tokens: drafted, then accepted"))
 
 
 def _print_outcome(

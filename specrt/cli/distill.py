@@ -17,7 +17,8 @@ from specrt.cli.errors import USER_ERROR, report
 from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, Threads
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, GenerationResult
+    from specrt.engine import Engine
+    from specrt.results import GenerationResult
     from specrt.sampling import SamplingParams
     from specrt.train.prompts import TrainingPrompt
 

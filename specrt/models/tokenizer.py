@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from specrt.config import checkpoint_directory, read_json
+from specrt.config import check_file, checkpoint_directory, read_json
+from specrt.models.chat import check_characters, template_messages
 from specrt.types import CheckpointError
 
 # transformers makes up an empty tokenizer where a directory has none of these.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_POINTER = b"version https://git-lfs"
 # Texts on which a converted tokenizer may differ from SentencePiece.
 _PROBES = ("a", " a", "  ", "The quick  brown\n\tfox, 1234.5 ", "é…€😀中")
 
@@ -34,10 +35,25 @@ class Tokenizer:
         self._doubles_space = doubles_space
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, by default with the special tokens (bos) this tokenizer adds."""
+        """Token ids of a text.
+
+        Args:
+            text: what a chat template has made begins with bos already; a second one is warned of.
+            add_special_tokens: with those that this tokenizer adds by itself (bos).
+
+        Raises:
+            ValueError: half a surrogate pair, which is no character; names its position.
+        """
+        check_characters("prompt", text)
         if self._doubles_space and text.startswith((" ", "▁")):
             text = " " + text
         ids = self.inner.encode(text, add_special_tokens=add_special_tokens)
+        if ids[:2] == [self.inner.bos_token_id] * 2 and add_special_tokens:
+            warnings.warn(
+                f"the text begins with {self.inner.bos_token!r} and the tokenizer adds another; "
+                "add_special_tokens=False leaves that out",
+                stacklevel=2,
+            )
         return [int(token) for token in ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -94,30 +110,41 @@ class Tokenizer:
         )
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation and the opening of the assistant's next turn.
 
         Args:
-            messages: with ``role`` and ``content``.
+            messages: with ``role`` and ``content``, which is text or parts of text.
             add_generation_prompt: False leaves that opening out.
 
         Raises:
-            ValueError: the tokenizer has no chat template, or the template refuses the messages.
+            ValueError: the tokenizer has no chat template, the template refuses the messages, or
+                one of them is not well-formed (named by its index).
         """
+        template = self.inner.chat_template
+        if template is None:
+            raise ValueError("prompt: chat messages given, but the tokenizer has no chat template")
+        render = partial(self._render, add_generation_prompt=add_generation_prompt)
+        knows_tool_calls = "tool_calls" in str(template)
+        text = render(template_messages(messages, render, knows_tool_calls=knows_tool_calls))
+        return self.encode(text, add_special_tokens=False)
+
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError  # with transformers, not before
 
-        if self.inner.chat_template is None:
-            raise ValueError("prompt: chat messages given, but the tokenizer has no chat template")
         try:
-            ids = self.inner.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
+            return str(
+                self.inner.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
         except TemplateError as error:
             raise ValueError(f"prompt: the chat template refuses it: {error}") from error
-        return [int(token) for token in ids]
+        except Exception as error:  # whatever a template's expressions can raise
+            raise ValueError(
+                f"prompt: the chat template fails: {type(error).__name__}: {error}"
+            ) from error
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -188,9 +215,7 @@ def _tokenizer_file(directory: Path) -> Path:
             reason = f"{directory / 'tekken.json'}: a tokenizer in Mistral's own form"
         raise CheckpointError(f"{reason}; expected one of {', '.join(_FILES)}")
     file = found[0]
-    with file.open("rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(f"{file}: a Git LFS pointer, not the file (`git lfs pull`)")
+    check_file(file)
     if file.name == "vocab.json" and not file.with_name("merges.txt").is_file():
         raise CheckpointError(f"{file}: expected merges.txt beside it, found none")
     return file

@@ -154,8 +154,8 @@ FORMS = "expected one of tokenizer.json, tokenizer.model, vocab.json"
         ({}, f": no tokenizer; {FORMS}"),
         ({"tekken.json": "{}"}, f"/tekken.json: a tokenizer in Mistral's own form; {FORMS}"),
         ({"vocab.json": "{}"}, "/vocab.json: expected merges.txt beside it"),
-        ({"tokenizer.json": POINTER}, "/tokenizer.json: a Git LFS pointer"),
-        ({"tokenizer.model": POINTER}, "/tokenizer.model: a Git LFS pointer"),
+        ({"tokenizer.json": POINTER}, "/tokenizer.json: a Git-LFS pointer"),
+        ({"tokenizer.model": POINTER}, "/tokenizer.model: a Git-LFS pointer"),
         ({"tokenizer.model": ""}, "/tokenizer.model: not a SentencePiece model"),
         # As tiktoken has it, beside the weights in Meta's own form.
         ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, "/tokenizer.model: not a SentencePiece model"),
@@ -172,9 +172,7 @@ FORMS = "expected one of tokenizer.json, tokenizer.model, vocab.json"
         ),
     ],
 )
-def test_one_line_names_what_is_wrong(
-    files: dict[str, str], message: str, tmp_path: Path
-) -> None:
+def test_one_line_names_what_is_wrong(files: dict[str, str], message: str, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError) as caught:
