@@ -221,14 +221,15 @@ class Engine:
         params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
-        tracks_text = has_text or bool(params.stop_strings)
-        stop_ids = () if params.ignore_eos else self.target.config.eos_ids
+        eos_ids = () if params.ignore_eos else self.target.config.eos_ids
         end = OutputEnd(
-            stop_ids=(*stop_ids, *(params.stop_token_ids or ())),
+            TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
+            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
             stop_strings=params.stop_strings,
+            keeps_stop=params.include_stop_str_in_output,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
+            is_streamed=has_text,
         )
         state = SequenceState(
             list(ids),
@@ -247,10 +248,11 @@ class Engine:
     def _result(self, sequence: RunningSequence) -> GenerationResult:
         ids = sequence.output_ids
         return GenerationResult(
-            text=sequence.end.text(ids, self.tokenizer.decode),
+            text=sequence.end.whole_text(),
             token_ids=ids,
             prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
             finish_reason=sequence.end.reason or "error",
+            stop_reason=sequence.end.stop_reason,
             logprobs=sequence.logprobs if sequence.params.logprobs else None,
             seed=sequence.state.seed,
             stats=sequence.stats,

@@ -107,7 +107,11 @@ class SamplingParams:
     seed: int | None = None
     """64 bits (negative values wrap); None: the engine draws one (``with_seed``)."""
     stop: str | Sequence[str] | None = None
+    """Texts that end the output. The one that is complete first decides, of those that end together
+    the longest. A special token's text is one too ("<|im_end|>", "b<|im_end|>")."""
     stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    """Whether the text keeps the stop string, or the stop token's own text, that ended it."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Report each token's log-probability under the target's unprocessed law."""
@@ -178,7 +182,7 @@ class SamplingParams:
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
                 raise _fail(name, "None or a sequence of ints >= 0", ids)
-        for name in ("ignore_eos", "logprobs"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise _fail(name, "a bool", getattr(self, name))
 
