@@ -104,6 +104,15 @@ class Engine:
             self.cache.retire()
             del self.target, self.drafter, self.tokenizer, self.cache
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's authors would sample by (``generation_config.json``); greedy if nothing.
+
+        Requests take nothing of it by themselves but ``repetition_penalty`` and
+        ``suppress_tokens``, which are part of ``transformers``' greedy output.
+        """
+        return SamplingParams.from_defaults(self.target.config.generation)
+
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -186,6 +195,8 @@ class Engine:
         """Token ids and options of each prompt, which the target can take."""
         self._check_open()
         params = one_each(sampling, len(prompts), options)
+        defaults = self.target.config.generation
+        params = [p.with_defaults(defaults) for p in params]
         limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
         encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
         requests = []
@@ -198,7 +209,8 @@ class Engine:
                 )
             if p.logit_bias and max(p.logit_bias) >= vocab:
                 raise ValueError(
-                    f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
+                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
+                    f"got {max(p.logit_bias)}"
                 )
             requests.append((ids, p))
         return requests
@@ -209,14 +221,15 @@ class Engine:
         params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
-        tracks_text = has_text or bool(params.stop_strings)
-        stop_ids = () if params.ignore_eos else self.target.config.eos_ids
+        eos_ids = () if params.ignore_eos else self.target.config.eos_ids
         end = OutputEnd(
-            stop_ids=(*stop_ids, *(params.stop_token_ids or ())),
+            TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
+            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
             stop_strings=params.stop_strings,
+            keeps_stop=params.include_stop_str_in_output,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
+            is_streamed=has_text,
         )
         state = SequenceState(
             list(ids),
@@ -231,19 +244,6 @@ class Engine:
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
         return RunningSequence(index, params, state, end, cached)
-
-    def _result(self, sequence: RunningSequence) -> GenerationResult:
-        ids = sequence.output_ids
-        return GenerationResult(
-            text=sequence.end.text(ids, self.tokenizer.decode),
-            token_ids=ids,
-            prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
-            finish_reason=sequence.end.reason or "error",
-            logprobs=sequence.logprobs if sequence.params.logprobs else None,
-            seed=sequence.state.seed,
-            stats=sequence.stats,
-            error=sequence.error,
-        )
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -380,21 +380,12 @@ class Engine:
                 position = len(sequence.state.token_ids)
                 sequence.error = f"logits: NaN or no finite value at position {position}"
                 sequence.end.fail()
-                chunks.append(self._chunk(sequence, [], 0))
+                chunks.append(sequence.chunk([], 0))
                 continue
             row_logprobs = None if logprobs is None else logprobs[row]
             taken = sequence.append(tokens[row][: length + 1], row_logprobs)
             batch.append(row, taken)
             depth = tree.depth[row] if sizes[row] > 1 else None
             sequence.stats.record(sizes[row], len(taken) - 1, depth)
-            chunks.append(self._chunk(sequence, taken, length))
+            chunks.append(sequence.chunk(taken, length))
         return chunks
-
-    def _chunk(self, sequence: RunningSequence, taken: list[int], length: int) -> StreamChunk:
-        return StreamChunk(
-            index=sequence.index,
-            text=sequence.end.take_text(),
-            token_ids=taken,
-            num_accepted=min(length, len(taken)),
-            result=self._result(sequence) if sequence.end.reason is not None else None,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -86,6 +87,7 @@ def load(
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
+    _log_defaults(path, config)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     tokenizer = load_tokenizer(path)
@@ -107,6 +109,14 @@ def default_drafter(target: str | os.PathLike[str], device: str | torch.device =
     """What ``"auto"`` means for a target; a GPU need not wait for a drafter on the CPU."""
     is_on_gpu = torch.device(device).type != "cpu"
     return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else PROMPT_LOOKUP
+
+
+def _log_defaults(path: Path, config: ModelConfig) -> None:
+    """Say what of the model's own generation settings applies; a warning if not all of it does."""
+    notice = config.generation.notice()
+    if notice is not None:
+        level = logging.INFO if config.generation.is_complete else logging.WARNING
+        logging.getLogger("specrt").log(level, "%s: %s", path, notice)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -46,6 +46,7 @@ _ELSEWHERE = {
     "random_seed": "seed",
     "top_logprobs": "logprobs, of the tokens that were chosen",
     "prompt_logprobs": "logprobs, of output tokens",
+    "stream": "Engine.stream",
     "model": "target",
     "sampling_params": "sampling",
     "generation_config": "sampling",

@@ -50,6 +50,7 @@ def record(
         GenerationError: a sequence failed.
     """
     longest = models.max_draft
+    sampling = sampling.with_defaults()  # without the model's own penalty, which traces do not keep
     _check(engine, prompts, sampling, longest)
     drafter = cast("ChainDrafter", engine.drafter)
     if costs is None:

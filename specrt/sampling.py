@@ -15,9 +15,20 @@ from typing import Any
 
 import torch
 
+from specrt.config import GenerationDefaults
 from specrt.ops.tree_accept import workspace_size
 from specrt.option_hints import with_option_hints
 
+MODEL_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "max_new_tokens",
+    "repetition_penalty",
+    "suppress_tokens",
+)
+"""The fields of :class:`SamplingParams` that a model may have values of its own for."""
 # csrc/tree_accept/tree_accept.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
 _ROW_WORDS = _ROW.size // 8
@@ -81,8 +92,9 @@ class SamplingParams:
     """Keep the smallest set of likeliest tokens that holds this mass; equal logits by id."""
     min_p: float = 0.0
     """Drop tokens below this share of the likeliest token's probability."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
+    repetition_penalty: float | None = None
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output; None
+    is the model's own, from its ``generation_config.json``, else 1 (off)."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token in the output (the prompt does not count)."""
     frequency_penalty: float = 0.0
@@ -90,10 +102,16 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; ``-inf`` bans a token. Ids may be written as JSON
     writes them, ``"50256"``."""
+    suppress_tokens: Sequence[int] | None = None
+    """Token ids that never come; None is the model's own, ``()`` is none."""
     seed: int | None = None
     """64 bits (negative values wrap); None: the engine draws one (``with_seed``)."""
     stop: str | Sequence[str] | None = None
+    """Texts that end the output. The one that is complete first decides, of those that end together
+    the longest. A special token's text is one too ("<|im_end|>", "b<|im_end|>")."""
     stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    """Whether the text keeps the stop string, or the stop token's own text, that ended it."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Report each token's log-probability under the target's unprocessed law."""
@@ -119,8 +137,9 @@ class SamplingParams:
         ):
             expected = "0 (greedy) or a number >= 1e-5 that float32 holds"
             raise _fail("temperature", expected, self.temperature)
-        if not _is_number(self.repetition_penalty) or not (1e-5 <= self.repetition_penalty < 1e5):
-            raise _fail("repetition_penalty", "a number in [1e-5, 1e5)", self.repetition_penalty)
+        penalty = self.repetition_penalty
+        if penalty is not None and (not _is_number(penalty) or not 1e-5 <= penalty < 1e5):
+            raise _fail("repetition_penalty", "None or a number in [1e-5, 1e5)", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not _is_number(value) or not abs(value) < 1e5:
@@ -155,14 +174,15 @@ class SamplingParams:
             not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops)
         ):
             raise _fail("stop", "None, a non-empty str or a sequence of them", self.stop)
-        ids: object = self.stop_token_ids
-        if ids is not None and (
-            isinstance(ids, str)
-            or not isinstance(ids, Sequence)
-            or any(not _is_int(token) or token < 0 for token in ids)
-        ):
-            raise _fail("stop_token_ids", "None or a sequence of ints >= 0", ids)
-        for name in ("ignore_eos", "logprobs"):
+        for name in ("stop_token_ids", "suppress_tokens"):
+            ids: object = getattr(self, name)
+            if ids is not None and (
+                isinstance(ids, str)
+                or not isinstance(ids, Sequence)
+                or any(not _is_int(token) or token < 0 for token in ids)
+            ):
+                raise _fail(name, "None or a sequence of ints >= 0", ids)
+        for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise _fail(name, "a bool", getattr(self, name))
 
@@ -173,12 +193,10 @@ class SamplingParams:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether a bias or a penalty applies."""
-        return bool(self.logit_bias) or (
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
-        ) != (1.0, 0.0, 0.0)
+        """Whether a bias or a penalty applies, if the model has none of its own."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        is_biased = bool(self.logit_bias) or bool(self.suppress_tokens)
+        return is_biased or penalties not in ((1.0, 0.0, 0.0), (None, 0.0, 0.0))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -186,6 +204,30 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @classmethod
+    def from_defaults(cls, defaults: GenerationDefaults) -> SamplingParams:
+        """What a model's authors would have its tokens chosen by."""
+        chosen = {name: getattr(defaults, name) for name in MODEL_FIELDS}
+        return cls(**{name: value for name, value in chosen.items() if value is not None})
+
+    def with_defaults(self, defaults: GenerationDefaults | None = None) -> SamplingParams:
+        """These parameters with nothing left to the model, suppressed tokens among the biases.
+
+        Args:
+            defaults: what applies where these say nothing; None: nothing does.
+        """
+        if self.repetition_penalty is not None and self.suppress_tokens == ():
+            return self
+        own = defaults or GenerationDefaults()
+        penalty, banned = self.repetition_penalty, self.suppress_tokens
+        banned = own.suppress_tokens if banned is None else banned
+        return replace(
+            self,
+            repetition_penalty=own.repetition_penalty if penalty is None else penalty,
+            suppress_tokens=(),
+            logit_bias={**(self.logit_bias or {}), **dict.fromkeys(banned, -math.inf)} or None,
+        )
 
     def with_seed(self, seed: int | None = None) -> SamplingParams:
         """These parameters with a seed: their own, else the one given, else a fresh random one."""
@@ -256,6 +298,7 @@ class SamplingTable:
         """
         if len(params) != len(prompt_lens):
             raise _fail("prompt_lens", f"{len(params)} lengths", list(prompt_lens))
+        params = [p.with_defaults() for p in params]
         packed = bytearray()
         ids: list[int] = []
         values: list[float] = []

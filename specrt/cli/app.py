@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -77,6 +78,7 @@ def demo(
 
 @app.command()
 def generate(
+    context: typer.Context,
     target: Target = "builtin",
     drafter: Drafter = "auto",
     controller: Controller = None,
@@ -105,8 +107,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)] = 1.0,
     min_p: Annotated[float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)
-    ] = 1.0,
+        float | None,
+        typer.Option(help="1: off; default: the model's own.", rich_help_panel=SAMPLING),
+    ] = None,
     presence_penalty: Annotated[
         float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)
     ] = 0.0,
@@ -119,6 +122,21 @@ def generate(
             metavar="ID=VALUE,...", help="Added to logits; repeatable.", rich_help_panel=SAMPLING
         ),
     ] = None,
+    suppress_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Token that never comes; repeatable; default: the model's own.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    model_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--model-defaults",
+            help="Take what is not given here from the model's generation_config.json.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None,
@@ -132,6 +150,14 @@ def generate(
             rich_help_panel=SAMPLING,
         ),
     ] = None,
+    include_stop_str_in_output: Annotated[
+        bool,
+        typer.Option(
+            "--include-stop-str-in-output",
+            help="Keep what ended the output in its text.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     ignore_eos: Annotated[
         bool,
         typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=SAMPLING),
@@ -164,9 +190,11 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=command.parse_logit_bias(logit_bias or ()) or None,
+        suppress_tokens=tuple(suppress_tokens) if suppress_tokens else None,
         seed=seed,
         stop=tuple(stop or ()),
         stop_token_ids=command.parse_token_ids(stop_token_ids or ()),
+        include_stop_str_in_output=include_stop_str_in_output,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
@@ -182,6 +210,9 @@ def generate(
         max_nodes=max_nodes,
         controller=controller,
     )
+    if model_defaults:
+        sampling = replace(sampling, **command.left_to_the_model(context, engine))
+        params = own_sampling(prompts, sampling)
     encoded = encode(engine, prompts, add_special_tokens=add_special_tokens)
     write = command.write_stream if stream else command.write_results
     write(engine, encoded, params, is_json=json)

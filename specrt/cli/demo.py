@@ -85,7 +85,8 @@ def _record(
     """Run once more, noting what each round gave; times are scaled to those measured."""
     from specrt.stop import TextTracker
 
-    tracker = TextTracker(engine.tokenizer.decode)
+    tokenizer = engine.tokenizer
+    tracker = TextTracker(tokenizer.decode, engine.encode(prompt), tokenizer.special_tokens)
     pieces: list[Piece] = []
     started = time.perf_counter()
     with closing(engine.stream(prompt, sampling)) as chunks:
@@ -187,9 +188,16 @@ def _print_header(console: Console, engine: Engine, drafter: str, sampling: Samp
         "Each is timed alone and warm, with nothing drawn meanwhile: median of 3 runs, the "
         "prompt's own pass included."
     )
-    if console.is_terminal and console.color_system is not None:
-        look = "bold" if console.no_color else "green"
-        console.print(Text.assemble((look, _ACCEPTED), " tokens: drafted, then accepted"))
+    if (said := legend(console)) is not None:
+        console.print(said)
+
+
+def legend(console: Console) -> Text | None:
+    """What accepted tokens look like there; None where nothing has a look."""
+    if not console.is_terminal or console.color_system is None:
+        return None
+    look = "bold" if console.no_color else "green"
+    return Text.assemble((look, _ACCEPTED), " tokens: drafted, then accepted")
 
 
 def _print_outcome(

@@ -52,6 +52,20 @@ def _split(items: Sequence[str]) -> list[str]:
     return [part for item in items for part in item.split(",")]
 
 
+def left_to_the_model(context: typer.Context, engine: Engine) -> dict[str, Any]:
+    """The model's own values of the sampling options that the command line does not give."""
+    from specrt.sampling import MODEL_FIELDS
+
+    given = [name for name in MODEL_FIELDS if not _is_default(context, name)]
+    model = engine.default_sampling
+    return {name: getattr(model, name) for name in MODEL_FIELDS if name not in given}
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name == "DEFAULT"
+
+
 def stats_dict(stats: RoundStats) -> dict[str, Any]:
     """A result's statistics for JSON; ``tau`` is the mean of accept_length + 1 per round."""
     return {
@@ -76,6 +90,7 @@ def result_dict(index: int, result: GenerationResult) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "num_prompt_tokens": len(result.prompt_token_ids),
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "seed": result.seed,
     }
     if result.logprobs is not None:

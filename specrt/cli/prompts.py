@@ -240,4 +240,4 @@ def _training_prompt(item: JsonItem, is_chat: bool) -> Prompt:
 def _tell_of_turns(name: str, objects: Sequence[JsonItem]) -> None:
     count = sum(len(item.content.get("turns", ())) > 1 for item in objects)
     if count:
-        note(f"{name}: {count} prompts have several turns, of which the first is asked")
+        note(f"{name}: several turns in {count} of {len(objects)} prompts; the first is asked")

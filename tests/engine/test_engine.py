@@ -234,7 +234,7 @@ def test_bad_prompts_are_refused_before_anything_runs(model: LlamaModel) -> None
             engine.generate([[1, 2], prompt])
     with pytest.raises(ValueError, match="sampling: expected one for each of 2"):
         engine.generate([[1], [2]], [LONG])
-    with pytest.raises(ValueError, match=f"logit_bias: expected token ids < {VOCAB}, got 97"):
+    with pytest.raises(ValueError, match=f"suppress_tokens: expected token ids < {VOCAB}, got 97"):
         engine.generate([1, 2], SamplingParams(logit_bias={97: 1.0}))
     assert engine.generate([]) == []
     assert engine.cache.num_pages == engine.cache.num_free_pages
