@@ -54,12 +54,14 @@ class Crowded(EmptyDrafter):
         self.thread: threading.Thread | None = None
 
     def propose(self, states, budget):  # type: ignore[no-untyped-def]
-        self._is_overlapped |= self._is_inside
+        if self._is_inside:
+            self._is_overlapped = True
+            raise RuntimeError("two threads are inside a round")
         self._is_inside = True
         if self.thread is None:
             self.thread = in_another_thread(self._begin)
-            while not self._turns._door.locked() and not self._is_overlapped:
-                pass
+            tries = range(10**7)
+            assert any(self._turns._door.locked() or self._is_overlapped for _ in tries)
         return super().propose(states, budget)
 
     def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
@@ -110,21 +112,23 @@ def test_a_stream_closed_in_the_middle_of_anothers_round(
         def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
             if open_streams and len(states) == 2:
                 stream = open_streams.pop()
-                if not by_garbage_collector:
+                if by_garbage_collector:
+                    cycle = [stream]
+                    cycle.append(cycle)  # type: ignore[arg-type]
+                    del stream, cycle
+                    gc.collect()
+                else:
                     in_another_thread(stream.close).join()
-                    return
-                cycle = [stream]
-                cycle.append(cycle)  # type: ignore[arg-type]
-                del stream, cycle
-                gc.collect()
+                free.append(engine.cache.num_free_pages)
 
     engine = make_engine(model, Closing())
     open_streams = [engine.stream([3, 4], LONG)]
     next(open_streams[0])
-    free = engine.cache.num_free_pages
+    free: list[int] = []
     others = engine.stream([[5, 6], [7, 8]], LONG)
     next(others)
-    assert not open_streams and engine.cache.num_free_pages > free
+    assert not open_streams and free == [0], "freed while the buffers were in use"
+    assert engine.cache.num_free_pages > 0
     others.close()
     assert engine.cache.num_free_pages == engine.cache.num_pages
 

@@ -17,8 +17,14 @@ def in_thread(body: Callable[[], None]) -> threading.Thread:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    while not holds():
-        pass
+    assert any(holds() for _ in range(10**7))
+
+
+def run_to_its_end(body: Callable[[], None]) -> None:
+    """In a thread of its own, so that a deadlock is a failure."""
+    thread = in_thread(body)
+    thread.join(20)
+    assert not thread.is_alive(), "deadlock"
 
 
 def test_who_comes_back_stands_behind_who_waits() -> None:
@@ -52,22 +58,29 @@ def test_an_exception_ends_a_turn() -> None:
 
 def test_a_turn_inside_a_turn_is_an_error_and_no_deadlock() -> None:
     turns = Turns()
-    with turns, pytest.raises(RuntimeError, match="from inside its own round"), turns:
-        pass
-    with turns:
-        pass
+
+    def nested() -> None:
+        with turns, pytest.raises(RuntimeError, match="from inside its own round"), turns:
+            pass
+        with turns:
+            pass
+
+    run_to_its_end(nested)
 
 
 def test_work_that_waits_until_the_turn_ends() -> None:
     turns, done = Turns(), list[str]()
-    turns.do_when_free(lambda: done.append("at once"))
-    assert done == ["at once"]
-    with turns:
-        # As the garbage collector may, in this thread or in another.
-        turns.do_when_free(lambda: done.append("own"))
-        in_thread(lambda: turns.do_when_free(lambda: done.append("other's"))).join()
-        assert done == ["at once"]
-    assert done == ["at once", "own", "other's"]
+
+    def ask_for_work() -> None:
+        turns.do_when_free(lambda: done.append("at once"))
+        with turns:
+            # As the garbage collector may, in this thread or in another.
+            turns.do_when_free(lambda: done.append("own"))
+            in_thread(lambda: turns.do_when_free(lambda: done.append("other's"))).join()
+            done.append("turn ends")
+
+    run_to_its_end(ask_for_work)
+    assert done == ["at once", "turn ends", "own", "other's"]
 
 
 def test_work_that_fails_leaves_the_turn_and_the_rest_of_the_work() -> None:
