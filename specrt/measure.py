@@ -9,9 +9,10 @@ from time import perf_counter
 from typing import Any
 
 from specrt.draft.base import EmptyDrafter
-from specrt.engine import Engine, Prompt
+from specrt.engine import Engine
+from specrt.prompts import Prompt
 from specrt.results import GenerationResult
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, one_each
 from specrt.types import GenerationError
 
 PLAIN = "plain"
@@ -167,7 +168,7 @@ def compare(
 def compare_all(
     engines: Mapping[str, Engine],
     prompts: Sequence[Prompt],
-    sampling: SamplingParams,
+    sampling: SamplingParams | Sequence[SamplingParams],
     *,
     repeats: int = 3,
     on_prompt: Callable[[int], None] = lambda done: None,
@@ -176,11 +177,13 @@ def compare_all(
 
     Args:
         on_prompt: called with the number of prompts done.
-        engines, prompts, sampling, repeats: as for :func:`compare`.
+        sampling: for all prompts, or one each.
+        engines, prompts, repeats: as for :func:`compare`.
     """
     comparisons: list[Comparison] = []
-    for number, prompt in enumerate(prompts, start=1):
-        comparisons.append(compare(engines, prompt, sampling, repeats=repeats))
+    params = one_each(sampling, len(prompts))
+    for number, (prompt, p) in enumerate(zip(prompts, params, strict=True), start=1):
+        comparisons.append(compare(engines, prompt, p, repeats=repeats))
         on_prompt(number)
     return {name: summarise(name, comparisons) for name in engines}, comparisons
 

@@ -11,7 +11,8 @@ from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.control import ControlOptions, DraftCosts
 from specrt.draft.recording import ChainDrafter, Recording, RecordingDrafter
 from specrt.draft.trace import Trace, TraceHeader, TraceModels
-from specrt.engine import Engine, Prompt
+from specrt.engine import Engine
+from specrt.prompts import Prompt
 from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
