@@ -269,10 +269,13 @@ def main(work: Path, first: int, last: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for seed in range(first, last):
-        mutant = make_mutant(work, seed)
-        print(json.dumps({"seed": seed, "change": mutant.change}), flush=True)
-        print(json.dumps({"seed": seed, "fault": fault(work, mutant)}), flush=True)
+    # tokenizers' own words go to stdout.
+    with os.fdopen(os.dup(1), "w") as report:
+        os.dup2(2, 1)
+        for seed in range(first, last):
+            mutant = make_mutant(work, seed)
+            print(json.dumps({"seed": seed, "change": mutant.change}), file=report, flush=True)
+            print(json.dumps({"seed": seed, "fault": fault(work, mutant)}), file=report, flush=True)
 
 
 if __name__ == "__main__":
