@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 from specrt.accept import accept
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost
+from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost, ShapedDrafter
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
 from specrt.prompts import Prompt, PromptEncoder, split_prompts
@@ -23,15 +24,16 @@ from specrt.results import GenerationResult, StreamChunk
 from specrt.running import RunningBatch, RunningSequence
 from specrt.sampling import SamplingParams, one_each
 from specrt.stop import OutputEnd, TextTracker
-from specrt.tree import MAX_NODES
+from specrt.tree import MAX_NODES, first_nodes
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
 class Engine:
     """A target, a drafter and the loop that joins them; made by :func:`specrt.load`.
 
-    Several streams of one engine may be open at once; calls must come from one thread at a time,
-    for all of them share the model's buffers.
+    Several streams of one engine may be open at once, and threads may share it: they take turns,
+    a round each (so do engines of one target). Between processes it cannot be shared, nor copied.
+    ``with`` closes it at the end.
 
     Args:
         target: the model whose words are spoken.
@@ -61,6 +63,46 @@ class Engine:
         self.max_nodes = max_nodes
         self.cache = target.new_cache()
         self._cost = RoundCost()
+        self._turns = target.turns
+        self._running: set[RunningBatch] = set()
+        self._is_closed = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return "Engine(closed)"
+        model, config = self.target, self.target.config
+        return (
+            f"Engine({config.num_layers} layers of {config.hidden_size}, vocabulary "
+            f"{config.vocab_size}, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
+            f"drafter={type(self.drafter).__name__}, max_batch={self.max_batch}, "
+            f"max_nodes={self.max_nodes})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Engine: cannot be pickled or copied; threads may share one, a process loads its own"
+        )
+
+    def close(self) -> None:
+        """Free the cache and let go of target, drafter and tokenizer; closing again does nothing.
+
+        Waits for a round that another thread is in. Open streams raise RuntimeError instead of
+        their next round, and so does every later call.
+        """
+        with self._turns:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            for batch in list(self._running):
+                self._leave(batch)
+            self.cache.retire()
+            del self.target, self.drafter, self.tokenizer, self.cache
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -98,8 +140,9 @@ class Engine:
 
         Raises:
             ValueError: no prompt or an empty one, one longer than the context, bad sampling
-                options; names it and what came.
+                options, a ``draft`` that the drafter does not take; names it and what came.
             TypeError: an option that :class:`SamplingParams` does not have.
+            RuntimeError: the engine is closed.
             MemoryError: no memory for the KV cache; says how much was needed.
         """
         batch, many = split_prompts(prompts)
@@ -137,6 +180,7 @@ class Engine:
         Raises:
             ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
+        self._check_open()
         vocab_size = self.target.config.vocab_size
         return PromptEncoder(self.tokenizer, vocab_size, add_special_tokens).encode(prompt)
 
@@ -149,6 +193,7 @@ class Engine:
         add_special_tokens: bool,
     ) -> list[tuple[list[int], SamplingParams]]:
         """Token ids and options of each prompt, which the target can take."""
+        self._check_open()
         params = one_each(sampling, len(prompts), options)
         defaults = self.target.config.generation
         params = [p.with_defaults(defaults) for p in params]
@@ -176,14 +221,15 @@ class Engine:
         params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
-        tracks_text = has_text or bool(params.stop_strings)
-        stop_ids = () if params.ignore_eos else self.target.config.eos_ids
+        eos_ids = () if params.ignore_eos else self.target.config.eos_ids
         end = OutputEnd(
-            stop_ids=(*stop_ids, *(params.stop_token_ids or ())),
+            TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
+            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
             stop_strings=params.stop_strings,
+            keeps_stop=params.include_stop_str_in_output,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
+            is_streamed=has_text,
         )
         state = SequenceState(
             list(ids),
@@ -202,11 +248,13 @@ class Engine:
     def _result(self, sequence: RunningSequence) -> GenerationResult:
         ids = sequence.output_ids
         return GenerationResult(
-            text=sequence.end.text(ids, self.tokenizer.decode),
+            text=sequence.end.whole_text(),
             token_ids=ids,
             prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
             finish_reason=sequence.end.reason or "error",
+            stop_reason=sequence.end.stop_reason,
             logprobs=sequence.logprobs if sequence.params.logprobs else None,
+            seed=sequence.state.seed,
             stats=sequence.stats,
             error=sequence.error,
         )
@@ -219,12 +267,22 @@ class Engine:
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        if draft is not None and (draft.total_tokens or 1) > self.max_nodes:
+        if draft is not None:
+            self._check_draft(draft)
+        return self._rounds(deque(enumerate(requests)), draft, has_text)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("engine: expected an open one, got one that was closed")
+
+    def _check_draft(self, draft: DraftParams) -> None:
+        if (draft.total_tokens or 1) > self.max_nodes:
             raise ValueError(
                 f"total_tokens: expected at most the engine's max_nodes, {self.max_nodes}, "
                 f"got {draft.total_tokens}"
             )
-        return self._rounds(deque(enumerate(requests)), draft, has_text)
+        if isinstance(self.drafter, ShapedDrafter):
+            self.drafter.check(draft)
 
     def _rounds(
         self,
@@ -232,26 +290,40 @@ class Engine:
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        batch = RunningBatch(self.cache, self.target.config.vocab_size)
+        batch = RunningBatch()
+        self._running.add(batch)
         try:
-            while waiting or batch.sequences:
+            is_over = not waiting
+            while not is_over:
                 while waiting and len(batch.sequences) < self.max_batch:
                     index, (ids, params) = waiting.popleft()
-                    batch.join(self._new_sequence(index, ids, params, has_text))
-                    self._start(batch.sequences[-1])
-                batch.refresh()
-                for chunk, sequence in self._round(batch, draft):
-                    if chunk.result is not None:
-                        self._release(batch, sequence)
-                    yield chunk
+                    with self._turns:
+                        self._check_open()
+                        batch.join(self._new_sequence(index, ids, params, has_text))
+                        self._start(batch.sequences[-1])
+                with self._turns:
+                    self._check_open()
+                    batch.refresh(self.cache, self.target.config.vocab_size)
+                    chunks = self._round(batch, draft)
+                is_over = not (waiting or batch.sequences)  # before anybody may close the engine
+                yield from chunks
         finally:
-            for sequence in list(batch.sequences):
-                self._release(batch, sequence)
+            # Maybe by the garbage collector in the middle of another stream's round.
+            self._turns.do_when_free(partial(self._leave, batch))
+
+    def _leave(self, batch: RunningBatch) -> None:
+        """Free what a stream's sequences hold, whichever way it ended."""
+        self._running.discard(batch)
+        with ExitStack() as releases:  # all of them, though one may raise
+            for sequence in batch.sequences:
+                releases.callback(self._release, batch, sequence)
 
     def _release(self, batch: RunningBatch, sequence: RunningSequence) -> None:
         batch.leave(sequence)
-        self.drafter.finish(sequence.state)
-        self.cache.close(sequence.cached)
+        try:
+            self.drafter.finish(sequence.state)
+        finally:
+            self.cache.close(sequence.cached)
 
     def _start(self, sequence: RunningSequence) -> None:
         """Run the prompt but for its last token, which is the first round's root."""
@@ -264,14 +336,12 @@ class Engine:
         self.target.wait()  # or the first round would be charged for it
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
-    def _round(
-        self, batch: RunningBatch, draft: DraftParams | None
-    ) -> list[tuple[StreamChunk, RunningSequence]]:
-        """One round of every running sequence."""
+    def _round(self, batch: RunningBatch, draft: DraftParams | None) -> list[StreamChunk]:
+        """One round of every running sequence; those that end leave."""
         drafter = self.drafter
         budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
         times = [perf_counter()]
-        tree = drafter.propose(batch.states, budget)
+        tree = self._proposed(batch.states, budget)
         times.append(perf_counter())
         output = self.target.forward(tree, batch.cached, taps=drafter.taps)
         times.append(perf_counter())
@@ -293,11 +363,26 @@ class Engine:
             stats.draft_ms += draft_ms
             stats.verify_ms += verify_ms
             stats.accept_ms += accept_ms
-        return self._output(batch, tree, result)
+        chunks = self._output(batch, tree, result)
+        for chunk, sequence in zip(chunks, list(batch.sequences), strict=True):
+            if chunk.result is not None:
+                self._release(batch, sequence)
+        return chunks
+
+    def _proposed(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+        """The drafter's trees, as far as there is room for them."""
+        tree = self.drafter.propose(states, budget)
+        num_nodes, sizes = tree.draft_tokens.shape[1], tree.num_nodes.tolist()
+        if len(sizes) != len(states) or not all(1 <= size <= num_nodes for size in sizes):
+            raise ValueError(
+                f"{type(self.drafter).__name__}: num_nodes: expected {len(states)} numbers in "
+                f"1..{num_nodes}, the nodes of draft_tokens, got {sizes}"
+            )
+        return tree if num_nodes <= self.max_nodes else first_nodes(tree, self.max_nodes)
 
     def _output(
         self, batch: RunningBatch, tree: DraftTree, result: AcceptResult
-    ) -> list[tuple[StreamChunk, RunningSequence]]:
+    ) -> list[StreamChunk]:
         """Append each sequence's new tokens and say what came of the round."""
         lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
         logprobs = None if result.logprobs is None else result.logprobs.tolist()
@@ -309,22 +394,21 @@ class Engine:
                 position = len(sequence.state.token_ids)
                 sequence.error = f"logits: NaN or no finite value at position {position}"
                 sequence.end.fail()
-                chunks.append((self._chunk(sequence, [], 0), sequence))
+                chunks.append(self._chunk(sequence, [], 0))
                 continue
             row_logprobs = None if logprobs is None else logprobs[row]
             taken = sequence.append(tokens[row][: length + 1], row_logprobs)
             batch.append(row, taken)
             depth = tree.depth[row] if sizes[row] > 1 else None
             sequence.stats.record(sizes[row], len(taken) - 1, depth)
-            chunks.append((self._chunk(sequence, taken, length), sequence))
+            chunks.append(self._chunk(sequence, taken, length))
         return chunks
 
     def _chunk(self, sequence: RunningSequence, taken: list[int], length: int) -> StreamChunk:
-        is_over = sequence.end.reason is not None
         return StreamChunk(
             index=sequence.index,
             text=sequence.end.take_text(),
             token_ids=taken,
             num_accepted=min(length, len(taken)),
-            result=self._result(sequence) if is_over else None,
+            result=self._result(sequence) if sequence.end.reason is not None else None,
         )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -128,6 +129,9 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
+_LOADING = Lock()  # of threads that ask for one engine at once, one loads it
+
+
 @lru_cache(maxsize=1)
 def _cached_engine(target: str, drafter: str | None, device: str | torch.device) -> Engine:
     return load(target, drafter, device=device)
@@ -143,7 +147,7 @@ def generate(
     add_special_tokens: bool = True,
     **options: Any,
 ) -> Any:
-    """Answer one prompt and return its text; the engine is kept for the next call.
+    """Answer one prompt and return its text; the engine is kept for the next call, of any thread.
 
     Args:
         prompt: as for :meth:`Engine.generate`; of many prompts, the texts are returned in a list.
@@ -158,7 +162,8 @@ def generate(
         ValueError, TypeError: as :meth:`Engine.generate`.
         GenerationError: a sequence failed; names the prompt where there are many.
     """
-    engine = _cached_engine(target, drafter, device)
+    with _LOADING:
+        engine = _cached_engine(target, drafter, device)
     results = engine.generate(prompt, sampling, add_special_tokens=add_special_tokens, **options)
     if not isinstance(results, list):
         return _text_of(results)

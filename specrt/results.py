@@ -13,16 +13,21 @@ class GenerationResult:
     """One prompt's output."""
 
     text: str
-    """Without special tokens; cut before a stop string."""
+    """What the output adds to the prompt's text, a leading space included; without special tokens,
+    and without the stop string or stop token that ended it (``include_stop_str_in_output``)."""
     token_ids: list[int]
     """Output tokens, an end-of-sequence token included."""
     prompt_token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[float] | None
     """Of each token under the target's unprocessed law, if asked for."""
+    seed: int
+    """The request's, or the one that was drawn for it; with it, it can be repeated."""
     stats: RoundStats
     error: str | None = None
     """What went wrong, where ``finish_reason`` is ``"error"``."""
+    stop_reason: int | str | None = None
+    """The stop string or the id in ``stop_token_ids`` that ended it; None for end-of-sequence."""
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,7 @@ class RunningSequence:
 class RunningBatch:
     """The running sequences and the tables the kernels read, remade when one joins or leaves."""
 
-    def __init__(self, cache: KVCache, vocab_size: int) -> None:
-        self._cache = cache
-        self._vocab_size = vocab_size
+    def __init__(self) -> None:
         self.sequences: list[RunningSequence] = []
         self._is_stale = True
 
@@ -61,18 +59,18 @@ class RunningBatch:
         self.sequences.remove(sequence)
         self._is_stale = True
 
-    def refresh(self) -> None:
+    def refresh(self, cache: KVCache, vocab_size: int) -> None:
         """Make the tables fit the sequences."""
         if not self._is_stale:
             return
         sequences = self.sequences
         states = [sequence.state for sequence in sequences]
         self.states = states
-        self.cached = CacheBatch(self._cache, [sequence.cached for sequence in sequences])
+        self.cached = CacheBatch(cache, [sequence.cached for sequence in sequences])
         self.sampling = SamplingTable.build(
             [sequence.params for sequence in sequences],
             [state.prompt_len for state in states],
-            self._vocab_size,
+            vocab_size,
         )
         self.history = torch.zeros(
             len(states), max(state.max_len for state in states), dtype=torch.int32

@@ -32,6 +32,7 @@ MODEL_FIELDS = (
 # csrc/tree_accept/tree_accept.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
 _ROW_WORDS = _ROW.size // 8
+_FLOAT = struct.Struct("=f")
 
 
 def _fail(name: str, expected: str, got: object) -> ValueError:
@@ -60,7 +61,14 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether the kernels' float32 holds it; what is not 0 must not become 0 there."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        (held,) = _FLOAT.unpack(_FLOAT.pack(float(value)))
+    except OverflowError:
+        return False
+    return held != 0.0 or value == 0
 
 
 @with_option_hints
@@ -99,7 +107,11 @@ class SamplingParams:
     seed: int | None = None
     """64 bits (negative values wrap); None: the engine draws one (``with_seed``)."""
     stop: str | Sequence[str] | None = None
+    """Texts that end the output. The one that is complete first decides, of those that end together
+    the longest. A special token's text is one too ("<|im_end|>", "b<|im_end|>")."""
     stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    """Whether the text keeps the stop string, or the stop token's own text, that ended it."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Report each token's log-probability under the target's unprocessed law."""
@@ -123,14 +135,15 @@ class SamplingParams:
         if not _is_number(self.temperature) or not (
             self.temperature == 0.0 or 1e-5 <= self.temperature < math.inf
         ):
-            raise _fail("temperature", "0 (greedy) or a finite number >= 1e-5", self.temperature)
+            expected = "0 (greedy) or a number >= 1e-5 that float32 holds"
+            raise _fail("temperature", expected, self.temperature)
         penalty = self.repetition_penalty
         if penalty is not None and (not _is_number(penalty) or not 1e-5 <= penalty < 1e5):
             raise _fail("repetition_penalty", "None or a number in [1e-5, 1e5)", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not _is_number(value) or not abs(value) < 1e5:
-                raise _fail(name, "a finite number within 1e5", value)
+                raise _fail(name, "a number within 1e5 that float32 holds", value)
         if self.seed is not None and not (_is_int(self.seed) and -(2**63) <= self.seed < 2**64):
             raise _fail("seed", "None or an int of 64 bits", self.seed)
 
@@ -140,7 +153,7 @@ class SamplingParams:
         if not _is_number(self.top_p) or not 1e-30 <= self.top_p <= 1.0:
             raise _fail("top_p", "a number in (0, 1]", self.top_p)
         if not _is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
-            raise _fail("min_p", "a number in [0, 1]", self.min_p)
+            raise _fail("min_p", "a number in [0, 1] that float32 holds", self.min_p)
 
     def _check_bias(self) -> None:
         if self.logit_bias is None:
@@ -151,7 +164,9 @@ class SamplingParams:
             if not _is_int(token) or token < 0:
                 raise _fail("logit_bias", "token ids >= 0", token)
             if not _is_number(bias) or math.isnan(bias) or bias > 1e30:
-                raise _fail(f"logit_bias[{token}]", "a finite number or -inf", bias)
+                raise _fail(
+                    f"logit_bias[{token}]", "-inf or a number <= 1e30 that float32 holds", bias
+                )
 
     def _check_stops(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -167,7 +182,7 @@ class SamplingParams:
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
                 raise _fail(name, "None or a sequence of ints >= 0", ids)
-        for name in ("ignore_eos", "logprobs"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise _fail(name, "a bool", getattr(self, name))
 

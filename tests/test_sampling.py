@@ -54,6 +54,38 @@ def test_bad_fields_are_named(field: str, value: object) -> None:
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 1e39),
+        ("temperature", 3.5e38),
+        pytest.param("temperature", 10**400, id="a long temperature"),
+        ("presence_penalty", 1e-50),
+        ("frequency_penalty", -1e-50),
+        ("min_p", 1e-50),
+        ("logit_bias", {1: -1e39}),
+        pytest.param("logit_bias", {1: -(10**400)}, id="a long bias"),
+        ("logit_bias", {1: 1e-50}),
+    ],
+)
+def test_what_float32_cannot_hold_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}.*expected .*float32 holds, got"):
+        SamplingParams(**{field: value})
+
+
+def test_all_that_passes_can_be_packed() -> None:
+    extremes = [
+        SamplingParams(temperature=3.4e38, seed=0, top_p=1e-30, min_p=1e-45, top_k=2**31 - 1),
+        SamplingParams(temperature=1e-5, seed=2**64 - 1, logit_bias={0: 1e30, 7: -3.4e38}),
+        SamplingParams(repetition_penalty=1e-5, presence_penalty=-99999, frequency_penalty=1e-45),
+        SamplingParams(seed=-(2**63), logit_bias={1: -math.inf, 2: 0, 3: -0.0}),
+    ]
+    table = SamplingTable.build(extremes, [1] * 4, 8)
+    assert table.bias_values is not None and table.bias_ids is not None
+    assert table.bias_ids.tolist() == [0, 7, 1, 2, 3]
+    assert table.bias_values.isfinite().tolist() == [True, True, False, True, True]
+
+
 def test_defaults_and_derived_fields() -> None:
     params = SamplingParams()
     assert params.is_greedy and not params.edits_logits and params.stop_strings == ()

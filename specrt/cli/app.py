@@ -150,6 +150,14 @@ def generate(
             rich_help_panel=SAMPLING,
         ),
     ] = None,
+    include_stop_str_in_output: Annotated[
+        bool,
+        typer.Option(
+            "--include-stop-str-in-output",
+            help="Keep what ended the output in its text.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     ignore_eos: Annotated[
         bool,
         typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=SAMPLING),
@@ -186,6 +194,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
         stop_token_ids=command.parse_token_ids(stop_token_ids or ()),
+        include_stop_str_in_output=include_stop_str_in_output,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )

@@ -85,7 +85,8 @@ def _record(
     """Run once more, noting what each round gave; times are scaled to those measured."""
     from specrt.stop import TextTracker
 
-    tracker = TextTracker(engine.tokenizer.decode)
+    tokenizer = engine.tokenizer
+    tracker = TextTracker(tokenizer.decode, engine.encode(prompt), tokenizer.special_tokens)
     pieces: list[Piece] = []
     started = time.perf_counter()
     with closing(engine.stream(prompt, sampling)) as chunks:

@@ -90,6 +90,8 @@ def result_dict(index: int, result: GenerationResult) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "num_prompt_tokens": len(result.prompt_token_ids),
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
+        "seed": result.seed,
     }
     if result.logprobs is not None:
         # JSON has no infinities.

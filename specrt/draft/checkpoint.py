@@ -249,6 +249,8 @@ def write_files(
             partial[file].replace(file)
     except SafetensorError as error:  # a full disk, among others
         raise OSError(f"{weights}: cannot be written: {error}") from error
+    except OSError as error:  # which names no file where a write fails
+        raise OSError(error.errno, error.strerror, error.filename or str(said)) from error
     finally:
         for file in partial.values():
             file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,6 +23,8 @@ from specrt.types import AcceptResult, DraftTree, SequenceState
 
 class LetterTokenizer:
     """Token i is the i-th printable character; enough of a tokenizer for the engine."""
+
+    special_tokens: Mapping[int, str] = MappingProxyType({})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) - 32 for letter in text]

@@ -273,6 +273,31 @@ def test_statistics_add_up(model: LlamaModel) -> None:
     assert all(0 <= rate <= 1 for rate in stats.acceptance_rate)
 
 
+@pytest.mark.parametrize("num_tokens", [12, 15])
+def test_logprobs_end_where_the_output_does(
+    model: LlamaModel, answer: list[int], num_tokens: int
+) -> None:
+    """Inside an accepted path there are more of them than tokens."""
+    whole = make_engine(model).generate([3, 4, 5], replace(LONG, logprobs=True)).logprobs
+    assert whole is not None
+    for ends in ({"max_new_tokens": num_tokens}, {"stop_token_ids": [answer[num_tokens - 1]]}):
+        params = replace(LONG, logprobs=True, **ends)
+        result = make_engine(model, Listening(answer)).generate([3, 4, 5], params)
+        assert result.logprobs == whole[:num_tokens]
+
+
+def test_a_drawn_seed_is_told_and_repeats_the_text(model: LlamaModel) -> None:
+    drawn = SamplingParams(max_new_tokens=20, temperature=1.0, ignore_eos=True)
+    engine = make_engine(model)
+    results = engine.generate([[1, 2]] * 4, drawn)
+    assert len({result.seed for result in results}) == 4, "one draw for all prompts of a call"
+    assert len({tuple(result.token_ids) for result in results}) == 4
+    for result in results:
+        again = engine.generate([1, 2], replace(drawn, seed=result.seed))
+        assert (again.token_ids, again.seed) == (result.token_ids, result.seed)
+    assert engine.generate([1, 2], replace(drawn, seed=-5)).seed == -5
+
+
 class Listening(RandomTreeDrafter):
     """Proposes one long right chain, and keeps what it is told came of it."""
 
