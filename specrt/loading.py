@@ -18,7 +18,7 @@ from specrt.engine import Engine, Prompt
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
-from specrt.models.placement import choose_dtype, parse_device, place_weights
+from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
@@ -84,8 +84,11 @@ def load(
     config = ModelConfig.from_directory(path)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
+    head_dim = choose_head_dim(config, place)
     tokenizer = load_tokenizer(path)
-    weights = place_weights(load_weights(path, config, target_dtype, progress=progress), place)
+    weights = place_weights(
+        load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), place
+    )
     graphs = GraphCache()
     model = LlamaModel(config, weights, graphs.run, graphs.clear)
     if drafter == AUTO:

@@ -181,9 +181,14 @@ def test_a_target_on_a_gpu(wide_target: Path, gpu: torch.device) -> None:
         specrt.load(wide_target, device="cuda", dtype="float32")
 
 
-def test_heads_that_no_gpu_kernel_takes(target: Path, wide_target: Path, gpu: torch.device) -> None:
-    for paths in ((target,), (wide_target, target)):
-        with pytest.raises(ValueError, match="head_dim: .* the model has 16"):
+def test_heads_that_no_gpu_kernel_takes(
+    target: Path, wide_target: Path, gpu: torch.device, tmp_path: Path
+) -> None:
+    assert specrt.load(target, device="cuda").cache.kv.shape[-1] == 64  # padded from 16
+    make_target(tmp_path)
+    make_checkpoint("llama", tmp_path, head_dim=130)
+    for paths in ((tmp_path,), (wide_target, tmp_path)):
+        with pytest.raises(ValueError, match="head_dim: .* the model has 130; device='cpu'"):
             specrt.load(*paths, device="cuda")
 
 

@@ -19,11 +19,12 @@ from specrt.draft.exit_checkpoint import is_exit_checkpoint, load_exit, read_exi
 from specrt.draft.exit_model import ExitModel
 from specrt.draft.fspad import FspadDrafter
 from specrt.draft.fspad_layer import DraftLayer, fold, folding_pays, pack_weights
+from specrt.draft.official import DraftTensors, refuse_other_kinds, settle_head
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.models.llama import LlamaModel, StepRunner
 from specrt.models.loader import load_weights
-from specrt.models.placement import choose_dtype, place_weights
+from specrt.models.placement import choose_dtype, choose_head_dim, place_weights
 from specrt.types import CheckpointError
 
 PROMPT_LOOKUP = "prompt-lookup"
@@ -96,6 +97,7 @@ def load_drafter(
             is_coupled=options.is_coupled,
             control=options.control,
         )
+    refuse_other_kinds(DraftTensors(directory))
     _refuse_control(options)
     return _small_model(directory, target, dtype, run_step, on_move)
 
@@ -140,18 +142,21 @@ def _small_model(
             f"{target.config.vocab_size}, got {config.vocab_size}"
         )
     chosen = choose_dtype(config, dtype, target.device)
-    weights = place_weights(load_weights(directory, config, chosen), target.device)
-    return SmallModelDrafter(LlamaModel(config, weights, run_step, on_move))
+    head_dim = choose_head_dim(config, target.device)
+    loaded = load_weights(directory, config, chosen, head_dim=head_dim)
+    weights = place_weights(loaded, target.device)
+    return SmallModelDrafter(LlamaModel(config, weights, run_step, on_move, rope=target.rope))
 
 
 def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
     config, tensors = read_checkpoint(directory, target.config)
+    # It drafts on the CPU wherever the target is.
+    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
+    settle_head(directory, tensors, head)
     # Rotary positions must reach as far as the target's, whatever a drafter's config says.
     reach = max(config.layer.max_positions, target.config.max_positions)
     config = replace(config, layer=replace(config.layer, max_positions=reach))
-    # It drafts on the CPU wherever the target is.
-    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
     weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)
-    return DraftLayer(config, fold(weights) if is_folded else weights)
+    return DraftLayer(config, fold(weights) if is_folded else weights, target.rope)
