@@ -55,7 +55,7 @@ def load(
         drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
             on a GPU prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
             ``"eesd"``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller
-            model of the same vocabulary, or any object with the methods of
+            model of the same tokenizer, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
@@ -96,7 +96,7 @@ def load(
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
-        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options)
+        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)

@@ -22,6 +22,7 @@ from specrt.draft.fspad_layer import DraftLayer, fold, folding_pays, pack_weight
 from specrt.draft.official import DraftTensors, refuse_other_kinds, settle_head
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
+from specrt.draft.vocabulary import check_vocabulary
 from specrt.models.llama import LlamaModel, StepRunner
 from specrt.models.loader import load_weights
 from specrt.models.placement import choose_dtype, choose_head_dim, place_weights
@@ -60,6 +61,7 @@ def load_drafter(
     run_step: StepRunner,
     on_move: Callable[[], None],
     options: DrafterOptions,
+    target_path: Path | None = None,
 ) -> Drafter:
     """Make the drafter a user asks for.
 
@@ -72,6 +74,7 @@ def load_drafter(
         run_step: how its model's steps run on the CPU.
         on_move: called when its model's buffers move.
         options: for trained drafters.
+        target_path: the target's directory, whose tokenizer a smaller model must have.
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
@@ -99,7 +102,7 @@ def load_drafter(
         )
     refuse_other_kinds(DraftTensors(directory))
     _refuse_control(options)
-    return _small_model(directory, target, dtype, run_step, on_move)
+    return _small_model(directory, target, dtype, run_step, on_move, target_path)
 
 
 def _refuse_several(directory: Path) -> None:
@@ -134,18 +137,16 @@ def _small_model(
     dtype: torch.dtype | None,
     run_step: StepRunner,
     on_move: Callable[[], None],
+    target_path: Path | None,
 ) -> Drafter:
-    config = ModelConfig.from_directory(directory)
-    if config.vocab_size != target.config.vocab_size:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: a drafter needs the target's vocabulary of "
-            f"{target.config.vocab_size}, got {config.vocab_size}"
-        )
+    config, vocab_size = ModelConfig.from_directory(directory), target.config.vocab_size
+    check_vocabulary(directory, config.vocab_size, target_path, vocab_size)
     chosen = choose_dtype(config, dtype, target.device)
     head_dim = choose_head_dim(config, target.device)
     loaded = load_weights(directory, config, chosen, head_dim=head_dim)
     weights = place_weights(loaded, target.device)
-    return SmallModelDrafter(LlamaModel(config, weights, run_step, on_move, rope=target.rope))
+    model = LlamaModel(config, weights, run_step, on_move, rope=target.rope)
+    return SmallModelDrafter(model, vocab_size=vocab_size)
 
 
 def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
