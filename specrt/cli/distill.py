@@ -18,7 +18,8 @@ from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, 
 from specrt.train.lock import hold_file
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, GenerationResult
+    from specrt.engine import Engine
+    from specrt.results import GenerationResult
     from specrt.sampling import SamplingParams
     from specrt.train.prompts import TrainingPrompt
 

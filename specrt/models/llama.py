@@ -24,6 +24,7 @@ from specrt.config import ModelConfig
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import rope_table
 from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
+from specrt.models.turns import Turns
 from specrt.ops import registry
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
@@ -103,6 +104,8 @@ class LlamaModel:
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
         self._version = 0
+        self.turns = Turns()
+        """For threads: the buffers, and what :meth:`forward` gave, belong to who has the turn."""
 
     @property
     def version(self) -> int:
