@@ -211,7 +211,7 @@ class _Reader:
             rms_norm_eps=self._positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
             rope_theta=self._positive(rope.pop("rope_theta"), "rope_theta"),
             rope_scaling=None if rope["rope_type"] == "default" else rope,
-            max_positions=self._size("max_position_embeddings"),
+            max_positions=self._context(),
             has_attention_bias=attention_bias or self.family == "qwen2",
             has_output_bias=attention_bias,
             has_mlp_bias=self.family == "llama" and self._flag("mlp_bias"),
@@ -282,7 +282,7 @@ class _Reader:
         if self._get("sliding_window") is None:
             return None
         window = self._size("sliding_window")
-        if window >= self._size("max_position_embeddings"):
+        if window >= self._context():
             return None  # it never hides anything
         if self.family == "mistral":
             return f"sliding_window {window}"
@@ -357,6 +357,18 @@ class _Reader:
         for key in _ROPE_FACTORS[kind]:
             rope[key] = self._positive(self._rope_factor(given, key), f"rope_scaling.{key}")
         return rope
+
+    def _context(self) -> int:
+        """Positions the model was made for.
+
+        ``max_position_embeddings``, but of linear rope some checkpoints give there what was before
+        stretching, and what came of it as ``max_sequence_length`` (Vicuna, LongChat).
+        """
+        positions, rope = self._size("max_position_embeddings"), self._rope()
+        if rope["rope_type"] != "linear" or self.data.get("max_sequence_length") is None:
+            return positions
+        stretched = min(self._size("max_sequence_length"), positions * rope["factor"])
+        return max(positions, int(stretched))
 
     def _rope_factor(self, given: Mapping[str, Any], key: str) -> Any:
         if key == "original_max_position_embeddings":
