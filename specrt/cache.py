@@ -144,6 +144,11 @@ class CacheBatch:
         # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
         self._tickets = torch.zeros_like(self.kv_len) if registry.is_on_gpu(self.kv_len) else None
 
+    @property
+    def num_positions(self) -> int:
+        """No row's position reaches this: each is at most the row's place in its pages."""
+        return self.block_table.shape[1] * self.cache.page_size
+
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """Move the accepted rows into place and make them part of their sequences.
 

@@ -21,7 +21,7 @@ from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
-from specrt.models.placement import choose_dtype, parse_device, place_weights
+from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
 from specrt.prompts import Prompt
 from specrt.results import GenerationResult
@@ -60,7 +60,7 @@ def load(
         drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
             on a GPU prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
             ``"eesd"``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller
-            model of the same vocabulary, or any object with the methods of
+            model of the same tokenizer, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
@@ -90,8 +90,11 @@ def load(
     _log_defaults(path, config)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
+    head_dim = choose_head_dim(config, place)
     tokenizer = load_tokenizer(path)
-    weights = place_weights(load_weights(path, config, target_dtype, progress=progress), place)
+    weights = place_weights(
+        load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), place
+    )
     graphs = GraphCache()
     model = LlamaModel(config, weights, graphs.run, graphs.clear)
     if drafter == AUTO:
@@ -99,7 +102,7 @@ def load(
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
-        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options)
+        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)

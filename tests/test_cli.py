@@ -214,6 +214,7 @@ def test_stop_and_logit_bias(capsys: pytest.CaptureFixture[str], target: str) ->
     assert biased["text"] == "A" * 40
     (stopped,) = generate_json(capsys, *args, "--stop", "zz", "--stop", "AAA")
     assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")
+    assert (stopped["stop_reason"], biased["stop_reason"]) == ("AAA", None)
 
 
 # --- mistakes -------------------------------------------------------------------------------------

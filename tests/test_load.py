@@ -69,7 +69,7 @@ def test_paths_that_hold_no_model(role: str, target: Path, tmp_path: Path) -> No
 
 def test_a_drafter_of_another_vocabulary(target: Path, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, vocab_size=96)
-    with pytest.raises(CheckpointError, match="vocabulary of 97, got 96"):
+    with pytest.raises(CheckpointError, match="without .* tokenizer .* vocabulary of 97, got 96"):
         specrt.load(target, tmp_path)
 
 
@@ -183,9 +183,14 @@ def test_a_target_on_a_gpu(wide_target: Path, gpu: torch.device) -> None:
         specrt.load(wide_target, device="cuda", dtype="float32")
 
 
-def test_heads_that_no_gpu_kernel_takes(target: Path, wide_target: Path, gpu: torch.device) -> None:
-    for paths in ((target,), (wide_target, target)):
-        with pytest.raises(ValueError, match="head_dim: .* the model has 16"):
+def test_heads_that_no_gpu_kernel_takes(
+    target: Path, wide_target: Path, gpu: torch.device, tmp_path: Path
+) -> None:
+    assert specrt.load(target, device="cuda").cache.kv.shape[-1] == 64  # padded from 16
+    make_target(tmp_path)
+    make_checkpoint("llama", tmp_path, head_dim=130)
+    for paths in ((tmp_path,), (wide_target, tmp_path)):
+        with pytest.raises(ValueError, match="head_dim: .* the model has 130; device='cpu'"):
             specrt.load(*paths, device="cuda")
 
 

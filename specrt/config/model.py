@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from specrt.config.directory import checkpoint_directory, read_json
+from specrt.config.families import ARCHITECTURES, DEFAULTS
 from specrt.config.foreign import foreign_files
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.keys import refuse_unknown_keys
@@ -24,43 +25,8 @@ FLOAT8_FORMAT = "float8_e4m3fn"
 _REQUIRED = object()
 # Kernels count positions in 32 bits, past the context's end too.
 _LARGEST_SIZE = 2**30
+_LARGEST_HEAD = 256  # of any device; some take less (models/placement.py)
 
-# What transformers takes when a key is missing. The sizes that define a model have no default here:
-# a checkpoint without them is broken, not a 7B Llama.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "head_dim": 128,
-    },
-}
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -211,7 +177,7 @@ class _Reader:
             rms_norm_eps=self._positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
             rope_theta=self._positive(rope.pop("rope_theta"), "rope_theta"),
             rope_scaling=None if rope["rope_type"] == "default" else rope,
-            max_positions=self._size("max_position_embeddings"),
+            max_positions=self._context(),
             has_attention_bias=attention_bias or self.family == "qwen2",
             has_output_bias=attention_bias,
             has_mlp_bias=self.family == "llama" and self._flag("mlp_bias"),
@@ -231,11 +197,11 @@ class _Reader:
 
     def _get(self, key: str, default: Any = None) -> Any:
         """The key's value, or the family's default; a null stays a null, as in transformers."""
-        return self.data.get(key, _DEFAULTS[self.family].get(key, default))
+        return self.data.get(key, DEFAULTS[self.family].get(key, default))
 
     def _family(self) -> str:
         family = self.data.get("model_type")
-        supported = ", ".join(_DEFAULTS)
+        supported = ", ".join(DEFAULTS)
         if isinstance(self.data.get("text_config"), dict):
             inner = self.data["text_config"].get("model_type")
             raise self._fail(
@@ -243,15 +209,15 @@ class _Reader:
                 f"in its text_config ({inner!r}) would be if stored by itself "
                 f"(supported: {supported})"
             )
-        if not isinstance(family, str) or family not in _DEFAULTS:
+        if not isinstance(family, str) or family not in DEFAULTS:
             raise self._fail(f"model_type {family!r} is not supported (supported: {supported})")
         architectures = self.data.get("architectures")
         names = architectures if isinstance(architectures, list) else [architectures]
         # The base class alone saves the same tensors, less the head.
-        known = (_ARCHITECTURES[family], _ARCHITECTURES[family].replace("ForCausalLM", "Model"))
+        known = (ARCHITECTURES[family], ARCHITECTURES[family].replace("ForCausalLM", "Model"))
         if architectures and not {*known} & {*map(str, names)}:
             named = ", ".join(map(str, names))
-            wanted = ", ".join(_ARCHITECTURES.values())
+            wanted = ", ".join(ARCHITECTURES.values())
             raise self._fail(f"architecture {named} is not supported (supported: {wanted})")
         return family
 
@@ -282,7 +248,7 @@ class _Reader:
         if self._get("sliding_window") is None:
             return None
         window = self._size("sliding_window")
-        if window >= self._size("max_position_embeddings"):
+        if window >= self._context():
             return None  # it never hides anything
         if self.family == "mistral":
             return f"sliding_window {window}"
@@ -325,6 +291,10 @@ class _Reader:
             head_dim = hidden_size // num_heads
         if head_dim % 2:
             raise self._fail(f"head_dim: rotary embedding needs an even size, got {head_dim}")
+        if head_dim > _LARGEST_HEAD:
+            raise self._fail(
+                f"head_dim: kernels take at most {_LARGEST_HEAD}, the model has {head_dim}"
+            )
         return head_dim
 
     def _num_kv_heads(self, num_heads: int) -> int:
@@ -357,6 +327,18 @@ class _Reader:
         for key in _ROPE_FACTORS[kind]:
             rope[key] = self._positive(self._rope_factor(given, key), f"rope_scaling.{key}")
         return rope
+
+    def _context(self) -> int:
+        """Positions the model was made for.
+
+        ``max_position_embeddings``, but of linear rope some checkpoints give there what was before
+        stretching, and what came of it as ``max_sequence_length`` (Vicuna, LongChat).
+        """
+        positions, rope = self._size("max_position_embeddings"), self._rope()
+        if rope["rope_type"] != "linear" or self.data.get("max_sequence_length") is None:
+            return positions
+        stretched = min(self._size("max_sequence_length"), positions * rope["factor"])
+        return max(positions, int(stretched))
 
     def _rope_factor(self, given: Mapping[str, Any], key: str) -> Any:
         if key == "original_max_position_embeddings":

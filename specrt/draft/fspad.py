@@ -95,7 +95,7 @@ class FspadDrafter:
         self.is_coupled = is_coupled
         self._run_step = run_step
         self._on_move = on_move
-        self._cache = KVCache(layer.config.layer, layer.weights.fc.dtype, on_move=self._forget)
+        self._cache = KVCache(layer.padded, layer.weights.fc.dtype, on_move=self._forget)
         self._drafts: dict[SequenceState, _Draft] = {}
         self._policy: TreePolicy = (
             EnvelopePolicy() if control is None else ControlledEnvelope(control)
@@ -117,6 +117,8 @@ class FspadDrafter:
 
     def start(self, state: SequenceState) -> None:
         """Reserve pages in the draft cache."""
+        if self.layer.reserve(state.max_len + MAX_NODES):
+            self._forget()
         cached = self._cache.open(state.max_len + MAX_NODES)
         hidden = self.layer.config.layer.hidden_size
         self._drafts[state] = _Draft(cached, torch.empty(0, hidden))
@@ -280,11 +282,11 @@ class FspadDrafter:
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
         """Run pending pairs but the last ``keep``: they leave keys and values, nothing more."""
-        draft, config = self._drafts[state], self.layer.config
+        draft = self._drafts[state]
         while (left := len(draft.pending) - keep) > 0:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
             tokens = torch.tensor(state.token_ids[first : first + count], dtype=torch.int32)
-            work = Activations.make(config, count, 0)
+            work = Activations.make(self.layer.padded, count, 0)
             batch = CacheBatch(self._cache, [draft.cached])
             order = torch.arange(count, dtype=torch.int32)[None]
             num = torch.tensor([count], dtype=torch.int32)

@@ -19,6 +19,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.models.checkpoint import Checkpoint, TensorInfo
+from specrt.models.heads import pad_heads
 from specrt.models.layouts import EMBED, HEAD, dtype_name, expected_shapes, fit, layer_matrices
 from specrt.types import CheckpointError
 
@@ -87,6 +88,7 @@ def load_weights(
     progress: bool = False,
     tables: tuple[torch.Tensor, torch.Tensor] | None = None,
     others: Collection[str] = (),
+    head_dim: int | None = None,
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, into one arena.
 
@@ -98,6 +100,8 @@ def load_weights(
         tables: embedding and LM head of another model, ``[V, H]`` each, where the checkpoint has
             none.
         others: keys that the checkpoint has beside the model's; they are left to the caller.
+        head_dim: the head size that kernels shall run (:mod:`specrt.models.heads`); None: the
+            model's own.
 
     Raises:
         ValueError: ``dtype`` is another one.
@@ -109,7 +113,7 @@ def load_weights(
     checkpoint = Checkpoint(path)
     config = fit(checkpoint, config, dtype, has_tables=tables is None, others=others)
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
-        return _Loader(checkpoint, config, dtype, tables).load(advance)
+        return _Loader(checkpoint, config, dtype, tables, head_dim).load(advance)
 
 
 def load_tables(
@@ -171,9 +175,11 @@ class _Loader:
         config: ModelConfig,
         dtype: torch.dtype,
         tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        head_dim: int | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._config = config
+        self._head_dim = config.head_dim
+        self._config = config = replace(config, head_dim=head_dim or config.head_dim)
         self._tables = tables
         self._shapes = expected_shapes(config)
         table = (config.vocab_size, config.hidden_size)
@@ -239,8 +245,13 @@ class _Loader:
         for key in keys:
             end = start + self._shapes[key][0]
             info = self._checkpoint.infos[key]
-            scale = self._scale(key) if info.dtype == torch.float8_e4m3fn else None
-            _convert(self._checkpoint.tensor(key), scale, destination[start:end], (key, info))
+            source, scale = self._checkpoint.tensor(key), None
+            if info.dtype == torch.float8_e4m3fn:
+                scale = self._scale(key)
+            if self._config.head_dim != self._head_dim:
+                source, scale = (source if scale is None else source.float() * scale), None
+                source = pad_heads(key, source, self._head_dim, self._config.head_dim)
+            _convert(source, scale, destination[start:end], (key, info))
             start = end
 
     def _scale(self, key: str) -> torch.Tensor:

@@ -178,6 +178,25 @@ def test_defaults_and_styles_agree_with_transformers(data: dict[str, Any], tmp_p
     assert_agrees(ModelConfig.from_directory(tmp_path), theirs)
 
 
+@pytest.mark.parametrize(
+    ("rope", "said", "context"),
+    [
+        ({"type": "linear", "factor": 4.0}, 8192, 8192),  # Vicuna 16k, LongChat
+        ({"type": "linear", "factor": 4.0}, 4096, 4096),
+        ({"type": "linear", "factor": 4.0}, 1 << 20, 8192),
+        ({"type": "linear", "factor": 4.0}, 512, 2048),
+        ({"type": "linear", "factor": 1e30}, 8192, 8192),
+        ({"type": "linear", "factor": 4.0}, None, 2048),
+        (None, 8192, 2048),
+        (LLAMA3_SCALING, 8192, 2048),
+    ],
+)
+def test_context(rope: dict[str, Any] | None, said: int | None, context: int) -> None:
+    """Of linear rope it is stretched where the checkpoint says so, and nowhere else."""
+    sizes = {"max_position_embeddings": 2048, "max_sequence_length": said}
+    assert ModelConfig.from_dict(changed(rope_scaling=rope, **sizes)).max_positions == context
+
+
 def test_token_ids_of_the_generation_config_go_first() -> None:
     data = changed(bos_token_id=1, eos_token_id=2)
     generation = {"eos_token_id": [7, 8]}
@@ -218,6 +237,11 @@ def test_dtype(key: str, name: str | None, dtype: torch.dtype) -> None:
         (changed(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq"]),
         (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'", "llama3"]),
         (changed(rope_parameters={"rope_type": "yarn"}), ["'yarn'"]),
+        (changed(rope_scaling={"type": "longrope"}), ["'longrope'"]),
+        (
+            changed(rope_scaling={"type": "linear", "factor": 2.0}, max_sequence_length="x"),
+            ["max_sequence_length", "'x'"],
+        ),
         (changed(rope_scaling={"rope_type": "linear"}), ["rope_scaling.factor"]),
         (changed(rope_scaling={"type": "linear", "factor": "2"}), ["rope_scaling.factor", "'2'"]),
         (changed(rope_scaling=[1]), ["rope_scaling", "[1]"]),
