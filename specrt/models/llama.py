@@ -106,8 +106,7 @@ class LlamaModel:
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
         self._version = 0
-        self.turns = Turns()
-        """For threads: the buffers, and what :meth:`forward` gave, belong to who has the turn."""
+        self.turns = Turns()  # who has it may use the buffers, and what `forward` gave
 
     @property
     def version(self) -> int:
