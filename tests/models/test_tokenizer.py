@@ -54,8 +54,9 @@ def test_text_goes_as_in_transformers(adds_bos: bool, tmp_path: Path) -> None:
 def test_a_special_token_that_is_none(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, None, adds_bos=False)
     file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": ""}))
-    assert load_tokenizer(tmp_path).special_tokens.keys() == {0, 1, 2}
+    named = {**json.loads(file.read_text()), "eos_token": "", "unk_token": None}
+    file.write_text(json.dumps(named))
+    assert load_tokenizer(tmp_path).special_tokens.keys() >= {1, 2}
 
 
 @pytest.mark.filterwarnings("error")
