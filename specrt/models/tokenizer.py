@@ -72,9 +72,11 @@ class Tokenizer:
         """The tokens that :meth:`decode` leaves out, with their own text."""
         added = self.inner.added_tokens_decoder
         special = {token for token, entry in added.items() if entry.special}
+        special.update(self.inner.all_special_ids)
+        special.discard(None)  # of a special token that is named and is no token
         return {
             token: str(self.inner.convert_ids_to_tokens(token))
-            for token in sorted(special.union(self.inner.all_special_ids))
+            for token in sorted(special)
             if not self._decode([token])
         }
 

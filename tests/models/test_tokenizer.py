@@ -51,6 +51,14 @@ def test_text_goes_as_in_transformers(adds_bos: bool, tmp_path: Path) -> None:
     assert tokenizer.decode([1, 5, 6, 7, 2]) == "how many ?"
 
 
+def test_a_special_token_that_is_none(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, None, adds_bos=False)
+    file = tmp_path / "tokenizer_config.json"
+    named = {**json.loads(file.read_text()), "eos_token": "", "unk_token": None}
+    file.write_text(json.dumps(named))
+    assert load_tokenizer(tmp_path).special_tokens.keys() >= {1, 2}
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_second_bos_is_warned_of_and_can_be_left_out(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, None, adds_bos=True)
