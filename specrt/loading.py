@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,12 +17,14 @@ from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
 from specrt.draft.control import ControlOptions, parse_control
 from specrt.draft.load import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
-from specrt.engine import Engine, Prompt
+from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
 from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
+from specrt.prompts import Prompt
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
@@ -82,6 +87,7 @@ def load(
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
+    _log_defaults(path, config)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     head_dim = choose_head_dim(config, place)
@@ -108,6 +114,14 @@ def default_drafter(target: str | os.PathLike[str], device: str | torch.device =
     return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else PROMPT_LOOKUP
 
 
+def _log_defaults(path: Path, config: ModelConfig) -> None:
+    """Say what of the model's own generation settings applies; a warning if not all of it does."""
+    notice = config.generation.notice()
+    if notice is not None:
+        level = logging.INFO if config.generation.is_complete else logging.WARNING
+        logging.getLogger("specrt").log(level, "%s: %s", path, notice)
+
+
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
@@ -118,34 +132,48 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
+_LOADING = Lock()  # of threads that ask for one engine at once, one loads it
+
+
 @lru_cache(maxsize=1)
 def _cached_engine(target: str, drafter: str | None, device: str | torch.device) -> Engine:
     return load(target, drafter, device=device)
 
 
 def generate(
-    prompt: Prompt,
+    prompt: Prompt | Iterable[Prompt],
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     target: str = BUILTIN,
     drafter: str | None = AUTO,
     device: str | torch.device = "cpu",
-    **sampling: Any,
-) -> str:
-    """Answer one prompt and return its text; the engine is kept for the next call.
+    add_special_tokens: bool = True,
+    **options: Any,
+) -> Any:
+    """Answer one prompt and return its text; the engine is kept for the next call, of any thread.
 
     Args:
-        prompt: text, token ids or chat messages.
+        prompt: as for :meth:`Engine.generate`; of many prompts, the texts are returned in a list.
+        sampling: as for :meth:`Engine.generate`.
         target: as for :func:`load`.
         drafter: as for :func:`load`, by name or path.
         device: as for :func:`load`.
-        **sampling: fields of :class:`specrt.sampling.SamplingParams`.
+        add_special_tokens: as for :meth:`Engine.generate`.
+        **options: fields of :class:`specrt.sampling.SamplingParams`, in place of ``sampling``'s.
 
     Raises:
-        ValueError: as :meth:`Engine.generate`.
-        GenerationError: the sequence failed.
+        ValueError, TypeError: as :meth:`Engine.generate`.
+        GenerationError: a sequence failed; names the prompt where there are many.
     """
-    engine = _cached_engine(target, drafter, device)
-    result = engine.generate(prompt, SamplingParams(**sampling))
+    with _LOADING:
+        engine = _cached_engine(target, drafter, device)
+    results = engine.generate(prompt, sampling, add_special_tokens=add_special_tokens, **options)
+    if not isinstance(results, list):
+        return _text_of(results)
+    return [_text_of(result, f"prompts[{index}]: ") for index, result in enumerate(results)]
+
+
+def _text_of(result: GenerationResult, name: str = "") -> str:
     if result.error is not None:
-        raise GenerationError(result.error)
-    return str(result.text)
+        raise GenerationError(name + result.error)
+    return result.text

@@ -220,6 +220,9 @@ def test_generate_in_one_line(target: Path, drafter: Path) -> None:
         assert specrt.generate(prompt, target=str(target), drafter=name, max_new_tokens=12) == text
     ids = expected.prompt_token_ids
     assert specrt.generate(ids, target=str(target), max_new_tokens=12) == text
+    params = specrt.SamplingParams(max_new_tokens=12)
+    assert specrt.generate([prompt, ids], params, target=str(target)) == [text, text]
+    assert specrt.generate([], target=str(target)) == []
     with pytest.raises(ValueError, match="max_new_tokens"):
         specrt.generate(prompt, target=str(target), max_new_tokens=0)
 

@@ -18,7 +18,8 @@ import torch
 from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
 from specrt.draft.checkpoint import FORMAT_VERSION, write_files
 from specrt.models.checkpoint import Checkpoint
-from specrt.models.loader import Weights, layer_shapes, load_weights
+from specrt.models.layouts import layer_shapes
+from specrt.models.loader import Weights, load_weights
 from specrt.models.placement import CPU, choose_head_dim
 from specrt.types import CheckpointError
 

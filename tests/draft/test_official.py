@@ -131,12 +131,12 @@ KINDS = {
 
 @pytest.mark.parametrize(("kind", "key"), [(k, key) for k in KINDS for key in KINDS[k]])
 def test_kinds_are_told_by_a_key(kind: str, key: str) -> None:
-    info = TensorInfo(Path("x"), (4, 8), torch.float32)
+    info = TensorInfo(Path("x"), "x", (4, 8), torch.float32)
     assert other_kind({"fc.weight": info, key: info}) == kind
 
 
 def test_models_and_eagle_are_no_other_kind(target: Path, tmp_path: Path) -> None:
-    info = TensorInfo(Path("x"), (4, 8), torch.float32)
+    info = TensorInfo(Path("x"), "x", (4, 8), torch.float32)
     eagle = make_official_draft(tmp_path / "src", target, "eagle2")
     for keys in (load_file(target / "model.safetensors"), eagle):
         assert other_kind(dict.fromkeys(keys, info)) is None

@@ -24,7 +24,7 @@ TEXT = [(7 * i * i + i) % 97 for i in range(700)]
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Weights]:
     path: Path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama3", path, max_position_embeddings=2**31)
+    make_checkpoint("llama3", path, max_position_embeddings=2**30)
     config = ModelConfig.from_directory(path)
     return config, load_weights(path, config, torch.float32)
 
@@ -86,7 +86,7 @@ def test_steps_recorded_before_a_table_grew(loaded: tuple[ModelConfig, Weights])
     run = Run(config, weights)
     short = run.logits(TEXT[:100])
     before, version = run.model._cos_sin, run.model.version
-    assert len(before) == 512  # of a context of 2**31
+    assert len(before) == 512  # of a context of 2**30
     long = run.logits(TEXT)
     assert len(run.model._cos_sin) == 1024 and run.model.version > version
     before.fill_(float("nan"))  # nobody may read it any more

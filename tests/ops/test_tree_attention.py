@@ -331,33 +331,6 @@ def test_counts_are_read_when_it_runs() -> None:
     assert (replayed[0, 3:] == 0).all()
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128])
-def test_appending_on_the_way_is_rope_append_before_it(
-    backend: Backend, dim: int, heads: tuple[int, int]
-) -> None:
-    dtype = torch.bfloat16 if backend.runs_cuda_source else torch.float32
-    cases = [make_case(p, n, heads, dim, dtype) for p, n in ((0, 1), (61, 40), (250, 70))]
-    cases = [replace(case, q=case.q.to(dtype)) for case in cases]
-    g = torch.Generator().manual_seed(1)
-    shape = (len(cases), 70, heads[1], dim)
-    k, v = (torch.randn(shape, generator=g).to(dtype).to(backend.device) for _ in range(2))
-    depth = torch.randint(0, 9, shape[:2], generator=g, dtype=torch.int32).to(backend.device)
-    cos_sin = torch.randn(300, dim, generator=g).to(backend.device)  # shorter than the sequences
-    first = batch_arguments(cases, backend)
-    second = {n: a.clone() if isinstance(a, Tensor) else a for n, a in first.items()}
-    slots = ("kv_len", "first_node", "num_nodes", "block_table")
-    ops.rope_append(
-        first["q"], k, v, depth, *(first[n] for n in slots), cos_sin, first["k_cache"],
-        first["v_cache"],
-    )  # fmt: skip
-    expected = tree_attention(**first)  # type: ignore[arg-type]
-    out = tree_attention(**second, append=ops.Append(k, v, depth, cos_sin))  # type: ignore[arg-type]
-    assert torch.equal(out, expected)  # type: ignore[arg-type]
-    for name in ("k_cache", "v_cache"):
-        assert same_bits(first[name], second[name])  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("what", ["q", "k", "v"])
 def test_nan_stays_in_the_rows_that_see_it(backend: Backend, what: str) -> None:
     case = queries(make_case(70, 12, dtype=torch.bfloat16), backend, torch.bfloat16)
