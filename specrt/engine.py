@@ -245,20 +245,6 @@ class Engine:
         cached = self.cache.open(max_len + self.max_nodes)
         return RunningSequence(index, params, state, end, cached)
 
-    def _result(self, sequence: RunningSequence) -> GenerationResult:
-        ids = sequence.output_ids
-        return GenerationResult(
-            text=sequence.end.whole_text(),
-            token_ids=ids,
-            prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
-            finish_reason=sequence.end.reason or "error",
-            stop_reason=sequence.end.stop_reason,
-            logprobs=sequence.logprobs if sequence.params.logprobs else None,
-            seed=sequence.state.seed,
-            stats=sequence.stats,
-            error=sequence.error,
-        )
-
     # --- the loop -----------------------------------------------------------------------------
 
     def _run(
@@ -373,7 +359,7 @@ class Engine:
         """The drafter's trees, as far as there is room for them."""
         tree = self.drafter.propose(states, budget)
         num_nodes, sizes = tree.draft_tokens.shape[1], tree.num_nodes.tolist()
-        if len(sizes) != len(states) or not all(1 <= size <= num_nodes for size in sizes):
+        if len(sizes) != len(states) or min(sizes) < 1 or max(sizes) > num_nodes:
             raise ValueError(
                 f"{type(self.drafter).__name__}: num_nodes: expected {len(states)} numbers in "
                 f"1..{num_nodes}, the nodes of draft_tokens, got {sizes}"
@@ -394,21 +380,12 @@ class Engine:
                 position = len(sequence.state.token_ids)
                 sequence.error = f"logits: NaN or no finite value at position {position}"
                 sequence.end.fail()
-                chunks.append(self._chunk(sequence, [], 0))
+                chunks.append(sequence.chunk([], 0))
                 continue
             row_logprobs = None if logprobs is None else logprobs[row]
             taken = sequence.append(tokens[row][: length + 1], row_logprobs)
             batch.append(row, taken)
             depth = tree.depth[row] if sizes[row] > 1 else None
             sequence.stats.record(sizes[row], len(taken) - 1, depth)
-            chunks.append(self._chunk(sequence, taken, length))
+            chunks.append(sequence.chunk(taken, length))
         return chunks
-
-    def _chunk(self, sequence: RunningSequence, taken: list[int], length: int) -> StreamChunk:
-        return StreamChunk(
-            index=sequence.index,
-            text=sequence.end.take_text(),
-            token_ids=taken,
-            num_accepted=min(length, len(taken)),
-            result=self._result(sequence) if sequence.end.reason is not None else None,
-        )

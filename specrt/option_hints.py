@@ -12,7 +12,6 @@ _Params = TypeVar("_Params")
 _ONE_OUTPUT = "a prompt has one output: give it several times, with a seed each"
 _NO_BEAMS = "there is no beam search"
 _NO_LEAST = "ignore_eos, or logit_bias of -inf for the end-of-sequence token"
-_BIAS = "logit_bias, of -inf for tokens that must not come"
 # What others call it, and what to say here.
 _ELSEWHERE = {
     "max_tokens": "max_new_tokens",
@@ -39,10 +38,9 @@ _ELSEWHERE = {
     "stop_words": "stop",
     "eos_token_id": "stop_token_ids",
     "repeat_penalty": "repetition_penalty",
-    "bad_words": _BIAS,
-    "bad_words_ids": _BIAS,
-    "suppress_tokens": _BIAS,
-    "allowed_token_ids": _BIAS,
+    "bad_words": "suppress_tokens, or logit_bias of -inf",
+    "bad_words_ids": "suppress_tokens, or logit_bias of -inf",
+    "allowed_token_ids": "logit_bias of -inf for all others",
     "random_seed": "seed",
     "top_logprobs": "logprobs, of the tokens that were chosen",
     "prompt_logprobs": "logprobs, of output tokens",

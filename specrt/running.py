@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.results import GenerationResult, StreamChunk
 from specrt.sampling import SamplingParams, SamplingTable
 from specrt.stop import OutputEnd
 from specrt.types import RoundStats, SequenceState
@@ -42,6 +43,29 @@ class RunningSequence:
         if logprobs is not None:
             self.logprobs.extend(logprobs[:taken])
         return list(tokens[:taken])
+
+    def chunk(self, taken: list[int], accept_length: int) -> StreamChunk:
+        """What a round gave: the tokens taken of a path, and the result if the output has ended."""
+        return StreamChunk(
+            index=self.index,
+            text=self.end.take_text(),
+            token_ids=taken,
+            num_accepted=min(accept_length, len(taken)),
+            result=self._result() if self.end.reason is not None else None,
+        )
+
+    def _result(self) -> GenerationResult:
+        return GenerationResult(
+            text=self.end.whole_text(),
+            token_ids=self.output_ids,
+            prompt_token_ids=self.state.token_ids[: self.state.prompt_len],
+            finish_reason=self.end.reason or "error",
+            stop_reason=self.end.stop_reason,
+            logprobs=self.logprobs if self.params.logprobs else None,
+            seed=self.state.seed,
+            stats=self.stats,
+            error=self.error,
+        )
 
 
 class RunningBatch:

@@ -14,7 +14,15 @@ import torch
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the key and the shapes."""
+    """A checkpoint that cannot be used; the message names the file, the key and the shapes.
+
+    It is one printable line of bounded length, whatever the checkpoint's own words in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        escaped = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+        line = "".join(escaped)
+        super().__init__(line if len(line) <= 1200 else f"{line[:800]} ... {line[-200:]}")
 
 
 class GenerationError(RuntimeError):

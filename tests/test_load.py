@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from specrt.draft.base import EmptyDrafter
 from specrt.draft.fspad import FspadDrafter
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
+from specrt.engine import Engine
 from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,
@@ -225,6 +227,32 @@ def test_generate_in_one_line(target: Path, drafter: Path) -> None:
     assert specrt.generate([], target=str(target)) == []
     with pytest.raises(ValueError, match="max_new_tokens"):
         specrt.generate(prompt, target=str(target), max_new_tokens=0)
+
+
+def test_threads_that_generate_in_one_line_load_one_engine(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, loads = ["w5 w6", "w7", "w8 w9", "w1"], list[Engine]()
+    load = loading.load
+
+    def counting(*args: object, **options: object) -> Engine:
+        while len(waiting) < len(asked):  # so that all have asked
+            pass
+        loads.append(load(*args, **options))  # type: ignore[arg-type]
+        return loads[-1]
+
+    def one_line(prompt: str) -> str:
+        waiting.append(prompt)
+        return str(specrt.generate(prompt, target=str(target), drafter=None, max_new_tokens=12))
+
+    loading._cached_engine.cache_clear()
+    expected = [specrt.generate(p, target=str(target), max_new_tokens=12) for p in asked]
+    loading._cached_engine.cache_clear()
+    monkeypatch.setattr(loading, "load", counting)
+    waiting: list[str] = []
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert list(pool.map(one_line, asked)) == expected
+    assert len(loads) == 1
 
 
 def test_config_of_another_family(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def _settle_tables(
 ) -> list[str]:
     """Leave out an embedding and a head that are the target's own; what to say of them."""
     from specrt.draft.checkpoint import EMBED
-    from specrt.draft.official import HEAD, is_same, settle_head
+    from specrt.draft.official import HEAD, settle_head
+    from specrt.models.layouts import is_rounded_copy
 
     if EMBED not in tensors and HEAD not in tensors:
         return []
@@ -135,7 +136,7 @@ def _settle_tables(
     settle_head(source, tensors, head)
     if EMBED not in tensors:
         return notes
-    if not is_same(tensors[EMBED], embed):
+    if not is_rounded_copy(tensors[EMBED], embed):
         return [*notes, "its embedding differs from the target's and is kept"]
     del tensors[EMBED]
     return [*notes, "its embedding is left out: the target's is used"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from specrt.config.directory import checkpoint_directory, read_json
+from specrt.config.families import ARCHITECTURES, DEFAULTS
 from specrt.config.foreign import foreign_files
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.keys import refuse_unknown_keys
@@ -24,43 +25,8 @@ FLOAT8_FORMAT = "float8_e4m3fn"
 """Our own storage of matrices: float8 values beside power-of-two scales."""
 
 _REQUIRED = object()
+_LARGEST_HEAD = 256  # of any device; some take less (models/placement.py)
 
-# What transformers takes when a key is missing. The sizes that define a model have no default here:
-# a checkpoint without them is broken, not a 7B Llama.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "head_dim": 128,
-    },
-}
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -221,11 +187,11 @@ class _Reader:
 
     def _get(self, key: str, default: Any = None) -> Any:
         """The key's value, or the family's default; a null stays a null, as in transformers."""
-        return self.data.get(key, _DEFAULTS[self.family].get(key, default))
+        return self.data.get(key, DEFAULTS[self.family].get(key, default))
 
     def _family(self) -> str:
         family = self.data.get("model_type")
-        supported = ", ".join(_DEFAULTS)
+        supported = ", ".join(DEFAULTS)
         if isinstance(self.data.get("text_config"), dict):
             inner = self.data["text_config"].get("model_type")
             raise self._fail(
@@ -233,15 +199,15 @@ class _Reader:
                 f"in its text_config ({inner!r}) would be if stored by itself "
                 f"(supported: {supported})"
             )
-        if not isinstance(family, str) or family not in _DEFAULTS:
+        if not isinstance(family, str) or family not in DEFAULTS:
             raise self._fail(f"model_type {family!r} is not supported (supported: {supported})")
         architectures = self.data.get("architectures")
         names = architectures if isinstance(architectures, list) else [architectures]
         # The base class alone saves the same tensors, less the head.
-        known = (_ARCHITECTURES[family], _ARCHITECTURES[family].replace("ForCausalLM", "Model"))
+        known = (ARCHITECTURES[family], ARCHITECTURES[family].replace("ForCausalLM", "Model"))
         if architectures and not {*known} & {*map(str, names)}:
             named = ", ".join(map(str, names))
-            wanted = ", ".join(_ARCHITECTURES.values())
+            wanted = ", ".join(ARCHITECTURES.values())
             raise self._fail(f"architecture {named} is not supported (supported: {wanted})")
         return family
 
@@ -307,6 +273,10 @@ class _Reader:
             head_dim = hidden_size // num_heads
         if head_dim % 2:
             raise self._fail(f"head_dim: rotary embedding needs an even size, got {head_dim}")
+        if head_dim > _LARGEST_HEAD:
+            raise self._fail(
+                f"head_dim: kernels take at most {_LARGEST_HEAD}, the model has {head_dim}"
+            )
         return head_dim
 
     def _num_kv_heads(self, num_heads: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from specrt.models.checkpoint import Checkpoint, TensorInfo
+from specrt.models.layouts import is_rounded_copy
 from specrt.types import CheckpointError
 
 HEAD = "lm_head.weight"
@@ -101,21 +102,8 @@ def settle_head(
     Raises:
         CheckpointError: the copy differs by more than rounding.
     """
-    if HEAD in tensors and not is_same(tensors.pop(HEAD), head):
+    if HEAD in tensors and not is_rounded_copy(tensors.pop(HEAD), head):
         raise CheckpointError(
             f"{path}: {HEAD}: differs from the target's; FSPAD and EAGLE-1/2 draft with the "
             "target's own head"
         )
-
-
-def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether one table ``[V, H]`` is the other, up to rounding to the narrower dtype.
-
-    bfloat16 and float16 are as wide as each other, and either may have been the original.
-    """
-    if one.shape != other.shape:
-        return False
-    width = min(one.dtype.itemsize, other.dtype.itemsize)
-    narrow = [dtype for dtype in (one.dtype, other.dtype) if dtype.itemsize == width]
-    pieces = list(zip(one.split(4096), other.split(4096), strict=True))  # converted one at a time
-    return any(all(torch.equal(a.to(d), b.to(d)) for a, b in pieces) for d in narrow)

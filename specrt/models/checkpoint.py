@@ -7,6 +7,8 @@ any size keeps only the tensors in hand resident.
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,8 +98,9 @@ class Checkpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: no weight_map")
+        present = os.listdir(self.directory)
         for name in sorted(set(map(str, weight_map.values()))):
-            if not (self.directory / name).is_file():
+            if name not in present:
                 raise CheckpointError(f"{index}: names a shard that is missing: {name}")
             self._open(self.directory / name, weight_map)
         for key, name in weight_map.items():
@@ -189,15 +192,30 @@ class _TorchFile:
                 raise CheckpointError(
                     f"{self._path}: {key} is no tensor but {type(value).__name__}"
                 )
-            if value.layout != torch.strided or value.is_meta or value.is_quantized:
-                kind = "meta" if value.is_meta else value.layout
-                kind = "quantised" if value.is_quantized else kind
+            kind = _strange_kind(value)
+            if kind is not None:
                 raise CheckpointError(f"{self._path}: {key}: expected a plain tensor, got {kind}")
         return state
+
+
+def _strange_kind(tensor: torch.Tensor) -> str | None:
+    """What a tensor is whose values do not lie in memory one by one."""
+    kinds = {
+        "a nested one": tensor.is_nested,
+        "one without values (meta)": tensor.is_meta,
+        "a quantised one": tensor.is_quantized,
+        f"a sparse one ({tensor.layout})": tensor.layout != torch.strided,
+    }
+    return next((kind for kind, is_so in kinds.items() if is_so), None)
 
 
 def _unreadable(path: Path, error: Exception, key: str | None = None) -> CheckpointError:
     """The reader's own complaint, cut to one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     place = f"{path}: {key}" if key else str(path)
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own first line tells how to run whatever is in there.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {named[1]}" if named else "something"
+        return CheckpointError(f"{place}: truncated or corrupt, or has {what} that is no tensor")
     return CheckpointError(f"{place}: truncated or corrupt: {lines[0]}")

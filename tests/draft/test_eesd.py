@@ -312,7 +312,7 @@ def test_shapes_that_do_not_fit(
 ) -> None:
     engine = make_engine(float_model, make_drafter(float_model, folder / "exit-1"))
     with pytest.raises(ValueError, match=message):
-        engine.generate([1, 2, 3], GREEDY, shape)
+        engine.stream([1, 2, 3], GREEDY, shape)  # and not when it is asked for a round
     assert engine.generate([1, 2, 3], GREEDY).finish_reason == "length"
 
 

@@ -13,8 +13,9 @@ import specrt
 from specrt.config import ModelConfig
 from specrt.draft.base import DraftParams
 from specrt.draft.checkpoint import read_checkpoint, write_checkpoint
-from specrt.draft.official import HEAD, is_same, other_kind
+from specrt.draft.official import HEAD, other_kind
 from specrt.models.checkpoint import TensorInfo
+from specrt.models.layouts import is_rounded_copy
 from specrt.types import CheckpointError
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_official_draft
 from tests.test_cli import write_tokenizer
@@ -114,11 +115,11 @@ def test_tables_that_are_the_same_up_to_rounding() -> None:
     exact = torch.linspace(-3, 3, 5000 * 2).view(5000, 2)
     narrow, half = exact.bfloat16(), exact.half()
     for one, other in [(exact, narrow), (narrow, exact), (narrow, narrow.half()), (half, exact)]:
-        assert is_same(one, other)
-    assert not is_same(half, narrow)  # rounded otherwise, neither from the other
+        assert is_rounded_copy(one, other)
+    assert not is_rounded_copy(half, narrow)  # rounded otherwise, neither from the other
     narrow[4999, 1] = 2.5
-    assert not is_same(exact, narrow)
-    assert not is_same(exact, exact[:4999])
+    assert not is_rounded_copy(exact, narrow)
+    assert not is_rounded_copy(exact, exact[:4999])
 
 
 KINDS = {

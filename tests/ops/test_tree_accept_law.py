@@ -132,11 +132,15 @@ def flattened(tree: rules.Tree) -> tuple[list[int], list[int], list[tuple[int, .
 
 @pytest.mark.parametrize(
     ("seed", "zeros", "filters"),
-    [(1, 0, {}), (2, 1, {}), (3, 0, {}), (4, 2, {"top_k": 4})],
+    [(10, 0, {}), (58, 1, {}), (199, 2, {"top_k": 4})],
     ids=str,
 )
 def test_what_a_given_tree_emits_has_the_rules_law(seed: int, zeros: int, filters: dict) -> None:
-    """Of whole paths, in a tree that was not drawn: each uniform shows, and each node's laws."""
+    """Of whole paths, in a tree that was not drawn: each uniform shows, and each node's laws.
+
+    With laws of these seeds one uniform for all siblings would move 17 % of the mass or more, as
+    would accepting what a draft's law excludes, and testing all siblings against the first law.
+    """
     tree = {(): [2, 0, 2, 5], (2,): [1, 3], (0,): [4, 4, 1], (5,): [0, 2, 3]}
     target, draft = rules.memory_target(seed, 6, **filters), rules.memory_target(-seed, 6, zeros)
     law = rules.emitted(target, rules.rejection, tree, draft)

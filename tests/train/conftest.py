@@ -5,8 +5,11 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.checkpoints import make_checkpoint
 
 
 @pytest.fixture
@@ -21,3 +24,10 @@ def small_files() -> Iterator[Callable[[int], None]]:
     yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    make_checkpoint("llama", path)
+    return path

@@ -254,6 +254,8 @@ def test_several_exits_have_a_place_each(tmp_path: Path) -> None:
     assert list(tmp_path.glob("exit-*")) == [others]
     train_exits(tmp_path, is_restart=True)
     assert not (tmp_path / "config.json").exists() and (tmp_path / "exit-3").is_dir()
+    (tmp_path / "training.json").write_text('{"exits": [{}]}')  # damaged, and about to be replaced
+    assert train_exits(tmp_path, exits=(2,), is_restart=True).is_done
 
 
 def test_what_is_written_loads(tmp_path: Path) -> None:
