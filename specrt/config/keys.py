@@ -15,10 +15,11 @@ from specrt.types import CheckpointError
 
 _READ = """
     architectures attention_bias bos_token_id dtype eos_token_id head_dim hidden_act hidden_size
-    intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias model_type
-    num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
-    partial_rotary_factor quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta
-    sliding_window specrt_storage tie_word_embeddings torch_dtype use_sliding_window vocab_size
+    intermediate_size layer_types max_position_embeddings max_sequence_length max_window_layers
+    mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
+    original_max_position_embeddings partial_rotary_factor quantization_config rms_norm_eps
+    rope_parameters rope_scaling rope_theta sliding_window specrt_storage tie_word_embeddings
+    torch_dtype use_sliding_window vocab_size
 """
 # Of training, of memory and speed, of other tasks than generation, of tokenizers, or about the
 # file itself. pretraining_tp splits a product in parts and adds them up again.
@@ -26,7 +27,7 @@ _MEANINGLESS = """
     attn_implementation auto_map classifier_bias classifier_dropout finetuning_task flash_attn
     fused_mlp gradient_checkpointing id2label init_std initializer_range is_decoder is_llama_config
     label2id label_smoothing loss_type max_length max_model_len max_seq_len max_seq_length
-    max_sequence_length model_max_length n_ctx num_labels output_attentions output_hidden_states
+    model_max_length n_ctx num_labels output_attentions output_hidden_states
     pad_token_id padding_side params_dtype prefix pretraining_tp problem_type quantization_bit
     return_dict seq_length seq_len tf_legacy_loss task_specific_params tokenizer_class torchscript
     tokenizer_model tokenizer_type tokenizer_name training training_args transformers.js_config

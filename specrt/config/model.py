@@ -17,14 +17,14 @@ from specrt.config.families import ARCHITECTURES, DEFAULTS
 from specrt.config.foreign import foreign_files
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.keys import refuse_unknown_keys
+from specrt.config.rope import Rope, read_rope
+from specrt.config.values import positive, size_of
 from specrt.types import CheckpointError
 
 FLOAT8_FORMAT = "float8_e4m3fn"
 """Our own storage of matrices: float8 values beside power-of-two scales."""
 
 _REQUIRED = object()
-# Kernels count positions in 32 bits, past the context's end too.
-_LARGEST_SIZE = 2**30
 _LARGEST_HEAD = 256  # of any device; some take less (models/placement.py)
 
 _DTYPES = {
@@ -37,16 +37,6 @@ _QUANTISED = {
     "quantization": "MLX",
     "compression_config": "compressed-tensors",
     "quantization_config": "unnamed",
-}
-_ROPE_FACTORS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
 }
 
 
@@ -174,10 +164,10 @@ class _Reader:
             num_heads=num_heads,
             num_kv_heads=self._num_kv_heads(num_heads),
             head_dim=head_dim,
-            rms_norm_eps=self._positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
-            rope_theta=self._positive(rope.pop("rope_theta"), "rope_theta"),
-            rope_scaling=None if rope["rope_type"] == "default" else rope,
-            max_positions=self._context(),
+            rms_norm_eps=positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps", self.source),
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
+            max_positions=rope.context,
             has_attention_bias=attention_bias or self.family == "qwen2",
             has_output_bias=attention_bias,
             has_mlp_bias=self.family == "llama" and self._flag("mlp_bias"),
@@ -248,7 +238,7 @@ class _Reader:
         if self._get("sliding_window") is None:
             return None
         window = self._size("sliding_window")
-        if window >= self._context():
+        if window >= self._rope().context:
             return None  # it never hides anything
         if self.family == "mistral":
             return f"sliding_window {window}"
@@ -262,21 +252,13 @@ class _Reader:
         value = self._get(key, _REQUIRED)
         if value is _REQUIRED:
             raise self._fail(f"missing key {key}")
-        if type(value) is not int or not 1 <= value <= _LARGEST_SIZE:
-            raise self._fail(f"{key}: expected an integer in 1..{_LARGEST_SIZE}, got {value!r}")
-        return value
+        return size_of(value, key, self.source)
 
     def _flag(self, key: str) -> bool:
         value = self._get(key, False)
         if not isinstance(value, bool):
             raise self._fail(f"{key}: expected true or false, got {value!r}")
         return value
-
-    def _positive(self, value: Any, key: str) -> float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 1e-30 <= value <= 1e30:  # what float32 can compute with
-            raise self._fail(f"{key}: expected a number in 1e-30..1e30, got {value!r}")
-        return float(value)
 
     def _head_dim(self, num_heads: int) -> int:
         if self._get("head_dim") is not None:
@@ -308,46 +290,8 @@ class _Reader:
             )
         return num_kv_heads
 
-    def _rope(self) -> dict[str, Any]:
-        """``rope_theta``, ``rope_type`` and that type's factors, whichever style they came in."""
-        given = self.data.get("rope_scaling") or self.data.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise self._fail(f"rope_scaling: expected an object, got {given!r}")
-        kind = given.get("rope_type", given.get("type", "default"))
-        if not isinstance(kind, str) or kind not in _ROPE_FACTORS:
-            supported = ", ".join(_ROPE_FACTORS)
-            raise self._fail(f"rope type {kind!r} is not supported (supported: {supported})")
-        partial = given.get("partial_rotary_factor", self.data.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise self._fail(f"partial_rotary_factor: expected 1, got {partial!r}")
-        rope = {
-            "rope_theta": given.get("rope_theta", self.data.get("rope_theta", 10000.0)),
-            "rope_type": kind,
-        }
-        for key in _ROPE_FACTORS[kind]:
-            rope[key] = self._positive(self._rope_factor(given, key), f"rope_scaling.{key}")
-        return rope
-
-    def _context(self) -> int:
-        """Positions the model was made for.
-
-        ``max_position_embeddings``, but of linear rope some checkpoints give there what was before
-        stretching, and what came of it as ``max_sequence_length`` (Vicuna, LongChat).
-        """
-        positions, rope = self._size("max_position_embeddings"), self._rope()
-        if rope["rope_type"] != "linear" or self.data.get("max_sequence_length") is None:
-            return positions
-        stretched = min(self._size("max_sequence_length"), positions * rope["factor"])
-        return max(positions, int(stretched))
-
-    def _rope_factor(self, given: Mapping[str, Any], key: str) -> Any:
-        if key == "original_max_position_embeddings":
-            # transformers lets the key at the top level win.
-            inner = given.get(key, self._size("max_position_embeddings"))
-            return self.data.get(key, inner)
-        if key not in given:
-            raise self._fail(f"missing key rope_scaling.{key}")
-        return given[key]
+    def _rope(self) -> Rope:
+        return read_rope(self.data, self._size("max_position_embeddings"), self.source)
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
         """The generation config's ids where it has some, else the model config's."""

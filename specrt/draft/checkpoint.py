@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
-from specrt.draft.official import HEAD, LAYER, DraftTensors, official_flags
+from specrt.draft.official import HEAD, LAYER, official_flags, open_drafter
+from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
 
 FORMAT_VERSION = 1
@@ -137,7 +138,7 @@ def is_draft_checkpoint(path: str | os.PathLike[str]) -> bool:
     file = Path(path) / "config.json"
     if file.is_file() and "drafter" in read_json(file):
         return True
-    keys = DraftTensors(path).infos
+    keys = open_drafter(path).infos
     return "fc.weight" in keys or "fc.fc.weight" in keys
 
 
@@ -162,7 +163,7 @@ def read_checkpoint(
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory}: no config.json")
-    checkpoint = DraftTensors(directory)
+    checkpoint = open_drafter(directory)
     config = _read_config(file, read_json(file), checkpoint)
     if target is not None:
         _check_target(file, config, target)
@@ -287,7 +288,7 @@ def _as_dict(config: DraftConfig) -> dict[str, Any]:
     }
 
 
-def _read_config(file: Path, data: dict[str, Any], checkpoint: DraftTensors) -> DraftConfig:
+def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> DraftConfig:
     is_ours = "drafter" in data
     flags = _own_flags(file, data) if is_ours else official_flags(checkpoint)
     # Official configurations leave out what Llama's defaults say; and their "architectures" may
@@ -358,7 +359,7 @@ def _required_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     return {**tensor_shapes(config), TOKEN_IDS: (config.draft_vocab_size,)}
 
 
-def _check_tensors(checkpoint: DraftTensors, config: DraftConfig) -> None:
+def _check_tensors(checkpoint: Checkpoint, config: DraftConfig) -> None:
     infos, expected = checkpoint.infos, _required_shapes(config)
     table = (config.layer.vocab_size, config.layer.hidden_size)
     optional: dict[str, tuple[int, ...]] = {EMBED: table, HEAD: table}
@@ -381,14 +382,14 @@ def _check_tensors(checkpoint: DraftTensors, config: DraftConfig) -> None:
             raise CheckpointError(f"{info.file}: {key}: expected {kind}, got {info.dtype}")
 
 
-def _finite(checkpoint: DraftTensors, key: str) -> torch.Tensor:
+def _finite(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     tensor = checkpoint.tensor(key)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{checkpoint.infos[key].file}: {key}: has NaN or infinite values")
     return tensor
 
 
-def _check_token_ids(checkpoint: DraftTensors, ids: torch.Tensor, vocab_size: int) -> None:
+def _check_token_ids(checkpoint: Checkpoint, ids: torch.Tensor, vocab_size: int) -> None:
     is_increasing = len(ids) > 0 and not bool((ids[1:] <= ids[:-1]).any())
     if not is_increasing or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
         file = checkpoint.infos[TOKEN_IDS].file

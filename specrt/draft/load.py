@@ -19,7 +19,7 @@ from specrt.draft.exit_checkpoint import is_exit_checkpoint, load_exit, read_exi
 from specrt.draft.exit_model import ExitModel
 from specrt.draft.fspad import FspadDrafter
 from specrt.draft.fspad_layer import DraftLayer, fold, folding_pays, pack_weights
-from specrt.draft.official import DraftTensors, refuse_other_kinds, settle_head
+from specrt.draft.official import open_drafter, refuse_other_kinds, settle_head
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.draft.vocabulary import check_vocabulary
@@ -100,7 +100,7 @@ def load_drafter(
             is_coupled=options.is_coupled,
             control=options.control,
         )
-    refuse_other_kinds(DraftTensors(directory))
+    refuse_other_kinds(open_drafter(directory))
     _refuse_control(options)
     return _small_model(directory, target, dtype, run_step, on_move, target_path)
 

@@ -29,29 +29,21 @@ _OTHERS = {
 """Drafters of other kinds, by the start of a key."""
 
 
-class DraftTensors:
+def open_drafter(path: str | os.PathLike[str]) -> Checkpoint:
     """A drafter's checkpoint by the authors' names: without a ``model.`` before them.
-
-    ``infos`` and :meth:`tensor` are those of :class:`specrt.models.checkpoint.Checkpoint`.
 
     Raises:
         CheckpointError: as for a checkpoint, or a tensor is there with and without the prefix.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._checkpoint = Checkpoint(path)
-        self.directory = self._checkpoint.directory
-        self._stored: dict[str, str] = {}
-        self.infos: dict[str, TensorInfo] = {}
-        for key, info in self._checkpoint.infos.items():
-            name = key.removeprefix(_PREFIX)
-            if name in self._stored:
-                raise CheckpointError(f"{info.file}: {name} is there twice, once under {_PREFIX}")
-            self._stored[name], self.infos[name] = key, info
-
-    def tensor(self, key: str) -> torch.Tensor:
-        """The tensor as stored."""
-        return self._checkpoint.tensor(self._stored[key])
+    checkpoint = Checkpoint(path)
+    infos = dict(checkpoint.infos)
+    checkpoint.infos.clear()
+    for key, info in infos.items():
+        name = key.removeprefix(_PREFIX)
+        if name in checkpoint.infos:
+            raise CheckpointError(f"{info.file}: {name} is there twice, once under {_PREFIX}")
+        checkpoint.infos[name] = info
+    return checkpoint
 
 
 def other_kind(infos: Mapping[str, TensorInfo]) -> str | None:
@@ -64,21 +56,21 @@ def other_kind(infos: Mapping[str, TensorInfo]) -> str | None:
     return "EAGLE-3" if fc is not None and fc.shape[1:] == (3 * fc.shape[0],) else None
 
 
-def refuse_other_kinds(tensors: DraftTensors) -> None:
+def refuse_other_kinds(checkpoint: Checkpoint) -> None:
     """Raise a CheckpointError that names the kind, where :func:`other_kind` knows it."""
-    kind = other_kind(tensors.infos)
+    kind = other_kind(checkpoint.infos)
     if kind is not None:
-        raise CheckpointError(f"{tensors.directory}: {kind} drafters are not supported yet")
+        raise CheckpointError(f"{checkpoint.directory}: {kind} drafters are not supported yet")
 
 
-def official_flags(tensors: DraftTensors) -> tuple[bool, bool]:
+def official_flags(checkpoint: Checkpoint) -> tuple[bool, bool]:
     """Whether a drafter samples features, and whether its output is split.
 
     Raises:
         CheckpointError: it is of another kind; the message names it.
     """
-    infos, directory = tensors.infos, tensors.directory
-    refuse_other_kinds(tensors)
+    infos, directory = checkpoint.infos, checkpoint.directory
+    refuse_other_kinds(checkpoint)
     down = infos.get(f"{LAYER}mlp.down_proj.weight")
     norm = infos.get(f"{LAYER}post_attention_layernorm.weight")
     is_sampled = "fc.fc.weight" in infos

@@ -86,9 +86,9 @@ class LlamaModel:
     ) -> None:
         self.config = config
         self.weights = weights
-        # As the kernels run it: heads may be padded.
         head_dim = weights.layers[0].o.shape[1] // config.num_heads
-        self._padded = replace(config, head_dim=head_dim)
+        self._padded = replace(config, head_dim=head_dim)  # as the kernels run it
+        self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
         is_on_cpu = self.device.type == "cpu"
@@ -342,13 +342,11 @@ class LlamaModel:
         ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
         self._linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        head_dim = self._padded.head_dim
-        heads = Heads(*qkv.view(*rows.depth.shape, -1, head_dim).split(sizes, dim=2))
+        heads = Heads(*qkv.view(*rows.depth.shape, sum(sizes), -1).split(sizes, dim=2))
         for part, norm in ((heads.q, layer.q_norm), (heads.k, layer.k_norm)):
             if norm is not None:
-                flat = part.view(count, -1, head_dim)
-                eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
-                ops.rms_norm(flat, norm, eps, out=flat)
+                flat = part.view(count, -1, self._padded.head_dim)
+                ops.rms_norm(flat, norm, self._head_eps, out=flat)
         return heads
 
     def _attention(
