@@ -1,5 +1,6 @@
 // The extension module: build facts, instruction set, graphs, and one register_* per kernel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bindings/tensor.h"
 #include "core/dispatch.h"
@@ -62,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("active_isa", [] { return isa_name(active_isa()); });
     m.def("set_thread_source", &set_thread_source);
     m.def("set_stream_source", &set_stream_source);
+    m.def("pieces_by_thread", &pieces_by_thread);
+    m.def("rest_workers", &rest_workers);
     register_graph(m);
     register_linear(m);
     register_rms_norm(m);

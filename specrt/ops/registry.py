@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from specrt import _C
+from specrt.ops.threads import respect_quota
 
 
 def _current_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+respect_quota()
 _C.set_thread_source(torch.get_num_threads)
 _C.set_stream_source(_current_stream)
 

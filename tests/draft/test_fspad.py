@@ -230,7 +230,7 @@ def test_wider_and_deeper_than_fits_is_refused(checkpoint: Path, drafters: dict[
         (DraftParams(total_tokens=65), "total_tokens: expected at most the engine's max_nodes, 64"),
     ]:
         with pytest.raises(ValueError, match=message):
-            engine.generate([1, 2, 3], GREEDY, shape)
+            engine.stream([1, 2, 3], GREEDY, shape)  # and not when it is asked for a round
         assert engine.cache.num_free_pages == engine.cache.num_pages
     with pytest.raises(ValueError, match="depth: expected None or an int in 0..128, got -1"):
         DraftParams(depth=-1)

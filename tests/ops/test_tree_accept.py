@@ -63,7 +63,7 @@ def by_transformers(logits, p: SamplingParams, history, prompt_len) -> torch.Ten
     if p.logit_bias:
         bias = {(token,): float(value) for token, value in p.logit_bias.items()}
         scores = hf.SequenceBiasLogitsProcessor(bias)(ids, scores)
-    if p.repetition_penalty != 1.0:
+    if p.repetition_penalty is not None:
         scores = hf.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(ids, scores)
     counts = torch.bincount(
         torch.tensor(history[prompt_len:], dtype=torch.int64), minlength=len(logits)
