@@ -145,6 +145,17 @@ def test_the_nucleus_ends_where_its_mass_is_exactly_top_p(vocab: int, top_p: flo
     assert kept.sum() == theirs.sum()
 
 
+@pytest.mark.parametrize("favourite", [0, 1, 2])
+def test_a_favourite_of_exactly_top_p_is_alone(favourite: int) -> None:
+    weight = _C.exp_of(-0.25)
+    top_p = 1.0 / (1.0 + 2.0 * weight)
+    assert top_p * (1.0 + 2.0 * weight) == 1.0
+    logits = torch.full((3,), -0.25)
+    logits[favourite] = 0.0
+    params = SamplingParams(temperature=1.0, seed=0, top_p=top_p)
+    assert (processed(logits, params, [0], 1) > -INF).nonzero().tolist() == [[favourite]]
+
+
 # --- the same text with any tree ------------------------------
 VOCAB = 70
 

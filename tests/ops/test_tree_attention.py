@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -265,8 +266,14 @@ def test_bits_do_not_depend_on_the_gpu(backend: Backend, num_nodes: int) -> None
         assert torch.equal(run(case, backend=backend), expected), num_sms
 
 
-def batch_arguments(cases: list[Case], backend: Backend = CPU) -> dict[str, Tensor | float | None]:
-    """Ragged sequences in one cache, with q a strided view of a fused projection."""
+def batch_arguments(
+    cases: list[Case], backend: Backend = CPU, first_node: tuple[int, ...] | None = None
+) -> dict[str, Tensor | float | None]:
+    """Ragged sequences in one cache, with q a strided view of a fused projection.
+
+    With ``first_node`` the call is of each tree's nodes from there on; those before are in the
+    cache.
+    """
     most = max(len(c.parents) for c in cases)
     heads, dim = cases[0].q.shape[1:]
     dtype = cases[0].q.dtype
@@ -302,19 +309,35 @@ def batch_arguments(cases: list[Case], backend: Backend = CPU) -> dict[str, Tens
         fused = fused.to(backend.device)  # q stays a strided view
         args = {n: a.to(backend.device) if isinstance(a, Tensor) else a for n, a in args.items()}
         args["q"] = fused[:, :, 1 : heads + 1]
-    args["workspace"] = workspace_for(backend, q, table, keys)
+    if first_node is not None:
+        args |= later_rows(args, first_node)
+    args["workspace"] = workspace_for(backend, args["q"], table, keys)
     return args
 
 
+def later_rows(args: dict[str, Any], first_node: tuple[int, ...]) -> dict[str, Tensor]:
+    first = ints(*first_node).to(args["q"].device)
+    rows = args["q"].shape[1] - max(first_node)
+    pieces = {
+        name: torch.stack([t[i : i + rows] for t, i in zip(args[name], first_node, strict=True)])
+        for name in ("q", "ancestors", "out")
+    }
+    return pieces | {"first_node": first, "num_nodes": args["num_nodes"] - first}
+
+
 @pytest.mark.tensor_cores("sm_80", "sm_90")
-def test_a_ragged_batch_gives_each_sequence_its_own_bits(backend: Backend) -> None:
-    sizes = ((0, 1), (63, 65), (300, 17))
+@pytest.mark.parametrize("first_node", [(0, 0, 0), (3, 5, 0)], ids=str)
+def test_a_ragged_batch_gives_each_sequence_its_own_bits(
+    backend: Backend, first_node: tuple[int, ...]
+) -> None:
+    sizes = ((0, first_node[0] + 1), (63, 65), (300, 17))
     cases = [make_case(p, n, seed=p, dtype=torch.bfloat16) for p, n in sizes]
     cases = [queries(case, backend, torch.bfloat16) for case in cases]
-    out = tree_attention(**batch_arguments(cases, backend)).cpu()  # type: ignore[arg-type]
-    for b, case in enumerate(cases):
-        assert torch.equal(out[b, : len(case.parents)], run(case, backend=backend))
-        assert (out[b, len(case.parents) :] == 0).all()
+    out = tree_attention(**batch_arguments(cases, backend, first_node)).cpu()  # type: ignore[arg-type]
+    for b, (case, first) in enumerate(zip(cases, first_node, strict=True)):
+        rows = len(case.parents) - first
+        assert torch.equal(out[b, :rows], run(case, backend=backend)[first:])
+        assert (out[b, rows:] == 0).all()
 
 
 def test_counts_are_read_when_it_runs() -> None:

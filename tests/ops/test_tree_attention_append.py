@@ -10,28 +10,7 @@ import torch
 from specrt import ops
 from specrt.ops.tree_attention import tree_attention
 from tests.ops.conftest import Backend
-from tests.ops.test_tree_attention import (
-    Case,
-    Tensor,
-    batch_arguments,
-    ints,
-    make_case,
-    same_bits,
-)
-
-
-def arguments_from(
-    first_node: tuple[int, ...], cases: list[Case], backend: Backend
-) -> dict[str, object]:
-    """The call of each tree's nodes from ``first_node`` on; those before are in the cache."""
-    args = batch_arguments(cases, backend)
-    rows = args["q"].shape[1] - max(first_node)
-    for name in ("q", "ancestors", "out"):
-        pieces = zip(args[name], first_node, strict=True)
-        args[name] = torch.stack([tree[first : first + rows] for tree, first in pieces])
-    args["first_node"] = ints(*first_node).to(backend.device)
-    args["num_nodes"] -= args["first_node"]
-    return args
+from tests.ops.test_tree_attention import Tensor, batch_arguments, make_case, same_bits
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
@@ -52,7 +31,7 @@ def test_appending_on_the_way_is_rope_append_before_it(
     k, v = (torch.randn(shape, generator=g).to(dtype).to(backend.device) for _ in range(2))
     depth = torch.randint(0, 9, shape[:2], generator=g, dtype=torch.int32).to(backend.device)
     cos_sin = torch.randn(300, dim, generator=g).to(backend.device)  # shorter than the sequences
-    first = arguments_from(first_node, cases, backend)
+    first = batch_arguments(cases, backend, first_node)
     second = {n: a.clone() if isinstance(a, Tensor) else a for n, a in first.items()}
     slots = ("kv_len", "first_node", "num_nodes", "block_table")
     ops.rope_append(
