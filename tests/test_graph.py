@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
@@ -61,33 +59,3 @@ def test_a_failing_launch_records_nothing() -> None:
         graphs.run("step", bad)
     graphs.run("step", good)
     assert out.tolist() == [[4.0, 4.0]]
-
-
-def test_many_python_threads_share_the_pool() -> None:
-    weight = torch.randn(64, 64)
-    inputs = [torch.randn(9, 64) for _ in range(4)]
-    expected = [ops.linear(x, weight) for x in inputs]
-    failures = []
-
-    def work(index: int) -> None:
-        for _ in range(200):
-            if not torch.equal(ops.linear(inputs[index], weight), expected[index]):
-                failures.append(index)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-def test_a_forked_child_has_a_pool_of_its_own() -> None:
-    import os
-
-    weight, x = torch.randn(64, 64), torch.randn(9, 64)
-    expected = ops.linear(x, weight)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(ops.linear(x, weight), expected) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -20,6 +20,9 @@ using std::chrono::nanoseconds;
 
 // A microsecond or a few, which covers the end of a launch whose threads all run.
 constexpr int kSpins = 64;
+// How long a thread leaves others' pieces to them: looking at a seat takes its line from the owner,
+// and a piece taken from one that was about to begin it finds nothing fetched.
+constexpr int kSpinsForOthers = 4 * kSpins;
 // How long the caller spins for a piece that another thread has begun: longer than most pieces
 // take. Yielding would cost a scheduler's quantum wherever another process waits for the core.
 constexpr nanoseconds kPatience = std::chrono::microseconds(100);
@@ -28,9 +31,9 @@ constexpr nanoseconds kIdle = std::chrono::milliseconds(1);
 // A worker that lost its core with a piece in hand rests for so many times the caller's wait, so
 // such waits cost an eighth of the time at most, however busy the machine is.
 constexpr int kRestFactor = 8;
-// A part is about the least work that is worth another thread; a piece of so many parts makes the
-// claim's cost vanish, and is short beside kPatience.
-constexpr int kPartsAPiece = 8;
+// A part is about the least work that is worth another thread. In a piece of so many of them what
+// beginning it costs does not show, and it is short beside kPatience.
+constexpr int kPartsAPiece = 32;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -39,8 +42,8 @@ inline void relax() {
 }
 
 template <typename Ready>
-bool spin(Ready&& ready) {
-    for (int i = 0; i < kSpins; ++i) {
+bool spin(int count, Ready&& ready) {
+    for (int i = 0; i < count; ++i) {
         if (ready()) return true;
         relax();
     }
@@ -118,6 +121,7 @@ struct alignas(64) Seat {
     std::atomic<Word> begun{0};
     std::atomic<int64_t> num_done{0};
     std::atomic<int64_t> rest_until{0};  // of Clock, in ns; 0: no rest
+    bool has_others_absent = false;      // this thread did all of a launch; its own
     // The worker's own: when it was last looked at, and its CPU time then.
     Clock::time_point seen_at;
     nanoseconds cpu_then{0};
@@ -137,15 +141,22 @@ int64_t nanoseconds_of(Clock::time_point time) {
     return std::chrono::duration_cast<nanoseconds>(time.time_since_epoch()).count();
 }
 
-// The next piece of a seat's range of `size` pieces, or -1: all are begun, or the launch is over.
-// An ended launch has every piece begun, so its number and size can claim nothing.
-int claim(Seat& seat, uint64_t number, int size) {
+struct Pieces {
+    int begin = 0, end = 0;
+};
+
+// Half of a range's pieces that nobody has begun, of `size`: few claims, and the last are small.
+// None: all are begun, or the launch is over. An ended launch has every piece begun, so its number
+// and size can claim nothing.
+Pieces claim(Seat& seat, uint64_t number, int size) {
     Word begun = seat.begun.load(std::memory_order_relaxed);
     for (;;) {
-        const int next = number_of(begun) == number ? count_of(begun) : 0;
-        if (number_of(begun) > number || next >= size) return -1;
-        const Word more = word_of(number, static_cast<uint64_t>(next) + 1);
-        if (seat.begun.compare_exchange_weak(begun, more, std::memory_order_relaxed)) return next;
+        const int begin = number_of(begun) == number ? count_of(begun) : 0;
+        if (number_of(begun) > number || begin >= size) return {};
+        const int end = begin + (size - begin + 1) / 2;
+        const Word more = word_of(number, static_cast<uint64_t>(end));
+        if (seat.begun.compare_exchange_weak(begun, more, std::memory_order_relaxed))
+            return {begin, end};
     }
 }
 
@@ -175,7 +186,7 @@ class Pool {
         launches_ = launches;
         count_ = count;
         first_number_ = number_of(open_.load(std::memory_order_relaxed));
-        open(first_number_);
+        open(first_number_, std::memory_order_seq_cst);
         Word now = open_.load(std::memory_order_acquire);
         for (; count_of(now) > 0; now = await_end(now)) take_part(0, now);
     }
@@ -196,52 +207,73 @@ class Pool {
     }
 
   private:
+    static constexpr int kIsAwaited = 1 << kCountBits;
+
     int pieces_of(const Launch& launch) const {
         if (launch.max_parts < num_threads_) return launch.max_parts;
         const int each = launch.max_parts / (kPartsAPiece * num_threads_);
         return num_threads_ * (each < 1 ? 1 : each);
     }
 
-    // By the caller for the first launch, then by whoever ended the launch before.
-    void open(uint64_t number) {
+    // By the caller for the first launch, which wakes whoever sleeps; then by whoever ended the
+    // launch before, who may overlook one that is just falling asleep (the next launch wakes it)
+    // and pays for no fence.
+    void open(uint64_t number, std::memory_order order) {
         const size_t i = number - first_number_;
         const int count = i < count_ ? pieces_of(launches_[i]) : 0;
         remaining_.store(count, std::memory_order_relaxed);
         // From here on the caller may return: nothing of the job may be read.
-        open_.store(word_of(number, static_cast<uint64_t>(count)), std::memory_order_seq_cst);
-        caller_.wake();
+        open_.store(word_of(number, static_cast<uint64_t>(count)), order);
         if (count > 1) idle_.wake();
     }
 
     void take_part(int thread, Word now) {
         const int count = count_of(now);
         const int size = count < num_threads_ ? 1 : count / num_threads_;
-        for (int i = 0, range = thread; i < num_threads_; ++i) {
-            const int num_done = take_range(range, size, now);
-            if (num_done > 0) report(thread, num_done, number_of(now));
-            if (open_.load(std::memory_order_acquire) != now) return;
+        const int own = take_range(thread, size, now);
+        const auto has_ended = [&] { return open_.load(std::memory_order_acquire) != now; };
+        if (own > 0 && report(thread, own, now)) return;
+        if (!seats_[thread].has_others_absent && spin(kSpinsForOthers, has_ended)) return;
+        int num_done = own;
+        for (int i = 1, range = thread; i < num_threads_ && !has_ended(); ++i) {
             if (++range == num_threads_) range = 0;
+            const int taken = take_range(range, size, now);
+            num_done += taken;
+            if (taken > 0 && report(thread, taken, now)) break;
         }
+        seats_[thread].has_others_absent = num_done == count;
     }
 
     int take_range(int range, int size, Word now) {
         const int first = range * size, count = count_of(now);
         if (first >= count) return 0;
         int num_done = 0;
-        for (int i; (i = claim(seats_[range], number_of(now), size)) >= 0; ++num_done) {
+        for (;;) {
+            const Pieces taken = claim(seats_[range], number_of(now), size);
+            if (taken.begin == taken.end) return num_done;
             // A piece in hand keeps the launch open, and so the caller's list alive.
             const Launch& launch = launches_[number_of(now) - first_number_];
-            launch.fn(launch.params, first + i, count);
+            for (int i = taken.begin; i < taken.end; ++i)
+                launch.fn(launch.params, first + i, count);
+            num_done += taken.end - taken.begin;
         }
-        return num_done;
     }
 
-    void report(int thread, int num_done, uint64_t number) {
+    // Returns whether these were the launch's last pieces; then the next one is open.
+    bool report(int thread, int num_done, Word now) {
         Seat& seat = seats_[thread];
-        seat.num_done.fetch_add(num_done, std::memory_order_relaxed);
-        const int64_t awaited_since = awaited_since_.load(std::memory_order_relaxed);
-        if (remaining_.fetch_sub(num_done, std::memory_order_acq_rel) == num_done) open(number + 1);
-        if (awaited_since != 0 && thread != 0) rest_if_off(seat, awaited_since);
+        seat.num_done.store(seat.num_done.load(std::memory_order_relaxed) + num_done,
+                            std::memory_order_relaxed);
+        const int before = remaining_.fetch_sub(num_done, std::memory_order_acq_rel);
+        const bool is_awaited = (before & kIsAwaited) != 0;
+        const int64_t since = is_awaited ? awaited_since_.load(std::memory_order_relaxed) : 0;
+        const bool is_last = (before & ~kIsAwaited) == num_done;
+        if (is_last)
+            open(number_of(now) + 1,
+                 is_awaited ? std::memory_order_seq_cst : std::memory_order_release);
+        if (is_last && is_awaited) caller_.wake();
+        if (is_awaited && thread != 0) rest_if_off(seat, since);
+        return is_last;
     }
 
     // The caller waited in vain for long. If that is because this worker had no core, it rests.
@@ -258,15 +290,26 @@ class Pool {
             next = open_.load(std::memory_order_seq_cst);
             return next != now;
         };
-        if (spin(has_ended)) return next;
+        if (spin(kSpins, has_ended)) return next;
         const Clock::time_point start = Clock::now();
-        while (!spin(has_ended)) {
+        while (!spin(kSpins, has_ended)) {
             if (Clock::now() - start < kPatience) continue;
             awaited_since_.store(nanoseconds_of(start), std::memory_order_relaxed);
-            caller_.sleep(has_ended);
-            awaited_since_.store(0, std::memory_order_relaxed);
+            if (ask_to_be_woken()) {
+                caller_.sleep(has_ended);
+            } else {
+                sched_yield();
+            }
         }
         return next;
+    }
+
+    // Whoever does the last pieces will see it. False: they are done, the next launch is opening.
+    bool ask_to_be_woken() {
+        int left = remaining_.load(std::memory_order_relaxed);
+        while (left != 0)
+            if (remaining_.compare_exchange_weak(left, left | kIsAwaited)) return true;
+        return false;
     }
 
     void work(int thread) {
@@ -299,7 +342,7 @@ class Pool {
             now = open_.load(std::memory_order_seq_cst);
             return (now != seen && count_of(now) > 0) || stopping_.load(std::memory_order_seq_cst);
         };
-        if (spin(has_opened)) return now;
+        if (spin(kSpins, has_opened)) return now;
         const Clock::time_point give_up = Clock::now() + kIdle;
         while (Clock::now() < give_up) {
             if (has_opened()) return now;
@@ -318,8 +361,8 @@ class Pool {
     const Launch* launches_ = nullptr;
     size_t count_ = 0;
     uint64_t first_number_ = 0;
-    // The open launch's number and pieces (0: none is open), those not yet done, and since when the
-    // caller waits for them (0: it does not, or has not for long).
+    // The open launch's number and pieces (0: none is open); those not yet done, with kIsAwaited
+    // where the caller sleeps until they are; and since when it waited, in ns of Clock.
     alignas(64) std::atomic<Word> open_{0};
     std::atomic<int> remaining_{0};
     std::atomic<int64_t> awaited_since_{0};
