@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
 
-from specrt.sampling import SamplingParams
+from specrt.accept import accept
+from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import AcceptResult
-from tests.ops.test_tree_accept import INF, NAN, make_tree, run
+from tests.ops.test_tree_accept import INF, NAN, make_tree
 from tests.oracles import acceptance as rules
 
 DRAWS = 20_000
@@ -54,6 +56,14 @@ def floats(laws: Sequence[rules.Law]) -> torch.Tensor:
     return torch.tensor([[float(mass) for mass in law] for law in laws])
 
 
+@cache
+def seeded(temperature: float, filters: tuple[tuple[str, float], ...]) -> SamplingTable:
+    """A row for each seed."""
+    options = {"temperature": temperature, **dict(filters)}
+    params = [SamplingParams(seed=seed, **options) for seed in range(DRAWS)]
+    return SamplingTable.build(params, [1] * DRAWS, len(LAW))
+
+
 def draw_many(
     filters, tokens, parents, draft_probs=None, temperature=1.0, laws=None, num_nodes=None
 ) -> AcceptResult:
@@ -65,10 +75,9 @@ def draw_many(
     counts = None if num_nodes is None else [num_nodes] * DRAWS
     tree = make_tree([[0] * nodes] * DRAWS, [parents] * DRAWS, counts, probs)
     tree.draft_tokens.copy_(torch.as_tensor(tokens))
-    params = [
-        SamplingParams(temperature=temperature, seed=seed, **filters) for seed in range(DRAWS)
-    ]
-    return run(tree, logits.expand(DRAWS, -1, -1), params)
+    table = seeded(temperature, tuple(filters.items()))
+    ones = torch.ones(DRAWS, dtype=torch.int32)
+    return accept(tree, logits.expand(DRAWS, -1, -1), table, ones[:, None], ones)
 
 
 def drawn_children(law: rules.Law, count: int) -> torch.Tensor:
@@ -184,7 +193,8 @@ def test_a_child_that_its_own_law_excludes_is_passed_over() -> None:
 
 def test_a_masked_child_is_never_accepted() -> None:
     """Probability 0 under the target, certain under the draft: no uniform may accept it."""
-    result = draw_many({"logit_bias": {1: -INF}}, [0, 1, 1], [-1, 0, 0], certainly(1))
+    masked = rules.normalize([Fraction(0) if v == 1 else mass for v, mass in enumerate(LAW)])
+    result = draw_many({}, [0, 1, 1], [-1, 0, 0], certainly(1), laws=[masked] * 3)
     assert (result.accept_length == 0).all() and not (result.tokens[:, 0] == 1).any()
 
 
