@@ -136,7 +136,8 @@ class RoundStats:
         self.accept_lengths.append(accept_length)
         if depth is None:
             return
-        deepest = max(depth.tolist()[:num_nodes])
+        # No node of a tree is deeper, whatever a drafter says.
+        deepest = min(max(depth.tolist()[:num_nodes]), num_nodes - 1)
         missing = deepest - len(self.proposed_by_depth)
         self.proposed_by_depth.extend([0] * missing)
         self.accepted_by_depth.extend([0] * missing)

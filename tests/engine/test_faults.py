@@ -75,6 +75,18 @@ def test_a_number_of_nodes_that_cannot_be(model: LlamaModel, num_nodes: list[int
     assert engine.cache.num_free_pages == engine.cache.num_pages
 
 
+@pytest.mark.parametrize("depth", [2**31 - 1, 300, -1, -(2**31)])
+def test_depths_that_cannot_be_cost_no_memory(model: LlamaModel, depth: int) -> None:
+    class Deep(RandomTreeDrafter):
+        def propose(self, states, budget):  # type: ignore[no-untyped-def]
+            tree = super().propose(states, budget)
+            return replace(tree, depth=torch.full_like(tree.depth, depth))
+
+    stats = make_engine(model, Deep({}, VOCAB, 9)).generate([1, 2], LONG).stats
+    assert stats.num_rounds + stats.num_accepted_tokens == LONG.max_new_tokens
+    assert len(stats.proposed_by_depth) <= 8
+
+
 def test_shapes_out_of_a_drafters_range_are_refused_at_the_call(model: LlamaModel) -> None:
     class Shaped(EmptyDrafter):
         def check(self, params: DraftParams) -> None:
