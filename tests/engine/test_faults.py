@@ -82,7 +82,7 @@ def test_depths_that_cannot_be_cost_no_memory(model: LlamaModel, depth: int) -> 
             tree = super().propose(states, budget)
             return replace(tree, depth=torch.full_like(tree.depth, depth))
 
-    stats = make_engine(model, Deep({}, VOCAB, 9)).generate([1, 2], LONG).stats
+    stats = make_engine(model, Deep({(1, 2): [5] * 40}, VOCAB, 9)).generate([1, 2], LONG).stats
     assert stats.num_rounds + stats.num_accepted_tokens == LONG.max_new_tokens
     assert len(stats.proposed_by_depth) <= 8
 
