@@ -23,10 +23,11 @@ from specrt import SamplingParams
 from specrt.draft.base import DraftParams
 from specrt.draft.control import CONTROLLERS, parse_control
 from specrt.draft.load import DrafterOptions, load_drafter
-from specrt.engine import Engine, GenerationResult
+from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.loading import BUILTIN
 from specrt.measure import without_drafter
+from specrt.results import GenerationResult
 
 PLAIN = "plain"
 ALL = "all"

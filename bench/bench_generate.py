@@ -216,7 +216,7 @@ def rows_of(field: Field, temperature: float) -> list[Row]:
         for peer in PEERS:
             known = peer in rates
             row[f"vs {peer}"] = speedup(rates[name], rates[peer]) if known else None
-        row["tau"] = sum(o.num_produced for o in flat) / sum(o.num_rounds for o in flat)
+        row["tau"] = sum(len(o.token_ids) for o in flat) / sum(o.num_rounds for o in flat)
         row["prefill_ms"] = 1e3 * statistics.median(o.prefill_seconds for o in flat)
         for label, other in (("plain", PLAIN), ("transformers", TRANSFORMERS)):
             # Sampled text is the same only among ours: others draw other numbers.

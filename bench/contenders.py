@@ -48,9 +48,7 @@ class Output:
     seconds: float
     prefill_seconds: float
     num_rounds: int
-    """Forward passes of the target that gave tokens."""
-    num_produced: int
-    """Tokens they gave, those behind an end of sequence included; tau is this by rounds."""
+    """Forward passes of the target that gave tokens; tau is tokens by rounds."""
 
     @property
     def rate(self) -> float | None:
@@ -102,7 +100,6 @@ class Ours:
             seconds=seconds - prefill,
             prefill_seconds=prefill,
             num_rounds=result.stats.num_rounds,
-            num_produced=result.stats.num_rounds + result.stats.num_accepted_tokens,
         )
 
 
@@ -131,7 +128,6 @@ class Clock:
             seconds=times[-1] - times[0],
             prefill_seconds=times[0] - self._started,
             num_rounds=len(counts),
-            num_produced=sum(counts),
         )
 
 
@@ -244,7 +240,6 @@ class LlamaCpp:
             seconds=times[-1] - times[1],
             prefill_seconds=times[1] - times[0],
             num_rounds=len(tokens),
-            num_produced=len(tokens),
         )
 
     def _decode(self, ids: Sequence[int]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from specrt.sampling import SamplingParams
 
 class NoTokenizer:
     """Prompts are token ids, and nobody reads the text."""
+
+    special_tokens: Mapping[int, str] = MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         raise ValueError("prompt: expected token ids")

@@ -30,7 +30,7 @@ _PROMPTS, _TOKENS = 16, 96
 
 @dataclass(frozen=True)
 class Trace:
-    """What was accepted of a drafter's trees of one size."""
+    """What was accepted of a drafter's trees of one size, and emitted."""
 
     num_nodes: int
     depth: int

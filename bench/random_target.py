@@ -15,7 +15,8 @@ import torch
 
 from bench.limits import Model
 from specrt.config import ModelConfig
-from specrt.models.loader import ALIGNMENT, LayerWeights, Weights, layer_matrices
+from specrt.models.layouts import layer_matrices
+from specrt.models.loader import ALIGNMENT, LayerWeights, Weights
 
 _DEVIATION = 0.02
 """Of the weights: what models of this family begin their training with."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
     from specrt.draft.control import ControlOptions
-    from specrt.engine import Engine, GenerationResult, StreamChunk
+    from specrt.engine import Engine
     from specrt.loading import generate, load
+    from specrt.results import GenerationResult, StreamChunk
     from specrt.sampling import SamplingParams
     from specrt.types import CheckpointError
 
@@ -33,9 +34,9 @@ _HOMES = {
     "ControlOptions": "specrt.draft.control",
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine",
-    "GenerationResult": "specrt.engine",
+    "GenerationResult": "specrt.results",
     "SamplingParams": "specrt.sampling",
-    "StreamChunk": "specrt.engine",
+    "StreamChunk": "specrt.results",
     "generate": "specrt.loading",
     "load": "specrt.loading",
 }

@@ -8,7 +8,7 @@ that abandoning a round needs no undo.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -16,18 +16,21 @@ from specrt import ops
 from specrt.config import ModelConfig
 from specrt.ops import registry
 
+SCRATCH_PAGE = 0
+"""No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
+
 
 @dataclass(eq=False)
 class CachedSequence:
     """One sequence's pages and how many of its tokens they hold."""
 
     pages: list[int]
+    """None once it is closed."""
     length: int = 0
-    is_open: bool = field(default=True)
 
 
 class KVCache:
-    """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``.
+    """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``, the first of them for scratch.
 
     It grows when sequences ask for more pages than there are; ``on_move`` is then called, because
     recorded graphs hold the old addresses.
@@ -43,7 +46,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.page_size = page_size
-        self._shape = (config.num_layers, 2, 0, page_size, config.num_kv_heads, config.head_dim)
+        self._shape = (config.num_layers, 2, 1, page_size, config.num_kv_heads, config.head_dim)
         self._on_move = on_move
         self.kv = torch.zeros(self._shape, dtype=dtype, device=device)
         self._free: list[int] = []
@@ -55,8 +58,8 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
-        """Pages there are, free ones included."""
-        return self.kv.shape[2]
+        """Pages for sequences, free ones included."""
+        return self.kv.shape[2] - 1
 
     @property
     def num_free_pages(self) -> int:
@@ -86,13 +89,20 @@ class KVCache:
         return CachedSequence(pages)
 
     def close(self, sequence: CachedSequence) -> None:
-        """Give a sequence's pages back; closing twice is harmless."""
-        if sequence.is_open:
-            sequence.is_open = False
-            self._free.extend(sequence.pages)
+        """Give a sequence's pages back; closed again it has none to give."""
+        pages, sequence.pages = sequence.pages, []
+        self._free.extend(pages)
+
+    def retire(self) -> None:
+        """Give the memory back for good, if no sequence holds a page of it."""
+        if self.num_free_pages == self.num_pages:
+            self._free.clear()
+            self.kv = self.kv.new_zeros(self._shape)
+            self._on_move()
+            self._on_move = _refuse
 
     def _grow(self, num_more: int) -> None:
-        old = self.num_pages
+        old = self.kv.shape[2]
         shape = (*self._shape[:2], old + num_more, *self._shape[3:])
         try:
             # Zeros, not empty: fresh pages come from the system untouched and cost no memory yet.
@@ -109,6 +119,10 @@ class KVCache:
         self._on_move()
 
 
+def _refuse() -> None:
+    raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
+
+
 class CacheBatch:
     """The sequences of one forward pass, as the tables the kernels read.
 
@@ -121,13 +135,19 @@ class CacheBatch:
         self.sequences = list(sequences)
         # A power of two, so that few different widths (and recorded graphs) come up.
         most = 1 << max(3, (max(len(s.pages) for s in sequences) - 1).bit_length())
-        # Unused entries repeat page 0; no kernel reads past kv_len + num_nodes.
-        rows = [sequence.pages + [0] * (most - len(sequence.pages)) for sequence in sequences]
+        # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
+        scratch = [SCRATCH_PAGE]
+        rows = [sequence.pages + scratch * (most - len(sequence.pages)) for sequence in sequences]
         self.block_table = self._there(torch.tensor(rows, dtype=torch.int32))
         lengths = [sequence.length for sequence in sequences]
         self.kv_len = self._there(torch.tensor(lengths, dtype=torch.int32))
         # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
         self._tickets = torch.zeros_like(self.kv_len) if registry.is_on_gpu(self.kv_len) else None
+
+    @property
+    def num_positions(self) -> int:
+        """No row's position reaches this: each is at most the row's place in its pages."""
+        return self.block_table.shape[1] * self.cache.page_size
 
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """Move the accepted rows into place and make them part of their sequences.

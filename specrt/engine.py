@@ -7,145 +7,33 @@ the stages; they exchange the plain types of :mod:`specrt.types` and never hold 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, cast
-
-import torch
+from typing import Any, NoReturn
 
 from specrt.accept import accept
-from specrt.cache import CacheBatch, CachedSequence, KVCache
-from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost
+from specrt.cache import CacheBatch
+from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost, ShapedDrafter
 from specrt.models.llama import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, SamplingTable
-from specrt.stop import FinishReason, OutputEnd, TextTracker
-from specrt.tree import MAX_NODES
-from specrt.types import AcceptResult, DraftTree, RoundStats, SequenceState
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or chat messages (through the tokenizer's own template)."""
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """One prompt's output."""
-
-    text: str
-    """Without special tokens; cut before a stop string."""
-    token_ids: list[int]
-    """Output tokens, an end-of-sequence token included."""
-    prompt_token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[float] | None
-    """Of each token under the target's unprocessed law, if asked for."""
-    stats: RoundStats
-    error: str | None = None
-    """What went wrong, where ``finish_reason`` is ``"error"``."""
-
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """What one round gave one sequence."""
-
-    index: int
-    """Which prompt."""
-    text: str
-    """New text; concatenated, a sequence's chunks give its result's ``text``."""
-    token_ids: list[int]
-    num_accepted: int
-    """How many of ``token_ids`` (the first ones) the drafter had proposed."""
-    result: GenerationResult | None
-    """The whole result, with the sequence's last chunk."""
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One running sequence: what the engine keeps beside the state that drafters see."""
-
-    index: int
-    params: SamplingParams
-    state: SequenceState
-    end: OutputEnd
-    cached: CachedSequence
-    logprobs: list[float] = field(default_factory=list)
-    stats: RoundStats = field(default_factory=RoundStats)
-    error: str | None = None
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.state.token_ids[self.state.prompt_len :]
-
-    def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
-        """Take tokens until the output ends; return those taken."""
-        taken = 0
-        for token in tokens:
-            taken += 1
-            self.state.token_ids.append(token)
-            if self.end.push(token):
-                break
-        if logprobs is not None:
-            self.logprobs.extend(logprobs[:taken])
-        return list(tokens[:taken])
-
-
-class _Batch:
-    """The running sequences and the tables the kernels read, remade when one joins or leaves."""
-
-    def __init__(self, cache: KVCache, vocab_size: int) -> None:
-        self._cache = cache
-        self._vocab_size = vocab_size
-        self.sequences: list[_Sequence] = []
-        self._is_stale = True
-
-    def join(self, sequence: _Sequence) -> None:
-        self.sequences.append(sequence)
-        self._is_stale = True
-
-    def leave(self, sequence: _Sequence) -> None:
-        self.sequences.remove(sequence)
-        self._is_stale = True
-
-    def refresh(self) -> None:
-        """Make the tables fit the sequences."""
-        if not self._is_stale:
-            return
-        sequences = self.sequences
-        states = [sequence.state for sequence in sequences]
-        self.states = states
-        self.cached = CacheBatch(self._cache, [sequence.cached for sequence in sequences])
-        self.sampling = SamplingTable.build(
-            [sequence.params for sequence in sequences],
-            [state.prompt_len for state in states],
-            self._vocab_size,
-        )
-        self.history = torch.zeros(
-            len(states), max(state.max_len for state in states), dtype=torch.int32
-        )
-        for row, state in enumerate(states):
-            known = torch.tensor(state.token_ids, dtype=torch.int32)
-            self.history[row, : len(known)] = known
-        self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
-        # Writing through numpy costs a tenth of writing through torch.
-        self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
-        self._is_stale = False
-
-    def append(self, row: int, tokens: Sequence[int]) -> None:
-        """Add a sequence's new tokens to its row of the history."""
-        start = self._history_len[row]
-        self._history[row, start : start + len(tokens)] = tokens
-        self._history_len[row] = start + len(tokens)
+from specrt.prompts import Prompt, PromptEncoder, split_prompts
+from specrt.results import GenerationResult, StreamChunk
+from specrt.running import RunningBatch, RunningSequence
+from specrt.sampling import SamplingParams, one_each
+from specrt.stop import OutputEnd, TextTracker
+from specrt.tree import MAX_NODES, first_nodes
+from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
 class Engine:
     """A target, a drafter and the loop that joins them; made by :func:`specrt.load`.
 
-    Several streams of one engine may be open at once; calls must come from one thread at a time,
-    for all of them share the model's buffers.
+    Several streams of one engine may be open at once, and threads may share it: they take turns,
+    a round each (so do engines of one target). Between processes it cannot be shared, nor copied.
+    ``with`` closes it at the end.
 
     Args:
         target: the model whose words are spoken.
@@ -175,33 +63,92 @@ class Engine:
         self.max_nodes = max_nodes
         self.cache = target.new_cache()
         self._cost = RoundCost()
+        self._turns = target.turns
+        self._running: set[RunningBatch] = set()
+        self._is_closed = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return "Engine(closed)"
+        model, config = self.target, self.target.config
+        return (
+            f"Engine({config.num_layers} layers of {config.hidden_size}, vocabulary "
+            f"{config.vocab_size}, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
+            f"drafter={type(self.drafter).__name__}, max_batch={self.max_batch}, "
+            f"max_nodes={self.max_nodes})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Engine: cannot be pickled or copied; threads may share one, a process loads its own"
+        )
+
+    def close(self) -> None:
+        """Free the cache and let go of target, drafter and tokenizer; closing again does nothing.
+
+        Waits for a round that another thread is in. Open streams raise RuntimeError instead of
+        their next round, and so does every later call.
+        """
+        with self._turns:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            for batch in list(self._running):
+                self._leave(batch)
+            self.cache.retire()
+            del self.target, self.drafter, self.tokenizer, self.cache
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's authors would sample by (``generation_config.json``); greedy if nothing.
+
+        Requests take nothing of it by themselves but ``repetition_penalty`` and
+        ``suppress_tokens``, which are part of ``transformers``' greedy output.
+        """
+        return SamplingParams.from_defaults(self.target.config.generation)
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> Any:
         """Answer one prompt or many.
 
         Args:
-            prompts: one prompt (text, token ids or chat messages) or a list of them.
+            prompts: one prompt (text, token ids, chat messages) or a list of them, also as
+                tokenizers return them (:mod:`specrt.prompts`).
             sampling: for all prompts, or one each; greedy by default.
             draft: the shape of the draft trees; by default the drafter's choice. Never changes
                 the text.
+            add_special_tokens: False leaves out what the tokenizer puts before a text by itself
+                (bos); for texts that a chat template has made.
+            **options: fields of :class:`SamplingParams`, which replace those of ``sampling``.
 
         Returns:
             A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
             that failed has ``finish_reason == "error"`` and leaves the others untouched.
 
         Raises:
-            ValueError: an empty prompt, one longer than the context, bad sampling options.
+            ValueError: no prompt or an empty one, one longer than the context, bad sampling
+                options, a ``draft`` that the drafter does not take; names it and what came.
+            TypeError: an option that :class:`SamplingParams` does not have.
+            RuntimeError: the engine is closed.
             MemoryError: no memory for the KV cache; says how much was needed.
         """
-        many = _is_many(prompts)
-        batch = list(prompts) if many else [prompts]
+        batch, many = split_prompts(prompts)
+        requests = self._requests(batch, many, sampling, options, add_special_tokens)
         results: list[GenerationResult | None] = [None] * len(batch)
-        with closing(self._run(batch, sampling, draft, has_text=False)) as chunks:
+        with closing(self._run(requests, draft, has_text=False)) as chunks:
             for chunk in chunks:
                 if chunk.result is not None:
                     results[chunk.index] = chunk.result
@@ -209,82 +156,80 @@ class Engine:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
         Arguments are checked at the call, before the first chunk is asked for.
         """
-        batch = list(prompts) if _is_many(prompts) else [prompts]
-        return self._run(batch, sampling, draft, has_text=True)
+        batch, many = split_prompts(prompts)
+        requests = self._requests(batch, many, sampling, options, add_special_tokens)
+        return self._run(requests, draft, has_text=True)
 
     # --- requests -----------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids.
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """One prompt's token ids; arguments as for :meth:`generate`.
 
         Raises:
-            ValueError: the prompt is empty or has ids outside the vocabulary.
+            ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer.encode(prompt)) if prompt else []
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.apply_chat_template(cast("Sequence[Message]", prompt))
-        else:
-            ids = [int(token) for token in cast("Sequence[int]", prompt)]
-        if not ids:
-            raise ValueError("prompt: expected at least one token, got an empty prompt")
-        vocab = self.target.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise ValueError(
-                    f"prompt: token id {token} is outside the vocabulary 0..{vocab - 1}"
-                )
-        return ids
+        self._check_open()
+        vocab_size = self.target.config.vocab_size
+        return PromptEncoder(self.tokenizer, vocab_size, add_special_tokens).encode(prompt)
 
-    def _checked(
+    def _requests(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
+        many: bool,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        options: Mapping[str, Any],
+        add_special_tokens: bool,
     ) -> list[tuple[list[int], SamplingParams]]:
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"sampling: expected one for each of {len(prompts)} prompts, got {len(params)}"
-            )
-        requests = [(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        """Token ids and options of each prompt, which the target can take."""
+        self._check_open()
+        params = one_each(sampling, len(prompts), options)
+        defaults = self.target.config.generation
+        params = [p.with_defaults(defaults) for p in params]
         limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
-        for ids, p in requests:
-            if p.logit_bias and max(p.logit_bias) >= vocab:
-                raise ValueError(
-                    f"logit_bias: expected token ids < {vocab}, got {max(p.logit_bias)}"
-                )
+        encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
+        requests = []
+        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            name = f"prompts[{index}]" if many else "prompt"
+            ids = encoder.encode(prompt, name)
             if len(ids) >= limit:
                 raise ValueError(
-                    f"prompt: {len(ids)} tokens leave no room in the context of {limit}"
+                    f"{name}: {len(ids)} tokens leave no room in the context of {limit}"
                 )
+            if p.logit_bias and max(p.logit_bias) >= vocab:
+                raise ValueError(
+                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
+                    f"got {max(p.logit_bias)}"
+                )
+            requests.append((ids, p))
         return requests
 
     def _new_sequence(
         self, index: int, ids: list[int], params: SamplingParams, has_text: bool
-    ) -> _Sequence:
+    ) -> RunningSequence:
         params = params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.target.config.max_positions)
-        tracks_text = has_text or bool(params.stop_strings)
-        stop_ids = () if params.ignore_eos else self.target.config.eos_ids
+        eos_ids = () if params.ignore_eos else self.target.config.eos_ids
         end = OutputEnd(
-            stop_ids=(*stop_ids, *(params.stop_token_ids or ())),
+            TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
+            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
             stop_strings=params.stop_strings,
+            keeps_stop=params.include_stop_str_in_output,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            tracker=TextTracker(self.tokenizer.decode) if tracks_text else None,
+            is_streamed=has_text,
         )
         state = SequenceState(
             list(ids),
@@ -298,36 +243,32 @@ class Engine:
         )
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
-        return _Sequence(index, params, state, end, cached)
-
-    def _result(self, sequence: _Sequence) -> GenerationResult:
-        ids = sequence.output_ids
-        return GenerationResult(
-            text=sequence.end.text(ids, self.tokenizer.decode),
-            token_ids=ids,
-            prompt_token_ids=sequence.state.token_ids[: sequence.state.prompt_len],
-            finish_reason=sequence.end.reason or "error",
-            logprobs=sequence.logprobs if sequence.params.logprobs else None,
-            stats=sequence.stats,
-            error=sequence.error,
-        )
+        return RunningSequence(index, params, state, end, cached)
 
     # --- the loop -----------------------------------------------------------------------------
 
     def _run(
         self,
-        prompts: Sequence[Any],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        requests: Sequence[tuple[list[int], SamplingParams]],
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        if draft is not None and (draft.total_tokens or 1) > self.max_nodes:
+        if draft is not None:
+            self._check_draft(draft)
+        return self._rounds(deque(enumerate(requests)), draft, has_text)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("engine: expected an open one, got one that was closed")
+
+    def _check_draft(self, draft: DraftParams) -> None:
+        if (draft.total_tokens or 1) > self.max_nodes:
             raise ValueError(
                 f"total_tokens: expected at most the engine's max_nodes, {self.max_nodes}, "
                 f"got {draft.total_tokens}"
             )
-        requests = deque(enumerate(self._checked(prompts, sampling)))
-        return self._rounds(requests, draft, has_text)
+        if isinstance(self.drafter, ShapedDrafter):
+            self.drafter.check(draft)
 
     def _rounds(
         self,
@@ -335,28 +276,42 @@ class Engine:
         draft: DraftParams | None,
         has_text: bool,
     ) -> Generator[StreamChunk, None, None]:
-        batch = _Batch(self.cache, self.target.config.vocab_size)
+        batch = RunningBatch()
+        self._running.add(batch)
         try:
-            while waiting or batch.sequences:
+            is_over = not waiting
+            while not is_over:
                 while waiting and len(batch.sequences) < self.max_batch:
                     index, (ids, params) = waiting.popleft()
-                    batch.join(self._new_sequence(index, ids, params, has_text))
-                    self._start(batch.sequences[-1])
-                batch.refresh()
-                for chunk, sequence in self._round(batch, draft):
-                    if chunk.result is not None:
-                        self._release(batch, sequence)
-                    yield chunk
+                    with self._turns:
+                        self._check_open()
+                        batch.join(self._new_sequence(index, ids, params, has_text))
+                        self._start(batch.sequences[-1])
+                with self._turns:
+                    self._check_open()
+                    batch.refresh(self.cache, self.target.config.vocab_size)
+                    chunks = self._round(batch, draft)
+                is_over = not (waiting or batch.sequences)  # before anybody may close the engine
+                yield from chunks
         finally:
-            for sequence in list(batch.sequences):
-                self._release(batch, sequence)
+            # Maybe by the garbage collector in the middle of another stream's round.
+            self._turns.do_when_free(partial(self._leave, batch))
 
-    def _release(self, batch: _Batch, sequence: _Sequence) -> None:
+    def _leave(self, batch: RunningBatch) -> None:
+        """Free what a stream's sequences hold, whichever way it ended."""
+        self._running.discard(batch)
+        with ExitStack() as releases:  # all of them, though one may raise
+            for sequence in batch.sequences:
+                releases.callback(self._release, batch, sequence)
+
+    def _release(self, batch: RunningBatch, sequence: RunningSequence) -> None:
         batch.leave(sequence)
-        self.drafter.finish(sequence.state)
-        self.cache.close(sequence.cached)
+        try:
+            self.drafter.finish(sequence.state)
+        finally:
+            self.cache.close(sequence.cached)
 
-    def _start(self, sequence: _Sequence) -> None:
+    def _start(self, sequence: RunningSequence) -> None:
         """Run the prompt but for its last token, which is the first round's root."""
         started = perf_counter()
         self.drafter.start(sequence.state)
@@ -367,14 +322,12 @@ class Engine:
         self.target.wait()  # or the first round would be charged for it
         sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
 
-    def _round(
-        self, batch: _Batch, draft: DraftParams | None
-    ) -> list[tuple[StreamChunk, _Sequence]]:
-        """One round of every running sequence."""
+    def _round(self, batch: RunningBatch, draft: DraftParams | None) -> list[StreamChunk]:
+        """One round of every running sequence; those that end leave."""
         drafter = self.drafter
         budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
         times = [perf_counter()]
-        tree = drafter.propose(batch.states, budget)
+        tree = self._proposed(batch.states, budget)
         times.append(perf_counter())
         output = self.target.forward(tree, batch.cached, taps=drafter.taps)
         times.append(perf_counter())
@@ -396,11 +349,26 @@ class Engine:
             stats.draft_ms += draft_ms
             stats.verify_ms += verify_ms
             stats.accept_ms += accept_ms
-        return self._output(batch, tree, result)
+        chunks = self._output(batch, tree, result)
+        for chunk, sequence in zip(chunks, list(batch.sequences), strict=True):
+            if chunk.result is not None:
+                self._release(batch, sequence)
+        return chunks
+
+    def _proposed(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+        """The drafter's trees, as far as there is room for them."""
+        tree = self.drafter.propose(states, budget)
+        num_nodes, sizes = tree.draft_tokens.shape[1], tree.num_nodes.tolist()
+        if len(sizes) != len(states) or min(sizes) < 1 or max(sizes) > num_nodes:
+            raise ValueError(
+                f"{type(self.drafter).__name__}: num_nodes: expected {len(states)} numbers in "
+                f"1..{num_nodes}, the nodes of draft_tokens, got {sizes}"
+            )
+        return tree if num_nodes <= self.max_nodes else first_nodes(tree, self.max_nodes)
 
     def _output(
-        self, batch: _Batch, tree: DraftTree, result: AcceptResult
-    ) -> list[tuple[StreamChunk, _Sequence]]:
+        self, batch: RunningBatch, tree: DraftTree, result: AcceptResult
+    ) -> list[StreamChunk]:
         """Append each sequence's new tokens and say what came of the round."""
         lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
         logprobs = None if result.logprobs is None else result.logprobs.tolist()
@@ -412,31 +380,12 @@ class Engine:
                 position = len(sequence.state.token_ids)
                 sequence.error = f"logits: NaN or no finite value at position {position}"
                 sequence.end.fail()
-                chunks.append((self._chunk(sequence, [], 0), sequence))
+                chunks.append(sequence.chunk([], 0))
                 continue
             row_logprobs = None if logprobs is None else logprobs[row]
             taken = sequence.append(tokens[row][: length + 1], row_logprobs)
             batch.append(row, taken)
-            sequence.stats.record(sizes[row], length, tree.depth[row] if sizes[row] > 1 else None)
-            chunks.append((self._chunk(sequence, taken, length), sequence))
+            depth = tree.depth[row] if sizes[row] > 1 else None
+            sequence.stats.record(sizes[row], len(taken) - 1, depth)
+            chunks.append(sequence.chunk(taken, length))
         return chunks
-
-    def _chunk(self, sequence: _Sequence, taken: list[int], length: int) -> StreamChunk:
-        is_over = sequence.end.reason is not None
-        return StreamChunk(
-            index=sequence.index,
-            text=sequence.end.take_text(),
-            token_ids=taken,
-            num_accepted=min(length, len(taken)),
-            result=self._result(sequence) if is_over else None,
-        )
-
-
-def _is_many(prompts: Any) -> bool:
-    """A list of prompts, as opposed to one prompt of token ids or of chat messages."""
-    if isinstance(prompts, str):
-        return False
-    if len(prompts) == 0:
-        return True
-    first = prompts[0]
-    return not isinstance(first, int | Mapping)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,12 +17,14 @@ from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
 from specrt.draft.control import ControlOptions, parse_control
 from specrt.draft.load import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
-from specrt.engine import Engine, Prompt
+from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
-from specrt.models.placement import choose_dtype, parse_device, place_weights
+from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
+from specrt.prompts import Prompt
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
@@ -55,7 +60,7 @@ def load(
         drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
             on a GPU prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
             ``"eesd"``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller
-            model of the same vocabulary, or any object with the methods of
+            model of the same tokenizer, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
@@ -82,10 +87,14 @@ def load(
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
+    _log_defaults(path, config)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
+    head_dim = choose_head_dim(config, place)
     tokenizer = load_tokenizer(path)
-    weights = place_weights(load_weights(path, config, target_dtype, progress=progress), place)
+    weights = place_weights(
+        load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), place
+    )
     graphs = GraphCache()
     model = LlamaModel(config, weights, graphs.run, graphs.clear)
     if drafter == AUTO:
@@ -93,7 +102,7 @@ def load(
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
-        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options)
+        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
@@ -103,6 +112,14 @@ def default_drafter(target: str | os.PathLike[str], device: str | torch.device =
     """What ``"auto"`` means for a target; a GPU need not wait for a drafter on the CPU."""
     is_on_gpu = torch.device(device).type != "cpu"
     return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else PROMPT_LOOKUP
+
+
+def _log_defaults(path: Path, config: ModelConfig) -> None:
+    """Say what of the model's own generation settings applies; a warning if not all of it does."""
+    notice = config.generation.notice()
+    if notice is not None:
+        level = logging.INFO if config.generation.is_complete else logging.WARNING
+        logging.getLogger("specrt").log(level, "%s: %s", path, notice)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -115,34 +132,48 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
+_LOADING = Lock()  # of threads that ask for one engine at once, one loads it
+
+
 @lru_cache(maxsize=1)
 def _cached_engine(target: str, drafter: str | None, device: str | torch.device) -> Engine:
     return load(target, drafter, device=device)
 
 
 def generate(
-    prompt: Prompt,
+    prompt: Prompt | Iterable[Prompt],
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     target: str = BUILTIN,
     drafter: str | None = AUTO,
     device: str | torch.device = "cpu",
-    **sampling: Any,
-) -> str:
-    """Answer one prompt and return its text; the engine is kept for the next call.
+    add_special_tokens: bool = True,
+    **options: Any,
+) -> Any:
+    """Answer one prompt and return its text; the engine is kept for the next call, of any thread.
 
     Args:
-        prompt: text, token ids or chat messages.
+        prompt: as for :meth:`Engine.generate`; of many prompts, the texts are returned in a list.
+        sampling: as for :meth:`Engine.generate`.
         target: as for :func:`load`.
         drafter: as for :func:`load`, by name or path.
         device: as for :func:`load`.
-        **sampling: fields of :class:`specrt.sampling.SamplingParams`.
+        add_special_tokens: as for :meth:`Engine.generate`.
+        **options: fields of :class:`specrt.sampling.SamplingParams`, in place of ``sampling``'s.
 
     Raises:
-        ValueError: as :meth:`Engine.generate`.
-        GenerationError: the sequence failed.
+        ValueError, TypeError: as :meth:`Engine.generate`.
+        GenerationError: a sequence failed; names the prompt where there are many.
     """
-    engine = _cached_engine(target, drafter, device)
-    result = engine.generate(prompt, SamplingParams(**sampling))
+    with _LOADING:
+        engine = _cached_engine(target, drafter, device)
+    results = engine.generate(prompt, sampling, add_special_tokens=add_special_tokens, **options)
+    if not isinstance(results, list):
+        return _text_of(results)
+    return [_text_of(result, f"prompts[{index}]: ") for index, result in enumerate(results)]
+
+
+def _text_of(result: GenerationResult, name: str = "") -> str:
     if result.error is not None:
-        raise GenerationError(result.error)
-    return str(result.text)
+        raise GenerationError(name + result.error)
+    return result.text

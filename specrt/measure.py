@@ -9,8 +9,10 @@ from time import perf_counter
 from typing import Any
 
 from specrt.draft.base import EmptyDrafter
-from specrt.engine import Engine, GenerationResult, Prompt
-from specrt.sampling import SamplingParams
+from specrt.engine import Engine
+from specrt.prompts import Prompt
+from specrt.results import GenerationResult
+from specrt.sampling import SamplingParams, one_each
 from specrt.types import GenerationError
 
 PLAIN = "plain"
@@ -81,7 +83,7 @@ class Summary:
 
     @property
     def tau(self) -> float:
-        """Mean of accept_length + 1 per round, over the rounds of all prompts."""
+        """Mean of accept_length + 1 per round, over all prompts: their tokens by their rounds."""
         return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0
 
     @property
@@ -166,7 +168,7 @@ def compare(
 def compare_all(
     engines: Mapping[str, Engine],
     prompts: Sequence[Prompt],
-    sampling: SamplingParams,
+    sampling: SamplingParams | Sequence[SamplingParams],
     *,
     repeats: int = 3,
     on_prompt: Callable[[int], None] = lambda done: None,
@@ -175,11 +177,13 @@ def compare_all(
 
     Args:
         on_prompt: called with the number of prompts done.
-        engines, prompts, sampling, repeats: as for :func:`compare`.
+        sampling: for all prompts, or one each.
+        engines, prompts, repeats: as for :func:`compare`.
     """
     comparisons: list[Comparison] = []
-    for number, prompt in enumerate(prompts, start=1):
-        comparisons.append(compare(engines, prompt, sampling, repeats=repeats))
+    params = one_each(sampling, len(prompts))
+    for number, (prompt, p) in enumerate(zip(prompts, params, strict=True), start=1):
+        comparisons.append(compare(engines, prompt, p, repeats=repeats))
         on_prompt(number)
     return {name: summarise(name, comparisons) for name in engines}, comparisons
 

@@ -11,7 +11,9 @@ from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.control import ControlOptions, DraftCosts
 from specrt.draft.recording import ChainDrafter, Recording, RecordingDrafter
 from specrt.draft.trace import Trace, TraceHeader, TraceModels
-from specrt.engine import Engine, GenerationResult, Prompt
+from specrt.engine import Engine
+from specrt.prompts import Prompt
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
@@ -48,6 +50,7 @@ def record(
         GenerationError: a sequence failed.
     """
     longest = models.max_draft
+    sampling = sampling.with_defaults()  # without the model's own penalty, which traces do not keep
     _check(engine, prompts, sampling, longest)
     drafter = cast("ChainDrafter", engine.drafter)
     if costs is None:

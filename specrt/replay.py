@@ -35,11 +35,14 @@ class Rounds:
     verified: npt.NDArray[np.int64]
     """``[R]``: drafted tokens verified; a controller may drop the last one it saw."""
     accepted: npt.NDArray[np.int64]
-    """``[R]``: accept lengths."""
-    emitted: npt.NDArray[np.int64]
-    """``[R]``: tokens of the output that came of it; accepted and one more but for the last."""
+    """``[R]``: accept lengths, counted as in :class:`~specrt.types.RoundStats`."""
     ms: npt.NDArray[np.float64]
     """``[R]``: modelled times."""
+
+    @property
+    def emitted(self) -> npt.NDArray[np.int64]:
+        """``[R]``: tokens of the output that came of it."""
+        return self.accepted + 1
 
 
 # --- one controller -------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ def simulate_plain(traces: Iterable[Trace]) -> list[Rounds]:
         for sequence in trace.sequences:
             none = np.zeros(len(sequence.token_ids), dtype=np.int64)
             ms = np.full(len(none), trace.header.costs.plain_ms())
-            rounds.append(Rounds(none, none, none, none + 1, ms))
+            rounds.append(Rounds(none, none, none, ms))
     return rounds
 
 
@@ -93,8 +96,8 @@ class _Player:
     state: SequenceState
     place: int = 0
     """Output tokens so far, which is the row of the next chain."""
-    rounds: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Drafted, verified, accepted, emitted."""
+    rounds: list[tuple[int, int, int]] = field(default_factory=list)
+    """Drafted, verified, accepted."""
 
     @classmethod
     def begin(cls, sequence: TraceSequence, header: TraceHeader, draw: int) -> _Player:
@@ -120,15 +123,16 @@ class _Player:
         return bool(self.sequence.lengths[self.place])
 
     def accept(self, drafted: int, verified: int, accepted: int) -> None:
+        """Play a round; ``accepted`` may reach past the output's end."""
         tokens = self.sequence.token_ids[self.place : self.place + accepted + 1]
-        self.rounds.append((drafted, verified, accepted, len(tokens)))
+        self.rounds.append((drafted, verified, len(tokens) - 1))
         self.state.token_ids.extend(tokens)
         self.place += len(tokens)
 
     def result(self, costs: DraftCosts) -> Rounds:
-        drafted, verified, accepted, emitted = np.array(self.rounds, dtype=np.int64).T
-        ms = [costs.round_ms(steps, kept) for steps, kept, _, _ in self.rounds]
-        return Rounds(drafted, verified, accepted, emitted, np.array(ms))
+        drafted, verified, accepted = np.array(self.rounds, dtype=np.int64).T
+        ms = [costs.round_ms(steps, kept) for steps, kept, _ in self.rounds]
+        return Rounds(drafted, verified, accepted, np.array(ms))
 
 
 def _simulate_batch(
@@ -220,8 +224,8 @@ class Outcome:
 
     @property
     def tau(self) -> float:
-        """Mean of accept_length + 1 per round."""
-        return 1.0 + self.num_accepted / self.num_rounds
+        """Mean of accept_length + 1 per round: tokens by rounds."""
+        return self.num_tokens / self.num_rounds
 
     @property
     def ms_per_token(self) -> float:

@@ -6,6 +6,7 @@ Small integer work on at most 128 nodes; drafters that build trees on the device
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -78,6 +79,24 @@ def stack(trees: Sequence[TreeBuilder]) -> DraftTree:
         depth=fields[2],
         ancestors=torch.from_numpy(ancestors.view(np.int64)),
         num_nodes=torch.tensor([len(tree) for tree in trees], dtype=torch.int32),
+    )
+
+
+def first_nodes(tree: DraftTree, count: int) -> DraftTree:
+    """The first ``count`` nodes of each tree: trees again, for parents come before children."""
+
+    def cut(part: torch.Tensor) -> torch.Tensor:
+        return part[:, :count].contiguous()
+
+    return replace(
+        tree,
+        draft_tokens=cut(tree.draft_tokens),
+        parents=cut(tree.parents),
+        depth=cut(tree.depth),
+        ancestors=tree.ancestors[:, :count, : num_words(count)].contiguous(),
+        num_nodes=tree.num_nodes.clamp(max=count),
+        draft_probs=None if tree.draft_probs is None else cut(tree.draft_probs),
+        hidden=None if tree.hidden is None else cut(tree.hidden),
     )
 
 

@@ -14,7 +14,15 @@ import torch
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the key and the shapes."""
+    """A checkpoint that cannot be used; the message names the file, the key and the shapes.
+
+    It is one printable line of bounded length, whatever the checkpoint's own words in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        escaped = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+        line = "".join(escaped)
+        super().__init__(line if len(line) <= 1200 else f"{line[:800]} ... {line[-200:]}")
 
 
 class GenerationError(RuntimeError):
@@ -96,7 +104,11 @@ class SequenceState:
 class RoundStats:
     """Counts and times of one sequence's generation; times in milliseconds, of whole rounds.
 
-    ``tau`` is the mean of ``accept_length + 1`` per round.
+    Counted is what was emitted. A round's ``accept_length`` is its tokens less one, the bonus
+    token's place: where an output ends inside an accepted path the last drafted token takes that
+    place, and what lies behind is not counted. So ``num_rounds + num_accepted_tokens`` tokens were
+    emitted, and ``tau``, the mean of ``accept_length + 1`` per round, is tokens by rounds. A round
+    that fails emits nothing and is not counted.
     """
 
     num_rounds: int = 0
@@ -111,7 +123,13 @@ class RoundStats:
     accepted_by_depth: list[int] = field(default_factory=list)
 
     def record(self, num_nodes: int, accept_length: int, depth: torch.Tensor | None) -> None:
-        """Count one round: a tree of ``num_nodes`` nodes whose depths are ``depth [N]``."""
+        """Count one round of ``accept_length + 1`` tokens.
+
+        Args:
+            num_nodes: of its tree.
+            accept_length: what was emitted but for the last token.
+            depth: ``[N]``, of the tree's nodes; None for the root alone.
+        """
         self.num_rounds += 1
         self.num_draft_tokens += num_nodes - 1
         self.num_accepted_tokens += accept_length

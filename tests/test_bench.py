@@ -18,8 +18,8 @@ from bench.draft_contenders import PLAIN, Contender, Run, Tree, Variant
 from bench.memory import Probe
 from specrt import Engine, builtin
 from specrt.config import ModelConfig
-from specrt.engine import GenerationResult
 from specrt.models.loader import load_weights
+from specrt.results import GenerationResult
 from specrt.types import RoundStats
 from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict
@@ -114,7 +114,7 @@ def test_control_bench_sums_the_kinds() -> None:
     def made_runs(seconds: list[float], accepted: int) -> bench_control.Runs:
         stats = RoundStats()
         stats.record(3, accepted, torch.tensor([0, 1, 2]))
-        one = GenerationResult("", [1] * (accepted + 1), [], "stop", None, stats)
+        one = GenerationResult("", [1] * (accepted + 1), [], "stop", None, 0, stats)
         return bench_control.Runs([seconds], [one])
 
     slow, fast = made_runs([4.0, 5.0, 9.0], 0), made_runs([1.0, 2.0, 3.0], 2)

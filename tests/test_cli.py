@@ -151,6 +151,14 @@ def test_json_has_the_same_tokens_with_and_without_drafter(
     } <= stats.keys()
 
 
+def test_json_has_the_seed_that_was_drawn(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    args = ("--target", target, "--temperature", "0.9", "--drafter", "none", "--prompt", PROMPT)
+    (drawn,), (other,) = generate_json(capsys, *args), generate_json(capsys, *args)
+    assert drawn["seed"] != other["seed"]
+    (again,) = generate_json(capsys, *args, "--seed", str(drawn["seed"]))
+    assert (again["text"], again["seed"]) == (drawn["text"], drawn["seed"])
+
+
 def test_streamed_text_is_the_text(capsys: pytest.CaptureFixture[str], target: str) -> None:
     args = ("generate", "--target", target, "--prompt", PROMPT, "--max-new-tokens", "40")
     assert run(capsys, *args, "--stream") == run(capsys, *args)
@@ -206,6 +214,7 @@ def test_stop_and_logit_bias(capsys: pytest.CaptureFixture[str], target: str) ->
     assert biased["text"] == "A" * 40
     (stopped,) = generate_json(capsys, *args, "--stop", "zz", "--stop", "AAA")
     assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")
+    assert (stopped["stop_reason"], biased["stop_reason"]) == ("AAA", None)
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -177,6 +177,21 @@ def test_an_embedding_of_its_own_is_kept_and_used(
     assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")[EMBED], stored)
 
 
+def test_a_copy_of_the_head_is_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, target: Path
+) -> None:
+    tensors = write_official(tmp_path / "src", target, "eagle2")
+    head = load_file(target / "model.safetensors")["lm_head.weight"]
+    torch.save(tensors | {"lm_head.weight": head.half()}, tmp_path / "src" / "pytorch_model.bin")
+    out = converted(capsys, tmp_path / "src", tmp_path / "dst", target)
+    assert "its head is left out" in out and "embedding is left out" in out
+    assert "lm_head.weight" not in load_file(tmp_path / "dst" / "model.safetensors")
+    torch.save(tensors | {"lm_head.weight": -head}, tmp_path / "src" / "pytorch_model.bin")
+    paths = str(tmp_path / "src"), str(tmp_path / "no")
+    done = run(capsys, "convert", *paths, "--target", str(target))
+    expect_one_line(done, "src: lm_head.weight: differs from the target's")
+
+
 def test_the_embedding_of_a_float8_target(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +130,17 @@ def test_an_answer_does_not_depend_on_the_other_prompts(
     assert by_key(answers(prompts)).keys().isdisjoint(whole)
 
 
+def test_a_bad_prompt_is_named_or_skipped(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    prompts.write_text(prompts.read_text() + '{"prompt": "cut \\ud83d"}\n')
+    out = str(prompts.parent / "out.jsonl")
+    args = ("--target", str(target), "--prompts", str(prompts), "--out", out)
+    expect_one_line(run(capsys, "distill-data", *args), f'{prompts}, line 4: "prompt": expected')
+    said, err = distil(capsys, target, prompts, "--skip-bad")
+    assert "3 answers written" in said and "1 malformed lines skipped" in err
+
+
 def test_repeated_empty_and_long_prompts_are_left_out_and_said(
     capsys: pytest.CaptureFixture[str], target: Path, tmp_path: Path
 ) -> None:
@@ -185,13 +199,14 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(
     args = ("distill-data", "--target", str(target), "--prompts", str(prompts), "--out", str(out))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, before[1]))
     try:
         done = run(capsys, *args, *ANSWERS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    expect_one_line(done, str(out))
+    expect_one_line(done, f"{out}: File too large; the answers before are kept")
+    assert 0 < len(answers(prompts)) < 3  # and nothing of the next one
     distil(capsys, target, prompts)
     assert len(answers(prompts)) == len(by_key(answers(prompts))) == 3
 
@@ -210,6 +225,101 @@ def test_a_failed_sequence_is_reported_not_written(
     assert "0 answers written" in said
     assert err.count("NaN") == 3
     assert not out.exists()
+
+
+# --- other options --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, prompts and two of their nine answers, each in its place."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(target, folder / "letters")
+    write(folder / "prompts.jsonl", *({"prompt": text} for text in PROMPTS))
+    write(folder / "more.jsonl", {"prompt": "else"})
+    names = ("--target", folder / "letters", "--prompts", folder / "prompts.jsonl")
+    args = map(str, (*names, "--out", folder / "out.jsonl", *ANSWERS, *MIXED))
+    assert main(["distill-data", *args, "--num-prompts", "1"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--temperature", "2"), r"temperature: .* made with \[0.0, 1.0\], not \[0.0, 1.0, 2.0\]"),
+        (("--seed", "9"), "seed: .* made with 0, not 9"),
+        (("--max-new-tokens", "5"), "max_new_tokens: .* made with 12, not 5"),
+        (("--samples-per-prompt", "3"), "samples_per_prompt: .* made with 2, not 3"),
+        (("--dtype", "bfloat16"), "dtype: .* made with float32, not bfloat16"),
+        (("--prompts", "more.jsonl"), "prompts: .* made with [0-9a-f]{16}, not"),
+        (("chat_template",), "template: .* made with [0-9a-f]{16}, not"),
+        (("weights",), "target: .* made with [0-9a-f]{16}, not"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_run_with_other_options_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    begun: Path,
+    tmp_path: Path,
+    args: tuple[str, ...],
+    message: str,
+) -> None:
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    content = (tmp_path / "out.jsonl").read_bytes()
+    if args == ("chat_template",):
+        (tmp_path / "letters" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    elif args == ("weights",):
+        edit_tensors(tmp_path / "letters", lambda tensors: tensors["model.norm.weight"].mul_(1.01))
+    given = ("--target", "letters", "--prompts", "prompts.jsonl", "--out", "out.jsonl")
+    more = args if len(args) == 2 else ()
+    code, _, err = run(capsys, "distill-data", *given, *ANSWERS, *MIXED, *more)
+    assert code == 2
+    assert re.match(f"specrt: error: {message}.*; --restart begins anew, or write to another", err)
+    assert "out.jsonl, line 1: " in err
+    assert (tmp_path / "out.jsonl").read_bytes() == content
+
+
+def test_a_restart_forgets_the_answers(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    write(prompts.parent / "out.jsonl", {"anything": 1})
+    assert "3 answers written" in distil(capsys, target, prompts, "--restart")[0]
+    assert len(answers(prompts)) == 3
+    out, content = prompts.parent / "out.jsonl", (prompts.parent / "out.jsonl").read_bytes()
+    args = ("--target", str(target), "--prompts", "no/such.jsonl", "--out", str(out), "--restart")
+    expect_one_line(run(capsys, "distill-data", *args), "no/such.jsonl")
+    assert out.read_bytes() == content  # which a mistake does not cost
+
+
+def test_more_prompts_of_the_same_files_are_no_other_options(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    distil(capsys, target, prompts, "--num-prompts", "1")
+    assert "2 answers written" in distil(capsys, target, prompts, "--batch-size", "1")[0]
+
+
+def test_answers_of_an_earlier_version_are_gone_on_with(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    distil(capsys, target, prompts)
+    old = answers(prompts)
+    for row in old:
+        del row["run"]
+    write(prompts.parent / "out.jsonl", *old[:2])
+    assert "1 answers written" in distil(capsys, target, prompts)[0]
+
+
+def test_answers_have_one_writer(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    out = prompts.parent / "out.jsonl"
+    args = ("--target", str(target), "--prompts", str(prompts), "--out", str(out))
+    with distill.AnswerFile(out, "letters"):
+        done = run(capsys, "distill-data", *args, *ANSWERS)
+    expect_one_line(done, f"{out}: process {os.getpid()} on")
+    assert not list(prompts.parent.glob(".*"))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -253,6 +363,7 @@ def test_an_empty_file_of_the_users_is_left_alone(
         (("--batch-size", "0"), "max_batch"),
         (("--prompts", "no/such.jsonl"), "no/such.jsonl"),
         (("--out", "no/such/out.jsonl"), "no/such/out.jsonl"),
+        (("--prompts", "{out}"), "out: expected a file of its own"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
@@ -264,7 +375,8 @@ def test_a_bad_option_is_one_line(
     named: str,
 ) -> None:
     given = ("--target", str(target), "--prompts", str(prompts), "--out", str(prompts) + ".out")
-    expect_one_line(run(capsys, "distill-data", *given, *args), named)
+    more = [arg.format(out=f"{prompts}.out") for arg in args]
+    expect_one_line(run(capsys, "distill-data", *given, *more), named)
     assert not Path(f"{prompts}.out").exists()
 
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "stop"},
+    {"config", "stop", "json_lines", "option_hints"},
     {"ops"},
-    {"sampling"},
+    {"sampling", "results"},
     {"cache", "tree", "accept", "graph"},
-    {"models"},
-    {"draft"},
+    {"models", "running"},
+    {"draft", "prompts"},
     {"engine", "train"},
     {"loading"},
     {"measure", "record", "replay"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrt.draft.control import ControlOptions, DraftCosts
+from specrt.draft.control import ControlOptions, ControlRound, DraftCosts
 from specrt.draft.trace import Trace, TraceHeader, TraceModels, TraceSequence
 from specrt.models.llama import LlamaModel
 from specrt.record import record
@@ -91,6 +91,7 @@ def test_a_replay_does_what_the_engine_did(
         assert result.stats.accept_lengths == rounds.accepted.tolist()
         assert live == list(zip(rounds.drafted.tolist(), rounds.verified.tolist(), strict=True))
         assert rounds.emitted.sum() == len(result.token_ids)
+        assert len(rounds.ms) + rounds.accepted.sum() == len(result.token_ids)
 
 
 def test_a_recording_has_every_output_and_what_lies_behind(
@@ -220,16 +221,20 @@ def test_rounds_and_times_by_hand() -> None:
     assert two.ms.tolist() == pytest.approx([plain + drafted + more, plain + drafted])
 
 
-def test_a_round_may_accept_what_lies_behind_the_end() -> None:
+def test_controllers_learn_from_what_lies_behind_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not counted, for it is not emitted."""
+    learned: list[int] = []
+    monkeypatch.setattr(ControlRound, "update", lambda *args: learned.extend(args[-1]))
     trace = handmade([[11, 12], [12, 13]], [11, 12], max_len=20, overrun_ids=(13,))
     (rounds,) = simulate([trace], fixed(1))
     assert lists(rounds) == [[1], [1], [2]]
     chains = [[7, 12, 13], [12, 13, 14], [13, 14, 15]]
     trace = handmade(chains, [11, 12, 13], max_len=20, overrun_ids=(14, 16))
     (rounds,) = simulate([trace], fixed(3))
-    assert lists(rounds) == [[3, 3], [0, 3], [1, 2]]
+    assert lists(rounds) == [[3, 3], [0, 1], [1, 2]]
     trace = handmade(chains, [11, 12, 13], max_len=20)
-    assert lists(*simulate([trace], fixed(3))) == [[3, 3], [0, 2], [1, 2]]
+    assert lists(*simulate([trace], fixed(3))) == [[3, 3], [0, 1], [1, 2]]
+    assert learned == [1, 0, 3, 0, 2]
 
 
 def test_a_controller_may_not_draft_more_than_was_recorded() -> None:
@@ -265,7 +270,8 @@ def test_regret_is_against_the_best_fixed_length_of_each_task(replay: Replay) ->
             assert lost == pytest.approx(outcome.ms - times[best])
             assert replay.regret_share(name, task) == pytest.approx(lost / times[best])
             assert replay.speedup(name, task) == pytest.approx(times[PLAIN] / outcome.ms)
-            assert outcome.tau == 1 + outcome.num_accepted / outcome.num_rounds
+            assert outcome.num_rounds + outcome.num_accepted == outcome.num_tokens
+            assert outcome.tau == outcome.num_tokens / outcome.num_rounds
     assert len(bests) > 1, "the tasks do not differ"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from specrt.sampling import SamplingParams, SamplingTable
+from specrt.sampling import SamplingParams, SamplingTable, one_each
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ from specrt.sampling import SamplingParams, SamplingTable
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", 1e-9),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 2.5),
         ("top_p", 0.0),
         ("top_p", 1.1),
@@ -32,6 +34,9 @@ from specrt.sampling import SamplingParams, SamplingTable
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: math.nan}),
         ("logit_bias", {1: math.inf}),
+        ("logit_bias", {"five": 1.0}),
+        ("logit_bias", {"-5": 1.0}),
+        ("logit_bias", {"5": 1.0, 5: 2.0}),
         ("logit_bias", [1]),
         ("seed", 2**64),
         ("seed", 1.0),
@@ -49,6 +54,38 @@ def test_bad_fields_are_named(field: str, value: object) -> None:
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 1e39),
+        ("temperature", 3.5e38),
+        pytest.param("temperature", 10**400, id="a long temperature"),
+        ("presence_penalty", 1e-50),
+        ("frequency_penalty", -1e-50),
+        ("min_p", 1e-50),
+        ("logit_bias", {1: -1e39}),
+        pytest.param("logit_bias", {1: -(10**400)}, id="a long bias"),
+        ("logit_bias", {1: 1e-50}),
+    ],
+)
+def test_what_float32_cannot_hold_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}.*expected .*float32 holds, got"):
+        SamplingParams(**{field: value})
+
+
+def test_all_that_passes_can_be_packed() -> None:
+    extremes = [
+        SamplingParams(temperature=3.4e38, seed=0, top_p=1e-30, min_p=1e-45, top_k=2**31 - 1),
+        SamplingParams(temperature=1e-5, seed=2**64 - 1, logit_bias={0: 1e30, 7: -3.4e38}),
+        SamplingParams(repetition_penalty=1e-5, presence_penalty=-99999, frequency_penalty=1e-45),
+        SamplingParams(seed=-(2**63), logit_bias={1: -math.inf, 2: 0, 3: -0.0}),
+    ]
+    table = SamplingTable.build(extremes, [1] * 4, 8)
+    assert table.bias_values is not None and table.bias_ids is not None
+    assert table.bias_ids.tolist() == [0, 7, 1, 2, 3]
+    assert table.bias_values.isfinite().tolist() == [True, True, False, True, True]
+
+
 def test_defaults_and_derived_fields() -> None:
     params = SamplingParams()
     assert params.is_greedy and not params.edits_logits and params.stop_strings == ()
@@ -57,6 +94,60 @@ def test_defaults_and_derived_fields() -> None:
     drawn = params.with_seed()
     assert drawn.seed is not None and drawn.with_seed(5) is drawn
     assert params.with_seed(5).seed == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("max_tokens", "max_new_tokens"),
+        ("max_length", "max_new_tokens, which does not count the prompt"),
+        ("do_sample", "temperature: 0 is greedy"),
+        ("n", "a prompt has one output"),
+        ("best_of", "a prompt has one output"),
+        ("use_beam_search", "there is no beam search"),
+        ("eos_token_id", "stop_token_ids"),
+        ("temprature", "temperature$"),
+        ("Top-P", "top_p$"),
+        ("xyz", "max_new_tokens, temperature, .*logprobs"),
+    ],
+)
+def test_what_others_call_it_is_hinted(field: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"^{field}: no sampling option; expected {hint}"):
+        SamplingParams(**{field: 1})
+    with pytest.raises(TypeError, match=f"^{field}: no sampling option; expected {hint}"):
+        one_each(SamplingParams(), 1, {field: 1})
+
+
+@pytest.mark.parametrize("off", [0, -1, None])
+def test_top_k_is_off(off: int | None) -> None:
+    assert SamplingParams(top_k=off) == SamplingParams()
+
+
+def test_values_as_json_and_other_libraries_have_them() -> None:
+    plain = SamplingParams(temperature=0.5, seed=7, logit_bias={5: -100.0, 50256: 1.0})
+    biases = {"5": np.float64(-100), np.int64(50256): 1.0}
+    given = SamplingParams(temperature=np.float32(0.5), seed=torch.tensor(7), logit_bias=biases)  # type: ignore[arg-type]
+    assert given == plain
+    assert {type(token) for token in given.logit_bias or ()} == {int}
+    assert (type(given.temperature), type(given.seed)) == (float, int)
+
+
+def test_one_each_puts_options_in_place_of_fields() -> None:
+    cold, warm = SamplingParams(seed=1), SamplingParams(temperature=1.0, seed=2)
+    assert one_each(None, 2) == [SamplingParams()] * 2
+    assert one_each([cold, warm], 2) == [cold, warm]
+    changed = one_each([cold, warm], 2, {"temperature": 0.5})
+    assert changed == [SamplingParams(temperature=0.5, seed=seed) for seed in (1, 2)]
+    assert one_each(cold, 1, {"max_new_tokens": 3}) == [SamplingParams(max_new_tokens=3, seed=1)]
+    for bad, named in (
+        ([cold], "sampling: expected one for each of 2 prompts, got 1"),
+        ({"seed": 1}, "sampling: expected SamplingParams, .*got {'seed': 1}"),
+        ([cold, None], r"sampling\[1\]: expected SamplingParams, got None"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            one_each(bad, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_p: expected"):
+        one_each(None, 1, {"top_p": 2.0})
 
 
 def test_table_refuses_what_the_kernel_could_not_read() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,19 +19,33 @@ def byte_decode(pieces: Sequence[bytes]) -> Decode:
 
 
 class Output:
-    """One output token by token, as the engine drives it."""
+    """One output token by token, as the engine drives it.
+
+    Token i stands for ``pieces[i]``; where that is text, it is a special token.
+    """
 
     def __init__(
         self,
-        pieces: Sequence[bytes],
+        pieces: Sequence[bytes | str],
         stop: Sequence[str] = (),
         *,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Mapping[int, int | None] | None = None,
         num_left: int = 1000,
         reason: FinishReason = "length",
+        keeps_stop: bool = False,
+        is_streamed: bool = True,
     ) -> None:
-        self.decode = byte_decode(pieces)
-        self.end = OutputEnd(stop_ids, stop, num_left, reason, TextTracker(self.decode))
+        special = {i: piece for i, piece in enumerate(pieces) if isinstance(piece, str)}
+        self.decode = byte_decode([p if isinstance(p, bytes) else b"" for p in pieces])
+        self.end = OutputEnd(
+            TextTracker(self.decode, (), special),
+            stop_ids=stop_ids or {},
+            stop_strings=stop,
+            keeps_stop=keeps_stop,
+            num_left=num_left,
+            limit_reason=reason,
+            is_streamed=is_streamed,
+        )
         self.ids: list[int] = []
         self.shown: list[str] = []
 
@@ -46,12 +60,26 @@ class Output:
 
     @property
     def text(self) -> str:
-        return self.end.text(self.ids, self.decode)
+        return self.end.whole_text()
+
+    @property
+    def outcome(self) -> tuple[str, FinishReason | None, int | str | None]:
+        """The text, which is what was shown, and what ended it."""
+        assert "".join(self.shown) == self.text
+        return self.text, self.end.reason, self.end.stop_reason
 
 
-def said(pieces: Sequence[bytes], stop: Sequence[str] = (), num_left: int | None = None) -> Output:
+def said(
+    pieces: Sequence[bytes | str],
+    stop: Sequence[str] = (),
+    num_left: int | None = None,
+    *,
+    stop_ids: Mapping[int, int | None] | None = None,
+    keeps_stop: bool = False,
+) -> Output:
     """All the pieces in their order; the last one is the last that may come."""
-    output = Output(pieces, stop, num_left=num_left or len(pieces))
+    limit = num_left or len(pieces)
+    output = Output(pieces, stop, stop_ids=stop_ids, num_left=limit, keeps_stop=keeps_stop)
     return output.run(range(len(pieces)))
 
 
@@ -59,7 +87,7 @@ def test_characters_wait_for_all_their_bytes() -> None:
     euro, grin = "€".encode(), "😀".encode()
     pieces = [b"a", euro[:1], euro[1:], grin[:2], grin[2:3], grin[3:] + euro[:2], euro[2:]]
     output = said(pieces)
-    assert output.shown == ["a", "", "€", "", "", "", "😀€"]
+    assert output.shown == ["a", "", "€", "", "", "😀", "€"]
     assert output.text == "a€😀€"
 
 
@@ -73,12 +101,11 @@ def test_flush_gives_what_waits_once() -> None:
     tracker = TextTracker(byte_decode([b"ab", b"\xf0\x9f"]))
     assert [tracker.push(0), tracker.push(1)] == ["ab", ""]
     assert [tracker.flush(), tracker.flush()] == ["\ufffd", ""]
-    assert tracker.text == "ab\ufffd"
 
 
 def test_broken_bytes_do_not_block_the_text() -> None:
     output = said([b"a", b"\xff", b"\xe2", b"b", b"c"])
-    assert output.shown == ["a", "", "", "\ufffd\ufffdb", "c"]
+    assert output.shown == ["a", "", "\ufffd", "\ufffdb", "c"]
 
 
 def test_stop_strings_span_tokens_and_are_held_back() -> None:
@@ -98,12 +125,14 @@ def test_the_longest_possible_beginning_is_held_back() -> None:
     assert output.shown == ["", "", "", "", "ababd"]
 
 
-def test_overlapping_stop_strings() -> None:
-    # "b" is complete before "abc" can be.
-    assert said([b"x", b"a", b"b", b"c"], ["abc", "b"]).text == "xa"
-    # Complete with one token: the text is cut at the first.
-    assert said([b"x", b"a", b"bc", b"c"], ["bc", "abc"]).text == "x"
-    assert said([b"xaaa"], ["aa"]).text == "x"
+def test_the_stop_string_that_is_complete_first_decides() -> None:
+    # "b" is complete before "abc" can be, also within one token.
+    for pieces in ([b"x", b"a", b"b", b"c"], [b"xabc"], [b"x", b"abc"]):
+        assert said(pieces, ["abc", "b"]).outcome == ("xa", "stop", "b")
+    # Complete together: the longest.
+    for pieces in ([b"x", b"a", b"bc"], [b"x", b"a", b"b", b"c"], [b"xabcbc"]):
+        assert said(pieces, ["bc", "abc", "c"]).outcome == ("x", "stop", "abc")
+    assert said([b"xaaa"], ["aa"]).outcome == ("x", "stop", "aa")
 
 
 def test_a_stop_string_with_multi_byte_characters() -> None:
@@ -130,20 +159,88 @@ def test_a_stop_string_before_half_a_character_at_the_end() -> None:
         )
 
 
-def test_stop_ids_end_the_output() -> None:
-    pieces = [b"a", b"b", b"</s>"]
-    output = Output(pieces, ["never"], stop_ids=[2], num_left=3).run([0, 1, 2, 0])
-    assert (output.ids, output.end.reason) == ([0, 1, 2], "stop")
-    # Asking for text token by token must not change it.
-    untracked = OutputEnd([2], [], 3, "length", None)
-    for token in output.ids:
-        untracked.push(token)
-    assert output.text == untracked.text(output.ids, output.decode) == "ab</s>"
-    assert "".join(output.shown) == output.text
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("keeps_stop", [False, True])
+def test_stop_ids_end_the_output(keeps_stop: bool, is_streamed: bool) -> None:
+    for stop_reason in (2, None):  # the end of the sequence has none
+        output = Output(
+            [b"a", b"b", b"</s>"],
+            ["never"] if is_streamed else [],
+            stop_ids={2: stop_reason},
+            num_left=3,
+            keeps_stop=keeps_stop,
+            is_streamed=is_streamed,
+        ).run([0, 1, 2, 0])
+        assert (output.ids, output.end.reason) == ([0, 1, 2], "stop")
+        assert output.text == ("ab</s>" if keeps_stop else "ab")
+        assert output.end.stop_reason == stop_reason
+        assert "".join(output.shown) == (output.text if is_streamed else "")
+
+
+def test_a_stop_token_is_no_text_unless_it_is_kept() -> None:
+    pieces = [b"a", b"b!"]
+    assert said(pieces, ["!"], stop_ids={1: 1}).outcome == ("a", "stop", 1)
+    assert said(pieces, ["!"], stop_ids={1: 1}, keeps_stop=True).outcome == ("ab!", "stop", "!")
+    # Half a character before it is shown all the same.
+    assert said([b"a\xf0", b"\x9f"], stop_ids={1: 1}).outcome == ("a\ufffd", "stop", 1)
+
+
+def test_the_stop_string_is_kept_if_asked_for() -> None:
+    pieces = [b"a", b"b-E", b"NDx"]
+    for stop, shown in (("END", ["a", "b-", "END"]), ("-E", ["a", "b-E"])):
+        output = said(pieces, [stop], keeps_stop=True)
+        assert (output.shown, output.outcome) == (shown, ("ab-" + stop.strip("-"), "stop", stop))
+
+
+SPECIAL = [b"a", b"b", b"<x>", "<x>", "</s>", b"\xf0\x9f"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "shown"),
+    [
+        ([0, 1, 3], "<x>", ["a", "b", ""]),
+        ([0, 1, 3], "b<x>", ["a", "", ""]),
+        ([0, 1, 3, 0], "b<x>a", ["a", "", "", ""]),
+        ([0, 3, 4, 1], "<x></s>b", ["a", "", "", ""]),
+        ([0, 3, 3, 4], "<x></s>", ["a", "", "", ""]),
+        # Held back in vain; special tokens are not shown.
+        ([1, 3, 1, 3, 0], "b<x>a", ["", "", "b", "", ""]),
+        # Spelled letter by letter.
+        ([0, 1, 2], "b<x>", ["a", "", ""]),
+        # Half a character is text.
+        ([1, 5, 1, 5, 3], "\ufffd<x>", ["b", "", "\ufffdb", "", ""]),
+    ],
+)
+def test_a_special_token_is_part_of_a_stop_string(
+    tokens: list[int], stop: str, shown: list[str]
+) -> None:
+    output = Output(SPECIAL, ["never", stop]).run(tokens)
+    assert output.shown == shown
+    assert output.outcome == ("".join(shown), "stop", stop)
+    kept = Output(SPECIAL, [stop], keeps_stop=True).run(tokens)
+    assert kept.outcome == ("".join(shown) + stop, "stop", stop)
+
+
+def test_special_tokens_stop_nothing_by_a_part_of_their_name() -> None:
+    for stop in ("x", "<", "bx", "ab", "<x>>"):
+        output = Output(SPECIAL, ["<x>never", stop], num_left=3).run([0, 3, 1])
+        assert output.outcome == ("ab", "length", None)
+    output = Output(SPECIAL, ["b<x>"], num_left=3).run([1, 5, 3])
+    assert output.outcome == ("b\ufffd", "length", None)
+
+
+@pytest.mark.parametrize("stop_reason", [3, None])
+def test_a_stop_string_of_a_stop_token_decides(stop_reason: int | None) -> None:
+    def outcome(stop: str) -> tuple[str, FinishReason | None, int | str | None]:
+        return Output(SPECIAL, [stop], stop_ids={3: stop_reason}).run([0, 1, 3]).outcome
+
+    assert outcome("b<x>") == ("a", "stop", "b<x>")
+    assert outcome("<x>") == ("ab", "stop", "<x>")
+    assert outcome("a<x>") == ("ab", "stop", stop_reason)
 
 
 def test_stop_ids_win_over_the_limit() -> None:
-    output = Output([b"a", b"b"], stop_ids=[1], num_left=2, reason="context").run([0, 1])
+    output = Output([b"a", b"b"], stop_ids={1: 1}, num_left=2, reason="context").run([0, 1])
     assert output.end.reason == "stop"
 
 
@@ -151,13 +248,6 @@ def test_stop_ids_win_over_the_limit() -> None:
 def test_limits_give_their_reason(reason: FinishReason) -> None:
     output = Output([b"a"], num_left=3, reason=reason).run([0] * 5)
     assert (output.ids, output.end.reason, output.text) == ([0, 0, 0], reason, "aaa")
-
-
-def test_without_a_tracker_nothing_is_shown() -> None:
-    end = OutputEnd([], [], 1, "length", None)
-    assert end.push(0)
-    assert end.take_text() == ""
-    assert end.text([0], byte_decode([b"xyz"])) == "xyz"
 
 
 CUTS = st.lists(st.integers(1, 5), min_size=1, max_size=40)
@@ -171,7 +261,7 @@ def cut_up(data: bytes, sizes: Sequence[int]) -> list[bytes]:
     return [piece for piece in [*pieces, data[start:]] if piece]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.text("ab€é😀", min_size=1, max_size=30),
     CUTS,
@@ -210,7 +300,21 @@ def test_text_without_stop_strings_is_complete_after_each_character(
         output.run([token])
         known = b"".join(pieces[: token + 1])
         certain = known.decode("utf-8", errors="ignore")
-        # A character complete inside a token may wait with a half one behind it, never longer.
-        if not output.decode(output.ids).endswith("\ufffd"):
-            assert "".join(output.shown) == certain
-        assert certain.startswith("".join(output.shown))
+        assert "".join(output.shown) == certain
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text("ab€<x>", min_size=1, max_size=30),
+    st.lists(st.text("ab€<x>", min_size=1, max_size=4) | st.just("b<x>"), min_size=1, max_size=4),
+    CUTS,
+)
+@example("xabc", ["abc", "b"], [4])
+@example("xabc", ["bc", "abc"], [2])
+def test_where_it_stops_does_not_depend_on_the_tokens(
+    text: str, stop: list[str], sizes: list[int]
+) -> None:
+    ends = [(text.find(s) + len(s), text.find(s), s) for s in stop if s in text]
+    _, start, found = min(ends, default=(0, len(text), None))
+    expected = (text[:start], "stop" if found else "length", found)
+    assert said(cut_up(text.encode(), sizes), stop).outcome == expected

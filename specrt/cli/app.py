@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -16,11 +17,14 @@ from specrt.cli.options import (
     INPUT,
     RUNTIME,
     SAMPLING,
+    AddSpecialTokens,
+    Chat,
     Controller,
     Device,
     Drafter,
     Dtype,
     Jsonl,
+    MaxBatch,
     MaxNewTokens,
     MaxNodes,
     Seed,
@@ -33,6 +37,7 @@ app = typer.Typer(
     name="specrt",
     help="Speculative decoding that changes nothing but the speed.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -73,6 +78,7 @@ def demo(
 
 @app.command()
 def generate(
+    context: typer.Context,
     target: Target = "builtin",
     drafter: Drafter = "auto",
     controller: Controller = None,
@@ -86,10 +92,8 @@ def generate(
         ),
     ] = None,
     jsonl: Jsonl = False,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=INPUT),
-    ] = False,
+    chat: Chat = False,
+    add_special_tokens: AddSpecialTokens = True,
     json: Annotated[
         bool,
         typer.Option("--json", help="One JSON object per result.", rich_help_panel=INPUT),
@@ -99,12 +103,13 @@ def generate(
     ] = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(help="0: off.", rich_help_panel=SAMPLING)] = 0,
+    top_k: Annotated[int, typer.Option(help="0 or -1: off.", rich_help_panel=SAMPLING)] = 0,
     top_p: Annotated[float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)] = 1.0,
     min_p: Annotated[float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)
-    ] = 1.0,
+        float | None,
+        typer.Option(help="1: off; default: the model's own.", rich_help_panel=SAMPLING),
+    ] = None,
     presence_penalty: Annotated[
         float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)
     ] = 0.0,
@@ -113,17 +118,46 @@ def generate(
     ] = 0.0,
     logit_bias: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID=VALUE", help="Repeatable.", rich_help_panel=SAMPLING),
+        typer.Option(
+            metavar="ID=VALUE,...", help="Added to logits; repeatable.", rich_help_panel=SAMPLING
+        ),
     ] = None,
+    suppress_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Token that never comes; repeatable; default: the model's own.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    model_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--model-defaults",
+            help="Take what is not given here from the model's generation_config.json.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Text that ends the output; repeatable.", rich_help_panel=SAMPLING),
     ] = None,
     stop_token_ids: Annotated[
-        list[int] | None,
-        typer.Option(help="Token that ends the output; repeatable.", rich_help_panel=SAMPLING),
+        list[str] | None,
+        typer.Option(
+            metavar="ID,...",
+            help="Tokens that end the output; repeatable.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
+    include_stop_str_in_output: Annotated[
+        bool,
+        typer.Option(
+            "--include-stop-str-in-output",
+            help="Keep what ended the output in its text.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     ignore_eos: Annotated[
         bool,
         typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=SAMPLING),
@@ -134,15 +168,18 @@ def generate(
     ] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    max_batch: MaxBatch = 8,
     max_nodes: MaxNodes = 64,
     threads: Threads = None,
 ) -> None:
     """Answer prompts: from --prompt, a file or a pipe."""
     from specrt.cli import generate as command
     from specrt.cli.loading import load_engine
-    from specrt.cli.prompts import encode, read_prompts
+    from specrt.cli.prompts import encode, own_sampling, read_prompts
     from specrt.sampling import SamplingParams
 
+    if logprobs and not json:
+        raise ValueError("logprobs: goes with --json, which shows them")
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -153,24 +190,32 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=command.parse_logit_bias(logit_bias or ()) or None,
+        suppress_tokens=tuple(suppress_tokens) if suppress_tokens else None,
         seed=seed,
         stop=tuple(stop or ()),
-        stop_token_ids=tuple(stop_token_ids or ()),
+        stop_token_ids=command.parse_token_ids(stop_token_ids or ()),
+        include_stop_str_in_output=include_stop_str_in_output,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
     prompts = read_prompts(prompt, file, is_jsonl=jsonl, is_chat=chat)
+    params = own_sampling(prompts, sampling)
     engine = load_engine(
         target,
         drafter,
         device=device,
         dtype=dtype,
         threads=threads,
+        max_batch=max_batch,
         max_nodes=max_nodes,
         controller=controller,
     )
+    if model_defaults:
+        sampling = replace(sampling, **command.left_to_the_model(context, engine))
+        params = own_sampling(prompts, sampling)
+    encoded = encode(engine, prompts, add_special_tokens=add_special_tokens)
     write = command.write_stream if stream else command.write_results
-    write(engine, encode(engine, prompts), sampling, is_json=json)
+    write(engine, encoded, params, is_json=json)
 
 
 @app.command()
@@ -186,9 +231,8 @@ def bench(
         ),
     ] = None,
     jsonl: Jsonl = False,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=INPUT)
-    ] = False,
+    chat: Chat = False,
+    add_special_tokens: AddSpecialTokens = True,
     num_prompts: Annotated[
         int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)
     ] = None,
@@ -207,16 +251,12 @@ def bench(
     """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
     from specrt.cli import bench as command
     from specrt.cli.loading import drafter_name, load_engine
-    from specrt.cli.prompts import bundled_prompts, encode, read_prompts
+    from specrt.cli.prompts import encode, own_sampling, prompts_or_bundled
     from specrt.sampling import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    if num_prompts is not None and num_prompts < 1:
-        raise ValueError(f"num_prompts: expected at least 1, got {num_prompts}")
-    if prompts is None:
-        named = bundled_prompts(num_prompts or 16)
-    else:
-        named = read_prompts(None, prompts, is_jsonl=jsonl, is_chat=chat)[:num_prompts]
+    named = prompts_or_bundled(prompts, num_prompts, num_bundled=16, is_jsonl=jsonl, is_chat=chat)
+    params = own_sampling(named, sampling)
     engine = load_engine(
         target,
         drafter,
@@ -226,9 +266,9 @@ def bench(
         max_nodes=max_nodes,
         controller=controller,
     )
-    encoded = encode(engine, named)
+    encoded = encode(engine, named, add_special_tokens=add_special_tokens)
     name = drafter_name(drafter, target, engine)
-    command.run(engine, name, encoded, sampling, repeats=repeats, is_json=json)
+    command.run(engine, name, encoded, params, repeats=repeats, is_json=json)
 
 
 @app.command()

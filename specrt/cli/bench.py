@@ -13,8 +13,9 @@ from rich.table import Table
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
     from specrt.measure import Comparison, Summary
+    from specrt.prompts import Prompt
     from specrt.sampling import SamplingParams
 
 TAU = "tau: mean of accept_length + 1 per round (accepted draft tokens and the target's own token)"
@@ -24,7 +25,7 @@ def run(
     engine: Engine,
     name: str,
     prompts: Sequence[Prompt],
-    sampling: SamplingParams,
+    sampling: Sequence[SamplingParams],
     *,
     repeats: int,
     is_json: bool,

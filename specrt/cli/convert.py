@@ -50,7 +50,7 @@ def convert(
         raise ValueError(f"{found}: expected an FSPAD or EAGLE drafter; EESD has no other layout")
     config, tensors = read_checkpoint(found, model)
     config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
-    notes = _settle_embedding(tensors, directory, model)
+    notes = _settle_tables(found, tensors, directory, model)
     _add_biases(config, tensors)
     if draft_vocab is not None:
         counts = count_tokens(corpus or (), directory, model.vocab_size)
@@ -121,22 +121,29 @@ def _check_reduction(
         raise ValueError(f"draft_vocab: expected 1..{vocab_size}, got {draft_vocab}")
 
 
-def _settle_embedding(
-    tensors: dict[str, torch.Tensor], directory: Path, model: ModelConfig
+def _settle_tables(
+    source: Path, tensors: dict[str, torch.Tensor], directory: Path, model: ModelConfig
 ) -> list[str]:
-    """Leave out an embedding that is the target's own; what to say of it."""
+    """Leave out an embedding and a head that are the target's own; what to say of them."""
     from specrt.draft.checkpoint import EMBED
+    from specrt.draft.official import HEAD, settle_head
+    from specrt.models.layouts import is_rounded_copy
 
-    if EMBED not in tensors:
+    if EMBED not in tensors and HEAD not in tensors:
         return []
-    if not _is_same(tensors[EMBED], _target_embedding(directory, model)):
-        return ["its embedding differs from the target's and is kept"]
+    embed, head = _target_tables(directory, model)
+    notes = ["its head is left out: the target's is used"] if HEAD in tensors else []
+    settle_head(source, tensors, head)
+    if EMBED not in tensors:
+        return notes
+    if not is_rounded_copy(tensors[EMBED], embed):
+        return [*notes, "its embedding differs from the target's and is kept"]
     del tensors[EMBED]
-    return ["its embedding is left out: the target's is used"]
+    return [*notes, "its embedding is left out: the target's is used"]
 
 
-def _target_embedding(directory: Path, model: ModelConfig) -> torch.Tensor:
-    """``[V, H]``, as stored, or in the configuration's dtype where no kernel reads that."""
+def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[V, H]`` each, as stored, or in the configuration's dtype where no kernel reads that."""
     import torch
 
     from specrt.models.checkpoint import Checkpoint
@@ -146,19 +153,7 @@ def _target_embedding(directory: Path, model: ModelConfig) -> torch.Tensor:
     dtype = model.dtype
     if info is not None and info.dtype in (torch.float32, torch.bfloat16, torch.float16):
         dtype = info.dtype
-    return load_tables(directory, model, dtype)[0]
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether one is the other, up to rounding to the narrower dtype.
-
-    bfloat16 and float16 are as wide as each other, and either may have been the original.
-    """
-    import torch
-
-    width = min(one.dtype.itemsize, other.dtype.itemsize)
-    narrow = [dtype for dtype in (one.dtype, other.dtype) if dtype.itemsize == width]
-    return any(torch.equal(one.to(dtype), other.to(dtype)) for dtype in narrow)
+    return load_tables(directory, model, dtype)
 
 
 def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:

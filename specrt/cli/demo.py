@@ -25,8 +25,9 @@ from specrt.cli.demo_prompts import PROMPTS
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
     from specrt.measure import Comparison, Measurement
+    from specrt.prompts import Prompt
     from specrt.sampling import SamplingParams
 
 _ACCEPTED = "bold green"
@@ -84,7 +85,8 @@ def _record(
     """Run once more, noting what each round gave; times are scaled to those measured."""
     from specrt.stop import TextTracker
 
-    tracker = TextTracker(engine.tokenizer.decode)
+    tokenizer = engine.tokenizer
+    tracker = TextTracker(tokenizer.decode, engine.encode(prompt), tokenizer.special_tokens)
     pieces: list[Piece] = []
     started = time.perf_counter()
     with closing(engine.stream(prompt, sampling)) as chunks:
@@ -186,8 +188,16 @@ def _print_header(console: Console, engine: Engine, drafter: str, sampling: Samp
         "Each is timed alone and warm, with nothing drawn meanwhile: median of 3 runs, the "
         "prompt's own pass included."
     )
-    if console.is_terminal:
-        console.print(Text.assemble(("green", _ACCEPTED), " tokens: drafted, then accepted"))
+    if (said := legend(console)) is not None:
+        console.print(said)
+
+
+def legend(console: Console) -> Text | None:
+    """What accepted tokens look like there; None where nothing has a look."""
+    if not console.is_terminal or console.color_system is None:
+        return None
+    look = "bold" if console.no_color else "green"
+    return Text.assemble((look, _ACCEPTED), " tokens: drafted, then accepted")
 
 
 def _print_outcome(

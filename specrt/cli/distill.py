@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specrt.cli.errors import USER_ERROR, report
 from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, Threads
+from specrt.train.lock import hold_file
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, GenerationResult
+    from specrt.engine import Engine
+    from specrt.results import GenerationResult
     from specrt.sampling import SamplingParams
     from specrt.train.prompts import TrainingPrompt
 
@@ -60,6 +62,12 @@ def distill_data(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip malformed lines.", rich_help_panel=INPUT)
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what OUT holds.", rich_help_panel=INPUT)
+    ] = False,
 ) -> None:
     """Write the target's own answers, greedy and sampled, as training data."""
     from specrt.cli.loading import load_engine, target_directory
@@ -68,7 +76,10 @@ def distill_data(
     for name, value in (("num_prompts", num_prompts), ("samples_per_prompt", samples_per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    with AnswerFile(Path(out), target_directory(target)[1]) as file:
+    if Path(out).resolve() in {Path(file).resolve() for file in prompts}:
+        raise ValueError(f"out: expected a file of its own, got one of the prompts: {out}")
+    directory, target_name = target_directory(target)
+    with AnswerFile(Path(out), target_name, is_restart=restart) as file:
         engine = load_engine(
             target,
             drafter,
@@ -77,12 +88,28 @@ def distill_data(
             threads=threads,
             max_batch=batch_size,
         )
-        found, told = read_prompts(prompts, engine.tokenizer)
-        for count, why in ((told.num_empty, "empty"), (told.num_repeated, "repeated")):
+        found, told = read_prompts(prompts, engine.tokenizer, skip_bad=skip_bad)
+        for count, why in (
+            (told.num_empty, "empty prompts"),
+            (told.num_repeated, "repeated prompts"),
+            (told.num_bad, "malformed lines"),
+        ):
             if count:
-                note(f"{count} {why} prompts skipped")
+                note(f"{count} {why} skipped")
         plan = Plan(tuple(dict.fromkeys(temperature or [0.0])), samples_per_prompt, seed)
         jobs = plan.jobs(_fitting(found[:num_prompts], engine), max_new_tokens)
+        template = str(engine.tokenizer.inner.chat_template)
+        file.begin(
+            {
+                "temperature": sorted(plan.temperatures),
+                "samples_per_prompt": samples_per_prompt,
+                "max_new_tokens": max_new_tokens,
+                "seed": seed,
+                **model_options(engine, directory),
+                "template": _digest(template),
+                "prompts": _digest(str(sorted(prompt.token_ids for prompt in found))),
+            }
+        )
         answer(engine, jobs, file)
 
 
@@ -140,40 +167,67 @@ class AnswerFile:
     As a context that ends by an exception it removes a file that it made and wrote nothing to.
 
     Args:
-        path: written if missing, else gone on with.
+        path: written if missing, else gone on with. One process at a time may.
         target: the target's name; answers of another are refused.
+        is_restart: drop what is there, once :meth:`begin` is called.
 
     Raises:
-        ValueError: the file has lines that are no answers, or another target's.
+        ValueError: the file has lines that are no answers, or another target's, or another process
+            is writing to it.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, target: str) -> None:
+    def __init__(self, path: Path, target: str, *, is_restart: bool = False) -> None:
         self.path = path
         self.done: set[tuple[tuple[int, ...], float, int]] = set()
         self._target = target
+        self._is_restart = is_restart
         self._is_new = not path.exists()
-        self._file: BinaryIO = path.open("a+b")
-        try:
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
+        self._run: Mapping[str, Any] = {}
+        self._runs: dict[str, str] = {}
+        with ExitStack() as stack:
+            stack.enter_context(hold_file(path))
+            # Unbuffered: what a full disk does not take is in no buffer to be tried again.
+            self._file = stack.enter_context(path.open("ab", buffering=0))
+            if not is_restart:
+                self._read()
+            self._held = stack.pop_all()
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self._file.close()
-        except OSError:  # what a full disk did not take is still in the buffer
-            if kind is None:
-                raise
         if kind is not None and self._is_new and self.path.stat().st_size == 0:
             self.path.unlink()
+        self._held.close()
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Say how answers are made from here on; each line keeps it, under ``run``.
+
+        Args:
+            run: JSON values, by the names of the options.
+
+        Raises:
+            ValueError: answers that are there were made otherwise.
+        """
+        self._run = run
+        if self._is_restart:
+            self._file.truncate(0)
+        for theirs, where in self._runs.items():
+            said = json.loads(theirs)
+            for name, value in run.items():
+                if name in said and said[name] != value:
+                    raise ValueError(
+                        f"{name}: {where}: an answer made with {said[name]}, not {value}; "
+                        "--restart begins anew, or write to another file"
+                    )
 
     def write(self, job: Job, result: GenerationResult) -> None:
-        """Add one answer; it is in the file when this returns."""
+        """Add one answer; it is in the file when this returns.
+
+        Raises:
+            OSError: it cannot be written, and nothing of it is.
+        """
         data = {
             "prompt": job.prompt.text,
             "response": result.text,
@@ -183,23 +237,28 @@ class AnswerFile:
             "seed": job.sampling.seed,
             "finish_reason": result.finish_reason,
             "target": self._target,
+            "run": self._run,
         }
+        size, line = self.path.stat().st_size, memoryview(json.dumps(data).encode() + b"\n")
         try:
-            self._file.write(json.dumps(data).encode() + b"\n")
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            with suppress(OSError):
+                self._file.truncate(size)
+            said = f"{error.strerror}; the answers before are kept, the same command goes on"
+            raise OSError(error.errno, said, str(self.path)) from error
         self.done.add(job.key)
 
     def _read(self) -> None:
-        self._file.seek(0)
         end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
-            end += len(line)
-            self._take(f"{self.path}, line {number}", line)
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    self._file.truncate(end)
+                    break
+                end += len(line)
+                self._take(f"{self.path}, line {number}", line)
 
     def _take(self, where: str, line: bytes) -> None:
         try:
@@ -213,6 +272,8 @@ class AnswerFile:
                 f"{where}: an answer of target {data['target']!r}, expected {self._target!r}"
             )
         self.done.add((tuple(data["prompt_ids"]), data["temperature"], data["seed"]))
+        if isinstance(run := data.get("run"), dict):  # earlier versions wrote none
+            self._runs.setdefault(json.dumps(run), where)
 
 
 def answer(
@@ -255,9 +316,29 @@ def answer(
         raise typer.Exit(USER_ERROR)
 
 
+def model_options(engine: Engine, directory: Path) -> dict[str, str]:
+    """What of a target, beside its name, decides its answers; as :meth:`AnswerFile.begin` takes it.
+
+    Args:
+        engine: of the target.
+        directory: the target's.
+
+    Raises:
+        CheckpointError, OSError: its weights cannot be read.
+    """
+    from specrt.train.cache_index import weights_hash
+
+    dtype = str(engine.target.weights.lm_head.dtype).removeprefix("torch.")
+    return {"target": weights_hash(directory), "dtype": dtype}
+
+
 def note(message: str) -> None:
     """One line on stderr that is no error."""
     print(f"specrt: {message}", file=sys.stderr)
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[TrainingPrompt]:

@@ -13,25 +13,57 @@ import typer
 from specrt.cli.errors import USER_ERROR, report
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine, GenerationResult, Prompt, StreamChunk
+    from specrt.engine import Engine
+    from specrt.prompts import Prompt
+    from specrt.results import GenerationResult, StreamChunk
     from specrt.sampling import SamplingParams
     from specrt.types import RoundStats
 
 
 def parse_logit_bias(items: Sequence[str]) -> dict[int, float]:
-    """``ID=VALUE`` items as a mapping.
+    """``ID=VALUE`` items, several to one with commas between them, as a mapping.
 
     Raises:
         ValueError: an item is not of this form.
     """
     biases = {}
-    for item in items:
+    for item in _split(items):
         token, _, value = item.partition("=")
         try:
             biases[int(token)] = float(value)
         except ValueError:
             raise ValueError(f"logit_bias: expected ID=VALUE, got {item!r}") from None
     return biases
+
+
+def parse_token_ids(items: Sequence[str]) -> tuple[int, ...]:
+    """Ids, several to one item with commas between them.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    try:
+        return tuple(int(item) for item in _split(items))
+    except ValueError:
+        raise ValueError(f"stop_token_ids: expected token ids, got {' '.join(items)!r}") from None
+
+
+def _split(items: Sequence[str]) -> list[str]:
+    return [part for item in items for part in item.split(",")]
+
+
+def left_to_the_model(context: typer.Context, engine: Engine) -> dict[str, Any]:
+    """The model's own values of the sampling options that the command line does not give."""
+    from specrt.sampling import MODEL_FIELDS
+
+    given = [name for name in MODEL_FIELDS if not _is_default(context, name)]
+    model = engine.default_sampling
+    return {name: getattr(model, name) for name in MODEL_FIELDS if name not in given}
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name == "DEFAULT"
 
 
 def stats_dict(stats: RoundStats) -> dict[str, Any]:
@@ -58,6 +90,8 @@ def result_dict(index: int, result: GenerationResult) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "num_prompt_tokens": len(result.prompt_token_ids),
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
+        "seed": result.seed,
     }
     if result.logprobs is not None:
         # JSON has no infinities.
@@ -68,7 +102,7 @@ def result_dict(index: int, result: GenerationResult) -> dict[str, Any]:
 
 
 def write_results(
-    engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams, *, is_json: bool
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], *, is_json: bool
 ) -> None:
     """Print each result when it and those before it are complete, in the order of the prompts.
 
@@ -95,7 +129,7 @@ def write_results(
 
 
 def write_stream(
-    engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams, *, is_json: bool
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], *, is_json: bool
 ) -> None:
     """Print text as rounds accept it, one prompt after another.
 
@@ -105,8 +139,8 @@ def write_stream(
         typer.Exit: with code 2, after everything was printed, if a sequence failed.
     """
     errors: dict[int, str] = {}
-    for index, prompt in enumerate(prompts):
-        with closing(engine.stream([prompt], sampling)) as chunks:
+    for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+        with closing(engine.stream([prompt], params)) as chunks:
             for chunk in chunks:
                 if is_json:
                     _print_json(_chunk_dict(index, chunk))

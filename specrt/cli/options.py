@@ -47,6 +47,7 @@ Threads = Annotated[
 MaxNodes = Annotated[
     int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
 ]
+MaxBatch = Annotated[int, typer.Option(help="Prompts that run together.", rich_help_panel=RUNTIME)]
 MaxNewTokens = Annotated[int, typer.Option(help="At most so many.", rich_help_panel=SAMPLING)]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=SAMPLING)]
@@ -54,8 +55,20 @@ Jsonl = Annotated[
     bool,
     typer.Option(
         "--jsonl",
-        help="The input has one object per line, with 'prompt' or 'messages' "
-        "(as given for names in .jsonl).",
+        help="The input has JSON objects, one a line or in an array (as given for names in .jsonl "
+        "and .json), with 'prompt', 'messages', 'prompt_token_ids', 'turns' (the first one) or "
+        "training data; their sampling parameters are their own.",
+        rich_help_panel=INPUT,
+    ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=INPUT)
+]
+AddSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--add-special-tokens/--no-add-special-tokens",
+        help="Whether the tokenizer puts its own (bos) before texts; not where they have them.",
         rich_help_panel=INPUT,
     ),
 ]

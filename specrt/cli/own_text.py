@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specrt.cli.distill import AnswerFile, Job, Plan, answer, note
-from specrt.cli.loading import NO_DRAFTER, load_engine
+from specrt.cli.distill import AnswerFile, Job, Plan, answer, model_options, note
+from specrt.cli.loading import NO_DRAFTER, load_engine, target_directory
 
 if TYPE_CHECKING:
     from specrt.engine import Engine
@@ -21,7 +21,13 @@ _BATCH = 16
 
 
 def write_own_text(
-    target: str, name: str, folder: Path, *, num_texts: int, max_new_tokens: int, seed: int
+    target: str,
+    folder: Path,
+    *,
+    num_texts: int,
+    max_new_tokens: int,
+    seed: int,
+    is_restart: bool = False,
 ) -> None:
     """Let a target speak from its first token on, and keep it in ``folder`` as training data.
 
@@ -31,15 +37,15 @@ def write_own_text(
 
     Args:
         target: as named on the command line.
-        name: what the files call it; those of another target are refused.
         folder: made where it is missing.
         num_texts: at least 2.
         max_new_tokens: of a text.
         seed: of what is drawn.
+        is_restart: make all of it anew.
 
     Raises:
         ValueError: too few or too short texts, a target without a first token (bos), or files of
-            another target.
+            another target or other options.
         OSError: a file cannot be read or written.
         typer.Exit: with code 2 if a text failed.
     """
@@ -61,11 +67,20 @@ def write_own_text(
     # Of another seed, so that no opening is the beginning of a text that is drawn as well.
     openings = Plan((1.0,), num_texts // 2, seed + 1).jobs(beginning, _OPENING_TOKENS)
     drawn = Plan((1.0,), num_texts - num_texts // 2, seed).jobs(beginning, max_new_tokens)
-    with AnswerFile(folder / _OPENINGS_FILE, name) as file:
+    directory, name = target_directory(target)
+    run = {
+        "num_texts": num_texts,
+        "max_length": max_new_tokens + 1,
+        "seed": seed,
+        **model_options(engine, directory),
+    }
+    with AnswerFile(folder / _OPENINGS_FILE, name, is_restart=is_restart) as file:
+        file.begin(run)
         answer(engine, openings, file, note)
     opened = _opened(folder / _OPENINGS_FILE, engine, openings)
     greedy = Plan((0.0,), 1, seed).jobs(opened, max_new_tokens)
-    with AnswerFile(folder / TEXTS_FILE, name) as file:
+    with AnswerFile(folder / TEXTS_FILE, name, is_restart=is_restart) as file:
+        file.begin(run)
         answer(engine, [*drawn, *greedy], file, note)
 
 

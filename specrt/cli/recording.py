@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from specrt.cli.prompts import NamedPrompt
     from specrt.draft.eesd import EesdDrafter
     from specrt.draft.trace import TraceModels
-    from specrt.engine import Engine, Prompt
+    from specrt.engine import Engine
     from specrt.sampling import SamplingParams
 
 _NUM_PROBLEMS = 6
@@ -35,16 +36,22 @@ class RecordOptions:
     dtype: str
     threads: int | None
 
-    def named_prompts(self) -> list[tuple[str, Prompt]]:
+    def named_prompts(self) -> list[NamedPrompt]:
         """The prompts, each with the name that error messages give it."""
-        from specrt.cli.prompts import bundled_prompts, read_prompts
+        from specrt.cli.prompts import prompts_or_bundled
 
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts: expected at least 1, got {self.num_prompts}")
-        if self.prompts is None:
-            return bundled_prompts(self.num_prompts or _NUM_PROBLEMS)
-        found = read_prompts(None, self.prompts, is_jsonl=self.is_jsonl, is_chat=self.is_chat)
-        return found[: self.num_prompts]
+        found = prompts_or_bundled(
+            self.prompts,
+            self.num_prompts,
+            num_bundled=_NUM_PROBLEMS,
+            is_jsonl=self.is_jsonl,
+            is_chat=self.is_chat,
+        )
+        for one in found:
+            if one.options:
+                names = ", ".join(one.options)
+                raise ValueError(f"{one.name}: a trace has one set of options, got {names}")
+        return found
 
     def task_name(self) -> str:
         """What the prompts are called."""

@@ -184,11 +184,11 @@ def eesd(
     def write_data() -> None:
         write_own_text(
             target,
-            name,
             out,
             num_texts=num_texts,
             max_new_tokens=min(max_length - 1, _MAX_TEXT),
             seed=seed,
+            is_restart=restart,
         )
 
     job = TrainJob(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -146,7 +146,10 @@ class Drafter(Protocol):
         """The target has run prompt tokens from position ``start`` on; taps are ``[1, n, H]``."""
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
-        """A tree for each sequence, rooted at its last token, of at most ``budget.max_nodes``."""
+        """A tree for each sequence, rooted at its last token, of at most ``budget.max_nodes``.
+
+        Of a larger one the first so many nodes are verified.
+        """
 
     def observe(
         self,
@@ -157,7 +160,20 @@ class Drafter(Protocol):
         """What came of the last proposal; called before the tokens are appended to the states."""
 
     def finish(self, state: SequenceState) -> None:
-        """A sequence leaves, for whatever reason; frees what was held for it."""
+        """A sequence leaves, for whatever reason (``start`` that raised is one); frees what was
+        held for it."""
+
+
+@runtime_checkable
+class ShapedDrafter(Protocol):
+    """What a drafter has besides if not every :class:`DraftParams` goes with it."""
+
+    def check(self, params: DraftParams) -> None:
+        """Called before anything runs.
+
+        Raises:
+            ValueError: ``params`` is out of this drafter's range; names the field.
+        """
 
 
 class EmptyDrafter:

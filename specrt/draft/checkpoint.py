@@ -3,7 +3,7 @@
 One class of model, two switches (arXiv 2408.15562, section 3): feature sampling, and an output
 split in a half for the logits and a half for the next feature. Read are our own format (a
 ``config.json`` with ``"drafter"`` and the fingerprint of its target) and the official layouts of
-FSPAD and EAGLE-1/2, which say neither: there the tensors tell the kind.
+FSPAD and EAGLE-1/2 (:mod:`specrt.draft.official`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
+from specrt.draft.official import HEAD, LAYER, official_flags, open_drafter
 from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
 
@@ -35,7 +36,7 @@ ARCHS: Mapping[str, tuple[bool, bool]] = {
 EMBED = "embed_tokens.weight"
 TOKEN_IDS = "draft_token_ids"
 _SAID_OTHERWISE = ("architectures", "rope_theta", "rope_scaling", "torch_dtype")
-_LAYER = "layers.0."
+_BIASES = tuple(f"{LAYER}self_attn.{name}_proj.bias" for name in "qkv")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -112,17 +113,19 @@ def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     else:
         shapes |= {"fc.weight": (hidden, 2 * hidden), "fc.bias": (hidden,)}
     num_halves = 2 if config.has_split_output else 1
-    attention, mlp = f"{_LAYER}self_attn.", f"{_LAYER}mlp."
+    attention, mlp = f"{LAYER}self_attn.", f"{LAYER}mlp."
     shapes |= {
         f"{attention}q_proj.weight": (q_rows, hidden),
         f"{attention}k_proj.weight": (kv_rows, hidden),
         f"{attention}v_proj.weight": (kv_rows, hidden),
         f"{attention}o_proj.weight": (hidden, q_rows),
-        f"{_LAYER}post_attention_layernorm.weight": (hidden,),
+        f"{LAYER}post_attention_layernorm.weight": (hidden,),
         f"{mlp}gate_proj.weight": (wide, hidden),
         f"{mlp}up_proj.weight": (wide, hidden),
         f"{mlp}down_proj.weight": (num_halves * hidden, wide),
     }
+    if layer.has_attention_bias:
+        shapes |= zip(_BIASES, ((q_rows,), (kv_rows,), (kv_rows,)), strict=True)
     return shapes
 
 
@@ -135,7 +138,7 @@ def is_draft_checkpoint(path: str | os.PathLike[str]) -> bool:
     file = Path(path) / "config.json"
     if file.is_file() and "drafter" in read_json(file):
         return True
-    keys = Checkpoint(path).infos
+    keys = open_drafter(path).infos
     return "fc.weight" in keys or "fc.fc.weight" in keys
 
 
@@ -150,7 +153,7 @@ def read_checkpoint(
 
     Returns:
         The configuration, and the tensors of :func:`tensor_shapes` as stored, with
-        :data:`TOKEN_IDS` and :data:`EMBED` where the checkpoint has them.
+        :data:`TOKEN_IDS`, :data:`EMBED` and ``HEAD`` where the checkpoint has them.
 
     Raises:
         CheckpointError: files missing or broken, another kind or version, tensors missing, unknown,
@@ -160,7 +163,7 @@ def read_checkpoint(
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory}: no config.json")
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_drafter(directory)
     config = _read_config(file, read_json(file), checkpoint)
     if target is not None:
         _check_target(file, config, target)
@@ -249,6 +252,8 @@ def write_files(
             partial[file].replace(file)
     except SafetensorError as error:  # a full disk, among others
         raise OSError(f"{weights}: cannot be written: {error}") from error
+    except OSError as error:  # which names no file where a write fails
+        raise OSError(error.errno, error.strerror, error.filename or str(said)) from error
     finally:
         for file in partial.values():
             file.unlink(missing_ok=True)
@@ -285,11 +290,13 @@ def _as_dict(config: DraftConfig) -> dict[str, Any]:
 
 def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> DraftConfig:
     is_ours = "drafter" in data
-    flags = _own_flags(file, data) if is_ours else _official_flags(checkpoint)
+    flags = _own_flags(file, data) if is_ours else official_flags(checkpoint)
     # Official configurations leave out what Llama's defaults say; and their "architectures" may
     # name a class of their authors'.
     llama = {"model_type": "llama", "max_position_embeddings": 2048, **data, "architectures": None}
     layer = ModelConfig.from_dict({**llama, "num_hidden_layers": 1}, source=str(file))
+    has_bias = any(key in checkpoint.infos for key in _BIASES)
+    layer = replace(layer, has_attention_bias=has_bias)
     target, size = data.get("target") or {}, data.get("draft_vocab_size")
     if not isinstance(target, dict):
         raise CheckpointError(f"{file}: target: expected an object, got {target!r}")
@@ -325,21 +332,6 @@ def _own_flags(file: Path, data: Mapping[str, Any]) -> tuple[bool, bool]:
     return bool(flags[0]), bool(flags[1])
 
 
-def _official_flags(checkpoint: Checkpoint) -> tuple[bool, bool]:
-    infos = checkpoint.infos
-    if any(key.startswith("midlayer.") or key in ("d2t", "t2d") for key in infos):
-        raise CheckpointError(f"{checkpoint.directory}: EAGLE-3 drafters are not supported yet")
-    down = infos.get(f"{_LAYER}mlp.down_proj.weight")
-    norm = infos.get(f"{_LAYER}post_attention_layernorm.weight")
-    is_sampled = "fc.fc.weight" in infos
-    if down is None or norm is None or not (is_sampled or "fc.weight" in infos):
-        raise CheckpointError(
-            f"{checkpoint.directory}: no FSPAD or EAGLE drafter (expected fc.weight or "
-            f"fc.fc.weight and {_LAYER}mlp.down_proj.weight)"
-        )
-    return is_sampled, down.shape[:1] == (2 * norm.shape[0],)
-
-
 def _check_target(file: Path, config: DraftConfig, target: ModelConfig) -> None:
     for key in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(config.layer, key), getattr(target, key)
@@ -370,7 +362,7 @@ def _required_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 def _check_tensors(checkpoint: Checkpoint, config: DraftConfig) -> None:
     infos, expected = checkpoint.infos, _required_shapes(config)
     table = (config.layer.vocab_size, config.layer.hidden_size)
-    optional: dict[str, tuple[int, ...]] = {EMBED: table}
+    optional: dict[str, tuple[int, ...]] = {EMBED: table, HEAD: table}
     for key, shape in expected.items():
         if key not in infos and not key.endswith("fc.bias"):
             raise CheckpointError(f"{checkpoint.directory}: missing tensor {key} {list(shape)}")

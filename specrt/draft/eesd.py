@@ -127,6 +127,23 @@ class EesdDrafter:
 
     # --- the protocol -------------------------------------------------------------------------
 
+    def check(self, params: DraftParams) -> None:
+        """Whether a round's buffers have room for such trees.
+
+        Raises:
+            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes, or ``top_k`` for
+                more than the vocabulary.
+        """
+        width, vocab_size = params.top_k or 1, self.exit_model.target.config.vocab_size
+        if width > vocab_size:
+            raise ValueError(f"top_k: expected at most the vocabulary {vocab_size}, got {width}")
+        asked = 1 if params.depth is None else params.depth + 1
+        if asked * width > MAX_DRAFT_NODES:
+            raise ValueError(
+                f"depth, top_k: expected at most {MAX_DRAFT_NODES} drafted nodes, "
+                f"got {asked} levels of {width}"
+            )
+
     def start(self, state: SequenceState) -> None:
         """Reserve pages in the exit's cache."""
         cached = self._cache.open(state.max_len + MAX_NODES)
@@ -141,8 +158,8 @@ class EesdDrafter:
         """Draft while the controller goes on.
 
         Raises:
-            ValueError: ``depth`` and ``top_k`` ask for more than 62 drafted nodes, or the budget
-                has no cache of the model whose layers the exit runs.
+            ValueError: as :meth:`check`, or the budget has no cache of the model whose layers the
+                exit runs.
         """
         target = budget.target_batch
         if target is None or not self.exit_model.target.owns(target.cache):
@@ -200,18 +217,10 @@ class EesdDrafter:
 
     def _plan(self, states: Sequence[SequenceState], budget: Budget) -> _Plan:
         params = budget.params
+        self.check(params)
         width = params.top_k or 1
         is_fixed = params.depth is not None
         wanted = self.control.options.max_draft if params.depth is None else params.depth + 1
-        vocab_size = self.exit_model.target.config.vocab_size
-        if width > vocab_size:
-            raise ValueError(f"top_k: expected at most the vocabulary {vocab_size}, got {width}")
-        asked = wanted if is_fixed else 1
-        if asked * width > MAX_DRAFT_NODES:
-            raise ValueError(
-                f"depth, top_k: expected at most {MAX_DRAFT_NODES} drafted nodes, "
-                f"got {asked} levels of {width}"
-            )
         total = min(params.total_tokens or MAX_NODES, budget.max_nodes, 1 + MAX_DRAFT_NODES)
         width = min(width, max(1, total - 1))  # a narrower level rather than none
         most = min(wanted, (total - 1) // width)

@@ -198,7 +198,7 @@ class EesdBuffers:
         """Copy in what a round starts from; both caches hold all tokens but the roots."""
         held = [[sequence.length for sequence in batch.sequences] for batch in (target, drafts)]
         assert held[0] == held[1], "the exit's cache lags behind the target's"
-        self._exit.reserve(self._num_rows)
+        self._exit.reserve(self._num_rows, max(target.num_positions, drafts.num_positions))
         self._kv_lens_view[0] = held[0]
         self._kv_lens_view[1] = self._kv_lens_view[0] + 1
         for place, table in enumerate((target.block_table, drafts.block_table)):

@@ -18,7 +18,9 @@ import torch
 from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
 from specrt.draft.checkpoint import FORMAT_VERSION, write_files
 from specrt.models.checkpoint import Checkpoint
-from specrt.models.loader import Weights, layer_shapes, load_weights
+from specrt.models.layouts import layer_shapes
+from specrt.models.loader import Weights, load_weights
+from specrt.models.placement import CPU, choose_head_dim
 from specrt.types import CheckpointError
 
 KIND = "eesd"
@@ -158,10 +160,13 @@ def load_exit(path: str | os.PathLike[str], config: ExitConfig, target: Weights)
 
     Raises:
         CheckpointError: tensors missing, unknown, misshaped or not finite.
+        ValueError: heads larger than kernels take.
     """
-    dtype = config.layer.dtype
+    dtype, head_dim = config.layer.dtype, choose_head_dim(config.layer, CPU)
     tables = target.embed, target.lm_head.to(dtype)
-    layer = load_weights(path, config.layer, dtype, tables=tables, others=CALIBRATION)
+    layer = load_weights(
+        path, config.layer, dtype, tables=tables, others=CALIBRATION, head_dim=head_dim
+    )
     checkpoint, shapes = Checkpoint(path), exit_tensor_shapes(config)
     calibration = [_vector(checkpoint, key, shapes[key]) for key in CALIBRATION]
     return ExitWeights(layer, *calibration)

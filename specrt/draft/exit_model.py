@@ -43,7 +43,7 @@ class ExitModel:
         """``[2]``: factor of a draft's own log-odds in its confidence."""
         self.target = target
         self._weights = weights
-        self._layer = LlamaModel(config.layer, weights.layer, on_move=on_move)
+        self._layer = LlamaModel(config.layer, weights.layer, on_move=on_move, rope=target.rope)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -64,10 +64,10 @@ class ExitModel:
         """An empty cache of the exit layer."""
         return self._layer.new_cache()
 
-    def reserve(self, rows: int) -> None:
-        """Make room for steps of so many rows, here and in the target."""
-        self.target.reserve(rows)
-        self._layer.reserve(rows)
+    def reserve(self, rows: int, num_positions: int) -> None:
+        """Make room for steps of so many rows, at such positions, here and in the target."""
+        self.target.reserve(rows, num_positions)
+        self._layer.reserve(rows, num_positions)
 
     def launch_lower(
         self, hidden: torch.Tensor, rows: StepRows, cache: KVCache, out: torch.Tensor
@@ -124,7 +124,7 @@ class ExitModel:
                 batch.kv_len,
                 batch.block_table,
             )
-            self._layer.reserve(len(part))
+            self._layer.reserve(len(part), batch.num_positions)
             self.launch_kv(part, rows, batch.cache)
             path = torch.arange(len(part), dtype=torch.int32)[None]
             batch.commit(path, shape.num_nodes)

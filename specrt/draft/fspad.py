@@ -95,7 +95,7 @@ class FspadDrafter:
         self.is_coupled = is_coupled
         self._run_step = run_step
         self._on_move = on_move
-        self._cache = KVCache(layer.config.layer, layer.weights.fc.dtype, on_move=self._forget)
+        self._cache = KVCache(layer.padded, layer.weights.fc.dtype, on_move=self._forget)
         self._drafts: dict[SequenceState, _Draft] = {}
         self._policy: TreePolicy = (
             EnvelopePolicy() if control is None else ControlledEnvelope(control)
@@ -107,8 +107,18 @@ class FspadDrafter:
 
     # --- the protocol -------------------------------------------------------------------------
 
+    def check(self, params: DraftParams) -> None:
+        """Whether the draft vocabulary and a round's buffers have room for such trees.
+
+        Raises:
+            ValueError: ``depth`` and ``top_k`` do not fit 128 draft nodes or the draft vocabulary.
+        """
+        self._shape(params)
+
     def start(self, state: SequenceState) -> None:
         """Reserve pages in the draft cache."""
+        if self.layer.reserve(state.max_len + MAX_NODES):
+            self._forget()
         cached = self._cache.open(state.max_len + MAX_NODES)
         hidden = self.layer.config.layer.hidden_size
         self._drafts[state] = _Draft(cached, torch.empty(0, hidden))
@@ -122,7 +132,7 @@ class FspadDrafter:
         """Run the newly accepted pairs, then grow a tree level by level.
 
         Raises:
-            ValueError: ``depth`` and ``top_k`` do not fit 128 draft nodes or the draft vocabulary.
+            ValueError: as :meth:`check`.
         """
         self._offered = None
         for state in states:
@@ -169,11 +179,9 @@ class FspadDrafter:
 
     # --- a round ------------------------------------------------------------------------------
 
-    def _plan(self, states: Sequence[SequenceState], budget: Budget) -> _Plan | None:
-        """None: the root alone."""
-        params, num_rows = budget.params, self.layer.weights.head.shape[0]
-        is_auto = params == DraftParams()
-        default = _AUTO if is_auto else _EAGLE2
+    def _shape(self, params: DraftParams) -> _Shape:
+        num_rows = self.layer.weights.head.shape[0]
+        default = _AUTO if params == DraftParams() else _EAGLE2
         # What is left open gives way to what was asked for.
         top_k = params.top_k or min(default.top_k, num_rows, MAX_NODES // (params.depth or 1))
         depth = min(default.depth, MAX_NODES // top_k) if params.depth is None else params.depth
@@ -187,6 +195,12 @@ class FspadDrafter:
                 f"depth, top_k: expected depth < {MAX_LEVELS} and at most {MAX_NODES} nodes "
                 f"expanded, got {depth} and {top_k}"
             )
+        return _Shape(depth, top_k, total)
+
+    def _plan(self, states: Sequence[SequenceState], budget: Budget) -> _Plan | None:
+        """None: the root alone."""
+        is_auto = budget.params == DraftParams()
+        depth, top_k, total = self._shape(budget.params)
         # The bonus token takes the last place.
         num_levels = min(depth + 1, max(state.num_left for state in states) - 1)
         num_nodes = min(total, budget.max_nodes)
@@ -268,11 +282,11 @@ class FspadDrafter:
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
         """Run pending pairs but the last ``keep``: they leave keys and values, nothing more."""
-        draft, config = self._drafts[state], self.layer.config
+        draft = self._drafts[state]
         while (left := len(draft.pending) - keep) > 0:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
             tokens = torch.tensor(state.token_ids[first : first + count], dtype=torch.int32)
-            work = Activations.make(config, count, 0)
+            work = Activations.make(self.layer.padded, count, 0)
             batch = CacheBatch(self._cache, [draft.cached])
             order = torch.arange(count, dtype=torch.int32)[None]
             num = torch.tensor([count], dtype=torch.int32)

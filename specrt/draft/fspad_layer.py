@@ -7,16 +7,18 @@ section 3). H hidden size, I intermediate size, V vocabulary, R rows of the draf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from specrt import ops
 from specrt.cache import KVCache
+from specrt.config import ModelConfig
 from specrt.draft.checkpoint import EMBED, TOKEN_IDS, DraftConfig
-from specrt.models.rope import rope_table
-from specrt.tree import MAX_NODES
+from specrt.models.heads import pad_heads
+from specrt.models.placement import CPU, choose_head_dim
+from specrt.models.rope import RotaryTable, rotary_table
 
 # Folding replaces streamed weights by rows looked up; worth it where it spares this share of a
 # step's bytes and its tables stay within this share of the target's weights.
@@ -51,6 +53,9 @@ class DraftWeights:
     token_gate: torch.Tensor | None
     """``[V, I]``, where folded: W_gate of each token."""
     qkv: torch.Tensor
+    """``[(Q + 2K) * d, H]``, d the head size that kernels run."""
+    qkv_bias: torch.Tensor | None
+    """``[(Q + 2K) * d]``; None where the checkpoint has none."""
     o: torch.Tensor
     post_norm: torch.Tensor
     gate_up: torch.Tensor
@@ -87,18 +92,26 @@ def pack_weights(
         embed: ``[V, H]``, the target's embedding.
         head: ``[V, H]``, the target's LM head.
         dtype: of the matrices.
+
+    Raises:
+        ValueError: heads larger than kernels take.
     """
+    head_dim, padded = config.layer.head_dim, choose_head_dim(config.layer, CPU)
+
+    def joined(keys: Iterable[str]) -> torch.Tensor:
+        return torch.cat([pad_heads(key, tensors[key], head_dim, padded) for key in keys])
 
     def matrix(*keys: str) -> torch.Tensor:
-        return torch.cat([tensors[key] for key in keys]).to(dtype).contiguous()
+        return joined(keys).to(dtype).contiguous()
 
-    def vector(key: str) -> torch.Tensor:
-        return tensors[key].float().contiguous()
+    def vector(*keys: str) -> torch.Tensor:
+        return joined(keys).float().contiguous()
 
     is_sampled, hidden = config.has_feature_sampling, config.layer.hidden_size
     fc = "fc.fc" if is_sampled else "fc"
     bias = tensors.get(f"{fc}.bias", torch.zeros(hidden))
     attention, mlp = "layers.0.self_attn.", "layers.0.mlp."
+    biases = [f"{attention}{name}_proj.bias" for name in "qkv"]
     down = matrix(f"{mlp}down_proj.weight")
     ids = tensors.get(TOKEN_IDS)
     if ids is not None and len(ids) == len(head):
@@ -117,6 +130,7 @@ def pack_weights(
         token_fc=None,
         token_gate=None,
         qkv=matrix(*(f"{attention}{name}_proj.weight" for name in "qkv")),
+        qkv_bias=vector(*biases) if config.layer.has_attention_bias else None,
         o=matrix(f"{attention}o_proj.weight"),
         post_norm=vector("layers.0.post_attention_layernorm.weight"),
         gate_up=matrix(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
@@ -190,9 +204,8 @@ class Activations:
     """``[M, R]``"""
 
     @classmethod
-    def make(cls, config: DraftConfig, rows: int, head_rows: int) -> Activations:
-        """Buffers for ``rows`` rows."""
-        layer = config.layer
+    def make(cls, layer: ModelConfig, rows: int, head_rows: int) -> Activations:
+        """Buffers for ``rows`` rows of a :attr:`DraftLayer.padded`."""
         hidden, wide = layer.hidden_size, layer.intermediate_size
         heads = layer.num_heads + 2 * layer.num_kv_heads
         return cls(
@@ -215,19 +228,26 @@ class DraftLayer:
     Args:
         config: the architecture.
         weights: as :func:`pack_weights` or :func:`fold` gives them.
+        rope: the rotary table of the target, used where the layer's would be the same.
     """
 
-    def __init__(self, config: DraftConfig, weights: DraftWeights) -> None:
+    def __init__(
+        self, config: DraftConfig, weights: DraftWeights, rope: RotaryTable | None = None
+    ) -> None:
         self.config = config
         self.weights = weights
-        layer = config.layer
-        # Draft nodes at the context limit may lie past it; they are never accepted.
-        self._rope = rope_table(
-            layer.head_dim,
-            layer.rope_theta,
-            layer.max_positions + MAX_NODES,
-            layer.rope_scaling,
-        )
+        head_dim = weights.o.shape[1] // config.layer.num_heads
+        self.padded = replace(config.layer, head_dim=head_dim)
+        """The layer as the kernels run it: heads may be padded."""
+        self._rope = rotary_table(config.layer, head_dim, CPU, rope)
+        self._cos_sin = self._rope.reaching(0)
+
+    def reserve(self, num_positions: int) -> bool:
+        """Make the rotary table long enough; whether it moved, so that recorded steps are stale."""
+        if min(num_positions, self._rope.limit) <= len(self._cos_sin):
+            return False
+        self._cos_sin = self._rope.reaching(num_positions)
+        return True
 
     def sample_features(
         self,
@@ -264,7 +284,7 @@ class DraftLayer:
             workspace=work.sampling[:rows],
             out=pair,
         )
-        ops.linear(pair, w.qkv, out=work.qkv[:rows])
+        ops.linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows])
 
     def append(self, first: int, rows: Rows, cache: KVCache, work: Activations) -> torch.Tensor:
         """Rotate the queries and append keys and values of B·N rows from row ``first`` on.
@@ -272,7 +292,7 @@ class DraftLayer:
         Returns:
             The queries ``[B, N, Hq, d]``, a view of ``work.qkv``.
         """
-        layer = self.config.layer
+        layer = self.padded
         size, count = rows.depth.shape
         heads = work.qkv[first : first + size * count].view(size, count, -1, layer.head_dim)
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=2)
@@ -286,7 +306,7 @@ class DraftLayer:
             rows.first_node,
             rows.num_nodes,
             rows.block_table,
-            self._rope,
+            self._cos_sin,
             *cache.layer(0),
         )
         return queries
@@ -326,7 +346,7 @@ class DraftLayer:
             rows.num_nodes,
             ancestors,
             layer.head_dim**-0.5,
-            out=attended.view(size, count, layer.num_heads, layer.head_dim),
+            out=attended.view(size, count, layer.num_heads, -1),
         )
         ops.linear(attended, w.o, residual=work.pair[:num], out=hidden)
         ops.rms_norm(hidden, w.post_norm, layer.rms_norm_eps, out=normed)

@@ -124,13 +124,12 @@ class RoundBuffers:
 
     def __init__(self, key: RoundKey, layer: DraftLayer, max_levels: int) -> None:
         batch, width = key.batch, key.top_k
-        config = layer.config.layer
         self.key = key
         self._layer = layer
         self._work = Activations.make(
-            layer.config, batch * max(MAX_PAIRS, width), layer.weights.head.shape[0]
+            layer.padded, batch * max(MAX_PAIRS, width), layer.weights.head.shape[0]
         )
-        hidden = self._hidden_size = config.hidden_size
+        hidden = self._hidden_size = layer.padded.hidden_size
         self._pair_tokens = torch.zeros(batch * MAX_PAIRS, dtype=torch.int32)
         self._pair_features = torch.zeros(batch * MAX_PAIRS, hidden)
         self._regressed = [torch.zeros(batch * width, hidden) for _ in range(2)]

@@ -19,11 +19,13 @@ from specrt.draft.exit_checkpoint import is_exit_checkpoint, load_exit, read_exi
 from specrt.draft.exit_model import ExitModel
 from specrt.draft.fspad import FspadDrafter
 from specrt.draft.fspad_layer import DraftLayer, fold, folding_pays, pack_weights
+from specrt.draft.official import open_drafter, refuse_other_kinds, settle_head
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
+from specrt.draft.vocabulary import check_vocabulary
 from specrt.models.llama import LlamaModel, StepRunner
 from specrt.models.loader import load_weights
-from specrt.models.placement import choose_dtype, place_weights
+from specrt.models.placement import choose_dtype, choose_head_dim, place_weights
 from specrt.types import CheckpointError
 
 PROMPT_LOOKUP = "prompt-lookup"
@@ -59,6 +61,7 @@ def load_drafter(
     run_step: StepRunner,
     on_move: Callable[[], None],
     options: DrafterOptions,
+    target_path: Path | None = None,
 ) -> Drafter:
     """Make the drafter a user asks for.
 
@@ -71,6 +74,7 @@ def load_drafter(
         run_step: how its model's steps run on the CPU.
         on_move: called when its model's buffers move.
         options: for trained drafters.
+        target_path: the target's directory, whose tokenizer a smaller model must have.
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
@@ -96,8 +100,9 @@ def load_drafter(
             is_coupled=options.is_coupled,
             control=options.control,
         )
+    refuse_other_kinds(open_drafter(directory))
     _refuse_control(options)
-    return _small_model(directory, target, dtype, run_step, on_move)
+    return _small_model(directory, target, dtype, run_step, on_move, target_path)
 
 
 def _refuse_several(directory: Path) -> None:
@@ -132,26 +137,27 @@ def _small_model(
     dtype: torch.dtype | None,
     run_step: StepRunner,
     on_move: Callable[[], None],
+    target_path: Path | None,
 ) -> Drafter:
-    config = ModelConfig.from_directory(directory)
-    if config.vocab_size != target.config.vocab_size:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: a drafter needs the target's vocabulary of "
-            f"{target.config.vocab_size}, got {config.vocab_size}"
-        )
+    config, vocab_size = ModelConfig.from_directory(directory), target.config.vocab_size
+    check_vocabulary(directory, config.vocab_size, target_path, vocab_size)
     chosen = choose_dtype(config, dtype, target.device)
-    weights = place_weights(load_weights(directory, config, chosen), target.device)
-    return SmallModelDrafter(LlamaModel(config, weights, run_step, on_move))
+    head_dim = choose_head_dim(config, target.device)
+    loaded = load_weights(directory, config, chosen, head_dim=head_dim)
+    weights = place_weights(loaded, target.device)
+    model = LlamaModel(config, weights, run_step, on_move, rope=target.rope)
+    return SmallModelDrafter(model, vocab_size=vocab_size)
 
 
 def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
     config, tensors = read_checkpoint(directory, target.config)
+    # It drafts on the CPU wherever the target is.
+    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
+    settle_head(directory, tensors, head)
     # Rotary positions must reach as far as the target's, whatever a drafter's config says.
     reach = max(config.layer.max_positions, target.config.max_positions)
     config = replace(config, layer=replace(config.layer, max_positions=reach))
-    # It drafts on the CPU wherever the target is.
-    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
     weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)
-    return DraftLayer(config, fold(weights) if is_folded else weights)
+    return DraftLayer(config, fold(weights) if is_folded else weights, target.rope)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from specrt.draft.base import Budget, Drafter
+from specrt.draft.base import Budget, Drafter, DraftParams, ShapedDrafter
 from specrt.draft.control import DraftCosts
 from specrt.draft.trace import TraceSequence
-from specrt.tree import chain
+from specrt.tree import first_nodes
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
@@ -116,6 +116,11 @@ class RecordingDrafter:
         self._inner = inner
         self._running: dict[SequenceState, Recording] = {}
 
+    def check(self, params: DraftParams) -> None:
+        """Passed on."""
+        if isinstance(self._inner, ShapedDrafter):
+            self._inner.check(params)
+
     def start(self, state: SequenceState) -> None:
         """Begin a recording."""
         self._inner.start(state)
@@ -132,7 +137,7 @@ class RecordingDrafter:
         chains = self._inner.last_chain if tree.draft_tokens.shape[1] > 1 else None
         for row, state in enumerate(states):
             self._running[state].add(chains, row)
-        return _root(tree)
+        return first_nodes(tree, 1)
 
     def observe(
         self,
@@ -147,19 +152,6 @@ class RecordingDrafter:
         """End the recording, which stays in :attr:`recordings`."""
         self._running.pop(state, None)
         self._inner.finish(state)
-
-
-def _root(tree: DraftTree) -> DraftTree:
-    root = chain(tree.draft_tokens[:, :1].contiguous())
-    return replace(
-        tree,
-        draft_tokens=root.draft_tokens,
-        parents=root.parents,
-        depth=root.depth,
-        ancestors=root.ancestors,
-        num_nodes=root.num_nodes,
-        hidden=None if tree.hidden is None else tree.hidden[:, :1].contiguous(),
-    )
 
 
 def _padded(

@@ -1,4 +1,7 @@
-"""A small model of the same vocabulary drafts for a large one.
+"""A small model of the same tokenizer drafts for a large one.
+
+Their tables may be padded to different sizes: only ids that both have are proposed. A token that
+the small model has no row for stands there as its last one, which costs a guess and no more.
 
 It proposes a beam tree: at each depth the ``width`` continuations with the highest product of
 probabilities (width 1 is a chain). These drafts are deterministic, so acceptance draws from the
@@ -43,10 +46,11 @@ class SmallModelDrafter:
     """Drafts with a second, smaller model.
 
     Args:
-        model: shares the target's vocabulary (checked by whoever loads both).
+        model: shares the target's tokenizer (checked by whoever loads both).
         depth: how many tokens ahead.
         width: nodes at each depth.
         is_sampled: draw a chain instead of taking the most likely tokens; needs width 1.
+        vocab_size: V of the target; None: the model's own.
 
     Raises:
         ValueError: depth or width out of range, or a sampled tree wider than a chain.
@@ -55,7 +59,13 @@ class SmallModelDrafter:
     taps: tuple[str, ...] = ()
 
     def __init__(
-        self, model: LlamaModel, depth: int = 4, width: int = 1, is_sampled: bool = False
+        self,
+        model: LlamaModel,
+        depth: int = 4,
+        width: int = 1,
+        is_sampled: bool = False,
+        *,
+        vocab_size: int | None = None,
     ) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"depth, width: expected at least 1, got {depth}, {width}")
@@ -66,6 +76,9 @@ class SmallModelDrafter:
         self._depth = depth
         self._width = width
         self._is_sampled = is_sampled
+        own = model.config.vocab_size
+        self._vocab_size = vocab_size or own
+        self._num_shared = min(own, self._vocab_size)
         self._cached: dict[SequenceState, CachedSequence] = {}
         self._batch = LastBatch(self._cache)
 
@@ -74,7 +87,7 @@ class SmallModelDrafter:
         longest = min(state.max_len, self._model.config.max_positions)
         cached = self._cached[state] = self._cache.open(longest + MAX_NODES)
         batch = CacheBatch(self._cache, [cached])
-        for _ in self._model.extend(state.token_ids[: longest - 1][:-1], batch):
+        for _ in self._model.extend(self._known(state.token_ids[: longest - 1][:-1]), batch):
             pass
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
@@ -129,15 +142,16 @@ class SmallModelDrafter:
             behind = state.token_ids[cached.length :]
             if len(behind) > MAX_NODES:
                 # A neighbour beyond this model's context has kept the whole batch from drafting.
-                for _ in self._model.extend(behind[:-1], CacheBatch(self._cache, [cached])):
+                behind = self._known(behind[:-1])
+                for _ in self._model.extend(behind, CacheBatch(self._cache, [cached])):
                     pass
                 self._batch.forget()
         return self._batch.of([self._cached[state] for state in states])
 
     def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
-        """Run the tokens the draft cache lacks; logits ``[B, 1, V]`` behind the last ones."""
+        """Run the tokens the draft cache lacks; logits ``[B, 1, S]`` behind the last ones."""
         pending = [
-            state.token_ids[cached.length :]
+            self._known(state.token_ids[cached.length :])
             for state, cached in zip(states, batch.sequences, strict=True)
         ]
         counts = torch.tensor([len(tokens) for tokens in pending], dtype=torch.int32)
@@ -148,15 +162,15 @@ class SmallModelDrafter:
         logits = self._model.forward(tree, batch).logits
         path = torch.arange(padded.shape[1], dtype=torch.int32)
         batch.commit(path.expand(len(states), -1).contiguous(), counts)
-        return logits[torch.arange(len(states)), counts.long() - 1][:, None]
+        return logits[torch.arange(len(states)), counts.long() - 1][:, None, : self._num_shared]
 
     def _best(self, logits: torch.Tensor, above: _Level | None, level: int) -> _Level:
         """The ``width`` best children over all nodes of the level above."""
-        scores = torch.log_softmax(logits, dim=-1)  # [B, K, V]
+        scores = torch.log_softmax(logits, dim=-1)  # [B, K, S]
         if above is not None:
             scores = scores + above.scores[:, :, None]
         size, num_parents, vocab = scores.shape
-        best = scores.view(size, -1).topk(self._width, dim=-1)
+        best = scores.reshape(size, -1).topk(self._width, dim=-1)
         # Ascending parents keep every parent before its children, level by level.
         index, order = best.indices.sort(dim=-1)
         from_parent = index // vocab
@@ -171,7 +185,7 @@ class SmallModelDrafter:
         above: _Level | None,
         level: int,
     ) -> _Level:
-        """One token for each sequence, drawn from ``law [B, V]`` by counter."""
+        """One token for each sequence, drawn from ``law [B, S]`` by counter."""
         noise = torch.stack(
             [
                 ops.gumbel_noise(
@@ -206,7 +220,7 @@ class SmallModelDrafter:
         return _Level(tokens, parents, bits, scores)
 
     def _expand(self, level: _Level, batch: CacheBatch, depth: int) -> torch.Tensor:
-        """Logits ``[B, K, V]`` behind a level's nodes.
+        """Logits ``[B, K, S]`` behind a level's nodes, of the S ids that are shared.
 
         The root is committed in the draft cache, so its tree is one node ahead of the target's:
         node i there is node i - 1 here, and depths count from the first level.
@@ -220,7 +234,14 @@ class SmallModelDrafter:
             ancestors=(level.ancestors >> 1)[:, :, None],
             num_nodes=torch.full((size,), width, dtype=torch.int32),
         )
-        return self._model.forward(tree, batch, first_node=first).logits
+        return self._model.forward(tree, batch, first_node=first).logits[..., : self._num_shared]
+
+    def _known(self, token_ids: list[int]) -> list[int]:
+        """The tokens, the last of the model's own for those past it."""
+        last = self._model.config.vocab_size - 1
+        if last + 1 >= self._vocab_size:
+            return token_ids
+        return [min(token, last) for token in token_ids]
 
     def _assemble(
         self, roots: torch.Tensor, levels: list[_Level], laws: list[torch.Tensor]
@@ -237,12 +258,14 @@ class SmallModelDrafter:
         if laws:
             # The last node has no children; its row is never read.
             draft_probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
+            missing = self._vocab_size - self._num_shared
+            draft_probs = torch.nn.functional.pad(draft_probs, (0, missing))
         num_nodes = torch.full((size,), tokens.shape[1], dtype=torch.int32)
         return DraftTree(tokens, parents, depth, ancestors[:, :, None], num_nodes, draft_probs)
 
 
 def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor:
-    """The law each sequence's next draft is drawn from, ``[B, V]``; one-hot where greedy."""
+    """The law each sequence's next draft is drawn from, ``[B, S]``; one-hot where greedy."""
     rows = []
     for row, state in zip(logits[:, -1], states, strict=True):
         if state.temperature > 0:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from specrt.config import checkpoint_directory, read_json
+from specrt.config import check_file, checkpoint_directory, foreign_files, read_json
 from specrt.types import CheckpointError
 
 # In transformers' order of preference.
@@ -43,6 +44,8 @@ class TensorInfo(NamedTuple):
     """Where a tensor is and what it is, known without reading it."""
 
     file: Path
+    key: str
+    """What the file calls it."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     """The dtype, or its name in the file where torch has none."""
@@ -61,7 +64,7 @@ class _File(Protocol):
 class Checkpoint:
     """The tensors of a checkpoint directory, read one at a time.
 
-    ``infos`` holds every key's file, shape and dtype.
+    ``infos`` holds every tensor by its key; whoever knows the layout may give it another one.
 
     Raises:
         CheckpointError: no directory, no weights, or a file that is missing, truncated or corrupt.
@@ -73,15 +76,18 @@ class Checkpoint:
         self.infos: dict[str, TensorInfo] = {}
         found = [name for name in _CANDIDATES if (self.directory / name).exists()]
         if not found:
-            raise CheckpointError(f"{self.directory}: no weights (one of {', '.join(_CANDIDATES)})")
+            foreign = foreign_files(self.directory)
+            note = f": {foreign}" if foreign else f" (one of {', '.join(_CANDIDATES)})"
+            raise CheckpointError(f"{self.directory}: no weights{note}")
         if found[0].endswith(".json"):
             self._open_shards(self.directory / found[0])
         else:
-            self._open(self.directory / found[0])
+            self._open(self.directory / found[0], {})
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor as stored, mapped from its file: use it before ``release``."""
-        return self._files[self.infos[key].file].tensor(key)
+        info = self.infos[key]
+        return self._files[info.file].tensor(info.key)
 
     def release(self) -> None:
         """Unmap what was read; otherwise every page touched would stay resident."""
@@ -92,17 +98,22 @@ class Checkpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: no weight_map")
+        present = os.listdir(self.directory)
         for name in sorted(set(map(str, weight_map.values()))):
-            if not (self.directory / name).is_file():
+            if name not in present:
                 raise CheckpointError(f"{index}: names a shard that is missing: {name}")
-            self._open(self.directory / name)
+            self._open(self.directory / name, weight_map)
         for key, name in weight_map.items():
             if key not in self.infos:
                 raise CheckpointError(f"{self.directory / name}: missing tensor {key}")
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, weight_map: Mapping[str, Any]) -> None:
+        """Take a file's tensors, but for those that ``weight_map`` gives to another file."""
+        check_file(path)
         file: _File = (_SafetensorsFile if path.suffix == ".safetensors" else _TorchFile)(path)
         for key, info in file.infos():
+            if weight_map.get(key, path.name) != path.name:
+                continue
             if key in self.infos:
                 raise CheckpointError(f"{path}: {key} is also in {self.infos[key].file.name}")
             self.infos[key] = info
@@ -121,7 +132,7 @@ class _SafetensorsFile:
         for key in keys:
             view = handle.get_slice(key)
             dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
-            yield key, TensorInfo(self._path, tuple(view.get_shape()), dtype)
+            yield key, TensorInfo(self._path, key, tuple(view.get_shape()), dtype)
 
     def tensor(self, key: str) -> torch.Tensor:
         try:
@@ -151,7 +162,7 @@ class _TorchFile:
 
     def infos(self) -> Iterator[tuple[str, TensorInfo]]:
         for key, tensor in self._open().items():
-            yield key, TensorInfo(self._path, tuple(tensor.shape), tensor.dtype)
+            yield key, TensorInfo(self._path, key, tuple(tensor.shape), tensor.dtype)
 
     def tensor(self, key: str) -> torch.Tensor:
         return self._open()[key].detach()
@@ -170,20 +181,41 @@ class _TorchFile:
             state = torch.load(
                 self._path, map_location="cpu", mmap=self._is_mapped, weights_only=True
             )
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a broken pickle makes its reader raise anything
             raise _unreadable(self._path, error) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{self._path}: no state dict but {type(state).__name__}")
         for key, value in state.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{self._path}: {key!r} is no tensor's name")
             if not isinstance(value, torch.Tensor):
                 raise CheckpointError(
                     f"{self._path}: {key} is no tensor but {type(value).__name__}"
                 )
+            kind = _strange_kind(value)
+            if kind is not None:
+                raise CheckpointError(f"{self._path}: {key}: expected a plain tensor, got {kind}")
         return state
+
+
+def _strange_kind(tensor: torch.Tensor) -> str | None:
+    """What a tensor is whose values do not lie in memory one by one."""
+    kinds = {
+        "a nested one": tensor.is_nested,
+        "one without values (meta)": tensor.is_meta,
+        "a quantised one": tensor.is_quantized,
+        f"a sparse one ({tensor.layout})": tensor.layout != torch.strided,
+    }
+    return next((kind for kind, is_so in kinds.items() if is_so), None)
 
 
 def _unreadable(path: Path, error: Exception, key: str | None = None) -> CheckpointError:
     """The reader's own complaint, cut to one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     place = f"{path}: {key}" if key else str(path)
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own first line tells how to run whatever is in there.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {named[1]}" if named else "something"
+        return CheckpointError(f"{place}: truncated or corrupt, or has {what} that is no tensor")
     return CheckpointError(f"{place}: truncated or corrupt: {lines[0]}")

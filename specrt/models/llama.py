@@ -12,6 +12,7 @@ taps come back as float32 on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 from weakref import WeakSet
@@ -21,9 +22,11 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
+from specrt.models.heads import norm_eps
 from specrt.models.loader import LayerWeights, Weights
-from specrt.models.rope import rope_table
+from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
+from specrt.models.turns import Turns
 from specrt.ops import registry
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
@@ -60,13 +63,14 @@ class LlamaModel:
 
     Args:
         config: the architecture.
-        weights: as :func:`specrt.models.loader.load_weights` gives them.
+        weights: as :func:`specrt.models.loader.load_weights` gives them, heads padded or not.
         run_step: how steps run on the CPU; the engine hands its graph cache here.
         run_on_gpu: the same on a GPU. One that records hears through ``on_move`` of memory that has
             moved, as on the CPU; a step's kernels allocate nothing and wait for nothing.
         on_move: called when buffers move, so that recorded graphs are dropped.
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
+        rope: the rotary table of another model, used where this one's would be the same.
     """
 
     def __init__(
@@ -78,9 +82,13 @@ class LlamaModel:
         *,
         run_on_gpu: StepRunner = run_eagerly,
         activation_dtype: torch.dtype | None = None,
+        rope: RotaryTable | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
+        head_dim = weights.layers[0].o.shape[1] // config.num_heads
+        self._padded = replace(config, head_dim=head_dim)  # as the kernels run it
+        self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
         is_on_cpu = self.device.type == "cpu"
@@ -88,21 +96,17 @@ class LlamaModel:
         self._is_output_plain = is_on_cpu and self.activation_dtype == torch.float32
         self._run_step = run_step if is_on_cpu else run_on_gpu
         self._on_move = on_move
-        # Nodes of a tree at the context limit may lie past it; they are never accepted.
-        self._rope = rope_table(
-            config.head_dim,
-            config.rope_theta,
-            config.max_positions + MAX_NODES,
-            config.rope_scaling,
-        ).to(self.device)
+        self.rope = rotary_table(config, head_dim, self.device, rope)
+        self._cos_sin = self.rope.reaching(0)
         self._workspace = self._make_workspace(0, 0)
         self._scratch: GpuScratch | None = None
         if registry.is_on_gpu(weights.embed):
-            self._scratch = GpuScratch(config, self.activation_dtype, self.device)
+            self._scratch = GpuScratch(self._padded, self.activation_dtype, self.device)
         self._steps: dict[StepKey, Step] = {}
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
         self._version = 0
+        self.turns = Turns()  # who has it may use the buffers, and what `forward` gave
 
     @property
     def version(self) -> int:
@@ -111,9 +115,8 @@ class LlamaModel:
 
     def new_cache(self, page_size: int = 64) -> KVCache:
         """An empty cache of this model's shape and dtype."""
-        cache = KVCache(
-            self.config, self.dtype, page_size, self._forget_buffers, device=self.device
-        )
+        forget = self._forget_buffers
+        cache = KVCache(self._padded, self.dtype, page_size, forget, device=self.device)
         self._caches.add(cache)
         return cache
 
@@ -156,7 +159,7 @@ class LlamaModel:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
         width = batch.block_table.shape[1]
         key = StepKey(size, num_nodes, width, has_logits, taps, layers_run(tree))
-        self._ensure_buffers(key)
+        self._ensure_buffers(key, batch.num_positions)
         if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
             self._forget_buffers()
         step = self._steps.get(key)
@@ -202,8 +205,11 @@ class LlamaModel:
 
     # --- buffers ------------------------------------------------------------------------------
 
-    def reserve(self, rows: int, logit_rows: int = 0) -> None:
-        """Make the activations' buffers large enough; recorded graphs are dropped if they move."""
+    def reserve(self, rows: int, num_positions: int, logit_rows: int = 0) -> None:
+        """Make buffers and rotary table large enough; recorded graphs are dropped if they move."""
+        if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
+            self._cos_sin = self.rope.reaching(num_positions)
+            self._forget_buffers()
         work = self._workspace
         if rows > work.rows or logit_rows > work.logits.shape[0]:
             rows = max(rows, work.rows)
@@ -213,11 +219,11 @@ class LlamaModel:
             self._forget_buffers()
 
     def _make_workspace(self, rows: int, logit_rows: int) -> Workspace:
-        return Workspace.make(self.config, rows, logit_rows, self.activation_dtype, self.device)
+        return Workspace.make(self._padded, rows, logit_rows, self.activation_dtype, self.device)
 
-    def _ensure_buffers(self, key: StepKey) -> None:
+    def _ensure_buffers(self, key: StepKey, num_positions: int) -> None:
         rows = key.batch * key.num_nodes
-        self.reserve(rows, rows if key.has_logits else 0)
+        self.reserve(rows, num_positions, rows if key.has_logits else 0)
         for tap in key.taps:
             if tap == FINAL_TAP or tap in self._tap_buffers:
                 continue
@@ -303,7 +309,7 @@ class LlamaModel:
             rows.first_node,
             rows.num_nodes,
             rows.block_table,
-            self._rope,
+            self._cos_sin,
             *cache.layer(index),
         )
 
@@ -336,12 +342,11 @@ class LlamaModel:
         ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
         self._linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        shape = (*rows.depth.shape, -1, config.head_dim)
-        heads = Heads(*qkv.view(shape).split(sizes, dim=2))
+        heads = Heads(*qkv.view(*rows.depth.shape, sum(sizes), -1).split(sizes, dim=2))
         for part, norm in ((heads.q, layer.q_norm), (heads.k, layer.k_norm)):
             if norm is not None:
-                flat = part.view(count, -1, config.head_dim)
-                ops.rms_norm(flat, norm, config.rms_norm_eps, out=flat)
+                flat = part.view(count, -1, self._padded.head_dim)
+                ops.rms_norm(flat, norm, self._head_eps, out=flat)
         return heads
 
     def _attention(
@@ -365,9 +370,9 @@ class LlamaModel:
             rows.num_nodes,
             rows.ancestors,
             config.head_dim**-0.5,
-            out=attended.view(*rows.depth.shape, config.num_heads, config.head_dim),
+            out=attended.view(*rows.depth.shape, config.num_heads, -1),
             workspace=None if self._scratch is None else self._scratch.attention,
-            append=ops.Append(heads.k, heads.v, rows.depth, self._rope),
+            append=ops.Append(heads.k, heads.v, rows.depth, self._cos_sin),
         )
         self._linear(attended, layer.o, layer.o_bias, hidden, out=out)
 

@@ -19,6 +19,8 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.models.checkpoint import Checkpoint, TensorInfo
+from specrt.models.heads import pad_heads
+from specrt.models.layouts import EMBED, HEAD, dtype_name, expected_shapes, fit, layer_matrices
 from specrt.types import CheckpointError
 
 ALIGNMENT = 64
@@ -27,10 +29,6 @@ _HUGE_PAGE = 2 << 20
 # Elements converted at a time: few enough that torch does not split them over threads (waking those
 # costs more than it wins on a busy machine) and that they are still cached for the check.
 _CHUNK = (1 << 15) - 1
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_EMBED = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,7 @@ def load_weights(
     progress: bool = False,
     tables: tuple[torch.Tensor, torch.Tensor] | None = None,
     others: Collection[str] = (),
+    head_dim: int | None = None,
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, into one arena.
 
@@ -101,6 +100,8 @@ def load_weights(
         tables: embedding and LM head of another model, ``[V, H]`` each, where the checkpoint has
             none.
         others: keys that the checkpoint has beside the model's; they are left to the caller.
+        head_dim: the head size that kernels shall run (:mod:`specrt.models.heads`); None: the
+            model's own.
 
     Raises:
         ValueError: ``dtype`` is another one.
@@ -110,9 +111,9 @@ def load_weights(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     checkpoint = Checkpoint(path)
-    _check_tensors(checkpoint, config, has_tables=tables is None, others=others)
+    config = fit(checkpoint, config, dtype, has_tables=tables is None, others=others)
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
-        return _Loader(checkpoint, config, dtype, tables).load(advance)
+        return _Loader(checkpoint, config, dtype, tables, head_dim).load(advance)
 
 
 def load_tables(
@@ -124,7 +125,7 @@ def load_tables(
         CheckpointError: as for :func:`load_weights`; all tensors are checked but not all read.
     """
     checkpoint = Checkpoint(path)
-    _check_tensors(checkpoint, config)
+    config = fit(checkpoint, config, dtype)
     weights = _Loader(checkpoint, replace(config, num_layers=0), dtype).load(lambda: None)
     return weights.embed, weights.lm_head
 
@@ -174,11 +175,13 @@ class _Loader:
         config: ModelConfig,
         dtype: torch.dtype,
         tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        head_dim: int | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._config = config
+        self._head_dim = config.head_dim
+        self._config = config = replace(config, head_dim=head_dim or config.head_dim)
         self._tables = tables
-        self._shapes = _expected_shapes(config)
+        self._shapes = expected_shapes(config)
         table = (config.vocab_size, config.hidden_size)
         num_tables = 0 if tables is not None else 1 if config.is_head_tied else 2
         matrices = [*layer_matrices(config).values()] * config.num_layers
@@ -198,8 +201,8 @@ class _Loader:
 
     def _own_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         is_tied = self._config.is_head_tied
-        lm_head = self._matrix([_EMBED if is_tied else _HEAD])
-        return (lm_head if is_tied else self._matrix([_EMBED])), lm_head
+        lm_head = self._matrix([EMBED if is_tied else HEAD])
+        return (lm_head if is_tied else self._matrix([EMBED])), lm_head
 
     def _layer(self, prefix: str) -> LayerWeights:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
@@ -242,8 +245,13 @@ class _Loader:
         for key in keys:
             end = start + self._shapes[key][0]
             info = self._checkpoint.infos[key]
-            scale = self._scale(key) if info.dtype == torch.float8_e4m3fn else None
-            _convert(self._checkpoint.tensor(key), scale, destination[start:end], (key, info))
+            source, scale = self._checkpoint.tensor(key), None
+            if info.dtype == torch.float8_e4m3fn:
+                scale = self._scale(key)
+            if self._config.head_dim != self._head_dim:
+                source, scale = (source if scale is None else source.float() * scale), None
+                source = pad_heads(key, source, self._head_dim, self._config.head_dim)
+            _convert(source, scale, destination[start:end], (key, info))
             start = end
 
     def _scale(self, key: str) -> torch.Tensor:
@@ -285,139 +293,9 @@ def _not_finite(
         return CheckpointError(f"{info.file}: {key}: has NaN or infinite values")
     largest = chunk.abs().max().item()
     return CheckpointError(
-        f"{info.file}: {key}: {largest:g} is out of {_name(dtype)}'s range; load as another dtype"
+        f"{info.file}: {key}: {largest:g} is out of {dtype_name(dtype)}'s range; "
+        "load as another dtype"
     )
-
-
-def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Shapes of a layer's packed matrices, in the order a decode step reads them."""
-    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-    q_rows = config.num_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
-    return {
-        "qkv": (q_rows + 2 * kv_rows, hidden_size),
-        "o": (hidden_size, q_rows),
-        "gate_up": (2 * intermediate_size, hidden_size),
-        "down": (hidden_size, intermediate_size),
-    }
-
-
-def _expected_shapes(config: ModelConfig, has_tables: bool = True) -> dict[str, tuple[int, ...]]:
-    """Every key the architecture has, under Hugging Face's names."""
-    hidden_size = config.hidden_size
-    table = (config.vocab_size, hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden_size,)}
-    if has_tables:
-        shapes[_EMBED] = table
-        if not config.is_head_tied:
-            shapes[_HEAD] = table
-    for index in range(config.num_layers):
-        for name, shape in layer_shapes(config).items():
-            shapes[f"model.layers.{index}.{name}"] = shape
-    return shapes
-
-
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of one decoder layer, under Hugging Face's names without its prefix."""
-    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-    q_rows = config.num_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (q_rows, hidden_size, config.has_attention_bias),
-        "self_attn.k_proj": (kv_rows, hidden_size, config.has_attention_bias),
-        "self_attn.v_proj": (kv_rows, hidden_size, config.has_attention_bias),
-        "self_attn.o_proj": (hidden_size, q_rows, config.has_output_bias),
-        "mlp.gate_proj": (intermediate_size, hidden_size, config.has_mlp_bias),
-        "mlp.up_proj": (intermediate_size, hidden_size, config.has_mlp_bias),
-        "mlp.down_proj": (hidden_size, intermediate_size, config.has_mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden_size,),
-        "post_attention_layernorm.weight": (hidden_size,),
-    }
-    for name, (num_rows, num_columns, has_bias) in linears.items():
-        shapes[f"{name}.weight"] = (num_rows, num_columns)
-        if has_bias:
-            shapes[f"{name}.bias"] = (num_rows,)
-    if config.has_qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
-    return shapes
-
-
-def _check_tensors(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    *,
-    has_tables: bool = True,
-    others: Collection[str] = (),
-) -> None:
-    """Refuse a checkpoint that does not fit ``config``, from its headers alone."""
-    infos, expected = checkpoint.infos, _expected_shapes(config, has_tables)
-    missing = [key for key in expected if key not in infos]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.directory}: missing tensor {missing[0]} "
-            f"{list(expected[missing[0]])}{_and_more(missing)}"
-        )
-    scales = set()
-    for key, shape in expected.items():
-        info = infos[key]
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{info.file}: {key}: expected {list(shape)}, got {list(info.shape)}"
-            )
-        if config.float8_scale_suffix and len(shape) == 2 and info.dtype == torch.float8_e4m3fn:
-            scales.add(_check_scale(checkpoint, key, key + config.float8_scale_suffix))
-        elif info.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{info.file}: {key}: expected a floating-point tensor, got {_name(info.dtype)}"
-            )
-    unknown = [key for key in infos if key not in {*expected, *scales, *others}]
-    _check_unknown(checkpoint, unknown)
-
-
-def _check_scale(checkpoint: Checkpoint, key: str, scale_key: str) -> str:
-    matrix, scale = checkpoint.infos[key], checkpoint.infos.get(scale_key)
-    if scale is None:
-        raise CheckpointError(f"{matrix.file}: missing tensor {scale_key}, the scale of {key}")
-    num_rows = matrix.shape[0]
-    if scale.shape not in ((), (1,), (num_rows,), (num_rows, 1)):
-        raise CheckpointError(
-            f"{scale.file}: {scale_key}: expected [1] or [{num_rows}], got {list(scale.shape)}"
-        )
-    if scale.dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{scale.file}: {scale_key}: expected float32, got {_name(scale.dtype)}"
-        )
-    return scale_key
-
-
-def _check_unknown(checkpoint: Checkpoint, unknown: list[str]) -> None:
-    """Tensors the architecture has no place for mean another model, bar two known harmless ones."""
-    bad = [key for key in unknown if not key.endswith(".rotary_emb.inv_freq")]
-    is_tied = _EMBED in checkpoint.infos and _EMBED not in bad
-    if _HEAD in bad and is_tied:
-        head, embed = checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBED)
-        if head.dtype != embed.dtype or not torch.equal(head, embed):
-            raise CheckpointError(
-                f"{checkpoint.infos[_HEAD].file}: {_HEAD}: differs from {_EMBED}, "
-                "though the config says tie_word_embeddings"
-            )
-        bad.remove(_HEAD)
-        checkpoint.release()
-    if bad:
-        info = checkpoint.infos[bad[0]]
-        raise CheckpointError(
-            f"{info.file}: unknown tensor {bad[0]} {list(info.shape)}{_and_more(bad)}"
-        )
-
-
-def _and_more(keys: list[str]) -> str:
-    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-
-
-def _name(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -16,6 +16,8 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 """What the tensor cores of ``tree_attention`` take."""
 CUDA_HEAD_DIMS = (64, 80, 96, 128)
 """Head sizes that ``tree_attention`` has CUDA kernels for."""
+CPU_HEAD_DIMS = range(16, 256 + 1, 16)
+"""Head sizes that it runs on the CPU."""
 
 _LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores; older ones have no kernels
 
@@ -81,17 +83,11 @@ def choose_dtype(
         device: as :func:`parse_device` gives it.
 
     Raises:
-        ValueError: on a GPU, a dtype or a head size its kernels do not take, or a setting of
-            torch's under which the rows of a matrix product might depend on one another.
+        ValueError: on a GPU, a dtype its kernels do not take, or a setting of torch's under which
+            the rows of a matrix product might depend on one another.
     """
     if device.type == "cpu":
         return asked or config.dtype
-    if config.head_dim not in CUDA_HEAD_DIMS:
-        *most, last = map(str, CUDA_HEAD_DIMS)
-        raise ValueError(
-            f"head_dim: tree_attention on CUDA takes {', '.join(most)} or {last}, "
-            f"the model has {config.head_dim}; device='cpu' runs it"
-        )
     dtype = asked or (config.dtype if config.dtype in CUDA_DTYPES else torch.bfloat16)
     if dtype not in CUDA_DTYPES:
         raise ValueError(
@@ -100,6 +96,28 @@ def choose_dtype(
         )
     GemmSettings.current(dtype)  # refused before the weights are read, not after
     return dtype
+
+
+def choose_head_dim(config: ModelConfig, device: torch.device) -> int:
+    """The head size a model runs with on ``device``: its own, or the next that kernels take.
+
+    Args:
+        config: the model's.
+        device: as :func:`parse_device` gives it.
+
+    Raises:
+        ValueError: its heads are larger than any that kernels take.
+    """
+    is_on_cpu = device.type == "cpu"
+    sizes = CPU_HEAD_DIMS if is_on_cpu else CUDA_HEAD_DIMS
+    for size in sizes:
+        if size >= config.head_dim:
+            return size
+    raise ValueError(
+        f"head_dim: tree_attention on {'the CPU' if is_on_cpu else 'CUDA'} takes at most "
+        f"{sizes[-1]}, the model has {config.head_dim}"
+        + ("; device='cpu' runs it" if config.head_dim <= CPU_HEAD_DIMS[-1] else "")
+    )
 
 
 def place_weights(weights: Weights, device: torch.device) -> Weights:

@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 
+from specrt.config import ModelConfig
+from specrt.tree import MAX_NODES
+
+# Positions computed at a time, always so many and from a multiple of it on: the bits of a row must
+# not depend on how far a table reaches. Few enough that torch does not split them over threads.
+_BLOCK = 128
+
 
 def rope_table(
     head_dim: int,
     theta: float,
     max_positions: int,
     scaling: Mapping[str, Any] | None = None,
+    *,
+    padded_head_dim: int | None = None,
 ) -> torch.Tensor:
     """Cosines, then sines, of every position's angles, computed in float64.
 
@@ -23,20 +32,97 @@ def rope_table(
         max_positions: rows of the table.
         scaling: a checkpoint's ``rope_scaling`` (or ``rope_parameters``): types default, linear and
             llama3.
+        padded_head_dim: P, even, where heads are padded (:mod:`specrt.models.heads`); what is put
+            in is not turned. None: d.
 
     Returns:
-        ``[max_positions, d]`` float32; the first d / 2 columns are cosines.
+        ``[max_positions, P]`` float32; the first P / 2 columns are cosines.
 
     Raises:
         ValueError: the rope type is not supported, or ``head_dim`` is odd.
     """
+    width = padded_head_dim or head_dim
+    table = torch.empty(max_positions, width)
+    _fill(table, 0, _frequencies(head_dim, theta, scaling or {}, width))
+    return table
+
+
+class RotaryTable:
+    """The rotary table of a model as far as sequences have needed it.
+
+    Several models may share one. It never writes to a tensor that it has given away: whoever needs
+    more positions takes the longer one, and recorded launches over the shorter one stay right while
+    somebody keeps it.
+
+    Args:
+        config: the model's.
+        padded_head_dim: the head size that its kernels run.
+        device: where the rows lie.
+    """
+
+    def __init__(self, config: ModelConfig, padded_head_dim: int, device: torch.device) -> None:
+        self._kind = _kind(config, padded_head_dim, device)
+        self._frequencies = _frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling or {}, padded_head_dim
+        )
+        # Nodes of a tree at the context limit may lie past it; they are never accepted.
+        self.limit = config.max_positions + MAX_NODES
+        """Rows that are enough for any sequence."""
+        self._rows = torch.empty(0, padded_head_dim, device=device)
+
+    def serves(self, config: ModelConfig, padded_head_dim: int, device: torch.device) -> bool:
+        """Whether another model's table would hold the same rows at the same place."""
+        return self._kind == _kind(config, padded_head_dim, device)
+
+    def reaching(self, num_positions: int) -> torch.Tensor:
+        """``[R, P]`` float32, R at least ``num_positions`` or :attr:`limit`.
+
+        R is rounded up to a power of two, so that rows are copied about once.
+        """
+        have = len(self._rows)
+        if min(num_positions, self.limit) > have:
+            wanted = min(self.limit, max(_BLOCK, 1 << (num_positions - 1).bit_length()))
+            longer = self._rows.new_empty(wanted, self._rows.shape[1])
+            longer[:have] = self._rows
+            _fill(longer, have, self._frequencies)
+            self._rows = longer
+        return self._rows
+
+
+def rotary_table(
+    config: ModelConfig, padded_head_dim: int, device: torch.device, other: RotaryTable | None
+) -> RotaryTable:
+    """``other`` where that holds a model's rows, else a table of its own."""
+    if other is not None and other.serves(config, padded_head_dim, device):
+        return other
+    return RotaryTable(config, padded_head_dim, device)
+
+
+def _kind(config: ModelConfig, padded_head_dim: int, device: torch.device) -> tuple[Any, ...]:
+    scaling = dict(config.rope_scaling or {})
+    return config.head_dim, config.rope_theta, scaling, padded_head_dim, device
+
+
+def _frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any], width: int
+) -> torch.Tensor:
+    """``[P / 2]`` float64; beyond d / 2 they are 0, for an angle of 0 turns nothing."""
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number, got {head_dim}")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    frequencies = _scaled(1.0 / theta**exponents, scaling or {})
-    positions = torch.arange(max_positions, dtype=torch.float64)
-    angles = positions[:, None] * frequencies[None, :]
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    frequencies = torch.zeros(width // 2, dtype=torch.float64)
+    frequencies[: head_dim // 2] = _scaled(1.0 / theta**exponents, scaling)
+    return frequencies
+
+
+def _fill(table: torch.Tensor, first: int, frequencies: torch.Tensor) -> None:
+    """Compute the rows of ``table`` from ``first`` on."""
+    for start in range(first - first % _BLOCK, len(table), _BLOCK):
+        positions = torch.arange(start, start + _BLOCK, dtype=torch.float64)
+        angles = positions[:, None] * frequencies
+        block = torch.cat([angles.cos(), angles.sin()], dim=1)
+        begin, end = max(start, first), min(start + _BLOCK, len(table))
+        table[begin:end] = block[begin - start : end - start]
 
 
 def _scaled(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:

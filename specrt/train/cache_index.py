@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +29,7 @@ from specrt.types import CheckpointError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
+_CHECKSUM = "crc32"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE, _NUM_PROBES = 1 << 16, 16
@@ -73,7 +76,7 @@ class CacheKey:
         return cls(
             target_name=directory.resolve().name,
             target_fingerprint=config_fingerprint(config),
-            target_weights=_weights_hash(directory),
+            target_weights=weights_hash(directory),
             target_dtype=_name(dtype or config.dtype),
             data_hash=dataset.content_hash,
             max_length=dataset.max_length,
@@ -111,6 +114,9 @@ class CacheIndex:
         if not file.is_file():
             raise CheckpointError(f"{root}: no cached features (no {INDEX})")
         data = read_json(file)
+        checksum = data.pop(_CHECKSUM, None)  # caches of earlier versions have none
+        if checksum not in (None, _checksum(data)):
+            raise CheckpointError(f"{file}: damaged: not what was written; remove {root}")
         if data.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{file}: format_version: this version reads {FORMAT_VERSION}, "
@@ -118,8 +124,11 @@ class CacheIndex:
             )
         try:
             key = {**data["key"], "taps": tuple(data["key"].get("taps", ()))}
-            return cls(root, CacheKey(**key), data["lengths"], data["borders"])
-        except (AttributeError, KeyError, TypeError) as error:
+            index = cls(root, CacheKey(**key), data["lengths"], data["borders"])
+            if index.borders != sorted({0, *index.borders, len(index.lengths)}):
+                raise ValueError("borders do not rise from 0 to the number of samples")
+            return index
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: no index of cached features: {error}") from error
 
     def write(self) -> None:
@@ -131,7 +140,7 @@ class CacheIndex:
             "borders": self.borders,
             "lengths": self.lengths,
         }
-        self._replace(INDEX, json.dumps(data).encode())
+        self._replace(INDEX, json.dumps({**data, _CHECKSUM: _checksum(data)}).encode())
 
     def check(self, key: CacheKey) -> None:
         """Refuse a cache of something else, naming what differs; more taps do no harm."""
@@ -179,6 +188,10 @@ class CacheIndex:
             return False
         return list(shape) == [self.tokens_of(shard), self.key.row_size]
 
+    def missing(self) -> list[int]:
+        """The shards that are not there with all their rows."""
+        return [shard for shard in range(self.num_shards) if not self.is_whole(shard)]
+
     def check_space(self, missing: list[int]) -> None:
         """Stop before the work begins if its result cannot be kept."""
         needed = self._bytes(missing)
@@ -204,7 +217,7 @@ class CacheIndex:
             raise self._disk_full() from error
 
     def _disk_full(self) -> OSError:
-        whole = [shard for shard in range(self.num_shards) if self.is_whole(shard)]
+        whole = sorted({*range(self.num_shards)} - {*self.missing()})
         free = shutil.disk_usage(self.root).free
         total, done = self._bytes(range(self.num_shards)), self._bytes(whole)
         return OSError(
@@ -225,7 +238,11 @@ def _token_bytes(key: CacheKey) -> int:
     return key.row_size * dtype.itemsize + 5
 
 
-def _weights_hash(directory: Path) -> str:
+def _checksum(data: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def weights_hash(directory: Path) -> str:
     """Sixteen hex digits of the weight files' names, sizes, headers and samples of their content.
 
     Reading all of a large target would take minutes; two fine-tunings of one model differ in

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from specrt.json_lines import read_items
 from specrt.models.tokenizer import Tokenizer
-from specrt.train.records import ASSISTANT, Chat, Pair, Problem, Record, iter_items, parse_record
+from specrt.train.records import Chat, Pair, Record, fitted, naming, parse_record
 
 
 class Example(NamedTuple):
@@ -137,12 +138,10 @@ def read_examples(
     max_length: int,
     skip_bad: bool = False,
 ) -> Dataset:
-    """Read JSONL files, or JSON lists in ``.json`` files.
+    """Read files of JSON objects, in any layout of :mod:`specrt.json_lines`.
 
-    An object is a ShareGPT conversation (``conversations``), an OpenAI one (``messages``), a
-    ``prompt`` with a ``response`` or ``completion``, a GSM8K problem (``question``, ``answer``), or
-    ``prompt_ids`` with ``response_ids``, which are used as they are. Conversations and, where there
-    is one, problems go through the tokenizer's chat template. A template that tells earlier turns
+    An object has one of the forms of ``docs/training.md``. Conversations and, where there is one,
+    problems go through the tokenizer's chat template. A template that tells earlier turns
     differently once later ones follow makes several examples of one conversation.
 
     Args:
@@ -161,9 +160,11 @@ def read_examples(
     paths = list(paths)
     encoder, collector = _Encoder(tokenizer, max_length), _Collector(max_length)
     for path in paths:
-        for where, item in iter_items(path):
+        for item in read_items(path):
             try:
-                collector.add(encoder.encode(where, parse_record(where, item)))
+                record = parse_record(item)
+                with naming(item.where):
+                    collector.add(encoder.encode(record))
             except ValueError:
                 if not skip_bad:
                     raise
@@ -235,25 +236,20 @@ class _Encoder:
         added = tokenizer.inner.added_tokens_decoder
         self._special = {token for token, content in added.items() if content.special}
 
-    def encode(self, where: str, record: Record) -> list[_Encoded]:
-        """None or more examples, none where the assistant says nothing.
+    def encode(self, record: Record) -> list[_Encoded]:
+        """None or more examples, none where the assistant says nothing that counts.
 
         Raises:
-            ValueError: the chat template refuses the conversation, or there is none.
+            Exception: whatever the chat template or the tokenizer has against it.
         """
-        if isinstance(record, Problem):
-            has_template = self._tokenizer.inner.chat_template is not None
-            record = record.as_chat() if has_template else record.as_pair()
-        if isinstance(record, Chat):
-            try:
-                return self._chat(record.without_opening().messages)
-            except ValueError as error:
-                raise ValueError(f"{where}: {str(error).removeprefix('prompt: ')}") from error
-        if isinstance(record, Pair):
-            return self._pair(record)
-        num_prompt, num_response = len(record.prompt_ids), len(record.response_ids)
+        told = fitted(record, self._tokenizer)
+        if isinstance(told, Chat):
+            return self._chat(told)
+        if isinstance(told, Pair):
+            return self._pair(told)
+        num_prompt, num_response = len(told.prompt_ids), len(told.response_ids)
         mask = [False] * num_prompt + [True] * num_response
-        return [_Encoded([*record.prompt_ids, *record.response_ids], mask)]
+        return [_Encoded([*told.prompt_ids, *told.response_ids], mask)]
 
     def _pair(self, pair: Pair) -> list[_Encoded]:
         if not pair.response:
@@ -265,16 +261,16 @@ class _Encoder:
         start = _num_common(alone, token_ids)
         return [_Encoded(token_ids, [False] * start + [True] * (len(token_ids) - start))]
 
-    def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[_Encoded]:
-        """Tell the conversation up to each of the assistant's turns, with and without that turn.
+    def _chat(self, chat: Chat) -> list[_Encoded]:
+        """Tell the conversation up to each turn that counts, with and without that turn.
 
         What the two have in common comes before the turn.
         """
-        render = self._tokenizer.apply_chat_template
+        render, messages = self._tokenizer.apply_chat_template, chat.messages
         done: list[_Encoded] = []
         told = _Encoded([], [])
-        for index, message in enumerate(messages):
-            if message["role"] != ASSISTANT or len(told.token_ids) > self._max_length:
+        for index, turn in enumerate(chat.turns):
+            if not turn.is_counted or len(told.token_ids) > self._max_length:
                 continue
             before = render(messages[:index])
             through = render(messages[: index + 1], add_generation_prompt=False)

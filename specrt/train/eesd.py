@@ -20,7 +20,7 @@ from torch.nn import functional
 from specrt.config import ModelConfig
 from specrt.draft.exit_checkpoint import NUM_MODES, ExitConfig
 from specrt.models.checkpoint import Checkpoint
-from specrt.models.loader import layer_shapes
+from specrt.models.layouts import layer_shapes, use_standard_names
 from specrt.train.layers import Attention, GatedMlp, Norm, Rope
 
 _EXITS = "exits."
@@ -156,6 +156,7 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
         CheckpointError: a file is missing or corrupt.
     """
     checkpoint = Checkpoint(path)
+    use_standard_names(checkpoint, is_head_tied=target.is_head_tied)
 
     def read(key: str) -> torch.Tensor:
         tensor = checkpoint.tensor(key).float()

@@ -173,9 +173,11 @@ def _places(out: Path, exit_layers: Sequence[int]) -> list[Path]:
 
 def _written_exits(out: Path) -> list[int]:
     """N of the exits that an earlier run, which this one replaces, has left."""
-    file = out / SUMMARY_FILE
-    summary = read_json(file) if file.is_file() else {}
-    return [int(one["exit_layer"]) for one in summary.get("exits", [])]
+    try:
+        exits = read_json(out / SUMMARY_FILE).get("exits", [])
+        return [int(one["exit_layer"]) for one in exits]
+    except (KeyError, TypeError, ValueError):  # none, or one that is damaged: this run's follows
+        return []
 
 
 def _remove(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from specrt.config import ModelConfig
-from specrt.models.loader import layer_shapes
+from specrt.models.layouts import layer_shapes
 from specrt.train.batches import collate_exits
 from specrt.train.calibration import (
     MODES,

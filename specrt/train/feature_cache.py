@@ -7,22 +7,27 @@ not there.
 from __future__ import annotations
 
 import os
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from specrt.train.cache_index import INDEX, CacheIndex, CacheKey
 from specrt.train.data import Dataset
 from specrt.train.features import Sample
 from specrt.train.frozen import FrozenTarget, load_frozen_target
+from specrt.train.lock import hold_directory
 from specrt.types import CheckpointError
 
 __all__ = ["CacheKey", "CachedFeatures", "cache_features"]
 
+_ROWS = ("token_ids", "loss_mask", "features")
+"""The tensors of a shard with a row for each token."""
+_CHECKSUMS = "crc32"
 _SHARD_BYTES = 64 << 20
 _PASS_TOKENS = 1024  # of a pass through the target: more only leave the caches
 _MAX_OPEN = 64  # shards that stay mapped
@@ -46,13 +51,14 @@ class CachedFeatures:
         if key is not None:
             self._index.check(key)
         self._wanted = None if key is None else self._index.columns(key.taps)
-        num_whole = sum(self._index.is_whole(shard) for shard in range(self._index.num_shards))
-        if num_whole < self._index.num_shards:
+        if missing := self._index.missing():
+            num_whole = self._index.num_shards - len(missing)
             raise CheckpointError(
                 f"{directory}: {num_whole} of {self._index.num_shards} shards are there; "
                 "cache the features again to go on"
             )
         self._open: OrderedDict[int, Any] = OrderedDict()
+        self._checked: set[int] = set()
         self._starts = [0]
         for length in self.lengths:
             self._starts.append(self._starts[-1] + length)
@@ -76,22 +82,45 @@ class CachedFeatures:
         return len(self._index.lengths)
 
     def batch(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of these indices, features in the dtype they are stored in."""
+        """The samples of these indices, features in the dtype they are stored in.
+
+        Raises:
+            CheckpointError: a sample is not what was written, as told when it is first read.
+        """
         return [self._sample(index) for index in indices]
 
     def _sample(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0..{len(self) - 1}, got {index}")
         shard = self._index.shard_of(index)
-        first = self._starts[self._index.borders[shard]]
-        rows = slice(self._starts[index] - first, self._starts[index + 1] - first)
-        file = self._file(shard)
-        features = file.get_slice("features")[rows]
+        try:
+            token_ids, loss_mask, features = self._stored(index, shard)
+        except SafetensorError as error:
+            raise self._damaged(shard, str(error)) from error
         return Sample(
-            file.get_slice("token_ids")[rows].long(),
-            file.get_slice("loss_mask")[rows].bool(),
+            token_ids.long(),
+            loss_mask.bool(),
             # Either copies: a view would keep the shard mapped.
             features.clone() if self._wanted is None else features[:, self._wanted],
+        )
+
+    def _stored(self, index: int, shard: int) -> list[torch.Tensor]:
+        """One sample's rows of the shard's tensors."""
+        place, file = index - self._index.borders[shard], self._file(shard)
+        first = self._starts[index - place]
+        rows = slice(self._starts[index] - first, self._starts[index + 1] - first)
+        stored = [file.get_slice(name)[rows] for name in _ROWS]
+        names = file.keys()  # shards of earlier versions have no checksums
+        if index not in self._checked and _CHECKSUMS in names:
+            if _checksum(stored) != int(file.get_slice(_CHECKSUMS)[place]):
+                raise self._damaged(shard, f"the checksum of example {index} is another")
+            self._checked.add(index)
+        return stored
+
+    def _damaged(self, shard: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._index.shard_path(shard)}: damaged: {reason}; remove this file, and the same "
+            "command computes it anew"
         )
 
     def _file(self, shard: int) -> Any:
@@ -118,7 +147,7 @@ def cache_features(
 ) -> CachedFeatures:
     """Compute the features of a data set that are not there yet, and open them.
 
-    One process at a time may write to a directory.
+    One process at a time may write to a directory; any number may read a finished one.
 
     Args:
         directory: of the cache; made where it is missing.
@@ -136,14 +165,18 @@ def cache_features(
             gives NaN.
         OSError: no space left (the message says how much is needed and how far it came; what is
             written stays and the next call goes on), or the directory cannot be written.
-        ValueError: an example does not fit the target's vocabulary or context.
+        ValueError: an example does not fit the target's vocabulary or context, or another process
+            is writing there.
     """
     root = Path(directory)
     key = CacheKey.make(dataset, target_path, dtype, features_dtype, taps)
-    index = _begun(root, key, dataset, shard_bytes)
-    missing = [shard for shard in range(index.num_shards) if not index.is_whole(shard)]
-    on_tokens(index.num_tokens - sum(index.tokens_of(shard) for shard in missing))
-    if missing:
+    if _is_finished(root, key):
+        on_tokens(sum(dataset.lengths))
+        return CachedFeatures(root, key)
+    with hold_directory(root):
+        index = _begun(root, key, dataset, shard_bytes)
+        missing = index.missing()
+        on_tokens(index.num_tokens - sum(map(index.tokens_of, missing)))
         index.check_space(missing)
         target = load_frozen_target(target_path, dtype, device, index.key.taps)
         for shard in missing:
@@ -152,9 +185,16 @@ def cache_features(
     return CachedFeatures(root, key)
 
 
+def _is_finished(root: Path, key: CacheKey) -> bool:
+    if not (root / INDEX).exists():
+        return False
+    index = CacheIndex.read(root)
+    index.check(key)
+    return not index.missing()
+
+
 def _begun(root: Path, key: CacheKey, dataset: Dataset, shard_bytes: int) -> CacheIndex:
     """The index of a cache that is there, or of a new one; what a kill left half is removed."""
-    root.mkdir(parents=True, exist_ok=True)
     if (root / INDEX).exists():
         index = CacheIndex.read(root)
         index.check(key)
@@ -188,13 +228,24 @@ def _compute(
             raise CheckpointError(
                 f"{index.key.target_name}: NaN or infinite features of example {number}"
             )
+    stored = [
+        (example.token_ids.int(), example.loss_mask.to(torch.uint8), rows_of_one)
+        for example, rows_of_one in zip(examples, features, strict=True)
+    ]
     lengths = torch.tensor([0, *map(len, features)], dtype=torch.int64)
     return {
-        "features": torch.cat(features),
-        "token_ids": torch.cat([example.token_ids for example in examples]).int(),
-        "loss_mask": torch.cat([example.loss_mask for example in examples]).to(torch.uint8),
+        **{name: torch.cat([rows[i] for rows in stored]) for i, name in enumerate(_ROWS)},
         "offsets": lengths.cumsum(0),
+        _CHECKSUMS: torch.tensor([_checksum(rows) for rows in stored], dtype=torch.int64),
     }
+
+
+def _checksum(rows: Iterable[torch.Tensor]) -> int:
+    """CRC-32 of one sample as it is stored."""
+    value = 0
+    for tensor in rows:
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
+    return value
 
 
 def _passes(lengths: list[int]) -> Iterator[slice]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from specrt.config import ModelConfig, checkpoint_directory
 from specrt.models.loader import LayerWeights, load_weights
-from specrt.models.rope import rope_table
+from specrt.models.rope import RotaryTable
 
 
 class FrozenTarget(Protocol):
@@ -95,10 +95,7 @@ class PackedTarget:
         self._layers = [_Layer(layer, placed) for layer in weights.layers]
         self._embed = weights.embed.to(device, compute)
         self._final_norm = weights.final_norm.to(device)
-        rope = rope_table(
-            config.head_dim, config.rope_theta, config.max_positions, config.rope_scaling
-        )
-        self._rope = rope.to(device)
+        self._rope = RotaryTable(config, config.head_dim, device)
 
     @torch.no_grad()  # inference tensors could not be saved for a backward pass
     def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -110,7 +107,7 @@ class PackedTarget:
         _check(self.config, sequences)
         lengths = [len(sequence) for sequence in sequences]
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
-        angles = self._rope[positions][:, None]
+        angles = self._rope.reaching(max(lengths))[positions][:, None]
         hidden = self._embed[torch.cat(list(sequences)).to(self._device)]
         parts = []
         for number, layer in enumerate(self._layers, start=1):

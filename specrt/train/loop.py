@@ -268,13 +268,13 @@ class Trainer:
         return prepared[0], prepared[1]
 
     def _resume(self, reporter: Reporter) -> None:
-        found = self._state.read()
-        if found is not None:
-            path, progress = found
-            self._accelerator.load_state(str(path))
-            self._progress = _Progress(**progress)
+        if self._state.resume(self._load):
             self._saved_step = self._progress.step
             reporter.say(f"going on from step {self._progress.step}")
+
+    def _load(self, state: Path, progress: dict[str, Any]) -> None:
+        self._progress = _Progress(**progress)
+        self._accelerator.load_state(str(state))
 
     def _save(self, reporter: Reporter) -> None:
         accelerator = self._accelerator

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from specrt.json_lines import JsonItem, read_items
 from specrt.models.tokenizer import Tokenizer
-from specrt.train.records import Chat, Pair, Problem, Record, iter_items, parse_record
+from specrt.train.records import Chat, Pair, Record, fitted, naming, parse_record
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class PromptReport:
     """Skipped: nothing before the response."""
     num_repeated: int
     """Skipped: the same tokens came before."""
+    num_bad: int
+    """Malformed lines skipped because that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,16 @@ class TrainingPrompt:
 
 
 def read_prompts(
-    paths: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer
+    paths: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer, *, skip_bad: bool = False
 ) -> tuple[list[TrainingPrompt], PromptReport]:
     """Read what :func:`specrt.train.data.read_examples` reads; responses may be missing.
 
     Where a conversation ends with the assistant's turn, that turn is left out.
+
+    Args:
+        paths: the files.
+        tokenizer: the target's own.
+        skip_bad: leave malformed lines out and count them.
 
     Raises:
         ValueError: a file is empty, a line malformed or refused by the chat template (the message
@@ -52,11 +60,17 @@ def read_prompts(
         OSError: a file cannot be read.
     """
     prompts: dict[tuple[int, ...], TrainingPrompt] = {}
-    num_records = num_empty = 0
+    num_records = num_empty = num_bad = 0
     paths = list(paths)
     for path in paths:
-        for where, item in iter_items(path):
-            token_ids = _encoded(where, parse_record(where, item), tokenizer)
+        for item in read_items(path):
+            try:
+                token_ids = _read(item, tokenizer)
+            except ValueError:
+                if not skip_bad:
+                    raise
+                num_bad += 1
+                continue
             num_records += 1
             num_empty += not token_ids
             if token_ids and token_ids not in prompts:
@@ -65,22 +79,24 @@ def read_prompts(
         named = ", ".join(map(str, paths)) or "no files"
         raise ValueError(
             f"prompts: none in {named}: {num_records} read, {num_empty} of them empty (nothing "
-            "before the response)"
+            f"before the response), {num_bad} bad"
         )
     num_repeated = num_records - num_empty - len(prompts)
-    return list(prompts.values()), PromptReport(num_records, num_empty, num_repeated)
+    return list(prompts.values()), PromptReport(num_records, num_empty, num_repeated, num_bad)
 
 
-def _encoded(where: str, record: Record, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if isinstance(record, Problem):
-        has_template = tokenizer.inner.chat_template is not None
-        record = record.as_chat() if has_template else record.as_pair()
-    if isinstance(record, Pair):
-        return tuple(tokenizer.encode(record.prompt)) if record.prompt else ()
-    if isinstance(record, Chat):
-        messages = record.without_opening().without_last_response().messages
-        try:
-            return tuple(tokenizer.apply_chat_template(messages)) if messages else ()
-        except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix('prompt: ')}") from error
-    return record.prompt_ids
+def _read(item: JsonItem, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of one item's prompt; names the item in every refusal."""
+    record = parse_record(item)
+    with naming(item.where):
+        return _encoded(record, tokenizer)
+
+
+def _encoded(record: Record, tokenizer: Tokenizer) -> tuple[int, ...]:
+    told = fitted(record, tokenizer)
+    if isinstance(told, Pair):
+        return tuple(tokenizer.encode(told.prompt)) if told.prompt else ()
+    if isinstance(told, Chat):
+        messages = told.without_last_response().messages
+        return tuple(tokenizer.apply_chat_template(messages)) if messages else ()
+    return told.prompt_ids

@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ASSISTANT = "assistant"
+from specrt.json_lines import JsonItem
+from specrt.models.tokenizer import Tokenizer
+from specrt.train.turns import ASSISTANT, SYSTEM, USER, Turn, checked_text, parse_turns
 
-# ShareGPT's names for who speaks; OpenAI's stand for themselves.
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "assistant": ASSISTANT,
-    "model": ASSISTANT,
-    "bing": ASSISTANT,
-    "bard": ASSISTANT,
-    "system": "system",
-    "tool": "tool",
-    "function": "function",
-}
 # GSM8K's annotations for a calculator, as in "48/2 = <<48/2=24>>24".
 _CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
+_CHATS = ("conversations", "messages")
+_ANSWERS = ("response", "completion", "chosen")
 _FORMS = (
-    '"conversations", "messages", "prompt" with "response" or "completion", '
-    '"question" with "answer", or "prompt_ids" with "response_ids"'
+    '"conversations", "messages", "prompt" with "response", "completion" or "chosen", "question" '
+    'with "answer", "instruction" with "output", "turns", or "prompt_ids" with "response_ids"'
 )
+_MAX_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Chat:
     """A conversation, to be told by a chat template."""
 
-    messages: tuple[Mapping[str, str], ...]
-    """With ``role`` and ``content``."""
+    turns: tuple[Turn, ...]
 
-    def without_opening(self) -> Chat:
-        """Without the assistant's turns before anyone else's: templates refuse such."""
-        turns = enumerate(self.messages)
-        first = next((i for i, turn in turns if turn["role"] != ASSISTANT), len(self.messages))
-        return Chat(self.messages[first:])
+    @property
+    def messages(self) -> list[Mapping[str, Any]]:
+        """As the template takes them."""
+        return [turn.message for turn in self.turns]
+
+    def fitted(self, template: str) -> Chat:
+        """As a template can tell it, without the assistant's turns before anyone else's."""
+        turns = enumerate(self.turns)
+        first = next((i for i, turn in turns if turn.role != ASSISTANT), len(self.turns))
+        return Chat(tuple(turn.fitted(template) for turn in self.turns[first:]))
 
     def without_last_response(self) -> Chat:
         """Up to where the assistant is to speak next, or spoke last."""
-        messages = self.messages
-        while messages and messages[-1]["role"] == ASSISTANT:
-            messages = messages[:-1]
-        return Chat(messages)
+        turns = self.turns
+        while turns and turns[-1].role == ASSISTANT:
+            turns = turns[:-1]
+        return Chat(turns)
 
 
 @dataclass(frozen=True)
@@ -72,10 +65,10 @@ class Problem:
 
     def as_chat(self) -> Chat:
         """As turns of a user and an assistant."""
-        messages = [{"role": "user", "content": self.question}]
+        turns = [Turn.of(USER, self.question)]
         if self.answer is not None:
-            messages.append({"role": ASSISTANT, "content": self.answer})
-        return Chat(tuple(messages))
+            turns.append(Turn.of(ASSISTANT, self.answer))
+        return Chat(tuple(turns))
 
     def as_pair(self) -> Pair:
         """As text."""
@@ -94,132 +87,135 @@ class Tokens:
 Record = Chat | Pair | Problem | Tokens
 
 
-def iter_items(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Every item of a file with the name that errors give it (``FILE, line 3``).
-
-    A ``.json`` file may hold one list (its items come parsed); any other is read line by line, and
-    the lines come as bytes.
-
-    Raises:
-        ValueError: the file is empty, or its list is not JSON.
-        OSError: it cannot be read.
-    """
-    file = Path(path)
-    count = 0
-    for where, item in _list_items(file) if _holds_list(file) else _lines(file):
-        count += 1
-        yield where, item
-    if count == 0:
-        raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
-
-
-def parse_record(where: str, item: Any) -> Record:
+def parse_record(item: JsonItem) -> Record:
     """What one item says.
 
-    Args:
-        where: its name, for errors.
-        item: as :func:`iter_items` gives it.
-
     Raises:
-        ValueError: it is not JSON or has none of the known forms; names ``where``.
+        ValueError: it is not JSON or has none of the known forms; names it and the key.
     """
-    data = _decoded(where, item) if isinstance(item, bytes) else item
+    where, data = item.where, item.value()
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(data).__name__}")
     if "prompt_ids" in data or "response_ids" in data:
         return Tokens(_ids(where, data, "prompt_ids"), _ids(where, data, "response_ids"))
-    if "conversations" in data:
-        return Chat(_messages(where, data, "conversations", "from", "value"))
-    if "messages" in data:
-        return Chat(_messages(where, data, "messages", "role", "content"))
+    for key in _CHATS:
+        if key in data:
+            return _with_system(where, data, _turns(where, data, key))
+    if "instruction" in data:
+        return _with_system(where, data, _instruction(where, data))
     if "question" in data:
         answer = _optional_text(where, data, "answer")
         answer = None if answer is None else _CALCULATOR_NOTE.sub("", answer)
         return Problem(_text(where, data, "question"), answer)
     if "prompt" in data:
-        key = "response" if "response" in data else "completion"
-        return Pair(_text(where, data, "prompt"), _optional_text(where, data, key))
+        return _prompted(where, data)
+    if "chosen" in data:
+        return Chat(_turns(where, data, "chosen"))
+    if "turns" in data:
+        return Problem(_first_question(where, data["turns"]), None)
     keys = ", ".join(map(str, data)) or "no keys"
     raise ValueError(f"{where}: expected {_FORMS}; got {keys}")
 
 
-# --- files ----------------------------------------------------------------------------------------
+def fitted(record: Record, tokenizer: Tokenizer) -> Chat | Pair | Tokens:
+    """A record in the form that a tokenizer takes: problems are chats where it has a template."""
+    template = tokenizer.inner.chat_template
+    if isinstance(record, Problem):
+        record = record.as_pair() if template is None else record.as_chat()
+    return record.fitted(str(template)) if isinstance(record, Chat) else record
 
 
-def _holds_list(file: Path) -> bool:
-    if file.suffix != ".json":
-        return False
-    with file.open("rb") as stream:
-        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Have what a template or a tokenizer raises over a line name that line.
 
+    Templates are programs that come with a checkpoint and may raise anything.
 
-def _list_items(file: Path) -> Iterator[tuple[str, Any]]:
-    items = _decoded(str(file), file.read_bytes())
-    for number, item in enumerate(items, start=1):
-        yield f"{file}, item {number}", item
-
-
-def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if content.strip():
-                yield f"{file}, line {number}", content
-
-
-def _decoded(where: str, content: bytes) -> Any:
+    Raises:
+        ValueError: in the place of every exception but those of the machine.
+    """
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        said = str(error).removeprefix("prompt: ") or type(error).__name__
+        raise ValueError(f"{where}: {said}") from error
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+def _prompted(where: str, data: Mapping[str, Any]) -> Pair | Chat:
+    """A prompt and its answer: texts without a template, or lists of turns.
+
+    Of a chat only the answer counts. One that does not begin with the assistant holds the prompt
+    too, as in sets of preferences, and counts like any conversation.
+    """
+    key = next((key for key in _ANSWERS if key in data), _ANSWERS[0])
+    prompt, answer = data["prompt"], data.get(key)
+    if not isinstance(prompt, list) and not isinstance(answer, list):
+        return Pair(_text(where, data, "prompt"), _optional_text(where, data, key))
+    asked = _turns(where, data, "prompt", USER)
+    said = () if answer is None else _turns(where, data, key, ASSISTANT)
+    if said and said[0].role != ASSISTANT:
+        return Chat(said)
+    return Chat((*(turn.uncounted() for turn in asked), *said))
+
+
+def _instruction(where: str, data: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """Alpaca's form: an instruction, what it is about, and the output; turns before them."""
+    turns = []
+    history = data.get("history") or []
+    for pair in history if isinstance(history, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f'{where}: "history": expected a list of pairs of texts')
+        asked, said = (checked_text(f'{where}: "history"', text) for text in pair)
+        turns += [Turn.of(USER, asked), Turn.of(ASSISTANT, said)]
+    texts = [_text(where, data, "instruction"), _optional_text(where, data, "input")]
+    turns.append(Turn.of(USER, "\n".join(text for text in texts if text)))
+    output = _optional_text(where, data, "output")
+    return (*turns, *([] if output is None else [Turn.of(ASSISTANT, output)]))
+
+
+def _with_system(where: str, data: Mapping[str, Any], turns: tuple[Turn, ...]) -> Chat:
+    """The turns behind the text of a key "system", if there is one."""
+    system = _optional_text(where, data, "system")
+    return Chat((Turn.of(SYSTEM, system), *turns) if system else turns)
+
+
+def _first_question(where: str, turns: Any) -> str:
+    """MT-Bench's form, of which later questions are about an answer that is still to come."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f'{where}: "turns": expected a list of texts')
+    return checked_text(f'{where}: "turns"', turns[0])
 
 
 # --- fields ---------------------------------------------------------------------------------------
 
 
 def _text(where: str, data: Mapping[str, Any], key: str) -> str:
-    value = data[key]
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: "{key}": expected text, got {type(value).__name__}')
-    return value
+    return checked_text(f'{where}: "{key}"', data[key])
 
 
 def _optional_text(where: str, data: Mapping[str, Any], key: str) -> str | None:
     return None if data.get(key) is None else _text(where, data, key)
 
 
+def _turns(
+    where: str, data: Mapping[str, Any], key: str, speaker: str | None = None
+) -> tuple[Turn, ...]:
+    """A list of turns; a plain text is one of the ``speaker``, if one is given."""
+    value = data[key]
+    if speaker is not None and isinstance(value, str):
+        return (Turn.of(speaker, _text(where, data, key)),)
+    return parse_turns(f'{where}: "{key}"', value)
+
+
 def _ids(where: str, data: Mapping[str, Any], key: str) -> tuple[int, ...]:
     ids = data.get(key)
-    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+    if not isinstance(ids, list) or not all(
+        type(token) is int and 0 <= token <= _MAX_ID for token in ids
+    ):
         raise ValueError(f'{where}: "{key}": expected a list of token ids')
     return tuple(ids)
-
-
-def _messages(
-    where: str, data: Mapping[str, Any], key: str, role_key: str, content_key: str
-) -> tuple[Mapping[str, str], ...]:
-    turns = data[key]
-    if not isinstance(turns, list):
-        raise ValueError(f'{where}: "{key}": expected a list, got {type(turns).__name__}')
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        place = f'{where}: "{key}", turn {number}'
-        if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
-            raise ValueError(f'{place}: expected an object with "{role_key}" and "{content_key}"')
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f'{place}: "{role_key}": expected user, assistant, ..., got {role!r}')
-        messages.append({"role": _ROLES[role], "content": _content(place, turn[content_key])})
-    return tuple(messages)
-
-
-def _content(place: str, content: Any) -> str:
-    """A turn's text, which OpenAI's form may give in parts."""
-    parts: Sequence[Any] = (
-        [content] if isinstance(content, str) else content if isinstance(content, list) else [None]
-    )
-    given = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    texts = [text for text in given if isinstance(text, str)]
-    if len(texts) < len(given):
-        raise ValueError(f"{place}: expected text, got {json.dumps(content)[:60]}")
-    return "".join(texts)

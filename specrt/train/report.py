@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,8 +60,12 @@ class Reporter:
             self._last_line = time.monotonic()
             self.say(f"step {step}/{total} {text}")
         if self._writer is not None and values is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+            try:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"train/{name}", value, step)
+            except OSError as error:  # a full disk, which training may well survive
+                self._writer = None
+                self.say(f"no more curves: {self._log_dir}: {error.strerror}")
 
     def say(self, line: str) -> None:
         """One line."""
@@ -79,7 +84,8 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
         self._bar = self._writer = None
 
     def _make_writer(self, log_dir: Path, step: int) -> Any:
@@ -88,7 +94,11 @@ class Reporter:
         except ImportError:
             self.say("no curves: tensorboard is not installed (pip install 'specrt[train]')")
             return None
-        return SummaryWriter(str(log_dir), purge_step=step or None)
+        try:
+            return SummaryWriter(str(log_dir), purge_step=step or None)
+        except OSError as error:
+            self.say(f"no curves: {log_dir}: {error.strerror}")
+            return None
 
 
 def _described(values: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from specrt.draft.checkpoint import DraftConfig
 from specrt.draft.exit_checkpoint import ExitConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
+from specrt.train.cache_index import weights_hash
 from specrt.train.data import Dataset, read_examples
 from specrt.train.eesd import read_last_layer
 from specrt.train.eesd_task import EesdTask
@@ -22,6 +24,7 @@ from specrt.train.evaluate import TargetTables
 from specrt.train.feature_cache import cache_features
 from specrt.train.features import FeatureSource, OnlineFeatures
 from specrt.train.fspad_task import FspadTask
+from specrt.train.lock import hold_directory
 from specrt.train.loop import Outcome, Trainer, run_identity
 from specrt.train.options import EesdOptions, FspadOptions, TrainOptions
 from specrt.train.processes import leave, make_accelerator
@@ -124,12 +127,23 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
 
     Raises:
         CheckpointError: the target, or cached features, are missing, broken or do not belong.
-        ValueError: bad data, or an option out of range or at odds with an earlier run in ``out``.
+        ValueError: bad data, an option out of range or at odds with an earlier run in ``out``, or
+            another process at work there.
         TrainingError: the loss is not finite.
         OSError: a file cannot be read or written.
     """
-    target = ModelConfig.from_directory(job.target)
     accelerator = make_accelerator(options)
+    # The main process holds it for all of its run's.
+    with hold_directory(job.out) if accelerator.is_main_process else nullcontext():
+        outcome = _train(job, options, task, accelerator)
+    leave(accelerator)
+    return outcome
+
+
+def _train(
+    job: TrainJob, options: TrainOptions, task: TrainTask, accelerator: Accelerator
+) -> Outcome:
+    target = ModelConfig.from_directory(job.target)
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
     with Reporter(accelerator.is_main_process, log_dir) as reporter:
         tokenizer = load_tokenizer(job.target)
@@ -142,7 +156,15 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
         for line in dataset.report.lines():
             reporter.say(line)
         train, held_out = dataset.split(job.held_out)
-        identity = run_identity(task, options, accelerator, dataset.content_hash, train)
+        is_online = _is_online(job, options, len(train))
+        identity = {
+            # Said before what follows from them.
+            "max_length": max_length,
+            "held_out": job.held_out,
+            **run_identity(task, options, accelerator, dataset.content_hash, train),
+            "target_weights": weights_hash(job.target),
+            "features": ONLINE if is_online else "cached",  # in fewer bits
+        }
         state = StateFolder(job.out, identity, accelerator)
         state.claim(is_restart=job.is_restart)  # before the long work on features
 
@@ -150,13 +172,12 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
             beginning = tokenizer.decode(dataset[index].token_ids[:_MAX_SHOWN].tolist())
             return f"{index} ({beginning!r} ...)"
 
-        source = _features(job, options, task.taps, dataset, train, accelerator)
+        source = _features(job, task.taps, dataset, accelerator, is_online=is_online)
         data = TrainData(source, train, held_out, describe)
         trainer = Trainer(task, data, options, out=job.out, state=state, accelerator=accelerator)
         outcome = trainer.run(reporter)
     if outcome.is_done and accelerator.is_main_process:
         shutil.rmtree(job.out / _FEATURES_FOLDER, ignore_errors=True)
-    leave(accelerator)
     return outcome
 
 
@@ -164,19 +185,25 @@ def _tables(job: TrainJob, target: ModelConfig) -> TargetTables:
     return TargetTables(*load_tables(job.target, target, torch.float32))
 
 
+def _is_online(job: TrainJob, options: TrainOptions, num_sequences: int) -> bool:
+    """Whether features are computed when asked for: as told, else where none is asked for twice."""
+    if job.features is not None:
+        return job.features == ONLINE
+    steps_per_epoch = max(1, num_sequences // options.batch_size)
+    return options.total_steps(steps_per_epoch) <= steps_per_epoch
+
+
 def _features(
     job: TrainJob,
-    options: TrainOptions,
     taps: tuple[int, ...],
     dataset: Dataset,
-    train: Sequence[int],
     accelerator: Accelerator,
+    *,
+    is_online: bool,
 ) -> FeatureSource:
     """The target's features, computed when asked for or once for all."""
     device = accelerator.device
-    steps_per_epoch = max(1, len(train) // options.batch_size)
-    is_single_pass = options.total_steps(steps_per_epoch) <= steps_per_epoch
-    if job.features == ONLINE or (job.features is None and is_single_pass):
+    if is_online:
         return OnlineFeatures(dataset, job.target, device=device, taps=taps)
     folder = Path(job.features) if job.features else job.out / _FEATURES_FOLDER
     with accelerator.main_process_first():

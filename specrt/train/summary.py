@@ -54,8 +54,12 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"{SUMMARY_FILE}.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / SUMMARY_FILE)
+    try:
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.replace(out / SUMMARY_FILE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(out / SUMMARY_FILE)) from error
 
 
 def peak_memory(device: torch.device) -> int:

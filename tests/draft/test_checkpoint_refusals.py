@@ -81,8 +81,20 @@ OURS: dict[str, tuple[Breaking, str]] = {
         "DIR: missing tensor layers.0.self_attn.o_proj.weight [64, 64]",
     ),
     "unknown": (
-        tensors_with(lm_head__weight=torch.zeros(97, 64)),
-        "model.safetensors: unknown tensor lm_head.weight [97, 64]",
+        tensors_with(exit_head__weight=torch.zeros(97, 64)),
+        "model.safetensors: unknown tensor exit_head.weight [97, 64]",
+    ),
+    "head": (
+        tensors_with(lm_head__weight=torch.zeros(96, 64)),
+        "model.safetensors: lm_head.weight: expected [97, 64], got [96, 64]",
+    ),
+    "one bias of three": (
+        tensors_with(layers__0__self_attn__k_proj__bias=torch.zeros(32)),
+        "DIR: missing tensor layers.0.self_attn.q_proj.bias [64]",
+    ),
+    "prefixed twice": (
+        tensors_with(model__fc__fc__bias=torch.zeros(64)),
+        "model.safetensors: fc.fc.bias is there twice, once under model.",
     ),
     "misshaped": (
         tensors_with(fc__fc__weight=torch.zeros(64, 64)),
@@ -151,9 +163,28 @@ OFFICIAL: dict[str, tuple[Breaking, str]] = {
         tensors_with(midlayer__self_attn__q_proj__weight=torch.zeros(64, 128)),
         "DIR: EAGLE-3 drafters are not supported yet",
     ),
+    "three features": (
+        tensors_with(fc__weight=torch.zeros(64, 192)),
+        "DIR: EAGLE-3 drafters are not supported yet",
+    ),
+    "MTP": (tensors_with(enorm__weight=torch.ones(64)), "DIR: MTP drafters are not supported yet"),
     "two layers": (
         tensors_with(layers__1__self_attn__q_proj__weight=torch.zeros(64, 64)),
-        "unknown tensor layers.1.self_attn.q_proj.weight [64, 64]",
+        "DIR: a drafter of several layers (layers.1.self_attn.q_proj.weight), expected one",
+    ),
+    "first norm": (
+        tensors_with(layers__0__input_layernorm__weight=torch.ones(64)),
+        "DIR: a drafter with norms that FSPAD and EAGLE-1/2 do not have "
+        "(layers.0.input_layernorm.weight)",
+    ),
+    "last norm": (
+        tensors_with(model__norm__weight=torch.ones(64)),
+        "DIR: a drafter with norms that FSPAD and EAGLE-1/2 do not have (norm.weight)",
+    ),
+    "q norm": (
+        tensors_with(layers__0__self_attn__q_norm__weight=torch.ones(16)),
+        "DIR: a drafter with norms that FSPAD and EAGLE-1/2 do not have "
+        "(layers.0.self_attn.q_norm.weight)",
     ),
     "no fc": (tensors_with(fc__fc__weight=None), "DIR: no FSPAD or EAGLE drafter"),
     "no layer": (

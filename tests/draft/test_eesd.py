@@ -104,6 +104,19 @@ def test_families(tmp_path: Path, family: str) -> None:
     assert tau(engine, asked) > 4.5
 
 
+def test_sequences_that_need_more_positions_than_those_before(folder: Path) -> None:
+    """Of a one-token prompt the drafter's steps are the first to run at all."""
+    model = make_model(folder / "target")
+    plain = make_engine(make_model(folder / "target"))
+    engine = make_engine(model, make_drafter(model, folder / "perfect", "fixed"))
+    for wanted in (10, 500):  # a context of 512: rotary tables of 512, then of all 640 rows
+        params = SamplingParams(max_new_tokens=wanted, ignore_eos=True)
+        result = engine.generate([5], params)
+        assert result.token_ids == plain.generate([5], params).token_ids
+        assert result.stats.num_accepted_tokens > 0.7 * wanted  # nothing it says is wrong
+    assert model._cos_sin is engine.drafter.exit_model._layer._cos_sin
+
+
 def test_a_tree_finds_more_than_a_chain(float_model: LlamaModel, folder: Path) -> None:
     drafter = make_drafter(float_model, folder / "exit-1")
     engine, asked = make_engine(float_model, drafter), prompts(6, VOCAB)
@@ -299,7 +312,7 @@ def test_shapes_that_do_not_fit(
 ) -> None:
     engine = make_engine(float_model, make_drafter(float_model, folder / "exit-1"))
     with pytest.raises(ValueError, match=message):
-        engine.generate([1, 2, 3], GREEDY, shape)
+        engine.stream([1, 2, 3], GREEDY, shape)  # and not when it is asked for a round
     assert engine.generate([1, 2, 3], GREEDY).finish_reason == "length"
 
 

@@ -230,7 +230,7 @@ def test_wider_and_deeper_than_fits_is_refused(checkpoint: Path, drafters: dict[
         (DraftParams(total_tokens=65), "total_tokens: expected at most the engine's max_nodes, 64"),
     ]:
         with pytest.raises(ValueError, match=message):
-            engine.generate([1, 2, 3], GREEDY, shape)
+            engine.stream([1, 2, 3], GREEDY, shape)  # and not when it is asked for a round
         assert engine.cache.num_free_pages == engine.cache.num_pages
     with pytest.raises(ValueError, match="depth: expected None or an int in 0..128, got -1"):
         DraftParams(depth=-1)
@@ -311,6 +311,30 @@ def test_graphs_change_no_tree(checkpoint: Path, drafters: dict[str, Path]) -> N
         assert torch.equal(first.draft_tokens, second.draft_tokens)
         assert torch.equal(first.parents, second.parents)
         assert torch.equal(first.ancestors, second.ancestors)
+
+
+def test_a_sequence_that_needs_a_longer_rotary_table(
+    checkpoint: Path, drafters: dict[str, Path]
+) -> None:
+    """Steps recorded over the shorter one are recorded anew."""
+    model = make_model(checkpoint)
+    drafter = make_drafter(model, drafters["fspad"])
+    drafter._cache.close(drafter._cache.open(4000))  # or pages would move too
+    rig = Rig(model, drafter, [(13 * i * i) % VOCAB for i in range(100)])
+    short = SequenceState(rig.ids[:30], 30, 60, 0, 0.0)
+    shape, trees = budget(depth=3, top_k=4, total_tokens=24), []
+    for _ in range(3):
+        drafter.start(short)
+        drafter.prefill(short, 0, {"final": rig.features[None, :29]})
+        trees.append(drafter.propose([short], shape).draft_tokens.clone())
+        drafter.finish(short)
+        before = drafter.layer._cos_sin
+        drafter.start(rig.state(90))
+        if drafter.layer._cos_sin is not before:
+            before.fill_(float("nan"))  # nobody may read it any more
+    assert len(before) > 256
+    for tree in trees[1:]:
+        assert torch.equal(tree, trees[0])
 
 
 def test_near_the_context_limit(model: LlamaModel, drafters: dict[str, Path]) -> None:

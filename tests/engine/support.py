@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Budget, Drafter, EmptyDrafter
-from specrt.engine import Engine, GenerationResult
+from specrt.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.llama import LlamaModel, run_eagerly
 from specrt.models.loader import load_weights
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, stack
 from specrt.types import AcceptResult, DraftTree, SequenceState
@@ -22,7 +24,9 @@ from specrt.types import AcceptResult, DraftTree, SequenceState
 class LetterTokenizer:
     """Token i is the i-th printable character; enough of a tokenizer for the engine."""
 
-    def encode(self, text: str) -> list[int]:
+    special_tokens: Mapping[int, str] = MappingProxyType({})
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) - 32 for letter in text]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

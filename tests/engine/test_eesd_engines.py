@@ -13,8 +13,8 @@ import torch
 from specrt.draft.base import Budget, DraftParams, RoundCost
 from specrt.draft.control import CONTROLLERS
 from specrt.draft.eesd_costs import CostMeter
-from specrt.engine import GenerationResult
 from specrt.models.llama import LlamaModel
+from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint, make_exit_checkpoint
 from tests.engine.exits import make_drafter

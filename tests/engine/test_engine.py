@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.engine import Engine
 from specrt.models.llama import LlamaModel
 from specrt.sampling import SamplingParams
+from specrt.tree import TreeBuilder
+from specrt.types import SequenceState
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import (
     LetterTokenizer,
@@ -112,6 +115,7 @@ def test_a_failing_sequence_leaves_its_neighbours_alone(tmp_path: Path) -> None:
     failed = results.pop(2)
     assert failed.finish_reason == "error"
     assert failed.error is not None and "NaN" in failed.error
+    assert failed.stats.num_rounds + failed.stats.num_accepted_tokens == len(failed.token_ids)
     assert texts(results) == expected
     assert engine.cache.num_free_pages == engine.cache.num_pages
 
@@ -230,7 +234,7 @@ def test_bad_prompts_are_refused_before_anything_runs(model: LlamaModel) -> None
             engine.generate([[1, 2], prompt])
     with pytest.raises(ValueError, match="sampling: expected one for each of 2"):
         engine.generate([[1], [2]], [LONG])
-    with pytest.raises(ValueError, match=f"logit_bias: expected token ids < {VOCAB}, got 97"):
+    with pytest.raises(ValueError, match=f"suppress_tokens: expected token ids < {VOCAB}, got 97"):
         engine.generate([1, 2], SamplingParams(logit_bias={97: 1.0}))
     assert engine.generate([]) == []
     assert engine.cache.num_pages == engine.cache.num_free_pages
@@ -263,8 +267,76 @@ def test_statistics_add_up(model: LlamaModel) -> None:
     stats = result.stats
     assert stats.num_accepted_tokens == sum(stats.accept_lengths)
     assert stats.num_rounds == len(stats.accept_lengths)
-    assert stats.tau == pytest.approx(1 + stats.num_accepted_tokens / stats.num_rounds)
-    # The last path may be longer than what max_new_tokens left of it.
-    assert len(result.token_ids) <= stats.num_accepted_tokens + stats.num_rounds
+    assert stats.tau == pytest.approx(len(result.token_ids) / stats.num_rounds)
+    assert len(result.token_ids) == stats.num_accepted_tokens + stats.num_rounds
     assert sum(stats.accepted_by_depth) == stats.num_accepted_tokens
     assert all(0 <= rate <= 1 for rate in stats.acceptance_rate)
+
+
+@pytest.mark.parametrize("num_tokens", [12, 15])
+def test_logprobs_end_where_the_output_does(
+    model: LlamaModel, answer: list[int], num_tokens: int
+) -> None:
+    """Inside an accepted path there are more of them than tokens."""
+    whole = make_engine(model).generate([3, 4, 5], replace(LONG, logprobs=True)).logprobs
+    assert whole is not None
+    for ends in ({"max_new_tokens": num_tokens}, {"stop_token_ids": [answer[num_tokens - 1]]}):
+        params = replace(LONG, logprobs=True, **ends)
+        result = make_engine(model, Listening(answer)).generate([3, 4, 5], params)
+        assert result.logprobs == whole[:num_tokens]
+
+
+def test_a_drawn_seed_is_told_and_repeats_the_text(model: LlamaModel) -> None:
+    drawn = SamplingParams(max_new_tokens=20, temperature=1.0, ignore_eos=True)
+    engine = make_engine(model)
+    results = engine.generate([[1, 2]] * 4, drawn)
+    assert len({result.seed for result in results}) == 4, "one draw for all prompts of a call"
+    assert len({tuple(result.token_ids) for result in results}) == 4
+    for result in results:
+        again = engine.generate([1, 2], replace(drawn, seed=result.seed))
+        assert (again.token_ids, again.seed) == (result.token_ids, result.seed)
+    assert engine.generate([1, 2], replace(drawn, seed=-5)).seed == -5
+
+
+class Listening(RandomTreeDrafter):
+    """Proposes one long right chain, and keeps what it is told came of it."""
+
+    def __init__(self, answer: list[int]) -> None:
+        super().__init__({(3, 4, 5): answer}, VOCAB, 16)
+        self.heard: list[int] = []
+
+    def _tree(self, state: SequenceState, max_nodes: int) -> TreeBuilder:
+        tree = TreeBuilder(state.token_ids[-1])
+        said = len(state.token_ids) - state.prompt_len
+        tree.add_path(self._answers[3, 4, 5][said : said + 7], max_nodes)
+        return tree
+
+    def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+        self.heard += result.accept_length.tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [9, 12, 15, 16])
+@pytest.mark.parametrize("ends_by", ["token", "string", "limit"])
+def test_only_what_is_emitted_counts(
+    model: LlamaModel, answer: list[int], ends_by: str, num_tokens: int
+) -> None:
+    """Rounds of eight tokens: an output ends with the first or a middle one of the second round,
+    with its last drafted token, or with its bonus token."""
+    letters = LetterTokenizer().decode(answer)
+    ends: dict[str, dict[str, object]] = {
+        "token": {"stop_token_ids": [answer[num_tokens - 1]]},
+        "string": {"stop": letters[num_tokens - 3 : num_tokens]},
+        "limit": {"max_new_tokens": num_tokens},
+    }
+    assert answer.index(answer[num_tokens - 1]) == num_tokens - 1, "the token comes earlier too"
+    drafter = Listening(answer)
+    chunks = list(make_engine(model, drafter).stream([3, 4, 5], replace(LONG, **ends[ends_by])))
+    result = chunks[-1].result
+    assert result is not None and len(result.token_ids) == num_tokens
+    stats, is_cut = result.stats, num_tokens < 16
+    assert stats.accept_lengths == [7, num_tokens - 9]
+    assert (stats.num_rounds, stats.num_accepted_tokens) == (2, num_tokens - 2)
+    assert stats.tau == num_tokens / 2
+    assert sum(stats.accepted_by_depth) == stats.num_accepted_tokens
+    assert [chunk.num_accepted for chunk in chunks] == [7, num_tokens - 8 - (not is_cut)]
+    assert drafter.heard == [7, 7], "drafters learn from the whole path"

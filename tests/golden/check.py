@@ -74,25 +74,26 @@ def _layer(tensors: dict[str, torch.Tensor], config: str, is_folded: bool) -> Dr
 
 def _forward_errors(layer: DraftLayer, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     features, tokens = tensors["in.features"][0], tensors["in.token_ids"][0, 1:].int()
-    predicted, regressed = _forward(layer, tokens, features)
+    predicted, regressed = forward(layer, tokens, features)
     errors = {"predict": _relative(predicted, tensors["out.predict"][0])}
     if "out.regress" in tensors:
         errors["regress"] = _relative(regressed, tensors["out.regress"][0])
     return errors
 
 
-def _forward(
+def forward(
     layer: DraftLayer, tokens: torch.Tensor, features: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """p and r of every pair, each ``[S, H]``."""
-    cache = KVCache(layer.config.layer, torch.float32)
+    cache = KVCache(layer.padded, torch.float32)
+    layer.reserve(len(tokens) + MAX_NODES)
     sequence = cache.open(len(tokens))
     predicted, regressed = [], []
     for start in range(0, len(tokens), MAX_NODES):
         piece = slice(start, start + MAX_NODES)
         tree = chain(tokens[None, piece].contiguous())
         count = tree.draft_tokens.shape[1]
-        work = Activations.make(layer.config, count, layer.weights.head.shape[0])
+        work = Activations.make(layer.padded, count, layer.weights.head.shape[0])
         batch = CacheBatch(cache, [sequence])
         first = torch.zeros(1, dtype=torch.int32)
         rows = Rows(tree.depth, batch.kv_len, first, tree.num_nodes, batch.block_table)

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from specrt.config import ModelConfig, config_fingerprint
 from specrt.types import CheckpointError
@@ -23,6 +31,59 @@ LLAMA: dict[str, Any] = {
     "intermediate_size": 112,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
+}
+# As checkpoints of transformers 2 to 4 have them, and what tools and authors have added.
+OLD_KEYS: dict[str, Any] = {
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "_commit_hash": "0c",
+    "torchscript": False,
+    "return_dict": True,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "pruned_heads": {},
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_decoder": False,
+    "tie_encoder_decoder": False,
+    "finetuning_task": None,
+    "num_labels": 2,
+    "prefix": None,
+    "tokenizer_class": "LlamaTokenizer",
+    "sep_token_id": None,
+    "decoder_start_token_id": 3,
+    "task_specific_params": {"x": 1},
+    "max_length": 4096,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "bad_words_ids": None,
+    "no_repeat_ngram_size": 0,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "pretraining_tp": 2,
+    "max_sequence_length": 2048,
+    "attention_dropout": 0.1,
+    "use_cache": False,
+    "auto_map": {"AutoModelForCausalLM": "a--modeling.X"},
+    "rope_interleaved": False,
+    "_flash_attn_2_enabled": True,
+    "_attn_implementation_autoset": True,
+    "use_mrope": False,
+}
+UNSLOTH: dict[str, Any] = {
+    "unsloth_fixed": True,
+    "unsloth_version": "2025.1",
+    "is_llama_config": True,
+    "transformers.js_config": {"dtype": {"fp16": 1}},
+    "pad_token_id": 7,
+    "model_name": "x",
 }
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -117,6 +178,25 @@ def test_defaults_and_styles_agree_with_transformers(data: dict[str, Any], tmp_p
     assert_agrees(ModelConfig.from_directory(tmp_path), theirs)
 
 
+@pytest.mark.parametrize(
+    ("rope", "said", "context"),
+    [
+        ({"type": "linear", "factor": 4.0}, 8192, 8192),  # Vicuna 16k, LongChat
+        ({"type": "linear", "factor": 4.0}, 4096, 4096),
+        ({"type": "linear", "factor": 4.0}, 1 << 20, 8192),
+        ({"type": "linear", "factor": 4.0}, 512, 2048),
+        ({"type": "linear", "factor": 1e30}, 8192, 8192),
+        ({"type": "linear", "factor": 4.0}, None, 2048),
+        (None, 8192, 2048),
+        (LLAMA3_SCALING, 8192, 2048),
+    ],
+)
+def test_context(rope: dict[str, Any] | None, said: int | None, context: int) -> None:
+    """Of linear rope it is stretched where the checkpoint says so, and nowhere else."""
+    sizes = {"max_position_embeddings": 2048, "max_sequence_length": said}
+    assert ModelConfig.from_dict(changed(rope_scaling=rope, **sizes)).max_positions == context
+
+
 def test_token_ids_of_the_generation_config_go_first() -> None:
     data = changed(bos_token_id=1, eos_token_id=2)
     generation = {"eos_token_id": [7, 8]}
@@ -144,13 +224,24 @@ def test_dtype(key: str, name: str | None, dtype: torch.dtype) -> None:
     [
         (changed(model_type="gpt2"), ["model_type 'gpt2'", "llama, mistral, qwen2, qwen3"]),
         (changed(model_type=...), ["model_type None"]),
-        (changed(architectures=["LlamaModel"]), ["LlamaModel", "LlamaForCausalLM"]),
+        (changed(architectures=["LlamaForTokens"]), ["LlamaForTokens", "LlamaForCausalLM"]),
+        (changed(model_type="llava", text_config=LLAMA), ["'llava' is a multimodal", "'llama'"]),
+        (changed(quantization={"bits": 4}), ["quantization: quantised checkpoints (MLX)"]),
+        (changed(num_hidden_layers=2147483647), ["num_hidden_layers", "2147483647"]),
+        (changed(max_position_embeddings=2**31), ["max_position_embeddings", "2147483648"]),
+        (changed(rms_norm_eps=10**400), ["rms_norm_eps"]),
+        (changed(rope_theta=1e308), ["rope_theta", "1e+308"]),
         (changed(architectures=7), ["architecture 7"]),
         (changed(rope_scaling={"type": ["linear"]}), ["rope type ['linear']"]),
         (changed(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
         (changed(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq"]),
         (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'", "llama3"]),
         (changed(rope_parameters={"rope_type": "yarn"}), ["'yarn'"]),
+        (changed(rope_scaling={"type": "longrope"}), ["'longrope'"]),
+        (
+            changed(rope_scaling={"type": "linear", "factor": 2.0}, max_sequence_length="x"),
+            ["max_sequence_length", "'x'"],
+        ),
         (changed(rope_scaling={"rope_type": "linear"}), ["rope_scaling.factor"]),
         (changed(rope_scaling={"type": "linear", "factor": "2"}), ["rope_scaling.factor", "'2'"]),
         (changed(rope_scaling=[1]), ["rope_scaling", "[1]"]),
@@ -159,7 +250,7 @@ def test_dtype(key: str, name: str | None, dtype: torch.dtype) -> None:
         (changed(rms_norm_eps=float("nan")), ["rms_norm_eps"]),
         (changed(hidden_size=...), ["missing key hidden_size"]),
         (changed(num_hidden_layers=...), ["missing key num_hidden_layers"]),
-        (changed(vocab_size="97"), ["vocab_size", "positive integer", "'97'"]),
+        (changed(vocab_size="97"), ["vocab_size", "an integer in 1..", "'97'"]),
         (changed(num_hidden_layers=0), ["num_hidden_layers", "0"]),
         (changed(hidden_size=66), ["hidden_size 66", "num_attention_heads 4"]),
         (changed(num_key_value_heads=3), ["num_attention_heads 4", "num_key_value_heads 3"]),
@@ -188,6 +279,56 @@ def test_refusals(data: dict[str, Any], parts: list[str]) -> None:
     message = refusal(data)
     for part in parts:
         assert part in message
+
+
+def saved(path: Path, **changes: Any) -> Path:
+    (path / "config.json").write_text(json.dumps(changed(**changes)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "config_class", [PreTrainedConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
+)
+def test_no_key_of_transformers_own_is_unknown(
+    config_class: type[PreTrainedConfig], tmp_path: Path
+) -> None:
+    """Nor any that it has had: old checkpoints were written with all of them."""
+    data = {**config_class().to_dict(), **OLD_KEYS, **GenerationConfig().to_dict(), **UNSLOTH}
+    data |= {"model_type": config_class.model_type or "llama", "sliding_window": None}
+    saved(tmp_path, **data)
+    ModelConfig.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "neutral"),
+    [
+        ("no_rope_layers", ([1, 1, 0], [0, 0, 0], 4), (None, [], [1, 1, 1])),
+        ("no_rope_layer_interval", (4, 1), (None, 0)),
+        ("final_logit_softcapping", (30.0,), (None,)),
+        ("logit_scale", (0.0625, "0.5"), (1, 1.0, None)),
+        ("attention_chunk_size", (8192,), (None, 0)),
+        ("rope_interleaved", (True,), (False,)),
+        ("norm_type", ("layernorm",), ("rmsnorm", "")),
+        ("a_key_of_tomorrow", (2, -1, True, "on", {"by": 2}, ["x"]), (0, False, {}, [], None)),
+    ],
+)
+def test_keys_that_may_change_the_function(
+    key: str, values: tuple[Any, ...], neutral: tuple[Any, ...], tmp_path: Path
+) -> None:
+    for value in neutral:
+        ModelConfig.from_directory(saved(tmp_path, **{key: value}))
+    for value in values:
+        with pytest.raises(CheckpointError) as caught:
+            ModelConfig.from_directory(saved(tmp_path, **{key: value}))
+        assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {key}: unknown, and ")
+        assert "remove the key" in str(caught.value)
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter_config.json is a LoRA adapter.*merge"):
+        ModelConfig.from_directory(tmp_path)
 
 
 def test_directory_refusals(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -354,13 +356,51 @@ def test_truncated_bin(keep: int, is_zip: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [([1], "no state dict but list"), ({"epoch": 3}, "epoch is no tensor but int")],
+    [
+        ([1], "no state dict but list"),
+        ({"epoch": 3}, "epoch is no tensor but int"),
+        ({7: torch.ones(2)}, "7 is no tensor's name"),
+        ({NORM: torch.ones(64).to_sparse()}, f"{NORM}: expected a plain tensor, got a sparse one"),
+        (
+            {NORM: torch.ones(64, device="meta")},
+            f"{NORM}: expected a plain tensor, got one without",
+        ),
+        ({"model": Fraction(1, 2)}, "has an object of fractions.Fraction that is no tensor"),
+    ],
 )
 def test_bin_with_something_else(content: object, part: str, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(content, tmp_path / "pytorch_model.bin")
     assert part in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "anything"])
+def test_what_would_wait_for_a_writer(name: str, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert refusal(tmp_path) == f"{tmp_path / name}: expected a file, got a FIFO"
+
+
+def test_more_layers_than_there_is_memory_for(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    edit_config(tmp_path, num_hidden_layers=2**30)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / 'config.json'}: num_hidden_layers: expected no more")
+    assert message.endswith("than there are tensors (30), got 1073741824")
+
+
+def test_refusals_are_one_printable_line(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    key = "a\nb\ud800" + "c" * 5000
+    edit_tensors(tmp_path, lambda t: t.update({key.replace("\ud800", ""): torch.ones(2)}))
+    assert "a\\nbcc" in refusal(tmp_path)
+    edit_config(tmp_path, **{key: 3})
+    message = refusal(tmp_path)
+    assert "a\\nb\\ud800cc" in message
+    assert message.isprintable()
+    assert len(message) < 1300
 
 
 def test_bin_never_runs_code(tmp_path: Path) -> None:
@@ -407,6 +447,9 @@ def test_broken_shards(tmp_path: Path) -> None:
     other = tmp_path / data["weight_map"]["lm_head.weight"]
     tensors = load_file(other)
     save_file({**tensors, Q_PROJ: torch.ones(64, 64)}, other)
+    assert_loaded(load(tmp_path), model.state_dict(), torch.float32)  # the index decides
+    del data["weight_map"][Q_PROJ]
+    index.write_text(json.dumps(data))
     assert f"{Q_PROJ} is also in" in refusal(tmp_path)
 
     index.write_text("{}")

@@ -16,7 +16,13 @@ from specrt.config import ModelConfig
 from specrt.models import llama, placement
 from specrt.models.llama import FINAL_TAP, LlamaModel
 from specrt.models.loader import Weights, load_weights
-from specrt.models.placement import choose_dtype, parse_device, place_weights
+from specrt.models.placement import (
+    CPU,
+    choose_dtype,
+    choose_head_dim,
+    parse_device,
+    place_weights,
+)
 from specrt.ops import registry
 from specrt.tree import TreeBuilder, stack
 from specrt.types import VerifyOutput
@@ -128,10 +134,29 @@ def test_what_no_gpu_kernel_takes(checkpoint: Path) -> None:
     config, gpu = ModelConfig.from_directory(checkpoint), torch.device("cuda", 0)
     with pytest.raises(ValueError, match="dtype: .*tree_attention take, got float32"):
         choose_dtype(config, torch.float32, gpu)
-    odd = replace(config, head_dim=32)
-    with pytest.raises(ValueError, match="head_dim: .* 64, 80, 96 or 128, the model has 32"):
-        choose_dtype(odd, None, gpu)
-    assert choose_dtype(odd, None, torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "on_cpu", "on_gpu"),
+    [(2, 16, 64), (16, 16, 64), (20, 32, 64), (64, 64, 64), (66, 80, 80), (100, 112, 128)],
+)
+def test_heads_run_with_the_next_size_that_kernels_take(
+    checkpoint: Path, head_dim: int, on_cpu: int, on_gpu: int
+) -> None:
+    config = replace(ModelConfig.from_directory(checkpoint), head_dim=head_dim)
+    assert choose_head_dim(config, CPU) == on_cpu
+    assert choose_head_dim(config, torch.device("cuda", 0)) == on_gpu
+
+
+def test_heads_that_no_kernel_takes(checkpoint: Path) -> None:
+    config = ModelConfig.from_directory(checkpoint)
+    large, larger = replace(config, head_dim=256), replace(config, head_dim=320)
+    assert choose_head_dim(large, CPU) == 256
+    with pytest.raises(ValueError, match="on CUDA takes at most 128, .* has 256; device='cpu'"):
+        choose_head_dim(large, torch.device("cuda", 0))
+    for device in (CPU, torch.device("cuda", 0)):
+        with pytest.raises(ValueError, match=r"head_dim: .* at most \d+, the model has 320$"):
+            choose_head_dim(larger, device)
 
 
 def test_a_setting_under_which_rows_would_differ(

@@ -135,7 +135,7 @@ def attend_appending(a: Arguments) -> None:
 # --- acceptance
 
 SAMPLED = SamplingParams(
-    temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=0.5,
+    temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=2.0,
     logit_bias={3: 1.0, 64: -2.0}, seed=7,
 )  # fmt: skip
 EDITED = SamplingParams(logit_bias={1: 0.5}, repetition_penalty=1.2)
@@ -159,7 +159,7 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
         "bias_ids": table.bias_ids,
         "bias_values": table.bias_values,
         "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
-        "history_len": ints(9, 4, 1),
+        "history_len": ints(9, 8, 1),
         "workspace": None if variant == 5 else torch.zeros(1, workspace_size(VOCAB)),
         "path": torch.zeros(shape, dtype=torch.int32),
         "accept_length": ints(0, 0, 0),

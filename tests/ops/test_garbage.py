@@ -25,11 +25,13 @@ from tests.ops.garbage_calls import (
     Arguments,
     accept_arguments,
     ints,
+    pages_of,
 )
 
 Tensor = torch.Tensor
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPUS = [name for name, kernel in KERNELS.items() if kernel.has_cuda_source]
+NUM_PAGES = pages_of(1)[1]
 RUNS = [f"{name}[cpu]" for name in KERNELS] + [f"{name}[simt]" for name in ON_GPUS]
 
 
@@ -118,23 +120,17 @@ def test_neighbours_of_garbage_on_the_cpu(name: str) -> None:
 # --- what becomes of what
 
 
-@pytest.mark.parametrize("page", [3, -1, 2**31 - 1])
-def test_a_page_that_the_cache_lacks_is_its_last(backend: Backend, page: int) -> None:
-    kv = torch.randn(2, 2, 2, 4, 1, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("page", [NUM_PAGES, -1, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_page_that_the_cache_lacks_is_its_last(backend: Backend, name: str, page: int) -> None:
     results = []
-    for table in ([page, 0], [1, 0]):
-        arguments = {
-            "kv": kv.clone(),
-            "block_table": ints(*table)[None],
-            "path": ints(1, 3)[None],
-            "num_path": ints(2),
-            "kv_len": ints(2),
-        }
-        arguments = {n: a.to(backend.device) for n, a in arguments.items()}
-        ops.kv_commit(**arguments)
-        results.append((arguments["kv"], arguments["kv_len"].tolist()))
-    assert torch.equal(results[0][0], results[1][0])
-    assert results[0][1] == results[1][1] == [4]
+    for number in (NUM_PAGES - 1, page):
+        arguments = KERNELS[name].make(1, backend)
+        arguments["block_table"][0, 1] = number  # of the prefix's last row and the tree's first two
+        arguments = called(name, arguments, backend)
+        caches = [a for n, a in arguments.items() if n in ("kv", "k_cache", "v_cache")]
+        results.append([*caches, *(arguments[n] for n in KERNELS[name].results)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(

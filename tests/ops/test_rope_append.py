@@ -70,7 +70,7 @@ def expected_of(args: dict[str, Tensor]) -> dict[str, Tensor]:
     e, page_size = clone(args), args["k_cache"].shape[1]
     for b in range(2):
         for i in range(int(args["num_nodes"][b])):
-            position = int(args["kv_len"][b] + args["depth"][b, i])
+            position = (int(args["kv_len"][b]) + int(args["depth"][b, i])) % 2**32
             cos_sin = args["cos_sin"][min(position, args["cos_sin"].shape[0] - 1)]
             e["q"][b, i] = rotate(args["q"][b, i], cos_sin)
             slot = int(args["kv_len"][b] + args["first_node"][b]) + i
@@ -131,6 +131,14 @@ def test_slots_past_the_block_table_are_not_written(backend: Backend) -> None:
     ops.rope_append(**args)
     assert same(args, expected)
     assert (args["k_cache"] != before).any(-1).any(-1).sum() == 2
+
+
+def test_depths_that_are_none_take_the_last_known_position(backend: Backend) -> None:
+    args = make_arguments(device=backend.device)
+    args["depth"].copy_(ints(2**31 - 1, -(2**31), -(2**31) + 1, 64, -1, 2**30).expand(2, 6))
+    expected = expected_of(args)
+    ops.rope_append(**args)
+    assert same(args, expected)
 
 
 def test_no_rows(backend: Backend) -> None:

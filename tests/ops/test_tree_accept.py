@@ -1,10 +1,9 @@
-"""The acceptance kernel: its law by frequency, its draws bit by bit, and every known trap."""
+"""The acceptance kernel: its draws bit by bit, and every known trap."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from transformers.generation import logits_process as hf
 
 from specrt import _C
 from specrt.accept import accept
-from specrt.ops import Purpose, gumbel_noise
+from specrt.ops import gumbel_noise
 from specrt.ops.tree_accept import workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import AcceptResult, DraftTree
-from tests.oracles import acceptance as rules
 
 INF, NAN = math.inf, math.nan
 
@@ -59,55 +57,13 @@ def processed(logits, params, history, prompt_len) -> torch.Tensor:
     return out[0]
 
 
-# --- randomness ------------------------------
-@pytest.mark.parametrize(
-    ("counter", "key", "want"),
-    [
-        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_known_answers(counter, key, want) -> None:
-    """Random123's kat_vectors for philox4x32-10."""
-    assert _C.philox4x32(counter, key) == want
-
-
-def test_uniforms_and_noise_at_the_ends() -> None:
-    assert 0.0 < _C.uniform_from(0) < _C.uniform_from(2**32 - 1) < 1.0
-    for bits in [0, 1, 2, 1000, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 12345678, 3456789012]:
-        w = (bits + 0.5) / 2**32
-        want = -math.log(-math.log1p(-w))
-        assert _C.gumbel_from(bits) == pytest.approx(want, rel=2e-6, abs=2e-6)
-        assert _C.gumbel_from(bits) < 23.0
-
-
-def test_noise_depends_on_every_key_and_has_gumbel_moments() -> None:
-    base = gumbel_noise(1, 2, 200_000)
-    assert base.mean().item() == pytest.approx(0.57722, abs=0.015)
-    assert base.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
-    others = [
-        gumbel_noise(2, 2, 200_000),
-        gumbel_noise(1, 3, 200_000),
-        gumbel_noise(1 + 2**32, 2, 200_000),
-    ]
-    others += [gumbel_noise(1, 2, 200_000, purpose) for purpose in list(Purpose)[1:]]
-    for other in others:
-        assert abs(torch.corrcoef(torch.stack([base, other]))[0, 1].item()) < 0.015
-    assert torch.equal(gumbel_noise(-1, 0, 8), gumbel_noise(2**64 - 1, 0, 8))
-
-
 # --- processing against transformers ------------------------------
 def by_transformers(logits, p: SamplingParams, history, prompt_len) -> torch.Tensor:
     ids, scores = torch.tensor([history]), logits[None].clone()
     if p.logit_bias:
         bias = {(token,): float(value) for token, value in p.logit_bias.items()}
         scores = hf.SequenceBiasLogitsProcessor(bias)(ids, scores)
-    if p.repetition_penalty != 1.0:
+    if p.repetition_penalty is not None:
         scores = hf.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(ids, scores)
     counts = torch.bincount(
         torch.tensor(history[prompt_len:], dtype=torch.int64), minlength=len(logits)
@@ -177,86 +133,27 @@ def test_top_k_keeps_ties_and_top_p_breaks_them_by_id() -> None:
         > -INF
     )
     assert kept.tolist() == [False, True, True, False, False, False]
-    flat = torch.zeros(1000)
-    kept = processed(flat, SamplingParams(temperature=1.0, seed=0, top_p=0.25), [0], 1) > -INF
-    assert kept[:249].all() and not kept[251:].any()
 
 
-# --- the law, by frequency ------------------------------
-DRAWS = 20_000
+@pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("vocab", [4, 8, 64, 1024])
+def test_the_nucleus_ends_where_its_mass_is_exactly_top_p(vocab: int, top_p: float) -> None:
+    params = SamplingParams(temperature=1.0, seed=0, top_p=top_p)
+    flat = torch.zeros(vocab)
+    kept, theirs = (f(flat, params, [0], 1) > -INF for f in (processed, by_transformers))
+    assert kept.tolist() == [v < top_p * vocab for v in range(vocab)]  # of equals the lowest ids
+    assert kept.sum() == theirs.sum()
 
 
-def assert_law(tokens: torch.Tensor, law: rules.Law) -> None:
-    """Chi-square; a correct kernel fails with probability 1e-6, but the seeds are fixed."""
-    observed = torch.bincount(tokens.long(), minlength=len(law)).double()
-    expected = torch.tensor([float(mass) for mass in law], dtype=torch.float64) * len(tokens)
-    assert observed[expected == 0].sum() == 0
-    kept = expected > 0
-    chi2 = ((observed - expected)[kept] ** 2 / expected[kept]).sum().item()
-    k = max(1, int(kept.sum()) - 1)
-    # Wilson-Hilferty quantile at 1 - 1e-6 (z = 4.7534).
-    assert chi2 < k * (1 - 2 / (9 * k) + 4.7534 * math.sqrt(2 / (9 * k))) ** 3
-
-
-LAW = rules.normalize([Fraction(n) for n in (3, 9, 1, 5, 2, 4)])
-DRAFT = rules.normalize([Fraction(n) for n in (5, 2, 6, 1, 3, 0)])
-LAWS = [
-    {},
-    {"top_k": 3},
-    {"top_p": 0.7},
-    {"min_p": 0.3},
-    {"top_k": 4, "top_p": 0.8},
-]
-
-
-def exact_law(filters: dict) -> rules.Law:
-    return rules.filtered(
-        LAW, **{k: v if k == "top_k" else Fraction(str(v)) for k, v in filters.items()}
-    )
-
-
-def draw_many(filters, tokens, parents, draft_probs=None, temperature=1.0) -> AcceptResult:
-    """One batch row per seed; every node has LAW's logits, so each emitted token follows it."""
-    nodes = len(parents)
-    logits = torch.tensor([math.log(mass) for mass in LAW]) * temperature
-    tree = make_tree([[0] * nodes] * DRAWS, [parents] * DRAWS, draft_probs=draft_probs)
-    tree.draft_tokens.copy_(torch.as_tensor(tokens))
-    params = [
-        SamplingParams(temperature=temperature, seed=seed, **filters) for seed in range(DRAWS)
-    ]
-    return run(tree, logits.expand(DRAWS, nodes, -1), params)
-
-
-@pytest.mark.parametrize("filters", LAWS, ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_seeded_tree_law(filters: dict, temperature: float) -> None:
-    result = draw_many(filters, [0, 1, 3, 1, 0], [-1, 0, 0, 1, 2], temperature=temperature)
-    assert_law(result.tokens[:, 0], exact_law(filters))
-    second = result.tokens[:, 1]  # the bonus, or an inner node's token: same law
-    assert_law(second[second >= 0], exact_law(filters))
-
-
-@pytest.mark.parametrize("filters", LAWS, ids=str)
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_rejection_law(filters: dict, width: int) -> None:
-    q = torch.tensor([float(mass) for mass in DRAFT])
-    generator = torch.Generator().manual_seed(width)
-    children = torch.multinomial(q.expand(DRAWS, -1), width, True, generator=generator)
-    tokens = torch.cat([torch.zeros(DRAWS, 1, dtype=torch.int64), children], 1)
-    probs = q.expand(DRAWS, width + 1, -1)
-    result = draw_many(filters, tokens, [-1] + [0] * width, probs)
-    assert_law(result.tokens[:, 0], exact_law(filters))
-    second = result.tokens[:, 1]
-    assert_law(second[second >= 0], exact_law(filters))  # the bonus behind an accepted child
-    if width == 1:
-        rate = sum(min(p, d) for p, d in zip(exact_law(filters), DRAFT, strict=True))
-        got = (result.accept_length == 1).double().mean().item()
-        assert abs(got - float(rate)) < 5 * math.sqrt(0.25 / DRAWS)
-
-
-def test_a_tree_without_nodes_draws_the_seeded_token_despite_draft_probs() -> None:
-    q = torch.tensor([float(mass) for mass in DRAFT]).expand(DRAWS, 1, -1)
-    assert torch.equal(draw_many({}, [0], [-1], q).tokens, draw_many({}, [0], [-1]).tokens)
+@pytest.mark.parametrize("favourite", [0, 1, 2])
+def test_a_favourite_of_exactly_top_p_is_alone(favourite: int) -> None:
+    weight = _C.exp_of(-0.25)
+    top_p = 1.0 / (1.0 + 2.0 * weight)
+    assert top_p * (1.0 + 2.0 * weight) == 1.0
+    logits = torch.full((3,), -0.25)
+    logits[favourite] = 0.0
+    params = SamplingParams(temperature=1.0, seed=0, top_p=top_p)
+    assert (processed(logits, params, [0], 1) > -INF).nonzero().tolist() == [[favourite]]
 
 
 # --- the same text with any tree ------------------------------
@@ -318,6 +215,33 @@ def test_text_depends_on_the_seed_alone(nodes: int, is_useful: bool) -> None:
         assert texts[b] == alone[0]
 
 
+# --- penalties of the tree's own tokens ------------------------------
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "rejection"])
+@pytest.mark.parametrize(
+    ("penalty", "logit", "token"),
+    [
+        ({"frequency_penalty": 1.0}, 6.5, 2),
+        ({"presence_penalty": 1.0}, 5.5, 2),
+        ({"presence_penalty": 1.0}, 6.5, 1),  # however often
+        ({"repetition_penalty": 2.0}, 9.0, 2),
+        ({"repetition_penalty": 2.0}, 11.0, 1),
+    ],
+    ids=str,
+)
+def test_penalties_count_ancestors_and_nobody_else(penalty, logit, token, mode: str) -> None:
+    """At the end of the path 1, 1: tokens 2 and 3 are siblings of these, and 4 is a child."""
+    tokens, parents = [[0, 1, 2, 1, 3, 4]], [[-1, 0, 0, 1, 1, 3]]
+    logits = torch.zeros(1, 6, 6)
+    logits[0, :2, 1] = 99.0
+    logits[0, 3, 1:4] = torch.tensor([logit, 5.0, 4.6])
+    probs = torch.full_like(logits, 1 / 6) if mode == "rejection" else None
+    temperature = 0.0 if mode == "greedy" else 0.01  # no noise outweighs 0.4
+    params = SamplingParams(temperature=temperature, seed=1, **penalty)
+    result = run(make_tree(tokens, parents, draft_probs=probs), logits, params, [[5, 0]], [1])
+    assert result.tokens[0, :3].tolist() == [1, 1, token]
+    assert result.path[0, :3].tolist() == [0, 1, 3]
+
+
 # --- traps ------------------------------
 def test_greedy_takes_the_lowest_id_on_ties_anywhere_in_the_row() -> None:
     for vocab in (1, 5, 63, 64, 65, 200, 4099):
@@ -325,31 +249,6 @@ def test_greedy_takes_the_lowest_id_on_ties_anywhere_in_the_row() -> None:
             logits = torch.full((1, 1, vocab), -3.0)
             logits[0, 0, first:] = 1.0
             assert run(make_tree([[0]], [[-1]]), logits, SamplingParams()).tokens.item() == first
-
-
-def test_a_masked_child_is_never_accepted() -> None:
-    """Probability 0 under the target, certain under the draft: no uniform may accept it."""
-    q = torch.zeros(6)
-    q[1] = 1.0
-    tokens, parents = [0, 1, 1], [-1, 0, 0]
-    result = draw_many({"logit_bias": {1: -INF}}, tokens, parents, q.expand(DRAWS, 3, -1))
-    assert (result.accept_length == 0).all() and not (result.tokens[:, 0] == 1).any()
-
-
-@pytest.mark.parametrize("scale", [1.0, 1.0 + 2**-22])
-def test_equal_laws_always_accept(scale: float) -> None:
-    """Also where the draft's probability was rounded above 1."""
-    q = torch.zeros(6)
-    q[1] = scale
-    result = draw_many({"top_k": 1}, [0, 1], [-1, 0], q.expand(DRAWS, 2, -1))
-    assert (result.accept_length == 1).all()
-
-
-@pytest.mark.parametrize("value", [1.0, 0.0, -1.0, NAN, INF])
-def test_empty_residual_and_broken_draft_laws_stay_in_the_kept_set(value: float) -> None:
-    q = torch.full((6,), value)
-    result = draw_many({"top_k": 2}, [0, 2, 2, 0], [-1, 0, 0, 0], q.expand(DRAWS, 4, -1))
-    assert set(result.tokens[:, 0].tolist()) <= {1, 3}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -265,8 +266,14 @@ def test_bits_do_not_depend_on_the_gpu(backend: Backend, num_nodes: int) -> None
         assert torch.equal(run(case, backend=backend), expected), num_sms
 
 
-def batch_arguments(cases: list[Case], backend: Backend = CPU) -> dict[str, Tensor | float | None]:
-    """Ragged sequences in one cache, with q a strided view of a fused projection."""
+def batch_arguments(
+    cases: list[Case], backend: Backend = CPU, first_node: tuple[int, ...] | None = None
+) -> dict[str, Tensor | float | None]:
+    """Ragged sequences in one cache, with q a strided view of a fused projection.
+
+    With ``first_node`` the call is of each tree's nodes from there on; those before are in the
+    cache.
+    """
     most = max(len(c.parents) for c in cases)
     heads, dim = cases[0].q.shape[1:]
     dtype = cases[0].q.dtype
@@ -302,19 +309,35 @@ def batch_arguments(cases: list[Case], backend: Backend = CPU) -> dict[str, Tens
         fused = fused.to(backend.device)  # q stays a strided view
         args = {n: a.to(backend.device) if isinstance(a, Tensor) else a for n, a in args.items()}
         args["q"] = fused[:, :, 1 : heads + 1]
-    args["workspace"] = workspace_for(backend, q, table, keys)
+    if first_node is not None:
+        args |= later_rows(args, first_node)
+    args["workspace"] = workspace_for(backend, args["q"], table, keys)
     return args
 
 
+def later_rows(args: dict[str, Any], first_node: tuple[int, ...]) -> dict[str, Tensor]:
+    first = ints(*first_node).to(args["q"].device)
+    rows = args["q"].shape[1] - max(first_node)
+    pieces = {
+        name: torch.stack([t[i : i + rows] for t, i in zip(args[name], first_node, strict=True)])
+        for name in ("q", "ancestors", "out")
+    }
+    return pieces | {"first_node": first, "num_nodes": args["num_nodes"] - first}
+
+
 @pytest.mark.tensor_cores("sm_80", "sm_90")
-def test_a_ragged_batch_gives_each_sequence_its_own_bits(backend: Backend) -> None:
-    sizes = ((0, 1), (63, 65), (300, 17))
+@pytest.mark.parametrize("first_node", [(0, 0, 0), (3, 5, 0)], ids=str)
+def test_a_ragged_batch_gives_each_sequence_its_own_bits(
+    backend: Backend, first_node: tuple[int, ...]
+) -> None:
+    sizes = ((0, first_node[0] + 1), (63, 65), (300, 17))
     cases = [make_case(p, n, seed=p, dtype=torch.bfloat16) for p, n in sizes]
     cases = [queries(case, backend, torch.bfloat16) for case in cases]
-    out = tree_attention(**batch_arguments(cases, backend)).cpu()  # type: ignore[arg-type]
-    for b, case in enumerate(cases):
-        assert torch.equal(out[b, : len(case.parents)], run(case, backend=backend))
-        assert (out[b, len(case.parents) :] == 0).all()
+    out = tree_attention(**batch_arguments(cases, backend, first_node)).cpu()  # type: ignore[arg-type]
+    for b, (case, first) in enumerate(zip(cases, first_node, strict=True)):
+        rows = len(case.parents) - first
+        assert torch.equal(out[b, :rows], run(case, backend=backend)[first:])
+        assert (out[b, rows:] == 0).all()
 
 
 def test_counts_are_read_when_it_runs() -> None:
@@ -329,33 +352,6 @@ def test_counts_are_read_when_it_runs() -> None:
     replayed = args["out"].clone()  # type: ignore[union-attr]
     assert torch.equal(replayed, tree_attention(**args))  # type: ignore[arg-type]
     assert (replayed[0, 3:] == 0).all()
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128])
-def test_appending_on_the_way_is_rope_append_before_it(
-    backend: Backend, dim: int, heads: tuple[int, int]
-) -> None:
-    dtype = torch.bfloat16 if backend.runs_cuda_source else torch.float32
-    cases = [make_case(p, n, heads, dim, dtype) for p, n in ((0, 1), (61, 40), (250, 70))]
-    cases = [replace(case, q=case.q.to(dtype)) for case in cases]
-    g = torch.Generator().manual_seed(1)
-    shape = (len(cases), 70, heads[1], dim)
-    k, v = (torch.randn(shape, generator=g).to(dtype).to(backend.device) for _ in range(2))
-    depth = torch.randint(0, 9, shape[:2], generator=g, dtype=torch.int32).to(backend.device)
-    cos_sin = torch.randn(300, dim, generator=g).to(backend.device)  # shorter than the sequences
-    first = batch_arguments(cases, backend)
-    second = {n: a.clone() if isinstance(a, Tensor) else a for n, a in first.items()}
-    slots = ("kv_len", "first_node", "num_nodes", "block_table")
-    ops.rope_append(
-        first["q"], k, v, depth, *(first[n] for n in slots), cos_sin, first["k_cache"],
-        first["v_cache"],
-    )  # fmt: skip
-    expected = tree_attention(**first)  # type: ignore[arg-type]
-    out = tree_attention(**second, append=ops.Append(k, v, depth, cos_sin))  # type: ignore[arg-type]
-    assert torch.equal(out, expected)  # type: ignore[arg-type]
-    for name in ("k_cache", "v_cache"):
-        assert same_bits(first[name], second[name])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v"])

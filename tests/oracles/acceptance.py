@@ -6,13 +6,16 @@ Texts are compared over a fixed length: what a round leaves open, plain decoding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import product
+from math import prod
 
 Law = tuple[Fraction, ...]
 Target = Callable[[tuple[int, ...]], Law]
 Outcomes = dict[tuple[int, ...], Fraction]
+Tree = dict[tuple[int, ...], Sequence[int]]  # prefix -> children
 # rule(target law, draft law or None, children) -> [(token, child index or None, probability)]
 Rule = Callable[[Law, "Law | None", Sequence[int]], list[tuple[int, "int | None", Fraction]]]
 
@@ -20,6 +23,23 @@ Rule = Callable[[Law, "Law | None", Sequence[int]], list[tuple[int, "int | None"
 def normalize(weights: Sequence[Fraction]) -> Law:
     total = sum(weights)
     return tuple(w / total for w in weights)
+
+
+def random_law(rng: random.Random, size: int, zeros: int = 0) -> Law:
+    weights = [Fraction(rng.randint(1, 9)) for _ in range(size)]
+    for v in rng.sample(range(size), zeros):
+        weights[v] = Fraction(0)
+    return normalize(weights)
+
+
+def memory_target(seed: int, size: int, zeros: int = 0, **filters: object) -> Target:
+    """Another law after every prefix."""
+
+    def target(prefix: tuple[int, ...]) -> Law:
+        law = random_law(random.Random(f"{seed}:{prefix}"), size, zeros)
+        return filtered(law, **filters) if filters else law
+
+    return target
 
 
 def filtered(
@@ -46,9 +66,12 @@ def sampled_verify(p: Law, q: Law | None, children: Sequence[int]):
 
 
 def rejection(p: Law, q: Law | None, children: Sequence[int]):
-    """min(1, p/q) child by child, p becoming the residual after each rejection."""
+    """min(1, p/q) child by child, p becoming the residual after each rejection. A child that its
+    own law excludes was not drawn from it and is passed over."""
     outcomes, reach = [], Fraction(1)
     for i, x in enumerate(children):
+        if not q[x]:
+            continue
         ratio = min(Fraction(1), p[x] / q[x])
         if ratio:
             outcomes.append((x, i, reach * ratio))
@@ -71,6 +94,20 @@ def rejection_without_update(p: Law, q: Law | None, children: Sequence[int]):
     rest = [max(a - b, Fraction(0)) for a, b in zip(p, q, strict=True)]
     rest = normalize(rest) if sum(rest) else p
     return outcomes + [(v, None, reach * mass) for v, mass in enumerate(rest) if mass]
+
+
+def rejection_by_one_uniform(p: Law, q: Law | None, children: Sequence[int]):
+    """WRONG: all siblings are tested with the same uniform, so one is accepted only where its ratio
+    is above those before it."""
+    outcomes, reach = [], Fraction(0)
+    for i, x in enumerate(children):
+        ratio = min(Fraction(1), p[x] / q[x])
+        outcomes.append((x, i, max(ratio - reach, Fraction(0))))
+        reach = max(reach, ratio)
+        if reach == 1:
+            return outcomes
+        p = normalize([max(a - b, Fraction(0)) for a, b in zip(p, q, strict=True)])
+    return outcomes + [(v, None, (1 - reach) * mass) for v, mass in enumerate(p) if mass]
 
 
 def rejection_closed(p: Law, q: Law | None, children: Sequence[int], steps: int = 4):
@@ -99,49 +136,76 @@ def plain(target: Target, length: int, prefix: tuple[int, ...] = ()) -> Outcomes
     return out
 
 
-def one_round(
+def emitted(
     target: Target,
     rule: Rule,
-    tree: dict[tuple[int, ...], Sequence[int]],
+    tree: Tree,
     draft: Target | None,
-    length: int,
     prefix: tuple[int, ...] = (),
     bonus: Target | None = None,
 ) -> Outcomes:
-    """A round over a tree (prefix -> children), completed to ``length`` by plain decoding.
+    """What a round over a tree gives: the accepted tokens and the one behind them.
 
     ``bonus`` is the law used at nodes without children; the target's if not given.
     """
-    if length == 0:
-        return {(): Fraction(1)}
     children = tree.get(prefix, ())
     law = target(prefix) if children or bonus is None else bonus(prefix)
     q = draft(prefix) if draft and children else None
     out: Outcomes = {}
     for token, child, mass in (rule if children else sampled_verify)(law, q, children):
         after = (*prefix, token)
-        if child is None:
-            rest_law = plain(target, length - 1, after)
-        else:
-            rest_law = one_round(target, rule, tree, draft, length - 1, after, bonus)
+        rest_law = {(): Fraction(1)}
+        if child is not None:
+            rest_law = emitted(target, rule, tree, draft, after, bonus)
         for rest, share in rest_law.items():
             text = (token, *rest)
             out[text] = out.get(text, Fraction(0)) + mass * share
     return {text: mass for text, mass in out.items() if mass}
 
 
-def over_sampled_children(
-    target: Target, rule: Rule, draft: Target, width: int, length: int
+def one_round(
+    target: Target,
+    rule: Rule,
+    tree: Tree,
+    draft: Target | None,
+    length: int,
+    bonus: Target | None = None,
 ) -> Outcomes:
-    """The mean of ``one_round`` over all draws of ``width`` i.i.d. children at the root."""
-    q, out = draft(()), {}
-    for children in product(range(len(q)), repeat=width):
-        chance = Fraction(1)
-        for token in children:
-            chance *= q[token]
-        if not chance:
-            continue
-        tree = {(): children}
+    """What a round gives, cut to ``length`` or completed to it by plain decoding."""
+    out: Outcomes = {}
+    for text, mass in emitted(target, rule, tree, draft, bonus=bonus).items():
+        for rest, share in plain(target, max(length - len(text), 0), text).items():
+            whole = (*text, *rest)[:length]
+            out[whole] = out.get(whole, Fraction(0)) + mass * share
+    return out
+
+
+def drawn_trees(
+    draft: Target, widths: Sequence[int], prefix: tuple[int, ...] = ()
+) -> Iterator[tuple[Tree, Fraction]]:
+    """Every tree that has ``widths[depth]`` independent draws below each node, with its chance.
+
+    Siblings that are equal have one subtree, since only the first of them can be accepted.
+    """
+    if not widths:
+        yield {}, Fraction(1)
+        return
+    law = draft(prefix)
+    for children in product([v for v, mass in enumerate(law) if mass], repeat=widths[0]):
+        below = [list(drawn_trees(draft, widths[1:], (*prefix, v))) for v in set(children)]
+        for parts in product(*below):
+            tree: Tree = {prefix: children}
+            for part, _ in parts:
+                tree |= part
+            yield tree, prod([law[v] for v in children] + [chance for _, chance in parts])
+
+
+def over_drawn_trees(
+    target: Target, rule: Rule, draft: Target, widths: Sequence[int], length: int
+) -> Outcomes:
+    """The mean of ``one_round`` over all draws of a tree."""
+    out: Outcomes = {}
+    for tree, chance in drawn_trees(draft, widths):
         for text, mass in one_round(target, rule, tree, draft, length).items():
             out[text] = out.get(text, Fraction(0)) + chance * mass
-    return out
+    return {text: mass for text, mass in out.items() if mass}

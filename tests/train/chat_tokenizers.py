@@ -22,6 +22,13 @@ THINKING = (
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As those of models that call tools: the call stands behind what is said.
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}"
+    "({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # As early Vicuna: no opening, and nothing at the end that is a token of its own.
 BARE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 

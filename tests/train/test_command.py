@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from specrt.cli.app import main
 from specrt.config import ModelConfig
 from specrt.draft.checkpoint import ARCHS, read_checkpoint
 from specrt.sampling import SamplingParams
+from specrt.train.lock import hold_directory
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,30 @@ def test_cached_features_are_shared_and_own_ones_removed(data: Path, tmp_path: P
     assert (shared / "index.json").exists()
     assert run(data, tmp_path / "own", "--max-steps", "5", "--epochs", "3") == 0
     assert not (tmp_path / "own" / "features").exists()
+
+
+def test_another_run_and_a_second_one_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What changes the result although no option of the recipe says so."""
+    target, out = tmp_path / "target", tmp_path / "out"
+    shutil.copytree(target_path(), target)
+    given = ("--target", str(target), "--max-steps", "5", "--no-tensorboard")
+    assert run(data, out, *given, "--max-minutes", "1e-9") == 0  # stops after a step
+
+    def refused(message: str, *more: str) -> None:
+        assert run(data, out, *given, *more) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+    refused("run with held_out 0.2, not 0.4; --restart", "--held-out", "0.4")
+    refused("run with max_length 2048, not 500; --restart", "--max-length", "500")
+    refused("run with features cached, not online; --restart", "--features", "online")
+    with hold_directory(out):
+        refused(f"{out}: process {os.getpid()} on")
+    weights = bytearray((target / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (target / "model.safetensors").write_bytes(weights)
+    refused("run with target_weights ")
 
 
 @pytest.mark.parametrize(

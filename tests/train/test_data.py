@@ -319,7 +319,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path, bundled: Tokenizer) -
     for name, content in (("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]")):
         file = tmp_path / name
         file.write_text(content)
-        with pytest.raises(ValueError, match=f"{file}: .*empty file"):
+        with pytest.raises(ValueError, match=f"{file}: .*empty (file|array)"):
             read_examples([file], bundled, max_length=512)
     with pytest.raises(ValueError, match="in no files"):
         read_examples([], bundled, max_length=512)

@@ -254,6 +254,8 @@ def test_several_exits_have_a_place_each(tmp_path: Path) -> None:
     assert list(tmp_path.glob("exit-*")) == [others]
     train_exits(tmp_path, is_restart=True)
     assert not (tmp_path / "config.json").exists() and (tmp_path / "exit-3").is_dir()
+    (tmp_path / "training.json").write_text('{"exits": [{}]}')  # damaged, and about to be replaced
+    assert train_exits(tmp_path, exits=(2,), is_restart=True).is_done
 
 
 def test_what_is_written_loads(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_what_is_trained_is_what_serves(tmp_path: Path) -> None:
         batch.kv_len,
         batch.block_table,
     )
-    served.reserve(50)
+    served.reserve(50, batch.num_positions)
     served.launch_exit(states, rows, cache, hidden, logits, evidence)
     output = module(states[None])
     torch.testing.assert_close(hidden, output.normed[0], rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, make_checkpoint
 from tests.test_cli import expect_one_line, run, write_tokenizer
 
+CHANGED = (("seed", "1", 0), ("num-texts", "14", 12), ("max-length", "50", 257))
 FAST = ("--max-steps", "2", "--log-steps", "1", "--no-tensorboard", "--threads", "1")
 
 
@@ -87,6 +88,11 @@ def test_an_interrupted_distillation_goes_on(
         patch.setattr(distill.AnswerFile, "write", interrupted)
         cut = train(capsys, target, tmp_path / "cut", "--exit-layer", "1")
     assert cut[0] == 130 and len(texts(tmp_path / "cut")) == 3
+    openings = tmp_path / "cut" / "openings.jsonl"
+    for name, option, there in CHANGED:
+        done = train(capsys, target, tmp_path / "cut", "--exit-layer", "1", f"--{name}", option)
+        said = f"{openings}, line 1: an answer made with {there}, not {option}; --restart"
+        assert done[0] == 2 and f"{name.replace('-', '_')}: {said}" in done[2]
     code, _, err = train(capsys, target, tmp_path / "cut", "--exit-layer", "1")
     assert code == 0 and "openings.jsonl: 0 answers written" in err and "; 3 were there" in err
     whole, resumed = (texts(tmp_path / name) for name in ("whole", "cut"))

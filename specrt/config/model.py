@@ -1,13 +1,9 @@
-"""The shape of a target model, read from a Hugging Face ``config.json``.
-
-Only what specrt computes exactly is accepted; all else is refused with one line that says what.
-"""
+"""The shape of a target model, read from a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,64 +12,31 @@ from typing import Any
 
 import torch
 
+from specrt.config.directory import checkpoint_directory, read_json
+from specrt.config.families import ARCHITECTURES, DEFAULTS
+from specrt.config.foreign import foreign_files
+from specrt.config.generation import GenerationDefaults, read_generation
+from specrt.config.keys import refuse_unknown_keys
+from specrt.config.rope import Rope, read_rope
+from specrt.config.values import positive, size_of
 from specrt.types import CheckpointError
 
 FLOAT8_FORMAT = "float8_e4m3fn"
 """Our own storage of matrices: float8 values beside power-of-two scales."""
 
 _REQUIRED = object()
+_LARGEST_HEAD = 256  # of any device; some take less (models/placement.py)
 
-# What transformers takes when a key is missing. The sizes that define a model have no default here:
-# a checkpoint without them is broken, not a 7B Llama.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "head_dim": 128,
-    },
-}
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float32,  # no kernel reads float64 weights
 }
-_ROPE_FACTORS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+_QUANTISED = {
+    "quantization": "MLX",
+    "compression_config": "compressed-tensors",
+    "quantization_config": "unnamed",
 }
 
 
@@ -109,6 +72,8 @@ class ModelConfig:
     """What the checkpoint says its weights are; float32 where it does not say."""
     float8_scale_suffix: str | None = None
     """Set when matrices are stored as float8 beside a scale whose key ends so."""
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    """What applies where a request says nothing, and how the authors would sample."""
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> ModelConfig:
@@ -118,15 +83,22 @@ class ModelConfig:
             path: a local Hugging Face directory.
 
         Raises:
-            CheckpointError: no such directory or file, not JSON, or a model specrt cannot run.
+            CheckpointError: no such directory or file, not JSON, a model specrt cannot run, a key
+                that nobody knows and that may change the model, or a LoRA adapter beside it.
         """
         directory = checkpoint_directory(path)
-        file = directory / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"{directory}: no config.json")
+        file, adapter = directory / "config.json", directory / "adapter_config.json"
+        if not file.exists() or adapter.exists():
+            found = foreign_files(directory)
+            raise CheckpointError(
+                f"{directory}: {found}" if found else f"{directory}: no config.json"
+            )
         generation_file = directory / "generation_config.json"
-        generation = read_json(generation_file) if generation_file.is_file() else {}
-        return cls.from_dict(read_json(file), generation, source=str(file))
+        generation = read_json(generation_file) if generation_file.exists() else None
+        data = read_json(file)
+        config = cls.from_dict(data, generation, source=str(file))
+        refuse_unknown_keys(data, str(file))
+        return config
 
     @classmethod
     def from_dict(
@@ -140,63 +112,41 @@ class ModelConfig:
 
         Args:
             data: the configuration.
-            generation: the content of ``generation_config.json``; its token ids go first.
+            generation: the content of ``generation_config.json``; its token ids go first. Without
+                it ``data`` itself may hold such settings, as old checkpoints do.
             source: what errors call the file.
 
         Raises:
             CheckpointError: a key is missing or malformed, or the model is not one specrt runs.
         """
-        return _Reader(data, generation or {}, source).config()
+        return _Reader(data, generation, source).config()
 
 
 def config_fingerprint(config: ModelConfig) -> str:
     """Sixteen hex digits that change when anything that defines the architecture changes.
 
-    Token ids, the checkpoint's dtype, its storage and the context limit do not count: a drafter
-    fits a target whatever these are.
+    Token ids, the checkpoint's dtype, its storage, the context limit and how its authors would
+    sample do not count: a drafter fits a target whatever these are.
     """
-    apart = {"bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions"}
+    apart = {"bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation"}
     content = {name: value for name, value in vars(config).items() if name not in apart}
     content["rope_scaling"] = dict(config.rope_scaling) if config.rope_scaling else None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
-    """``path`` as a directory that exists.
-
-    Raises:
-        CheckpointError: it does not, or is a file.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise CheckpointError(f"{directory}: expected a checkpoint directory, got a file")
-    raise CheckpointError(f"{directory}: no such directory (specrt loads local directories only)")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not JSON or holds no object.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
 class _Reader:
     """Takes one ``config.json`` apart, naming the file and the key in every refusal."""
 
-    def __init__(self, data: Mapping[str, Any], generation: Mapping[str, Any], source: str) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str
+    ) -> None:
         self.data = data
-        self.generation = generation
         self.source = source
+        self.generation = data if generation is None else generation
+        is_own = generation is not None
+        self.generation_source = (
+            str(Path(source).with_name("generation_config.json")) if is_own else source
+        )
         self.family = self._family()
 
     def config(self) -> ModelConfig:
@@ -214,10 +164,10 @@ class _Reader:
             num_heads=num_heads,
             num_kv_heads=self._num_kv_heads(num_heads),
             head_dim=head_dim,
-            rms_norm_eps=self._positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
-            rope_theta=self._positive(rope.pop("rope_theta"), "rope_theta"),
-            rope_scaling=None if rope["rope_type"] == "default" else rope,
-            max_positions=self._size("max_position_embeddings"),
+            rms_norm_eps=positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps", self.source),
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
+            max_positions=rope.context,
             has_attention_bias=attention_bias or self.family == "qwen2",
             has_output_bias=attention_bias,
             has_mlp_bias=self.family == "llama" and self._flag("mlp_bias"),
@@ -227,6 +177,9 @@ class _Reader:
             eos_ids=self._token_ids("eos_token_id"),
             dtype=self._dtype(),
             float8_scale_suffix=self._scale_suffix(),
+            generation=read_generation(
+                self.generation, self.generation_source, self._size("vocab_size")
+            ),
         )
 
     def _fail(self, message: str) -> CheckpointError:
@@ -234,18 +187,27 @@ class _Reader:
 
     def _get(self, key: str, default: Any = None) -> Any:
         """The key's value, or the family's default; a null stays a null, as in transformers."""
-        return self.data.get(key, _DEFAULTS[self.family].get(key, default))
+        return self.data.get(key, DEFAULTS[self.family].get(key, default))
 
     def _family(self) -> str:
         family = self.data.get("model_type")
-        supported = ", ".join(_DEFAULTS)
-        if not isinstance(family, str) or family not in _DEFAULTS:
+        supported = ", ".join(DEFAULTS)
+        if isinstance(self.data.get("text_config"), dict):
+            inner = self.data["text_config"].get("model_type")
+            raise self._fail(
+                f"model_type {family!r} is a multimodal wrapper, which is not supported; the model "
+                f"in its text_config ({inner!r}) would be if stored by itself "
+                f"(supported: {supported})"
+            )
+        if not isinstance(family, str) or family not in DEFAULTS:
             raise self._fail(f"model_type {family!r} is not supported (supported: {supported})")
         architectures = self.data.get("architectures")
         names = architectures if isinstance(architectures, list) else [architectures]
-        if architectures and _ARCHITECTURES[family] not in names:
+        # The base class alone saves the same tensors, less the head.
+        known = (ARCHITECTURES[family], ARCHITECTURES[family].replace("ForCausalLM", "Model"))
+        if architectures and not {*known} & {*map(str, names)}:
             named = ", ".join(map(str, names))
-            wanted = ", ".join(_ARCHITECTURES.values())
+            wanted = ", ".join(ARCHITECTURES.values())
             raise self._fail(f"architecture {named} is not supported (supported: {wanted})")
         return family
 
@@ -253,13 +215,14 @@ class _Reader:
         activation = self._get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise self._fail(f"hidden_act: expected silu, got {activation}")
-        if self.data.get("quantization_config") is not None:
-            quantization = self.data["quantization_config"]
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise self._fail(
-                f"quantization_config: quantised checkpoints ({method or 'unnamed'}) are not "
-                "supported; load the unquantised model"
-            )
+        for key, usual in _QUANTISED.items():
+            if self.data.get(key) is not None:
+                said = self.data[key]
+                method = said.get("quant_method") if isinstance(said, dict) else None
+                raise self._fail(
+                    f"{key}: quantised checkpoints ({method or usual}) are not supported; load the "
+                    "unquantised model"
+                )
         window = self._active_window()
         if window is not None:
             raise self._fail(f"a sliding attention window ({window}) is not supported")
@@ -275,7 +238,7 @@ class _Reader:
         if self._get("sliding_window") is None:
             return None
         window = self._size("sliding_window")
-        if window >= self._size("max_position_embeddings"):
+        if window >= self._rope().context:
             return None  # it never hides anything
         if self.family == "mistral":
             return f"sliding_window {window}"
@@ -289,21 +252,13 @@ class _Reader:
         value = self._get(key, _REQUIRED)
         if value is _REQUIRED:
             raise self._fail(f"missing key {key}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._fail(f"{key}: expected a positive integer, got {value!r}")
-        return value
+        return size_of(value, key, self.source)
 
     def _flag(self, key: str) -> bool:
         value = self._get(key, False)
         if not isinstance(value, bool):
             raise self._fail(f"{key}: expected true or false, got {value!r}")
         return value
-
-    def _positive(self, value: Any, key: str) -> float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
-            raise self._fail(f"{key}: expected a positive number, got {value!r}")
-        return float(value)
 
     def _head_dim(self, num_heads: int) -> int:
         if self._get("head_dim") is not None:
@@ -318,6 +273,10 @@ class _Reader:
             head_dim = hidden_size // num_heads
         if head_dim % 2:
             raise self._fail(f"head_dim: rotary embedding needs an even size, got {head_dim}")
+        if head_dim > _LARGEST_HEAD:
+            raise self._fail(
+                f"head_dim: kernels take at most {_LARGEST_HEAD}, the model has {head_dim}"
+            )
         return head_dim
 
     def _num_kv_heads(self, num_heads: int) -> int:
@@ -331,46 +290,20 @@ class _Reader:
             )
         return num_kv_heads
 
-    def _rope(self) -> dict[str, Any]:
-        """``rope_theta``, ``rope_type`` and that type's factors, whichever style they came in."""
-        given = self.data.get("rope_scaling") or self.data.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise self._fail(f"rope_scaling: expected an object, got {given!r}")
-        kind = given.get("rope_type", given.get("type", "default"))
-        if not isinstance(kind, str) or kind not in _ROPE_FACTORS:
-            supported = ", ".join(_ROPE_FACTORS)
-            raise self._fail(f"rope type {kind!r} is not supported (supported: {supported})")
-        partial = given.get("partial_rotary_factor", self.data.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise self._fail(f"partial_rotary_factor: expected 1, got {partial!r}")
-        rope = {
-            "rope_theta": given.get("rope_theta", self.data.get("rope_theta", 10000.0)),
-            "rope_type": kind,
-        }
-        for key in _ROPE_FACTORS[kind]:
-            rope[key] = self._positive(self._rope_factor(given, key), f"rope_scaling.{key}")
-        return rope
-
-    def _rope_factor(self, given: Mapping[str, Any], key: str) -> Any:
-        if key == "original_max_position_embeddings":
-            # transformers lets the key at the top level win.
-            inner = given.get(key, self._size("max_position_embeddings"))
-            return self.data.get(key, inner)
-        if key not in given:
-            raise self._fail(f"missing key rope_scaling.{key}")
-        return given[key]
+    def _rope(self) -> Rope:
+        return read_rope(self.data, self._size("max_position_embeddings"), self.source)
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
         """The generation config's ids where it has some, else the model config's."""
-        value = self.generation.get(key)
+        source, value = self.generation_source, self.generation.get(key)
         if value is None:
-            value = self._get(key)
+            source, value = self.source, self._get(key)
         if value is None:
             return ()
         ids = value if isinstance(value, (list, tuple)) else [value]
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
-                raise self._fail(f"{key}: expected token ids, got {value!r}")
+                raise CheckpointError(f"{source}: {key}: expected token ids, got {value!r}")
         # Some checkpoints write -1 for "none"; an id no token has can never match either.
         return tuple(token for token in ids if token >= 0)
 

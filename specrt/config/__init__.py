@@ -1,0 +1,21 @@
+"""What a checkpoint directory says in words: a target's shape, and how its authors would sample.
+
+Only what specrt computes exactly is accepted; all else is refused with one line that says what.
+"""
+
+from specrt.config.directory import check_file, checkpoint_directory, read_json
+from specrt.config.foreign import foreign_files, foreign_tensors
+from specrt.config.generation import GenerationDefaults
+from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
+
+__all__ = [
+    "FLOAT8_FORMAT",
+    "GenerationDefaults",
+    "ModelConfig",
+    "check_file",
+    "checkpoint_directory",
+    "config_fingerprint",
+    "foreign_files",
+    "foreign_tensors",
+    "read_json",
+]

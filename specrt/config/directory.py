@@ -1,0 +1,86 @@
+"""A checkpoint directory and its files, looked at before anything trusts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from specrt.types import CheckpointError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a directory that exists, with nothing in it that waits when it is opened.
+
+    Raises:
+        CheckpointError: it does not, is a file, or holds a FIFO, a socket or a device.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(_no_directory(directory))
+    try:
+        for file in sorted(directory.iterdir()):
+            if file.exists() and not (file.is_dir() or file.is_file()):
+                raise CheckpointError(f"{file}: expected a file, got {_kind(file)}")
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from error
+    return directory
+
+
+def _no_directory(path: Path) -> str:
+    if not path.exists():
+        return f"{path}: no such directory (specrt loads local directories only)"
+    is_gguf = path.suffix.lower() == ".gguf"
+    note = "; GGUF files are not supported: load the model they were made from" if is_gguf else ""
+    return f"{path}: expected a checkpoint directory, got a file{note}"
+
+
+def check_file(file: Path) -> None:
+    """Refuse what is no file of its own: nothing, a directory, or Git-LFS's pointer to one.
+
+    Raises:
+        CheckpointError: so, or the file cannot be read.
+    """
+    try:
+        kind = stat.S_IFMT(file.stat().st_mode)
+        if kind != stat.S_IFREG:
+            raise CheckpointError(f"{file}: expected a file, got {_kind(file)}")
+        with file.open("rb") as content:
+            is_pointer = content.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    if is_pointer:
+        raise CheckpointError(
+            f"{file}: a Git-LFS pointer, not the file it stands for (git lfs pull brings it)"
+        )
+
+
+def _kind(file: Path) -> str:
+    return _KINDS.get(stat.S_IFMT(file.stat().st_mode), "something else")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON or holds no object.
+    """
+    check_file(file)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data
