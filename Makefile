@@ -6,8 +6,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 READY := .venv/.ready
 
-# Two workers of one thread each: the kernels' pool spins between launches, so two workers with
-# pools of their own size would fight for two cores. Tests of threading set their own count.
+# Two workers of one thread each use two cores best. Tests of threading set their own count.
 # One file stays with one worker: its module fixtures load models.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)

@@ -105,7 +105,7 @@ def test_threads_change_nothing(checkpoint: Path) -> None:
     before = torch.get_num_threads()
     try:
         outputs = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             outputs.append(texts(make_engine(model).generate(prompts(4, VOCAB), GREEDY)))
     finally:

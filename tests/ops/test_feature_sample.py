@@ -164,7 +164,7 @@ def test_bits_depend_on_the_row_alone(wide: int | None, fold: bool) -> None:
     )
     for isa in _C.build_info()["cpu_isas"]:
         _C.set_isa(isa)
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             for rows in (1, 2, 5, 8, 17, 60):
                 out = weights.run(tokens[:rows], None, features[:rows])

@@ -130,18 +130,19 @@ def test_empty_paths_and_batches(backend: Backend) -> None:
 
 
 def test_threads_give_the_same_bits() -> None:
-    args = make_arguments()
-    fresh = {name: value.clone() for name, value in args.items()}
-    threads = torch.get_num_threads()
+    wide = (3, 8, 64)  # 4 sequences of these are worth seven threads
+    before, fresh = torch.get_num_threads(), make_arguments(shape=wide)
+    torch.set_num_threads(1)
+    ops.kv_commit(**fresh)
     try:
-        torch.set_num_threads(3)
-        ops.kv_commit(**args)
-        torch.set_num_threads(1)
-        ops.kv_commit(**fresh)
+        for count in (2, 3, 8):
+            args = make_arguments(shape=wide)
+            torch.set_num_threads(count)
+            ops.kv_commit(**args)
+            assert torch.equal(args["kv"], fresh["kv"])
+            assert torch.equal(args["kv_len"], fresh["kv_len"])
     finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(args["kv"], fresh["kv"])
-    assert torch.equal(args["kv_len"], fresh["kv_len"])
+        torch.set_num_threads(before)
 
 
 def test_compiles_and_makes_its_own_tickets(device: torch.device) -> None:

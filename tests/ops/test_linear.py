@@ -44,7 +44,7 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype, outputs: int, depth: i
     alone = torch.cat([ops.linear(x[i : i + 1], weight) for i in range(128)])
     for isa in _C.build_info()["cpu_isas"]:
         _C.set_isa(isa)
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 31, 64, 127, 128):
                 assert torch.equal(ops.linear(x[:rows], weight), alone[:rows]), (isa, rows)

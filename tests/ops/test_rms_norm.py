@@ -102,6 +102,24 @@ def test_bits_depend_on_the_row_alone(backend: Backend, width: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_isa_or_threads(dtype: torch.dtype) -> None:
+    x, residual = (random(60, 1000, seed=s, dtype=dtype) for s in (0, 1))
+    weight = random(1000, seed=2)
+    isa, threads = _C.active_isa(), torch.get_num_threads()
+    expected = ops.rms_norm(x, weight, EPS, total := residual.clone())
+    try:
+        for name in _C.build_info()["cpu_isas"]:
+            _C.set_isa(name)
+            for count in (1, 2, 3, 8):
+                torch.set_num_threads(count)
+                out = ops.rms_norm(x, weight, EPS, summed := residual.clone())
+                assert torch.equal(out, expected) and torch.equal(summed, total), (name, count)
+    finally:
+        _C.set_isa(isa)
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 250, 1000, 8200])
 @pytest.mark.parametrize("pad", [1, 8])
 def test_bits_do_not_depend_on_strides_and_nothing_around_is_touched(

@@ -332,7 +332,7 @@ def test_instruction_sets_and_threads_give_the_same_bits(uses_draft_probs: bool)
     want = run(tree, logits, params, want_logprobs=True)
     try:
         for isa in _C.build_info()["cpu_isas"]:
-            for count in (1, 2, 3):
+            for count in (1, 2, 3, 8):
                 _C.set_isa(isa)
                 torch.set_num_threads(count)
                 got = run(tree, logits, params, want_logprobs=True)

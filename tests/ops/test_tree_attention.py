@@ -225,7 +225,7 @@ def test_bits_do_not_depend_on_pages_rows_isa_or_threads() -> None:
     assert torch.equal(run(case, num_pad=27), expected)
     for rows in (slice(0, 1), slice(5, 6), slice(11, 30)):  # first_node > 0
         assert torch.equal(run(case, rows), expected[rows])
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         assert torch.equal(run(case), expected)
     for isa in _C.build_info()["cpu_isas"]:
