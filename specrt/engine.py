@@ -68,6 +68,7 @@ class Engine:
         self._is_closed = False
 
     def __enter__(self) -> Engine:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,7 +111,11 @@ class Engine:
 
         Requests take nothing of it by themselves but ``repetition_penalty`` and
         ``suppress_tokens``, which are part of ``transformers``' greedy output.
+
+        Raises:
+            RuntimeError: the engine is closed.
         """
+        self._check_open()
         return SamplingParams.from_defaults(self.target.config.generation)
 
     def generate(

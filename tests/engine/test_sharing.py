@@ -155,9 +155,15 @@ def test_a_closed_engine_says_so(model: LlamaModel) -> None:
     for stream in (begun, unbegun):
         with pytest.raises(RuntimeError, match="engine: expected an open one, got .* closed"):
             list(stream)
-    for call in (engine.generate, engine.stream, engine.encode):
+    for call in (
+        lambda: engine.generate([1, 2]),
+        lambda: engine.stream([1, 2]),
+        lambda: engine.encode([1, 2]),
+        lambda: engine.default_sampling,
+        engine.__enter__,
+    ):
         with pytest.raises(RuntimeError, match="engine: expected an open one, got .* closed"):
-            call([1, 2])
+            call()
     assert repr(engine) == "Engine(closed)"
 
 
