@@ -18,7 +18,7 @@ from specrt.config.foreign import foreign_files
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.keys import refuse_unknown_keys
 from specrt.config.rope import Rope, read_rope
-from specrt.config.values import positive, size_of
+from specrt.config.values import flag, positive, size_of
 from specrt.types import CheckpointError
 
 FLOAT8_FORMAT = "float8_e4m3fn"
@@ -252,10 +252,7 @@ class _Reader:
         return size_of(value, key, self.source)
 
     def _flag(self, key: str) -> bool:
-        value = self._get(key, False)
-        if not isinstance(value, bool):
-            raise self._fail(f"{key}: expected true or false, got {value!r}")
-        return value
+        return flag(self._get(key, False), key, self.source)
 
     def _head_dim(self, num_heads: int) -> int:
         if self._get("head_dim") is not None:
