@@ -63,11 +63,12 @@ class Engine:
         self.max_nodes = max_nodes
         self.cache = target.new_cache()
         self._cost = RoundCost()
-        self._turns = target.turns
+        self._lock = target.lock
         self._running: set[RunningBatch] = set()
         self._is_closed = False
 
     def __enter__(self) -> Engine:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +96,7 @@ class Engine:
         Waits for a round that another thread is in. Open streams raise RuntimeError instead of
         their next round, and so does every later call.
         """
-        with self._turns:
+        with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
@@ -110,7 +111,11 @@ class Engine:
 
         Requests take nothing of it by themselves but ``repetition_penalty`` and
         ``suppress_tokens``, which are part of ``transformers``' greedy output.
+
+        Raises:
+            RuntimeError: the engine is closed.
         """
+        self._check_open()
         return SamplingParams.from_defaults(self.target.config.generation)
 
     def generate(
@@ -283,11 +288,11 @@ class Engine:
             while not is_over:
                 while waiting and len(batch.sequences) < self.max_batch:
                     index, (ids, params) = waiting.popleft()
-                    with self._turns:
+                    with self._lock:
                         self._check_open()
                         batch.join(self._new_sequence(index, ids, params, has_text))
                         self._start(batch.sequences[-1])
-                with self._turns:
+                with self._lock:
                     self._check_open()
                     batch.refresh(self.cache, self.target.config.vocab_size)
                     chunks = self._round(batch, draft)
@@ -295,7 +300,7 @@ class Engine:
                 yield from chunks
         finally:
             # Maybe by the garbage collector in the middle of another stream's round.
-            self._turns.do_when_free(partial(self._leave, batch))
+            self._lock.do_when_free(partial(self._leave, batch))
 
     def _leave(self, batch: RunningBatch) -> None:
         """Free what a stream's sequences hold, whichever way it ended."""

@@ -82,8 +82,11 @@ def load(
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
         ValueError: an argument out of range; a device that is not there or that this build has no
             kernels for; a model or drafter that the device's kernels do not run.
+        TypeError: ``target`` is no path.
         MemoryError: no room for the weights.
     """
+    if not isinstance(target, str | os.PathLike):
+        raise TypeError(f"target: expected a directory or {BUILTIN!r}, got {target!r}")
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)

@@ -9,30 +9,16 @@ from functools import wraps
 from typing import Any, TypeVar
 
 _Params = TypeVar("_Params")
-_ONE_OUTPUT = "a prompt has one output: give it several times, with a seed each"
-_NO_BEAMS = "there is no beam search"
-_NO_LEAST = "ignore_eos, or logit_bias of -inf for the end-of-sequence token"
-# What others call it, and what to say here.
-_ELSEWHERE = {
+# What is called otherwise here.
+_NAMES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "max_output_tokens": "max_new_tokens",
     "max_gen_len": "max_new_tokens",
     "max_length": "max_new_tokens, which does not count the prompt",
-    "min_tokens": _NO_LEAST,
-    "min_new_tokens": _NO_LEAST,
-    "min_length": _NO_LEAST,
     "do_sample": "temperature: 0 is greedy, above 0 draws",
     "greedy": "temperature=0",
     "temp": "temperature",
-    "n": _ONE_OUTPUT,
-    "best_of": _ONE_OUTPUT,
-    "num_return_sequences": _ONE_OUTPUT,
-    "num_beams": _NO_BEAMS,
-    "use_beam_search": _NO_BEAMS,
-    "beam_width": _NO_BEAMS,
-    "length_penalty": _NO_BEAMS,
-    "early_stopping": _NO_BEAMS,
     "stop_strings": "stop",
     "stop_sequences": "stop",
     "stop_words": "stop",
@@ -45,10 +31,31 @@ _ELSEWHERE = {
     "top_logprobs": "logprobs, of the tokens that were chosen",
     "prompt_logprobs": "logprobs, of output tokens",
     "stream": "Engine.stream",
+    "streamer": "Engine.stream",
     "model": "target",
     "sampling_params": "sampling",
     "generation_config": "sampling",
 }
+# What there is not, or not as an option.
+_ABSENT = {
+    "a prompt has one output: give it several times, with a seed each": """
+        n best_of num_return_sequences
+    """,
+    "there is no beam search": """
+        num_beams use_beam_search beam_width length_penalty early_stopping
+    """,
+    "there is no least length (ignore_eos, or logit_bias of -inf for the end's token)": """
+        min_tokens min_new_tokens min_length
+    """,
+    "the text leaves special tokens out, token_ids has them": """
+        skip_special_tokens spaces_between_special_tokens detokenize
+    """,
+    "outputs cannot be constrained": """
+        response_format guided_decoding guided_json guided_regex guided_choice guided_grammar
+        structured_outputs logits_processor logits_processors
+    """,
+}
+_REASONS = {name: reason for reason, names in _ABSENT.items() for name in names.split()}
 
 
 def with_option_hints(cls: type[_Params]) -> type[_Params]:
@@ -69,6 +76,8 @@ def with_option_hints(cls: type[_Params]) -> type[_Params]:
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
     """What to tell a caller whose option is none of those known."""
+    if name in _REASONS:
+        return f"{name}: no sampling option; {_REASONS[name]}"
     close = get_close_matches(name.lower().replace("-", "_"), known, n=1)
-    hint = _ELSEWHERE.get(name) or next(iter(close), None)
-    return f"{name}: no sampling option; expected {hint or ', '.join(known)}"
+    expected = _NAMES.get(name) or next(iter(close), None) or ", ".join(known)
+    return f"{name}: no sampling option; expected {expected}"

@@ -118,6 +118,9 @@ def test_what_is_no_drafter_and_what_is_there_already(
 
     expect_one_line(converted(target, tmp_path / "dst"), "no FSPAD or EAGLE drafter")
     expect_one_line(converted(tmp_path / "nowhere", tmp_path / "dst"), "no such directory")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    expect_one_line(converted(tmp_path / "adapter", tmp_path / "dst"), "is a LoRA adapter")
     make_exit_checkpoint(target, tmp_path / "exit", 1)
     expect_one_line(converted(tmp_path / "exit", tmp_path / "dst"), "EESD has no other layout")
     write_official(tmp_path / "src", target, "fspad")

@@ -179,10 +179,10 @@ def test_old_configurations_have_such_settings_themselves(directory: Path, tmp_p
         ({"suppress_tokens": [True]}, "suppress_tokens: expected a list of token ids"),
         ({"do_sample": 1}, "do_sample: expected true or false, got 1"),
         ({"temperature": float("nan")}, "temperature: expected a number in 0..100000, got nan"),
-        ({"top_k": 2**31}, "top_k: expected an integer >= -1, got 2147483648"),
+        ({"top_k": 2**31}, "top_k: expected an integer in -1..2147483647, got 2147483648"),
         ({"top_p": 1.5}, "top_p: expected a number in 1e-30..1, got 1.5"),
         ({"min_p": []}, "min_p: expected a number in 0..1, got []"),
-        ({"max_new_tokens": -1}, "max_new_tokens: expected an integer >= 0, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected an integer in 0..2147483647, got -1"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected token ids, got '</s>'"),
     ],
 )

@@ -67,6 +67,11 @@ def test_paths_that_hold_no_model(role: str, target: Path, tmp_path: Path) -> No
         assert str(path) in str(caught.value)
 
 
+def test_a_target_that_is_no_path() -> None:
+    with pytest.raises(TypeError, match="target: expected a directory or 'builtin', got None"):
+        specrt.load(None)  # type: ignore[arg-type]
+
+
 def test_a_drafter_of_another_vocabulary(target: Path, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, vocab_size=96)
     with pytest.raises(CheckpointError, match="without .* tokenizer .* vocabulary of 97, got 96"):

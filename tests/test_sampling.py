@@ -99,22 +99,24 @@ def test_defaults_and_derived_fields() -> None:
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ("max_tokens", "max_new_tokens"),
-        ("max_length", "max_new_tokens, which does not count the prompt"),
-        ("do_sample", "temperature: 0 is greedy"),
+        ("max_tokens", "expected max_new_tokens"),
+        ("max_length", "expected max_new_tokens, which does not count the prompt"),
+        ("do_sample", "expected temperature: 0 is greedy"),
         ("n", "a prompt has one output"),
         ("best_of", "a prompt has one output"),
         ("use_beam_search", "there is no beam search"),
-        ("eos_token_id", "stop_token_ids"),
-        ("temprature", "temperature$"),
-        ("Top-P", "top_p$"),
-        ("xyz", "max_new_tokens, temperature, .*logprobs"),
+        ("skip_special_tokens", "the text leaves special tokens out"),
+        ("guided_json", "outputs cannot be constrained"),
+        ("eos_token_id", "expected stop_token_ids"),
+        ("temprature", "expected temperature$"),
+        ("Top-P", "expected top_p$"),
+        ("xyz", "expected max_new_tokens, temperature, .*logprobs"),
     ],
 )
 def test_what_others_call_it_is_hinted(field: str, hint: str) -> None:
-    with pytest.raises(TypeError, match=f"^{field}: no sampling option; expected {hint}"):
+    with pytest.raises(TypeError, match=f"^{field}: no sampling option; {hint}"):
         SamplingParams(**{field: 1})
-    with pytest.raises(TypeError, match=f"^{field}: no sampling option; expected {hint}"):
+    with pytest.raises(TypeError, match=f"^{field}: no sampling option; {hint}"):
         one_each(SamplingParams(), 1, {field: 1})
 
 

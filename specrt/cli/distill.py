@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specrt.cli.errors import USER_ERROR, report
+from specrt.cli.errors import USER_ERROR, note, report
 from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, Threads
 from specrt.train.lock import hold_file
 
@@ -330,11 +329,6 @@ def model_options(engine: Engine, directory: Path) -> dict[str, str]:
 
     dtype = str(engine.target.weights.lm_head.dtype).removeprefix("torch.")
     return {"target": weights_hash(directory), "dtype": dtype}
-
-
-def note(message: str) -> None:
-    """One line on stderr that is no error."""
-    print(f"specrt: {message}", file=sys.stderr)
 
 
 def _digest(content: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a command ends: exit codes, and one line for every mistake a user can make."""
+"""What a command says on stderr, and where it ends: one line for a mistake, and exit codes."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def run(command: Callable[[], object]) -> int:
 def report(message: str) -> None:
     """Print one error line."""
     print(f"specrt: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Print one line that is no error."""
+    print(f"specrt: {message}", file=sys.stderr)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -41,7 +41,8 @@ def load_engine(
     from specrt.loading import AUTO, load
 
     names = (NO_DRAFTER, AUTO, PROMPT_LOOKUP, *drafter_paths())
-    is_path = drafter != "" and Path(drafter).exists()  # the empty path is the present folder
+    # The empty path is the present folder. What looks like a path `load` refuses with more words.
+    is_path = drafter != "" and (Path(drafter).exists() or "/" in drafter)
     if drafter not in names and not is_path:
         raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
     name = None if drafter == NO_DRAFTER else drafter

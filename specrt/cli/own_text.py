@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specrt.cli.distill import AnswerFile, Job, Plan, answer, model_options, note
+from specrt.cli.distill import AnswerFile, Job, Plan, answer, model_options
+from specrt.cli.errors import note
 from specrt.cli.loading import NO_DRAFTER, load_engine, target_directory
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specrt.cli.distill import note
+from specrt.cli.errors import note
 from specrt.json_lines import JsonItem, iter_items
 
 if TYPE_CHECKING:

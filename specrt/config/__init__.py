@@ -3,7 +3,7 @@
 Only what specrt computes exactly is accepted; all else is refused with one line that says what.
 """
 
-from specrt.config.directory import check_file, checkpoint_directory, read_json
+from specrt.config.directory import check_file, checkpoint_directory, config_file, read_json
 from specrt.config.foreign import foreign_files, foreign_tensors
 from specrt.config.generation import GenerationDefaults
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
@@ -14,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "check_file",
     "checkpoint_directory",
+    "config_file",
     "config_fingerprint",
     "foreign_files",
     "foreign_tensors",

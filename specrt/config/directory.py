@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
+from specrt.config.foreign import foreign_files
 from specrt.types import CheckpointError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+# As repositories are called, OWNER/NAME.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -38,9 +42,24 @@ def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
     return directory
 
 
+def config_file(path: str | os.PathLike[str]) -> Path:
+    """The ``config.json`` of a checkpoint directory.
+
+    Raises:
+        CheckpointError: no such directory, or it has none; says what it has instead.
+    """
+    directory = checkpoint_directory(path)
+    file = directory / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{directory}: {foreign_files(directory) or 'no config.json'}")
+    return file
+
+
 def _no_directory(path: Path) -> str:
     if not path.exists():
-        return f"{path}: no such directory (specrt loads local directories only)"
+        is_hub_name = _HUB_NAME.fullmatch(str(path))
+        how = f"; from the Hub: hf download {path} --local-dir {path.name}" if is_hub_name else ""
+        return f"{path}: no such directory (specrt loads local directories only{how})"
     is_gguf = path.suffix.lower() == ".gguf"
     note = "; GGUF files are not supported: load the model they were made from" if is_gguf else ""
     return f"{path}: expected a checkpoint directory, got a file{note}"

@@ -31,6 +31,7 @@ _FILES = {
     "*.bin": "weights under a name of their own (expected pytorch_model.bin)",
     "*.pt*": "weights under a name of their own (expected pytorch_model.bin)",
 }
+_USUAL_FILES = ("model.safetensors", "pytorch_model.bin")
 # Patterns of tensors' names; what is quantised otherwise says so in config.json as a rule.
 _TENSORS = {
     r"\.lora_[AB]\b|\.lora_embedding_[AB]\b|^base_model\.model\.": _ADAPTER,
@@ -52,7 +53,8 @@ def foreign_files(directory: Path) -> str | None:
     """What a directory's files say it is, where it is no model in Hugging Face's layout."""
     for pattern, meaning in _FILES.items():
         for file in sorted(directory.glob(pattern)):
-            return f"{file.name} is {meaning}"
+            if file.name not in _USUAL_FILES:
+                return f"{file.name} is {meaning}"
     return None
 
 

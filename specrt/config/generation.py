@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specrt.types import CheckpointError
+from specrt.config.values import flag, integer, number, token_ids
 
+_MOST = 2**31 - 1
 # What transformers acts upon and specrt does not have, and the values that change nothing there.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "assistant_early_exit": (),
@@ -106,20 +107,25 @@ def read_generation(data: Mapping[str, Any], source: str, vocab_size: int) -> Ge
     Raises:
         CheckpointError: a value has another type, or is out of the range of a request's.
     """
-    reader = _Reader(data, source)
-    is_sampled = reader.flag("do_sample")
-    temperature = reader.number("temperature", 1.0, 0.0, 1e5)
-    top_k = reader.integer("top_k", 0, -1)
-    suppressed = reader.token_ids("suppress_tokens")
+    # A null is as good as no key.
+    given = {key: value for key, value in data.items() if value is not None}
+
+    def read(key: str, default: float, least: float, most: float) -> float:
+        return number(given.get(key, default), key, source, least, most)
+
+    is_sampled = flag(given.get("do_sample", False), "do_sample", source)
+    temperature = read("temperature", 1.0, 0.0, 1e5)
+    suppressed = token_ids(given.get("suppress_tokens", []), "suppress_tokens", source)
+    max_new_tokens = integer(given.get("max_new_tokens", 0), "max_new_tokens", source, 0, _MOST)
     return GenerationDefaults(
-        repetition_penalty=reader.number("repetition_penalty", 1.0, 1e-5, 99999.0),
+        repetition_penalty=read("repetition_penalty", 1.0, 1e-5, 99999.0),
         suppress_tokens=tuple(token for token in suppressed if 0 <= token < vocab_size),
         # What is too close to 0 for a division takes the largest logit too.
         temperature=temperature if is_sampled and temperature >= 1e-5 else 0.0,
-        top_k=max(0, top_k),
-        top_p=reader.number("top_p", 1.0, 1e-30, 1.0),
-        min_p=reader.number("min_p", 0.0, 0.0, 1.0),
-        max_new_tokens=reader.integer("max_new_tokens", 0, 0) or None,
+        top_k=max(0, integer(given.get("top_k", 0), "top_k", source, -1, _MOST)),
+        top_p=read("top_p", 1.0, 1e-30, 1.0),
+        min_p=read("min_p", 0.0, 0.0, 1.0),
+        max_new_tokens=max_new_tokens or None,
         offered=_offered(data),
         ignored=_ignored(data),
     )
@@ -142,46 +148,3 @@ def _ignored(data: Mapping[str, Any]) -> tuple[str, ...]:
         if value is not None and value not in neutral and value != [] and value != {}:
             said.append(f"{key} {value}")
     return tuple(text if len(text) <= 60 else f"{text[:57]}..." for text in said)
-
-
-class _Reader:
-    """Values of one file, a null being as good as no key."""
-
-    def __init__(self, data: Mapping[str, Any], source: str) -> None:
-        self._data = data
-        self._source = source
-
-    def _fail(self, key: str, expected: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._source}: {key}: expected {expected}, got {self._data[key]!r}"
-        )
-
-    def flag(self, key: str) -> bool:
-        value = self._data.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self._fail(key, "true or false")
-        return bool(value)
-
-    def number(self, key: str, default: float, least: float, most: float) -> float:
-        value = self._data.get(key)
-        if value is None:
-            return default
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most:
-            raise self._fail(key, f"a number in {least:g}..{most:g}")
-        return float(value)
-
-    def integer(self, key: str, default: int, least: int) -> int:
-        value = self._data.get(key)
-        if value is None:
-            return default
-        if type(value) is not int or not least <= value < 2**31:
-            raise self._fail(key, f"an integer >= {least}")
-        return value
-
-    def token_ids(self, key: str) -> list[int]:
-        value = self._data.get(key)
-        ids = [] if value is None else value
-        if not isinstance(ids, list) or any(type(token) is not int for token in ids):
-            raise self._fail(key, "a list of token ids")
-        return ids

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from specrt.config.directory import checkpoint_directory, read_json
+from specrt.config.directory import config_file, read_json
 from specrt.config.families import ARCHITECTURES, DEFAULTS
 from specrt.config.foreign import foreign_files
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.keys import refuse_unknown_keys
 from specrt.config.rope import Rope, read_rope
-from specrt.config.values import positive, size_of
+from specrt.config.values import flag, positive, size_of
 from specrt.types import CheckpointError
 
 FLOAT8_FORMAT = "float8_e4m3fn"
@@ -86,13 +86,10 @@ class ModelConfig:
             CheckpointError: no such directory or file, not JSON, a model specrt cannot run, a key
                 that nobody knows and that may change the model, or a LoRA adapter beside it.
         """
-        directory = checkpoint_directory(path)
-        file, adapter = directory / "config.json", directory / "adapter_config.json"
-        if not file.exists() or adapter.exists():
-            found = foreign_files(directory)
-            raise CheckpointError(
-                f"{directory}: {found}" if found else f"{directory}: no config.json"
-            )
+        file = config_file(path)
+        directory = file.parent
+        if (directory / "adapter_config.json").exists():
+            raise CheckpointError(f"{directory}: {foreign_files(directory)}")
         generation_file = directory / "generation_config.json"
         generation = read_json(generation_file) if generation_file.exists() else None
         data = read_json(file)
@@ -255,10 +252,7 @@ class _Reader:
         return size_of(value, key, self.source)
 
     def _flag(self, key: str) -> bool:
-        value = self._get(key, False)
-        if not isinstance(value, bool):
-            raise self._fail(f"{key}: expected true or false, got {value!r}")
-        return value
+        return flag(self._get(key, False), key, self.source)
 
     def _head_dim(self, num_heads: int) -> int:
         if self._get("head_dim") is not None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
+from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
 from specrt.draft.official import HEAD, LAYER, official_flags, open_drafter
 from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
@@ -159,11 +159,8 @@ def read_checkpoint(
         CheckpointError: files missing or broken, another kind or version, tensors missing, unknown,
             misshaped or not finite, or made for another target.
     """
-    directory = checkpoint_directory(path)
-    file = directory / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{directory}: no config.json")
-    checkpoint = open_drafter(directory)
+    file = config_file(path)
+    checkpoint = open_drafter(file.parent)
     config = _read_config(file, read_json(file), checkpoint)
     if target is not None:
         _check_target(file, config, target)

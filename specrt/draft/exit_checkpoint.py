@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
+from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
 from specrt.draft.checkpoint import FORMAT_VERSION, write_files
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import layer_shapes
@@ -126,9 +126,7 @@ def read_exit(path: str | os.PathLike[str], target: ModelConfig) -> ExitConfig:
         CheckpointError: no such file, another kind or version, N out of range, or made for
             another target.
     """
-    file = checkpoint_directory(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent}: no config.json")
+    file = config_file(path)
     data = read_json(file)
     if data.get("drafter") != KIND:
         raise CheckpointError(f"{file}: drafter: expected {KIND!r}, got {data.get('drafter')!r}")

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specrt.models.tokenizer import load_tokenizer
+from specrt.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from specrt.types import CheckpointError
-
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_vocabulary(
@@ -29,8 +27,8 @@ def check_vocabulary(
     Raises:
         CheckpointError: the tokenizers differ, or cannot be compared and the sizes differ.
     """
-    files = [name for name in _FILES if (directory / name).is_file()]
-    theirs = [name for name in _FILES if target is not None and (target / name).is_file()]
+    files = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    theirs = [name for name in TOKENIZER_FILES if target is not None and (target / name).is_file()]
     if target is None or not files or not theirs:
         if vocab_size != target_size:
             raise CheckpointError(

@@ -22,11 +22,11 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
+from specrt.models.fair_lock import FairLock
 from specrt.models.heads import norm_eps
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
-from specrt.models.turns import Turns
 from specrt.ops import registry
 from specrt.tree import MAX_NODES, chain
 from specrt.types import DraftTree, VerifyOutput
@@ -106,7 +106,7 @@ class LlamaModel:
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
         self._version = 0
-        self.turns = Turns()  # who has it may use the buffers, and what `forward` gave
+        self.lock = FairLock()  # who has it may use the buffers, and what `forward` gave
 
     @property
     def version(self) -> int:

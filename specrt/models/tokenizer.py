@@ -14,8 +14,9 @@ from specrt.config import check_file, checkpoint_directory, read_json
 from specrt.models.chat import check_characters, template_messages
 from specrt.types import CheckpointError
 
-# transformers makes up an empty tokenizer where a directory has none of these.
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""What a tokenizer is read from, the first that is there; ``transformers`` makes up an empty one
+where there is none."""
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Texts on which a converted tokenizer may differ from SentencePiece.
 _PROBES = ("a", " a", "  ", "The quick  brown\n\tfox, 1234.5 ", "é…€😀中")
@@ -210,12 +211,12 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
 
 def _tokenizer_file(directory: Path) -> Path:
     """The file that the tokenizer is read from."""
-    found = [directory / name for name in _FILES if (directory / name).is_file()]
+    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not found:
         reason = _remote_code(directory) or f"{directory}: no tokenizer"
         if (directory / "tekken.json").is_file():
             reason = f"{directory / 'tekken.json'}: a tokenizer in Mistral's own form"
-        raise CheckpointError(f"{reason}; expected one of {', '.join(_FILES)}")
+        raise CheckpointError(f"{reason}; expected one of {', '.join(TOKENIZER_FILES)}")
     file = found[0]
     check_file(file)
     if file.name == "vocab.json" and not file.with_name("merges.txt").is_file():

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from specrt.models.chat import check_characters
+
 ASSISTANT, USER, SYSTEM, TOOL, DEVELOPER = "assistant", "user", "system", "tool", "developer"
 
 # What files call who speaks, in lower case.
@@ -82,19 +84,11 @@ def checked_text(where: str, value: Any) -> str:
     """A text that can be encoded.
 
     Raises:
-        ValueError: it is no text, or has half of a character (a lone surrogate, from a text that
-            was cut within ``\\ud83d\\ude00``); names ``where``.
+        ValueError: it is no text, or has half of a surrogate pair; names ``where``.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected text, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(value[error.start]):04X}"
-        raise ValueError(
-            f"{where}: expected text, got half a character ({code}) at {error.start}"
-        ) from error
-    return value
+    return check_characters(where, value)
 
 
 def _turn(place: str, turn: Any) -> Turn:

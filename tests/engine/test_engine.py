@@ -32,13 +32,6 @@ LONG = SamplingParams(max_new_tokens=60, temperature=1.0, seed=11, ignore_eos=Tr
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path)
-    return make_model(path)
-
-
-@pytest.fixture(scope="module")
 def answer(model: LlamaModel) -> list[int]:
     """60 tokens of plain, varied text after prompt [3, 4, 5]."""
     return make_engine(model).generate([3, 4, 5], LONG).token_ids

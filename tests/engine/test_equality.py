@@ -12,7 +12,6 @@ from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.models.llama import LlamaModel
 from specrt.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, make_model, prompts, sampled, texts
 
 VOCAB = 97
@@ -22,13 +21,6 @@ PENALISED = sampled(
 )
 SETTINGS = {"greedy": GREEDY, "seed 1": sampled(1), "seed 2": sampled(2), "penalties": PENALISED}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path)
-    return path
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)

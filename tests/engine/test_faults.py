@@ -15,23 +15,10 @@ from specrt.draft.recording import RecordingDrafter
 from specrt.draft.small_model import SmallModelDrafter
 from specrt.models.llama import LlamaModel
 from specrt.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, make_model, prompts, texts
 
 VOCAB = 97
 LONG = SamplingParams(max_new_tokens=40, temperature=1.0, seed=11, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> LlamaModel:
-    return make_model(checkpoint)
 
 
 # --- trees out of bounds ----------------------------------------------------------------------

@@ -19,23 +19,10 @@ from specrt.draft.small_model import SmallModelDrafter
 from specrt.engine import Engine
 from specrt.models.llama import LlamaModel
 from specrt.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint
 from tests.engine.support import make_engine, make_model, prompts, texts
 
 VOCAB = 97
 LONG = SamplingParams(max_new_tokens=24, temperature=1.0, seed=11, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> LlamaModel:
-    return make_model(checkpoint)
 
 
 def in_another_thread(body: Callable[[], None]) -> threading.Thread:
@@ -48,7 +35,7 @@ class Crowded(EmptyDrafter):
     """In its first round it lets another thread begin, and waits until that one waits or is in."""
 
     def __init__(self, model: LlamaModel, begin: Callable[[], None]) -> None:
-        self._turns = model.turns
+        self._lock = model.lock
         self._begin = begin
         self._is_inside = self._is_overlapped = False
         self.thread: threading.Thread | None = None
@@ -61,7 +48,7 @@ class Crowded(EmptyDrafter):
         if self.thread is None:
             self.thread = in_another_thread(self._begin)
             tries = range(10**7)
-            assert any(self._turns._door.locked() or self._is_overlapped for _ in tries)
+            assert any(self._lock._door.locked() or self._is_overlapped for _ in tries)
         return super().propose(states, budget)
 
     def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
@@ -155,9 +142,15 @@ def test_a_closed_engine_says_so(model: LlamaModel) -> None:
     for stream in (begun, unbegun):
         with pytest.raises(RuntimeError, match="engine: expected an open one, got .* closed"):
             list(stream)
-    for call in (engine.generate, engine.stream, engine.encode):
+    for call in (
+        lambda: engine.generate([1, 2]),
+        lambda: engine.stream([1, 2]),
+        lambda: engine.encode([1, 2]),
+        lambda: engine.default_sampling,
+        engine.__enter__,
+    ):
         with pytest.raises(RuntimeError, match="engine: expected an open one, got .* closed"):
-            call([1, 2])
+            call()
     assert repr(engine) == "Engine(closed)"
 
 

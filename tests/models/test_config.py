@@ -338,8 +338,14 @@ def test_directory_refusals(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no such directory" in message(tmp_path / "absent")
+    assert message(tmp_path / "absent").endswith("directory (specrt loads local directories only)")
+    assert "(specrt loads local directories only; from the Hub: hf download org/a-7b-hf" in (
+        message(Path("org/a-7b-hf"))
+    )
     assert "no config.json" in message(tmp_path)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+    assert message(tmp_path) == f"{tmp_path}: no config.json"
     file = tmp_path / "config.json"
     for text in ("{", "", "\x00", "[" * 100000):
         file.write_text(text)

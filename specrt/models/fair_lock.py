@@ -1,4 +1,4 @@
-"""Whose turn it is with buffers that threads share."""
+"""A lock on buffers that threads share, in the order of asking."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Lock, get_ident
 
 
-class Turns:
+class FairLock:
     """A lock for ``with``, handed on in the order of asking, and work that waits until it is free.
 
     Who leaves and asks again stands behind whoever waits, so that two streams take turns round by

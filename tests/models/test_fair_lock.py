@@ -1,4 +1,4 @@
-"""Turns go by the order of asking, and nobody waits for one in the middle of one."""
+"""The lock goes by the order of asking, and nobody waits for it who holds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from specrt.models.turns import Turns
+from specrt.models.fair_lock import FairLock
 
 
 def in_thread(body: Callable[[], None]) -> threading.Thread:
@@ -28,55 +28,55 @@ def run_to_its_end(body: Callable[[], None]) -> None:
 
 
 def test_who_comes_back_stands_behind_who_waits() -> None:
-    turns, said = Turns(), list[str]()
+    lock, said = FairLock(), list[str]()
 
     def other() -> None:
         for _ in range(4):
-            with turns:
+            with lock:
                 said.append("b")
-                wait_until(turns._door.locked)  # the main thread waits
+                wait_until(lock._door.locked)  # the main thread waits
 
-    with turns:
+    with lock:
         thread = in_thread(other)
-        wait_until(turns._door.locked)
+        wait_until(lock._door.locked)
     for _ in range(4):
-        with turns:
+        with lock:
             said.append("a")
             if len(said) < 8:
-                wait_until(turns._door.locked)
+                wait_until(lock._door.locked)
     thread.join()
     assert "".join(said) == "ba" * 4
 
 
 def test_an_exception_ends_a_turn() -> None:
-    turns = Turns()
-    with pytest.raises(KeyError), turns:
+    lock = FairLock()
+    with pytest.raises(KeyError), lock:
         raise KeyError
-    with turns:
+    with lock:
         pass
 
 
 def test_a_turn_inside_a_turn_is_an_error_and_no_deadlock() -> None:
-    turns = Turns()
+    lock = FairLock()
 
     def nested() -> None:
-        with turns, pytest.raises(RuntimeError, match="from inside its own round"), turns:
+        with lock, pytest.raises(RuntimeError, match="from inside its own round"), lock:
             pass
-        with turns:
+        with lock:
             pass
 
     run_to_its_end(nested)
 
 
 def test_work_that_waits_until_the_turn_ends() -> None:
-    turns, done = Turns(), list[str]()
+    lock, done = FairLock(), list[str]()
 
     def ask_for_work() -> None:
-        turns.do_when_free(lambda: done.append("at once"))
-        with turns:
+        lock.do_when_free(lambda: done.append("at once"))
+        with lock:
             # As the garbage collector may, in this thread or in another.
-            turns.do_when_free(lambda: done.append("own"))
-            in_thread(lambda: turns.do_when_free(lambda: done.append("other's"))).join()
+            lock.do_when_free(lambda: done.append("own"))
+            in_thread(lambda: lock.do_when_free(lambda: done.append("other's"))).join()
             done.append("turn ends")
 
     run_to_its_end(ask_for_work)
@@ -84,16 +84,16 @@ def test_work_that_waits_until_the_turn_ends() -> None:
 
 
 def test_work_that_fails_leaves_the_turn_and_the_rest_of_the_work() -> None:
-    turns, done = Turns(), list[str]()
+    lock, done = FairLock(), list[str]()
 
     def fail() -> None:
         raise KeyError
 
-    turns.__enter__()
-    turns.do_when_free(fail)
-    turns.do_when_free(lambda: done.append("rest"))
+    lock.__enter__()
+    lock.do_when_free(fail)
+    lock.do_when_free(lambda: done.append("rest"))
     with pytest.raises(KeyError):
-        turns.__exit__()
-    with turns:
+        lock.__exit__()
+    with lock:
         pass
     assert done == ["rest"]
