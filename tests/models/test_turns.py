@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -27,57 +29,68 @@ def run_to_its_end(body: Callable[[], None]) -> None:
     assert not thread.is_alive(), "deadlock"
 
 
+def nothing() -> None: ...
+
+
 def test_who_comes_back_stands_behind_who_waits() -> None:
     turns, said = Turns(), list[str]()
 
+    def say(letter: str) -> None:
+        said.append(letter)
+        if len(said) < 8:
+            wait_until(turns._door.locked)  # the other one waits
+
     def other() -> None:
         for _ in range(4):
-            with turns:
-                said.append("b")
-                wait_until(turns._door.locked)  # the main thread waits
+            turns.take(lambda: say("b"))
 
-    with turns:
+    def begin() -> threading.Thread:
         thread = in_thread(other)
         wait_until(turns._door.locked)
+        return thread
+
+    thread = turns.take(begin)
     for _ in range(4):
-        with turns:
-            said.append("a")
-            if len(said) < 8:
-                wait_until(turns._door.locked)
+        turns.take(lambda: say("a"))
     thread.join()
     assert "".join(said) == "ba" * 4
 
 
 def test_an_exception_ends_a_turn() -> None:
     turns = Turns()
-    with pytest.raises(KeyError), turns:
+
+    def fail() -> None:
         raise KeyError
-    with turns:
-        pass
+
+    with pytest.raises(KeyError):
+        turns.take(fail)
+    run_to_its_end(lambda: turns.take(nothing))
 
 
 def test_a_turn_inside_a_turn_is_an_error_and_no_deadlock() -> None:
     turns = Turns()
 
     def nested() -> None:
-        with turns, pytest.raises(RuntimeError, match="from inside its own round"), turns:
-            pass
-        with turns:
-            pass
+        with pytest.raises(RuntimeError, match="from inside its own round"):
+            turns.take(lambda: turns.take(nothing))
+        turns.take(nothing)
 
+    run_to_its_end(nested)
     run_to_its_end(nested)
 
 
 def test_work_that_waits_until_the_turn_ends() -> None:
     turns, done = Turns(), list[str]()
 
+    def ask() -> None:
+        # As the garbage collector may, in this thread or in another.
+        turns.do_when_free(lambda: done.append("own"))
+        in_thread(lambda: turns.do_when_free(lambda: done.append("other's"))).join()
+        done.append("turn ends")
+
     def ask_for_work() -> None:
         turns.do_when_free(lambda: done.append("at once"))
-        with turns:
-            # As the garbage collector may, in this thread or in another.
-            turns.do_when_free(lambda: done.append("own"))
-            in_thread(lambda: turns.do_when_free(lambda: done.append("other's"))).join()
-            done.append("turn ends")
+        turns.take(ask)
 
     run_to_its_end(ask_for_work)
     assert done == ["at once", "turn ends", "own", "other's"]
@@ -89,11 +102,44 @@ def test_work_that_fails_leaves_the_turn_and_the_rest_of_the_work() -> None:
     def fail() -> None:
         raise KeyError
 
-    turns.__enter__()
-    turns.do_when_free(fail)
-    turns.do_when_free(lambda: done.append("rest"))
+    def ask() -> None:
+        turns.do_when_free(fail)
+        turns.do_when_free(lambda: done.append("rest"))
+
     with pytest.raises(KeyError):
-        turns.__exit__()
-    with turns:
-        pass
+        turns.take(ask)
+    run_to_its_end(lambda: turns.take(nothing))
     assert done == ["rest"]
+
+
+def test_an_interrupt_behind_any_call_ends_the_turn() -> None:
+    """Python raises KeyboardInterrupt where a function begins and where a call has returned."""
+    turns, done = Turns(), list[int]()
+
+    def turn(number: int) -> None:
+        turns.do_when_free(lambda: done.append(number))
+
+    is_interrupted, number = True, 0
+    while is_interrupted:
+        left = number
+
+        def interrupt(frame: object, event: str, argument: object) -> None:
+            nonlocal left
+            left -= event in ("call", "c_return")
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            turns.take(partial(turn, number))
+            is_interrupted = False
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        run_to_its_end(lambda: turns.take(nothing))
+        assert turns._owner is None
+        number += 1
+    assert number > 15
+    assert done[-1] == number - 1
