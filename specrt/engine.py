@@ -96,14 +96,16 @@ class Engine:
         Waits for a round that another thread is in. Open streams raise RuntimeError instead of
         their next round, and so does every later call.
         """
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            for batch in list(self._running):
-                self._leave(batch)
-            self.cache.retire()
-            del self.target, self.drafter, self.tokenizer, self.cache
+        self._lock.run(self._close)
+
+    def _close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for batch in list(self._running):
+            self._leave(batch)
+        self.cache.retire()
+        del self.target, self.drafter, self.tokenizer, self.cache
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -287,15 +289,9 @@ class Engine:
             is_over = not waiting
             while not is_over:
                 while waiting and len(batch.sequences) < self.max_batch:
-                    index, (ids, params) = waiting.popleft()
-                    with self._lock:
-                        self._check_open()
-                        batch.join(self._new_sequence(index, ids, params, has_text))
-                        self._start(batch.sequences[-1])
-                with self._lock:
-                    self._check_open()
-                    batch.refresh(self.cache, self.target.config.vocab_size)
-                    chunks = self._round(batch, draft)
+                    index, request = waiting.popleft()
+                    self._lock.run(partial(self._join, batch, index, request, has_text))
+                chunks = self._lock.run(partial(self._round, batch, draft))
                 is_over = not (waiting or batch.sequences)  # before anybody may close the engine
                 yield from chunks
         finally:
@@ -310,11 +306,22 @@ class Engine:
                 releases.callback(self._release, batch, sequence)
 
     def _release(self, batch: RunningBatch, sequence: RunningSequence) -> None:
-        batch.leave(sequence)
         try:
             self.drafter.finish(sequence.state)
         finally:
             self.cache.close(sequence.cached)
+            batch.leave(sequence)
+
+    def _join(
+        self,
+        batch: RunningBatch,
+        index: int,
+        request: tuple[list[int], SamplingParams],
+        has_text: bool,
+    ) -> None:
+        self._check_open()
+        batch.join(self._new_sequence(index, *request, has_text))
+        self._start(batch.sequences[-1])
 
     def _start(self, sequence: RunningSequence) -> None:
         """Run the prompt but for its last token, which is the first round's root."""
@@ -329,6 +336,8 @@ class Engine:
 
     def _round(self, batch: RunningBatch, draft: DraftParams | None) -> list[StreamChunk]:
         """One round of every running sequence; those that end leave."""
+        self._check_open()
+        batch.refresh(self.cache, self.target.config.vocab_size)
         drafter = self.drafter
         budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
         times = [perf_counter()]

@@ -94,7 +94,7 @@ def load(
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     head_dim = choose_head_dim(config, place)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, config.vocab_size)
     weights = place_weights(
         load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), place
     )

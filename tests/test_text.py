@@ -177,6 +177,32 @@ def test_a_byte_that_is_no_character_spoils_itself_alone(data: bytes) -> None:
         assert tokenizer.decode(with_special) == whole
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("byte_level", letters(b"\xe2"), letters(b"\x82\xac")),
+        ("byte_level", letters(b"\xe2"), letters(b"\x98\x80b")),
+        ("llama", "<0xE2>", "<0x82>"),
+        ("llama", "▁▁▁▁", "▁the"),
+        ("metaspace", "c▁d", "▁the"),
+        ("word_piece", "un", "##able"),
+    ],
+)
+def test_ids_of_a_padded_vocabulary_say_nothing(name: str, first: str, last: str) -> None:
+    """Between two tokens they change neither one's text, streamed or not, however many they are."""
+    padded = Tokenizer(TOKENIZERS[name].inner, vocab_size=len(TOKENIZERS[name].inner) + 9)
+    unused = list(range(padded.inner.vocab_size, padded.inner.vocab_size + 9))
+    assert [padded.special_tokens[token] for token in unused] == [""] * 9
+    (one,), (other,) = ids(padded, first), ids(padded, last)
+    spoken = [one, one, other, one]
+    text = said(padded, [], spoken)
+    for gap in (unused[:1], unused * 4):
+        tokens = [token for part in spoken for token in (part, *gap)]
+        assert said(padded, gap, tokens) == text
+        assert said(padded, gap, tokens, is_streamed=True) == text
+        assert said(padded, [one, *gap], tokens) == said(padded, [one], spoken)
+
+
 def test_special_tokens_are_those_left_out() -> None:
     for tokenizer in TOKENIZERS.values():
         assert tokenizer.special_tokens == dict(enumerate(SPECIAL))

@@ -46,6 +46,7 @@ _HARMLESS_NAMES = re.compile(
 # Where 0 or 1 would be no way of saying "off": all layers without rotary embedding, say.
 _COUNTED = re.compile(r"(interval|pattern|_layers|_size|_window)$")
 _USUAL_WORDS: Mapping[str, tuple[str, ...]] = {
+    "activation": ("swiglu", "silu", "swish"),  # beside hidden_act, which decides (Falcon3)
     "attention_type": ("full", "full_attention", "causal"),
     "hidden_activation": ("silu", "swish"),
     "norm_type": ("rmsnorm", "rms_norm"),

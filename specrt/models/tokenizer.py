@@ -29,11 +29,13 @@ class Tokenizer:
         inner: a ``transformers`` tokenizer.
         doubles_space: whether a space that begins a text needs another before it, where
             SentencePiece puts its prefix and ``transformers`` does not.
+        vocab_size: V of the model, whose table may be padded beyond the tokens; 0: not known.
     """
 
-    def __init__(self, inner: Any, *, doubles_space: bool = False) -> None:
+    def __init__(self, inner: Any, *, doubles_space: bool = False, vocab_size: int = 0) -> None:
         self.inner = inner
         self._doubles_space = doubles_space
+        self._vocab_size = vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -70,12 +72,16 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[int, str]:
-        """The tokens that :meth:`decode` leaves out, with their own text."""
+        """The tokens that :meth:`decode` leaves out, with their own text.
+
+        Ids below the model's vocabulary size that no token has are among them, with none.
+        """
+        unused = {*range(self._vocab_size)}.difference(self.inner.get_vocab().values())
         added = self.inner.added_tokens_decoder
         special = {token for token, entry in added.items() if entry.special}
         special.update(self.inner.all_special_ids)
         special.discard(None)  # of a special token that is named and is no token
-        return {
+        return dict.fromkeys(sorted(unused), "") | {
             token: str(self.inner.convert_ids_to_tokens(token))
             for token in sorted(special)
             if not self._decode([token])
@@ -150,12 +156,13 @@ class Tokenizer:
             ) from error
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], vocab_size: int = 0) -> Tokenizer:
     """Load a directory's tokenizer, chat template included; nothing is downloaded or executed.
 
     Args:
         path: a local Hugging Face directory. Of several forms ``tokenizer.json`` goes first, then
             SentencePiece's ``tokenizer.model``, whose own ids are given.
+        vocab_size: as for :class:`Tokenizer`.
 
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be read as what it should be.
@@ -163,11 +170,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = _tokenizer_file(checkpoint_directory(path))
     try:
         if file.suffix == ".model":
-            return _from_sentencepiece(file)
+            return _from_sentencepiece(file, vocab_size)
         # Imported here: transformers takes longer to import than all of specrt.
         from transformers import AutoTokenizer
 
-        return Tokenizer(_read(AutoTokenizer, file))
+        return Tokenizer(_read(AutoTokenizer, file), vocab_size=vocab_size)
     except CheckpointError:
         raise
     except Exception as error:  # transformers and tokenizers raise bare Exception too
@@ -180,7 +187,7 @@ def _read(kind: Any, file: Path, **options: Any) -> Any:
     )
 
 
-def _from_sentencepiece(file: Path) -> Tokenizer:
+def _from_sentencepiece(file: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a directory without ``tokenizer.json``.
 
     Raises:
@@ -201,7 +208,7 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
     if type(inner) is PreTrainedTokenizerFast:  # no class is named, and the prefix space is lost
         inner = _read(LlamaTokenizer, file, add_bos_token=has_bos)
     for doubles_space in (False, True):
-        tokenizer = Tokenizer(inner, doubles_space=doubles_space)
+        tokenizer = Tokenizer(inner, doubles_space=doubles_space, vocab_size=vocab_size)
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in _PROBES]
         if ids == [model.encode(text) for text in _PROBES]:
             return tokenizer

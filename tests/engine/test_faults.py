@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specrt.cache import KVCache
+from specrt.cache import CachedSequence, KVCache
 from specrt.draft.base import DraftParams, EmptyDrafter
 from specrt.draft.prompt_lookup import PromptLookupDrafter
 from specrt.draft.recording import RecordingDrafter
@@ -134,6 +134,24 @@ def test_a_drafter_that_raises_loses_no_pages(model: LlamaModel, method: str) ->
         engine.generate(asked, LONG)
     assert engine.cache.num_free_pages == engine.cache.num_pages > 0
     assert texts(engine.generate(asked, LONG)) == texts(make_engine(model).generate(asked, LONG))
+
+
+def test_an_interrupt_while_a_sequence_leaves_loses_no_pages(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model)
+    close, closed = engine.cache.close, list[CachedSequence]()
+
+    def interrupted(sequence: CachedSequence) -> None:
+        closed.append(sequence)
+        if len(closed) == 1:
+            raise KeyboardInterrupt
+        close(sequence)
+
+    monkeypatch.setattr(engine.cache, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([1, 2], LONG)
+    assert engine.cache.num_free_pages == engine.cache.num_pages > 0
 
 
 def test_a_prompt_that_fails_on_its_way_loses_no_pages(

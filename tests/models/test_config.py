@@ -309,6 +309,7 @@ def test_no_key_of_transformers_own_is_unknown(
         ("attention_chunk_size", (8192,), (None, 0)),
         ("rope_interleaved", (True,), (False,)),
         ("norm_type", ("layernorm",), ("rmsnorm", "")),
+        ("activation", ("geglu",), ("swiglu", None)),
         ("a_key_of_tomorrow", (2, -1, True, "on", {"by": 2}, ["x"]), (0, False, {}, [], None)),
     ],
 )
