@@ -33,7 +33,8 @@ class DraftParams:
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and least <= value <= MAX_NODES):
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_int and least <= value <= MAX_NODES):
                 raise ValueError(
                     f"{name}: expected None or an int in {least}..{MAX_NODES}, got {value!r}"
                 )

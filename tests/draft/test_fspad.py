@@ -234,6 +234,8 @@ def test_wider_and_deeper_than_fits_is_refused(checkpoint: Path, drafters: dict[
         assert engine.cache.num_free_pages == engine.cache.num_pages
     with pytest.raises(ValueError, match="depth: expected None or an int in 0..128, got -1"):
         DraftParams(depth=-1)
+    with pytest.raises(ValueError, match="depth: expected None or an int in 0..128, got True"):
+        DraftParams(depth=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}])
