@@ -169,7 +169,7 @@ def test_another_kind_is_no_exit(target: Path, tmp_path: Path, model: LlamaModel
 
 
 def test_control_by_name(path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specrt.loading.load_tokenizer", lambda path: None)
+    monkeypatch.setattr("specrt.loading.load_tokenizer", lambda *_: None)
     engine = specrt.load(target, path, controller="fixed-3", progress=False)
     assert isinstance(engine.drafter, EesdDrafter)
     assert engine.drafter.control.options == ControlOptions(kind="fixed", draft_len=3)
