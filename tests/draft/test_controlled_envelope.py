@@ -18,7 +18,7 @@ from specrt.draft.fspad import FspadDrafter
 from specrt.draft.fspad_layer import DraftLayer, pack_weights
 from specrt.models.llama import LlamaModel
 from specrt.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint, make_draft_checkpoint
+from tests.checkpoints import make_draft_checkpoint
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 
 VOCAB = 97
@@ -197,16 +197,9 @@ def test_confidence_is_corrected_by_how_it_turns_out() -> None:
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def drafter_path(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drafter_path(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("drafter") / "fspad"
-    make_draft_checkpoint(target, path, "fspad")
+    make_draft_checkpoint(checkpoint, path, "fspad")
     return path
 
 
@@ -225,9 +218,9 @@ def make_drafter(model: LlamaModel, path: Path, control: ControlOptions | None) 
     ids=["greedy", "seed"],
 )
 def test_bits_do_not_change(
-    target: Path, drafter_path: Path, kind: str, params: SamplingParams
+    checkpoint: Path, drafter_path: Path, kind: str, params: SamplingParams
 ) -> None:
-    model = make_model(target)
+    model = make_model(checkpoint)
     expected = texts(make_engine(model, max_batch=1).generate(prompts(6, VOCAB), params))
     # A random drafter is sure of nothing: without a low threshold and a high prior it draws little.
     control = ControlOptions(kind, threshold=0.02, prior=(3.0, 1.0))
@@ -241,8 +234,8 @@ def test_bits_do_not_change(
         assert drafter._cache.num_free_pages == drafter._cache.num_pages
 
 
-def test_the_rule_decides_how_deep_trees_are(target: Path, drafter_path: Path) -> None:
-    model = make_model(target)
+def test_the_rule_decides_how_deep_trees_are(checkpoint: Path, drafter_path: Path) -> None:
+    model = make_model(checkpoint)
     depths = []
     for levels in (1, 2, 5):
         control = ControlOptions("fixed", draft_len=levels)

@@ -18,7 +18,7 @@ from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
 from specrt.types import DraftTree, SequenceState
-from tests.checkpoints import make_checkpoint, make_draft_checkpoint
+from tests.checkpoints import make_draft_checkpoint
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 from tests.golden.check import check, token_paths
 
@@ -47,13 +47,6 @@ def test_reference_vectors(path: Path, is_folded: bool) -> None:
 
 def test_there_are_reference_vectors() -> None:
     assert [path.stem for path in GOLDEN] == ["eagle2", "fspad"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path)
-    return path
 
 
 @pytest.fixture(scope="module")
