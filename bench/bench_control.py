@@ -21,13 +21,13 @@ from bench.harness import Row, parser, report, start
 from bench.prompts import HELDOUT, load_prompts
 from specrt import SamplingParams
 from specrt.draft.base import DraftParams
-from specrt.draft.control import CONTROLLERS, parse_control
-from specrt.draft.load import DrafterOptions, load_drafter
-from specrt.engine import Engine
+from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.length.control import CONTROLLERS, parse_control
+from specrt.engine.engine import Engine
+from specrt.engine.results import GenerationResult
 from specrt.graph import GraphCache
+from specrt.lab.measure import without_drafter
 from specrt.loading import BUILTIN
-from specrt.measure import without_drafter
-from specrt.results import GenerationResult
 
 PLAIN = "plain"
 ALL = "all"

@@ -13,7 +13,7 @@ import torch
 from torch.distributions import Beta
 
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
-from specrt.draft.control import ControlOptions
+from specrt.draft.length.control import ControlOptions
 from specrt.ops import draft_control, draft_control_update
 from specrt.ops.draft_control import ControlKind, prior_beliefs
 

@@ -19,7 +19,7 @@ import torch
 
 import specrt
 from specrt import SamplingParams, builtin
-from specrt.draft.load import PROMPT_LOOKUP
+from specrt.draft.kinds import PROMPT_LOOKUP
 from specrt.loading import BUILTIN
 
 PLAIN = "ours plain"

@@ -12,13 +12,13 @@ from typing import Any
 from bench.contenders import Request
 from specrt import SamplingParams, load
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
-from specrt.draft.fspad import FspadDrafter
-from specrt.draft.fspad_layer import DraftLayer
-from specrt.draft.fspad_round import MAX_LEVELS
-from specrt.draft.load import DrafterOptions, drafter_directory, load_drafter
-from specrt.engine import Engine
+from specrt.draft.fspad.drafter import FspadDrafter
+from specrt.draft.fspad.layer import DraftLayer
+from specrt.draft.fspad.round import MAX_LEVELS
+from specrt.draft.kinds import DrafterOptions, drafter_directory, load_drafter
+from specrt.engine.engine import Engine
 from specrt.graph import GraphCache
-from specrt.models.llama import LlamaModel
+from specrt.models.model import LlamaModel
 from specrt.tree import MAX_NODES
 from specrt.types import RoundStats
 

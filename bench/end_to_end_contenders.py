@@ -17,8 +17,8 @@ import torch
 from bench.contenders import Clock
 from bench.step_graphs import StepGraphs
 from specrt.draft.base import Drafter
-from specrt.engine import Engine
-from specrt.models.llama import LlamaModel
+from specrt.engine.engine import Engine
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 
 

@@ -44,10 +44,10 @@ from bench.random_target import (
 from bench.step_graphs import StepGraphs
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, EmptyDrafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.graph import GraphCache
-from specrt.models.llama import LlamaModel
 from specrt.models.loader import Weights
+from specrt.models.model import LlamaModel
 
 PLAIN, PLANTED, LOOKUP = "plain", "planted", "prompt lookup"
 TRANSFORMERS, COMPILED = "transformers static", "transformers compiled"

@@ -11,7 +11,7 @@ import torch
 
 
 class StepGraphs:
-    """A :data:`specrt.models.llama.StepRunner` that captures a step the second time it comes.
+    """A :data:`specrt.models.model.StepRunner` that captures a step the second time it comes.
 
     The first time runs it eagerly, which loads its kernels and makes what cuBLAS keeps. Each replay
     is timed by events. :meth:`clear` is the model's ``on_move``.

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
-    from specrt.draft.control import ControlOptions
-    from specrt.engine import Engine
+    from specrt.draft.length.control import ControlOptions
+    from specrt.engine.engine import Engine
+    from specrt.engine.results import GenerationResult, StreamChunk
     from specrt.loading import generate, load
-    from specrt.results import GenerationResult, StreamChunk
     from specrt.sampling import SamplingParams
     from specrt.types import CheckpointError
 
@@ -31,12 +31,12 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "specrt.types",
-    "ControlOptions": "specrt.draft.control",
+    "ControlOptions": "specrt.draft.length.control",
     "DraftParams": "specrt.draft.base",
-    "Engine": "specrt.engine",
-    "GenerationResult": "specrt.results",
+    "Engine": "specrt.engine.engine",
+    "GenerationResult": "specrt.engine.results",
     "SamplingParams": "specrt.sampling",
-    "StreamChunk": "specrt.results",
+    "StreamChunk": "specrt.engine.results",
     "generate": "specrt.loading",
     "load": "specrt.loading",
 }

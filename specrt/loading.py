@@ -15,16 +15,16 @@ import torch
 from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
-from specrt.draft.control import ControlOptions, parse_control
-from specrt.draft.load import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
-from specrt.engine import Engine
+from specrt.draft.kinds import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
+from specrt.draft.length.control import ControlOptions, parse_control
+from specrt.engine.engine import Engine
+from specrt.engine.prompts import Prompt
+from specrt.engine.results import GenerationResult
 from specrt.graph import GraphCache
-from specrt.models.llama import LlamaModel
 from specrt.models.loader import load_weights
+from specrt.models.model import LlamaModel
 from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
 from specrt.models.tokenizer import load_tokenizer
-from specrt.prompts import Prompt
-from specrt.results import GenerationResult
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 

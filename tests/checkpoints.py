@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from specrt.config import ModelConfig
-from specrt.draft.checkpoint import DraftConfig, tensor_shapes, write_checkpoint
-from specrt.draft.exit_checkpoint import ExitConfig, exit_tensor_shapes, write_exit
+from specrt.draft.eesd.checkpoint import ExitConfig, exit_tensor_shapes, write_exit
+from specrt.draft.fspad.checkpoint import DraftConfig, tensor_shapes, write_checkpoint
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -18,8 +18,8 @@ from bench.draft_contenders import PLAIN, Contender, Run, Tree, Variant
 from bench.memory import Probe
 from specrt import Engine, builtin
 from specrt.config import ModelConfig
+from specrt.engine.results import GenerationResult
 from specrt.models.loader import load_weights
-from specrt.results import GenerationResult
 from specrt.types import RoundStats
 from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict

@@ -20,8 +20,8 @@ from bench.end_to_end_cuda import EAGER, GRAPH, PLAIN, PLANTED, TRANSFORMERS, Be
 from bench.fake_gpu import FakeGpu
 from bench.planted import NODES, PlantedDrafter, Trace, recorded_trace
 from bench.step_graphs import StepGraphs
-from specrt.models.llama import LlamaModel
 from specrt.models.loader import ALIGNMENT
+from specrt.models.model import LlamaModel
 from tests.fake_cuda import FakeEvent
 
 NAME = "Llama-3-8B"

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 import specrt
 from specrt import loading
 from specrt.draft.base import EmptyDrafter
-from specrt.draft.fspad import FspadDrafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.draft.small_model import SmallModelDrafter
-from specrt.engine import Engine
+from specrt.draft.fspad.drafter import FspadDrafter
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.engine.engine import Engine
 from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,

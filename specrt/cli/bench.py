@@ -13,9 +13,9 @@ from rich.table import Table
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine
-    from specrt.measure import Comparison, Summary
-    from specrt.prompts import Prompt
+    from specrt.engine.engine import Engine
+    from specrt.engine.prompts import Prompt
+    from specrt.lab.measure import Comparison, Summary
     from specrt.sampling import SamplingParams
 
 TAU = "tau: mean of accept_length + 1 per round (accepted draft tokens and the target's own token)"
@@ -35,7 +35,7 @@ def run(
     Raises:
         typer.Exit: with code 1 if the drafter's tokens were not plain decoding's.
     """
-    from specrt.measure import PLAIN, compare_all, without_drafter
+    from specrt.lab.measure import PLAIN, compare_all, without_drafter
 
     engines = {PLAIN: without_drafter(engine), name: engine}
     err = Console(stderr=True)

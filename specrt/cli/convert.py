@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from specrt.config import ModelConfig
-    from specrt.draft.checkpoint import DraftConfig
+    from specrt.draft.fspad.checkpoint import DraftConfig
 
 
 def convert(
@@ -35,9 +35,9 @@ def convert(
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
     from specrt.cli.loading import target_directory
     from specrt.config import ModelConfig, config_fingerprint
-    from specrt.draft.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
-    from specrt.draft.exit_checkpoint import is_exit_checkpoint
-    from specrt.draft.load import drafter_directory
+    from specrt.draft.eesd.checkpoint import is_exit_checkpoint
+    from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+    from specrt.draft.kinds import drafter_directory
 
     place = Path(destination)
     if (place / "config.json").exists():
@@ -79,7 +79,7 @@ class TokenCounts:
 
     def coverage(self, tensors: dict[str, torch.Tensor]) -> str:
         """The share of what the assistant says that a reduced drafter can propose."""
-        from specrt.draft.checkpoint import TOKEN_IDS
+        from specrt.draft.fspad.checkpoint import TOKEN_IDS
 
         total = int(self.said.sum())
         share = int(self.said[tensors[TOKEN_IDS].long()].sum()) / total
@@ -90,7 +90,7 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
     """Count the tokens of training data.
 
     Args:
-        corpus: files as :func:`specrt.train.data.read_examples` reads them.
+        corpus: files as :func:`specrt.train.data.data.read_examples` reads them.
         directory: of the target, whose tokenizer reads them.
         vocab_size: V.
 
@@ -101,7 +101,7 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
     from sys import maxsize
 
     from specrt.models.tokenizer import load_tokenizer
-    from specrt.train.data import read_examples
+    from specrt.train.data.data import read_examples
 
     dataset = read_examples(corpus, load_tokenizer(directory), max_length=maxsize)
     if int(dataset.token_ids.max()) >= vocab_size:
@@ -125,8 +125,8 @@ def _settle_tables(
     source: Path, tensors: dict[str, torch.Tensor], directory: Path, model: ModelConfig
 ) -> list[str]:
     """Leave out an embedding and a head that are the target's own; what to say of them."""
-    from specrt.draft.checkpoint import EMBED
-    from specrt.draft.official import HEAD, settle_head
+    from specrt.draft.fspad.checkpoint import EMBED
+    from specrt.draft.fspad.official import HEAD, settle_head
     from specrt.models.layouts import is_rounded_copy
 
     if EMBED not in tensors and HEAD not in tensors:
@@ -158,7 +158,7 @@ def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, t
 
 def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """A bias of zero may be left out."""
-    from specrt.draft.checkpoint import tensor_shapes
+    from specrt.draft.fspad.checkpoint import tensor_shapes
 
     for key, shape in tensor_shapes(config).items():
         if key not in tensors:

@@ -25,9 +25,9 @@ from specrt.cli.demo_prompts import PROMPTS
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine
-    from specrt.measure import Comparison, Measurement
-    from specrt.prompts import Prompt
+    from specrt.engine.engine import Engine
+    from specrt.engine.prompts import Prompt
+    from specrt.lab.measure import Comparison, Measurement
     from specrt.sampling import SamplingParams
 
 _ACCEPTED = "bold green"
@@ -53,7 +53,7 @@ def run(engine: Engine, drafter: str, prompt: str | None, sampling: SamplingPara
     Raises:
         typer.Exit: with code 1 if speculation's tokens were not plain decoding's.
     """
-    from specrt.measure import PLAIN, compare, without_drafter
+    from specrt.lab.measure import PLAIN, compare, without_drafter
 
     engines = {PLAIN: without_drafter(engine), drafter: engine}
     shown = PROMPTS if prompt is None else (("your prompt", prompt),)
@@ -83,7 +83,7 @@ def _record(
     engine: Engine, prompt: Prompt, sampling: SamplingParams, measured: Measurement
 ) -> list[Piece]:
     """Run once more, noting what each round gave; times are scaled to those measured."""
-    from specrt.stop import TextTracker
+    from specrt.engine.stop import TextTracker
 
     tokenizer = engine.tokenizer
     tracker = TextTracker(tokenizer.decode, engine.encode(prompt), tokenizer.special_tokens)
@@ -223,7 +223,7 @@ def _print_outcome(
 
 def _table(comparisons: Sequence[Comparison], drafter: str) -> Table:
     """A row for each contender: sums over the comparisons."""
-    from specrt.measure import summarise
+    from specrt.lab.measure import summarise
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")

@@ -14,13 +14,13 @@ import typer
 
 from specrt.cli.errors import USER_ERROR, note, report
 from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, Threads
-from specrt.train.lock import hold_file
+from specrt.train.loop.lock import hold_file
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine
-    from specrt.results import GenerationResult
+    from specrt.engine.engine import Engine
+    from specrt.engine.results import GenerationResult
     from specrt.sampling import SamplingParams
-    from specrt.train.prompts import TrainingPrompt
+    from specrt.train.data.prompts import TrainingPrompt
 
 _KEYS = ("prompt_ids", "response_ids", "temperature", "seed", "target")
 
@@ -70,7 +70,7 @@ def distill_data(
 ) -> None:
     """Write the target's own answers, greedy and sampled, as training data."""
     from specrt.cli.loading import load_engine, target_directory
-    from specrt.train.prompts import read_prompts
+    from specrt.train.data.prompts import read_prompts
 
     for name, value in (("num_prompts", num_prompts), ("samples_per_prompt", samples_per_prompt)):
         if value is not None and value < 1:
@@ -325,7 +325,7 @@ def model_options(engine: Engine, directory: Path) -> dict[str, str]:
     Raises:
         CheckpointError, OSError: its weights cannot be read.
     """
-    from specrt.train.cache_index import weights_hash
+    from specrt.train.features.cache_index import weights_hash
 
     dtype = str(engine.target.weights.lm_head.dtype).removeprefix("torch.")
     return {"target": weights_hash(directory), "dtype": dtype}

@@ -13,9 +13,9 @@ import typer
 from specrt.cli.errors import USER_ERROR, report
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine
-    from specrt.prompts import Prompt
-    from specrt.results import GenerationResult, StreamChunk
+    from specrt.engine.engine import Engine
+    from specrt.engine.prompts import Prompt
+    from specrt.engine.results import GenerationResult, StreamChunk
     from specrt.sampling import SamplingParams
     from specrt.types import RoundStats
 

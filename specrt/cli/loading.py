@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from specrt.draft.control import ControlOptions
-    from specrt.engine import Engine
+    from specrt.draft.length.control import ControlOptions
+    from specrt.engine.engine import Engine
 
 NO_DRAFTER = "none"
 BUILTIN = "builtin"
@@ -37,7 +37,7 @@ def load_engine(
     """
     set_threads(threads)
     from specrt.builtin import drafter_paths
-    from specrt.draft.load import PROMPT_LOOKUP
+    from specrt.draft.kinds import PROMPT_LOOKUP
     from specrt.loading import AUTO, load
 
     names = (NO_DRAFTER, AUTO, PROMPT_LOOKUP, *drafter_paths())

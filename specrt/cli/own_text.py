@@ -12,8 +12,8 @@ from specrt.cli.errors import note
 from specrt.cli.loading import NO_DRAFTER, load_engine, target_directory
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine
-    from specrt.train.prompts import TrainingPrompt
+    from specrt.engine.engine import Engine
+    from specrt.train.data.prompts import TrainingPrompt
 
 TEXTS_FILE = "distilled.jsonl"
 _OPENINGS_FILE = "openings.jsonl"
@@ -50,7 +50,7 @@ def write_own_text(
         OSError: a file cannot be read or written.
         typer.Exit: with code 2 if a text failed.
     """
-    from specrt.train.prompts import TrainingPrompt
+    from specrt.train.data.prompts import TrainingPrompt
 
     if num_texts < 2:
         raise ValueError(f"num_texts: expected at least 2, got {num_texts}")
@@ -87,7 +87,7 @@ def write_own_text(
 
 def _opened(file: Path, engine: Engine, jobs: Sequence[Job]) -> list[TrainingPrompt]:
     """What these jobs wrote as prompts; a text that was over within its opening is none."""
-    from specrt.train.prompts import TrainingPrompt
+    from specrt.train.data.prompts import TrainingPrompt
 
     wanted = {job.sampling.seed for job in jobs}
     prompts: dict[tuple[int, ...], TrainingPrompt] = {}

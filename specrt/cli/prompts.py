@@ -14,8 +14,8 @@ from specrt.cli.errors import note
 from specrt.json_lines import JsonItem, iter_items
 
 if TYPE_CHECKING:
-    from specrt.engine import Engine
-    from specrt.prompts import Prompt
+    from specrt.engine.engine import Engine
+    from specrt.engine.prompts import Prompt
     from specrt.sampling import SamplingParams
 
 STDIN = "-"
@@ -227,7 +227,7 @@ def _is_sharegpt(value: Any) -> bool:
 
 def _training_prompt(item: JsonItem, is_chat: bool) -> Prompt:
     """What a line of training data has the target go on from."""
-    from specrt.train.records import Chat, Pair, Problem, parse_record
+    from specrt.train.data.records import Chat, Pair, Problem, parse_record
 
     record = parse_record(item)
     if isinstance(record, Problem):

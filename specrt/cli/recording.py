@@ -12,9 +12,9 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from specrt.cli.prompts import NamedPrompt
-    from specrt.draft.eesd import EesdDrafter
-    from specrt.draft.trace import TraceModels
-    from specrt.engine import Engine
+    from specrt.draft.eesd.drafter import EesdDrafter
+    from specrt.engine.engine import Engine
+    from specrt.lab.trace import TraceModels
     from specrt.sampling import SamplingParams
 
 _NUM_PROBLEMS = 6
@@ -77,9 +77,9 @@ def record_file(
     """
     from specrt.cli.loading import load_engine
     from specrt.cli.prompts import encode
-    from specrt.draft.eesd import EesdDrafter
-    from specrt.draft.trace import write_trace
-    from specrt.record import measuring_control, record
+    from specrt.draft.eesd.drafter import EesdDrafter
+    from specrt.lab.record import measuring_control, record
+    from specrt.lab.trace import write_trace
 
     named = options.named_prompts()
     _check(file, options)
@@ -111,7 +111,7 @@ def record_file(
 def _check(file: str, options: RecordOptions) -> None:
     """What would else be found out after the work, or told less clearly."""
     from specrt.builtin import drafter_paths
-    from specrt.draft.exit_checkpoint import is_exit_checkpoint
+    from specrt.draft.eesd.checkpoint import is_exit_checkpoint
 
     if not Path(file).parent.is_dir():
         raise ValueError(f"record: expected a folder to write into, got {file!r}")
@@ -128,8 +128,8 @@ def _check(file: str, options: RecordOptions) -> None:
 def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> TraceModels:
     from specrt.cli.loading import drafter_name, target_directory
     from specrt.config import config_fingerprint
-    from specrt.draft.load import drafter_directory
-    from specrt.draft.trace import TraceModels
+    from specrt.draft.kinds import drafter_directory
+    from specrt.lab.trace import TraceModels
 
     weights = drafter_directory(options.drafter) / "model.safetensors"
     return TraceModels(

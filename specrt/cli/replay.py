@@ -24,8 +24,8 @@ from specrt.cli.options import (
 from specrt.cli.recording import RecordOptions, record_file
 
 if TYPE_CHECKING:
-    from specrt.draft.control import ControlOptions
-    from specrt.replay import Replay
+    from specrt.draft.length.control import ControlOptions
+    from specrt.lab.replay import Replay
 
 _RECORDING = "Recording"
 
@@ -101,9 +101,9 @@ def replay(
 ) -> None:
     """Compare rules for the draft length on recorded chains: in seconds, without a model."""
     from specrt.cli import replay_plot, replay_report
-    from specrt.draft.control import CONTROLLERS, parse_control
-    from specrt.draft.trace import read_traces
-    from specrt.replay import compare
+    from specrt.draft.length.control import CONTROLLERS, parse_control
+    from specrt.lab.replay import compare
+    from specrt.lab.trace import read_traces
     from specrt.sampling import SamplingParams
 
     if plot is not None:
@@ -165,7 +165,7 @@ def _fitted(chosen: Mapping[str, ControlOptions], longest: int) -> dict[str, Con
 
 def _shown(result: Replay, asked: Sequence[str] | None) -> list[str]:
     """All, or those asked for and what they are measured by; in the order of the results."""
-    from specrt.replay import ALL_TASKS, PLAIN
+    from specrt.lab.replay import ALL_TASKS, PLAIN
 
     if not asked:
         return list(result.outcomes)

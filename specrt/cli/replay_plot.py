@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from specrt.replay import Replay
+    from specrt.lab.replay import Replay
 
 _SUFFIXES = (".png", ".svg")
 _WIDTH, _HEIGHT = 6.4, 4.0  # inches a panel

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from specrt.draft.trace import Trace
-    from specrt.replay import Replay
+    from specrt.lab.replay import Replay
+    from specrt.lab.trace import Trace
 
 _REGRET = (
     "regret: modelled time lost against the best fixed length in hindsight (*), in milliseconds a "

@@ -61,7 +61,7 @@ def fspad(
     """Train FSPAD, EAGLE-2 or one between them. The same command goes on after an interruption."""
     _require_accelerate()
     from specrt.cli.loading import set_threads, target_directory
-    from specrt.train.options import FspadOptions
+    from specrt.train.loop.options import FspadOptions
     from specrt.train.run import TrainJob, train_fspad
 
     options = FspadOptions(
@@ -155,7 +155,7 @@ def eesd(
     _require_accelerate()
     from specrt.cli.loading import set_threads, target_directory
     from specrt.cli.own_text import TEXTS_FILE, write_own_text
-    from specrt.train.options import EesdOptions
+    from specrt.train.loop.options import EesdOptions
     from specrt.train.run import TrainJob, train_eesd
 
     options = EesdOptions(

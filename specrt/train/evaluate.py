@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from specrt.train.features import FeatureSource
-from specrt.train.fspad import DraftModel
+from specrt.train.features.features import FeatureSource
+from specrt.train.fspad.module import DraftModel
 
 _MAX_SEQUENCES = 64
 _ROWS = 256  # queries, or logits, at a time

@@ -12,24 +12,24 @@ import torch
 from accelerate import Accelerator
 
 from specrt.config import ModelConfig
-from specrt.draft.checkpoint import DraftConfig
-from specrt.draft.exit_checkpoint import ExitConfig
+from specrt.draft.eesd.checkpoint import ExitConfig
+from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
-from specrt.train.cache_index import weights_hash
-from specrt.train.data import Dataset, read_examples
-from specrt.train.eesd import read_last_layer
-from specrt.train.eesd_task import EesdTask
+from specrt.train.data.data import Dataset, read_examples
+from specrt.train.eesd.module import read_last_layer
+from specrt.train.eesd.task import EesdTask
 from specrt.train.evaluate import TargetTables
-from specrt.train.feature_cache import cache_features
-from specrt.train.features import FeatureSource, OnlineFeatures
-from specrt.train.fspad_task import FspadTask
-from specrt.train.lock import hold_directory
-from specrt.train.loop import Outcome, Trainer, run_identity
-from specrt.train.options import EesdOptions, FspadOptions, TrainOptions
-from specrt.train.processes import leave, make_accelerator
-from specrt.train.report import Reporter
-from specrt.train.state import StateFolder
+from specrt.train.features.cache_index import weights_hash
+from specrt.train.features.feature_cache import cache_features
+from specrt.train.features.features import FeatureSource, OnlineFeatures
+from specrt.train.fspad.task import FspadTask
+from specrt.train.loop.lock import hold_directory
+from specrt.train.loop.loop import Outcome, Trainer, run_identity
+from specrt.train.loop.options import EesdOptions, FspadOptions, TrainOptions
+from specrt.train.loop.processes import leave, make_accelerator
+from specrt.train.loop.report import Reporter
+from specrt.train.loop.state import StateFolder
 from specrt.train.task import TrainData, TrainTask
 
 ONLINE = "online"
@@ -82,7 +82,7 @@ def train_fspad(
 
     Args:
         job, options: what and how.
-        arch: a key of :data:`specrt.draft.checkpoint.ARCHS`.
+        arch: a key of :data:`specrt.draft.fspad.checkpoint.ARCHS`.
         intermediate_size: I; the target's by default.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from specrt.draft.base import Budget
-from specrt.draft.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.tree import TreeBuilder, stack
 from specrt.types import AcceptResult, DraftTree, SequenceState
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specrt.models.llama import LlamaModel
+from specrt.models.model import LlamaModel
 from tests.engine.support import make_model
 
 

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from specrt.config import ModelConfig
-from specrt.draft.control import ControlOptions, DraftCosts
-from specrt.draft.eesd import EesdDrafter
-from specrt.draft.exit_checkpoint import (
+from specrt.draft.eesd.checkpoint import (
     ExitConfig,
     exit_tensor_shapes,
     load_exit,
     read_exit,
     write_exit,
 )
-from specrt.draft.exit_model import ExitModel
-from specrt.models.llama import LlamaModel
+from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.model import ExitModel
+from specrt.draft.length.control import ControlOptions, DraftCosts
+from specrt.models.model import LlamaModel
 from tests.checkpoints import make_checkpoint
 
 NUM_LAYERS, EXIT_LAYER = 4, 3

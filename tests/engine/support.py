@@ -11,11 +11,11 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Budget, Drafter, EmptyDrafter
-from specrt.engine import Engine
+from specrt.engine.engine import Engine
+from specrt.engine.results import GenerationResult
 from specrt.graph import GraphCache
-from specrt.models.llama import LlamaModel, run_eagerly
 from specrt.models.loader import load_weights
-from specrt.results import GenerationResult
+from specrt.models.model import LlamaModel, run_eagerly
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, stack
 from specrt.types import AcceptResult, DraftTree, SequenceState

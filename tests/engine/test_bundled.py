@@ -11,14 +11,14 @@ import specrt
 from specrt import SamplingParams
 from specrt.builtin import drafter_paths, heldout_prompts
 from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter, RoundCost
-from specrt.draft.control import parse_control
-from specrt.draft.eesd import EesdDrafter
-from specrt.draft.load import DrafterOptions, load_drafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.draft.small_model import SmallModelDrafter
-from specrt.engine import Engine
+from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.length.control import parse_control
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.engine.engine import Engine
 from specrt.graph import GraphCache
-from specrt.models.llama import LlamaModel
+from specrt.models.model import LlamaModel
 from specrt.types import DraftTree, SequenceState
 
 SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {

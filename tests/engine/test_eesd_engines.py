@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from specrt.draft.base import Budget, DraftParams, RoundCost
-from specrt.draft.control import CONTROLLERS
-from specrt.draft.eesd_costs import CostMeter
-from specrt.models.llama import LlamaModel
-from specrt.results import GenerationResult
+from specrt.draft.eesd.costs import CostMeter
+from specrt.draft.length.control import CONTROLLERS
+from specrt.engine.results import GenerationResult
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint, make_exit_checkpoint
 from tests.engine.exits import make_drafter
@@ -51,7 +51,7 @@ def test_streams_of_several_engines_take_turns(
 ) -> None:
     """Caches and workspaces grow and buffers are evicted while other streams are in mid-text;
     greedy, sampled and penalised sequences share batches, join and leave."""
-    monkeypatch.setattr("specrt.draft.eesd._MAX_ROUNDS", max_rounds)
+    monkeypatch.setattr("specrt.draft.eesd.drafter._MAX_ROUNDS", max_rounds)
     plain, model = make_engine(float_model), make_model(folder / "target")
     drafter = make_drafter(model, folder / "exit-2")
     engines = [make_engine(model, drafter, max_batch=size) for size in sizes]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from specrt.draft.base import Drafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.engine import Engine
-from specrt.models.llama import LlamaModel
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.engine.engine import Engine
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder
 from specrt.types import SequenceState

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from specrt.draft.base import Drafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.draft.small_model import SmallModelDrafter
-from specrt.models.llama import LlamaModel
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from tests.engine.support import RandomTreeDrafter, make_engine, make_model, prompts, sampled, texts
 

@@ -10,10 +10,10 @@ import torch
 
 from specrt.cache import CachedSequence, KVCache
 from specrt.draft.base import DraftParams, EmptyDrafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.draft.recording import RecordingDrafter
-from specrt.draft.small_model import SmallModelDrafter
-from specrt.models.llama import LlamaModel
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.lab.recording_drafter import RecordingDrafter
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from tests.engine.support import RandomTreeDrafter, make_engine, make_model, prompts, texts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specrt.engine import Engine
+from specrt.engine.engine import Engine
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import LetterTokenizer, make_engine, make_model, texts

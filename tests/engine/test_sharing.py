@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from specrt.draft.base import EmptyDrafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.draft.small_model import SmallModelDrafter
-from specrt.engine import Engine
-from specrt.models.llama import LlamaModel
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.engine.engine import Engine
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from tests.engine.support import make_engine, make_model, prompts, texts
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.engine import Engine
-from specrt.results import GenerationResult
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.engine.engine import Engine
+from specrt.engine.results import GenerationResult
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import make_model

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.base import Budget, DraftParams, RoundCost
-from specrt.draft.checkpoint import EMBED, read_checkpoint
-from specrt.draft.fspad import FspadDrafter
-from specrt.draft.fspad_layer import Activations, DraftLayer, Rows, fold, pack_weights
+from specrt.draft.fspad.checkpoint import EMBED, read_checkpoint
+from specrt.draft.fspad.drafter import FspadDrafter
+from specrt.draft.fspad.layer import Activations, DraftLayer, Rows, fold, pack_weights
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, DraftTree, SequenceState
 

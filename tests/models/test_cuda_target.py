@@ -22,12 +22,12 @@ from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams
-from specrt.draft.load import DrafterOptions, load_drafter
-from specrt.draft.prompt_lookup import PromptLookupDrafter
-from specrt.draft.small_model import SmallModelDrafter
+from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
-from specrt.models.llama import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.loader import load_weights
+from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.placement import place_weights
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.test_cli import write_tokenizer
 
 import specrt
 from specrt.cache import CacheBatch
@@ -24,7 +25,6 @@ from tests.checkpoints import (
     store_as_float8,
 )
 from tests.models.test_llama import FLOAT32_TOLERANCE, PROMPT, error
-from tests.test_cli import write_tokenizer
 
 SIZES = [
     ("llama", 100),

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.graph import GraphCache
-from specrt.models.llama import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.loader import load_weights
+from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
 from specrt.tree import TreeBuilder, chain, stack
 from specrt.types import DraftTree
 from tests.checkpoints import FAMILIES, make_checkpoint

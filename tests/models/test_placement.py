@@ -13,9 +13,10 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
-from specrt.models import llama, placement
-from specrt.models.llama import FINAL_TAP, LlamaModel
+from specrt.models import model as llama
+from specrt.models import placement
 from specrt.models.loader import Weights, load_weights
+from specrt.models.model import FINAL_TAP, LlamaModel
 from specrt.models.placement import (
     CPU,
     choose_dtype,

@@ -11,8 +11,8 @@ import torch
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.graph import GraphCache
-from specrt.models.llama import LlamaModel
 from specrt.models.loader import Weights, load_weights
+from specrt.models.model import LlamaModel
 from specrt.models.rope import RotaryTable, rope_table
 from specrt.tree import chain
 from tests.checkpoints import make_checkpoint

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from specrt.draft.exit_checkpoint import ExitConfig
-from specrt.train.eesd import ExitModule
-from specrt.train.eesd_task import EesdTask
-from specrt.train.features import Sample
-from specrt.train.loop import Outcome, Trainer, run_identity
-from specrt.train.options import EesdOptions
-from specrt.train.processes import make_accelerator
-from specrt.train.report import Reporter
-from specrt.train.state import StateFolder
+from specrt.draft.eesd.checkpoint import ExitConfig
+from specrt.train.eesd.module import ExitModule
+from specrt.train.eesd.task import EesdTask
+from specrt.train.features.features import Sample
+from specrt.train.loop.loop import Outcome, Trainer, run_identity
+from specrt.train.loop.options import EesdOptions
+from specrt.train.loop.processes import make_accelerator
+from specrt.train.loop.report import Reporter
+from specrt.train.loop.state import StateFolder
 from specrt.train.task import TrainData
 from tests.train.support import HIDDEN, TARGET, MemorySource, make_source, tables
 

@@ -23,16 +23,16 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from specrt.config import ModelConfig
-from specrt.draft.checkpoint import DraftConfig
+from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.train.evaluate import TargetTables
-from specrt.train.features import Sample
-from specrt.train.fspad import DraftModel
-from specrt.train.fspad_task import FspadTask
-from specrt.train.loop import Outcome, Trainer, run_identity
-from specrt.train.options import FspadOptions
-from specrt.train.processes import leave, make_accelerator
-from specrt.train.report import Reporter
-from specrt.train.state import StateFolder
+from specrt.train.features.features import Sample
+from specrt.train.fspad.module import DraftModel
+from specrt.train.fspad.task import FspadTask
+from specrt.train.loop.loop import Outcome, Trainer, run_identity
+from specrt.train.loop.options import FspadOptions
+from specrt.train.loop.processes import leave, make_accelerator
+from specrt.train.loop.report import Reporter
+from specrt.train.loop.state import StateFolder
 from specrt.train.task import TrainData
 
 HIDDEN, VOCAB = 32, 61

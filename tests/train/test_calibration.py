@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from specrt.train.calibration import (
+from specrt.train.eesd.calibration import (
     ExitWatch,
     GumbelRows,
     Judged,
@@ -15,10 +15,10 @@ from specrt.train.calibration import (
     expected_calibration_error,
     judge,
 )
-from specrt.train.eesd import ExitModule
+from specrt.train.eesd.evaluate import Estimate, evaluate_exit, step_share
+from specrt.train.eesd.module import ExitModule
 from specrt.train.evaluate import Acceptance
-from specrt.train.exit_evaluate import Estimate, evaluate_exit, step_share
-from specrt.train.features import Sample
+from specrt.train.features.features import Sample
 from specrt.train.losses import soft_cross_entropy
 from tests.train.exit_support import DEEP, exit_config, random_layer
 from tests.train.support import HIDDEN, VOCAB, MemorySource, tables

@@ -17,9 +17,9 @@ import specrt
 from specrt.builtin import heldout_prompts, target_path
 from specrt.cli.app import main
 from specrt.config import ModelConfig
-from specrt.draft.checkpoint import ARCHS, read_checkpoint
+from specrt.draft.fspad.checkpoint import ARCHS, read_checkpoint
 from specrt.sampling import SamplingParams
-from specrt.train.lock import hold_directory
+from specrt.train.loop.lock import hold_directory
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 from specrt.builtin import heldout_prompts, target_path
 from specrt.models.tokenizer import Tokenizer, load_tokenizer
-from specrt.train.data import Dataset, read_examples
-from specrt.train.prompts import read_prompts
+from specrt.train.data.data import Dataset, read_examples
+from specrt.train.data.prompts import read_prompts
 from tests.train.chat_tokenizers import BARE, CHATML, THINKING, letter_tokenizer, spoken
 
 PROBLEM = {"question": "How much is 2+3?", "answer": "2+3 = <<2+3=5>>5.\n#### 5"}

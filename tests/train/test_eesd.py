@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
-from specrt.draft.exit_checkpoint import (
+from specrt.draft.eesd.checkpoint import (
     CALIBRATION,
     ExitConfig,
     exit_tensor_shapes,
@@ -21,21 +21,21 @@ from specrt.draft.exit_checkpoint import (
     read_exit,
     write_exit,
 )
-from specrt.draft.exit_model import ExitModel
-from specrt.models.llama import LlamaModel
+from specrt.draft.eesd.model import ExitModel
 from specrt.models.loader import load_weights
+from specrt.models.model import LlamaModel
 from specrt.models.step import StepRows
 from specrt.train.batches import collate_exits
-from specrt.train.eesd import (
+from specrt.train.eesd.module import (
     ExitModule,
     ExitModules,
     exit_weights,
     parameter_groups,
     read_last_layer,
 )
-from specrt.train.features import Sample
-from specrt.train.frozen import load_frozen_target
-from specrt.train.loop import TrainingError
+from specrt.train.features.features import Sample
+from specrt.train.features.frozen import load_frozen_target
+from specrt.train.loop.loop import TrainingError
 from specrt.tree import chain
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
 from tests.train.exit_support import (

@@ -14,7 +14,7 @@ import specrt
 from specrt.builtin import heldout_prompts, target_path
 from specrt.cli import distill
 from specrt.config import ModelConfig
-from specrt.draft.exit_checkpoint import read_exit
+from specrt.draft.eesd.checkpoint import read_exit
 from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, make_checkpoint
 from tests.test_cli import expect_one_line, run, write_tokenizer

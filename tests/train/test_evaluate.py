@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specrt.draft.checkpoint import ARCHS
+from specrt.draft.fspad.checkpoint import ARCHS
 from specrt.train import evaluate
 from specrt.train.evaluate import Acceptance, TargetTables, chain_acceptance
-from specrt.train.features import Sample
-from specrt.train.fspad import DraftModel
+from specrt.train.features.features import Sample
+from specrt.train.fspad.module import DraftModel
 from tests.train.support import HIDDEN, VOCAB, MemorySource, draft_config, random_model, tables
 
 DEPTH = 4

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from specrt.config import ModelConfig
-from specrt.draft.checkpoint import ARCHS, DraftConfig, tensor_shapes
-from specrt.train.fspad import DraftModel
+from specrt.draft.fspad.checkpoint import ARCHS, DraftConfig, tensor_shapes
+from specrt.train.fspad.module import DraftModel
 from tests.train.support import HIDDEN, draft_config, random_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from specrt.draft.checkpoint import ARCHS, read_checkpoint
-from specrt.train.loop import TrainingError
-from specrt.train.options import FspadOptions
-from specrt.train.processes import make_accelerator
+from specrt.draft.fspad.checkpoint import ARCHS, read_checkpoint
+from specrt.train.loop.loop import TrainingError
+from specrt.train.loop.options import FspadOptions
+from specrt.train.loop.processes import make_accelerator
 from tests.train.support import OPTIONS, TARGET, curve, make_source, make_trainer, train
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from specrt.train.checksums import SUMS, check_sums, write_sums
-from specrt.train.lock import hold_directory, hold_file
+from specrt.train.loop.checksums import SUMS, check_sums, write_sums
+from specrt.train.loop.lock import hold_directory, hold_file
 from specrt.types import CheckpointError
 from tests.train.support import curve, make_source, make_trainer, train
 
@@ -145,7 +145,7 @@ def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from specrt.train.lock import hold_directory
+from specrt.train.loop.lock import hold_directory
 with hold_directory(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

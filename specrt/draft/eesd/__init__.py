@@ -1,0 +1,1 @@
+"""EESD: the target's first layers and a trained exit draft."""

@@ -1,0 +1,130 @@
+"""The draft model of EESD: the target's own first N layers, one trained layer, the target's head.
+
+H hidden size, V vocabulary, M rows; g is what the first N layers give, z what the exit layer makes
+of it (arXiv 2406.03853, section 3, as far as its text says; the calibration head's form is ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from specrt import ops
+from specrt.cache import CacheBatch, KVCache
+from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
+from specrt.models.model import LlamaModel, layer_tap
+from specrt.models.step import StepRows
+from specrt.tree import MAX_NODES, chain
+
+
+class ExitModel:
+    """An exit of a target, as launches on given buffers.
+
+    Args:
+        config: where it reads.
+        weights: the exit's own.
+        target: the model whose first N layers it stands on.
+        on_move: called when its buffers move, so that recorded graphs are dropped.
+    """
+
+    def __init__(
+        self,
+        config: ExitConfig,
+        weights: ExitWeights,
+        target: LlamaModel,
+        on_move: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.num_layers = config.exit_layer
+        """N"""
+        self.tap = layer_tap(config.exit_layer - 1)
+        """The target's hidden states that the exit reads."""
+        self.slope = weights.calibration_slope
+        """``[2]``: factor of a draft's own log-odds in its confidence."""
+        self.target = target
+        self._weights = weights
+        self._layer = LlamaModel(config.layer, weights.layer, on_move=on_move, rope=target.rope)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Differs once recorded launches over buffers or caches of either model are stale."""
+        return self.target.version, self._layer.version
+
+    @property
+    def layer_bytes(self) -> int:
+        """Weights of the exit layer that a step streams."""
+        return self._weights.layer.arena.nbytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Weights of the head that a step streams."""
+        return self._weights.layer.lm_head.nbytes
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of the exit layer."""
+        return self._layer.new_cache()
+
+    def reserve(self, rows: int, num_positions: int) -> None:
+        """Make room for steps of so many rows, at such positions, here and in the target."""
+        self.target.reserve(rows, num_positions)
+        self._layer.reserve(rows, num_positions)
+
+    def launch_lower(
+        self, hidden: torch.Tensor, rows: StepRows, cache: KVCache, out: torch.Tensor
+    ) -> None:
+        """The target's first N layers: embeddings ``hidden [M, H]`` to ``out``, g.
+
+        Args:
+            hidden: overwritten where N > 1.
+            rows: where the rows stand in ``cache``.
+            cache: the target's.
+            out: ``[M, H]`` float32.
+        """
+        last = self.num_layers - 1
+        for index in range(self.num_layers):
+            self.target.launch_layer(index, hidden, rows, cache, out if index == last else hidden)
+
+    def launch_kv(self, states: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
+        """The exit layer's keys and values of g, ``states [M, H]``, and nothing more."""
+        self._layer.launch_kv(0, states, rows, cache)
+
+    def launch_exit(
+        self,
+        states: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        evidence: torch.Tensor,
+    ) -> None:
+        """Draft logits and evidence of g, ``states [M, H]``.
+
+        Args:
+            states: g.
+            rows: where the rows stand in ``cache``.
+            cache: the exit layer's.
+            hidden: ``[M, H]``, scratch: z, then its norm.
+            logits: ``[M, V]``, written.
+            evidence: ``[M, 2]``, written: the calibration head's, of greedy and of coupled drafts.
+        """
+        weights = self._weights
+        self._layer.launch_layer(0, states, rows, cache, hidden)
+        self._layer.launch_head(hidden, hidden, logits)
+        ops.linear(hidden, weights.calibration, weights.calibration_bias, out=evidence)
+
+    def absorb(self, states: torch.Tensor, batch: CacheBatch) -> None:
+        """Commit keys and values of known tokens: g, ``states [n, H]``, of one sequence."""
+        for part in states.split(MAX_NODES):
+            shape = chain(torch.zeros(1, len(part), dtype=torch.int32))
+            rows = StepRows(
+                shape.depth,
+                shape.ancestors,
+                shape.num_nodes,
+                torch.zeros_like(shape.num_nodes),
+                batch.kv_len,
+                batch.block_table,
+            )
+            self._layer.reserve(len(part), batch.num_positions)
+            self.launch_kv(part, rows, batch.cache)
+            path = torch.arange(len(part), dtype=torch.int32)[None]
+            batch.commit(path, shape.num_nodes)

@@ -1,0 +1,1 @@
+"""Prompt lookup: the text so far drafts."""

@@ -1,0 +1,1 @@
+"""The engine: requests, the sequences that run, the loop, what comes of it."""

@@ -1,0 +1,47 @@
+"""What comes of a prompt: the whole result, and what one round adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specrt.engine.stop import FinishReason
+from specrt.types import RoundStats
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One prompt's output."""
+
+    text: str
+    """What the output adds to the prompt's text, a leading space included; without special tokens,
+    and without the stop string or stop token that ended it (``include_stop_str_in_output``)."""
+    token_ids: list[int]
+    """Output tokens, an end-of-sequence token included."""
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float] | None
+    """Of each token under the target's unprocessed law, if asked for."""
+    seed: int
+    """The request's, or the one that was drawn for it; with it, it can be repeated."""
+    stats: RoundStats
+    error: str | None = None
+    """What went wrong, where ``finish_reason`` is ``"error"``."""
+    stop_reason: int | str | None = None
+    """The stop string or the id in ``stop_token_ids`` that ended it; None for end-of-sequence."""
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What one round gave one sequence."""
+
+    index: int
+    """Which prompt."""
+    text: str
+    """New text; concatenated, a sequence's chunks give its result's ``text``."""
+    token_ids: list[int]
+    num_accepted: int
+    """How many of ``token_ids`` (the first ones) the drafter had proposed: all but the bonus token,
+    and simply all where the output ends before it. Only there ``stats`` counts one less, for it
+    gives the bonus token's place to the last one."""
+    result: GenerationResult | None
+    """The whole result, with the sequence's last chunk."""

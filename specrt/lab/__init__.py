@@ -1,0 +1,1 @@
+"""Off the serving path: traces recorded and replayed, drafters measured."""

@@ -1,0 +1,220 @@
+"""Plain decoding against a drafter on somebody's own prompts, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from specrt.draft.base import EmptyDrafter
+from specrt.engine.engine import Engine
+from specrt.engine.prompts import Prompt
+from specrt.engine.results import GenerationResult
+from specrt.sampling import SamplingParams, one_each
+from specrt.types import GenerationError
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one contender did with one prompt."""
+
+    result: GenerationResult
+    """Of the first timed run; every run says the same."""
+    seconds: list[float]
+    """Wall time of each timed run, the prompt's own pass included."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated."""
+        return len(self.result.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the median time."""
+        return self.num_tokens / median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt's measurements, by contender; :data:`PLAIN` is always one of them."""
+
+    measurements: Mapping[str, Measurement]
+
+    def num_equal(self, name: str) -> int:
+        """Length of the common beginning of a contender's tokens and plain decoding's."""
+        plain = self.measurements[PLAIN].result.token_ids
+        other = self.measurements[name].result.token_ids
+        differing = (i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b)
+        return next(differing, min(len(plain), len(other)))
+
+    def is_equal(self, name: str) -> bool:
+        """Whether a contender gave plain decoding's tokens, all of them and no others."""
+        plain = self.measurements[PLAIN].result.token_ids
+        return self.measurements[name].result.token_ids == plain
+
+    def speedup(self, name: str) -> float:
+        """Plain decoding's median time over the contender's."""
+        plain, other = self.measurements[PLAIN], self.measurements[name]
+        return median(plain.seconds) / median(other.seconds)
+
+
+@dataclass
+class Summary:
+    """One contender over all prompts. ``tau`` is the mean of accept_length + 1 per round."""
+
+    name: str
+    num_tokens: int = 0
+    num_equal: int = 0
+    num_prompts: int = 0
+    num_equal_prompts: int = 0
+    num_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    seconds: float = 0.0
+    """Sum over the prompts of the median time."""
+    speedup: float = 1.0
+    """Plain decoding's ``seconds`` over this contender's."""
+    speedups: list[float] = field(default_factory=list)
+    """Of each prompt."""
+
+    @property
+    def tau(self) -> float:
+        """Mean of accept_length + 1 per round, over all prompts: their tokens by their rounds."""
+        return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the sum of median times."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "num_prompts": self.num_prompts,
+            "num_equal_prompts": self.num_equal_prompts,
+            "num_tokens": self.num_tokens,
+            "num_equal_tokens": self.num_equal,
+            "tau": self.tau,
+            "num_rounds": self.num_rounds,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "speedup": self.speedup,
+            "speedup_median": median(self.speedups) if self.speedups else 1.0,
+        }
+
+
+def without_drafter(engine: Engine) -> Engine:
+    """An engine of the same target, in memory once, that decodes plainly."""
+    return Engine(
+        engine.target,
+        EmptyDrafter(),
+        engine.tokenizer,
+        max_batch=engine.max_batch,
+        max_nodes=engine.max_nodes,
+    )
+
+
+def compare(
+    engines: Mapping[str, Engine],
+    prompt: Prompt,
+    sampling: SamplingParams,
+    *,
+    repeats: int = 3,
+    warmup: int = 1,
+) -> Comparison:
+    """Time engines on one prompt, one at a time and in turn (A B A B ...).
+
+    Taking turns makes a machine that slows down slow all alike.
+
+    Args:
+        engines: by name; one of them :data:`PLAIN`.
+        prompt: as :meth:`Engine.generate` takes it.
+        sampling: needs a seed where ``temperature`` is above 0, or the tokens could not be equal.
+        repeats: timed runs of each.
+        warmup: untimed runs of each before them.
+
+    Raises:
+        ValueError: bad options or prompt.
+        GenerationError: a sequence failed, or an engine contradicted itself.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    if sampling.temperature > 0 and sampling.seed is None:
+        raise ValueError("seed: expected one where temperature is above 0, got none")
+    for _ in range(warmup):
+        for engine in engines.values():
+            _timed(engine, prompt, sampling)
+    runs: dict[str, list[tuple[float, GenerationResult]]] = {name: [] for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            runs[name].append(_timed(engine, prompt, sampling))
+            if runs[name][-1][1].token_ids != runs[name][0][1].token_ids:
+                raise GenerationError(f"{name}: two runs of one prompt gave different tokens")
+    return Comparison(
+        {
+            name: Measurement(timed[0][1], [seconds for seconds, _ in timed])
+            for name, timed in runs.items()
+        }
+    )
+
+
+def compare_all(
+    engines: Mapping[str, Engine],
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    *,
+    repeats: int = 3,
+    on_prompt: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[str, Summary], list[Comparison]]:
+    """:func:`compare` over many prompts, one after another, and the sums.
+
+    Args:
+        on_prompt: called with the number of prompts done.
+        sampling: for all prompts, or one each.
+        engines, prompts, repeats: as for :func:`compare`.
+    """
+    comparisons: list[Comparison] = []
+    params = one_each(sampling, len(prompts))
+    for number, (prompt, p) in enumerate(zip(prompts, params, strict=True), start=1):
+        comparisons.append(compare(engines, prompt, p, repeats=repeats))
+        on_prompt(number)
+    return {name: summarise(name, comparisons) for name in engines}, comparisons
+
+
+def _timed(
+    engine: Engine, prompt: Prompt, sampling: SamplingParams
+) -> tuple[float, GenerationResult]:
+    started = perf_counter()
+    result: GenerationResult = engine.generate(prompt, sampling)
+    seconds = perf_counter() - started
+    if result.error is not None:
+        raise GenerationError(result.error)
+    return seconds, result
+
+
+def summarise(name: str, comparisons: Sequence[Comparison]) -> Summary:
+    """A contender over all prompts."""
+    summary, plain_seconds = Summary(name), 0.0
+    for comparison in comparisons:
+        measured = comparison.measurements[name]
+        stats = measured.result.stats
+        summary.num_prompts += 1
+        summary.num_tokens += measured.num_tokens
+        summary.num_equal += comparison.num_equal(name)
+        summary.num_equal_prompts += comparison.is_equal(name)
+        summary.num_rounds += stats.num_rounds
+        summary.num_draft_tokens += stats.num_draft_tokens
+        summary.num_accepted_tokens += stats.num_accepted_tokens
+        summary.seconds += median(measured.seconds)
+        summary.speedups.append(comparison.speedup(name))
+        plain_seconds += median(comparison.measurements[PLAIN].seconds)
+    if summary.seconds:
+        summary.speedup = plain_seconds / summary.seconds
+    return summary

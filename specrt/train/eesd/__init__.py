@@ -1,0 +1,1 @@
+"""What exits are trained as."""

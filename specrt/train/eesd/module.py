@@ -1,0 +1,172 @@
+"""The exits of EESD as torch modules to train: a decoder layer, a norm, a calibration head each.
+
+They follow the target's first N layers in place of the rest (arXiv 2406.03853). The layer begins as
+a copy of the target's last one, the norm as a copy of its final norm; the LM head is the target's.
+Parameters carry the checkpoint's names, so an exit's state dict is a checkpoint.
+
+Shapes: B sequences, m positions each, T exits, H hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from specrt.config import ModelConfig
+from specrt.draft.eesd.checkpoint import NUM_MODES, ExitConfig
+from specrt.models.checkpoint import Checkpoint
+from specrt.models.layouts import layer_shapes, use_standard_names
+from specrt.train.layers import Attention, GatedMlp, Norm, Rope
+
+_EXITS = "exits."
+
+
+class ExitOutput(NamedTuple):
+    """What one exit makes of every position."""
+
+    normed: torch.Tensor
+    """``[B, m, H]``: zn; LMhead(zn_t) are the exit's logits of token t + 1."""
+    evidence: torch.Tensor
+    """``[B, m, 2]`` float32: weight . zn + bias of the calibration head, zn held fixed."""
+    slope: torch.Tensor
+    """``[2]`` float32"""
+
+
+class _Layer(nn.Module):
+    """A decoder layer of the target's own family."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden_size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = Norm(hidden_size, eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = Norm(hidden_size, eps)
+        self.mlp = GatedMlp(
+            hidden_size, config.intermediate_size, hidden_size, bias=config.has_mlp_bias
+        )
+
+    def forward(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope)
+        normed = self.post_attention_layernorm(hidden)
+        out: torch.Tensor = hidden + self.mlp(normed, normed)
+        return out
+
+
+class _OneLayer(nn.Module):
+    """A model of one layer, without embedding and head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Layer(config)])
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.rope = Rope(config)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # The layer is called as a module, so that FSDP can wrap it.
+        out: torch.Tensor = self.norm(self.layers[0](hidden, self.rope.rows(hidden.shape[1])))
+        return out
+
+
+class _Calibration(nn.Module):
+    """Begins as nothing: the confidence is then the exit's own probability."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(NUM_MODES, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(NUM_MODES))
+        self.slope = nn.Parameter(torch.ones(NUM_MODES))
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` to ``[..., 2]``; what it learns does not reach the exit."""
+        with torch.autocast(normed.device.type, enabled=False):
+            return functional.linear(normed.detach().float(), self.weight.float(), self.bias)
+
+
+class ExitModule(nn.Module):
+    """One exit in training; embedding and LM head are the target's and not part of it.
+
+    Args:
+        config: its architecture.
+    """
+
+    def __init__(self, config: ExitConfig) -> None:
+        super().__init__()
+        self.model = _OneLayer(config.layer)
+        self.calibration = _Calibration(config.layer.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> ExitOutput:
+        """Run whole sequences; padding belongs at the end.
+
+        Args:
+            hidden: ``[B, m, H]``: g_0 … g_{m-1}, the outputs of the target's first N layers.
+        """
+        normed = self.model(hidden)
+        return ExitOutput(normed, self.calibration(normed), self.calibration.slope)
+
+
+class ExitModules(nn.Module):
+    """Exits after several N, which share nothing: each learns as if it were alone.
+
+    Args:
+        configs: of the exits.
+        start: the weights every exit begins with, as :func:`read_last_layer` gives them.
+    """
+
+    def __init__(self, configs: Sequence[ExitConfig], start: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.exits = nn.ModuleDict({str(c.exit_layer): ExitModule(c) for c in configs})
+        for model in self.exits.values():
+            assert isinstance(model, ExitModule)
+            model.model.load_state_dict(start)
+
+    def forward(self, states: torch.Tensor) -> list[ExitOutput]:
+        """Run every exit on the output of its own layer: ``[B, m, T, H]``, in their order."""
+        columns = states.unbind(2)
+        return [model(hidden) for model, hidden in zip(self.exits.values(), columns, strict=True)]
+
+
+def exit_weights(weights: Mapping[str, torch.Tensor], exit_layer: int) -> dict[str, torch.Tensor]:
+    """One exit's part of the state dict of :class:`ExitModules`, under the checkpoint's names."""
+    prefix = f"{_EXITS}{exit_layer}."
+    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+
+
+def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
+    """Each exit's layer and each calibration head by itself, however the module is wrapped."""
+    groups: dict[tuple[str, ...], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        _, _, inside = name.partition(_EXITS)
+        groups.setdefault(tuple(inside.split(".")[:2]), []).append(parameter)
+    return list(groups.values())
+
+
+def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[str, torch.Tensor]:
+    """The target's last layer and final norm in float32, named as in a model of that layer alone.
+
+    Args:
+        path: the target's directory, whose tensors have been checked against its configuration.
+        target: that configuration.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt.
+    """
+    checkpoint = Checkpoint(path)
+    use_standard_names(checkpoint, is_head_tied=target.is_head_tied)
+
+    def read(key: str) -> torch.Tensor:
+        tensor = checkpoint.tensor(key).float()
+        if checkpoint.infos[key].dtype != torch.float8_e4m3fn:
+            return tensor.clone()
+        scale = checkpoint.tensor(f"{key}{target.float8_scale_suffix}").float()
+        return tensor * scale.reshape(-1, 1)
+
+    last = f"model.layers.{target.num_layers - 1}."
+    tensors = {f"layers.0.{key}": read(f"{last}{key}") for key in layer_shapes(target)}
+    tensors["norm.weight"] = read("model.norm.weight")
+    checkpoint.release()
+    return tensors

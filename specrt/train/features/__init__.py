@@ -1,0 +1,1 @@
+"""The frozen target, and the hidden states that drafters learn from."""

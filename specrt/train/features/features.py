@@ -1,0 +1,124 @@
+"""Samples for the trainer: tokens, mask and the target's features, computed when asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from specrt.train.data.data import Dataset
+from specrt.train.features.frozen import FrozenTarget, load_frozen_target
+
+
+class Sample(NamedTuple):
+    """One sequence of n tokens and what the target makes of them."""
+
+    token_ids: torch.Tensor
+    """``[n]`` int64"""
+    loss_mask: torch.Tensor
+    """``[n]`` bool"""
+    features: torch.Tensor
+    """``[n, (T + 1) * H]`` float32, or the lower precision they were computed or stored in: at each
+    token the outputs of the T layers the source taps, in their order, then the hidden state after
+    the final norm."""
+
+
+class FeatureSource(Protocol):
+    """Where samples come from."""
+
+    @property
+    def hidden_size(self) -> int:
+        """H"""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices, in their order."""
+        ...
+
+
+class OnlineFeatures:
+    """Runs the frozen target on every batch asked for.
+
+    Args:
+        examples: the data.
+        target_path: the target's directory.
+        dtype: of the target's weights; the checkpoint's by default.
+        device: where the target is put and features are left.
+        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset,
+        target_path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        taps: tuple[int, ...] = (),
+    ) -> None:
+        self._examples = examples
+        self._target: FrozenTarget = load_frozen_target(target_path, dtype, device, taps)
+
+    @property
+    def hidden_size(self) -> int:
+        """H"""
+        return self._target.config.hidden_size
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return self._examples.lengths
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def batch(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices; tokens and masks on the CPU, features where the target is.
+
+        Raises:
+            ValueError: an example does not fit the target's vocabulary or context.
+        """
+        if not indices:
+            return []
+        examples = [self._examples[index] for index in indices]
+        features = self._target.features([example.token_ids for example in examples])
+        return [Sample(*example, rows) for example, rows in zip(examples, features, strict=True)]
+
+
+class FeatureSubset:
+    """Some samples of another source, under indices of their own.
+
+    Args:
+        source: the whole.
+        indices: which of its samples, in which order.
+    """
+
+    def __init__(self, source: FeatureSource, indices: Sequence[int]) -> None:
+        self._source = source
+        self._indices = list(indices)
+
+    @property
+    def hidden_size(self) -> int:
+        """H"""
+        return self._source.hidden_size
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        lengths = self._source.lengths
+        return [lengths[index] for index in self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices, in their order."""
+        return self._source.batch([self._indices[index] for index in indices])

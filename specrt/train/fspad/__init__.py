@@ -1,0 +1,1 @@
+"""What FSPAD and EAGLE drafters are trained as."""

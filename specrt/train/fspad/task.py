@@ -1,0 +1,121 @@
+"""FSPAD, EAGLE-2 and those between them, as the loop trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from specrt.draft.fspad.checkpoint import DraftConfig
+from specrt.train.batches import Batch, collate
+from specrt.train.evaluate import TargetTables, chain_acceptance
+from specrt.train.features.features import FeatureSource
+from specrt.train.fspad.module import DraftModel
+from specrt.train.loop.options import SAVE_DTYPES, FspadOptions
+from specrt.train.loop.summary import write_drafter
+from specrt.train.losses import draft_losses
+from specrt.train.task import StepLosses, TrainData
+
+
+class FspadTask:
+    """A one-layer drafter over the target's features; a :class:`specrt.train.task.TrainTask`.
+
+    Args:
+        config: its architecture.
+        load_tables: gives the target's embedding and head.
+        options: the recipe.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(
+        self, config: DraftConfig, load_tables: Callable[[], TargetTables], options: FspadOptions
+    ) -> None:
+        self._config, self._options = config, options
+        self._load_tables = load_tables
+
+    def identity(self) -> dict[str, Any]:
+        """As :class:`TrainTask` says."""
+        return {
+            "arch": self._config.arch,
+            "target": self._config.target_fingerprint,
+            "intermediate_size": self._config.layer.intermediate_size,
+        }
+
+    def start(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """As :class:`TrainTask` says."""
+        self._device = device
+        self._full_tables = self._load_tables()
+        self._tables = self._full_tables.to(device, dtype)
+        return DraftModel(self._config, self._options.seed)
+
+    def collate(self, source: FeatureSource, indices: Sequence[int], epoch: int) -> Batch:
+        """As :class:`TrainTask` says."""
+        return collate(
+            source,
+            indices,
+            noise=self._options.noise,
+            seed=self._options.seed,
+            epoch=epoch,
+            device=self._device,
+        )
+
+    def losses(self, module: Any, batch: Batch, *, has_hits: bool) -> StepLosses:
+        """As :class:`TrainTask` says."""
+        predicted, regressed = module(batch.inputs, self._tables.embed[batch.next_tokens])
+        counted = batch.is_counted
+        losses = draft_losses(
+            predicted[counted],
+            regressed[counted],
+            batch.targets[counted],
+            self._tables.head,
+            has_hits=has_hits,
+        )
+        total = self._options.regression_weight * losses.regression
+        total = total + self._options.classification_weight * losses.classification
+        pair = torch.stack([losses.regression.detach(), losses.classification.detach()])
+        return StepLosses(total, torch.cat([pair, losses.hits]))
+
+    def clip_groups(self, module: Any) -> list[list[nn.Parameter]]:
+        """As :class:`TrainTask` says."""
+        return [list(module.parameters())]
+
+    def named(self, means: Sequence[float]) -> dict[str, float]:
+        """As :class:`TrainTask` says."""
+        regression, classification, *hits = means
+        loss = self._options.regression_weight * regression
+        loss += self._options.classification_weight * classification
+        tops = {f"top{k}": hit for k, hit in enumerate(hits, 1)}
+        return {
+            "loss": loss,
+            "regression": regression,
+            "classification": classification,
+            **tops,
+        }
+
+    def finish(
+        self, out: Path, weights: dict[str, torch.Tensor], data: TrainData, run: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As :class:`TrainTask` says."""
+        dtype = SAVE_DTYPES[self._options.save_dtype]
+        stored = {key: tensor.to(dtype) for key, tensor in weights.items()}
+        model = DraftModel(self._config).requires_grad_(False)
+        model.load_state_dict(stored)
+        acceptance = chain_acceptance(
+            model.to(self._device),
+            self._full_tables.to(self._device, torch.float32),
+            data.source,
+            data.held_out,
+            self._options.depth,
+        )
+        summary = {
+            "arch": self._config.arch,
+            "num_parameters": sum(tensor.numel() for tensor in stored.values()),
+            "held_out": acceptance.as_dict(),
+            **run,
+        }
+        write_drafter(out, self._config, stored, summary)
+        return summary
