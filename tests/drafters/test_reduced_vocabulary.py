@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_cli import expect_one_line, run, write_tokenizer
 
 import specrt
 from specrt.cache import CacheBatch
@@ -27,6 +26,7 @@ from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
 from specrt.types import DraftTree, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
+from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 from tests.golden.check import token_paths
 
