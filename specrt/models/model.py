@@ -113,10 +113,16 @@ class LlamaModel:
         """Grows whenever launches recorded over this model's buffers or caches have gone stale."""
         return self._version
 
-    def new_cache(self, page_size: int = 64) -> KVCache:
-        """An empty cache of this model's shape and dtype."""
-        forget = self._forget_buffers
-        cache = KVCache(self._padded, self.dtype, page_size, forget, device=self.device)
+    def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
+        """An empty cache of this model's shape and dtype; arguments as of :class:`KVCache`."""
+        cache = KVCache(
+            self._padded,
+            self.dtype,
+            page_size,
+            self._forget_buffers,
+            device=self.device,
+            max_pages=max_pages,
+        )
         self._caches.add(cache)
         return cache
 

@@ -239,7 +239,7 @@ def test_out_of_memory_says_how_much(model: LlamaModel, monkeypatch: pytest.Monk
     def refuse(*shape: object, **_: object) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("specrt.cache.torch.zeros", refuse)
+    monkeypatch.setattr("specrt.cache._untouched_zeros", refuse)
     with pytest.raises(
         MemoryError, match=r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB"
     ):
