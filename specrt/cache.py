@@ -7,8 +7,11 @@ that abandoning a round needs no undo.
 
 from __future__ import annotations
 
+import heapq
+import math
+import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,21 +22,36 @@ from specrt.ops import registry
 SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
 
+_FIRST_PAGES = 16  # of a cache that grows for the first time
+_NO_MEMORY = RuntimeError, MemoryError, OverflowError, OSError  # torch, Python, the system
+
 
 @dataclass(eq=False)
 class CachedSequence:
     """One sequence's pages and how many of its tokens they hold."""
 
-    pages: list[int]
-    """None once it is closed."""
+    pages: list[int] = field(default_factory=list)
+    """In the order of their rows. The list is only ever extended; closing puts another one here."""
     length: int = 0
 
 
 class KVCache:
     """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``, the first of them for scratch.
 
-    It grows when sequences ask for more pages than there are; ``on_move`` is then called, because
-    recorded graphs hold the old addresses.
+    Sequences take pages as they need them, the lowest free one first, so that memory that has been
+    touched is used again. Where there are too few, their number at least doubles; ``on_move`` is
+    then called, because captured graphs hold the old addresses.
+
+    Args:
+        config: the model's.
+        dtype: of keys and values.
+        page_size: tokens.
+        on_move: called when ``kv`` is another tensor.
+        device: where to.
+        max_pages: that sequences may hold together; None: as many as there is memory for.
+
+    Raises:
+        ValueError: ``max_pages`` is below 1.
     """
 
     def __init__(
@@ -44,12 +62,17 @@ class KVCache:
         on_move: Callable[[], None] = lambda: None,
         *,
         device: torch.device | str = "cpu",
+        max_pages: int | None = None,
     ) -> None:
+        if max_pages is not None and max_pages < 1:
+            raise ValueError(f"max_pages: expected at least 1, got {max_pages}")
         self.page_size = page_size
+        self.max_pages = max_pages
         self._shape = (config.num_layers, 2, 1, page_size, config.num_kv_heads, config.head_dim)
-        self._on_move = on_move
-        self.kv = torch.zeros(self._shape, dtype=dtype, device=device)
-        self._free: list[int] = []
+        self._on_move: Callable[[], None] | None = on_move  # None: retired
+        self.kv = _untouched_zeros(self._shape, dtype, torch.device(device))
+        self._returned: list[int] = []  # a heap
+        self._num_touched = 1  # pages from here on have never been a sequence's
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +87,12 @@ class KVCache:
     @property
     def num_free_pages(self) -> int:
         """Pages no sequence holds."""
-        return len(self._free)
+        return len(self._returned) + self.kv.shape[2] - self._num_touched
+
+    @property
+    def num_held_pages(self) -> int:
+        """Pages that sequences hold."""
+        return self._num_touched - 1 - len(self._returned)
 
     @property
     def page_bytes(self) -> int:
@@ -76,51 +104,103 @@ class KVCache:
         """Key and value pages of a layer, each ``[P, page_size, Hkv, d]``."""
         return self.kv[index, 0], self.kv[index, 1]
 
-    def open(self, num_tokens: int) -> CachedSequence:
-        """Reserve pages for a sequence that will write at most ``num_tokens`` rows.
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that hold ``num_tokens`` rows of one sequence."""
+        return -(-num_tokens // self.page_size)
+
+    def can_reserve(self, num_pages: int) -> bool:
+        """Whether ``max_pages`` lets sequences have so many more (memory is known by trying)."""
+        return self.max_pages is None or num_pages <= self.max_pages - self.num_held_pages
+
+    def open(self, num_tokens: int = 0) -> CachedSequence:
+        """A new sequence, with pages for ``num_tokens`` rows.
 
         Raises:
-            MemoryError: there is no memory for them; says how much was needed.
+            MemoryError: as :meth:`reserve`.
         """
-        needed = -(-num_tokens // self.page_size)
-        if needed > len(self._free):
-            self._grow(needed - len(self._free))
-        pages = [self._free.pop() for _ in range(needed)]
-        return CachedSequence(pages)
+        sequence = CachedSequence()
+        self.reserve(sequence, num_tokens)
+        return sequence
+
+    def reserve(self, sequence: CachedSequence, num_tokens: int) -> None:
+        """Give a sequence the pages it lacks to write ``num_tokens`` rows in all.
+
+        Raises:
+            MemoryError: ``max_pages`` or memory has no room for them; says how much was needed.
+                Sequence and cache are as they were.
+            RuntimeError: the cache's memory was given back.
+        """
+        num_more = self.num_pages_for(num_tokens) - len(sequence.pages)
+        if num_more <= 0:
+            return
+        if num_more > self.num_free_pages:
+            self._grow(self.num_held_pages + num_more)
+        sequence.pages.extend([self._take() for _ in range(num_more)])
 
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages back; closed again it has none to give."""
         pages, sequence.pages = sequence.pages, []
-        self._free.extend(pages)
+        for page in pages:
+            heapq.heappush(self._returned, page)
 
     def retire(self) -> None:
         """Give the memory back for good, if no sequence holds a page of it."""
-        if self.num_free_pages == self.num_pages:
-            self._free.clear()
-            self.kv = self.kv.new_zeros(self._shape)
+        if self.num_held_pages == 0 and self._on_move is not None:
+            self._returned.clear()
+            self._num_touched = 1
+            self.kv = _untouched_zeros(self._shape, self.kv.dtype, self.device)
             self._on_move()
-            self._on_move = _refuse
+            self._on_move = None
 
-    def _grow(self, num_more: int) -> None:
-        old = self.kv.shape[2]
-        shape = (*self._shape[:2], old + num_more, *self._shape[3:])
+    def _take(self) -> int:
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._num_touched += 1
+        return self._num_touched - 1
+
+    def _grow(self, needed: int) -> None:
+        """Make room for ``needed`` pages in all, and for more where there is memory."""
+        if self._on_move is None:
+            raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
+        most = needed if self.max_pages is None else self.max_pages
+        if needed > most:
+            raise MemoryError(f"{self._no_room(needed)}: max_pages is {most}")
+        roomy = max(needed, 2 * self.num_pages, _FIRST_PAGES)
         try:
-            # Zeros, not empty: fresh pages come from the system untouched and cost no memory yet.
-            grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.device)
-        except (RuntimeError, MemoryError) as error:
-            needed = (old + num_more) * self.page_bytes
-            raise MemoryError(
-                f"KV cache: no memory for {old + num_more} pages of {self.page_size} tokens, "
-                f"{needed / 2**20:.0f} MiB"
-            ) from error
-        grown[:, :, :old] = self.kv
+            grown = self._pages(roomy if self.max_pages is None else min(roomy, most))
+        except _NO_MEMORY:
+            try:
+                grown = self._pages(needed)
+            except _NO_MEMORY as error:
+                raise MemoryError(self._no_room(needed)) from error
+        touched = slice(self._num_touched)  # reading the others would cost memory
+        grown[:, :, touched] = self.kv[:, :, touched]
         self.kv = grown
-        self._free.extend(range(old + num_more - 1, old - 1, -1))
         self._on_move()
 
+    def _pages(self, num_pages: int) -> torch.Tensor:
+        """``kv`` with so many pages for sequences, zeros."""
+        shape = (*self._shape[:2], 1 + num_pages, *self._shape[3:])
+        return _untouched_zeros(shape, self.kv.dtype, self.device)
 
-def _refuse() -> None:
-    raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
+    def _no_room(self, num_pages: int) -> str:
+        size = num_pages * self.page_bytes / 2**20
+        pages = f"{num_pages} pages of {self.page_size} tokens, {size:.0f} MiB"
+        return f"KV cache: no memory for {pages}"
+
+
+def _untouched_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros that on the CPU cost no memory before they are written.
+
+    ``torch.zeros`` writes them: a cache that has grown would hold all of its pages at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class CacheBatch:
