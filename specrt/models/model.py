@@ -39,6 +39,9 @@ _MAX_STEPS = 1024  # of different sizes; beyond, all are forgotten and made agai
 FINAL_TAP = "final"
 """The feature: the last hidden state after the final norm, what the LM head multiplies."""
 
+LOGITS_TAP = "logits"
+"""The logits, ``[B, N, V]``, where a pass makes them: not in prefill."""
+
 
 def run_eagerly(key: Hashable, launch: Callable[[], None]) -> None:
     """The :data:`StepRunner` that records nothing."""
@@ -146,7 +149,8 @@ class LlamaModel:
         Args:
             tree: B trees of N nodes; only tokens, depth, ancestors, num_nodes and hidden are read.
             batch: the B sequences the trees continue.
-            taps: hidden states to return: ``"final"`` or :func:`layer_tap` names.
+            taps: hidden states to return: ``"final"`` or :func:`layer_tap` names; ``"logits"``
+                gives the logits among them.
             has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
             first_node: ``[B]`` int32; the given nodes are those from this index on of a larger
                 tree whose earlier nodes were run before (their rows still lie past ``kv_len``).
@@ -164,7 +168,8 @@ class LlamaModel:
         if num_nodes > MAX_NODES:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
         width = batch.block_table.shape[1]
-        key = StepKey(size, num_nodes, width, has_logits, taps, layers_run(tree))
+        states = tuple(tap for tap in taps if tap != LOGITS_TAP)
+        key = StepKey(size, num_nodes, width, has_logits, states, layers_run(tree))
         self._ensure_buffers(key, batch.num_positions)
         if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
             self._forget_buffers()
@@ -181,7 +186,10 @@ class LlamaModel:
             start.copy_(tree.hidden.view(start.shape))
         # A graph holds this model's and this cache's addresses; as part of its key they outlive it.
         self._run_step((self, batch.cache, key), lambda: self._launch(key, step, batch.cache))
-        return step.output if self._is_output_plain else on_host(step.output)
+        output = step.output if self._is_output_plain else on_host(step.output)
+        if has_logits and LOGITS_TAP in taps:
+            return output._replace(taps={**output.taps, LOGITS_TAP: output.logits})
+        return output
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -243,7 +251,8 @@ class LlamaModel:
         last = self.config.num_layers - 1
         if tap != FINAL_TAP and tap not in {layer_tap(i) for i in range(first, last + 1)}:
             raise ValueError(
-                f"taps: expected 'final' or 'layer.{first}' .. 'layer.{last}', got {tap!r}"
+                f"taps: expected 'final', 'logits' or 'layer.{first}' .. 'layer.{last}', "
+                f"got {tap!r}"
             )
 
     def _forget_buffers(self) -> None:
