@@ -29,12 +29,37 @@ class GenerationError(RuntimeError):
     """A sequence that cannot go on (NaN logits, no memory for its cache)."""
 
 
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What a drafter proposes: for each sequence a tree of M nodes, its root (node 0) included.
+
+    Nothing of it is believed. The root's token is the sequence's last one whatever stands there,
+    and a tree ends before its first node whose parent does not come before it, or whose token is
+    not in the vocabulary (:func:`specrt.tree.settle`). A drafter gets its proposal back when it
+    is told what came of it; what it wants to find there, it keeps in a subclass.
+    """
+
+    draft_tokens: torch.Tensor
+    """``[B, M]`` int32."""
+    parents: torch.Tensor
+    """``[B, M]`` int32."""
+    num_nodes: torch.Tensor
+    """``[B]`` int32; nodes from there on are padding."""
+    draft_probs: torch.Tensor | None = None
+    """``[B, M, V]`` float32: row i is the law node i's children were drawn from, independently.
+    Given only by drafters that sample; acceptance then uses rejection with residuals."""
+    hidden: torch.Tensor | None = None
+    """``[B, M, H]`` float32: what the target's first ``num_layers_run`` layers give. Only a
+    drafter that runs them itself has these; their keys and values then lie past ``kv_len``."""
+    num_layers_run: int = 0
+
+
 @dataclass(frozen=True)
 class DraftTree:
     """A tree of proposed tokens for each sequence; node 0 is the root, the last committed token.
 
     Parents come before children (``parents[i] < i``), so a path's node indices increase.
-    Nodes at ``num_nodes[b]`` and beyond are padding.
+    Nodes at ``num_nodes[b]`` and beyond are padding. The engine makes it of a :class:`Proposal`.
     """
 
     draft_tokens: torch.Tensor

@@ -32,7 +32,7 @@ from tests.checkpoints import (
     make_exit_checkpoint,
     store_as_bin,
 )
-from tests.test_cli import write_tokenizer
+from tests.cli.test_cli import write_tokenizer
 
 TARGETS = ("one file", "shards", "bin", "bin shards")
 DRAFTERS = ("fspad", "eesd", "small")

@@ -13,7 +13,7 @@ import torch
 from specrt import cache as cache_module
 from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache, may_be_reused
 from specrt.config import ModelConfig
-from specrt.tree import chain
+from specrt.tree import chain_tree
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import make_model
 
@@ -242,7 +242,7 @@ def test_what_a_table_does_not_use_is_nobodys_page(tmp_path: Path) -> None:
     assert SCRATCH_PAGE not in (page for one in sequences for page in one.pages)
     before = cache.kv[:, :, sequences[1].pages].clone()
     tokens = torch.zeros(1, 30, dtype=torch.int32)  # of a sequence that has room for 8
-    model.forward(chain(tokens), CacheBatch(cache, sequences[:1]))
+    model.forward(chain_tree(tokens), CacheBatch(cache, sequences[:1]))
     assert torch.equal(cache.kv[:, :, sequences[1].pages], before)
     assert cache.kv[:, :, sequences[0].pages].any()
     cache.close(sequences[0])

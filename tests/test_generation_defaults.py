@@ -16,7 +16,7 @@ from specrt import Engine, SamplingParams
 from specrt.config import ModelConfig
 from specrt.types import CheckpointError
 from tests.checkpoints import edit_config, make_checkpoint
-from tests.test_cli import run, write_tokenizer
+from tests.cli.test_cli import run, write_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 SAID = {

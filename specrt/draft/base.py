@@ -10,7 +10,7 @@ import torch
 
 from specrt.cache import CacheBatch
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 _LEAST_MS = 1e-6  # a coarse clock may say that nothing took any time
 
@@ -146,7 +146,7 @@ class Drafter(Protocol):
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """The target has run prompt tokens from position ``start`` on; taps are ``[1, n, H]``."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """A tree for each sequence, rooted at its last token, of at most ``budget.max_nodes``.
 
         Of a larger one the first so many nodes are verified.
@@ -155,6 +155,7 @@ class Drafter(Protocol):
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -188,7 +189,7 @@ class EmptyDrafter:
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Nothing is read."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """A tree of one node for each sequence."""
         roots = [[state.token_ids[-1]] for state in states]
         return chain(torch.tensor(roots, dtype=torch.int32))
@@ -196,6 +197,7 @@ class EmptyDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:

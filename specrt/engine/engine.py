@@ -24,7 +24,7 @@ from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
 from specrt.sampling import SamplingParams, one_each
-from specrt.tree import MAX_NODES, first_nodes
+from specrt.tree import MAX_NODES, settle
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
 
@@ -337,11 +337,12 @@ class Engine:
     def _round(self, batch: RunningBatch, draft: DraftParams | None) -> list[StreamChunk]:
         """One round of every running sequence; those that end leave."""
         self._check_open()
-        batch.refresh(self.cache, self.target.config.vocab_size)
+        batch.refresh(self.cache, self.target.config.vocab_size, self.max_nodes)
         drafter = self.drafter
         budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
         times = [perf_counter()]
-        tree = self._proposed(batch.states, budget)
+        proposal = drafter.propose(batch.states, budget)
+        tree = settle(proposal, batch.roots, batch.max_nodes, self.target.config.vocab_size)
         times.append(perf_counter())
         output = self.target.forward(tree, batch.cached, taps=drafter.taps)
         times.append(perf_counter())
@@ -354,7 +355,7 @@ class Engine:
             want_logprobs=batch.sampling.want_logprobs,
         )
         batch.cached.commit(result.path, result.accept_length + 1)
-        drafter.observe(batch.states, result, output.taps)
+        drafter.observe(batch.states, proposal, result, output.taps)
         times.append(perf_counter())
         draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
         self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
@@ -368,17 +369,6 @@ class Engine:
             if chunk.result is not None:
                 self._release(batch, sequence)
         return chunks
-
-    def _proposed(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
-        """The drafter's trees, as far as there is room for them."""
-        tree = self.drafter.propose(states, budget)
-        num_nodes, sizes = tree.draft_tokens.shape[1], tree.num_nodes.tolist()
-        if len(sizes) != len(states) or min(sizes) < 1 or max(sizes) > num_nodes:
-            raise ValueError(
-                f"{type(self.drafter).__name__}: num_nodes: expected {len(states)} numbers in "
-                f"1..{num_nodes}, the nodes of draft_tokens, got {sizes}"
-            )
-        return tree if num_nodes <= self.max_nodes else first_nodes(tree, self.max_nodes)
 
     def _output(
         self, batch: RunningBatch, tree: DraftTree, result: AcceptResult

@@ -83,7 +83,7 @@ class RunningBatch:
         self.sequences.remove(sequence)
         self._is_stale = True
 
-    def refresh(self, cache: KVCache, vocab_size: int) -> None:
+    def refresh(self, cache: KVCache, vocab_size: int, max_nodes: int) -> None:
         """Make the tables fit the sequences."""
         if not self._is_stale:
             return
@@ -103,6 +103,8 @@ class RunningBatch:
             known = torch.tensor(state.token_ids, dtype=torch.int32)
             self.history[row, : len(known)] = known
         self.history_len = torch.tensor([len(s.token_ids) for s in states], dtype=torch.int32)
+        self.roots = torch.tensor([s.token_ids[-1] for s in states], dtype=torch.int32)
+        self.max_nodes = torch.full((len(states),), max_nodes, dtype=torch.int32)
         # Writing through numpy costs a tenth of writing through torch.
         self._history, self._history_len = self.history.numpy(), self.history_len.numpy()
         self._is_stale = False
@@ -112,3 +114,4 @@ class RunningBatch:
         start = self._history_len[row]
         self._history[row, start : start + len(tokens)] = tokens
         self._history_len[row] = start + len(tokens)
+        self.roots[row] = tokens[-1]

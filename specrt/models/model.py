@@ -28,7 +28,7 @@ from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
 from specrt.ops import registry
-from specrt.tree import MAX_NODES, chain
+from specrt.tree import MAX_NODES, chain_tree
 from specrt.types import DraftTree, VerifyOutput
 
 StepRunner = Callable[[Hashable, Callable[[], None]], None]
@@ -198,7 +198,7 @@ class LlamaModel:
         """
         tokens = torch.tensor([list(ids)], dtype=torch.int32)
         for start in range(0, tokens.shape[1], MAX_NODES):
-            tree = chain(tokens[:, start : start + MAX_NODES])
+            tree = chain_tree(tokens[:, start : start + MAX_NODES])
             output = self.forward(tree, batch, taps=taps, has_logits=False)
             path = torch.arange(tree.draft_tokens.shape[1], dtype=torch.int32)[None]
             batch.commit(path, tree.num_nodes)

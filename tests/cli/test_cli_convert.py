@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.test_cli import expect_one_line, run, write_tokenizer
 
 import specrt
 from specrt.config import ModelConfig, config_fingerprint
@@ -23,6 +22,7 @@ from tests.checkpoints import (
     make_official_draft,
     store_as_float8,
 )
+from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 
 KINDS = tuple(ARCHS)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_cli import expect_one_line, run, write_tokenizer
 
 import specrt
 from specrt.cli import distill, main
@@ -22,6 +21,7 @@ from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.train.data.data import read_examples
 from tests.checkpoints import edit_tensors, make_checkpoint
+from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 
 PROMPTS = ("to be or not to be", "abc", "what is 2+3?")
 ANSWERS = ("--max-new-tokens", "12", "--threads", "1")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.test_cli import expect_one_line, generate_json, run, write_tokenizer
 
 from specrt.cli.demo import legend
 from specrt.cli.prompts import own_sampling, read_prompts
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.cli.test_cli import expect_one_line, generate_json, run, write_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 YO = {"role": "assistant", "content": "yo"}

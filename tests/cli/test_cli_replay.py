@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.test_cli import expect_one_line, write_tokenizer
 
 import specrt
 from specrt.cli.app import main
@@ -26,6 +25,7 @@ from specrt.lab.trace import (
     read_trace,
     write_trace,
 )
+from tests.cli.test_cli import expect_one_line, write_tokenizer
 from tests.engine.exits import EXIT_LAYER, make_exit_pair
 
 MAX_DRAFT = 5

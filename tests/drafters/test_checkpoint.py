@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tests.test_cli import write_tokenizer
 
 import specrt
 from specrt.config import ModelConfig, config_fingerprint
@@ -37,6 +36,7 @@ from tests.checkpoints import (
     make_official_draft,
     random_draft_tensors,
 )
+from tests.cli.test_cli import write_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROMPT = list(range(5, 40))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_cli import expect_one_line, run, write_tokenizer
 
 import specrt
 from specrt.config import ModelConfig
@@ -21,6 +20,7 @@ from tests.checkpoints import (
     make_draft_checkpoint,
     make_official_draft,
 )
+from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.test_cli import write_tokenizer
 
 import specrt
 from specrt.config import ModelConfig
@@ -19,6 +18,7 @@ from specrt.models.checkpoint import TensorInfo
 from specrt.models.layouts import is_rounded_copy
 from specrt.types import CheckpointError
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_official_draft
+from tests.cli.test_cli import write_tokenizer
 
 PROMPT = list(range(5, 40))
 GREEDY = specrt.SamplingParams(max_new_tokens=24, ignore_eos=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_cli import expect_one_line, run, write_tokenizer
 
 import specrt
 from specrt.cache import CacheBatch
@@ -25,8 +24,9 @@ from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
+from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 from tests.golden.check import token_paths
 
@@ -83,7 +83,7 @@ class Recording(FspadDrafter):
 
     proposed: set[int]
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         tree = super().propose(states, budget)
         for row, count in zip(tree.draft_tokens.tolist(), tree.num_nodes.tolist(), strict=True):
             self.proposed.update(row[1:count])
@@ -101,7 +101,7 @@ def make_drafter(model: LlamaModel, path: Path, *, fold: bool | None = None) -> 
 
 def tree_at(
     model: LlamaModel, drafter: FspadDrafter, shape: DraftParams, temperature: float = 0.0
-) -> DraftTree:
+) -> Proposal:
     """What it proposes behind the first 60 of ``IDS``."""
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(len(IDS) + MAX_NODES)])
@@ -167,7 +167,7 @@ def test_all_tokens_make_the_unreduced_tree(
     )
     trees = [tree_at(model, drafter, shape, temperature) for drafter in (full, same)]
     assert token_paths(trees[0]) == token_paths(trees[1])
-    for name in ("draft_tokens", "parents", "ancestors"):
+    for name in ("draft_tokens", "parents"):
         assert torch.equal(getattr(trees[0], name), getattr(trees[1], name))
     head = model.weights.lm_head.data_ptr()
     assert [d.layer.weights.head.data_ptr() for d in (full, same)] == [head, head]  # no copy

@@ -9,7 +9,6 @@ from shutil import copytree
 
 import pytest
 import torch
-from tests.test_cli import write_tokenizer
 
 import specrt
 from specrt.draft.base import Budget, RoundCost
@@ -17,6 +16,7 @@ from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.draft.small_model.vocabulary import check_vocabulary
 from specrt.types import CheckpointError, SequenceState
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint
+from tests.cli.test_cli import write_tokenizer
 from tests.engine.support import make_engine, make_model
 
 SIZES = (97, 100, 128, 160)  # rows of tables for the 97 tokens there are

@@ -304,7 +304,7 @@ class Listening(RandomTreeDrafter):
         tree.add_path(self._answers[3, 4, 5][said : said + 7], max_nodes)
         return tree
 
-    def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+    def observe(self, states, proposal, result, taps):  # type: ignore[no-untyped-def]
         self.heard += result.accept_length.tolist()
 
 

@@ -117,9 +117,9 @@ class Failing(PromptLookupDrafter):
         self._count("propose")
         return super().propose(states, budget)
 
-    def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+    def observe(self, states, proposal, result, taps):  # type: ignore[no-untyped-def]
         self._count("observe")
-        super().observe(states, result, taps)
+        super().observe(states, proposal, result, taps)
 
     def finish(self, state):  # type: ignore[no-untyped-def]
         self._count("finish")

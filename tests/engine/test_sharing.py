@@ -51,7 +51,7 @@ class Crowded(EmptyDrafter):
             assert any(self._lock._door.locked() or self._is_overlapped for _ in tries)
         return super().propose(states, budget)
 
-    def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+    def observe(self, states, proposal, result, taps):  # type: ignore[no-untyped-def]
         self._is_inside = False
 
     def ended(self) -> bool:
@@ -96,7 +96,7 @@ def test_a_stream_closed_in_the_middle_of_anothers_round(
     """By another thread, or by the garbage collector in the round's own: when it ends, they are."""
 
     class Closing(EmptyDrafter):
-        def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+        def observe(self, states, proposal, result, taps):  # type: ignore[no-untyped-def]
             if open_streams and len(states) == 2:
                 stream = open_streams.pop()
                 if by_garbage_collector:

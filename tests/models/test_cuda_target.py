@@ -31,7 +31,7 @@ from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.placement import place_weights
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
-from specrt.tree import TreeBuilder, chain, stack
+from specrt.tree import TreeBuilder, chain_tree, stack
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.ops.conftest import Backend, load_simt
@@ -195,7 +195,7 @@ def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
     for node in range(0, 13, 4):
         *above, last = path_to(tree, node)
         alone = started(model, [PROMPT + above])
-        single = chain(torch.tensor([[last]], dtype=torch.int32))
+        single = chain_tree(torch.tensor([[last]], dtype=torch.int32))
         assert torch.equal(model.forward(single, alone).logits[0, 0], whole[node]), node
 
 

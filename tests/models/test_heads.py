@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_cli import write_tokenizer
 
 import specrt
 from specrt.cache import CacheBatch
@@ -24,6 +23,7 @@ from tests.checkpoints import (
     make_exit_checkpoint,
     store_as_float8,
 )
+from tests.cli.test_cli import write_tokenizer
 from tests.models.test_llama import FLOAT32_TOLERANCE, PROMPT, error
 
 SIZES = [

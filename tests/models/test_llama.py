@@ -16,7 +16,7 @@ from specrt.config import ModelConfig
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
-from specrt.tree import TreeBuilder, chain, stack
+from specrt.tree import TreeBuilder, chain_tree, stack
 from specrt.types import DraftTree
 from tests.checkpoints import FAMILIES, make_checkpoint
 
@@ -147,7 +147,7 @@ def test_rounded_weights_cost_less_than_rounded_activations(
         lossy = rounded(torch.tensor([ids])).logits[0, 40:].float()
         exact = widened(torch.tensor([ids])).logits[0, 40:]
     batch = started(model, [ids[:40]])
-    got = model.forward(chain(torch.tensor([ids[40:]], dtype=torch.int32)), batch).logits[0]
+    got = model.forward(chain_tree(torch.tensor([ids[40:]], dtype=torch.int32)), batch).logits[0]
     assert error(got, exact) < 0.5 * error(lossy, exact)
 
 
@@ -377,6 +377,6 @@ def test_unknown_taps_are_refused(model: LlamaModel, tap: str) -> None:
 def test_trees_of_more_than_128_nodes_are_refused(model: LlamaModel) -> None:
     batch = started(model, [PROMPT[:3]])
     tokens = torch.zeros(1, 129, dtype=torch.int32)
-    model.forward(chain(tokens[:, :128]), batch)
+    model.forward(chain_tree(tokens[:, :128]), batch)
     with pytest.raises(ValueError, match="tree: expected at most 128 nodes, got 129"):
-        model.forward(chain(tokens), batch)
+        model.forward(chain_tree(tokens), batch)

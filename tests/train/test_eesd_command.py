@@ -17,7 +17,7 @@ from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import read_exit
 from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, make_checkpoint
-from tests.test_cli import expect_one_line, run, write_tokenizer
+from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 
 CHANGED = (("seed", "1", 0), ("num-texts", "14", 12), ("max-length", "50", 257))
 FAST = ("--max-steps", "2", "--log-steps", "1", "--no-tensorboard", "--threads", "1")

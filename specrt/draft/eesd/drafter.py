@@ -26,7 +26,7 @@ from specrt.draft.eesd.round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.models.model import StepRunner, run_eagerly
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 _MAX_ROUNDS = 32  # kinds of round whose buffers are kept
 # Where drafting does not pay, a rule that weighs time is asked once in so many rounds, for asking
@@ -154,7 +154,7 @@ class EesdDrafter:
         """Run the exit's keys and values for a piece of the prompt."""
         self._absorb(state, taps[self.exit_model.tap][0])
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Draft while the controller goes on.
 
         Raises:
@@ -186,6 +186,7 @@ class EesdDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -366,7 +367,7 @@ class EesdDrafter:
 
     # --- times --------------------------------------------------------------------------------
 
-    def _timed(self, tree: DraftTree, begun: float) -> DraftTree:
+    def _timed(self, tree: Proposal, begun: float) -> Proposal:
         """Note when a proposal ended."""
         self._num_rows = tree.draft_tokens.numel()
         ended = perf_counter()
@@ -394,5 +395,5 @@ class EesdDrafter:
         self._meter.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
 
 
-def _roots(states: Sequence[SequenceState]) -> DraftTree:
+def _roots(states: Sequence[SequenceState]) -> Proposal:
     return chain(torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32))

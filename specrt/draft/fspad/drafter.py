@@ -29,7 +29,7 @@ from specrt.draft.length.controlled import ControlledEnvelope
 from specrt.draft.length.measured import EnvelopePolicy, TreePolicy
 from specrt.models.model import FINAL_TAP, StepRunner, run_eagerly
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 
 class _Shape(NamedTuple):
@@ -128,7 +128,7 @@ class FspadDrafter:
         self._drafts[state].add(taps[FINAL_TAP][0])
         self._absorb(state, keep=1)
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Run the newly accepted pairs, then grow a tree level by level.
 
         Raises:
@@ -156,6 +156,7 @@ class FspadDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -237,7 +238,7 @@ class FspadDrafter:
 
     def _choose(
         self, buffers: RoundBuffers, plan: _Plan, num_levels: int, budget: Budget
-    ) -> DraftTree:
+    ) -> Proposal:
         choice = buffers.choice(plan.num_nodes)
         key = (plan.num_nodes, num_levels)
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))

@@ -19,7 +19,7 @@ from specrt.draft.coupling import make_noise, stage_noise
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.ops.tree_build import expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 
 MAX_PAIRS = 16
 """Accepted pairs that one recorded step takes; more are run before it."""
@@ -81,7 +81,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Choice:
-    """The nodes kept of a pool: the fields of a :class:`DraftTree`, and their scores."""
+    """The nodes kept of a pool: the fields of a :class:`Proposal`, and their scores."""
 
     draft_tokens: torch.Tensor
     parents: torch.Tensor
@@ -100,13 +100,11 @@ class Choice:
         scores = torch.zeros(batch, num_nodes)
         return cls(ints[0], ints[1], ints[2], bits, counts, scores)
 
-    def tree(self, size: int) -> DraftTree:
+    def tree(self, size: int) -> Proposal:
         """The best ``size`` nodes, valid until the next round (views, where that is enough)."""
-        return DraftTree(
-            draft_tokens=self.draft_tokens[:, :size].contiguous(),
-            parents=self.parents[:, :size].contiguous(),
-            depth=self.depth[:, :size].contiguous(),
-            ancestors=self.ancestors[:, :size, : num_words(size)].contiguous(),
+        return Proposal(
+            draft_tokens=self.draft_tokens[:, :size],
+            parents=self.parents[:, :size],
             num_nodes=self.num_nodes.clamp(max=size),
         )
 
