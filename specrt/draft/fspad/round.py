@@ -157,7 +157,6 @@ class RoundBuffers:
         num_parts = max(1, min(batch * width, torch.get_num_threads()))
         self._scratch = torch.empty(num_parts, expand_workspace_size(layer.weights.head.shape[0]))
         self._choices: dict[int, Choice] = {}
-        self._table: torch.Tensor | None = None
 
     # --- staging ------------------------------------------------------------------------------
 
@@ -192,9 +191,7 @@ class RoundBuffers:
             self._counts[:, row] = lengths[row], lengths[row] + count, count - 1, count
             self._last_bits[row, 0, 0] = (1 << count) - 1
             self._roots[row] = state.token_ids[-1]
-        if self._table is not batch.block_table:
-            self._block_table.copy_(batch.block_table)
-            self._table = batch.block_table
+        self._block_table.copy_(batch.block_table)
         if self._noise is not None:
             stage_noise(self._noise, states)
         return most
