@@ -24,6 +24,7 @@ from specrt.types import Proposal, SequenceState
 MAX_PAIRS = 16
 """Accepted pairs that one recorded step takes; more are run before it."""
 MAX_LEVELS = 16
+"""The largest depth of a tree."""
 _WORDS = num_words(MAX_NODES)
 
 
