@@ -225,8 +225,6 @@ def rerank_arguments(variant: int, backend: Backend) -> Arguments:
         "roots": ints(1, 2, 3),
         "draft_tokens": torch.zeros(shape, dtype=torch.int32),
         "parents": torch.zeros(shape, dtype=torch.int32),
-        "depth": torch.zeros(shape, dtype=torch.int32),
-        "ancestors": torch.zeros(*shape, 1, dtype=torch.int64),
         "num_nodes": ints(0, 0, 0),
         "node_scores": torch.zeros(shape),
     }
@@ -380,7 +378,7 @@ KERNELS = {
         rerank_arguments,
         lambda a: ops.tree_rerank(**a),
         own=("pool_tokens", "pool_parents", "pool_scores", "roots"),
-        results=("draft_tokens", "parents", "depth", "ancestors", "num_nodes", "node_scores"),
+        results=("draft_tokens", "parents", "num_nodes", "node_scores"),
     ),
     "tree_settle": Kernel(
         settle_arguments,

@@ -86,8 +86,6 @@ class Choice:
 
     draft_tokens: torch.Tensor
     parents: torch.Tensor
-    depth: torch.Tensor
-    ancestors: torch.Tensor
     num_nodes: torch.Tensor
     node_scores: torch.Tensor
     """``[B, N]`` float32: log-probability of the path, best first; the root's is 0."""
@@ -95,11 +93,9 @@ class Choice:
     @classmethod
     def make(cls, batch: int, num_nodes: int) -> Choice:
         """Empty buffers."""
-        ints = torch.zeros(3, batch, num_nodes, dtype=torch.int32)
-        bits = torch.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
+        ints = torch.zeros(2, batch, num_nodes, dtype=torch.int32)
         counts = torch.zeros(batch, dtype=torch.int32)
-        scores = torch.zeros(batch, num_nodes)
-        return cls(ints[0], ints[1], ints[2], bits, counts, scores)
+        return cls(ints[0], ints[1], counts, torch.zeros(batch, num_nodes))
 
     def tree(self, size: int) -> Proposal:
         """The best ``size`` nodes, valid until the next round (views, where that is enough)."""
@@ -252,8 +248,6 @@ class RoundBuffers:
             self._roots,
             choice.draft_tokens,
             choice.parents,
-            choice.depth,
-            choice.ancestors,
             choice.num_nodes,
             choice.node_scores,
         )
