@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache, LastBatch
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
@@ -101,7 +101,7 @@ class FspadDrafter:
             EnvelopePolicy() if control is None else ControlledEnvelope(control)
         )
         self._rounds: dict[RoundKey, RoundBuffers] = {}
-        self._batch = LastBatch(self._cache)
+        self._batch = CacheBatch(self._cache)
         self._offered: np.ndarray | None = None
         self._recorded: set[Hashable] = set()
 
@@ -176,7 +176,6 @@ class FspadDrafter:
         draft = self._drafts.pop(state, None)
         if draft is not None:
             self._cache.close(draft.cached)
-        self._batch.forget()
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -263,7 +262,7 @@ class FspadDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        return self._batch.of([self._drafts[state].cached for state in states])
+        return self._batch.update([self._drafts[state].cached for state in states])
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -298,4 +297,3 @@ class FspadDrafter:
             self.layer.append(0, rows, self._cache, work)
             batch.commit(order, num)
             draft.pending = draft.pending[count:]
-            self._batch.forget()

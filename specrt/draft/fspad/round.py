@@ -86,8 +86,6 @@ class Choice:
 
     draft_tokens: torch.Tensor
     parents: torch.Tensor
-    depth: torch.Tensor
-    ancestors: torch.Tensor
     num_nodes: torch.Tensor
     node_scores: torch.Tensor
     """``[B, N]`` float32: log-probability of the path, best first; the root's is 0."""
@@ -95,11 +93,9 @@ class Choice:
     @classmethod
     def make(cls, batch: int, num_nodes: int) -> Choice:
         """Empty buffers."""
-        ints = torch.zeros(3, batch, num_nodes, dtype=torch.int32)
-        bits = torch.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
+        ints = torch.zeros(2, batch, num_nodes, dtype=torch.int32)
         counts = torch.zeros(batch, dtype=torch.int32)
-        scores = torch.zeros(batch, num_nodes)
-        return cls(ints[0], ints[1], ints[2], bits, counts, scores)
+        return cls(ints[0], ints[1], counts, torch.zeros(batch, num_nodes))
 
     def tree(self, size: int) -> Proposal:
         """The best ``size`` nodes, valid until the next round (views, where that is enough)."""
@@ -158,7 +154,6 @@ class RoundBuffers:
         num_parts = max(1, min(batch * width, torch.get_num_threads()))
         self._scratch = torch.empty(num_parts, expand_workspace_size(layer.weights.head.shape[0]))
         self._choices: dict[int, Choice] = {}
-        self._table: torch.Tensor | None = None
 
     # --- staging ------------------------------------------------------------------------------
 
@@ -193,9 +188,7 @@ class RoundBuffers:
             self._counts[:, row] = lengths[row], lengths[row] + count, count - 1, count
             self._last_bits[row, 0, 0] = (1 << count) - 1
             self._roots[row] = state.token_ids[-1]
-        if self._table is not batch.block_table:
-            self._block_table.copy_(batch.block_table)
-            self._table = batch.block_table
+        self._block_table.copy_(batch.block_table)
         if self._noise is not None:
             stage_noise(self._noise, states)
         return most
@@ -255,8 +248,6 @@ class RoundBuffers:
             self._roots,
             choice.draft_tokens,
             choice.parents,
-            choice.depth,
-            choice.ancestors,
             choice.num_nodes,
             choice.node_scores,
         )
