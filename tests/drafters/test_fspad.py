@@ -275,7 +275,7 @@ def test_coupled_trees_hold_what_the_target_would_draw_from_the_draft_law(
 
 def draft_logits(drafter: FspadDrafter) -> torch.Tensor:
     """Logits behind the last pair, as the last round left them."""
-    buffers = list(drafter._rounds.values())[-1]
+    buffers = list(drafter._rounds._values.values())[-1]
     return buffers._work.logits[0].clone()
 
 

@@ -181,7 +181,7 @@ def test_children_are_the_best_of_those_kept(
     full, reduced = (make_drafter(model, drafters / "fspad" / name) for name in ("full", "40"))
     shape = DraftParams(depth=1, top_k=6, total_tokens=7)
     everything = tree_at(model, full, shape, temperature)
-    logits = next(iter(full._rounds.values()))._work.logits[0].clone()
+    logits = next(iter(full._rounds._values.values()))._work.logits[0].clone()
     if temperature > 0:
         logits = logits / temperature + gumbel_noise(5, 60, VOCAB)
     ids = reduced.layer.weights.token_ids
