@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, and the table of them that the acceptance kernel reads.
+"""Sampling parameters of one request, and the rows of them that kernels read.
 
 Names follow ``transformers``; ``presence_penalty`` and ``frequency_penalty`` are OpenAI's and
 vLLM's: they count output tokens only, ``repetition_penalty`` counts the prompt as well.
@@ -29,9 +29,8 @@ MODEL_FIELDS = (
     "suppress_tokens",
 )
 """The fields of :class:`SamplingParams` that a model may have values of its own for."""
-# csrc/tree_accept/tree_accept.h, SamplingRow.
+# csrc/core/sampling_row.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
-_ROW_WORDS = _ROW.size // 8
 _FLOAT = struct.Struct("=f")
 
 
@@ -264,12 +263,47 @@ def one_each(
     return [replace(one, **options) for one in params] if options else params
 
 
+def sampling_row(
+    params: SamplingParams, prompt_len: int, bias: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """One request's sampling as kernels read it.
+
+    Args:
+        params: a request that samples needs a seed (``with_seed``).
+        prompt_len: presence and frequency penalties count the history from there on.
+        bias: where its logit_bias begins and ends among those of the batch.
+
+    Returns:
+        ``[8]`` int64, the fields of ``csrc/core/sampling_row.h``.
+
+    Raises:
+        ValueError: the seed is missing.
+    """
+    p = params.with_defaults()
+    if p.seed is None and not p.is_greedy:
+        raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
+    packed = _ROW.pack(
+        p.top_p,
+        p.temperature,
+        p.min_p,
+        p.repetition_penalty,
+        p.presence_penalty,
+        p.frequency_penalty,
+        p.top_k or 0,
+        prompt_len,
+        0,
+        (p.seed or 0) % 2**64,
+        *bias,
+    )
+    return torch.frombuffer(bytearray(packed), dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class SamplingTable:
-    """The sampling parameters of a batch as the kernel reads them; build once per composition."""
+    """The sampling parameters of a batch as acceptance reads them; build once per composition."""
 
     rows: torch.Tensor
-    """``[B, 8]`` int64: the kernel's SamplingRow structs."""
+    """``[B, 8]`` int64: a :func:`sampling_row` each."""
     bias_ids: torch.Tensor | None
     """``[K]`` int32: every sequence's logit_bias ids, packed; rows hold the bounds."""
     bias_values: torch.Tensor | None
@@ -299,7 +333,7 @@ class SamplingTable:
         if len(params) != len(prompt_lens):
             raise _fail("prompt_lens", f"{len(params)} lengths", list(prompt_lens))
         params = [p.with_defaults() for p in params]
-        packed = bytearray()
+        rows: list[torch.Tensor] = []
         ids: list[int] = []
         values: list[float] = []
         for row, (p, prompt_len) in enumerate(zip(params, prompt_lens, strict=True)):
@@ -309,34 +343,15 @@ class SamplingTable:
                     raise _fail(f"logit_bias (row {row})", f"token ids < {vocab_size}", token)
                 ids.append(token)
                 values.append(bias)
-            packed += _pack(p, prompt_len, begin, len(ids))
+            rows.append(sampling_row(p, prompt_len, (begin, len(ids))))
         needs_scratch = any(not p.is_greedy or p.edits_logits for p in params)
         num_parts = max(1, min(len(params), torch.get_num_threads()))
         scratch = torch.empty(num_parts, workspace_size(vocab_size)) if needs_scratch else None
         return cls(
-            rows=torch.frombuffer(packed, dtype=torch.int64).view(-1, _ROW_WORDS),
+            rows=torch.stack(rows),
             bias_ids=torch.tensor(ids, dtype=torch.int32) if ids else None,
             bias_values=torch.tensor(values, dtype=torch.float32) if ids else None,
             workspace=scratch,
             vocab_size=vocab_size,
             want_logprobs=any(p.logprobs for p in params),
         )
-
-
-def _pack(p: SamplingParams, prompt_len: int, bias_begin: int, bias_end: int) -> bytes:
-    if p.seed is None and not p.is_greedy:
-        raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
-    return _ROW.pack(
-        p.top_p,
-        p.temperature,
-        p.min_p,
-        p.repetition_penalty,
-        p.presence_penalty,
-        p.frequency_penalty,
-        p.top_k or 0,
-        prompt_len,
-        0,
-        (p.seed or 0) % 2**64,
-        bias_begin,
-        bias_end,
-    )

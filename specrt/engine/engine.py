@@ -23,7 +23,7 @@ from specrt.engine.running import RunningBatch, RunningSequence
 from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, one_each
+from specrt.sampling import SamplingParams, one_each, sampling_row
 from specrt.tree import MAX_NODES, settle
 from specrt.types import AcceptResult, DraftTree, SequenceState
 
@@ -244,9 +244,7 @@ class Engine:
             max_len,
             seed=params.seed or 0,
             temperature=params.temperature,
-            top_k=params.top_k or 0,
-            top_p=params.top_p,
-            min_p=params.min_p,
+            sampling_row=sampling_row(params, len(ids)),
         )
         # Tree rows are written past the length, and the last tree may start at the last token.
         cached = self.cache.open(max_len + self.max_nodes)
