@@ -168,9 +168,10 @@ def test_a_row_is_the_tables_but_for_where_its_biases_are() -> None:
         SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=-2, logit_bias={0: 1}),
     ]
     table = SamplingTable.build(params, [4, 6], 8)
-    assert torch.equal(sampling_row(params[1], 6, (2, 3)), table.rows[1])
-    alone = sampling_row(params[1], 6)
-    assert torch.equal(alone[:6], table.rows[1, :6]) and alone[6:].tolist() == [0, 0]
+    for row, prompt_len in enumerate((4, 6)):
+        alone = sampling_row(params[row], prompt_len)
+        assert torch.equal(alone[:6], table.rows[row, :6]) and alone[6:].tolist() == [0, 0]
+    assert table.rows[:, 6:].tolist() == [[0, 2], [2, 3]]
     with pytest.raises(ValueError, match="^seed: expected a seed for a sequence that samples"):
         sampling_row(SamplingParams(temperature=1.0), 1)
 
@@ -187,8 +188,8 @@ def test_a_rows_words_are_what_kernels_take_them_for() -> None:
         frequency_penalty=8.0,
         seed=-2,
     )
-    row = sampling_row(params, 6, (7, 9))
+    row = sampling_row(params, 6)
     assert row.view(torch.float64)[0] == 0.25
     assert row.view(torch.float32)[2:7].tolist() == [0.5, 0.125, 2.0, 4.0, 8.0]
     assert row.view(torch.int32)[7:10].tolist() == [5, 6, 0]
-    assert row[5:].tolist() == [-2, 7, 9]
+    assert row[5:].tolist() == [-2, 0, 0]

@@ -172,7 +172,7 @@ class LlamaModel:
         if step is None:
             if len(self._steps) >= _MAX_STEPS:
                 self._forget_buffers()
-            step = self._steps[key] = Step.make(key, self._output(key), self.device)
+            step = self._steps[key] = Step(key, self._output(key), self.device)
         step.stage(tree, batch, first_node)
         start = self._start(key)
         if tree.hidden is None:

@@ -27,8 +27,8 @@ SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {
 }
 DTYPES = ["float32", "bfloat16"]
 SHAPES = [
-    DraftParams(depth=3, top_k=3, total_tokens=8),
-    DraftParams(depth=5, top_k=10, total_tokens=60),
+    DraftParams(depth=4, top_k=3, total_tokens=8),
+    DraftParams(depth=6, top_k=10, total_tokens=60),
 ]
 CONTROLLED = ["fixed-4", "threshold", "adaptive-threshold", "beta-ts", "calibration-ts"]
 

@@ -120,7 +120,9 @@ def _rounds(
     accepted = tensors["in.accepted_tokens"][0].tolist()
     room = len(tokens) + len(accepted) + MAX_NODES
     state = SequenceState(tokens, len(tokens), room, seed=0, temperature=0.0)
-    budget = Budget(MAX_NODES, RoundCost(), DraftParams(**json.loads(metadata["tree"])))
+    shape = json.loads(metadata["tree"])
+    shape["depth"] += 1  # EAGLE counts levels below the root's children
+    budget = Budget(MAX_NODES, RoundCost(), DraftParams(**shape))
     drafter.start(state)
     drafter.prefill(state, 0, {"final": tensors["in.features"]})
     first = drafter.propose([state], budget)

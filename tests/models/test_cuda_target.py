@@ -293,6 +293,6 @@ def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) 
     make_draft_checkpoint(llama, tmp_path)
     graphs = GraphCache()
     drafter = load_drafter(tmp_path, model, None, graphs.run, graphs.clear, DrafterOptions())
-    results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(2, 3, 8))
+    results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(3, 3, 8))
     assert texts(results) == expected
     assert all(result.stats.num_draft_tokens for result in results)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache, LastBatch
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.model import ExitModel
@@ -99,7 +99,7 @@ class EesdDrafter:
         self._controls: dict[tuple[int, bool], ControlRound] = {}
         self._recorded: set[Hashable] = set()
         self._recorded_version = exit_model.version
-        self._batch = LastBatch(self._cache)
+        self._batch = CacheBatch(self._cache)
         self._meter = CostMeter(exit_model)
         self._given_costs = costs
         self._rest_left = 0
@@ -212,7 +212,6 @@ class EesdDrafter:
         if draft is not None:
             self._cache.close(draft.cached)
             self.control.finish(state)
-        self._batch.forget()
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -323,7 +322,7 @@ class EesdDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        return self._batch.of([self._drafts[state].cached for state in states])
+        return self._batch.update([self._drafts[state].cached for state in states])
 
     def _buffers_of(
         self,
@@ -365,7 +364,6 @@ class EesdDrafter:
 
     def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
         self.exit_model.absorb(hidden, CacheBatch(self._cache, [self._drafts[state].cached]))
-        self._batch.forget()
 
     # --- times --------------------------------------------------------------------------------
 

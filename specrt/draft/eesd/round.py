@@ -111,7 +111,6 @@ class EesdBuffers:
             torch.zeros(batch, table_width, dtype=torch.int32)
             for table_width in (key.target_width, key.exit_width)
         ]
-        self._staged: list[torch.Tensor | None] = [None, None]
         self._roots = torch.zeros(batch, 1, dtype=torch.int32)
         self._root_scores = torch.zeros(batch, 1)
         self._root_candidates = torch.full((batch, 1), -1, dtype=torch.int32)
@@ -202,10 +201,7 @@ class EesdBuffers:
         self._exit.reserve(self._num_rows, max(target.num_positions, drafts.num_positions))
         self._kv_lens_view[0] = held[0]
         self._kv_lens_view[1] = self._kv_lens_view[0] + 1
-        for place, table in enumerate((target.block_table, drafts.block_table)):
-            if self._staged[place] is not table:
-                self._tables[place].copy_(table)
-                self._staged[place] = table
+        torch._foreach_copy_(self._tables, [target.block_table, drafts.block_table])
         for row, state in enumerate(states):
             self._roots_view[row] = state.token_ids[-1]
         if self._coupling is not None:

@@ -24,6 +24,7 @@ from specrt.types import Proposal, SequenceState
 MAX_PAIRS = 16
 """Accepted pairs that one recorded step takes; more are run before it."""
 MAX_LEVELS = 16
+"""The largest depth of a tree."""
 _WORDS = num_words(MAX_NODES)
 
 
@@ -153,7 +154,6 @@ class RoundBuffers:
         num_parts = max(1, min(batch * width, torch.get_num_threads()))
         self._scratch = torch.empty(num_parts, expand_workspace_size(layer.weights.head.shape[0]))
         self._choices: dict[int, Choice] = {}
-        self._table: torch.Tensor | None = None
 
     # --- staging ------------------------------------------------------------------------------
 
@@ -188,9 +188,7 @@ class RoundBuffers:
             self._counts[:, row] = lengths[row], lengths[row] + count, count - 1, count
             self._last_bits[row, 0, 0] = (1 << count) - 1
             self._roots[row] = state.token_ids[-1]
-        if self._table is not batch.block_table:
-            self._block_table.copy_(batch.block_table)
-            self._table = batch.block_table
+        self._block_table.copy_(batch.block_table)
         if self._coupling is not None:
             self._coupling.stage(states)
         return most

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch, CachedSequence, LastBatch
+from specrt.cache import CacheBatch, CachedSequence
 from specrt.draft.base import Budget
 from specrt.models.model import LlamaModel
 from specrt.tree import MAX_NODES, chain, chain_tree
@@ -80,7 +80,7 @@ class SmallModelDrafter:
         self._vocab_size = vocab_size or own
         self._num_shared = min(own, self._vocab_size)
         self._cached: dict[SequenceState, CachedSequence] = {}
-        self._batch = LastBatch(self._cache)
+        self._batch = CacheBatch(self._cache)
 
     def start(self, state: SequenceState) -> None:
         """Reserve pages in the draft cache and run the prompt but for its last token."""
@@ -128,7 +128,6 @@ class SmallModelDrafter:
         cached = self._cached.pop(state, None)
         if cached is not None:
             self._cache.close(cached)
-        self._batch.forget()
 
     def _possible_depth(self, states: Sequence[SequenceState], budget: Budget) -> int:
         room = min(budget.max_nodes - 1, _WORD - 1) // self._width
@@ -146,8 +145,7 @@ class SmallModelDrafter:
                 behind = self._known(behind[:-1])
                 for _ in self._model.extend(behind, CacheBatch(self._cache, [cached])):
                     pass
-                self._batch.forget()
-        return self._batch.of([self._cached[state] for state in states])
+        return self._batch.update([self._cached[state] for state in states])
 
     def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
         """Run the tokens the draft cache lacks; logits ``[B, 1, S]`` behind the last ones."""
