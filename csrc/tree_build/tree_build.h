@@ -5,6 +5,13 @@
 // never scores above its parent and comes later in the pool, so the best-first order that both
 // functions use puts parents before children.
 //
+//     K = 2      0   1  |  2   3   4   5  |  6   7   8   9
+//     level      0      |  1              |  2
+//     parents    -1  -1 |  1   1   0   0  |  2   2   4   4
+//     frontier   1 0    |  2 4            |                  best first: 1 scores above 0
+//
+// Groups of a level are in the frontier's order, so a group's parent is known by its place.
+//
 // Order everywhere: larger score first, then the lower index; NaN after everything.
 #pragma once
 #include "core/dispatch.h"

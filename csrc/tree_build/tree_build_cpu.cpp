@@ -59,6 +59,10 @@ struct Best {
 };
 
 // --- children
+// One part's scratch, in pieces of S floats (R rounded up to whole blocks of 64):
+//
+//     0           1         2        3        4           5     6 S
+//     | processed | weights |      values     | block_max | ids |
 struct Scratch {
     float *processed, *weights, *values, *block_max;
     int32_t* ids;
