@@ -17,7 +17,8 @@ from specrt.draft.fspad.checkpoint import (
 )
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import folding_pays
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams, sampling_row

@@ -19,7 +19,8 @@ from specrt.draft.fspad.checkpoint import (
     write_checkpoint,
 )
 from specrt.draft.fspad.drafter import FspadDrafter
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams, sampling_row
