@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specrt.cli.engine_options import target_directory
 from specrt.cli.options import Target
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def convert(
     ] = None,
 ) -> None:
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
-    from specrt.cli.loading import target_directory
     from specrt.config import ModelConfig, config_fingerprint
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
     from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
