@@ -156,7 +156,7 @@ def least_work() -> dict[str, Callable[[], object]]:
     depth, kv, empty = ints(0)[None], cache.kv[0], ints(0)
     table = rope_table(16, 10000.0, PREFIX + 1)
     tokens, path, length, chosen = (ints(0)[None] for _ in range(4))
-    parents = ints(-1)[None]
+    parents, below = ints(-1)[None], ints(0)[None]
     logits = torch.zeros(1, 1, 1)
     sampling = SamplingTable.build([SamplingParams()], [1], 1).rows
     return {
@@ -188,6 +188,9 @@ def least_work() -> dict[str, Callable[[], object]]:
             q, kv[0], kv[1], cache.table, empty, zero, count, ancestors, 0.25, out=attended
         ),
         "kv_commit": lambda: ops.kv_commit(cache.kv, cache.table, depth, zero, cache.kv_len),
+        "tree_settle": lambda: ops.tree_settle(
+            tokens, parents, count, empty, count, 1, path, chosen, below, ancestors, length[0]
+        ),
         "feature_sample": lambda: ops.feature_sample(
             zero, None, one, None, one, token_fc=one, eps=1e-6, workspace=scratch, out=joined
         ),

@@ -1,8 +1,7 @@
 """Growing draft trees against torch: log_softmax, topk a node, topk of the children; then rerank.
 
 Columns: R logits of F nodes (1 at the root's level, else K), or C candidates of which N stay.
-Torch's coupled ranking draws its own noise, as it has no counter-based one; its rerank makes the
-ancestor masks node by node, as EAGLE-2's program does.
+Torch's coupled ranking draws its own noise, as it has no counter-based one.
 """
 
 from __future__ import annotations
@@ -96,11 +95,10 @@ class Rerank:
             self.parents[0, here] = best.repeat_interleave(TOP_K).int()
             self.scores[0, here] += self.scores[0, self.parents[0, here].long()]
             above = here
-        ints = torch.zeros(3, 1, NODES, dtype=torch.int32)
+        ints = torch.zeros(2, 1, NODES, dtype=torch.int32)
         self.root = torch.zeros(1, dtype=torch.int32)
         self.written = (
             *ints,
-            torch.zeros(1, NODES, 1, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int32),
             torch.zeros(1, NODES),
         )
@@ -115,11 +113,7 @@ class Rerank:
         above = self.parents[0][index]
         parents = torch.searchsorted(index, above) + 1
         parents[above < 0] = 0
-        mask = torch.eye(NODES, dtype=torch.bool)
-        mask[:, 0] = True
-        for node, parent in enumerate(parents.tolist(), start=1):
-            mask[node] |= mask[parent]
-        return self.tokens[0][index], parents, mask, mask.sum(1) - 1
+        return self.tokens[0][index], parents
 
 
 def compare(ours: Call, in_torch: Call, **facts: object) -> Row:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 BF16 = 2
-FLOAT = 4
+FLOAT = INT = 4
+WORD = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ def rope_append(model: Model, rows: int) -> Work:
 def kv_commit(model: Model, rows: int) -> Work:
     """``rows`` slots moved, in keys and values of all layers."""
     return Work(2 * rows * slot_bytes(model) * model.num_layers)
+
+
+def tree_settle(model: Model, rows: int) -> Work:
+    """Tokens and parents read and written, depth and ancestors written; one tree, of any model."""
+    return Work(rows * (5 * INT + (rows + 63) // 64 * WORD))
 
 
 def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:

@@ -23,8 +23,8 @@ from specrt import ops
 from specrt.models.rope import rope_table
 
 ROWS = (60, 8192, 1, 8, 128)
-COMMITS = (8, 60, 1, 127)
-"""A path has at most the nodes of a tree, and each moves by one slot here."""
+NODES = (8, 60, 1, 127)
+"""Of a tree, and so of a path at the most, each of which moves by one slot here."""
 PAGE_SIZE = 64
 PREFIX = 192
 """Committed slots before the rows; whole pages."""
@@ -170,6 +170,55 @@ class KvCommit:
         return c.torch_kv, c.torch_kv_len
 
 
+class TreeSettle:
+    """torch: each node judged by itself, then what is known of ancestors doubled round by round."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        nodes, self._words = range(rows), -(-rows // 64)
+        self._tokens = place.ints(*(3 * node for node in nodes))[None]
+        self._parents = place.ints(*((node - 1) // 3 for node in nodes))[None]
+        self._count, self._root = place.ints(rows), place.ints(7)
+        self._vocab_size = 3 * rows
+        self._node = torch.arange(rows, device=place.device)
+        self._self = torch.eye(rows, dtype=torch.bool, device=place.device)
+        ints = [place.ints(*(-77 for _ in nodes))[None] for _ in range(3)]
+        bits = torch.full((1, rows, self._words), -77, dtype=torch.int64, device=place.device)
+        self._out = (*ints, bits, place.ints(-77))
+
+    def ours(self) -> Tensors:
+        ops.tree_settle(
+            self._tokens,
+            self._parents,
+            self._count,
+            self._root,
+            self._count,
+            self._vocab_size,
+            *self._out,
+        )
+        return self._out
+
+    def torchs(self) -> Tensors:
+        node, tokens, parents = self._node, self._tokens[0], self._parents[0]
+        is_token = (tokens >= 0) & (tokens < self._vocab_size)
+        stands = is_token & (parents < node) & (parents >= 0) & (node < self._count)
+        is_kept = (stands | (node == 0)).cumprod(0).bool()
+        known, up = self._self, parents.clamp(min=0).long() * is_kept
+        for _ in range(len(node).bit_length()):
+            known, up = known | known[up], up[up]
+        known = known & is_kept[:, None]
+        return (
+            torch.where(node == 0, self._root, tokens * is_kept)[None],
+            torch.where(node == 0, -1, parents * is_kept)[None],
+            (known.sum(1) - is_kept.long()).int()[None],
+            self._packed(known)[None],
+            is_kept.sum(dtype=torch.int32)[None],
+        )
+
+    def _packed(self, known: torch.Tensor) -> torch.Tensor:
+        bits = known.long() << (self._node % 64)
+        return torch.stack([part.sum(1) for part in bits.split(64, dim=1)], dim=1)
+
+
 Sets = tuple[list[InputSet], Launch | None]
 
 
@@ -201,7 +250,8 @@ KERNELS = {
     "rms_norm": Kernel(separate(RmsNorm), limits.rms_norm),
     "silu_mul": Kernel(separate(SiluMul), limits.silu_mul),
     "rope_append": Kernel(separate(RopeAppend), limits.rope_append),
-    "kv_commit": Kernel(commits, limits.kv_commit, COMMITS),
+    "kv_commit": Kernel(commits, limits.kv_commit, NODES),
+    "tree_settle": Kernel(separate(TreeSettle), limits.tree_settle, NODES),
 }
 
 

@@ -7,8 +7,11 @@ that abandoning a round needs no undo.
 
 from __future__ import annotations
 
+import heapq
+import math
+import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,21 +22,36 @@ from specrt.ops import registry
 SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
 
+_FIRST_PAGES = 16  # of a cache that grows for the first time
+_NO_MEMORY = RuntimeError, MemoryError, OverflowError, OSError  # torch, Python, the system
+
 
 @dataclass(eq=False)
 class CachedSequence:
     """One sequence's pages and how many of its tokens they hold."""
 
-    pages: list[int]
-    """None once it is closed."""
+    pages: list[int] = field(default_factory=list)
+    """In the order of their rows. The list is only ever extended; closing puts another one here."""
     length: int = 0
 
 
 class KVCache:
     """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``, the first of them for scratch.
 
-    It grows when sequences ask for more pages than there are; ``on_move`` is then called, because
-    recorded graphs hold the old addresses.
+    Sequences take pages as they need them, the lowest free one first, so that memory that has been
+    touched is used again. Where there are too few, their number at least doubles; ``on_move`` is
+    then called, because captured graphs hold the old addresses.
+
+    Args:
+        config: the model's.
+        dtype: of keys and values.
+        page_size: tokens.
+        on_move: called when ``kv`` is another tensor.
+        device: where to.
+        max_pages: that sequences may hold together; None: as many as there is memory for.
+
+    Raises:
+        ValueError: ``max_pages`` is below 1.
     """
 
     def __init__(
@@ -44,12 +62,17 @@ class KVCache:
         on_move: Callable[[], None] = lambda: None,
         *,
         device: torch.device | str = "cpu",
+        max_pages: int | None = None,
     ) -> None:
+        if max_pages is not None and max_pages < 1:
+            raise ValueError(f"max_pages: expected at least 1, got {max_pages}")
         self.page_size = page_size
+        self.max_pages = max_pages
         self._shape = (config.num_layers, 2, 1, page_size, config.num_kv_heads, config.head_dim)
-        self._on_move = on_move
-        self.kv = torch.zeros(self._shape, dtype=dtype, device=device)
-        self._free: list[int] = []
+        self._on_move: Callable[[], None] | None = on_move  # None: retired
+        self.kv = _untouched_zeros(self._shape, dtype, torch.device(device))
+        self._returned: list[int] = []  # a heap
+        self._num_touched = 1  # pages from here on have never been a sequence's
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +87,12 @@ class KVCache:
     @property
     def num_free_pages(self) -> int:
         """Pages no sequence holds."""
-        return len(self._free)
+        return len(self._returned) + self.kv.shape[2] - self._num_touched
+
+    @property
+    def num_held_pages(self) -> int:
+        """Pages that sequences hold."""
+        return self._num_touched - 1 - len(self._returned)
 
     @property
     def page_bytes(self) -> int:
@@ -76,78 +104,152 @@ class KVCache:
         """Key and value pages of a layer, each ``[P, page_size, Hkv, d]``."""
         return self.kv[index, 0], self.kv[index, 1]
 
-    def open(self, num_tokens: int) -> CachedSequence:
-        """Reserve pages for a sequence that will write at most ``num_tokens`` rows.
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that hold ``num_tokens`` rows of one sequence."""
+        return -(-num_tokens // self.page_size)
+
+    def can_reserve(self, num_pages: int) -> bool:
+        """Whether ``max_pages`` lets sequences have so many more (memory is known by trying)."""
+        return self.max_pages is None or num_pages <= self.max_pages - self.num_held_pages
+
+    def open(self, num_tokens: int = 0) -> CachedSequence:
+        """A new sequence, with pages for ``num_tokens`` rows.
 
         Raises:
-            MemoryError: there is no memory for them; says how much was needed.
+            MemoryError: as :meth:`reserve`.
         """
-        needed = -(-num_tokens // self.page_size)
-        if needed > len(self._free):
-            self._grow(needed - len(self._free))
-        pages = [self._free.pop() for _ in range(needed)]
-        return CachedSequence(pages)
+        sequence = CachedSequence()
+        self.reserve(sequence, num_tokens)
+        return sequence
+
+    def reserve(self, sequence: CachedSequence, num_tokens: int) -> None:
+        """Give a sequence the pages it lacks to write ``num_tokens`` rows in all.
+
+        Raises:
+            MemoryError: ``max_pages`` or memory has no room for them; says how much was needed.
+                Sequence and cache are as they were.
+            RuntimeError: the cache's memory was given back.
+        """
+        num_more = self.num_pages_for(num_tokens) - len(sequence.pages)
+        if num_more <= 0:
+            return
+        if num_more > self.num_free_pages:
+            self._grow(self.num_held_pages + num_more)
+        sequence.pages.extend([self._take() for _ in range(num_more)])
 
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages back; closed again it has none to give."""
         pages, sequence.pages = sequence.pages, []
-        self._free.extend(pages)
+        for page in pages:
+            heapq.heappush(self._returned, page)
 
     def retire(self) -> None:
         """Give the memory back for good, if no sequence holds a page of it."""
-        if self.num_free_pages == self.num_pages:
-            self._free.clear()
-            self.kv = self.kv.new_zeros(self._shape)
+        if self.num_held_pages == 0 and self._on_move is not None:
+            self._returned.clear()
+            self._num_touched = 1
+            self.kv = _untouched_zeros(self._shape, self.kv.dtype, self.device)
             self._on_move()
-            self._on_move = _refuse
+            self._on_move = None
 
-    def _grow(self, num_more: int) -> None:
-        old = self.kv.shape[2]
-        shape = (*self._shape[:2], old + num_more, *self._shape[3:])
+    def _take(self) -> int:
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._num_touched += 1
+        return self._num_touched - 1
+
+    def _grow(self, needed: int) -> None:
+        """Make room for ``needed`` pages in all, and for more where there is memory."""
+        if self._on_move is None:
+            raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
+        most = needed if self.max_pages is None else self.max_pages
+        if needed > most:
+            raise MemoryError(f"{self._no_room(needed)}: max_pages is {most}")
+        roomy = max(needed, 2 * self.num_pages, _FIRST_PAGES)
         try:
-            # Zeros, not empty: fresh pages come from the system untouched and cost no memory yet.
-            grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.device)
-        except (RuntimeError, MemoryError) as error:
-            needed = (old + num_more) * self.page_bytes
-            raise MemoryError(
-                f"KV cache: no memory for {old + num_more} pages of {self.page_size} tokens, "
-                f"{needed / 2**20:.0f} MiB"
-            ) from error
-        grown[:, :, :old] = self.kv
+            grown = self._pages(roomy if self.max_pages is None else min(roomy, most))
+        except _NO_MEMORY:
+            try:
+                grown = self._pages(needed)
+            except _NO_MEMORY as error:
+                raise MemoryError(self._no_room(needed)) from error
+        touched = slice(self._num_touched)  # reading the others would cost memory
+        grown[:, :, touched] = self.kv[:, :, touched]
         self.kv = grown
-        self._free.extend(range(old + num_more - 1, old - 1, -1))
         self._on_move()
 
+    def _pages(self, num_pages: int) -> torch.Tensor:
+        """``kv`` with so many pages for sequences, zeros."""
+        shape = (*self._shape[:2], 1 + num_pages, *self._shape[3:])
+        return _untouched_zeros(shape, self.kv.dtype, self.device)
 
-def _refuse() -> None:
-    raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
+    def _no_room(self, num_pages: int) -> str:
+        size = num_pages * self.page_bytes / 2**20
+        pages = f"{num_pages} pages of {self.page_size} tokens, {size:.0f} MiB"
+        return f"KV cache: no memory for {pages}"
+
+
+def _untouched_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros that on the CPU cost no memory before they are written.
+
+    ``torch.zeros`` writes them: a cache that has grown would hold all of its pages at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class CacheBatch:
     """The sequences of one forward pass, as the tables the kernels read.
 
-    ``block_table [B, max_pages]`` and ``kv_len [B]``, both int32, lie where the pages do. Lengths
-    are also counted on the host, so that nobody waits for a GPU to learn them.
+    ``block_table [B, W]`` and ``kv_len [B]``, both int32, lie where the pages do. They are written
+    row by row where something has changed, in memory that moves only for more sequences or another
+    width. Lengths are also counted on the host, so that nobody waits for a GPU to learn them.
+
+    Args:
+        cache: theirs.
+        sequences: B of them; :meth:`update` puts others here.
     """
 
-    def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
+    def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence] = ()) -> None:
         self.cache = cache
-        self.sequences = list(sequences)
-        # A power of two, so that few different widths (and recorded graphs) come up.
-        most = 1 << max(3, (max(len(s.pages) for s in sequences) - 1).bit_length())
-        # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
-        scratch = [SCRATCH_PAGE]
-        rows = [sequence.pages + scratch * (most - len(sequence.pages)) for sequence in sequences]
-        self.block_table = self._there(torch.tensor(rows, dtype=torch.int32))
-        lengths = [sequence.length for sequence in sequences]
-        self.kv_len = self._there(torch.tensor(lengths, dtype=torch.int32))
-        # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
-        self._tickets = torch.zeros_like(self.kv_len) if registry.is_on_gpu(self.kv_len) else None
+        self.sequences: list[CachedSequence] = []
+        self._make_tables(1, _table_width(0))
+        self.update(sequences)
 
     @property
     def num_positions(self) -> int:
         """No row's position reaches this: each is at most the row's place in its pages."""
         return self.block_table.shape[1] * self.cache.page_size
+
+    def update(self, sequences: Sequence[CachedSequence]) -> CacheBatch:
+        """Make the tables fit ``sequences``, in this order, as they are now.
+
+        To be called when others run, when one has been given pages, and when one was extended
+        through another batch. W is a power of two, 8 at least, that the longest one fits.
+
+        Returns:
+            This batch.
+        """
+        rows, width = self._table.shape
+        wanted = _table_width(max((len(one.pages) for one in sequences), default=0))
+        if len(sequences) > rows or width != wanted:
+            # Powers of two, so that few different sizes (and captured graphs) come up.
+            self._make_tables(max(rows, _power_of_two(len(sequences))), wanted)
+        for row, sequence in enumerate(sequences):
+            pages, count = self._pages[row]
+            if pages is not sequence.pages or count != len(pages):
+                self._write_pages(row, sequence.pages)
+            if self._lengths[row] != sequence.length:
+                self._write_length(row, sequence.length)
+        self.sequences = list(sequences)
+        if len(sequences) != len(self.kv_len):
+            self._set_views(len(sequences))
+        return self
 
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """Move the accepted rows into place and make them part of their sequences.
@@ -165,12 +267,53 @@ class CacheBatch:
             self.kv_len,
             self._tickets,
         )
-        for sequence, count in zip(self.sequences, num_path.tolist(), strict=True):
-            sequence.length += min(max(0, count), path.shape[1])  # as the kernel does
+        counts = zip(self.sequences, num_path.tolist(), strict=True)
+        for row, (sequence, count) in enumerate(counts):
+            num_moved = min(max(0, count), path.shape[1])  # as the kernel does
+            sequence.length += num_moved
+            self._lengths[row] += num_moved
+            room = len(sequence.pages) * self.cache.page_size
+            assert sequence.length <= room, "rows were committed that lie on the scratch page"
+
+    def _make_tables(self, rows: int, width: int) -> None:
+        """Empty ones, without views."""
+        device = self.cache.device
+        self._table = torch.full((rows, width), SCRATCH_PAGE, dtype=torch.int32, device=device)
+        self._kv_len = torch.zeros(rows, dtype=torch.int32, device=device)
+        # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
+        self._all_tickets = torch.zeros_like(self._kv_len)
+        # What stands in the rows: pages (the list itself, and how many of it), and kv_len.
+        self._pages: list[tuple[list[int], int]] = [([], 0)] * rows
+        self._lengths = [0] * rows
+        self._set_views(0)
+
+    def _set_views(self, size: int) -> None:
+        self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
+        is_on_gpu = registry.is_on_gpu(self._kv_len)
+        self._tickets = self._all_tickets[:size] if is_on_gpu else None
+
+    def _write_pages(self, row: int, pages: list[int]) -> None:
+        # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
+        scratch = [SCRATCH_PAGE] * (self._table.shape[1] - len(pages))
+        written = torch.tensor(pages + scratch, dtype=torch.int32)
+        self._table[row].copy_(may_be_reused(written, self.cache.device), non_blocking=True)
+        self._pages[row] = pages, len(pages)
+
+    def _write_length(self, row: int, length: int) -> None:
+        self._kv_len[row].fill_(length)
+        self._lengths[row] = length
 
     def _there(self, table: torch.Tensor) -> torch.Tensor:
         device = self.cache.device
         return may_be_reused(table, device).to(device, non_blocking=True)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << max(0, at_least - 1).bit_length()
+
+
+def _table_width(num_pages: int) -> int:
+    return max(8, _power_of_two(num_pages))
 
 
 def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -181,25 +324,3 @@ def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     table is copied into pinned memory, which torch does not hand out again before it was read.
     """
     return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
-
-
-class LastBatch:
-    """The batch of the sequences that ran last: made anew only when others run.
-
-    Args:
-        cache: theirs.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._batch: CacheBatch | None = None
-
-    def of(self, sequences: list[CachedSequence]) -> CacheBatch:
-        """The batch of ``sequences``, in this order."""
-        if self._batch is None or self._batch.sequences != sequences:
-            self._batch = CacheBatch(self._cache, sequences)
-        return self._batch
-
-    def forget(self) -> None:
-        """A sequence was extended through another batch, or has left."""
-        self._batch = None

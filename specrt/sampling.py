@@ -11,8 +11,9 @@ import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 
 from specrt.config import GenerationDefaults
@@ -32,6 +33,7 @@ MODEL_FIELDS = (
 # csrc/tree_accept/tree_accept.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
 _ROW_WORDS = _ROW.size // 8
+_BIAS_BOUNDS = _ROW_WORDS - 2  # the word of bias_begin; bias_end follows
 _FLOAT = struct.Struct("=f")
 
 
@@ -236,6 +238,27 @@ class SamplingParams:
         return replace(self, seed=secrets.randbits(63) if seed is None else seed)
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of :class:`SamplingParams` as keyword arguments of a call."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    suppress_tokens: Sequence[int] | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool
+    ignore_eos: bool
+    logprobs: bool
+
+
 def one_each(
     sampling: SamplingParams | Sequence[SamplingParams] | None,
     count: int,
@@ -266,10 +289,10 @@ def one_each(
 
 @dataclass(frozen=True)
 class SamplingTable:
-    """The sampling parameters of a batch as the kernel reads them; build once per composition."""
+    """The sampling parameters of a batch as the kernels read them (:class:`SamplingRows`)."""
 
     rows: torch.Tensor
-    """``[B, 8]`` int64: the kernel's SamplingRow structs."""
+    """``[B, 8]`` int64: the kernels' SamplingRow structs."""
     bias_ids: torch.Tensor | None
     """``[K]`` int32: every sequence's logit_bias ids, packed; rows hold the bounds."""
     bias_values: torch.Tensor | None
@@ -285,7 +308,7 @@ class SamplingTable:
     def build(
         cls, params: Sequence[SamplingParams], prompt_lens: Sequence[int], vocab_size: int
     ) -> SamplingTable:
-        """Pack B parameter sets.
+        """The table of B parameter sets, once.
 
         Args:
             params: one per sequence. A sequence that samples needs a seed (``with_seed``).
@@ -298,29 +321,76 @@ class SamplingTable:
         """
         if len(params) != len(prompt_lens):
             raise _fail("prompt_lens", f"{len(params)} lengths", list(prompt_lens))
-        params = [p.with_defaults() for p in params]
-        packed = bytearray()
-        ids: list[int] = []
-        values: list[float] = []
+        rows = SamplingRows(len(params), vocab_size)
         for row, (p, prompt_len) in enumerate(zip(params, prompt_lens, strict=True)):
-            begin = len(ids)
-            for token, bias in sorted((p.logit_bias or {}).items()):
-                if token >= vocab_size:
-                    raise _fail(f"logit_bias (row {row})", f"token ids < {vocab_size}", token)
-                ids.append(token)
-                values.append(bias)
-            packed += _pack(p, prompt_len, begin, len(ids))
+            rows.write(row, p, prompt_len)
+        return rows.table(len(params))
+
+
+class SamplingRows:
+    """Rows of sampling parameters, written one at a time as sequences come and go.
+
+    Args:
+        capacity: rows there are.
+        vocab_size: V of the logits.
+    """
+
+    def __init__(self, capacity: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._rows = torch.zeros(capacity, _ROW_WORDS, dtype=torch.int64)
+        self._view = self._rows.numpy()  # the same memory
+        self._params = [SamplingParams()] * capacity
+        self._workspace: torch.Tensor | None = None
+
+    def write(self, row: int, params: SamplingParams, prompt_len: int) -> None:
+        """A sequence's parameters.
+
+        Raises:
+            ValueError: a seed is missing, or a logit_bias id is not below V.
+        """
+        params = params.with_defaults()
+        most = max(params.logit_bias or (), default=0)
+        if most >= self._vocab_size:
+            raise _fail(f"logit_bias (row {row})", f"token ids < {self._vocab_size}", most)
+        self._view[row] = np.frombuffer(_pack(params, prompt_len, 0, 0), dtype=np.int64)
+        self._params[row] = params
+
+    def move(self, source: int, row: int) -> None:
+        """A row takes another's place."""
+        self._view[row] = self._view[source]
+        self._params[row] = self._params[source]
+
+    def table(self, count: int) -> SamplingTable:
+        """The first ``count`` rows, valid until one is written."""
+        params = self._params[:count]
+        ids, values = self._packed_biases(count)
         needs_scratch = any(not p.is_greedy or p.edits_logits for p in params)
-        num_parts = max(1, min(len(params), torch.get_num_threads()))
-        scratch = torch.empty(num_parts, workspace_size(vocab_size)) if needs_scratch else None
-        return cls(
-            rows=torch.frombuffer(packed, dtype=torch.int64).view(-1, _ROW_WORDS),
+        return SamplingTable(
+            rows=self._rows[:count],
             bias_ids=torch.tensor(ids, dtype=torch.int32) if ids else None,
             bias_values=torch.tensor(values, dtype=torch.float32) if ids else None,
-            workspace=scratch,
-            vocab_size=vocab_size,
+            workspace=self._scratch(count) if needs_scratch else None,
+            vocab_size=self._vocab_size,
             want_logprobs=any(p.logprobs for p in params),
         )
+
+    def _packed_biases(self, count: int) -> tuple[list[int], list[float]]:
+        """Ids and values of all rows; each row is told its bounds."""
+        ids: list[int] = []
+        values: list[float] = []
+        for row, p in enumerate(self._params[:count]):
+            begin = len(ids)
+            for token, bias in sorted((p.logit_bias or {}).items()):
+                ids.append(token)
+                values.append(bias)
+            self._view[row, _BIAS_BOUNDS:] = begin, len(ids)
+        return ids, values
+
+    def _scratch(self, count: int) -> torch.Tensor:
+        num_parts = max(1, min(count, torch.get_num_threads()))
+        if self._workspace is None or len(self._workspace) < num_parts:
+            self._workspace = torch.empty(num_parts, workspace_size(self._vocab_size))
+        return self._workspace[:num_parts]
 
 
 def _pack(p: SamplingParams, prompt_len: int, bias_begin: int, bias_end: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Draft trees built on the host: a root, a chain, or any set of root-to-node paths.
+"""Draft trees: what drafters build on the host, and what the engine makes of any proposal.
 
 Small integer work on at most 128 nodes; drafters that build trees on the device use their own op.
 """
@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from specrt.types import DraftTree
+from specrt import ops
+from specrt.types import DraftTree, Proposal
 
 MAX_NODES = 128
 
@@ -28,8 +29,6 @@ class TreeBuilder:
     def __init__(self, root_token: int) -> None:
         self.tokens = [root_token]
         self.parents = [-1]
-        self.depth = [0]
-        self.ancestors = [1]
         self._children: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
@@ -44,74 +43,168 @@ class TreeBuilder:
         self._children[parent, token] = node
         self.tokens.append(token)
         self.parents.append(parent)
-        self.depth.append(self.depth[parent] + 1)
-        self.ancestors.append(self.ancestors[parent] | 1 << node)
         return node
 
-    def add_path(self, tokens: Sequence[int], max_nodes: int) -> None:
-        """Add a path below the root, stopping where the tree would pass ``max_nodes`` nodes."""
+    def add_path(self, tokens: Sequence[int], max_nodes: int) -> int:
+        """Add a path below the root, stopping where the tree would pass ``max_nodes`` nodes.
+
+        Returns:
+            How many of ``tokens`` are in the tree.
+        """
         node = 0
-        for token in tokens:
+        for count, token in enumerate(tokens):
             if len(self.tokens) >= max_nodes and (node, token) not in self._children:
-                return
+                return count
             node = self.add(node, token)
+        return len(tokens)
 
 
-def stack(trees: Sequence[TreeBuilder]) -> DraftTree:
-    """One padded :class:`DraftTree` of B sequences from one builder each."""
+def stack(trees: Sequence[TreeBuilder]) -> Proposal:
+    """One padded :class:`Proposal` of B sequences from one builder each."""
     batch, size = len(trees), max(len(tree) for tree in trees)
-    words = num_words(size)
-    ints = np.zeros((3, batch, size), dtype=np.int32)
-    ancestors = np.zeros((batch, size, words), dtype=np.uint64)
+    ints = np.zeros((2, batch, size), dtype=np.int32)
     for row, tree in enumerate(trees):
-        used = len(tree)
-        ints[0, row, :used] = tree.tokens
-        ints[1, row, :used] = tree.parents
-        ints[2, row, :used] = tree.depth
-        for word in range(words):
-            ancestors[row, :used, word] = [
-                (bits >> 64 * word) & 0xFFFFFFFFFFFFFFFF for bits in tree.ancestors
-            ]
+        ints[0, row, : len(tree)] = tree.tokens
+        ints[1, row, : len(tree)] = tree.parents
     fields = torch.from_numpy(ints)
-    return DraftTree(
-        draft_tokens=fields[0],
-        parents=fields[1],
-        depth=fields[2],
-        ancestors=torch.from_numpy(ancestors.view(np.int64)),
-        num_nodes=torch.tensor([len(tree) for tree in trees], dtype=torch.int32),
-    )
-
-
-def first_nodes(tree: DraftTree, count: int) -> DraftTree:
-    """The first ``count`` nodes of each tree: trees again, for parents come before children."""
-
-    def cut(part: torch.Tensor) -> torch.Tensor:
-        return part[:, :count].contiguous()
-
-    return replace(
-        tree,
-        draft_tokens=cut(tree.draft_tokens),
-        parents=cut(tree.parents),
-        depth=cut(tree.depth),
-        ancestors=tree.ancestors[:, :count, : num_words(count)].contiguous(),
-        num_nodes=tree.num_nodes.clamp(max=count),
-        draft_probs=None if tree.draft_probs is None else cut(tree.draft_probs),
-        hidden=None if tree.hidden is None else cut(tree.hidden),
-    )
+    num_nodes = torch.tensor([len(tree) for tree in trees], dtype=torch.int32)
+    return Proposal(fields[0], fields[1], num_nodes)
 
 
 @lru_cache(maxsize=256)
-def _chain_shape(batch: int, length: int) -> tuple[torch.Tensor, ...]:
-    builder = TreeBuilder(0)
-    builder.add_path(range(1, length), length)
-    tree = stack([builder] * batch)
-    return tree.parents, tree.depth, tree.ancestors, tree.num_nodes
+def _chain_shape(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    parents = torch.arange(-1, length - 1, dtype=torch.int32).expand(batch, -1).contiguous()
+    return parents, torch.full((batch,), length, dtype=torch.int32)
 
 
-def chain(tokens: torch.Tensor) -> DraftTree:
-    """Trees without branches from ``tokens [B, N]`` int32; N = 1 is the empty drafter's tree.
+def chain(tokens: torch.Tensor) -> Proposal:
+    """Trees without branches from ``tokens [B, M]`` int32; M = 1 is the empty drafter's tree.
 
     The shape's tensors are shared between calls: trees are read, never written.
     """
-    parents, depth, ancestors, num_nodes = _chain_shape(*tokens.shape)
-    return DraftTree(tokens, parents, depth, ancestors, num_nodes)
+    return Proposal(tokens, *_chain_shape(*tokens.shape))
+
+
+def check_proposal(proposal: Proposal, batch: int) -> None:
+    """Whether the tensors of a proposal can be read at all; what they say is another matter.
+
+    Args:
+        proposal: what a drafter gave.
+        batch: B, how many sequences it was asked for.
+
+    Raises:
+        TypeError: it is no proposal.
+        ValueError: a tensor has another shape, dtype or place; names it.
+    """
+    if not isinstance(proposal, Proposal):
+        raise TypeError(f"propose: expected a Proposal, got {type(proposal).__name__}")
+    tokens, probs = proposal.draft_tokens, proposal.draft_probs
+    _check_field("draft_tokens", tokens, torch.int32, (batch, None))
+    size = tokens.shape[1]
+    _check_field("parents", proposal.parents, torch.int32, (batch, size))
+    _check_field("num_nodes", proposal.num_nodes, torch.int32, (batch,))
+    if probs is not None:
+        _check_field("draft_probs", probs, torch.float32, (batch, size, None))
+
+
+def _check_field(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> None:
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype is dtype
+        and tensor.ndim == len(shape)
+        and all(
+            want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        and tensor.numel() > 0
+        and tensor.device.type == "cpu"
+    ):
+        return
+    expected = ", ".join("n" if size is None else str(size) for size in shape)
+    got = type(tensor).__name__
+    if isinstance(tensor, torch.Tensor):
+        got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    kind = str(dtype).removeprefix("torch.")
+    raise ValueError(f"{name}: expected [{expected}] {kind} on the CPU, got {got}")
+
+
+class Settler:
+    """Makes trees of proposals, in buffers of its own: a tree is valid until the next one.
+
+    A tree ends before its first node that is none: its number is not below both ``num_nodes`` and
+    the room there is, its parent does not come before it, or its token is not in the vocabulary.
+    So depth, ancestors and bounds follow from what was checked, whatever a drafter proposes.
+
+    Args:
+        vocab_size: V.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._trees: dict[tuple[int, int], DraftTree] = {}
+
+    def settle(self, proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor) -> DraftTree:
+        """The trees that a proposal holds.
+
+        Args:
+            proposal: B trees of M nodes (:func:`check_proposal`).
+            roots: ``[B]`` int32, each sequence's last token.
+            max_nodes: ``[B]`` int32, at least 1: the room each sequence has, its root included.
+        """
+        batch, most = proposal.draft_tokens.shape
+        asked = np.minimum(proposal.num_nodes.numpy(), max_nodes.numpy()).max()
+        size = min(max(int(asked), 1), most, MAX_NODES)
+        tree = self._trees.get((batch, size))
+        if tree is None:
+            tree = self._trees[batch, size] = _empty_tree(batch, size)
+        ops.tree_settle(
+            proposal.draft_tokens,
+            proposal.parents,
+            proposal.num_nodes,
+            roots,
+            max_nodes,
+            self._vocab_size,
+            tree.draft_tokens,
+            tree.parents,
+            tree.depth,
+            tree.ancestors,
+            tree.num_nodes,
+        )
+        if proposal.draft_probs is None and proposal.hidden is None:
+            return tree
+        return replace(
+            tree,
+            draft_probs=_first(proposal.draft_probs, size),
+            hidden=_first(proposal.hidden, size),
+            num_layers_run=proposal.num_layers_run,
+        )
+
+
+def _empty_tree(batch: int, size: int) -> DraftTree:
+    ints = torch.zeros(3, batch, size, dtype=torch.int32)
+    bits = torch.zeros(batch, size, num_words(size), dtype=torch.int64)
+    return DraftTree(ints[0], ints[1], ints[2], bits, torch.zeros(batch, dtype=torch.int32))
+
+
+def settle(
+    proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor, vocab_size: int
+) -> DraftTree:
+    """:class:`Settler` for once, in fresh buffers; arguments as there."""
+    return Settler(vocab_size).settle(proposal, roots, max_nodes)
+
+
+def _first(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    return None if rows is None else rows[:, :count].contiguous()
+
+
+@lru_cache(maxsize=256)
+def _chain_tree(batch: int, length: int) -> DraftTree:
+    tokens = torch.zeros(batch, length, dtype=torch.int32)
+    full = torch.full((batch,), length, dtype=torch.int32)
+    return settle(chain(tokens), tokens[:, 0], full, 1)
+
+
+def chain_tree(tokens: torch.Tensor) -> DraftTree:
+    """Known tokens ``[B, N]`` int32 as trees without branches, to be run and not to be doubted."""
+    return replace(_chain_tree(*tokens.shape), draft_tokens=tokens)

@@ -6,7 +6,7 @@ W = ceil(N / 64).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,12 +29,51 @@ class GenerationError(RuntimeError):
     """A sequence that cannot go on (NaN logits, no memory for its cache)."""
 
 
+class QueueFullError(RuntimeError):
+    """An engine has as many waiting requests as it may; nothing was added."""
+
+
+@dataclass(frozen=True, eq=False)
+class RequestHandle:
+    """Names a request of one engine, of which :meth:`Engine.add` gave it."""
+
+    id: int
+    """Counts an engine's requests."""
+    owner: object = field(repr=False)
+    """Tells engines apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What a drafter proposes: for each sequence a tree of M nodes, its root (node 0) included.
+
+    Nothing of it is believed. The root's token is the sequence's last one whatever stands there,
+    and a tree ends before its first node whose parent does not come before it, or whose token is
+    not in the vocabulary (:func:`specrt.tree.settle`). A drafter gets its proposal back when it
+    is told what came of it; what it wants to find there, it keeps in a subclass.
+    """
+
+    draft_tokens: torch.Tensor
+    """``[B, M]`` int32."""
+    parents: torch.Tensor
+    """``[B, M]`` int32."""
+    num_nodes: torch.Tensor
+    """``[B]`` int32; nodes from there on are padding."""
+    draft_probs: torch.Tensor | None = None
+    """``[B, M, V]`` float32: row i is the law node i's children were drawn from, independently.
+    Given only by drafters that sample; acceptance then uses rejection with residuals."""
+    hidden: torch.Tensor | None = None
+    """``[B, M, H]`` float32: what the target's first ``num_layers_run`` layers give. Only a
+    drafter that runs them itself has these; their keys and values then lie past ``kv_len``."""
+    num_layers_run: int = 0
+
+
 @dataclass(frozen=True)
 class DraftTree:
     """A tree of proposed tokens for each sequence; node 0 is the root, the last committed token.
 
     Parents come before children (``parents[i] < i``), so a path's node indices increase.
-    Nodes at ``num_nodes[b]`` and beyond are padding.
+    Nodes at ``num_nodes[b]`` and beyond are padding. The engine makes it of a :class:`Proposal`.
     """
 
     draft_tokens: torch.Tensor
@@ -122,13 +161,13 @@ class RoundStats:
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
 
-    def record(self, num_nodes: int, accept_length: int, depth: torch.Tensor | None) -> None:
+    def record(self, num_nodes: int, accept_length: int, depth: Sequence[int] | None) -> None:
         """Count one round of ``accept_length + 1`` tokens.
 
         Args:
             num_nodes: of its tree.
             accept_length: what was emitted but for the last token.
-            depth: ``[N]``, of the tree's nodes; None for the root alone.
+            depth: of each of the nodes; None for the root alone.
         """
         self.num_rounds += 1
         self.num_draft_tokens += num_nodes - 1
@@ -136,8 +175,7 @@ class RoundStats:
         self.accept_lengths.append(accept_length)
         if depth is None:
             return
-        # No node of a tree is deeper, whatever a drafter says.
-        deepest = min(max(depth.tolist()[:num_nodes]), num_nodes - 1)
+        deepest = max(depth)
         missing = deepest - len(self.proposed_by_depth)
         self.proposed_by_depth.extend([0] * missing)
         self.accepted_by_depth.extend([0] * missing)

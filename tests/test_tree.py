@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specrt.tree import MAX_NODES, TreeBuilder, chain, num_words, stack
+from specrt.tree import MAX_NODES, TreeBuilder, chain, chain_tree, num_words, stack
 from specrt.types import DraftTree
+from tests.trees import settled
 
 CHOICES = st.lists(
     st.tuples(st.integers(0, 10**6), st.integers(0, 5)), min_size=0, max_size=MAX_NODES - 1
@@ -49,7 +50,7 @@ def grown(choices: list[tuple[int, int]]) -> TreeBuilder:
 @given(st.lists(CHOICES, min_size=1, max_size=3))
 def test_stacked_trees_are_well_formed(batch: list[list[tuple[int, int]]]) -> None:
     builders = [grown(choices) for choices in batch]
-    tree = stack(builders)
+    tree = settled(stack(builders))
     check(tree)
     assert tree.num_nodes.tolist() == [len(builder) for builder in builders]
     for row, builder in enumerate(builders):
@@ -64,7 +65,7 @@ def test_word_boundaries() -> None:
         builder = TreeBuilder(0)
         builder.add_path(range(1, size), size)
         assert len(builder) == size
-        tree = stack([builder])
+        tree = settled(stack([builder]))
         check(tree)
         assert tree.ancestors.shape[-1] == (1 if size <= 64 else 2)
         assert bits(tree, 0, size - 1) == set(range(size))
@@ -79,7 +80,7 @@ def test_a_leaf_behind_bit_63_sees_only_its_path() -> None:
     for token in range(1, 127):
         builder.add(0, token)
     builder.add(63, 5)
-    tree = stack([builder])
+    tree = settled(stack([builder]))
     check(tree)
     assert bits(tree, 0, 127) == {0, 63, 127}
 
@@ -90,8 +91,7 @@ def test_paths_share_their_prefixes() -> None:
         tree.add_path(path, 100)
     assert tree.tokens == [7, 1, 2, 3, 4, 2, 7]
     assert tree.parents == [-1, 0, 1, 2, 2, 0, 3]
-    assert tree.depth == [0, 1, 2, 3, 3, 1, 4]
-    check(stack([tree]))
+    check(settled(stack([tree])))
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8), st.integers(1, 12))
@@ -117,8 +117,8 @@ def test_max_nodes_cuts_paths_but_not_shared_prefixes(
 def test_chains_are_stacked_paths() -> None:
     for batch, length in ((1, 1), (3, 1), (2, 64), (1, 65), (2, 128)):
         tokens = torch.arange(batch * length, dtype=torch.int32).view(batch, length)
-        tree = chain(tokens)
+        tree = chain_tree(tokens)
         check(tree)
         assert tree.draft_tokens is tokens
-        assert tree.depth.tolist() == [list(range(length))] * batch
+        assert torch.equal(tree.parents, chain(tokens).parents)
         assert tree.num_nodes.tolist() == [length] * batch

@@ -15,6 +15,7 @@ void register_silu_mul(py::module_& m);
 void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
 void register_tree_build(py::module_& m);
+void register_tree_settle(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
     register_tree_attention(m);
     register_tree_accept(m);
     register_tree_build(m);
+    register_tree_settle(m);
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);

@@ -34,12 +34,11 @@ TreeExpandArgs expand_args(const py::args& t) {
 }
 
 TreeRerankArgs rerank_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 11, "tree_rerank: expected 11 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 9, "tree_rerank: expected 9 arguments, got ", t.size());
     return {
-        view_of(t[0], "pool_tokens"),  view_of(t[1], "pool_parents"), view_of(t[2], "pool_scores"),
-        view_of(t[4], "roots"),        view_of(t[5], "draft_tokens"), view_of(t[6], "parents"),
-        view_of(t[7], "depth"),        view_of(t[8], "ancestors"),    view_of(t[9], "num_nodes"),
-        view_of(t[10], "node_scores"), t[3].cast<int64_t>()};
+        view_of(t[0], "pool_tokens"), view_of(t[1], "pool_parents"), view_of(t[2], "pool_scores"),
+        view_of(t[4], "roots"),       view_of(t[5], "draft_tokens"), view_of(t[6], "parents"),
+        view_of(t[7], "num_nodes"),   view_of(t[8], "node_scores"),  t[3].cast<int64_t>()};
 }
 
 }  // namespace

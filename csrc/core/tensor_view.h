@@ -97,4 +97,20 @@ inline void expect_contiguous(const TensorView& t) {
     }
 }
 
+// That no element of one lies in the stretch of memory that the other spans, from its first to its
+// last element. Views that interleave are refused too: what lies between is not worth telling.
+inline void expect_apart(const TensorView& t, const TensorView& other) {
+    const auto begin = [](const TensorView& v) { return reinterpret_cast<uintptr_t>(v.data); };
+    const auto end = [&](const TensorView& v) {
+        int64_t last = 0;
+        for (int i = 0; i < v.ndim; ++i) {
+            if (v.shape[i] == 0) return uintptr_t{0};
+            last += (v.shape[i] - 1) * v.stride[i];
+        }
+        return begin(v) + static_cast<uintptr_t>((last + 1) * size_of(v.dtype));
+    };
+    SPECRT_CHECK(begin(t) >= end(other) || begin(other) >= end(t), t.name,
+                 ": expected memory that is not ", other.name, "'s, which is written");
+}
+
 }  // namespace specrt

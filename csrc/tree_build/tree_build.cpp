@@ -141,15 +141,10 @@ Launch tree_rerank(const TreeRerankArgs& a) {
     SPECRT_CHECK(a.num_candidates >= 0, "num_candidates: expected >= 0, got ", a.num_candidates);
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, a.num_candidates);
     expect(a.roots, DType::kInt32, "[B]", batch);
-    for (const TensorView* t : {&a.parents, &a.depth})
-        expect(*t, DType::kInt32, "[B, N]", batch, nodes);
-    const int64_t words = (nodes + 63) / 64;
-    expect(a.ancestors, DType::kInt64, "[B, N, W]", batch, nodes, words);
+    expect(a.parents, DType::kInt32, "[B, N]", batch, nodes);
     expect(a.num_nodes, DType::kInt32, "[B]", batch);
     expect(a.node_scores, DType::kFloat32, "[B, N]", batch, nodes);
-    for (const TensorView* t :
-         {&a.draft_tokens, &a.parents, &a.depth, &a.ancestors, &a.node_scores})
-        expect_contiguous(*t);
+    for (const TensorView* t : {&a.draft_tokens, &a.parents, &a.node_scores}) expect_contiguous(*t);
 
     TreeRerankParams p{};
     p.pool_tokens = a.pool_tokens.as<int32_t>();
@@ -158,15 +153,12 @@ Launch tree_rerank(const TreeRerankArgs& a) {
     p.roots = a.roots.as<int32_t>();
     p.draft_tokens = a.draft_tokens.as<int32_t>();
     p.parents = a.parents.as<int32_t>();
-    p.depth = a.depth.as<int32_t>();
-    p.ancestors = a.ancestors.as<int64_t>();
     p.num_nodes = a.num_nodes.as<int32_t>();
     p.node_scores = a.node_scores.as<float>();
     p.batch = narrow(batch);
     p.nodes = narrow(nodes);
     p.pool_size = narrow(a.pool_tokens.shape[1]);
     p.num_candidates = narrow(a.num_candidates);
-    p.words = narrow(words);
     const int64_t parts = 1 + batch * a.num_candidates / 8192;
     return make_launch(tree_rerank_part_for(active_isa()), p, parts < batch ? parts : batch);
 }

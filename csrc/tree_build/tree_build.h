@@ -72,20 +72,18 @@ struct TreeRerankParams {
     const int32_t* pool_parents;  // [B, C]
     const float* pool_scores;     // [B, C]
     const int32_t* roots;         // [B]
-    int32_t* draft_tokens;        // [B, N], and so to depth
-    int32_t* parents;
-    int32_t* depth;
-    int64_t* ancestors;  // [B, N, W]
-    int32_t* num_nodes;  // [B]
-    float* node_scores;  // [B, N]
-    int32_t batch, nodes, pool_size, num_candidates, words;
+    int32_t* draft_tokens;        // [B, N]
+    int32_t* parents;             // [B, N]
+    int32_t* num_nodes;           // [B]
+    float* node_scores;           // [B, N]
+    int32_t batch, nodes, pool_size, num_candidates;
 };
 
 SPECRT_DECLARE_CPU(tree_rerank_part)
 
 struct TreeRerankArgs {
-    TensorView pool_tokens, pool_parents, pool_scores, roots, draft_tokens, parents, depth,
-        ancestors, num_nodes, node_scores;
+    TensorView pool_tokens, pool_parents, pool_scores, roots, draft_tokens, parents, num_nodes,
+        node_scores;
     int64_t num_candidates;
 };
 Launch tree_rerank(const TreeRerankArgs& args);

@@ -244,21 +244,10 @@ struct Rerank {
     }
 
     void write(int64_t node, int32_t token, int32_t parent, float score) const {
-        const int64_t at = b * p.nodes + node, above = b * p.nodes + parent;
+        const int64_t at = b * p.nodes + node;
         p.draft_tokens[at] = token;
         p.parents[at] = parent;
         p.node_scores[at] = score;
-        p.depth[at] = parent < 0 ? 0 : p.depth[above] + 1;
-        for (int64_t word = 0; word < p.words; ++word)
-            p.ancestors[at * p.words + word] = parent < 0 ? 0 : p.ancestors[above * p.words + word];
-        p.ancestors[at * p.words + node / 64] |= static_cast<int64_t>(uint64_t{1} << (node % 64));
-    }
-
-    void pad(int64_t node) const {
-        const int64_t at = b * p.nodes + node;
-        p.draft_tokens[at] = p.parents[at] = p.depth[at] = 0;
-        p.node_scores[at] = -kInf;
-        for (int64_t word = 0; word < p.words; ++word) p.ancestors[at * p.words + word] = 0;
     }
 
     void run() {
@@ -273,7 +262,7 @@ struct Rerank {
             write(count++, p.pool_tokens[at], parent, p.pool_scores[at]);
         }
         p.num_nodes[b] = static_cast<int32_t>(count);
-        for (int64_t node = count; node < p.nodes; ++node) pad(node);
+        for (int64_t node = count; node < p.nodes; ++node) write(node, 0, 0, -kInf);
     }
 };
 

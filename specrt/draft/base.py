@@ -10,8 +10,9 @@ import torch
 
 from specrt.cache import CacheBatch
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
+_RANGES = {"depth": (0, MAX_NODES - 1), "top_k": (1, MAX_NODES), "total_tokens": (1, MAX_NODES)}
 _LEAST_MS = 1e-6  # a coarse clock may say that nothing took any time
 
 
@@ -19,24 +20,28 @@ _LEAST_MS = 1e-6  # a coarse clock may say that nothing took any time
 class DraftParams:
     """The shape of the trees of one call; None leaves a choice to the drafter.
 
+    With any field given sizes are fixed, and nothing that was measured is used. A tree may still be
+    smaller: near the end of an output, or where a drafter has no more to say.
+
     Raises:
         ValueError: a field is out of range.
     """
 
     depth: int | None = None
-    """Expansions below the root's children (EAGLE-2's ``depth``); 0 leaves those alone."""
+    """Distance from the root of the deepest drafted node, one more than EAGLE-2's ``depth``; 0 is
+    the root alone, plain decoding."""
     top_k: int | None = None
-    """Children of a node, and nodes expanded at each depth."""
+    """Children of a node at most, and nodes expanded at each depth."""
     total_tokens: int | None = None
-    """Nodes of the tree, its root included."""
+    """Nodes of the tree at most, its root included."""
 
     def __post_init__(self) -> None:
-        for name, least in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             is_int = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (is_int and least <= value <= MAX_NODES):
+            if value is not None and not (is_int and least <= value <= most):
                 raise ValueError(
-                    f"{name}: expected None or an int in {least}..{MAX_NODES}, got {value!r}"
+                    f"{name}: expected None or an int in {least}..{most}, got {value!r}"
                 )
 
 
@@ -146,7 +151,7 @@ class Drafter(Protocol):
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """The target has run prompt tokens from position ``start`` on; taps are ``[1, n, H]``."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """A tree for each sequence, rooted at its last token, of at most ``budget.max_nodes``.
 
         Of a larger one the first so many nodes are verified.
@@ -155,6 +160,7 @@ class Drafter(Protocol):
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -188,7 +194,7 @@ class EmptyDrafter:
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Nothing is read."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """A tree of one node for each sequence."""
         roots = [[state.token_ids[-1]] for state in states]
         return chain(torch.tensor(roots, dtype=torch.int32))
@@ -196,6 +202,7 @@ class EmptyDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:

@@ -13,8 +13,8 @@ import torch
 from specrt.draft.base import Budget, Drafter, DraftParams, ShapedDrafter
 from specrt.draft.length.control import DraftCosts
 from specrt.lab.trace import TraceSequence
-from specrt.tree import first_nodes
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.tree import chain
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 
 class Chains(Protocol):
@@ -131,22 +131,23 @@ class RecordingDrafter:
         """Passed on."""
         self._inner.prefill(state, start, taps)
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Draft the chains, keep them, and hand over their roots."""
         tree = self._inner.propose(states, budget)
         chains = self._inner.last_chain if tree.draft_tokens.shape[1] > 1 else None
         for row, state in enumerate(states):
             self._running[state].add(chains, row)
-        return first_nodes(tree, 1)
+        return chain(tree.draft_tokens[:, :1])
 
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Passed on: of every chain nothing was accepted."""
-        self._inner.observe(states, result, taps)
+        self._inner.observe(states, proposal, result, taps)
 
     def finish(self, state: SequenceState) -> None:
         """End the recording, which stays in :attr:`recordings`."""

@@ -28,7 +28,7 @@ from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
 from specrt.ops import registry
-from specrt.tree import MAX_NODES, chain
+from specrt.tree import MAX_NODES, chain_tree
 from specrt.types import DraftTree, VerifyOutput
 
 StepRunner = Callable[[Hashable, Callable[[], None]], None]
@@ -113,10 +113,16 @@ class LlamaModel:
         """Grows whenever launches recorded over this model's buffers or caches have gone stale."""
         return self._version
 
-    def new_cache(self, page_size: int = 64) -> KVCache:
-        """An empty cache of this model's shape and dtype."""
-        forget = self._forget_buffers
-        cache = KVCache(self._padded, self.dtype, page_size, forget, device=self.device)
+    def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
+        """An empty cache of this model's shape and dtype; arguments as of :class:`KVCache`."""
+        cache = KVCache(
+            self._padded,
+            self.dtype,
+            page_size,
+            self._forget_buffers,
+            device=self.device,
+            max_pages=max_pages,
+        )
         self._caches.add(cache)
         return cache
 
@@ -166,7 +172,7 @@ class LlamaModel:
         if step is None:
             if len(self._steps) >= _MAX_STEPS:
                 self._forget_buffers()
-            step = self._steps[key] = Step.make(key, self._output(key), self.device)
+            step = self._steps[key] = Step(key, self._output(key), self.device)
         step.stage(tree, batch, first_node)
         start = self._start(key)
         if tree.hidden is None:
@@ -192,7 +198,7 @@ class LlamaModel:
         """
         tokens = torch.tensor([list(ids)], dtype=torch.int32)
         for start in range(0, tokens.shape[1], MAX_NODES):
-            tree = chain(tokens[:, start : start + MAX_NODES])
+            tree = chain_tree(tokens[:, start : start + MAX_NODES])
             output = self.forward(tree, batch, taps=taps, has_logits=False)
             path = torch.arange(tree.draft_tokens.shape[1], dtype=torch.int32)[None]
             batch.commit(path, tree.num_nodes)

@@ -20,6 +20,7 @@ from specrt.ops.tree_attention import (
     tree_attention_workspace,
 )
 from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
+from specrt.ops.tree_settle import tree_settle
 
 __all__ = [
     "Append",
@@ -43,4 +44,5 @@ __all__ = [
     "tree_attention_workspace",
     "tree_expand",
     "tree_rerank",
+    "tree_settle",
 ]

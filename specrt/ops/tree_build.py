@@ -26,8 +26,7 @@ register(
 register(
     "tree_rerank(Tensor pool_tokens, Tensor pool_parents, Tensor pool_scores, "
     "int num_candidates, Tensor roots, Tensor(a!) draft_tokens, "
-    "Tensor(b!) parents, Tensor(c!) depth, Tensor(d!) ancestors, Tensor(e!) num_nodes, "
-    "Tensor(f!) node_scores) -> ()",
+    "Tensor(b!) parents, Tensor(c!) num_nodes, Tensor(d!) node_scores) -> ()",
     _C.tree_rerank,
 )
 
@@ -144,12 +143,10 @@ def tree_rerank(
     roots: torch.Tensor,
     draft_tokens: torch.Tensor,
     parents: torch.Tensor,
-    depth: torch.Tensor,
-    ancestors: torch.Tensor,
     num_nodes: torch.Tensor,
     node_scores: torch.Tensor,
 ) -> None:
-    """Keep the N - 1 best candidates below the root; the outputs are a ``DraftTree``'s fields.
+    """Keep the N - 1 best candidates below the root; the outputs are a ``Proposal``'s fields.
 
     Candidates of score NaN or -inf are never taken. Nodes come best first, so parents come before
     children. Padding is zeros, with score -inf. A candidate whose parent is none of those taken
@@ -163,8 +160,6 @@ def tree_rerank(
         roots: ``[B]`` int32, the last committed tokens.
         draft_tokens: ``[B, N]`` int32, written; N <= 128.
         parents: ``[B, N]`` int32, written.
-        depth: ``[B, N]`` int32, written.
-        ancestors: ``[B, N, ceil(N / 64)]`` int64, written.
         num_nodes: ``[B]`` int32, written.
         node_scores: ``[B, N]`` float32, written; the root's is 0.
 
@@ -180,8 +175,6 @@ def tree_rerank(
         roots,
         draft_tokens,
         parents,
-        depth,
-        ancestors,
         num_nodes,
         node_scores,
     )

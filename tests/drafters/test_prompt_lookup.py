@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from specrt.draft.base import Budget, RoundCost
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.tree import TreeBuilder
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
+from tests.trees import settled
 
 FREE = RoundCost(slope=0.0)
 
@@ -21,13 +22,13 @@ def make_state(tokens: list[int], num_left: int = 1000) -> SequenceState:
 
 def propose(
     tokens: list[int], max_nodes: int = 64, num_left: int = 1000, **options: int
-) -> DraftTree:
+) -> Proposal:
     drafter, state = PromptLookupDrafter(**options), make_state(tokens, num_left)
     drafter.start(state)
     return drafter.propose([state], Budget(max_nodes, FREE))
 
 
-def drafted(tree: DraftTree, row: int = 0) -> list[int]:
+def drafted(tree: Proposal, row: int = 0) -> list[int]:
     return tree.draft_tokens[row, 1 : int(tree.num_nodes[row])].tolist()
 
 
@@ -58,7 +59,6 @@ def test_continuations_share_their_prefix() -> None:
         expected.add_path(path, 10)
     assert tree.draft_tokens[0].tolist() == expected.tokens
     assert tree.parents[0].tolist() == expected.parents
-    assert tree.depth[0].tolist() == expected.depth
     assert expected.parents.count(1) == 2
 
 
@@ -115,7 +115,7 @@ def searched(tokens: list[int], max_ngram: int, num: int, depth: int) -> set[tup
     return known
 
 
-def node_paths(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
+def node_paths(tree: Proposal, row: int) -> set[tuple[int, ...]]:
     paths: list[tuple[int, ...]] = [()]
     for node in range(1, int(tree.num_nodes[row])):
         parent = int(tree.parents[row, node])
@@ -143,8 +143,8 @@ def test_the_index_is_right_over_many_rounds(
         for row, state in enumerate(states):
             expected = searched(state.token_ids, max_ngram, num_continuations, 6)
             assert node_paths(tree, row) == expected
-        deepest = [int(tree.depth[row].max()) for row in range(2)]
-        drafter.observe(states, verdict(*deepest), {})
+        deepest = [int(settled(tree).depth[row].max()) for row in range(2)]
+        drafter.observe(states, tree, verdict(*deepest), {})
         states[0].token_ids += said
         states[1].token_ids += said[:1]
 
@@ -153,9 +153,10 @@ def failures_until_silence(cost: RoundCost, limit: int = 50) -> tuple[int, Promp
     drafter, state = PromptLookupDrafter(), make_state([1, 2, 3] * 20)
     drafter.start(state)
     for count in range(limit):
-        if not drafted(drafter.propose([state], Budget(64, cost))):
+        tree = drafter.propose([state], Budget(64, cost))
+        if not drafted(tree):
             return count, drafter
-        drafter.observe([state], verdict(0), {})
+        drafter.observe([state], tree, verdict(0), {})
         state.token_ids.append(state.token_ids[-3])
     return limit, drafter
 
@@ -172,8 +173,8 @@ def test_it_comes_back() -> None:
     _, drafter = failures_until_silence(cost)
     (state,) = drafter._lookups
     silent = 0
-    while not drafted(drafter.propose([state], Budget(64, cost))):
-        drafter.observe([state], verdict(0), {})
+    while not drafted(tree := drafter.propose([state], Budget(64, cost))):
+        drafter.observe([state], tree, verdict(0), {})
         state.token_ids.append(state.token_ids[-3])
         silent += 1
         assert silent < 200
@@ -183,7 +184,7 @@ def test_it_comes_back() -> None:
     for _ in range(20):
         tree = drafter.propose([state], Budget(64, cost))
         sizes.append(len(drafted(tree)))
-        drafter.observe([state], verdict(sizes[-1]), {})
+        drafter.observe([state], tree, verdict(sizes[-1]), {})
         state.token_ids += drafted(tree)
         state.token_ids.append(state.token_ids[-3])
     assert all(sizes) and sizes[-1] > sizes[0]
@@ -192,8 +193,9 @@ def test_it_comes_back() -> None:
 def test_a_failed_sequence_teaches_nothing_and_leaves() -> None:
     drafter, state = PromptLookupDrafter(), make_state([1, 2] * 5)
     drafter.start(state)
-    before = drafted(drafter.propose([state], Budget(64, RoundCost())))
-    drafter.observe([state], verdict(-1), {})
+    tree = drafter.propose([state], Budget(64, RoundCost()))
+    before = drafted(tree)
+    drafter.observe([state], tree, verdict(-1), {})
     assert drafted(drafter.propose([state], Budget(64, RoundCost()))) == before
     drafter.finish(state)
     drafter.finish(state)

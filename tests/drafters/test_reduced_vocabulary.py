@@ -24,7 +24,7 @@ from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
@@ -83,7 +83,7 @@ class Recording(FspadDrafter):
 
     proposed: set[int]
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         tree = super().propose(states, budget)
         for row, count in zip(tree.draft_tokens.tolist(), tree.num_nodes.tolist(), strict=True):
             self.proposed.update(row[1:count])
@@ -101,7 +101,7 @@ def make_drafter(model: LlamaModel, path: Path, *, fold: bool | None = None) -> 
 
 def tree_at(
     model: LlamaModel, drafter: FspadDrafter, shape: DraftParams, temperature: float = 0.0
-) -> DraftTree:
+) -> Proposal:
     """What it proposes behind the first 60 of ``IDS``."""
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(len(IDS) + MAX_NODES)])
@@ -134,7 +134,7 @@ def test_bits_do_not_change_and_no_other_token_is_proposed(
     engine = make_engine(model, drafter, max_batch=4, max_nodes=MAX_NODES)
     accepted = 0
     width = min(size, 10)
-    for shape in (None, DraftParams(), DraftParams(5, width, 60), DraftParams(depth=2)):
+    for shape in (None, DraftParams(), DraftParams(6, width, 60), DraftParams(depth=3)):
         results = engine.generate(prompts(6, VOCAB), SETTINGS[setting], shape)
         assert texts(results) == said[setting], shape
         accepted += sum(result.stats.num_accepted_tokens for result in results)
@@ -148,7 +148,7 @@ def test_load_takes_it_from_its_directory(target: Path, drafters: Path, arch: st
     expected = texts(specrt.load(target).generate(prompts(4, VOCAB), GREEDY))
     for fold in (False, True):
         engine = specrt.load(target, drafters / arch / "40", fold=fold)
-        assert texts(engine.generate(prompts(4, VOCAB), GREEDY, DraftParams(3, 4))) == expected
+        assert texts(engine.generate(prompts(4, VOCAB), GREEDY, DraftParams(4, 4))) == expected
         assert engine.drafter.layer.weights.head.shape == (40, 64)
 
 
@@ -161,13 +161,13 @@ def test_load_takes_it_from_its_directory(target: Path, drafters: Path, arch: st
 def test_all_tokens_make_the_unreduced_tree(
     model: LlamaModel, drafters: Path, arch: str, temperature: float, fold: bool
 ) -> None:
-    shape = DraftParams(depth=4, top_k=8, total_tokens=50)
+    shape = DraftParams(depth=5, top_k=8, total_tokens=50)
     full, same = (
         make_drafter(model, drafters / arch / name, fold=fold) for name in ("full", str(VOCAB))
     )
     trees = [tree_at(model, drafter, shape, temperature) for drafter in (full, same)]
     assert token_paths(trees[0]) == token_paths(trees[1])
-    for name in ("draft_tokens", "parents", "ancestors"):
+    for name in ("draft_tokens", "parents"):
         assert torch.equal(getattr(trees[0], name), getattr(trees[1], name))
     head = model.weights.lm_head.data_ptr()
     assert [d.layer.weights.head.data_ptr() for d in (full, same)] == [head, head]  # no copy
@@ -179,7 +179,7 @@ def test_children_are_the_best_of_those_kept(
 ) -> None:
     """Ranked as the whole head ranks them, with the noise the target draws with."""
     full, reduced = (make_drafter(model, drafters / "fspad" / name) for name in ("full", "40"))
-    shape = DraftParams(depth=0, top_k=6, total_tokens=7)
+    shape = DraftParams(depth=1, top_k=6, total_tokens=7)
     everything = tree_at(model, full, shape, temperature)
     logits = next(iter(full._rounds.values()))._work.logits[0].clone()
     if temperature > 0:
@@ -201,7 +201,7 @@ def test_more_children_than_tokens_are_refused_only_if_asked_for(
     engine = specrt.load(target, drafters / "fspad" / "3")
     with pytest.raises(ValueError, match="top_k: expected at most the draft vocabulary 3, got 4"):
         engine.generate([1, 2, 3], GREEDY, DraftParams(top_k=4))
-    for shape in (DraftParams(depth=2), DraftParams(total_tokens=9), DraftParams(top_k=3)):
+    for shape in (DraftParams(depth=3), DraftParams(total_tokens=9), DraftParams(top_k=3)):
         assert engine.generate([1, 2, 3], GREEDY, shape).stats.num_draft_tokens > 0
 
 

@@ -15,9 +15,10 @@ from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
-from specrt.tree import chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.tree import chain_tree
+from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.checkpoints import make_checkpoint
+from tests.trees import settled
 
 VOCAB = 29
 CONTEXT = 400
@@ -55,7 +56,7 @@ def next_logits(model: LlamaModel, text: list[int]) -> torch.Tensor:
     for _ in model.extend(text[:-1], batch):
         pass
     root = torch.tensor([text[-1:]], dtype=torch.int32)
-    return model.forward(chain(root), batch).logits[0, 0].double()
+    return model.forward(chain_tree(root), batch).logits[0, 0].double()
 
 
 def best_paths(
@@ -73,8 +74,9 @@ def best_paths(
     return levels
 
 
-def level_paths(tree: DraftTree, row: int = 0) -> list[set[tuple[int, ...]]]:
+def level_paths(proposal: Proposal, row: int = 0) -> list[set[tuple[int, ...]]]:
     """The paths of each level below the root; checks the tree's shape on the way."""
+    tree = settled(proposal)
     assert int(tree.num_nodes[row]) == tree.draft_tokens.shape[1]
     parents, depth = tree.parents[row].tolist(), tree.depth[row].tolist()
     masks = tree.ancestors[row, :, 0].tolist()
@@ -115,10 +117,10 @@ def test_rejected_trees_leave_no_trace(model: LlamaModel) -> None:
         fresh = SmallModelDrafter(model, 3, 3)
         started(fresh, other := make_state(state.token_ids))
         expected = fresh.propose([other], BUDGET)
-        for name in ("draft_tokens", "parents", "depth", "ancestors"):
+        for name in ("draft_tokens", "parents"):
             assert torch.equal(getattr(tree, name), getattr(expected, name))
         lengths = torch.tensor([accepted], dtype=torch.int32)
-        drafter.observe([state], AcceptResult(nothing, lengths, nothing), {})
+        drafter.observe([state], tree, AcceptResult(nothing, lengths, nothing), {})
         path = max(level_paths(tree)[-1])
         state.token_ids += [*path[:accepted], *more]
 

@@ -12,7 +12,7 @@ import torch
 from specrt.draft.base import Budget
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.tree import TreeBuilder, stack
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 SLOPE = (0.8, 0.6)
 COSTS = DraftCosts(fixed=0.2, step=0.3, lower=0.25, verify=2.0, row=0.1)
@@ -57,11 +57,12 @@ class ChainDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None: ...
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         depth = budget.params.depth
         self.last_chain = self.chains(states, self._max_draft if depth is None else depth + 1)
         lengths = [min(self.last_chain.tokens.shape[1], room(state)) for state in states]
@@ -77,7 +78,7 @@ class ChainDrafter:
             np.array(columns[2], dtype=np.float32),
         )
 
-    def trees(self, states: Sequence[SequenceState], lengths: Sequence[int]) -> DraftTree:
+    def trees(self, states: Sequence[SequenceState], lengths: Sequence[int]) -> Proposal:
         builders = []
         for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
             builder = TreeBuilder(state.token_ids[-1])
@@ -117,7 +118,7 @@ class ControlledDrafter(ChainDrafter):
     def finish(self, state: SequenceState) -> None:
         self.control.finish(state)
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         self.last_chain = self.chains(states, self._max_draft)
         self._round = None
         drafted = lengths = [0] * len(states)
@@ -132,6 +133,7 @@ class ControlledDrafter(ChainDrafter):
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:

@@ -18,7 +18,7 @@ from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel, run_eagerly
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, stack
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 
 class LetterTokenizer:
@@ -97,11 +97,12 @@ class RandomTreeDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None: ...
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         return stack([self._tree(state, budget.max_nodes) for state in states])
 
     def _tree(self, state: SequenceState, max_nodes: int) -> TreeBuilder:
@@ -111,13 +112,15 @@ class RandomTreeDrafter:
         said = len(state.token_ids) - state.prompt_len
         # Sequences of one batch get trees of different sizes.
         size = rng.randint(max(1, self._num_nodes // 2), min(self._num_nodes, max_nodes))
+        depths = [0]
         while len(tree) < size:
             # Deep nodes are preferred, or trees would be all fan and no depth.
             parent = rng.choice([len(tree) - 1, rng.randrange(len(tree))])
-            depth = tree.depth[parent]
+            depth = depths[parent]
             right = answer[said + depth] if said + depth < len(answer) else 0
             hit = rng.random() < self._hit_rate
-            tree.add(parent, right if hit else rng.randrange(self._vocab_size))
+            node = tree.add(parent, right if hit else rng.randrange(self._vocab_size))
+            depths += [depth + 1] * (node == len(depths))
         return tree
 
 

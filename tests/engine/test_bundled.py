@@ -19,7 +19,7 @@ from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 
 SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {
     f"seed {seed}": SamplingParams(max_new_tokens=96, temperature=0.8, top_p=0.95, seed=seed)
@@ -27,8 +27,8 @@ SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {
 }
 DTYPES = ["float32", "bfloat16"]
 SHAPES = [
-    DraftParams(depth=3, top_k=3, total_tokens=8),
-    DraftParams(depth=5, top_k=10, total_tokens=60),
+    DraftParams(depth=4, top_k=3, total_tokens=8),
+    DraftParams(depth=6, top_k=10, total_tokens=60),
 ]
 CONTROLLED = ["fixed-4", "threshold", "adaptive-threshold", "beta-ts", "calibration-ts"]
 
@@ -45,7 +45,7 @@ def engine_like(engine: Engine, drafter: Drafter, max_batch: int) -> Engine:
 class EagerLookup(PromptLookupDrafter):
     """Drafts whatever it costs: measured costs may keep the usual one from drafting at all."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         return super().propose(states, Budget(budget.max_nodes, RoundCost(slope=0.0)))
 
 

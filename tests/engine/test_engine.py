@@ -239,7 +239,7 @@ def test_out_of_memory_says_how_much(model: LlamaModel, monkeypatch: pytest.Monk
     def refuse(*shape: object, **_: object) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("specrt.cache.torch.zeros", refuse)
+    monkeypatch.setattr("specrt.cache._untouched_zeros", refuse)
     with pytest.raises(
         MemoryError, match=r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB"
     ):
@@ -304,7 +304,7 @@ class Listening(RandomTreeDrafter):
         tree.add_path(self._answers[3, 4, 5][said : said + 7], max_nodes)
         return tree
 
-    def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+    def observe(self, states, proposal, result, taps):  # type: ignore[no-untyped-def]
         self.heard += result.accept_length.tolist()
 
 

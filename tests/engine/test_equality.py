@@ -107,7 +107,7 @@ def test_threads_change_nothing(checkpoint: Path) -> None:
 
 def test_logits_do_not_depend_on_how_the_prompt_was_cut(checkpoint: Path) -> None:
     from specrt.cache import CacheBatch
-    from specrt.tree import chain
+    from specrt.tree import chain_tree
 
     model = make_model(checkpoint)
     ids = [(7 * i) % VOCAB for i in range(200)]
@@ -119,7 +119,7 @@ def test_logits_do_not_depend_on_how_the_prompt_was_cut(checkpoint: Path) -> Non
             for start in range(0, len(ids), piece):
                 for _ in model.extend(ids[start : start + piece], batch):
                     pass
-            logits = model.forward(chain(torch.tensor([[5]], dtype=torch.int32)), batch).logits
+            logits = model.forward(chain_tree(torch.tensor([[5]], dtype=torch.int32)), batch).logits
             outcomes.append(logits.clone())
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 

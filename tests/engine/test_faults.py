@@ -117,9 +117,9 @@ class Failing(PromptLookupDrafter):
         self._count("propose")
         return super().propose(states, budget)
 
-    def observe(self, states, result, taps):  # type: ignore[no-untyped-def]
+    def observe(self, states, proposal, result, taps):  # type: ignore[no-untyped-def]
         self._count("observe")
-        super().observe(states, result, taps)
+        super().observe(states, proposal, result, taps)
 
     def finish(self, state):  # type: ignore[no-untyped-def]
         self._count("finish")
@@ -182,15 +182,15 @@ def test_no_memory_for_the_third_prompt_loses_nothing(
     model: LlamaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, times = make_engine(model), list[int]()
-    grow = KVCache._grow
+    reserve = KVCache.reserve
 
-    def refuse(cache: KVCache, num_more: int) -> None:
-        times.append(num_more)
+    def refuse(cache: KVCache, sequence: CachedSequence, num_tokens: int) -> None:
+        times.append(num_tokens)
         if len(times) == 3:
             raise MemoryError("KV cache: no memory")
-        grow(cache, num_more)
+        reserve(cache, sequence, num_tokens)
 
-    monkeypatch.setattr(KVCache, "_grow", refuse)
+    monkeypatch.setattr(KVCache, "reserve", refuse)
     with pytest.raises(MemoryError, match="KV cache: no memory"):
         engine.generate(prompts(4, VOCAB), LONG)
     assert engine.cache.num_free_pages == engine.cache.num_pages > 0

@@ -16,8 +16,8 @@ from specrt.draft.base import Budget, DraftParams, RoundCost
 from specrt.draft.fspad.checkpoint import EMBED, read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows, fold, pack_weights
-from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.tree import MAX_NODES, chain_tree
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 TOLERANCE = 1e-4
 TokenPath = tuple[int, ...]
@@ -91,7 +91,7 @@ def forward(
     predicted, regressed = [], []
     for start in range(0, len(tokens), MAX_NODES):
         piece = slice(start, start + MAX_NODES)
-        tree = chain(tokens[None, piece].contiguous())
+        tree = chain_tree(tokens[None, piece].contiguous())
         count = tree.draft_tokens.shape[1]
         work = Activations.make(layer.padded, count, layer.weights.head.shape[0])
         batch = CacheBatch(cache, [sequence])
@@ -120,7 +120,9 @@ def _rounds(
     accepted = tensors["in.accepted_tokens"][0].tolist()
     room = len(tokens) + len(accepted) + MAX_NODES
     state = SequenceState(tokens, len(tokens), room, seed=0, temperature=0.0)
-    budget = Budget(MAX_NODES, RoundCost(), DraftParams(**json.loads(metadata["tree"])))
+    shape = json.loads(metadata["tree"])
+    shape["depth"] += 1  # EAGLE counts levels below the root's children
+    budget = Budget(MAX_NODES, RoundCost(), DraftParams(**shape))
     drafter.start(state)
     drafter.prefill(state, 0, {"final": tensors["in.features"]})
     first = drafter.propose([state], budget)
@@ -129,14 +131,14 @@ def _rounds(
     path = torch.arange(count, dtype=torch.int32)[None]
     length = torch.tensor([count - 1], dtype=torch.int32)
     result = AcceptResult(path, length, tensors["in.accepted_tokens"].int())
-    drafter.observe([state], result, {"final": tensors["in.accepted_features"]})
+    drafter.observe([state], first, result, {"final": tensors["in.accepted_features"]})
     state.token_ids += accepted
     rounds["round2"] = _compare(drafter.propose([state], budget), tensors, "round2")
     drafter.finish(state)
     return rounds
 
 
-def _compare(tree: DraftTree, tensors: dict[str, torch.Tensor], name: str) -> tuple[bool, int]:
+def _compare(tree: Proposal, tensors: dict[str, torch.Tensor], name: str) -> tuple[bool, int]:
     """Whether the sets of root-to-node token paths are equal, and the size of the reference's."""
     theirs = tensors[f"{name}.draft_tokens"][0].tolist()
     paths = set()
@@ -146,7 +148,7 @@ def _compare(tree: DraftTree, tensors: dict[str, torch.Tensor], name: str) -> tu
     return token_paths(tree) == paths, len(paths)
 
 
-def token_paths(tree: DraftTree, row: int = 0) -> set[TokenPath]:
+def token_paths(tree: Proposal, row: int = 0) -> set[TokenPath]:
     """Root-to-node token paths of one sequence's tree."""
     tokens, parents = tree.draft_tokens[row].tolist(), tree.parents[row].tolist()
     paths: list[TokenPath] = []

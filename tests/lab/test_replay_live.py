@@ -21,7 +21,7 @@ from specrt.lab.trace import Trace, TraceModels, read_trace, write_trace
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 from tests.engine.exits import EXIT_LAYER, make_exit_pair
 from tests.engine.support import make_engine, prompts
 
@@ -69,7 +69,7 @@ class Watched:
         self.lengths: dict[tuple[int, ...], list[int]] = {}
         self._inner = inner
 
-    def propose(self, states: list[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: list[SequenceState], budget: Budget) -> Proposal:
         tree = self._inner.propose(states, budget)
         for state, size in zip(states, tree.num_nodes.tolist(), strict=True):
             prompt = tuple(state.token_ids[: state.prompt_len])

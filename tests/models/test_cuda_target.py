@@ -31,7 +31,7 @@ from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
 from specrt.models.placement import place_weights
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
-from specrt.tree import TreeBuilder, chain, stack
+from specrt.tree import TreeBuilder, chain_tree, stack
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.ops.conftest import Backend, load_simt
@@ -195,7 +195,7 @@ def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
     for node in range(0, 13, 4):
         *above, last = path_to(tree, node)
         alone = started(model, [PROMPT + above])
-        single = chain(torch.tensor([[last]], dtype=torch.int32))
+        single = chain_tree(torch.tensor([[last]], dtype=torch.int32))
         assert torch.equal(model.forward(single, alone).logits[0, 0], whole[node]), node
 
 
@@ -293,6 +293,6 @@ def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) 
     make_draft_checkpoint(llama, tmp_path)
     graphs = GraphCache()
     drafter = load_drafter(tmp_path, model, None, graphs.run, graphs.clear, DrafterOptions())
-    results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(2, 3, 8))
+    results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(3, 3, 8))
     assert texts(results) == expected
     assert all(result.stats.num_draft_tokens for result in results)

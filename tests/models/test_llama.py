@@ -16,12 +16,14 @@ from specrt.config import ModelConfig
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
-from specrt.tree import TreeBuilder, chain, stack
+from specrt.tree import TreeBuilder, chain_tree, stack
 from specrt.types import DraftTree
 from tests.checkpoints import FAMILIES, make_checkpoint
 
 VOCAB = 97
 PROMPT = [(11 * i * i + 3 * i) % VOCAB for i in range(150)]  # more than one piece of `extend`
+
+STAGED = ("draft_tokens", "depth", "ancestors", "num_nodes")
 
 # Sums of a few hundred float32 products in another order: some 1e-6 of the largest logit a layer.
 FLOAT32_TOLERANCE = 2e-5
@@ -145,7 +147,7 @@ def test_rounded_weights_cost_less_than_rounded_activations(
         lossy = rounded(torch.tensor([ids])).logits[0, 40:].float()
         exact = widened(torch.tensor([ids])).logits[0, 40:]
     batch = started(model, [ids[:40]])
-    got = model.forward(chain(torch.tensor([ids[40:]], dtype=torch.int32)), batch).logits[0]
+    got = model.forward(chain_tree(torch.tensor([ids[40:]], dtype=torch.int32)), batch).logits[0]
     assert error(got, exact) < 0.5 * error(lossy, exact)
 
 
@@ -256,6 +258,31 @@ def test_a_tree_grows_into_text(model: LlamaModel) -> None:
     assert torch.equal(got, model.forward(next_tree, started(model, [text])).logits)
 
 
+def test_tensors_that_are_filled_again_every_round(model: LlamaModel) -> None:
+    """As a drafter's static buffers are: what they hold counts, not which they are."""
+    batch = started(model, [PROMPT, PROMPT[:70]])
+    trees = [stack([random_tree(20, seed), random_tree(9 + seed, -seed)]) for seed in (3, 4, 5)]
+    expected = []
+    for tree in trees:  # by a model each, which has staged nothing else
+        other = LlamaModel(model.config, model.weights)
+        expected.append(other.forward(tree, batch).logits.clone())
+    buffers = replace(trees[0], **{name: getattr(trees[0], name).clone() for name in STAGED})
+    for tree, logits in zip(trees, expected, strict=True):
+        for name in STAGED:
+            getattr(buffers, name).copy_(getattr(tree, name))
+        assert torch.equal(model.forward(buffers, batch).logits, logits)
+
+
+def test_a_mask_with_a_word_too_few(model: LlamaModel) -> None:
+    """What lacks is nobody's ancestor, whatever was staged before."""
+    tree, batch = stack([random_tree(70, seed=2)]), started(model, [PROMPT])
+    lacking, zeroed = tree.ancestors[..., :1], tree.ancestors.clone()
+    zeroed[..., 1] = 0
+    expected = model.forward(replace(tree, ancestors=zeroed), batch).logits.clone()
+    assert not torch.equal(model.forward(tree, batch).logits, expected)
+    assert torch.equal(model.forward(replace(tree, ancestors=lacking), batch).logits, expected)
+
+
 def test_a_cache_that_grows_between_replays(model: LlamaModel) -> None:
     tree = stack([random_tree(8, seed=7)])
     batch = started(model, [PROMPT])
@@ -350,6 +377,6 @@ def test_unknown_taps_are_refused(model: LlamaModel, tap: str) -> None:
 def test_trees_of_more_than_128_nodes_are_refused(model: LlamaModel) -> None:
     batch = started(model, [PROMPT[:3]])
     tokens = torch.zeros(1, 129, dtype=torch.int32)
-    model.forward(chain(tokens[:, :128]), batch)
+    model.forward(chain_tree(tokens[:, :128]), batch)
     with pytest.raises(ValueError, match="tree: expected at most 128 nodes, got 129"):
-        model.forward(chain(tokens), batch)
+        model.forward(chain_tree(tokens), batch)

@@ -14,7 +14,7 @@ from specrt.graph import GraphCache
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.rope import RotaryTable, rope_table
-from specrt.tree import chain
+from specrt.tree import chain_tree
 from tests.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ class Run:
         for _ in self.model.extend(text[:-1], batch):
             pass
         root = torch.tensor([text[-1:]], dtype=torch.int32)
-        logits = self.model.forward(chain(root), batch).logits.clone()
+        logits = self.model.forward(chain_tree(root), batch).logits.clone()
         self.cache.close(sequence)
         return logits
 
@@ -104,10 +104,10 @@ def test_models_share_what_is_the_same(loaded: tuple[ModelConfig, Weights]) -> N
     assert drafter.rope is target.model.rope
     batch = CacheBatch(cache := drafter.new_cache(), [cache.open(90)])
     root = torch.tensor([[5]], dtype=torch.int32)
-    expected = drafter.forward(chain(root), batch).logits.clone()
+    expected = drafter.forward(chain_tree(root), batch).logits.clone()
     version, rows = drafter.version, drafter._cos_sin
     target.logits(TEXT)
-    assert torch.equal(drafter.forward(chain(root), batch).logits, expected)
+    assert torch.equal(drafter.forward(chain_tree(root), batch).logits, expected)
     assert drafter.version == version and drafter._cos_sin is rows
     other = replace(config, rope_theta=1e4)
     assert LlamaModel(other, weights, rope=target.model.rope).rope is not target.model.rope

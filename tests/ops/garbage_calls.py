@@ -225,10 +225,27 @@ def rerank_arguments(variant: int, backend: Backend) -> Arguments:
         "roots": ints(1, 2, 3),
         "draft_tokens": torch.zeros(shape, dtype=torch.int32),
         "parents": torch.zeros(shape, dtype=torch.int32),
-        "depth": torch.zeros(shape, dtype=torch.int32),
-        "ancestors": torch.zeros(*shape, 1, dtype=torch.int64),
         "num_nodes": ints(0, 0, 0),
         "node_scores": torch.zeros(shape),
+    }
+
+
+def settle_arguments(variant: int, backend: Backend) -> Arguments:
+    g, given, nodes = generator(variant), (6, 70, 40)[variant % 3], (6, 40, 128)[variant // 2]
+    shape = (BATCH, nodes)
+    parents = [random_parents(given, g) for _ in range(BATCH)]
+    return {
+        "draft_tokens": torch.randint(0, VOCAB, (BATCH, given), generator=g, dtype=torch.int32),
+        "parents": torch.tensor(parents, dtype=torch.int32),
+        "num_nodes": ints(given, 4, 1),
+        "roots": ints(1, 2, 3),
+        "max_nodes": ints(64, 128, 3),
+        "vocab_size": VOCAB,
+        "settled_tokens": torch.zeros(shape, dtype=torch.int32),
+        "settled_parents": torch.zeros(shape, dtype=torch.int32),
+        "depth": torch.zeros(shape, dtype=torch.int32),
+        "ancestors": torch.zeros(*shape, 2, dtype=torch.int64),
+        "num_settled": ints(0, 0, 0),
     }
 
 
@@ -361,7 +378,14 @@ KERNELS = {
         rerank_arguments,
         lambda a: ops.tree_rerank(**a),
         own=("pool_tokens", "pool_parents", "pool_scores", "roots"),
-        results=("draft_tokens", "parents", "depth", "ancestors", "num_nodes", "node_scores"),
+        results=("draft_tokens", "parents", "num_nodes", "node_scores"),
+    ),
+    "tree_settle": Kernel(
+        settle_arguments,
+        lambda a: ops.tree_settle(**a),
+        own=("draft_tokens", "parents", "num_nodes", "roots", "max_nodes"),
+        results=("settled_tokens", "settled_parents", "depth", "ancestors", "num_settled"),
+        has_cuda_source=True,
     ),
     "draft_control": Kernel(
         decide_arguments,

@@ -270,17 +270,14 @@ def test_broken_rows_and_filters_under_coupling() -> None:
 class Kept:
     draft_tokens: Tensor
     parents: Tensor
-    depth: Tensor
-    ancestors: Tensor
     num_nodes: Tensor
     node_scores: Tensor
 
     @classmethod
     def empty(cls, batch: int, size: int) -> Kept:
-        ints = torch.full((3, batch, size), POISON, dtype=torch.int32)
-        ancestors = torch.full((batch, size, (size + 63) // 64), POISON, dtype=torch.int64)
+        ints = torch.full((2, batch, size), POISON, dtype=torch.int32)
         count = torch.full((batch,), POISON, dtype=torch.int32)
-        return cls(ints[0], ints[1], ints[2], ancestors, count, torch.full((batch, size), NAN))
+        return cls(ints[0], ints[1], count, torch.full((batch, size), NAN))
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, f.name) for f in fields(self)]
@@ -300,8 +297,6 @@ def assert_kept(kept: Kept, b: int, want: rules.Tree) -> None:
     assert kept.num_nodes[b] == count
     assert kept.draft_tokens[b].tolist() == want.tokens + pad
     assert kept.parents[b].tolist() == want.parents + pad
-    assert kept.depth[b].tolist() == want.depth + pad
-    assert masks(kept.ancestors[b]) == want.ancestors + pad
     assert kept.node_scores[b].tolist() == want.scores + [-INF] * len(pad)
 
 
@@ -404,7 +399,7 @@ def test_replay_reads_the_present_contents() -> None:
         before = build.outputs()
         graph.replay()
         replayed = build.outputs()
-        assert not any(map(equal_bits, before[:1] + before[6:9], replayed[:1] + replayed[6:9]))
+        assert not any(map(equal_bits, before[:1] + before[4:7], replayed[:1] + replayed[4:7]))
         for t in (build.pool.scores, build.kept.node_scores, build.frontiers[-1].scores):
             t.fill_(NAN)
         build.launch()

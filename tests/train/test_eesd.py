@@ -36,7 +36,7 @@ from specrt.train.eesd.module import (
 from specrt.train.features.features import Sample
 from specrt.train.features.frozen import load_frozen_target
 from specrt.train.loop.loop import TrainingError
-from specrt.tree import chain
+from specrt.tree import chain_tree
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
 from tests.train.exit_support import (
     DEEP,
@@ -291,7 +291,7 @@ def test_what_is_trained_is_what_serves(tmp_path: Path) -> None:
     hidden, evidence = torch.empty_like(states), torch.empty(50, 2)
     logits = torch.empty(50, target.vocab_size)
     cache = served.new_cache()
-    batch, shape = CacheBatch(cache, [cache.open(200)]), chain(torch.zeros(1, 50).int())
+    batch, shape = CacheBatch(cache, [cache.open(200)]), chain_tree(torch.zeros(1, 50).int())
     rows = StepRows(
         shape.depth,
         shape.ancestors,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache, LastBatch
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.model import ExitModel
@@ -26,7 +26,7 @@ from specrt.draft.eesd.round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
 from specrt.models.model import StepRunner, run_eagerly
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 _MAX_ROUNDS = 32  # kinds of round whose buffers are kept
 # Where drafting does not pay, a rule that weighs time is asked once in so many rounds, for asking
@@ -99,7 +99,7 @@ class EesdDrafter:
         self._controls: dict[tuple[int, bool], ControlRound] = {}
         self._recorded: set[Hashable] = set()
         self._recorded_version = exit_model.version
-        self._batch = LastBatch(self._cache)
+        self._batch = CacheBatch(self._cache)
         self._meter = CostMeter(exit_model)
         self._given_costs = costs
         self._rest_left = 0
@@ -154,7 +154,7 @@ class EesdDrafter:
         """Run the exit's keys and values for a piece of the prompt."""
         self._absorb(state, taps[self.exit_model.tap][0])
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Draft while the controller goes on.
 
         Raises:
@@ -186,6 +186,7 @@ class EesdDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -211,7 +212,6 @@ class EesdDrafter:
         if draft is not None:
             self._cache.close(draft.cached)
             self.control.finish(state)
-        self._batch.forget()
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class EesdDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        return self._batch.of([self._drafts[state].cached for state in states])
+        return self._batch.update([self._drafts[state].cached for state in states])
 
     def _buffers_of(
         self,
@@ -364,11 +364,10 @@ class EesdDrafter:
 
     def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
         self.exit_model.absorb(hidden, CacheBatch(self._cache, [self._drafts[state].cached]))
-        self._batch.forget()
 
     # --- times --------------------------------------------------------------------------------
 
-    def _timed(self, tree: DraftTree, begun: float) -> DraftTree:
+    def _timed(self, tree: Proposal, begun: float) -> Proposal:
         """Note when a proposal ended."""
         self._num_rows = tree.draft_tokens.numel()
         ended = perf_counter()
@@ -396,5 +395,5 @@ class EesdDrafter:
         self._meter.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
 
 
-def _roots(states: Sequence[SequenceState]) -> DraftTree:
+def _roots(states: Sequence[SequenceState]) -> Proposal:
     return chain(torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32))

@@ -15,7 +15,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
 from specrt.models.model import LlamaModel, layer_tap
 from specrt.models.step import StepRows
-from specrt.tree import MAX_NODES, chain
+from specrt.tree import MAX_NODES, chain_tree
 
 
 class ExitModel:
@@ -115,7 +115,7 @@ class ExitModel:
     def absorb(self, states: torch.Tensor, batch: CacheBatch) -> None:
         """Commit keys and values of known tokens: g, ``states [n, H]``, of one sequence."""
         for part in states.split(MAX_NODES):
-            shape = chain(torch.zeros(1, len(part), dtype=torch.int32))
+            shape = chain_tree(torch.zeros(1, len(part), dtype=torch.int32))
             rows = StepRows(
                 shape.depth,
                 shape.ancestors,

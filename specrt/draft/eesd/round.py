@@ -23,7 +23,7 @@ from specrt.draft.eesd.model import ExitModel
 from specrt.models.step import StepRows
 from specrt.ops.tree_build import CoupledNoise, expand_workspace_size
 from specrt.tree import MAX_NODES, chain, num_words
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 
 MAX_DRAFT_NODES = 62
 """Nodes below the root: with it, their ancestor bits fit one signed word."""
@@ -111,7 +111,6 @@ class EesdBuffers:
             torch.zeros(batch, table_width, dtype=torch.int32)
             for table_width in (key.target_width, key.exit_width)
         ]
-        self._staged: list[torch.Tensor | None] = [None, None]
         self._roots = torch.zeros(batch, 1, dtype=torch.int32)
         self._root_scores = torch.zeros(batch, 1)
         self._root_candidates = torch.full((batch, 1), -1, dtype=torch.int32)
@@ -128,7 +127,7 @@ class EesdBuffers:
         self.levels: list[Level] = []
         for _ in range(max_levels + 1):
             self.levels.append(self._next_level())
-        self._chains: dict[int, tuple[np.ndarray, DraftTree]] = {}
+        self._chains: dict[int, tuple[np.ndarray, Proposal]] = {}
         # The same memory through numpy, where small copies cost a tenth of torch's.
         self._roots_view = self._roots.numpy()[:, 0]
         self._kv_lens_view = self._kv_lens.numpy()
@@ -201,10 +200,7 @@ class EesdBuffers:
         self._exit.reserve(self._num_rows, max(target.num_positions, drafts.num_positions))
         self._kv_lens_view[0] = held[0]
         self._kv_lens_view[1] = self._kv_lens_view[0] + 1
-        for place, table in enumerate((target.block_table, drafts.block_table)):
-            if self._staged[place] is not table:
-                self._tables[place].copy_(table)
-                self._staged[place] = table
+        torch._foreach_copy_(self._tables, [target.block_table, drafts.block_table])
         for row, state in enumerate(states):
             self._roots_view[row] = state.token_ids[-1]
         if self._noise is not None:
@@ -231,7 +227,7 @@ class EesdBuffers:
             np.stack([level.evidence.numpy()[:, 0] for level in levels], axis=1),
         )
 
-    def tree(self, lengths: Sequence[int]) -> DraftTree:
+    def tree(self, lengths: Sequence[int]) -> Proposal:
         """The tree below the roots, ``lengths`` levels of each sequence; valid until the next."""
         num_levels = max(lengths)
         tree = self._chain_tree(num_levels) if self._is_chain else self._branched(num_levels)
@@ -242,7 +238,7 @@ class EesdBuffers:
             tree = replace(tree, num_nodes=torch.tensor(counts, dtype=torch.int32))
         return tree
 
-    def _chain_tree(self, num_levels: int) -> DraftTree:
+    def _chain_tree(self, num_levels: int) -> Proposal:
         """A chain, in buffers of its own."""
         known = self._chains.get(num_levels)
         if known is None:
@@ -255,7 +251,7 @@ class EesdBuffers:
             tokens_view[:, level] = children
         return tree
 
-    def _with_states(self, tree: DraftTree, num_levels: int) -> DraftTree:
+    def _with_states(self, tree: Proposal, num_levels: int) -> Proposal:
         hidden, num_layers = self._states(num_levels), self._exit.num_layers
         return replace(tree, hidden=hidden, num_layers_run=num_layers)
 
@@ -273,26 +269,19 @@ class EesdBuffers:
         levels = self.levels[: num_levels + 1]
         return torch.cat([level.hidden.view(batch, -1, hidden_size) for level in levels], dim=1)
 
-    def _branched(self, num_levels: int) -> DraftTree:
-        """A tree of b nodes a level; the root takes bit 0, so the drafted nodes' bits move up."""
+    def _branched(self, num_levels: int) -> Proposal:
+        """A tree of b nodes a level."""
         batch, width = self.key.batch, self.key.num_branches
         tokens = torch.cat([self._tokens(level) for level in range(num_levels + 1)], dim=1)
         parents = [torch.full((batch, 1), -1, dtype=torch.int32)]
-        bits = [torch.ones(batch, 1, dtype=torch.int64)]
-        depth = [torch.zeros(batch, 1, dtype=torch.int32)]
         for level in range(1, num_levels + 1):
             above = self.levels[level - 1]
             if level == 1:
                 parents.append(torch.zeros(batch, width, dtype=torch.int32))
             else:
                 parents.append(1 + (level - 2) * width + above.source % width)
-            bits.append(above.ancestors[:, :, 0] << 1 | 1)
-            depth.append(torch.full((batch, width), level, dtype=torch.int32))
         num_nodes = torch.full((batch,), tokens.shape[1], dtype=torch.int32)
-        ancestors = torch.cat(bits, dim=1)[:, :, None]
-        tree = DraftTree(
-            tokens, torch.cat(parents, dim=1), torch.cat(depth, dim=1), ancestors, num_nodes
-        )
+        tree = Proposal(tokens, torch.cat(parents, dim=1), num_nodes)
         return self._with_states(tree, num_levels)
 
     # --- buffers ------------------------------------------------------------------------------

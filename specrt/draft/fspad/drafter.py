@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache, LastBatch
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
@@ -29,7 +29,7 @@ from specrt.draft.length.controlled import ControlledEnvelope
 from specrt.draft.length.measured import EnvelopePolicy, TreePolicy
 from specrt.models.model import FINAL_TAP, StepRunner, run_eagerly
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 
 class _Shape(NamedTuple):
@@ -38,8 +38,8 @@ class _Shape(NamedTuple):
     total_tokens: int
 
 
-_EAGLE2 = _Shape(depth=5, top_k=10, total_tokens=60)
-_AUTO = _Shape(depth=8, top_k=4, total_tokens=64)
+_EAGLE2 = _Shape(depth=6, top_k=10, total_tokens=60)
+_AUTO = _Shape(depth=9, top_k=4, total_tokens=64)
 _MAX_ROUNDS = 32  # kinds of round whose buffers are kept
 
 
@@ -70,7 +70,7 @@ class FspadDrafter:
     """Drafts with one trained layer over the target's features.
 
     Without :class:`DraftParams` it chooses depth and size by measured cost, and whether to draft at
-    all; what is left open of given ones is EAGLE-2's (depth 5, top_k 10, 60 nodes).
+    all; what is left open of given ones is EAGLE-2's (depth 6, top_k 10, 60 nodes).
 
     Args:
         layer: the layer and its weights.
@@ -101,7 +101,7 @@ class FspadDrafter:
             EnvelopePolicy() if control is None else ControlledEnvelope(control)
         )
         self._rounds: dict[RoundKey, RoundBuffers] = {}
-        self._batch = LastBatch(self._cache)
+        self._batch = CacheBatch(self._cache)
         self._offered: np.ndarray | None = None
         self._recorded: set[Hashable] = set()
 
@@ -128,7 +128,7 @@ class FspadDrafter:
         self._drafts[state].add(taps[FINAL_TAP][0])
         self._absorb(state, keep=1)
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Run the newly accepted pairs, then grow a tree level by level.
 
         Raises:
@@ -156,6 +156,7 @@ class FspadDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -175,25 +176,26 @@ class FspadDrafter:
         draft = self._drafts.pop(state, None)
         if draft is not None:
             self._cache.close(draft.cached)
-        self._batch.forget()
 
     # --- a round ------------------------------------------------------------------------------
 
     def _shape(self, params: DraftParams) -> _Shape:
         num_rows = self.layer.weights.head.shape[0]
         default = _AUTO if params == DraftParams() else _EAGLE2
-        # What is left open gives way to what was asked for.
-        top_k = params.top_k or min(default.top_k, num_rows, MAX_NODES // (params.depth or 1))
-        depth = min(default.depth, MAX_NODES // top_k) if params.depth is None else params.depth
+        # What is left open gives way to what was asked for. Room is for levels below the first.
+        num_below = max(1, (params.depth or 1) - 1)
+        top_k = params.top_k or min(default.top_k, num_rows, MAX_NODES // num_below)
+        deepest = min(default.depth, 1 + MAX_NODES // top_k)
+        depth = deepest if params.depth is None else params.depth
         total = params.total_tokens or default.total_tokens
         if top_k > num_rows:
             raise ValueError(
                 f"top_k: expected at most the draft vocabulary {num_rows}, got {top_k}"
             )
-        if depth * top_k > MAX_NODES or depth >= MAX_LEVELS:
+        if (depth - 1) * top_k > MAX_NODES or depth > MAX_LEVELS:
             raise ValueError(
-                f"depth, top_k: expected depth < {MAX_LEVELS} and at most {MAX_NODES} nodes "
-                f"expanded, got {depth} and {top_k}"
+                f"depth, top_k: expected depth <= {MAX_LEVELS} and at most {MAX_NODES} nodes "
+                f"expanded below the root, got {depth} and {top_k}"
             )
         return _Shape(depth, top_k, total)
 
@@ -202,7 +204,7 @@ class FspadDrafter:
         is_auto = budget.params == DraftParams()
         depth, top_k, total = self._shape(budget.params)
         # The bonus token takes the last place.
-        num_levels = min(depth + 1, max(state.num_left for state in states) - 1)
+        num_levels = min(depth, max(state.num_left for state in states) - 1)
         num_nodes = min(total, budget.max_nodes)
         has_features = all(len(self._drafts[state].pending) for state in states)
         if num_levels < 1 or num_nodes < 2 or not has_features:
@@ -238,7 +240,7 @@ class FspadDrafter:
 
     def _choose(
         self, buffers: RoundBuffers, plan: _Plan, num_levels: int, budget: Budget
-    ) -> DraftTree:
+    ) -> Proposal:
         choice = buffers.choice(plan.num_nodes)
         key = (plan.num_nodes, num_levels)
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))
@@ -260,7 +262,7 @@ class FspadDrafter:
     # --- sequences and buffers ----------------------------------------------------------------
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        return self._batch.of([self._drafts[state].cached for state in states])
+        return self._batch.update([self._drafts[state].cached for state in states])
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -272,7 +274,7 @@ class FspadDrafter:
             if len(self._rounds) >= _MAX_ROUNDS:
                 self._rounds.clear()
                 self._forget()
-            max_levels = min(MAX_LEVELS, MAX_NODES // plan.top_k)
+            max_levels = min(MAX_LEVELS - 1, MAX_NODES // plan.top_k)
             buffers = self._rounds[key] = RoundBuffers(key, self.layer, max_levels)
         return buffers
 
@@ -295,4 +297,3 @@ class FspadDrafter:
             self.layer.append(0, rows, self._cache, work)
             batch.commit(order, num)
             draft.pending = draft.pending[count:]
-            self._batch.forget()

@@ -19,11 +19,12 @@ from specrt.draft.coupling import make_noise, stage_noise
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.ops.tree_build import expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
-from specrt.types import DraftTree, SequenceState
+from specrt.types import Proposal, SequenceState
 
 MAX_PAIRS = 16
 """Accepted pairs that one recorded step takes; more are run before it."""
 MAX_LEVELS = 16
+"""The largest depth of a tree."""
 _WORDS = num_words(MAX_NODES)
 
 
@@ -81,12 +82,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Choice:
-    """The nodes kept of a pool: the fields of a :class:`DraftTree`, and their scores."""
+    """The nodes kept of a pool: the fields of a :class:`Proposal`, and their scores."""
 
     draft_tokens: torch.Tensor
     parents: torch.Tensor
-    depth: torch.Tensor
-    ancestors: torch.Tensor
     num_nodes: torch.Tensor
     node_scores: torch.Tensor
     """``[B, N]`` float32: log-probability of the path, best first; the root's is 0."""
@@ -94,19 +93,15 @@ class Choice:
     @classmethod
     def make(cls, batch: int, num_nodes: int) -> Choice:
         """Empty buffers."""
-        ints = torch.zeros(3, batch, num_nodes, dtype=torch.int32)
-        bits = torch.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
+        ints = torch.zeros(2, batch, num_nodes, dtype=torch.int32)
         counts = torch.zeros(batch, dtype=torch.int32)
-        scores = torch.zeros(batch, num_nodes)
-        return cls(ints[0], ints[1], ints[2], bits, counts, scores)
+        return cls(ints[0], ints[1], counts, torch.zeros(batch, num_nodes))
 
-    def tree(self, size: int) -> DraftTree:
+    def tree(self, size: int) -> Proposal:
         """The best ``size`` nodes, valid until the next round (views, where that is enough)."""
-        return DraftTree(
-            draft_tokens=self.draft_tokens[:, :size].contiguous(),
-            parents=self.parents[:, :size].contiguous(),
-            depth=self.depth[:, :size].contiguous(),
-            ancestors=self.ancestors[:, :size, : num_words(size)].contiguous(),
+        return Proposal(
+            draft_tokens=self.draft_tokens[:, :size],
+            parents=self.parents[:, :size],
             num_nodes=self.num_nodes.clamp(max=size),
         )
 
@@ -159,7 +154,6 @@ class RoundBuffers:
         num_parts = max(1, min(batch * width, torch.get_num_threads()))
         self._scratch = torch.empty(num_parts, expand_workspace_size(layer.weights.head.shape[0]))
         self._choices: dict[int, Choice] = {}
-        self._table: torch.Tensor | None = None
 
     # --- staging ------------------------------------------------------------------------------
 
@@ -194,9 +188,7 @@ class RoundBuffers:
             self._counts[:, row] = lengths[row], lengths[row] + count, count - 1, count
             self._last_bits[row, 0, 0] = (1 << count) - 1
             self._roots[row] = state.token_ids[-1]
-        if self._table is not batch.block_table:
-            self._block_table.copy_(batch.block_table)
-            self._table = batch.block_table
+        self._block_table.copy_(batch.block_table)
         if self._noise is not None:
             stage_noise(self._noise, states)
         return most
@@ -256,8 +248,6 @@ class RoundBuffers:
             self._roots,
             choice.draft_tokens,
             choice.parents,
-            choice.depth,
-            choice.ancestors,
             choice.num_nodes,
             choice.node_scores,
         )

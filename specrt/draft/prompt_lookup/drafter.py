@@ -18,7 +18,7 @@ import torch
 
 from specrt.draft.base import Budget, RoundCost
 from specrt.tree import TreeBuilder, chain, stack
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.types import AcceptResult, Proposal, SequenceState
 
 _PRIOR_RATE = 0.5
 _PRIOR_WEIGHT = 2.0
@@ -126,7 +126,7 @@ class PromptLookupDrafter:
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """The prompt is in the state; nothing is read from the target."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Continuations of the longest match, most recent first, merged where they agree."""
         trees = [self._tree(state, budget, len(states)) for state in states]
         if not any(self._lookups[state].proposed for state in states):
@@ -137,6 +137,7 @@ class PromptLookupDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -180,8 +181,8 @@ class PromptLookupDrafter:
         for start in positions[: -self._num_continuations - 1 : -1]:
             # A continuation that runs into the end of the text goes on as if it repeated.
             period = len(tokens) - start
-            tree.add_path([tokens[start + i % period] for i in range(depth)], max_nodes)
-        lookup.proposed = max(tree.depth)
+            added = tree.add_path([tokens[start + i % period] for i in range(depth)], max_nodes)
+            lookup.proposed = max(lookup.proposed, added)
         return tree
 
 

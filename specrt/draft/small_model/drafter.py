@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch, CachedSequence, LastBatch
+from specrt.cache import CacheBatch, CachedSequence
 from specrt.draft.base import Budget
 from specrt.models.model import LlamaModel
-from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.tree import MAX_NODES, chain, chain_tree
+from specrt.types import AcceptResult, DraftTree, Proposal, SequenceState
 
 _WORD = 63  # nodes whose ancestor bits fit one int64 without touching its sign
 
@@ -80,7 +80,7 @@ class SmallModelDrafter:
         self._vocab_size = vocab_size or own
         self._num_shared = min(own, self._vocab_size)
         self._cached: dict[SequenceState, CachedSequence] = {}
-        self._batch = LastBatch(self._cache)
+        self._batch = CacheBatch(self._cache)
 
     def start(self, state: SequenceState) -> None:
         """Reserve pages in the draft cache and run the prompt but for its last token."""
@@ -93,7 +93,7 @@ class SmallModelDrafter:
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Nothing is read from the target."""
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Catch up with the accepted tokens, then grow the tree depth by depth."""
         roots = torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32)
         depth = self._possible_depth(states, budget)
@@ -117,6 +117,7 @@ class SmallModelDrafter:
     def observe(
         self,
         states: Sequence[SequenceState],
+        proposal: Proposal,
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
@@ -127,7 +128,6 @@ class SmallModelDrafter:
         cached = self._cached.pop(state, None)
         if cached is not None:
             self._cache.close(cached)
-        self._batch.forget()
 
     def _possible_depth(self, states: Sequence[SequenceState], budget: Budget) -> int:
         room = min(budget.max_nodes - 1, _WORD - 1) // self._width
@@ -145,8 +145,7 @@ class SmallModelDrafter:
                 behind = self._known(behind[:-1])
                 for _ in self._model.extend(behind, CacheBatch(self._cache, [cached])):
                     pass
-                self._batch.forget()
-        return self._batch.of([self._cached[state] for state in states])
+        return self._batch.update([self._cached[state] for state in states])
 
     def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
         """Run the tokens the draft cache lacks; logits ``[B, 1, S]`` behind the last ones."""
@@ -158,7 +157,7 @@ class SmallModelDrafter:
         padded = torch.zeros(len(states), int(counts.max()), dtype=torch.int32)
         for row, tokens in enumerate(pending):
             padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        tree = replace(chain(padded), num_nodes=counts)
+        tree = replace(chain_tree(padded), num_nodes=counts)
         logits = self._model.forward(tree, batch).logits
         path = torch.arange(padded.shape[1], dtype=torch.int32)
         batch.commit(path.expand(len(states), -1).contiguous(), counts)
@@ -245,15 +244,11 @@ class SmallModelDrafter:
 
     def _assemble(
         self, roots: torch.Tensor, levels: list[_Level], laws: list[torch.Tensor]
-    ) -> DraftTree:
+    ) -> Proposal:
         size = roots.shape[0]
-        depths = torch.arange(len(levels) + 1, dtype=torch.int32)
-        repeats = torch.tensor([1] + [self._width] * len(levels))
-        depth = depths.repeat_interleave(repeats).expand(size, -1).contiguous()
         one = torch.ones(size, 1, dtype=torch.int64)
         tokens = torch.cat([roots, *(level.tokens.int() for level in levels)], dim=1)
         parents = torch.cat([-one.int(), *(level.parents.int() for level in levels)], dim=1)
-        ancestors = torch.cat([one, *(level.ancestors for level in levels)], dim=1)
         draft_probs = None
         if laws:
             # The last node has no children; its row is never read.
@@ -261,7 +256,7 @@ class SmallModelDrafter:
             missing = self._vocab_size - self._num_shared
             draft_probs = torch.nn.functional.pad(draft_probs, (0, missing))
         num_nodes = torch.full((size,), tokens.shape[1], dtype=torch.int32)
-        return DraftTree(tokens, parents, depth, ancestors[:, :, None], num_nodes, draft_probs)
+        return Proposal(tokens, parents, num_nodes, draft_probs)
 
 
 def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor:
