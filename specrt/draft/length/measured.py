@@ -109,7 +109,7 @@ class TreePolicy(Protocol):
         """
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify.
+        """How many nodes to verify: an envelope.
 
         Args:
             scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
@@ -124,7 +124,7 @@ class TreePolicy(Protocol):
         """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
 
 
-class EnvelopePolicy:
+class MeasuredPolicy:
     """The :class:`TreePolicy` by belief and measured time."""
 
     def __init__(self) -> None:
