@@ -90,7 +90,7 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
     """Count the tokens of training data.
 
     Args:
-        corpus: files as :func:`specrt.train.data.data.read_examples` reads them.
+        corpus: files as :func:`specrt.train.data.dataset.read_examples` reads them.
         directory: of the target, whose tokenizer reads them.
         vocab_size: V.
 
@@ -101,7 +101,7 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
     from sys import maxsize
 
     from specrt.models.tokenizer import load_tokenizer
-    from specrt.train.data.data import read_examples
+    from specrt.train.data.dataset import read_examples
 
     dataset = read_examples(corpus, load_tokenizer(directory), max_length=maxsize)
     if int(dataset.token_ids.max()) >= vocab_size:

@@ -16,20 +16,20 @@ from specrt.draft.eesd.checkpoint import ExitConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
-from specrt.train.data.data import Dataset, read_examples
+from specrt.train.data.dataset import Dataset, read_examples
 from specrt.train.eesd.module import read_last_layer
 from specrt.train.eesd.task import EesdTask
 from specrt.train.evaluate import TargetTables
+from specrt.train.features.cache import cache_features
 from specrt.train.features.cache_index import weights_hash
-from specrt.train.features.feature_cache import cache_features
-from specrt.train.features.features import FeatureSource, OnlineFeatures
+from specrt.train.features.source import FeatureSource, OnlineFeatures
 from specrt.train.fspad.task import FspadTask
 from specrt.train.loop.lock import hold_directory
-from specrt.train.loop.loop import Outcome, Trainer, run_identity
 from specrt.train.loop.options import DataOptions, EesdOptions, FspadOptions, TrainOptions
 from specrt.train.loop.processes import leave, make_accelerator
 from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
+from specrt.train.loop.trainer import Outcome, Trainer, run_identity
 from specrt.train.task import TrainData, TrainTask
 
 ONLINE = "online"

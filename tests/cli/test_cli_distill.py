@@ -20,7 +20,7 @@ from specrt.cli import distill, main
 from specrt.cli.answers import AnswerFile
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
-from specrt.train.data.data import read_examples
+from specrt.train.data.dataset import read_examples
 from tests.checkpoints import edit_tensors, make_checkpoint
 from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 

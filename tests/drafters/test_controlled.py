@@ -153,8 +153,7 @@ def test_undrafted_rounds_are_learned_without_an_outcome() -> None:
 
 def test_rounds_repeat_from_the_seed() -> None:
     runs = [
-        World(ControlledPolicy(ControlOptions("beta-ts"), seed=seed)).play(60)
-        for seed in (1, 1, 2)
+        World(ControlledPolicy(ControlOptions("beta-ts"), seed=seed)).play(60) for seed in (1, 1, 2)
     ]
     assert np.array_equal(runs[0], runs[1]) and not np.array_equal(runs[0], runs[2])
 

@@ -33,9 +33,9 @@ from specrt.train.eesd.module import (
     parameter_groups,
     read_last_layer,
 )
-from specrt.train.features.features import Sample
 from specrt.train.features.frozen import load_frozen_target
-from specrt.train.loop.loop import TrainingError
+from specrt.train.features.source import Sample
+from specrt.train.loop.trainer import TrainingError
 from specrt.tree import chain_tree
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
 from tests.train.exit_support import (

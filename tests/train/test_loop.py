@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from specrt.draft.fspad.checkpoint import ARCHS, read_checkpoint
-from specrt.train.loop.loop import TrainingError
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.processes import make_accelerator
+from specrt.train.loop.trainer import TrainingError
 from tests.train.support import OPTIONS, TARGET, curve, make_source, make_trainer, train
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from specrt.train.eesd.calibration import MODES, ExitWatch, GumbelRows, calibrat
 from specrt.train.eesd.evaluate import Estimate, evaluate_exit
 from specrt.train.eesd.module import ExitModule, ExitModules, exit_weights, parameter_groups
 from specrt.train.evaluate import TargetTables
-from specrt.train.features.features import FeatureSource
+from specrt.train.features.source import FeatureSource
 from specrt.train.loop.options import EesdOptions
 from specrt.train.loop.summary import SUMMARY_FILE, brief, write_summary
 from specrt.train.losses import TOP, soft_cross_entropy
