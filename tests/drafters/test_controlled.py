@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrt.draft.base import RoundCost
 from specrt.draft.fspad.checkpoint import read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer, pack_weights
 from specrt.draft.length.control import CONTROLLERS, ControlOptions, Posterior
 from specrt.draft.length.controlled import ControlledPolicy
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy, TreePolicy
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams

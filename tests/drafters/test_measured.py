@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from specrt.draft.base import RoundCost
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.length.measured import ENVELOPES, Calibration, MeasuredPolicy
 
 ONE_MS = 10.0

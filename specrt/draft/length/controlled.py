@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from specrt.draft.base import RoundCost
-from specrt.draft.length.control import ControlOptions, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, DraftControl
+from specrt.draft.length.costs import DraftCosts, RoundCost
 from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy
 from specrt.types import SequenceState
 

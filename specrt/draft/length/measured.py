@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specrt.draft.base import RoundCost
+from specrt.draft.length.costs import RoundCost
 
 ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Tree sizes that are verified: few, because each is recorded once as a graph."""

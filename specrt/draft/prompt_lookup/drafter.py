@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from specrt.draft.base import Budget, RoundCost
+from specrt.draft.base import Budget
+from specrt.draft.length.costs import RoundCost
 from specrt.tree import TreeBuilder, chain, stack
 from specrt.types import AcceptResult, Proposal, SequenceState
 
