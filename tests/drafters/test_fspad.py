@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specrt.builtin import drafter_paths, target_path
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     read_checkpoint,
@@ -19,6 +19,7 @@ from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import folding_pays
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams, sampling_row
