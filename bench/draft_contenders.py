@@ -25,7 +25,7 @@ from specrt.types import RoundStats
 
 PLAIN = "plain"
 FOLDS: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
-_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not record anew
+_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not capture anew
 _SHAPES = {60: (6, 10), 32: (6, 8), 16: (5, 5), 8: (4, 3), 1: (3, 2)}
 
 
@@ -109,7 +109,7 @@ class Contender:
 
 
 class SharedTarget:
-    """One target, one KV cache and one set of recorded steps for any number of contenders.
+    """One target, one KV cache and one set of captured steps for any number of contenders.
 
     Args:
         target: as for :func:`specrt.load`.

@@ -207,6 +207,8 @@ class Workspace:
     """Activations of up to ``rows`` rows, shared by all steps (which run one at a time)."""
 
     rows: int
+    logit_rows: int
+    """Of them, those with logits."""
     hidden: torch.Tensor
     normed: torch.Tensor
     qkv: torch.Tensor
@@ -234,6 +236,7 @@ class Workspace:
 
         return cls(
             rows=rows,
+            logit_rows=logit_rows,
             hidden=wide(config.hidden_size),
             normed=wide(config.hidden_size),
             qkv=wide(heads * config.head_dim),
@@ -249,12 +252,12 @@ class Workspace:
 
         Sizes are powers of two, so that a growing load asks for few.
         """
-        if rows <= self.rows and logit_rows <= len(self.logits):
+        if rows <= self.rows and logit_rows <= self.logit_rows:
             return self
         return Workspace.make(
             config,
             max(self.rows, _FEW_ROWS, power_of_two(rows)),
-            max(len(self.logits), _FEW_ROWS, power_of_two(logit_rows)),
+            max(self.logit_rows, _FEW_ROWS, power_of_two(logit_rows)),
             self.hidden.dtype,
             self.hidden.device,
         )

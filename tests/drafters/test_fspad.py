@@ -328,7 +328,7 @@ def test_graphs_change_no_tree(checkpoint: Path, drafters: dict[str, Path]) -> N
 def test_a_sequence_that_needs_a_longer_rotary_table(
     checkpoint: Path, drafters: dict[str, Path]
 ) -> None:
-    """Steps recorded over the shorter one are recorded anew."""
+    """Steps captured over the shorter one are captured anew."""
     model = make_model(checkpoint)
     drafter = make_drafter(model, drafters["fspad"])
     drafter._cache.close(drafter._cache.open(4000))  # or pages would move too
