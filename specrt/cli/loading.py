@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
 
-NO_DRAFTER = "none"
 BUILTIN = "builtin"
 
 
@@ -36,16 +35,11 @@ def load_engine(
         ValueError: an argument out of range, or a drafter that is neither a name nor a directory.
     """
     set_threads(threads)
-    from specrt.builtin import drafter_paths
-    from specrt.draft.kinds import PROMPT_LOOKUP
-    from specrt.loading import AUTO, load
+    from specrt.draft.kinds import NONE, check_name
+    from specrt.loading import load
 
-    names = (NO_DRAFTER, AUTO, PROMPT_LOOKUP, *drafter_paths())
-    # The empty path is the present folder. What looks like a path `load` refuses with more words.
-    is_path = drafter != "" and (Path(drafter).exists() or "/" in drafter)
-    if drafter not in names and not is_path:
-        raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
-    name = None if drafter == NO_DRAFTER else drafter
+    check_name(drafter)  # before a target is loaded
+    name = None if drafter == NONE else drafter
     return load(
         target,
         name,
@@ -59,7 +53,8 @@ def load_engine(
 
 def drafter_name(drafter: str, target: str, engine: Engine) -> str:
     """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
-    from specrt.loading import AUTO, default_drafter
+    from specrt.draft.kinds import AUTO
+    from specrt.loading import default_drafter
 
     return default_drafter(target, engine.target.device) if drafter == AUTO else Path(drafter).name
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from specrt.draft.kinds import describe_names
+
 SAMPLING = "Sampling"
 INPUT = "Input and output"
 RUNTIME = "Runtime"
@@ -16,9 +18,7 @@ Target = Annotated[
 Drafter = Annotated[
     str,
     typer.Option(
-        help="'auto' (bundled FSPAD for the bundled target, else prompt lookup), "
-        "'prompt-lookup', 'none', a bundled one ('fspad', 'eagle2', 'eesd'), or a directory with "
-        "an EESD, FSPAD or EAGLE drafter or a smaller model.",
+        help=f"{describe_names()}.",
         rich_help_panel=RUNTIME,
     ),
 ]

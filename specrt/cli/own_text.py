@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from specrt.cli.distill import AnswerFile, Job, Plan, answer, model_options
 from specrt.cli.errors import note
-from specrt.cli.loading import NO_DRAFTER, load_engine, target_directory
+from specrt.cli.loading import load_engine, target_directory
+from specrt.draft.kinds import NONE
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
@@ -59,7 +60,7 @@ def write_own_text(
         raise ValueError(
             f"max_length: expected at least {least} without --data, got {max_new_tokens + 1}"
         )
-    engine = load_engine(target, NO_DRAFTER, dtype="auto", threads=None, max_batch=_BATCH)
+    engine = load_engine(target, NONE, dtype="auto", threads=None, max_batch=_BATCH)
     first = engine.target.config.bos_id
     if first is None:
         raise ValueError("data: expected --data, for this target has no first token (bos_token_id)")
