@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, Drafter, RoundCost
+from specrt.draft.base import Budget, Drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.engine.request import Request
 from specrt.tree import chain, check_proposal
 from specrt.types import AcceptResult, Proposal, SequenceState

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams, sampling_row
 from specrt.tree import MAX_NODES

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specrt.draft.base import Budget, RoundCost
+from specrt.draft.base import Budget
 from specrt.draft.fspad.checkpoint import ARCHS
-from specrt.draft.length.measured import EnvelopePolicy
+from specrt.draft.length.costs import RoundCost
+from specrt.draft.length.measured import MeasuredPolicy
 from specrt.models.model import LlamaModel
 from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
@@ -172,6 +173,6 @@ def test_outcomes_may_come_a_round_late(checkpoint: Path, drafters: dict[str, Pa
         for state, proposal in late if is_late else ():
             observe_one(rig, proposal, state, len(state.token_ids))
         assert all(int(proposal.num_nodes) > 1 for _, proposal in late)
-        assert isinstance(drafter._policy, EnvelopePolicy)
+        assert isinstance(drafter._policy, MeasuredPolicy)
         learned.append(drafter._policy._calibration._believed.tolist())
-    assert learned[0] == learned[1] != EnvelopePolicy()._calibration._believed.tolist()
+    assert learned[0] == learned[1] != MeasuredPolicy()._calibration._believed.tolist()

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.tree import TreeBuilder
 from specrt.types import AcceptResult, Proposal, SequenceState

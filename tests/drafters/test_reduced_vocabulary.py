@@ -10,7 +10,7 @@ import torch
 
 import specrt
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     TOKEN_IDS,
@@ -21,6 +21,7 @@ from specrt.draft.fspad.checkpoint import (
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams, sampling_row

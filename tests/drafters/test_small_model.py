@@ -10,7 +10,8 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights

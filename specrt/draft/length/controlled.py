@@ -12,19 +12,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from specrt.draft.base import RoundCost
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
-from specrt.draft.length.measured import ENVELOPES, EnvelopePolicy, TreeRound
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
+from specrt.draft.length.costs import DraftCosts, RoundCost
+from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy, TreeRound
 from specrt.types import SequenceState
 
 _NODES_A_LEVEL = 2
 _UNMEASURED = DraftCosts(fixed=0.0, step=0.12, lower=0.0, verify=1.0, row=0.16)
 
 
-class ControlledEnvelope:
+class ControlledPolicy:
     """A ``TreePolicy`` that asks a draft controller how many levels to draft.
 
-    Path probabilities are corrected as :class:`EnvelopePolicy` does, and ``cost-aware`` leaves it
+    Path probabilities are corrected as :class:`MeasuredPolicy` does, and ``cost-aware`` leaves it
     the number of nodes too; the other rules verify two nodes a level.
 
     Args:
@@ -33,7 +33,7 @@ class ControlledEnvelope:
     """
 
     def __init__(self, options: ControlOptions, seed: int = 0) -> None:
-        self._policy = EnvelopePolicy()
+        self._policy = MeasuredPolicy()
         self._control = DraftControl(options)
         # The batch as one sequence, which has no end.
         self._batch = SequenceState([], 0, 2**31, seed, 0.0)
@@ -60,7 +60,7 @@ class ControlledEnvelope:
     # --- for its rounds -----------------------------------------------------------------------
 
     @property
-    def belief(self) -> EnvelopePolicy:
+    def belief(self) -> MeasuredPolicy:
         """What corrects path probabilities."""
         return self._policy
 
@@ -80,7 +80,7 @@ class ControlledEnvelope:
         return self._costs
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify."""
+        """How many nodes to verify: an envelope."""
         most = scores.shape[1] + 1
         if self._control.options.kind != "cost-aware":
             return _envelope(num_levels, most)
@@ -98,27 +98,27 @@ class ControlledEnvelope:
 class _ControlledRound:
     """What one proposal was decided by, until its outcome is known."""
 
-    def __init__(self, envelope: ControlledEnvelope, control: ControlRound) -> None:
-        self._envelope = envelope
+    def __init__(self, policy: ControlledPolicy, control: ControlRound) -> None:
+        self._policy = policy
         self._control = control
         self._score = torch.zeros(1)
 
     def mass(self, scores: np.ndarray) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
-        return self._envelope.belief.mass(scores)
+        return self._policy.belief.mass(scores)
 
     def expands(self, masses: Sequence[float], batch: int, cost: RoundCost) -> bool:
         """Whether the controller wants another level."""
         above, last = (masses[-2] if len(masses) > 1 else 1.0), masses[-1]
         is_reached = last > 0.0 and above > 0.0
         self._score[0] = min(0.0, math.log(last / above)) if is_reached else math.nan
-        self._control.price(self._envelope.price(batch, cost))
+        self._control.price(self._policy.price(batch, cost))
         self._control.decide(len(masses), self._score)
         return bool(self._control.is_open[0])
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify."""
-        size = self._envelope.size(scores, num_levels, cost)
+        """How many nodes to verify: an envelope."""
+        size = self._policy.size(scores, num_levels, cost)
         # What is verified is for the nodes to say, not for the last level's fate in a chain.
         judged = int(np.isfinite(self._control.confidence[0]).sum())
         self._control.length[0] = judged if size > 1 else 0
@@ -126,8 +126,8 @@ class _ControlledRound:
 
     def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
         """Which nodes ``[B, N - 1]`` of the verified tree were on the accepted path."""
-        self._envelope.belief.observe_outcome(scores, is_accepted)
-        self._envelope.learn(self._control, round(float(is_accepted.sum(axis=1).mean())))
+        self._policy.belief.observe_outcome(scores, is_accepted)
+        self._policy.learn(self._control, round(float(is_accepted.sum(axis=1).mean())))
 
 
 def _envelope(num_levels: int, most: int) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specrt.draft.base import RoundCost
+from specrt.draft.length.costs import RoundCost
 
 ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Tree sizes that are verified: few, because each is recorded once as a graph."""
@@ -103,7 +103,7 @@ class TreeRound(Protocol):
         """
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify.
+        """How many nodes to verify: an envelope.
 
         Args:
             scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
@@ -125,7 +125,7 @@ class TreePolicy(Protocol):
         """Times of one proposal whose steps were all replayed."""
 
 
-class EnvelopePolicy:
+class MeasuredPolicy:
     """The :class:`TreePolicy` by belief and measured time; all of its rounds are itself."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class EnvelopePolicy:
         self._pause = 0
         self._next_pause = _MIN_PAUSE
 
-    def begin(self) -> EnvelopePolicy | None:
+    def begin(self) -> MeasuredPolicy | None:
         """A round that drafts; None while drafting pauses."""
         is_paused = self._pause > 0
         self._pause = max(0, self._pause - 1)

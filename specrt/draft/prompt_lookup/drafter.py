@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.tree import MAX_NODES, TreeBuilder, chain, stack
 from specrt.types import AcceptResult, Proposal, SequenceState
 
