@@ -68,8 +68,8 @@ def contenders(args: argparse.Namespace, dtype: str) -> dict[str, Contender]:
     for name in args.controllers or names:
         made[name] = Contender(_engine(engine, args.drafter, name))
     for branches in args.branches:
-        for depth in (1, 2, 3):
-            name = f"tree {depth + 1} x {branches}"
+        for depth in (2, 3, 4):
+            name = f"tree {depth} x {branches}"
             shape = DraftParams(depth=depth, top_k=branches)
             made[name] = Contender(_engine(engine, args.drafter, "fixed-1"), shape)
     return made

@@ -46,7 +46,7 @@ from specrt.types import CheckpointError
 
 _TREES = ("8", "16", "32", "60", "auto")
 _SWEEP_TREES = ("32",)
-_SWEEP_DEPTHS = (2, 3, 4, 5, 6, 8)
+_SWEEP_DEPTHS = (3, 4, 5, 6, 7, 9)
 _SWEEP_TOP_KS = (2, 3, 4, 6, 8, 10)
 _USUAL_MAX_NODES = 64
 
@@ -90,7 +90,7 @@ def run(contenders: Sequence[Contender], requests: Sequence[Request], repeats: i
 def warm_up(contenders: Sequence[Contender], requests: Sequence[Request], page_size: int) -> None:
     """Record the steps of every length of block table, the longest first.
 
-    The longest makes the shared cache grow, which drops what had been recorded; so it comes twice.
+    The longest makes the shared cache grow, which drops what had been captured; so it comes twice.
     """
     by_pages = {
         -(-(len(request.prompt_ids) + request.max_new_tokens) // page_size): request
@@ -248,8 +248,8 @@ def parse_trees(
     fitting = [tree for tree in trees if tree.fits]
     if not fitting:
         raise ValueError(
-            f"--depth, --top-k: expected depth < {MAX_LEVELS} and at most {MAX_NODES} as their "
-            "product, got none such"
+            f"--depth, --top-k: expected depth <= {MAX_LEVELS} and at most {MAX_NODES} nodes "
+            "expanded below the root, got none such"
         )
     return fitting
 

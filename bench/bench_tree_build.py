@@ -1,8 +1,7 @@
 """Growing draft trees against torch: log_softmax, topk a node, topk of the children; then rerank.
 
 Columns: R logits of F nodes (1 at the root's level, else K), or C candidates of which N stay.
-Torch's coupled ranking draws its own noise, as it has no counter-based one; its rerank makes the
-ancestor masks node by node, as EAGLE-2's program does.
+Torch's coupled ranking draws its own noise, as it has no counter-based one.
 """
 
 from __future__ import annotations
@@ -13,23 +12,20 @@ from functools import partial
 import torch
 
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
-from specrt.ops import CoupledNoise, tree_expand, tree_rerank
+from specrt.ops import tree_expand, tree_rerank
 from specrt.ops.tree_build import expand_workspace_size
+from specrt.sampling import SamplingParams, sampling_row
 
 Call = Callable[[], object]
 TEMPERATURE = 0.8
 NODES, TOP_K = 60, 10  # of the reranked tree
 
 
-def coupled_noise() -> CoupledNoise:
-    return CoupledNoise(
-        seed=torch.tensor([1]),
-        position=torch.tensor([7], dtype=torch.int32),
-        temperature=torch.tensor([TEMPERATURE]),
-        top_k=torch.zeros(1, dtype=torch.int32),
-        top_p=torch.ones(1, dtype=torch.float64),
-        min_p=torch.zeros(1),
-    )
+PLAIN = None, None
+COUPLED = (
+    sampling_row(SamplingParams(temperature=TEMPERATURE, seed=1), 1)[None],
+    torch.tensor([7], dtype=torch.int32),
+)
 
 
 class Level:
@@ -53,12 +49,13 @@ class Level:
         )
         self.workspace = torch.empty(torch.get_num_threads(), expand_workspace_size(rows))
 
-    def ours(self, noise: CoupledNoise | None) -> None:
+    def ours(self, sampling: torch.Tensor | None, position: torch.Tensor | None) -> None:
         tree_expand(
             self.logits,
             *self.read,
             None,
-            noise,
+            sampling,
+            position,
             self.level,
             self.workspace,
             *self.pool,
@@ -96,11 +93,10 @@ class Rerank:
             self.parents[0, here] = best.repeat_interleave(TOP_K).int()
             self.scores[0, here] += self.scores[0, self.parents[0, here].long()]
             above = here
-        ints = torch.zeros(3, 1, NODES, dtype=torch.int32)
+        ints = torch.zeros(2, 1, NODES, dtype=torch.int32)
         self.root = torch.zeros(1, dtype=torch.int32)
         self.written = (
             *ints,
-            torch.zeros(1, NODES, 1, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int32),
             torch.zeros(1, NODES),
         )
@@ -115,11 +111,7 @@ class Rerank:
         above = self.parents[0][index]
         parents = torch.searchsorted(index, above) + 1
         parents[above < 0] = 0
-        mask = torch.eye(NODES, dtype=torch.bool)
-        mask[:, 0] = True
-        for node, parent in enumerate(parents.tolist(), start=1):
-            mask[node] |= mask[parent]
-        return self.tokens[0][index], parents, mask, mask.sum(1) - 1
+        return self.tokens[0][index], parents
 
 
 def compare(ours: Call, in_torch: Call, **facts: object) -> Row:
@@ -138,8 +130,8 @@ def expand_rows(size: int, width: int, top_k: int) -> list[Row]:
     level = Level(size, width, top_k)
     facts = {"size": size, "nodes": width, "K": top_k}
     return [
-        compare(partial(level.ours, None), level.torch_plain, op="expand", **facts),
-        compare(partial(level.ours, coupled_noise()), level.torch_coupled, op="coupled", **facts),
+        compare(partial(level.ours, *PLAIN), level.torch_plain, op="expand", **facts),
+        compare(partial(level.ours, *COUPLED), level.torch_coupled, op="coupled", **facts),
     ]
 
 

@@ -25,8 +25,8 @@ from specrt.types import RoundStats
 
 PLAIN = "plain"
 FOLDS: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
-_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not record anew
-_SHAPES = {60: (5, 10), 32: (5, 8), 16: (4, 5), 8: (3, 3), 1: (2, 2)}
+_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not capture anew
+_SHAPES = {60: (6, 10), 32: (6, 8), 16: (5, 5), 8: (4, 3), 1: (3, 2)}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tree:
     def fits(self) -> bool:
         """Whether a drafter can draft it."""
         depth, top_k = self.depth or 0, self.top_k or 0
-        return depth < MAX_LEVELS and depth * top_k <= MAX_NODES
+        return depth <= MAX_LEVELS and (depth - 1) * top_k <= MAX_NODES
 
     @property
     def params(self) -> DraftParams:
@@ -67,7 +67,7 @@ class Variant:
 
     drafter: str
     tree: Tree | None = None
-    """None for drafters that take no shape."""
+    """None: left to the drafter."""
     is_coupled: bool = False
 
 
@@ -109,7 +109,7 @@ class Contender:
 
 
 class SharedTarget:
-    """One target, one KV cache and one set of recorded steps for any number of contenders.
+    """One target, one KV cache and one set of captured steps for any number of contenders.
 
     Args:
         target: as for :func:`specrt.load`.

@@ -113,7 +113,7 @@ def record(num_prompts: int, num_tokens: int) -> list[dict[str, Any]]:
             {
                 "nodes": num_nodes,
                 "tree": str(tree),
-                "depth": 1 + (tree.depth or 0),
+                "depth": tree.depth,
                 "rounds": len(lengths),
                 "tau": 1 + sum(lengths) / len(lengths),
                 "accept_lengths": "".join(map(str, lengths)),  # below ten, round by round

@@ -18,6 +18,7 @@ import torch
 from specrt import ops
 from specrt.config import ModelConfig
 from specrt.ops import registry
+from specrt.reuse import power_of_two
 
 SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
@@ -206,28 +207,50 @@ def _untouched_zeros(
 class CacheBatch:
     """The sequences of one forward pass, as the tables the kernels read.
 
-    ``block_table [B, max_pages]`` and ``kv_len [B]``, both int32, lie where the pages do. Lengths
-    are also counted on the host, so that nobody waits for a GPU to learn them.
+    ``block_table [B, W]`` and ``kv_len [B]``, both int32, lie where the pages do. They are written
+    row by row where something has changed, in memory that moves only for more sequences or another
+    width. Lengths are also counted on the host, so that nobody waits for a GPU to learn them.
+
+    Args:
+        cache: theirs.
+        sequences: B of them; :meth:`update` puts others here.
     """
 
-    def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
+    def __init__(self, cache: KVCache, sequences: Sequence[CachedSequence] = ()) -> None:
         self.cache = cache
-        self.sequences = list(sequences)
-        # A power of two, so that few different widths (and recorded graphs) come up.
-        most = 1 << max(3, (max(len(s.pages) for s in sequences) - 1).bit_length())
-        # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
-        scratch = [SCRATCH_PAGE]
-        rows = [sequence.pages + scratch * (most - len(sequence.pages)) for sequence in sequences]
-        self.block_table = self._there(torch.tensor(rows, dtype=torch.int32))
-        lengths = [sequence.length for sequence in sequences]
-        self.kv_len = self._there(torch.tensor(lengths, dtype=torch.int32))
-        # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
-        self._tickets = torch.zeros_like(self.kv_len) if registry.is_on_gpu(self.kv_len) else None
+        self.sequences: list[CachedSequence] = []
+        self._make_tables(1, _table_width(0))
+        self.update(sequences)
 
     @property
     def num_positions(self) -> int:
         """No row's position reaches this: each is at most the row's place in its pages."""
         return self.block_table.shape[1] * self.cache.page_size
+
+    def update(self, sequences: Sequence[CachedSequence]) -> CacheBatch:
+        """Make the tables fit ``sequences``, in this order, as they are now.
+
+        To be called when others run, when one has been given pages, and when one was extended
+        through another batch. W is a power of two, 8 at least, that the longest one fits.
+
+        Returns:
+            This batch.
+        """
+        rows, width = self._table.shape
+        wanted = _table_width(max((len(one.pages) for one in sequences), default=0))
+        if len(sequences) > rows or width != wanted:
+            # Powers of two, so that few different sizes (and captured graphs) come up.
+            self._make_tables(max(rows, power_of_two(len(sequences))), wanted)
+        for row, sequence in enumerate(sequences):
+            pages, count = self._pages[row]
+            if pages is not sequence.pages or count != len(pages):
+                self._write_pages(row, sequence.pages)
+            if self._lengths[row] != sequence.length:
+                self._write_length(row, sequence.length)
+        self.sequences = list(sequences)
+        if len(sequences) != len(self.kv_len):
+            self._set_views(len(sequences))
+        return self
 
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """Move the accepted rows into place and make them part of their sequences.
@@ -245,12 +268,49 @@ class CacheBatch:
             self.kv_len,
             self._tickets,
         )
-        for sequence, count in zip(self.sequences, num_path.tolist(), strict=True):
-            sequence.length += min(max(0, count), path.shape[1])  # as the kernel does
+        counts = zip(self.sequences, num_path.tolist(), strict=True)
+        for row, (sequence, count) in enumerate(counts):
+            num_moved = min(max(0, count), path.shape[1])  # as the kernel does
+            sequence.length += num_moved
+            self._lengths[row] += num_moved
+            room = len(sequence.pages) * self.cache.page_size
+            assert sequence.length <= room, "rows were committed that lie on the scratch page"
+
+    def _make_tables(self, rows: int, width: int) -> None:
+        """Empty ones, without views."""
+        device = self.cache.device
+        self._table = torch.full((rows, width), SCRATCH_PAGE, dtype=torch.int32, device=device)
+        self._kv_len = torch.zeros(rows, dtype=torch.int32, device=device)
+        # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
+        self._all_tickets = torch.zeros_like(self._kv_len)
+        # What stands in the rows: pages (the list itself, and how many of it), and kv_len.
+        self._pages: list[tuple[list[int], int]] = [([], 0)] * rows
+        self._lengths = [0] * rows
+        self._set_views(0)
+
+    def _set_views(self, size: int) -> None:
+        self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
+        is_on_gpu = registry.is_on_gpu(self._kv_len)
+        self._tickets = self._all_tickets[:size] if is_on_gpu else None
+
+    def _write_pages(self, row: int, pages: list[int]) -> None:
+        # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
+        scratch = [SCRATCH_PAGE] * (self._table.shape[1] - len(pages))
+        written = torch.tensor(pages + scratch, dtype=torch.int32)
+        self._table[row].copy_(may_be_reused(written, self.cache.device), non_blocking=True)
+        self._pages[row] = pages, len(pages)
+
+    def _write_length(self, row: int, length: int) -> None:
+        self._kv_len[row].fill_(length)
+        self._lengths[row] = length
 
     def _there(self, table: torch.Tensor) -> torch.Tensor:
         device = self.cache.device
         return may_be_reused(table, device).to(device, non_blocking=True)
+
+
+def _table_width(num_pages: int) -> int:
+    return max(8, power_of_two(num_pages))
 
 
 def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -261,25 +321,3 @@ def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     table is copied into pinned memory, which torch does not hand out again before it was read.
     """
     return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
-
-
-class LastBatch:
-    """The batch of the sequences that ran last: made anew only when others run.
-
-    Args:
-        cache: theirs.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._batch: CacheBatch | None = None
-
-    def of(self, sequences: list[CachedSequence]) -> CacheBatch:
-        """The batch of ``sequences``, in this order."""
-        if self._batch is None or self._batch.sequences != sequences:
-            self._batch = CacheBatch(self._cache, sequences)
-        return self._batch
-
-    def forget(self) -> None:
-        """A sequence was extended through another batch, or has left."""
-        self._batch = None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, overload
 
 import torch
 
@@ -18,7 +18,7 @@ from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
-from specrt.engine.engine import Engine
+from specrt.engine.engine import Engine, OnePrompt
 from specrt.engine.prompts import Prompt
 from specrt.engine.results import GenerationResult
 from specrt.graph import GraphCache
@@ -28,6 +28,11 @@ from specrt.models.placement import choose_dtype, choose_head_dim, parse_device,
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from specrt.sampling import SamplingOptions
 
 BUILTIN = "builtin"
 _DTYPES = {
@@ -47,6 +52,9 @@ def load(
     dtype: str | torch.dtype = "auto",
     max_batch: int = 8,
     max_nodes: int = 64,
+    prefill_chunk: int = 512,
+    max_cached_tokens: int | None = None,
+    max_waiting: int | None = None,
     progress: bool = True,
     fold: bool | None = None,
     coupled: bool = True,
@@ -71,6 +79,10 @@ def load(
             float32 on the CPU, and of this dtype on a GPU.
         max_batch: prompts that run together.
         max_nodes: the largest tree that is verified, root included, 1..128.
+        prefill_chunk: tokens of prompts that are run between two rounds of those that decode.
+        max_cached_tokens: tokens whose keys and values are held, of all sequences; where they run
+            out, who came last gives way and is computed again later. None: as memory allows.
+        max_waiting: requests that may wait for a place; None: any number.
         progress: show a bar on a terminal while loading.
         fold: FSPAD and EAGLE: replace the weights that are functions of the token by tables; None
             does so where it pays.
@@ -111,7 +123,16 @@ def load(
         drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
-    return Engine(model, drafter, tokenizer, max_batch=max_batch, max_nodes=max_nodes)
+    return Engine(
+        model,
+        drafter,
+        tokenizer,
+        max_batch=max_batch,
+        max_nodes=max_nodes,
+        prefill_chunk=prefill_chunk,
+        max_cached_tokens=max_cached_tokens,
+        max_waiting=max_waiting,
+    )
 
 
 def default_drafter(target: str | os.PathLike[str], device: str | torch.device = "cpu") -> str:
@@ -146,6 +167,32 @@ def _cached_engine(target: str, drafter: str | None, device: str | torch.device)
     return load(target, drafter, device=device)
 
 
+@overload
+def generate(  # type: ignore[overload-overlap]  # a text is iterable too, and the first fits
+    prompt: OnePrompt,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    target: str = BUILTIN,
+    drafter: str | None = AUTO,
+    device: str | torch.device = "cpu",
+    add_special_tokens: bool = True,
+    **options: Unpack[SamplingOptions],
+) -> str: ...
+
+
+@overload
+def generate(
+    prompt: Iterable[Prompt],
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    target: str = BUILTIN,
+    drafter: str | None = AUTO,
+    device: str | torch.device = "cpu",
+    add_special_tokens: bool = True,
+    **options: Unpack[SamplingOptions],
+) -> list[str]: ...
+
+
 def generate(
     prompt: Prompt | Iterable[Prompt],
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -154,8 +201,8 @@ def generate(
     drafter: str | None = AUTO,
     device: str | torch.device = "cpu",
     add_special_tokens: bool = True,
-    **options: Any,
-) -> Any:
+    **options: Unpack[SamplingOptions],
+) -> str | list[str]:
     """Answer one prompt and return its text; the engine is kept for the next call, of any thread.
 
     Args:

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from specrt import ops
 from specrt.types import DraftTree, Proposal
 
 MAX_NODES = 128
@@ -84,51 +85,113 @@ def chain(tokens: torch.Tensor) -> Proposal:
     return Proposal(tokens, *_chain_shape(*tokens.shape))
 
 
+def check_proposal(proposal: Proposal, batch: int) -> None:
+    """Whether the tensors of a proposal can be read at all; what they say is another matter.
+
+    Args:
+        proposal: what a drafter gave.
+        batch: B, how many sequences it was asked for.
+
+    Raises:
+        TypeError: it is no proposal.
+        ValueError: a tensor has another shape, dtype or place; names it.
+    """
+    if not isinstance(proposal, Proposal):
+        raise TypeError(f"propose: expected a Proposal, got {type(proposal).__name__}")
+    tokens, probs = proposal.draft_tokens, proposal.draft_probs
+    _check_field("draft_tokens", tokens, torch.int32, (batch, None))
+    size = tokens.shape[1]
+    _check_field("parents", proposal.parents, torch.int32, (batch, size))
+    _check_field("num_nodes", proposal.num_nodes, torch.int32, (batch,))
+    if probs is not None:
+        _check_field("draft_probs", probs, torch.float32, (batch, size, None))
+
+
+def _check_field(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> None:
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype is dtype
+        and tensor.ndim == len(shape)
+        and all(
+            want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        and tensor.numel() > 0
+        and tensor.device.type == "cpu"
+    ):
+        return
+    expected = ", ".join("n" if size is None else str(size) for size in shape)
+    got = type(tensor).__name__
+    if isinstance(tensor, torch.Tensor):
+        got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    kind = str(dtype).removeprefix("torch.")
+    raise ValueError(f"{name}: expected [{expected}] {kind} on the CPU, got {got}")
+
+
+class Settler:
+    """Makes trees of proposals, in buffers of its own: a tree is valid until the next one.
+
+    A tree ends before its first node that is none: its number is not below both ``num_nodes`` and
+    the room there is, its parent does not come before it, or its token is not in the vocabulary.
+    So depth, ancestors and bounds follow from what was checked, whatever a drafter proposes.
+
+    Args:
+        vocab_size: V.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._trees: dict[tuple[int, int], DraftTree] = {}
+
+    def settle(self, proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor) -> DraftTree:
+        """The trees that a proposal holds.
+
+        Args:
+            proposal: B trees of M nodes (:func:`check_proposal`).
+            roots: ``[B]`` int32, each sequence's last token.
+            max_nodes: ``[B]`` int32, at least 1: the room each sequence has, its root included.
+        """
+        batch, most = proposal.draft_tokens.shape
+        asked = np.minimum(proposal.num_nodes.numpy(), max_nodes.numpy()).max()
+        size = min(max(int(asked), 1), most, MAX_NODES)
+        tree = self._trees.get((batch, size))
+        if tree is None:
+            tree = self._trees[batch, size] = _empty_tree(batch, size)
+        ops.tree_settle(
+            proposal.draft_tokens,
+            proposal.parents,
+            proposal.num_nodes,
+            roots,
+            max_nodes,
+            self._vocab_size,
+            tree.draft_tokens,
+            tree.parents,
+            tree.depth,
+            tree.ancestors,
+            tree.num_nodes,
+        )
+        if proposal.draft_probs is None and proposal.hidden is None:
+            return tree
+        return replace(
+            tree,
+            draft_probs=_first(proposal.draft_probs, size),
+            hidden=_first(proposal.hidden, size),
+            num_layers_run=proposal.num_layers_run,
+        )
+
+
+def _empty_tree(batch: int, size: int) -> DraftTree:
+    ints = torch.zeros(3, batch, size, dtype=torch.int32)
+    bits = torch.zeros(batch, size, num_words(size), dtype=torch.int64)
+    return DraftTree(ints[0], ints[1], ints[2], bits, torch.zeros(batch, dtype=torch.int32))
+
+
 def settle(
     proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor, vocab_size: int
 ) -> DraftTree:
-    """The trees that a proposal holds: the engine's root, then what of the nodes makes a tree.
-
-    A tree ends before its first node that is none: its number is not below both ``num_nodes`` and
-    ``max_nodes``, its parent does not come before it, or its token is not in the vocabulary. So
-    depth, ancestors and bounds follow from what was checked, whatever a drafter proposes.
-
-    Args:
-        proposal: B trees of M nodes.
-        roots: ``[B]`` int32, each sequence's last token.
-        max_nodes: ``[B]`` int32, at least 1: the room each sequence has, its root included.
-        vocab_size: V.
-
-    Raises:
-        ValueError: a tensor of the proposal has another shape or dtype; names it.
-    """
-    tokens, parents = proposal.draft_tokens.numpy(), proposal.parents.numpy()
-    room = np.minimum(proposal.num_nodes.numpy(), max_nodes.numpy()).clip(1, tokens.shape[1])
-    size = int(room.max())
-    kept = np.zeros((3, len(tokens), size), dtype=np.int32)
-    bits = np.zeros((len(tokens), size, num_words(size)), dtype=np.uint64)
-    for row, count in enumerate(room):
-        kept[:, row, 0] = roots[row], -1, 0
-        bits[row, 0, 0] = 1
-        for node in range(1, count):
-            token, parent = tokens[row, node], parents[row, node]
-            if not (0 <= parent < node and 0 <= token < vocab_size):
-                room[row] = node
-                break
-            kept[:, row, node] = token, parent, kept[2, row, parent] + 1
-            bits[row, node] = bits[row, parent]
-            bits[row, node, node // 64] |= np.uint64(1 << node % 64)
-    fields = torch.from_numpy(kept)
-    return DraftTree(
-        draft_tokens=fields[0],
-        parents=fields[1],
-        depth=fields[2],
-        ancestors=torch.from_numpy(bits.view(np.int64)),
-        num_nodes=torch.from_numpy(room.astype(np.int32)),
-        draft_probs=_first(proposal.draft_probs, size),
-        hidden=_first(proposal.hidden, size),
-        num_layers_run=proposal.num_layers_run,
-    )
+    """:class:`Settler` for once, in fresh buffers; arguments as there."""
+    return Settler(vocab_size).settle(proposal, roots.contiguous(), max_nodes)
 
 
 def _first(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
@@ -139,7 +202,7 @@ def _first(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
 def _chain_tree(batch: int, length: int) -> DraftTree:
     tokens = torch.zeros(batch, length, dtype=torch.int32)
     full = torch.full((batch,), length, dtype=torch.int32)
-    return settle(chain(tokens), tokens[:, 0], full, 1)
+    return settle(chain(tokens), torch.zeros(batch, dtype=torch.int32), full, 1)
 
 
 def chain_tree(tokens: torch.Tensor) -> DraftTree:

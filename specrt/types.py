@@ -6,7 +6,7 @@ W = ceil(N / 64).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +27,20 @@ class CheckpointError(ValueError):
 
 class GenerationError(RuntimeError):
     """A sequence that cannot go on (NaN logits, no memory for its cache)."""
+
+
+class QueueFullError(RuntimeError):
+    """An engine has as many waiting requests as it may; nothing was added."""
+
+
+@dataclass(frozen=True, eq=False)
+class RequestHandle:
+    """Names a request of one engine, of which :meth:`Engine.add` gave it."""
+
+    id: int
+    """Counts an engine's requests."""
+    owner: object = field(repr=False)
+    """Tells engines apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +129,9 @@ class SequenceState:
     """The sequence ends when ``token_ids`` is this long (token or context limit)."""
     seed: int
     temperature: float
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    sampling_row: torch.Tensor | None = None
+    """``[8]`` int64: the request's sampling as kernels read it (``specrt.sampling.sampling_row``).
+    Drafters that couple their trees to the target's noise need it; the engine always gives it."""
 
     @property
     def num_left(self) -> int:
@@ -147,13 +161,13 @@ class RoundStats:
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
 
-    def record(self, num_nodes: int, accept_length: int, depth: torch.Tensor | None) -> None:
+    def record(self, num_nodes: int, accept_length: int, depth: Sequence[int] | None) -> None:
         """Count one round of ``accept_length + 1`` tokens.
 
         Args:
             num_nodes: of its tree.
             accept_length: what was emitted but for the last token.
-            depth: ``[N]``, of the tree's nodes; None for the root alone.
+            depth: of each of the nodes; None for the root alone.
         """
         self.num_rounds += 1
         self.num_draft_tokens += num_nodes - 1
@@ -161,8 +175,7 @@ class RoundStats:
         self.accept_lengths.append(accept_length)
         if depth is None:
             return
-        # No node of a tree is deeper, whatever a drafter says.
-        deepest = min(max(depth.tolist()[:num_nodes]), num_nodes - 1)
+        deepest = max(depth)
         missing = deepest - len(self.proposed_by_depth)
         self.proposed_by_depth.extend([0] * missing)
         self.accepted_by_depth.extend([0] * missing)

@@ -88,7 +88,7 @@ def test_drafters_bench(tmp_path: Path) -> None:
     result = run("bench_drafters", "--drafters", "prompt-lookup", *bundled, "--seeds-of", seeds)
     lines = [(row["drafter"], row["tree"], row["temperature"]) for row in result["rows"]]
     for drafter in [*bundled, "random"]:
-        for tree in ("8 (3, 3)", "auto"):
+        for tree in ("8 (4, 3)", "auto"):
             assert lines.count((drafter, tree, 0)) == 1 and lines.count((drafter, tree, 1)) == 2
     assert {drafter for drafter, _, _ in lines} == {"plain", "prompt-lookup", *bundled, "random"}
     for row in result["rows"]:
@@ -175,7 +175,7 @@ def test_drafters_figures() -> None:
 
 @needs_target
 def test_drafters_bench_fails_where_text_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"drafter": "b", "tree": "8 (3, 3)", "differs": 2}]
+    rows = [{"drafter": "b", "tree": "8 (4, 3)", "differs": 2}]
     monkeypatch.setattr(bench_drafters, "bench", lambda args, families: (rows, {}))
     monkeypatch.setattr(sys, "argv", ["bench_drafters", "--quick"])
     with pytest.raises(SystemExit, match="not lossless: b 8"):
@@ -185,15 +185,15 @@ def test_drafters_bench_fails_where_text_changed(monkeypatch: pytest.MonkeyPatch
 def test_drafters_bench_trees() -> None:
     assert [str(tree) for tree in bench_drafters.parse_trees(["8", "60", "auto"], None, None)] == [
         "auto",
-        "8 (3, 3)",
-        "60 (5, 10)",
+        "8 (4, 3)",
+        "60 (6, 10)",
     ]
-    swept = bench_drafters.parse_trees(["32"], [0, 13], [2, 10])
-    assert [(tree.depth, tree.top_k) for tree in swept] == [(0, 2), (0, 10), (13, 2)]
+    swept = bench_drafters.parse_trees(["32"], [1, 14], [2, 10])
+    assert [(tree.depth, tree.top_k) for tree in swept] == [(1, 2), (1, 10), (14, 2)]
     with pytest.raises(ValueError, match="--trees: expected 2..128 or auto, got '129'"):
         bench_drafters.parse_trees(["129"], None, None)
-    with pytest.raises(ValueError, match="expected depth < 16"):
-        bench_drafters.parse_trees(["32"], [13, 16], [10])
+    with pytest.raises(ValueError, match="expected depth <= 16"):
+        bench_drafters.parse_trees(["32"], [14, 17], [10])
 
 
 @pytest.mark.parametrize(

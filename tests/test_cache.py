@@ -1,16 +1,17 @@
-"""Lengths as the host counts them, and what drafters keep of the batch that ran last."""
+"""Pages, whose they are, and the tables of those that run together."""
 
 from __future__ import annotations
 
 import mmap
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from specrt import cache as cache_module
-from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache, LastBatch, may_be_reused
+from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache, may_be_reused
 from specrt.config import ModelConfig
 from specrt.tree import chain_tree
 from tests.checkpoints import make_checkpoint
@@ -127,20 +128,92 @@ def test_fresh_pages_cost_no_memory(config: ModelConfig) -> None:
     assert resident() - before < 2**28
 
 
-def test_the_last_batch_is_made_anew_only_when_others_run(tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path)
-    cache = make_model(tmp_path).new_cache()
-    one, two = cache.open(10), cache.open(10)
-    last = LastBatch(cache)
-    batch = last.of([one, two])
-    assert last.of([one, two]) is batch
-    assert last.of([two, one]) is not batch
-    batch = last.of([two])
-    one.length = 3  # another sequence's rows are no news
-    assert last.of([two]) is batch
-    two.length = 5
-    last.forget()
-    assert last.of([two]).kv_len.tolist() == [5]
+def assert_is_table_of(batch: CacheBatch, sequences: list[CachedSequence], width: int) -> None:
+    assert batch.sequences == sequences
+    assert batch.block_table.shape == (len(sequences), width)
+    assert batch.block_table.is_contiguous() and batch.kv_len.is_contiguous()
+    rows = [one.pages + [SCRATCH_PAGE] * (width - len(one.pages)) for one in sequences]
+    assert batch.block_table.tolist() == rows
+    assert batch.kv_len.tolist() == [one.length for one in sequences]
+
+
+def test_only_the_rows_that_changed_are_written(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = list[tuple[str, int]]()
+
+    def counting(name: str) -> Callable[[CacheBatch, int, object], None]:
+        write = getattr(CacheBatch, f"_write_{name}")
+
+        def counted(batch: CacheBatch, row: int, value: object) -> None:
+            written.append((name, row))
+            write(batch, row, value)
+
+        return counted
+
+    for name in ("pages", "length"):
+        monkeypatch.setattr(CacheBatch, f"_write_{name}", counting(name))
+    cache = KVCache(config, torch.float32, page_size=4)
+    one, two, three, four = (cache.open(4) for _ in range(4))
+
+    def writes_for(*sequences: CachedSequence) -> list[tuple[str, int]]:
+        written.clear()
+        assert batch.update(sequences) is batch
+        assert_is_table_of(batch, list(sequences), 8)
+        return list(written)
+
+    batch = CacheBatch(cache, [one, two, three, four])
+    place = batch.block_table.data_ptr(), batch.kv_len.data_ptr()
+    assert writes_for(one, two, three, four) == []
+    path = torch.zeros(4, 1, dtype=torch.int32)
+    batch.commit(path, torch.tensor([1, 0, 1, -1], dtype=torch.int32))
+    assert writes_for(one, two, three, four) == []
+    assert writes_for(one, two) == writes_for(one) == []
+    assert writes_for(one, two, three) == []
+    assert writes_for(three, two) == [("pages", 0)]  # as long as the first
+    three.length = 3  # through another batch
+    cache.reserve(two, 8)
+    assert writes_for(three, two) == [("length", 0), ("pages", 1)]
+    cache.close(two)
+    cache.reserve(two, 8)  # as many pages, but others
+    assert writes_for(three, two, three) == [("pages", 1), ("length", 2)]
+    assert place == (batch.block_table.data_ptr(), batch.kv_len.data_ptr())
+
+
+def test_a_batch_is_always_that_of_its_sequences(config: ModelConfig) -> None:
+    cache = KVCache(config, torch.float32, page_size=2)
+    batch, rng, running = CacheBatch(cache), random.Random(1), list[CachedSequence]()
+    assert_is_table_of(batch, [], 8)
+    widths = set()
+    for _ in range(300):
+        rng.shuffle(running)
+        while len(running) > 6 or (running and rng.random() < 0.1):
+            cache.close(running.pop())
+        running.append(cache.open(rng.choice([0, 1, 30, 70])))
+        one = rng.choice(running)
+        cache.reserve(one, rng.choice([1, 2, 3]) + len(one.pages) * cache.page_size)
+        longest = max(len(one.pages) for one in running)
+        widths.add(width := next(w for w in (8, 16, 32, 64, 128) if w >= longest))
+        batch.update(running)
+        assert_is_table_of(batch, running, width)
+        counts = [rng.randrange(-1, 3) * (2 + x.length <= 2 * len(x.pages)) for x in running]
+        path = torch.arange(2, dtype=torch.int32).expand(len(running), -1).contiguous()
+        before = [x.length for x in running]
+        batch.commit(path, torch.tensor(counts, dtype=torch.int32))
+        pairs = zip(before, counts, strict=True)
+        assert [x.length for x in running] == [length + max(0, n) for length, n in pairs]
+        assert_is_table_of(batch, running, width)
+        assert CacheBatch(cache, running).block_table.tolist() == batch.block_table.tolist()
+    assert widths >= {8, 16, 32}
+
+
+def test_what_was_never_reserved_is_not_committed(config: ModelConfig) -> None:
+    cache = KVCache(config, torch.float32, page_size=4)
+    batch = CacheBatch(cache, [cache.open(3)])
+    path = torch.arange(5, dtype=torch.int32)[None]
+    batch.commit(path, torch.tensor([4], dtype=torch.int32))
+    with pytest.raises(AssertionError, match="scratch page"):
+        batch.commit(path, torch.tensor([1], dtype=torch.int32))
 
 
 def test_pages_that_are_given_back_twice_are_had_once(tmp_path: Path) -> None:

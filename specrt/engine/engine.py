@@ -1,70 +1,68 @@
-"""The loop: draft, verify, accept, commit, observe, output.
-
-Plain decoding is this same loop with the empty drafter. The engine is the only one that knows all
-the stages; they exchange the plain types of :mod:`specrt.types` and never hold each other.
-"""
+"""What users hold: an engine that answers prompts, streams, or is stepped request by request."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import pairwise
-from time import perf_counter
-from typing import Any, NoReturn
+from itertools import count
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, overload
 
-from specrt.accept import accept
-from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, Drafter, DraftParams, RoundCost, ShapedDrafter
-from specrt.engine.prompts import Prompt, PromptEncoder, split_prompts
+from specrt.cache import KVCache
+from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
+from specrt.engine.core import EngineCore, EngineLimits
+from specrt.engine.prompts import Message, Prompt, PromptEncoder, split_prompts
+from specrt.engine.request import Request
 from specrt.engine.results import GenerationResult, StreamChunk
-from specrt.engine.running import RunningBatch, RunningSequence
 from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, one_each
-from specrt.tree import MAX_NODES, settle
-from specrt.types import AcceptResult, DraftTree, SequenceState
+from specrt.sampling import SamplingParams, one_each, sampling_row
+from specrt.types import QueueFullError, RequestHandle, SequenceState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from specrt.sampling import SamplingOptions
+
+OnePrompt = str | Iterable[int] | Iterable[Message] | Mapping[str, object]
 
 
 class Engine:
     """A target, a drafter and the loop that joins them; made by :func:`specrt.load`.
 
-    Several streams of one engine may be open at once, and threads may share it: they take turns,
-    a round each (so do engines of one target). Between processes it cannot be shared, nor copied.
-    ``with`` closes it at the end.
+    :meth:`generate` and :meth:`stream` answer prompts; :meth:`add`, :meth:`step` and :meth:`abort`
+    are what they are made of, for whoever has a loop of their own. All requests of an engine, of
+    whatever thread or call, are answered in one batch: they join while others run and leave as
+    they end, and none changes another's text. Between processes an engine cannot be shared, nor
+    copied. ``with`` closes it at the end.
 
     Args:
         target: the model whose words are spoken.
         drafter: proposes; never changes the words.
         tokenizer: for text prompts and text output.
-        max_batch: sequences that run together; further prompts wait for a place.
-        max_nodes: the largest tree a drafter may propose, root included.
+        **limits: fields of :class:`~specrt.engine.core.EngineLimits`.
+
+    Raises:
+        ValueError: a limit is out of range; names it.
     """
 
     def __init__(
-        self,
-        target: LlamaModel,
-        drafter: Drafter,
-        tokenizer: Tokenizer,
-        *,
-        max_batch: int = 8,
-        max_nodes: int = 64,
+        self, target: LlamaModel, drafter: Drafter, tokenizer: Tokenizer, **limits: int | None
     ) -> None:
-        if not 1 <= max_nodes <= MAX_NODES:
-            raise ValueError(f"max_nodes: expected 1..{MAX_NODES}, got {max_nodes}")
-        if max_batch < 1:
-            raise ValueError(f"max_batch: expected at least 1, got {max_batch}")
         self.target = target
         self.drafter = drafter
         self.tokenizer = tokenizer
-        self.max_batch = max_batch
-        self.max_nodes = max_nodes
-        self.cache = target.new_cache()
-        self._cost = RoundCost()
+        self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
+        self._core = EngineCore(target, drafter, self.limits)
         self._lock = target.lock
-        self._running: set[RunningBatch] = set()
+        self._outbox: deque[StreamChunk] = deque()
+        self._open: dict[RequestHandle, Request] = {}
+        self._ids = count()
+        self._owner = object()
+        self._process = os.getpid()
         self._is_closed = False
 
     def __enter__(self) -> Engine:
@@ -81,8 +79,8 @@ class Engine:
         return (
             f"Engine({config.num_layers} layers of {config.hidden_size}, vocabulary "
             f"{config.vocab_size}, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
-            f"drafter={type(self.drafter).__name__}, max_batch={self.max_batch}, "
-            f"max_nodes={self.max_nodes})"
+            f"drafter={type(self.drafter).__name__}, max_batch={self.limits.max_batch}, "
+            f"max_nodes={self.limits.max_nodes})"
         )
 
     def __reduce__(self) -> NoReturn:
@@ -102,10 +100,29 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        for batch in list(self._running):
-            self._leave(batch)
-        self.cache.retire()
-        del self.target, self.drafter, self.tokenizer, self.cache
+        self._open.clear()
+        self._core.close()
+        del self.target, self.drafter, self.tokenizer, self._core
+
+    @property
+    def max_batch(self) -> int:
+        """Requests that are answered at the same time."""
+        return self.limits.max_batch
+
+    @property
+    def max_nodes(self) -> int:
+        """The largest tree that is verified, its root included."""
+        return self.limits.max_nodes
+
+    @property
+    def cache(self) -> KVCache:
+        """The target's keys and values.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        return self._core.cache
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -120,6 +137,31 @@ class Engine:
         self._check_open()
         return SamplingParams.from_defaults(self.target.config.generation)
 
+    # --- whole answers ------------------------------------------------------------------------
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is iterable too, and the first fits
+        self,
+        prompts: OnePrompt,
+        sampling: SamplingParams | None = None,
+        draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> list[GenerationResult]: ...
+
+    @overload
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -127,8 +169,18 @@ class Engine:
         draft: DraftParams | None = None,
         *,
         add_special_tokens: bool = True,
-        **options: Any,
-    ) -> Any:
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult | list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult | list[GenerationResult]:
         """Answer one prompt or many.
 
         Args:
@@ -143,23 +195,23 @@ class Engine:
 
         Returns:
             A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
-            that failed has ``finish_reason == "error"`` and leaves the others untouched.
+            that failed (no memory, NaN) has ``finish_reason == "error"`` and leaves the others
+            untouched.
 
         Raises:
             ValueError: no prompt or an empty one, one longer than the context, bad sampling
                 options, a ``draft`` that the drafter does not take; names it and what came.
             TypeError: an option that :class:`SamplingParams` does not have.
-            RuntimeError: the engine is closed.
-            MemoryError: no memory for the KV cache; says how much was needed.
+            RuntimeError: the engine is closed, or was loaded by another process.
         """
-        batch, many = split_prompts(prompts)
-        requests = self._requests(batch, many, sampling, options, add_special_tokens)
-        results: list[GenerationResult | None] = [None] * len(batch)
-        with closing(self._run(requests, draft, has_text=False)) as chunks:
-            for chunk in chunks:
+        requests, many = self._requests(prompts, sampling, draft, options, add_special_tokens)
+        results = dict[int, GenerationResult]()
+        with closing(self._answers(requests, is_streamed=False)) as stream:
+            for chunk in stream:
                 if chunk.result is not None:
                     results[chunk.index] = chunk.result
-        return results if many else results[0]
+        ordered = [results[index] for index in range(len(results))]
+        return ordered if many else ordered[0]
 
     def stream(
         self,
@@ -168,16 +220,91 @@ class Engine:
         draft: DraftParams | None = None,
         *,
         add_special_tokens: bool = True,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Generator[StreamChunk, None, None]:
         """As :meth:`generate`, but yield tokens as each round accepts them.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
-        Arguments are checked at the call, before the first chunk is asked for.
+        Arguments are checked at the call, before the first chunk is asked for; requests are added
+        when it is.
         """
-        batch, many = split_prompts(prompts)
-        requests = self._requests(batch, many, sampling, options, add_special_tokens)
-        return self._run(requests, draft, has_text=True)
+        requests, _ = self._requests(prompts, sampling, draft, options, add_special_tokens)
+        return self._answers(requests, is_streamed=True)
+
+    # --- step by step -------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs, and :meth:`step` has handed over all there was.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        return self._core.scheduler.is_idle and not self._outbox
+
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        draft: DraftParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> RequestHandle:
+        """Add a request; it joins when there is a place, and :meth:`step` tells how it goes.
+
+        Any thread may add while others step. Arguments as for :meth:`generate`, of one prompt.
+
+        Returns:
+            What the request's chunks are known by (``chunk.handle``), and :meth:`abort` takes.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as :meth:`generate`.
+            QueueFullError: as many requests wait as may (``max_waiting``); nothing was added.
+        """
+        (asked,), many = self._requests(prompt, sampling, draft, options, add_special_tokens)
+        if many:
+            raise ValueError("prompt: expected one, got a list of them; add each")
+        return self._enqueue(asked, True, self._outbox).handle
+
+    def step(self) -> list[StreamChunk]:
+        """Run a piece of the prompts that wait for it, and a round of all that decode.
+
+        Returns:
+            What came of it for requests that were added by :meth:`add`; a request's last chunk has
+            its result. Streams of the same engine go on as well, and keep what is theirs.
+
+        Raises:
+            RuntimeError: the engine is closed, or was loaded by another process.
+        """
+        self._check_open()
+        self._lock.run(partial(self._step, deque()))
+        chunks = []
+        while self._outbox:
+            chunks.append(self._outbox.popleft())
+        return chunks
+
+    def abort(self, handle: RequestHandle) -> bool:
+        """End a request; its last chunk has a result with ``finish_reason == "abort"``.
+
+        In the middle of a round (of another thread) it ends with that round.
+
+        Returns:
+            False if it had ended already.
+
+        Raises:
+            ValueError: the handle is not of this engine.
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        if not isinstance(handle, RequestHandle) or handle.owner is not self._owner:
+            raise ValueError(f"handle: expected one that this engine's add gave, got {handle!r}")
+        request = self._open.get(handle)
+        if request is None:
+            return False
+        self._lock.do_when_free(partial(self._abort, request))
+        return True
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -193,42 +320,70 @@ class Engine:
 
     def _requests(
         self,
-        prompts: Sequence[Prompt],
-        many: bool,
+        prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
-        options: Mapping[str, Any],
+        draft: DraftParams | None,
+        options: Mapping[str, object],
         add_special_tokens: bool,
-    ) -> list[tuple[list[int], SamplingParams]]:
-        """Token ids and options of each prompt, which the target can take."""
+    ) -> tuple[deque[_Asked], bool]:
+        """What is asked, prompt by prompt, all of which the target can take; if there were many."""
         self._check_open()
-        params = one_each(sampling, len(prompts), options)
-        defaults = self.target.config.generation
-        params = [p.with_defaults(defaults) for p in params]
-        limit, vocab = self.target.config.max_positions, self.target.config.vocab_size
+        self._check_draft(draft)
+        batch, many = split_prompts(prompts)
+        params = one_each(sampling, len(batch), options)
+        defaults, vocab = self.target.config.generation, self.target.config.vocab_size
         encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
-        requests = []
-        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        asked = deque[_Asked]()
+        for index, (prompt, p) in enumerate(zip(batch, params, strict=True)):
             name = f"prompts[{index}]" if many else "prompt"
-            ids = encoder.encode(prompt, name)
-            if len(ids) >= limit:
-                raise ValueError(
-                    f"{name}: {len(ids)} tokens leave no room in the context of {limit}"
-                )
+            ids, p = encoder.encode(prompt, name), p.with_defaults(defaults)
+            self._check_room(name, len(ids))
             if p.logit_bias and max(p.logit_bias) >= vocab:
                 raise ValueError(
                     f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
                     f"got {max(p.logit_bias)}"
                 )
-            requests.append((ids, p))
-        return requests
+            asked.append(_Asked(index, ids, p, draft or DraftParams()))
+        return asked, many
 
-    def _new_sequence(
-        self, index: int, ids: list[int], params: SamplingParams, has_text: bool
-    ) -> RunningSequence:
-        params = params.with_seed()
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("engine: expected an open one, got one that was closed")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "engine: expected the process that loaded it, got a fork, in which its threads are "
+                "gone; let each process load its own (multiprocessing's spawn)"
+            )
+
+    def _check_draft(self, draft: DraftParams | None) -> None:
+        if draft is None:
+            return
+        most = self.limits.max_nodes
+        if (draft.total_tokens or 1) > most:
+            raise ValueError(
+                f"total_tokens: expected at most the engine's max_nodes, {most}, "
+                f"got {draft.total_tokens}"
+            )
+        if isinstance(self.drafter, ShapedDrafter):
+            self.drafter.check(draft)
+
+    def _check_room(self, name: str, num_tokens: int) -> None:
+        context, cached = self.target.config.max_positions, self.limits.max_cached_tokens
+        if num_tokens >= context:
+            raise ValueError(
+                f"{name}: {num_tokens} tokens leave no room in the context of {context}"
+            )
+        if cached is not None and num_tokens >= cached:
+            raise ValueError(
+                f"{name}: {num_tokens} tokens leave no room in the engine's max_cached_tokens, "
+                f"{cached}"
+            )
+
+    def _new_request(self, asked: _Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
+        ids, params, config = asked.ids, asked.params.with_seed(), self.target.config
         wanted = len(ids) + params.max_new_tokens
-        max_len = min(wanted, self.target.config.max_positions)
-        eos_ids = () if params.ignore_eos else self.target.config.eos_ids
+        max_len = min(wanted, config.max_positions)
+        eos_ids = () if params.ignore_eos else config.eos_ids
         end = OutputEnd(
             TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
             stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
@@ -236,7 +391,7 @@ class Engine:
             keeps_stop=params.include_stop_str_in_output,
             num_left=max_len - len(ids),
             limit_reason="length" if max_len == wanted else "context",
-            is_streamed=has_text,
+            is_streamed=is_streamed,
         )
         state = SequenceState(
             list(ids),
@@ -244,152 +399,88 @@ class Engine:
             max_len,
             seed=params.seed or 0,
             temperature=params.temperature,
-            top_k=params.top_k or 0,
-            top_p=params.top_p,
-            min_p=params.min_p,
+            sampling_row=sampling_row(params, len(ids)),
         )
-        # Tree rows are written past the length, and the last tree may start at the last token.
-        cached = self.cache.open(max_len + self.max_nodes)
-        return RunningSequence(index, params, state, end, cached)
+        handle = RequestHandle(next(self._ids), self._owner)
+        deliver = partial(self._deliver, box)
+        return Request(handle, params, asked.draft, state, end, deliver, asked.number)
 
-    # --- the loop -----------------------------------------------------------------------------
+    def _enqueue(self, asked: _Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
+        """A request that waits for its turn.
 
-    def _run(
-        self,
-        requests: Sequence[tuple[list[int], SamplingParams]],
-        draft: DraftParams | None,
-        has_text: bool,
+        Raises:
+            QueueFullError: as :meth:`add`.
+        """
+        request = self._new_request(asked, is_streamed, box)
+        self._core.scheduler.add(request)
+        self._open[request.handle] = request
+        return request
+
+    # --- turns --------------------------------------------------------------------------------
+
+    def _answers(
+        self, asked: deque[_Asked], is_streamed: bool
     ) -> Generator[StreamChunk, None, None]:
-        if draft is not None:
-            self._check_draft(draft)
-        return self._rounds(deque(enumerate(requests)), draft, has_text)
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("engine: expected an open one, got one that was closed")
-
-    def _check_draft(self, draft: DraftParams) -> None:
-        if (draft.total_tokens or 1) > self.max_nodes:
-            raise ValueError(
-                f"total_tokens: expected at most the engine's max_nodes, {self.max_nodes}, "
-                f"got {draft.total_tokens}"
-            )
-        if isinstance(self.drafter, ShapedDrafter):
-            self.drafter.check(draft)
-
-    def _rounds(
-        self,
-        waiting: deque[tuple[int, tuple[list[int], SamplingParams]]],
-        draft: DraftParams | None,
-        has_text: bool,
-    ) -> Generator[StreamChunk, None, None]:
-        batch = RunningBatch()
-        self._running.add(batch)
+        """What comes of some requests, while this thread or another steps the engine."""
+        box, mine = deque[StreamChunk](), dict[RequestHandle, Request]()
         try:
-            is_over = not waiting
-            while not is_over:
-                while waiting and len(batch.sequences) < self.max_batch:
-                    index, request = waiting.popleft()
-                    self._lock.run(partial(self._join, batch, index, request, has_text))
-                chunks = self._lock.run(partial(self._round, batch, draft))
-                is_over = not (waiting or batch.sequences)  # before anybody may close the engine
-                yield from chunks
+            while asked or mine:
+                self._feed(asked, is_streamed, box, mine)
+                self._lock.run(partial(self._step, box))
+                while box:
+                    chunk = box.popleft()
+                    if chunk.result is not None:
+                        del mine[chunk.handle]
+                    yield chunk
         finally:
             # Maybe by the garbage collector in the middle of another stream's round.
-            self._lock.do_when_free(partial(self._leave, batch))
+            self._lock.do_when_free(partial(self._drop, mine))
 
-    def _leave(self, batch: RunningBatch) -> None:
-        """Free what a stream's sequences hold, whichever way it ended."""
-        self._running.discard(batch)
-        with ExitStack() as releases:  # all of them, though one may raise
-            for sequence in batch.sequences:
-                releases.callback(self._release, batch, sequence)
-
-    def _release(self, batch: RunningBatch, sequence: RunningSequence) -> None:
-        try:
-            self.drafter.finish(sequence.state)
-        finally:
-            self.cache.close(sequence.cached)
-            batch.leave(sequence)
-
-    def _join(
+    def _feed(
         self,
-        batch: RunningBatch,
-        index: int,
-        request: tuple[list[int], SamplingParams],
-        has_text: bool,
+        asked: deque[_Asked],
+        is_streamed: bool,
+        box: deque[StreamChunk],
+        mine: dict[RequestHandle, Request],
     ) -> None:
+        """Add what the queue has room for."""
         self._check_open()
-        batch.join(self._new_sequence(index, *request, has_text))
-        self._start(batch.sequences[-1])
+        while asked:
+            try:
+                request = self._enqueue(asked[0], is_streamed, box)
+            except QueueFullError:
+                return
+            mine[request.handle] = request
+            asked.popleft()
 
-    def _start(self, sequence: RunningSequence) -> None:
-        """Run the prompt but for its last token, which is the first round's root."""
-        started = perf_counter()
-        self.drafter.start(sequence.state)
-        batch = CacheBatch(self.cache, [sequence.cached])
-        prompt = sequence.state.token_ids[:-1]
-        for start, taps in self.target.extend(prompt, batch, taps=self.drafter.taps):
-            self.drafter.prefill(sequence.state, start, taps)
-        self.target.wait()  # or the first round would be charged for it
-        sequence.stats.prefill_ms = 1e3 * (perf_counter() - started)
+    def _step(self, box: deque[StreamChunk]) -> None:
+        """Step, unless what is wanted has come by another thread's step."""
+        if not box:
+            self._check_open()
+            self._core.step()
 
-    def _round(self, batch: RunningBatch, draft: DraftParams | None) -> list[StreamChunk]:
-        """One round of every running sequence; those that end leave."""
-        self._check_open()
-        batch.refresh(self.cache, self.target.config.vocab_size, self.max_nodes)
-        drafter = self.drafter
-        budget = Budget(self.max_nodes, self._cost, draft, batch.cached)
-        times = [perf_counter()]
-        proposal = drafter.propose(batch.states, budget)
-        tree = settle(proposal, batch.roots, batch.max_nodes, self.target.config.vocab_size)
-        times.append(perf_counter())
-        output = self.target.forward(tree, batch.cached, taps=drafter.taps)
-        times.append(perf_counter())
-        result = accept(
-            tree,
-            output.logits,
-            batch.sampling,
-            batch.history,
-            batch.history_len,
-            want_logprobs=batch.sampling.want_logprobs,
-        )
-        batch.cached.commit(result.path, result.accept_length + 1)
-        drafter.observe(batch.states, proposal, result, output.taps)
-        times.append(perf_counter())
-        draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
-        self._cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
-        for sequence in batch.sequences:
-            stats = sequence.stats
-            stats.draft_ms += draft_ms
-            stats.verify_ms += verify_ms
-            stats.accept_ms += accept_ms
-        chunks = self._output(batch, tree, result)
-        for chunk, sequence in zip(chunks, list(batch.sequences), strict=True):
-            if chunk.result is not None:
-                self._release(batch, sequence)
-        return chunks
+    def _deliver(self, box: deque[StreamChunk], chunk: StreamChunk) -> None:
+        if chunk.result is not None:
+            self._open.pop(chunk.handle, None)
+        box.append(chunk)
 
-    def _output(
-        self, batch: RunningBatch, tree: DraftTree, result: AcceptResult
-    ) -> list[StreamChunk]:
-        """Append each sequence's new tokens and say what came of the round."""
-        lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
-        logprobs = None if result.logprobs is None else result.logprobs.tolist()
-        sizes = tree.num_nodes.tolist()
-        chunks = []
-        for row, sequence in enumerate(batch.sequences):
-            length = lengths[row]
-            if length < 0:
-                position = len(sequence.state.token_ids)
-                sequence.error = f"logits: NaN or no finite value at position {position}"
-                sequence.end.fail()
-                chunks.append(sequence.chunk([], 0))
-                continue
-            row_logprobs = None if logprobs is None else logprobs[row]
-            taken = sequence.append(tokens[row][: length + 1], row_logprobs)
-            batch.append(row, taken)
-            depth = tree.depth[row] if sizes[row] > 1 else None
-            sequence.stats.record(sizes[row], len(taken) - 1, depth)
-            chunks.append(sequence.chunk(taken, length))
-        return chunks
+    def _abort(self, request: Request) -> None:
+        if self._open.pop(request.handle, None) is not None:
+            self._core.remove(request)
+            request.deliver(request.failed("", "abort"))
+
+    def _drop(self, requests: Mapping[RequestHandle, Request]) -> None:
+        """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
+        with ExitStack() as releases:  # all of them, though one may raise
+            for handle, request in requests.items():
+                if self._open.pop(handle, None) is not None:
+                    releases.callback(self._core.remove, request)
+
+
+class _Asked(NamedTuple):
+    """One prompt of a call."""
+
+    number: int
+    ids: list[int]
+    params: SamplingParams
+    draft: DraftParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specrt.engine.stop import FinishReason
-from specrt.types import RoundStats
+from specrt.types import RequestHandle, RoundStats
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StreamChunk:
     """What one round gave one sequence."""
 
     index: int
-    """Which prompt."""
+    """Which prompt of its call."""
     text: str
     """New text; concatenated, a sequence's chunks give its result's ``text``."""
     token_ids: list[int]
@@ -45,3 +45,5 @@ class StreamChunk:
     gives the bonus token's place to the last one."""
     result: GenerationResult | None
     """The whole result, with the sequence's last chunk."""
+    handle: RequestHandle
+    """Whose it is: what :meth:`Engine.add` gave."""

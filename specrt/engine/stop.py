@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "context", "error"]
+FinishReason = Literal["stop", "length", "context", "error", "abort"]
 """A stop token or string; ``max_new_tokens``; the model's context; a failure (see ``error``)."""
 
 # A character has at most 4 bytes, so tokens further back cannot change the text any more.
@@ -141,11 +141,15 @@ class OutputEnd:
             self.stop_reason = self._stop_ids.get(token)
         return self.reason is not None
 
-    def fail(self) -> None:
-        """The sequence cannot go on; what text there is may be shown."""
-        self.reason = "error"
+    def fail(self, reason: FinishReason = "error") -> None:
+        """The sequence cannot go on, or is not to; what text there is may be shown."""
+        self.reason = reason
         if self._is_followed:
             self._text += self._tracker.flush()
+
+    def forget_unread(self) -> None:
+        """Leave out of the text what could not be decoded."""
+        self._unread = []
 
     def take_text(self) -> str:
         """Text that can be shown now and was not before.

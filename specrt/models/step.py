@@ -1,9 +1,10 @@
-"""Buffers of forward passes: what a step reads, at addresses that recorded graphs may keep."""
+"""Buffers of forward passes: what a step reads, at addresses that captured graphs may keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +12,18 @@ from specrt import ops
 from specrt.cache import CacheBatch, may_be_reused
 from specrt.config import ModelConfig
 from specrt.ops.gemm_settings import GemmSettings
+from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
+LOGITS_TAP = "logits"
+"""The tap that gives the logits, ``[B, N, V]``; of a pass that makes none it gives nothing."""
+
 _CPU = torch.device("cpu")
+_FEW_ROWS = 16  # that a workspace has room for at least
 
 
-@dataclass(frozen=True)
-class StepKey:
+class StepKey(NamedTuple):
     """What tells steps apart: equal keys mean the same launches on the same buffers."""
 
     batch: int
@@ -28,6 +33,15 @@ class StepKey:
     taps: tuple[str, ...]
     first_layer: int
     """The layer it starts at; above 0 it starts from hidden states, not from tokens."""
+
+    @classmethod
+    def of(
+        cls, tree: DraftTree, table_width: int, has_logits: bool, taps: tuple[str, ...]
+    ) -> StepKey:
+        """The key of a pass over ``tree``; of ``taps`` a step fills hidden states alone."""
+        states = tuple(tap for tap in taps if tap != LOGITS_TAP)
+        size, num_nodes = tree.draft_tokens.shape
+        return cls(size, num_nodes, table_width, has_logits, states, layers_run(tree))
 
 
 def layers_run(tree: DraftTree) -> int:
@@ -62,66 +76,88 @@ class StepRows:
     """``[B, max_pages]`` int32"""
 
 
-@dataclass(eq=False)
-class Step:
-    """Static copies of what a step reads."""
+class _TreeBuffers(NamedTuple):
+    """What a step reads of a tree: views of one tensor, which goes to a GPU as one copy."""
 
+    whole: torch.Tensor
     tokens: torch.Tensor
-    rows: StepRows
-    output: VerifyOutput
-    sources: dict[str, torch.Tensor | None]
-    """What was copied last: shapes of chains and page tables are shared objects that are never
-    written, so most copies of plain decoding need not be made again."""
+    depth: torch.Tensor
+    num_nodes: torch.Tensor
+    first_node: torch.Tensor
+    ancestors: torch.Tensor
 
     @classmethod
-    def make(cls, key: StepKey, output: VerifyOutput, device: torch.device) -> Step:
-        """Empty buffers."""
+    def make(cls, batch: int, num_nodes: int, device: torch.device) -> _TreeBuffers:
+        rows, num_bits = batch * num_nodes, batch * num_nodes * num_words(MAX_NODES)
+        # Two int32 in an int64: tokens and depth, then both counts.
+        whole = torch.zeros(num_bits + rows + batch, dtype=torch.int64, device=device)
+        ints = whole[num_bits:].view(torch.int32)
+        tokens, depth, counts, first_node = ints.split([rows, rows, batch, batch])
+        shape = batch, num_nodes
+        bits = whole[:num_bits].view(*shape, -1)
+        return cls(whole, tokens.view(shape), depth.view(shape), counts, first_node, bits)
 
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        words = num_words(MAX_NODES)
-        rows = StepRows(
-            depth=ints(key.batch, key.num_nodes),
-            ancestors=torch.zeros(
-                key.batch, key.num_nodes, words, dtype=torch.int64, device=device
-            ),
-            num_nodes=ints(key.batch),
-            first_node=ints(key.batch),
-            kv_len=ints(key.batch),
-            block_table=ints(key.batch, key.table_width),
+class Step:
+    """Static copies of what a step reads.
+
+    Args:
+        key: its sizes.
+        output: what it gives, in the buffers that it writes.
+        device: where it runs.
+    """
+
+    def __init__(self, key: StepKey, output: VerifyOutput, device: torch.device) -> None:
+        self.output = output
+        host = _TreeBuffers.make(key.batch, key.num_nodes, _CPU)
+        there = host
+        if device.type != "cpu":
+            there = _TreeBuffers.make(key.batch, key.num_nodes, device)
+        table = torch.zeros(key.batch, key.table_width, dtype=torch.int32, device=device)
+        kv_len = torch.zeros(key.batch, dtype=torch.int32, device=device)
+        self.tokens = there.tokens
+        self.rows = StepRows(
+            there.depth, there.ancestors, there.num_nodes, there.first_node, kv_len, table
         )
-        return cls(ints(key.batch, key.num_nodes), rows, output, {})
+        self._host, self._there = host, there
+        self._num_words = 0
+        self._no_first = torch.zeros(key.batch, dtype=torch.int32)
+        self._tree = [host.tokens, host.depth, host.num_nodes, host.first_node, host.ancestors]
+        self._tables = [kv_len, table]
 
     def stage(self, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None) -> None:
-        """Copy a round's tree and cache tables in."""
-        rows, sources = self.rows, self.sources
-        _stage(self.tokens, tree.draft_tokens)
-        _stage(rows.kv_len, batch.kv_len)
-        if sources.get("depth") is not tree.depth:
-            _stage(rows.depth, tree.depth)
-        if sources.get("ancestors") is not tree.ancestors:
-            _stage(rows.ancestors[..., : tree.ancestors.shape[-1]], tree.ancestors)
-        if sources.get("num_nodes") is not tree.num_nodes:
-            _stage(rows.num_nodes, tree.num_nodes)
-        if sources.get("block_table") is not batch.block_table:
-            _stage(rows.block_table, batch.block_table)
-        if first_node is not None:
-            _stage(rows.first_node, first_node)
-        elif sources.get("first_node") is not None:
-            rows.first_node.zero_()
-        # Kept alive here, so that another tensor cannot take the same identity.
-        self.sources = {
-            "depth": tree.depth,
-            "ancestors": tree.ancestors,
-            "num_nodes": tree.num_nodes,
-            "block_table": batch.block_table,
-            "first_node": first_node,
-        }
+        """Copy a round's tree and cache tables in: all of them, for a drafter may write the same
+        tensors again."""
+        if tree.ancestors.shape[-1] != self._num_words:
+            self._num_words = tree.ancestors.shape[-1]
+            self._host.ancestors.zero_()
+            self._tree[-1] = self._host.ancestors[..., : self._num_words]
+        if first_node is None:
+            first_node = self._no_first
+        # One call for all takes half of the time of a call for each.
+        given = [tree.draft_tokens, tree.depth, tree.num_nodes, first_node, tree.ancestors]
+        tables = [batch.kv_len, batch.block_table]
+        if self._there is self._host:
+            torch._foreach_copy_(self._tree + self._tables, given + tables)
+            return
+        torch._foreach_copy_(self._tree, given)
+        pinned = may_be_reused(self._host.whole, self._there.whole.device)
+        self._there.whole.copy_(pinned, non_blocking=True)
+        torch._foreach_copy_(self._tables, tables)
 
 
-def _stage(there: torch.Tensor, source: torch.Tensor) -> None:
-    there.copy_(may_be_reused(source, there.device), non_blocking=True)
+def given(output: VerifyOutput, taps: tuple[str, ...], *, is_plain: bool) -> VerifyOutput:
+    """What a pass returns of its buffers.
+
+    Args:
+        output: the step's.
+        taps: what was asked for.
+        is_plain: whether the buffers are float32 on the host.
+    """
+    output = output if is_plain else on_host(output)
+    if LOGITS_TAP not in taps or output.logits.numel() == 0:
+        return output
+    return output._replace(taps={**output.taps, LOGITS_TAP: output.logits})
 
 
 def on_host(output: VerifyOutput) -> VerifyOutput:
@@ -170,7 +206,7 @@ class GpuScratch:
         """Make room for a step's attention.
 
         Returns:
-            Whether its workspace has moved, so that recorded steps are stale.
+            Whether its workspace has moved, so that captured steps are stale.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.
@@ -188,7 +224,7 @@ class GpuScratch:
         )
         if size <= self.attention.numel():
             return False
-        self.attention = torch.zeros(size, device=self._device)
+        self.attention = torch.zeros(power_of_two(size), device=self._device)
         return True
 
 
@@ -197,6 +233,8 @@ class Workspace:
     """Activations of up to ``rows`` rows, shared by all steps (which run one at a time)."""
 
     rows: int
+    logit_rows: int
+    """Of them, those with logits."""
     hidden: torch.Tensor
     normed: torch.Tensor
     qkv: torch.Tensor
@@ -224,6 +262,7 @@ class Workspace:
 
         return cls(
             rows=rows,
+            logit_rows=logit_rows,
             hidden=wide(config.hidden_size),
             normed=wide(config.hidden_size),
             qkv=wide(heads * config.head_dim),
@@ -232,4 +271,19 @@ class Workspace:
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
             logits=torch.empty(logit_rows, config.vocab_size, device=device),
+        )
+
+    def reaching(self, config: ModelConfig, rows: int, logit_rows: int) -> Workspace:
+        """This one, if it has room for so many rows, or else a larger one.
+
+        Sizes are powers of two, so that a growing load asks for few.
+        """
+        if rows <= self.rows and logit_rows <= self.logit_rows:
+            return self
+        return Workspace.make(
+            config,
+            max(self.rows, _FEW_ROWS, power_of_two(rows)),
+            max(self.logit_rows, _FEW_ROWS, power_of_two(logit_rows)),
+            self.hidden.dtype,
+            self.hidden.device,
         )

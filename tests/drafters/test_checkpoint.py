@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import specrt
 from specrt.config import ModelConfig, config_fingerprint
 from specrt.draft.base import DraftParams
+from specrt.draft.fspad import checkpoint as module
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     EMBED,
@@ -26,7 +27,6 @@ from specrt.draft.fspad.checkpoint import (
     reduce_vocabulary,
     write_checkpoint,
 )
-from specrt.draft.fspad.drafter import checkpoint as module
 from specrt.sampling import SamplingParams
 from specrt.types import CheckpointError
 from tests.checkpoints import (
@@ -71,7 +71,7 @@ def assert_same(read: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 def drafts(target: Path, drafter: Path) -> tuple[list[int], int]:
     """The text with a drafter, and how many tokens that proposed."""
     engine = specrt.load(target, drafter)
-    result = engine.generate(PROMPT, GREEDY, DraftParams(depth=2, total_tokens=12))
+    result = engine.generate(PROMPT, GREEDY, DraftParams(depth=3, total_tokens=12))
     return result.token_ids, result.stats.num_draft_tokens
 
 

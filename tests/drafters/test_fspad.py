@@ -1,4 +1,4 @@
-"""The one-layer drafters: reference vectors, trees, caches, and bits that must not change."""
+"""The one-layer drafters: reference vectors, trees, and bits that must not change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specrt.builtin import drafter_paths, target_path
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     read_checkpoint,
@@ -17,29 +17,26 @@ from specrt.draft.fspad.checkpoint import (
 )
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import folding_pays
-from specrt.draft.kind import DrafterOptions
-from specrt.draft.kinds import load_drafter
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
 from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
-from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_draft_checkpoint
+from tests.drafters.fspad_rig import VOCAB, Rig, budget, make_drafter
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 from tests.golden.check import check, token_paths
 from tests.trees import settled
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
-VOCAB = 97
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1), "penalties": PENALISED}
 SHAPES = [
     None,
-    DraftParams(depth=0, top_k=1, total_tokens=2),
-    DraftParams(depth=3, top_k=2, total_tokens=8),
-    DraftParams(depth=5, top_k=10, total_tokens=60),
-    DraftParams(depth=6, top_k=20, total_tokens=128),
+    DraftParams(depth=1, top_k=1, total_tokens=2),
+    DraftParams(depth=4, top_k=2, total_tokens=8),
+    DraftParams(depth=6, top_k=10, total_tokens=60),
+    DraftParams(depth=7, top_k=20, total_tokens=128),
 ]
 
 
@@ -69,13 +66,6 @@ def model(request: pytest.FixtureRequest, checkpoint: Path) -> LlamaModel:
     return make_model(checkpoint, request.param)
 
 
-def make_drafter(model: LlamaModel, path: Path, **options: bool) -> FspadDrafter:
-    chosen = DrafterOptions(**options)
-    drafter = load_drafter(path, model, None, model._run_step, model._on_move, chosen)
-    assert isinstance(drafter, FspadDrafter)
-    return drafter
-
-
 CASES = [("fspad", setting) for setting in SETTINGS]
 CASES += [(arch, "seed") for arch in ARCHS if arch != "fspad"]
 
@@ -100,129 +90,17 @@ def test_bits_do_not_change(
     assert drafter._cache.num_free_pages == drafter._cache.num_pages
 
 
-class Rig:
-    """A target, a drafter and one sequence, stepped by hand along a text that is given."""
-
-    def __init__(self, model: LlamaModel, drafter: FspadDrafter, ids: list[int]) -> None:
-        self.model, self.drafter = model, drafter
-        self.features = features_of(model, ids)
-        self.ids = ids
-
-    def state(self, length: int, **options: float) -> SequenceState:
-        fields = {"seed": 0, "temperature": 0.0} | options
-        return SequenceState(self.ids[:length], length, 400, **fields)  # type: ignore[arg-type]
-
-    def fresh(self, length: int, budget: Budget, **options: float) -> Proposal:
-        """The tree of a drafter that has just read the first ``length`` tokens."""
-        state = self.state(length, **options)
-        self.drafter.start(state)
-        self.drafter.prefill(state, 0, {"final": self.features[None, : length - 1]})
-        tree = self.drafter.propose([state], budget)
-        self.drafter.finish(state)
-        return tree
-
-
-def features_of(model: LlamaModel, ids: list[int]) -> torch.Tensor:
-    from specrt.cache import CacheBatch
-
-    cache = model.new_cache()
-    batch = CacheBatch(cache, [cache.open(len(ids) + MAX_NODES)])
-    parts = [taps["final"][0].clone() for _, taps in model.extend(ids, batch, taps=("final",))]
-    return torch.cat(parts)
-
-
-def budget(**shape: int) -> Budget:
-    return Budget(MAX_NODES, RoundCost(), DraftParams(**shape))
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_drafter_after_many_rounds_drafts_as_one_that_begins_afresh(
-    checkpoint: Path, drafters: dict[str, Path], arch: str
-) -> None:
-    """Its cache, positions and pending pairs, with unequal accept lengths in a batch."""
-    model = make_model(checkpoint)
-    rig = Rig(model, make_drafter(model, drafters[arch]), [(7 * i * i) % VOCAB for i in range(250)])
-    shape = budget(depth=3, top_k=4, total_tokens=30)
-    lengths = [2, 150]
-    states = [rig.state(length) for length in lengths]
-    for state, length in zip(states, lengths, strict=True):
-        rig.drafter.start(state)
-        for start in range(0, length - 1, 128):
-            piece = rig.features[None, start : min(start + 128, length - 1)]
-            rig.drafter.prefill(state, start, {"final": piece})
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(12):
-        trees = rig.drafter.propose(states, shape)
-        for row, length in enumerate(lengths):
-            expected = token_paths(rig.fresh(length, shape))
-            assert token_paths(trees, row) == expected
-        accepted = torch.randint(0, 6, (2,), generator=rng)
-        observe(rig, trees, states, lengths, accepted.tolist())
-    for state in states:
-        rig.drafter.finish(state)
-
-
-def observe(
-    rig: Rig,
-    proposal: Proposal,
-    states: list[SequenceState],
-    lengths: list[int],
-    accepted: list[int],
-) -> None:
-    """Say that ``accepted`` tokens and a bonus token followed, scattered over the tree's rows."""
-    from specrt.types import AcceptResult
-
-    hidden = rig.features.shape[1]
-    taps = torch.full((2, 30, hidden), float("nan"))
-    path = torch.full((2, 30), -1, dtype=torch.int32)
-    tokens = path.clone()
-    for row, (length, more) in enumerate(zip(lengths, accepted, strict=True)):
-        nodes = [0, 3, 7, 11, 20, 29][: more + 1]
-        path[row, : more + 1] = torch.tensor(nodes, dtype=torch.int32)
-        taps[row, nodes] = rig.features[length - 1 : length + more]
-    result = AcceptResult(path, torch.tensor(accepted, dtype=torch.int32), tokens)
-    rig.drafter.observe(states, proposal, result, {"final": taps})
-    for row, more in enumerate(accepted):
-        states[row].token_ids += rig.ids[lengths[row] : lengths[row] + more + 1]
-        lengths[row] += more + 1
-
-
-def test_many_pending_pairs_are_caught_up(checkpoint: Path, drafters: dict[str, Path]) -> None:
-    """Rounds in which nothing is drafted leave their pairs pending."""
-    model = make_model(checkpoint)
-    rig = Rig(model, make_drafter(model, drafters["fspad"]), [(5 * i) % VOCAB for i in range(200)])
-    shape, state = budget(depth=2, top_k=3, total_tokens=12), rig.state(4)
-    rig.drafter.start(state)
-    rig.drafter.prefill(state, 0, {"final": rig.features[None, :3]})
-    nothing = budget(total_tokens=1)
-    for length in range(4, 190):
-        root = rig.drafter.propose([state], nothing)
-        assert root.num_nodes.tolist() == [1]
-        observe_one(rig, root, state, length)
-    assert token_paths(rig.drafter.propose([state], shape)) == token_paths(rig.fresh(190, shape))
-
-
-def observe_one(rig: Rig, proposal: Proposal, state: SequenceState, length: int) -> None:
-    from specrt.types import AcceptResult
-
-    zero = torch.zeros(1, 1, dtype=torch.int32)
-    result = AcceptResult(zero, zero[0], zero)
-    taps = {"final": rig.features[None, length - 1 : length]}
-    rig.drafter.observe([state], proposal, result, taps)
-    state.token_ids.append(rig.ids[length])
-
-
 def test_trees_have_the_shape_that_was_asked_for(
     checkpoint: Path, drafters: dict[str, Path]
 ) -> None:
     model = make_model(checkpoint)
     rig = Rig(model, make_drafter(model, drafters["fspad"]), [(3 * i) % VOCAB for i in range(50)])
-    for depth, top_k, total in [(0, 4, 5), (2, 3, 10), (5, 10, 60), (12, 10, 64), (6, 20, 128)]:
+    for depth, top_k, total in [(1, 4, 5), (3, 3, 10), (6, 10, 60), (13, 10, 64), (7, 20, 128)]:
         shape = budget(depth=depth, top_k=top_k, total_tokens=total)
         tree = rig.fresh(40, shape)
-        assert tree.num_nodes.tolist() == [min(total, 1 + top_k + depth * top_k**2)]
+        assert tree.num_nodes.tolist() == [min(total, 1 + top_k + (depth - 1) * top_k**2)]
         assert tree.draft_tokens.shape == (1, total)
-        assert int(settled(tree).depth.max()) <= depth + 1
+        assert int(settled(tree).depth.max()) <= depth
         parents = tree.parents[0].tolist()
         assert all(parent < node for node, parent in enumerate(parents))
         children = [parents.count(node) for node in range(total)]
@@ -233,16 +111,17 @@ def test_wider_and_deeper_than_fits_is_refused(checkpoint: Path, drafters: dict[
     model = make_model(checkpoint)
     engine = make_engine(model, make_drafter(model, drafters["fspad"]))
     for shape, message in [
-        (DraftParams(depth=13, top_k=10), "depth, top_k: expected"),
+        (DraftParams(depth=14, top_k=10), "depth, top_k: expected depth <= 16 and at most 128"),
+        (DraftParams(depth=17, top_k=1), "expanded below the root, got 17 and 1"),
         (DraftParams(depth=1, top_k=98), "top_k: expected at most the draft vocabulary 97, got 98"),
         (DraftParams(total_tokens=65), "total_tokens: expected at most the engine's max_nodes, 64"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.stream([1, 2, 3], GREEDY, shape)  # and not when it is asked for a round
         assert engine.cache.num_free_pages == engine.cache.num_pages
-    with pytest.raises(ValueError, match="depth: expected None or an int in 0..128, got -1"):
+    with pytest.raises(ValueError, match="depth: expected None or an int in 0..127, got -1"):
         DraftParams(depth=-1)
-    with pytest.raises(ValueError, match="depth: expected None or an int in 0..128, got True"):
+    with pytest.raises(ValueError, match="depth: expected None or an int in 0..127, got True"):
         DraftParams(depth=True)
 
 
@@ -254,7 +133,7 @@ def test_coupled_trees_hold_what_the_target_would_draw_from_the_draft_law(
     model = make_model(checkpoint)
     drafter = make_drafter(model, drafters["fspad"])
     rig = Rig(model, drafter, [(11 * i) % VOCAB for i in range(60)])
-    shape = budget(depth=0, top_k=1, total_tokens=2)
+    shape = budget(depth=1, top_k=1, total_tokens=2)
     drawn = set()
     for seed in range(40):
         tree = rig.fresh(50, shape, seed=seed, temperature=0.9, **options)
@@ -275,13 +154,13 @@ def test_coupled_trees_hold_what_the_target_would_draw_from_the_draft_law(
 
 def draft_logits(drafter: FspadDrafter) -> torch.Tensor:
     """Logits behind the last pair, as the last round left them."""
-    buffers = list(drafter._rounds.values())[-1]
+    buffers = list(drafter._rounds._values.values())[-1]
     return buffers._work.logits[0].clone()
 
 
 def test_coupling_changes_trees_not_text(model: LlamaModel, drafters: dict[str, Path]) -> None:
     params = sampled(5, ignore_eos=True)
-    shape = DraftParams(depth=4, top_k=6, total_tokens=48)
+    shape = DraftParams(depth=5, top_k=6, total_tokens=48)
     outcomes = [
         make_engine(model, make_drafter(model, drafters["fspad"], is_coupled=flag)).generate(
             prompts(6, VOCAB), params, shape
@@ -297,7 +176,7 @@ def test_coupling_changes_trees_not_text(model: LlamaModel, drafters: dict[str, 
 def test_folding_drafts_the_same(checkpoint: Path, drafters: dict[str, Path], arch: str) -> None:
     model = make_model(checkpoint)
     ids = [(13 * i * i) % VOCAB for i in range(100)]
-    shape = budget(depth=3, top_k=4, total_tokens=24)
+    shape = budget(depth=4, top_k=4, total_tokens=24)
     plain, folded = (make_drafter(model, drafters[arch], fold=flag) for flag in (False, True))
     for length in (2, 30, 90):
         trees = [token_paths(Rig(model, d, ids).fresh(length, shape)) for d in (plain, folded)]
@@ -311,7 +190,7 @@ def test_folding_drafts_the_same(checkpoint: Path, drafters: dict[str, Path], ar
 
 def test_graphs_change_no_tree(checkpoint: Path, drafters: dict[str, Path]) -> None:
     ids = [(13 * i * i) % VOCAB for i in range(100)]
-    shape = budget(depth=3, top_k=4, total_tokens=24)
+    shape = budget(depth=4, top_k=4, total_tokens=24)
     rigs = []
     for has_graphs in (True, False):
         model = make_model(checkpoint, has_graphs=has_graphs)
@@ -322,30 +201,6 @@ def test_graphs_change_no_tree(checkpoint: Path, drafters: dict[str, Path]) -> N
         assert torch.equal(first.parents, second.parents)
 
 
-def test_a_sequence_that_needs_a_longer_rotary_table(
-    checkpoint: Path, drafters: dict[str, Path]
-) -> None:
-    """Steps recorded over the shorter one are recorded anew."""
-    model = make_model(checkpoint)
-    drafter = make_drafter(model, drafters["fspad"])
-    drafter._cache.close(drafter._cache.open(4000))  # or pages would move too
-    rig = Rig(model, drafter, [(13 * i * i) % VOCAB for i in range(100)])
-    short = SequenceState(rig.ids[:30], 30, 60, 0, 0.0)
-    shape, trees = budget(depth=3, top_k=4, total_tokens=24), []
-    for _ in range(3):
-        drafter.start(short)
-        drafter.prefill(short, 0, {"final": rig.features[None, :29]})
-        trees.append(drafter.propose([short], shape).draft_tokens.clone())
-        drafter.finish(short)
-        before = drafter.layer._cos_sin
-        drafter.start(rig.state(90))
-        if drafter.layer._cos_sin is not before:
-            before.fill_(float("nan"))  # nobody may read it any more
-    assert len(before) > 256
-    for tree in trees[1:]:
-        assert torch.equal(tree, trees[0])
-
-
 def test_near_the_context_limit(model: LlamaModel, drafters: dict[str, Path]) -> None:
     """Trees may not reach past the last token that can still come."""
     limit = model.config.max_positions
@@ -353,7 +208,7 @@ def test_near_the_context_limit(model: LlamaModel, drafters: dict[str, Path]) ->
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
     plain = make_engine(model).generate(prompt, params)
     engine = make_engine(model, make_drafter(model, drafters["fspad"]))
-    result = engine.generate(prompt, params, DraftParams(depth=5, top_k=10, total_tokens=60))
+    result = engine.generate(prompt, params, DraftParams(depth=6, top_k=10, total_tokens=60))
     assert result.token_ids == plain.token_ids
     assert result.finish_reason == "context"
     assert len(result.stats.proposed_by_depth) <= 8

@@ -45,7 +45,7 @@ def plain(target: Path) -> list[int]:
 
 def assert_drafts(target: Path, drafter: Path, plain: list[int]) -> None:
     engine = specrt.load(target, drafter)
-    result = engine.generate(PROMPT, GREEDY, DraftParams(depth=2, total_tokens=12))
+    result = engine.generate(PROMPT, GREEDY, DraftParams(depth=3, total_tokens=12))
     assert result.token_ids == plain and result.stats.num_draft_tokens > 0
 
 

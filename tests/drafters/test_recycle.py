@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.draft.recycle.table import likeliest
 from specrt.draft.recycle.template import NUM_RANKS, RATES, make_template
-from specrt.models.model import LOGITS_TAP, LlamaModel
+from specrt.models.model import LlamaModel
+from specrt.models.step import LOGITS_TAP
 from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 
@@ -84,7 +86,7 @@ def chance(template, node: int) -> float:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 8, 64])
 def test_the_likeliest_paths_come_first(num_nodes: int) -> None:
-    template = make_template(num_nodes, 12, NUM_RANKS)
+    template = make_template(num_nodes, 12, 128)
     assert len(template.parents) == num_nodes
     chances = [chance(template, node) for node in range(num_nodes)]
     assert np.allclose(np.exp(template.scores), chances)
@@ -104,7 +106,7 @@ def test_the_likeliest_paths_come_first(num_nodes: int) -> None:
 
 def test_a_template_within_bounds() -> None:
     template = make_template(64, 3, 2)
-    assert len(template.parents) == 1 + 2 + 4 + 8
+    assert len(template.parents) == 1 + 2 + 4 + 4  # at each depth two nodes have children
     assert template.depth.max() == 3 and template.ranks.max() == 1
     assert len(make_template(64, 0, 8).parents) == 1
 
@@ -189,8 +191,8 @@ def test_a_sequence_does_not_learn_from_its_neighbours() -> None:
 def test_logits_of_another_vocabulary() -> None:
     one = state(0, 4)
     made = drafter(one)
+    taps = {LOGITS_TAP: logits([1], vocab_size=11)}
     with pytest.raises(ValueError, match="recycle: expected logits of 10 tokens, got 11"):
-        taps = {LOGITS_TAP: logits([1], vocab_size=11)}
         made.observe([one], proposal([4]), outcome([0]), taps)
 
 
@@ -225,7 +227,8 @@ def test_measured_costs_say_how_large_a_tree_is(model: LlamaModel) -> None:
 
 SCRIPT = """
 import torch
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.types import AcceptResult, SequenceState
 made, states = RecycleDrafter(50), [SequenceState([7], 1, 900, 0, 0.0) for _ in range(3)]

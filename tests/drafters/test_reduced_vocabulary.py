@@ -10,7 +10,7 @@ import torch
 
 import specrt
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     TOKEN_IDS,
@@ -21,9 +21,10 @@ from specrt.draft.fspad.checkpoint import (
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, sampling_row
 from specrt.tree import MAX_NODES
 from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
@@ -107,7 +108,8 @@ def tree_at(
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(len(IDS) + MAX_NODES)])
     parts = [taps["final"][0].clone() for _, taps in model.extend(IDS[:59], batch, taps=("final",))]
-    state = SequenceState(IDS[:60], 60, 400, seed=5, temperature=temperature)
+    row = sampling_row(SamplingParams(temperature=temperature, seed=5), 60)
+    state = SequenceState(IDS[:60], 60, 400, 5, temperature, row)
     drafter.start(state)
     drafter.prefill(state, 0, {"final": torch.cat(parts)[None]})
     tree = drafter.propose([state], Budget(MAX_NODES, RoundCost(), shape))
@@ -135,7 +137,7 @@ def test_bits_do_not_change_and_no_other_token_is_proposed(
     engine = make_engine(model, drafter, max_batch=4, max_nodes=MAX_NODES)
     accepted = 0
     width = min(size, 10)
-    for shape in (None, DraftParams(), DraftParams(5, width, 60), DraftParams(depth=2)):
+    for shape in (None, DraftParams(), DraftParams(6, width, 60), DraftParams(depth=3)):
         results = engine.generate(prompts(6, VOCAB), SETTINGS[setting], shape)
         assert texts(results) == said[setting], shape
         accepted += sum(result.stats.num_accepted_tokens for result in results)
@@ -149,7 +151,7 @@ def test_load_takes_it_from_its_directory(target: Path, drafters: Path, arch: st
     expected = texts(specrt.load(target).generate(prompts(4, VOCAB), GREEDY))
     for fold in (False, True):
         engine = specrt.load(target, drafters / arch / "40", fold=fold)
-        assert texts(engine.generate(prompts(4, VOCAB), GREEDY, DraftParams(3, 4))) == expected
+        assert texts(engine.generate(prompts(4, VOCAB), GREEDY, DraftParams(4, 4))) == expected
         assert engine.drafter.layer.weights.head.shape == (40, 64)
 
 
@@ -162,7 +164,7 @@ def test_load_takes_it_from_its_directory(target: Path, drafters: Path, arch: st
 def test_all_tokens_make_the_unreduced_tree(
     model: LlamaModel, drafters: Path, arch: str, temperature: float, fold: bool
 ) -> None:
-    shape = DraftParams(depth=4, top_k=8, total_tokens=50)
+    shape = DraftParams(depth=5, top_k=8, total_tokens=50)
     full, same = (
         make_drafter(model, drafters / arch / name, fold=fold) for name in ("full", str(VOCAB))
     )
@@ -180,9 +182,9 @@ def test_children_are_the_best_of_those_kept(
 ) -> None:
     """Ranked as the whole head ranks them, with the noise the target draws with."""
     full, reduced = (make_drafter(model, drafters / "fspad" / name) for name in ("full", "40"))
-    shape = DraftParams(depth=0, top_k=6, total_tokens=7)
+    shape = DraftParams(depth=1, top_k=6, total_tokens=7)
     everything = tree_at(model, full, shape, temperature)
-    logits = next(iter(full._rounds.values()))._work.logits[0].clone()
+    logits = next(iter(full._rounds._values.values()))._work.logits[0].clone()
     if temperature > 0:
         logits = logits / temperature + gumbel_noise(5, 60, VOCAB)
     ids = reduced.layer.weights.token_ids
@@ -202,7 +204,7 @@ def test_more_children_than_tokens_are_refused_only_if_asked_for(
     engine = specrt.load(target, drafters / "fspad" / "3")
     with pytest.raises(ValueError, match="top_k: expected at most the draft vocabulary 3, got 4"):
         engine.generate([1, 2, 3], GREEDY, DraftParams(top_k=4))
-    for shape in (DraftParams(depth=2), DraftParams(total_tokens=9), DraftParams(top_k=3)):
+    for shape in (DraftParams(depth=3), DraftParams(total_tokens=9), DraftParams(top_k=3)):
         assert engine.generate([1, 2, 3], GREEDY, shape).stats.num_draft_tokens > 0
 
 

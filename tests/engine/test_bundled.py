@@ -10,11 +10,12 @@ import pytest
 import specrt
 from specrt import SamplingParams
 from specrt.builtin import drafter_paths, heldout_prompts
-from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter, RoundCost
+from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.draft.length.control import parse_control
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.engine import Engine
@@ -28,8 +29,8 @@ SETTINGS = {"greedy": SamplingParams(max_new_tokens=96)} | {
 }
 DTYPES = ["float32", "bfloat16"]
 SHAPES = [
-    DraftParams(depth=3, top_k=3, total_tokens=8),
-    DraftParams(depth=5, top_k=10, total_tokens=60),
+    DraftParams(depth=4, top_k=3, total_tokens=8),
+    DraftParams(depth=6, top_k=10, total_tokens=60),
 ]
 CONTROLLED = ["fixed-4", "threshold", "adaptive-threshold", "beta-ts", "calibration-ts"]
 

@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from specrt.cache import CacheBatch, KVCache
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import EMBED, read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows, fold, pack_weights
+from specrt.draft.length.costs import RoundCost
 from specrt.tree import MAX_NODES, chain_tree
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -120,7 +121,9 @@ def _rounds(
     accepted = tensors["in.accepted_tokens"][0].tolist()
     room = len(tokens) + len(accepted) + MAX_NODES
     state = SequenceState(tokens, len(tokens), room, seed=0, temperature=0.0)
-    budget = Budget(MAX_NODES, RoundCost(), DraftParams(**json.loads(metadata["tree"])))
+    shape = json.loads(metadata["tree"])
+    shape["depth"] += 1  # EAGLE counts levels below the root's children
+    budget = Budget(MAX_NODES, RoundCost(), DraftParams(**shape))
     drafter.start(state)
     drafter.prefill(state, 0, {"final": tensors["in.features"]})
     first = drafter.propose([state], budget)

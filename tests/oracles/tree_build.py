@@ -69,8 +69,6 @@ class Growth:
 class Tree:
     tokens: list[int]
     parents: list[int]
-    depth: list[int]
-    ancestors: list[int]
     scores: list[float]
 
 
@@ -80,13 +78,11 @@ def rerank(
     """The best ``size - 1`` candidates below the root."""
     usable = [c for c in range(len(scores)) if scores[c] > -math.inf]
     best = sorted(usable, key=lambda c: before(scores[c], c))[: size - 1]
-    tree = Tree([root], [-1], [0], [1], [0.0])
+    tree = Tree([root], [-1], [0.0])
     for node, c in enumerate(best, start=1):
         parent = 0 if parents[c] < 0 else best.index(parents[c]) + 1
         assert parent < node
         tree.tokens.append(tokens[c])
         tree.parents.append(parent)
-        tree.depth.append(tree.depth[parent] + 1)
-        tree.ancestors.append(tree.ancestors[parent] | 1 << node)
         tree.scores.append(scores[c])
     return tree

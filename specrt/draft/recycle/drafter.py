@@ -5,12 +5,12 @@ They are kept, for each token those of the last time, and a tree is read off the
 nothing is run to draft.
 
 Of several rows of one token in one round, the last on the accepted path counts; where none was
-accepted, the first in the tree. A sequence begins with what those that have ended knew and learns by
-itself, so its drafts do not depend on its neighbours.
+accepted, the first in the tree. A sequence begins with what those that have ended knew and learns
+by itself, so its drafts do not depend on its neighbours.
 
 Source: Token Recycling (arXiv 2408.08696), which has one table, one static tree of 80 nodes, greedy
-decoding and a batch of one. Ours: tables that are copied and merged, trees of the size that pays, by
-what was accepted and what rows cost, without nodes whose token is not known.
+decoding and a batch of one. Ours: tables that are copied and merged, and trees of the size that
+pays, by what was accepted and what rows cost, without nodes whose token is not known.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy.typing as npt
 import torch
 
 from specrt.draft.base import Budget, DraftParams
-from specrt.draft.length.measured import EnvelopePolicy
+from specrt.draft.length.measured import MeasuredPolicy
 from specrt.draft.recycle.table import NextTokens, likeliest
-from specrt.draft.recycle.template import NUM_RANKS, Template, make_template
-from specrt.models.model import LOGITS_TAP
-from specrt.tree import chain
+from specrt.draft.recycle.template import Template, make_template
+from specrt.models.step import LOGITS_TAP
+from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
 
 _MAX_NODES = 64
@@ -56,7 +56,7 @@ class RecycleDrafter:
         self._vocab_size = vocab_size
         self._known = NextTokens(vocab_size)
         self._tables: dict[SequenceState, NextTokens] = {}
-        self._policy = EnvelopePolicy()
+        self._policy = MeasuredPolicy()
 
     def start(self, state: SequenceState) -> None:
         """Take a copy of what is known."""
@@ -70,7 +70,7 @@ class RecycleDrafter:
         started = perf_counter()
         roots = np.array([[state.token_ids[-1]] for state in states], dtype=np.int32)
         is_fixed = budget.params != DraftParams()
-        if not is_fixed and not self._policy.drafts():
+        if not is_fixed and not self._policy.begin():
             return chain(torch.from_numpy(roots))
         tree = self._grow(states, roots, _template_of(budget))
         most = tree.draft_tokens.shape[1]
@@ -129,22 +129,18 @@ class RecycleDrafter:
                 above = tokens[row, template.parents[level]]
                 tokens[row, level] = table.behind(above, template.ranks[level])
         is_known = tokens >= 0
-        places = is_known.cumsum(axis=1) - 1
-        parents = places[:, template.parents].astype(np.int32)
-        scores = np.broadcast_to(template.scores, tokens.shape)
-        num_nodes = is_known.sum(axis=1)
+        num_nodes = is_known.sum(axis=1, dtype=np.int32)
         # Known nodes first; they keep their order, so parents stay before children.
         order = np.argsort(~is_known, axis=1, kind="stable")[:, : num_nodes.max()]
-        scores = np.where(is_known, scores, -np.inf)
-        tokens, parents, scores = (
-            np.take_along_axis(part, order, axis=1) for part in (tokens, parents, scores)
-        )
+        places = is_known.cumsum(axis=1, dtype=np.int32) - 1
+        parents = np.take_along_axis(places, template.parents[order], axis=1)
         parents[:, 0] = -1
+        is_padding = np.arange(order.shape[1]) >= num_nodes[:, None]
         return _Recycled(
-            torch.from_numpy(tokens),
+            torch.from_numpy(np.take_along_axis(tokens, order, axis=1)),
             torch.from_numpy(parents),
-            torch.from_numpy(num_nodes.astype(np.int32)),
-            scores=scores[:, 1:],
+            torch.from_numpy(num_nodes),
+            scores=np.where(is_padding, np.float32(-np.inf), template.scores[order])[:, 1:],
         )
 
 
@@ -161,7 +157,7 @@ def _template_of(budget: Budget) -> Template:
     params = budget.params
     size = min(budget.max_nodes, params.total_tokens or _MAX_NODES)
     depth = _MAX_DEPTH if params.depth is None else params.depth
-    return make_template(size, depth, params.top_k or NUM_RANKS)
+    return make_template(size, depth, params.top_k or MAX_NODES)
 
 
 def _first(tree: _Recycled, size: int) -> _Recycled:

@@ -39,17 +39,20 @@ def make_template(num_nodes: int, depth: int, top_k: int) -> Template:
     Args:
         num_nodes: M at most, the root included, at least 1.
         depth: of the deepest node, 0 for the root alone.
-        top_k: children of a node.
+        top_k: children of a node, and nodes of each depth that have any.
     """
     nodes: list[tuple[int, int, int, float]] = []
     waiting = [(-0.0, 0, -1, 0, 0)]  # minus the score, first come first, parent, rank, depth
     count = 1
-    ranks = range(min(top_k, NUM_RANKS))
+    num_expanded = [0] * (depth + 1)
     while waiting and len(nodes) < num_nodes:
         loss, _, parent, rank, level = heapq.heappop(waiting)
         me = len(nodes)
         nodes.append((max(parent, 0), rank, level, -loss))
-        for child in ranks if level < depth else ():
+        if level == depth or num_expanded[level] == top_k:
+            continue
+        num_expanded[level] += 1
+        for child in range(min(top_k, NUM_RANKS)):
             price = loss - float(np.log(RATES[child]))
             heapq.heappush(waiting, (price, count, me, child, level + 1))
             count += 1

@@ -1,0 +1,271 @@
+"""The engine's step: who joins, a piece of a prompt, a round of all that decode, who leaves.
+
+One thread at a time; :class:`specrt.engine.engine.Engine` sees to that, and talks to users.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import perf_counter
+
+from specrt.cache import CacheBatch
+from specrt.draft.base import Drafter
+from specrt.engine.batch import Batch
+from specrt.engine.drafting import Drafting
+from specrt.engine.request import Request
+from specrt.engine.results import StreamChunk
+from specrt.engine.round import RoundReport, run_round
+from specrt.engine.scheduler import Scheduler
+from specrt.models.model import LlamaModel
+from specrt.tree import MAX_NODES, Settler
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine holds and does at once.
+
+    Raises:
+        ValueError: a field is out of range; names it.
+    """
+
+    max_batch: int = 8
+    """Requests that are answered at the same time; further ones wait."""
+    max_nodes: int = 64
+    """The largest tree that is verified, its root included."""
+    prefill_chunk: int = 512
+    """Tokens of prompts that are run between two rounds of those that decode."""
+    max_cached_tokens: int | None = None
+    """Tokens of all sequences whose keys and values are held, in whole pages; who came last gives
+    way where they run out. None: as memory allows."""
+    max_waiting: int | None = None
+    """Requests that may wait for a place; None: any number."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("max_batch", 1, None),
+            ("max_nodes", 1, MAX_NODES),
+            ("prefill_chunk", 1, None),
+            ("max_cached_tokens", 1, None),
+            ("max_waiting", 1, None),
+        ):
+            value = getattr(self, name)
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            is_none = value is None and name in ("max_cached_tokens", "max_waiting")
+            if is_none or (is_int and value >= least and (most is None or value <= most)):
+                continue
+            bounds = f"at least {least}" if most is None else f"{least}..{most}"
+            raise ValueError(f"{name}: expected {bounds}, got {value!r}")
+
+
+class EngineCore:
+    """A target, a drafter and the sequences that are being answered.
+
+    Args:
+        target: the model whose words are spoken.
+        drafter: proposes; never changes the words.
+        limits: how much at once.
+    """
+
+    def __init__(self, target: LlamaModel, drafter: Drafter, limits: EngineLimits) -> None:
+        self._target = target
+        self._limits = limits
+        page_size = 64
+        most = limits.max_cached_tokens
+        self.cache = target.new_cache(
+            page_size, max_pages=None if most is None else max(1, most // page_size)
+        )
+        vocab_size = target.config.vocab_size
+        self._drafting = Drafting(drafter, limits.max_nodes)
+        self._batch = Batch(self.cache, limits.max_batch, vocab_size)
+        self._settler = Settler(vocab_size)
+        self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)
+
+    def step(self) -> None:
+        """Run a piece of the prompts of those that wait for it, and a round of those that decode.
+
+        What comes of it is delivered request by request. If it is interrupted or fails as a whole,
+        no request is lost: all wait again and are taken up from their tokens.
+        """
+        try:
+            self._prefill()
+            if len(self._batch):
+                self._round()
+        except BaseException:
+            self._start_over()
+            raise
+
+    def remove(self, request: Request) -> None:
+        """Free what a request holds, however far it has come, and forget it."""
+        with ExitStack() as releases:  # all of them, though one may be interrupted
+            releases.callback(self.scheduler.remove, request)
+            releases.callback(self._release, request)
+
+    def close(self) -> None:
+        """Free everything, at once: nothing here holds on to the target afterwards."""
+        for request in list(self.scheduler):
+            self.remove(request)
+        self.cache.retire()
+        del self._target, self._drafting, self._batch, self.scheduler, self.cache
+
+    # --- pages --------------------------------------------------------------------------------
+
+    def _has_room(self, request: Request) -> bool:
+        wanted = self.cache.num_pages_for(len(request.state.token_ids) + self._limits.max_nodes)
+        return self.cache.can_reserve(wanted)
+
+    def _reserve(self, request: Request, num_tokens: int) -> bool:
+        """Pages for an admitted request; False if it had to give way, or to end, itself.
+
+        Whoever came last gives way, by giving up its pages and being computed again later.
+        """
+        while True:
+            held = request.cached
+            assert held is not None, "an admitted request has a place for pages"
+            try:
+                self.cache.reserve(held, num_tokens)
+                return True
+            except MemoryError as error:
+                if not self._make_way(request, error):
+                    return False
+
+    def _make_way(self, request: Request, error: MemoryError) -> bool:
+        """Somebody gives memory back; False if it was the request itself."""
+        admitted = self.scheduler.admitted
+        if len(admitted) == 1:
+            self._fail(request, str(error))
+            return False
+        self._preempt(admitted[-1])
+        return admitted[-1] is not request
+
+    def _preempt(self, request: Request) -> None:
+        """All it keeps is its tokens: the noise is a counter, so they are what they would be."""
+        self._release(request)
+        self.scheduler.preempt(request)
+
+    def _release(self, request: Request) -> None:
+        with ExitStack() as releases:
+            releases.callback(self._close, request)
+            releases.callback(self._drafting.finish, request)
+            self._batch.leave(request)
+            self._drafting.regroup()
+
+    def _close(self, request: Request) -> None:
+        if request.cached is not None:
+            self.cache.close(request.cached)
+            request.cached = None
+
+    def _start_over(self) -> None:
+        """After an interrupt nobody knows which of a round's writes were made."""
+        for request in reversed(self.scheduler.admitted):
+            self._preempt(request)
+
+    # --- prompts ------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        """Run at most a chunk of prompts; those that are through join the batch."""
+        left = self._limits.prefill_chunk
+        while left > 0:
+            request = self._next_to_prefill()
+            if request is None:
+                return
+            left -= self._prefill_piece(request, left)
+
+    def _next_to_prefill(self) -> Request | None:
+        decoding = self._batch.requests
+        for request in self.scheduler.admitted:
+            if request not in decoding:
+                return request
+        admitted = self.scheduler.admit()
+        if admitted is not None:
+            admitted.cached = self.cache.open()
+            self._drafting.start(admitted)
+        return admitted
+
+    def _prefill_piece(self, request: Request, most: int) -> int:
+        """Run up to ``most`` tokens of a prompt; how many there were, at least one for the way."""
+        count = min(most, request.num_to_prefill)
+        held = request.cached
+        assert held is not None, "an admitted request has a place for pages"
+        if not self._reserve(request, held.length + count):
+            return 1
+        started, first = perf_counter(), held.length
+        try:
+            self._extend(request, first, first + count)
+        except Exception as error:
+            self._fail(request, f"{type(error).__name__}: {error}")
+            return max(1, count)
+        request.stats.prefill_ms += 1e3 * (perf_counter() - started)
+        if request.num_to_prefill == 0:
+            self._batch.join(request)
+            self._drafting.regroup()
+        return max(1, count)
+
+    def _extend(self, request: Request, first: int, end: int) -> None:
+        assert request.cached is not None, "an admitted request has a place for pages"
+        batch = CacheBatch(self.cache, [request.cached])
+        ids, taps = request.state.token_ids[first:end], self._drafting.taps([request])
+        for start, piece in self._target.extend(ids, batch, taps=taps):
+            self._drafting.prefill(request, first + start, piece)
+        self._target.wait()  # or the first round would be charged for it
+
+    # --- rounds -------------------------------------------------------------------------------
+
+    def _round(self) -> None:
+        for request in list(self._batch.requests):
+            held = request.cached
+            # One that gave way to an older one has none by now.
+            if held is not None and not self._reserve(request, held.length + 1):
+                continue
+        if not len(self._batch):
+            return
+        try:
+            report = run_round(self._target, self.cache, self._drafting, self._settler, self._batch)
+        except MemoryError as error:
+            self._shrink(error)
+            return
+        for row, request in enumerate(list(self._batch.requests)):
+            self._advance(request, row, report)
+        for request in self._drafting.take_restarts():
+            if request.cached is not None:
+                self._preempt(request)
+
+    def _shrink(self, error: MemoryError) -> None:
+        """There was no memory for a round of this many: all are taken up again, one fewer."""
+        decoding = list(self._batch.requests)
+        if len(decoding) == 1:
+            self._fail(decoding[0], str(error))
+        else:
+            self.scheduler.max_batch = len(decoding) - 1
+        self._start_over()
+
+    def _advance(self, request: Request, row: int, report: RoundReport) -> None:
+        """Append a sequence's new tokens and tell of it; if it ends, it leaves."""
+        try:
+            chunk = self._chunk(request, row, report)
+        except Exception as error:  # its tokenizer's, maybe
+            self._fail(request, f"{type(error).__name__}: {error}")
+            return
+        if chunk.result is not None:
+            self.remove(request)
+        request.deliver(chunk)
+
+    def _chunk(self, request: Request, row: int, report: RoundReport) -> StreamChunk:
+        length, stats = report.accept_lengths[row], request.stats
+        stats.draft_ms += report.draft_ms
+        stats.verify_ms += report.verify_ms
+        stats.accept_ms += report.accept_ms
+        if length < 0:
+            position = len(request.state.token_ids)
+            return request.failed(f"logits: NaN or no finite value at position {position}")
+        logprobs = None if report.logprobs is None else report.logprobs[row]
+        taken = request.append(report.tokens[row][: length + 1], logprobs)
+        self._batch.append(request, taken)
+        size = report.num_nodes[row]
+        stats.record(size, len(taken) - 1, report.depths[row][:size] if size > 1 else None)
+        return request.chunk(taken, length)
+
+    def _fail(self, request: Request, error: str) -> None:
+        """End one request alone, and say why."""
+        self.remove(request)
+        request.deliver(request.failed(error))

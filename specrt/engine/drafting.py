@@ -1,0 +1,255 @@
+"""A drafter at arm's length: whom it is asked for, and what happens where it fails.
+
+Nothing that a drafter does may change a text or end a request. What it proposes is settled by
+:mod:`specrt.tree`; what it raises is caught here: the sequence it was asked for goes on undrafted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from specrt.cache import CacheBatch
+from specrt.draft.base import Budget, Drafter
+from specrt.draft.length.costs import RoundCost
+from specrt.engine.request import Request
+from specrt.tree import chain, check_proposal
+from specrt.types import AcceptResult, Proposal, SequenceState
+
+_MOST_FAILURES = 3
+"""After so many of a sequence's rounds have failed, its neighbours' failures or not, it is done."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests that the drafter is asked for in one call, and their rows in the batch."""
+
+    requests: tuple[Request, ...]
+    rows: tuple[int, ...]
+    is_whole: bool
+    """Whether these are all the rows of the batch, in their order."""
+
+    @property
+    def states(self) -> list[SequenceState]:
+        """As the drafter sees them."""
+        return [request.state for request in self.requests]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What was proposed for a batch: for some of its rows the root alone."""
+
+    proposal: Proposal
+    """Of the whole batch."""
+    parts: tuple[tuple[Group, Proposal], ...]
+    """What the drafter gave, to be handed back to it."""
+
+
+class Drafting:
+    """Asks a drafter, believes it nothing, and goes on without it.
+
+    Args:
+        drafter: proposes.
+        max_nodes: the largest tree, its root included.
+    """
+
+    def __init__(self, drafter: Drafter, max_nodes: int) -> None:
+        self._drafter = drafter
+        self.max_nodes = max_nodes
+        self._groups: tuple[Group, ...] | None = None
+        self.cost = RoundCost()
+        """What verifying rows takes."""
+        self._to_restart: list[Request] = []
+
+    def regroup(self) -> None:
+        """A sequence has joined or left the batch."""
+        self._groups = None
+
+    def taps(self, requests: Sequence[Request]) -> tuple[str, ...]:
+        """Hidden states that are to be read from the target for these."""
+        return self._drafter.taps if any(r.is_drafted for r in requests) else ()
+
+    # --- a sequence's way ---------------------------------------------------------------------
+
+    def start(self, request: Request) -> None:
+        """Its prompt is about to be run."""
+        if request.is_drafted:
+            request.is_started = True
+            self._try([request], lambda: self._drafter.start(request.state))
+
+    def prefill(self, request: Request, start: int, taps: Mapping[str, torch.Tensor]) -> None:
+        """A piece of its prompt was run."""
+        if request.is_drafted:
+            self._try([request], lambda: self._drafter.prefill(request.state, start, taps))
+
+    def finish(self, request: Request) -> None:
+        """It leaves, or waits again."""
+        if not request.is_started:
+            return
+        request.is_started = False
+        try:
+            self._drafter.finish(request.state)
+        except Exception as error:
+            self._warn("finish", error)
+
+    # --- a round ------------------------------------------------------------------------------
+
+    def propose(self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor) -> Draft:
+        """Trees for a batch.
+
+        Args:
+            requests: B of them.
+            batch: the target's cache of them.
+            roots: ``[B]`` int32, their last tokens.
+        """
+        if self._groups is None:
+            self._groups = _groups_of(requests)
+        parts = []
+        merged: _Merged | None = None
+        for group in self._groups:
+            proposal = self._ask(group, batch)
+            if proposal is None:
+                continue
+            parts.append((group, proposal))
+            if group.is_whole:
+                return Draft(proposal, tuple(parts))
+            # The next call may overwrite what this one gave.
+            merged = merged or _Merged(len(requests))
+            merged.take(group.rows, proposal)
+        alone = chain(roots[:, None])
+        return Draft(alone if merged is None else merged.proposal(), tuple(parts))
+
+    def observe(self, draft: Draft, result: AcceptResult, taps: Mapping[str, torch.Tensor]) -> None:
+        """Tell the drafter what came of its proposals."""
+        for group, proposal in draft.parts:
+            outcome, states = (result, taps), group.states
+            if not group.is_whole:
+                outcome = _rows_of(result, taps, group.rows)
+            arguments = (states, proposal, *outcome)
+            is_done = self._try(group.requests, lambda: self._drafter.observe(*arguments))  # noqa: B023
+            if is_done and group.requests[0].is_suspect:
+                group.requests[0].is_suspect = False
+                self.regroup()
+
+    def _ask(self, group: Group, batch: CacheBatch) -> Proposal | None:
+        """What the drafter proposes for a group; None if it fails."""
+        if not group.is_whole:
+            batch = CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
+        given: list[Proposal] = []
+
+        def ask() -> None:
+            budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, batch)
+            proposal = self._drafter.propose(group.states, budget)
+            check_proposal(proposal, len(group.rows))
+            given.append(proposal)
+
+        return given[0] if self._try(group.requests, ask) else None
+
+    # --- what fails ---------------------------------------------------------------------------
+
+    def take_restarts(self) -> list[Request]:
+        """Whose draft state is not to be relied on: to be finished and started again."""
+        restarts, self._to_restart = self._to_restart, []
+        return restarts
+
+    def _try(self, requests: Sequence[Request], call: Callable[[], None]) -> bool:
+        """Whether the drafter did what it was called for; if not, who is to go on without it."""
+        try:
+            call()
+        except Exception as error:
+            self._blame(requests, error)
+            return False
+        return True
+
+    def _blame(self, requests: Sequence[Request], error: Exception) -> None:
+        """One sequence alone is to blame; of several each starts again and is asked for alone."""
+        self.regroup()
+        for request in requests:
+            request.num_failures += 1
+            if len(requests) == 1 or request.num_failures >= _MOST_FAILURES:
+                self._give_up(request, error)
+            else:
+                request.is_suspect = True
+                self._to_restart.append(request)
+
+    def _give_up(self, request: Request, error: Exception) -> None:
+        request.is_drafted = False
+        self._warn(f"request {request.handle.id} goes on undrafted", error)
+        self.finish(request)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        name = type(self._drafter).__name__
+        logging.getLogger("specrt").warning(
+            "%s: %s: %s: %s", name, what, type(error).__name__, error
+        )
+
+
+def _groups_of(requests: Sequence[Request]) -> tuple[Group, ...]:
+    """The drafted requests by the shape that was asked for; suspects each by itself."""
+    rows: dict[object, list[int]] = {}
+    for row, request in enumerate(requests):
+        if request.is_drafted:
+            key = request.handle if request.is_suspect else request.draft
+            rows.setdefault(key, []).append(row)
+    return tuple(
+        Group(tuple(requests[row] for row in some), tuple(some), len(some) == len(requests))
+        for some in rows.values()
+    )
+
+
+def _rows_of(
+    result: AcceptResult, taps: Mapping[str, torch.Tensor], rows: Sequence[int]
+) -> tuple[AcceptResult, Mapping[str, torch.Tensor]]:
+    """A group's rows of what came of a round."""
+    index = list(rows)
+    part = AcceptResult(result.path[index], result.accept_length[index], result.tokens[index])
+    return part, {name: tap[index] for name, tap in taps.items()}
+
+
+class _Merged:
+    """Proposals of several groups, row by row; a row that nobody takes is its root alone."""
+
+    def __init__(self, batch: int) -> None:
+        self._ints = np.zeros((2, batch, 1), dtype=np.int32)
+        self._num_nodes = np.ones(batch, dtype=np.int32)
+        self._probs: torch.Tensor | None = None
+
+    def take(self, rows: Sequence[int], proposal: Proposal) -> None:
+        """Copy a group's proposal into its rows."""
+        index, size = list(rows), proposal.draft_tokens.shape[1]
+        self._widen(size)
+        self._ints[0, index, :size] = proposal.draft_tokens.numpy()
+        self._ints[1, index, :size] = proposal.parents.numpy()
+        self._num_nodes[index] = np.minimum(proposal.num_nodes.numpy(), size)
+        if proposal.draft_probs is not None:
+            self._take_probs(index, proposal.draft_probs)
+
+    def proposal(self) -> Proposal:
+        """Of the whole batch."""
+        tokens, parents = torch.from_numpy(self._ints)
+        probs = self._probs
+        if probs is not None:
+            probs = _padded(probs, tokens.shape[1])
+        return Proposal(tokens, parents, torch.from_numpy(self._num_nodes), probs)
+
+    def _widen(self, size: int) -> None:
+        missing = size - self._ints.shape[2]
+        if missing > 0:
+            self._ints = np.pad(self._ints, ((0, 0), (0, 0), (0, missing)))
+
+    def _take_probs(self, index: list[int], probs: torch.Tensor) -> None:
+        size, vocab_size = probs.shape[1:]
+        if self._probs is None:
+            self._probs = torch.zeros(len(self._num_nodes), size, vocab_size)
+        self._probs = _padded(self._probs, size)
+        self._probs[index, :size] = probs
+
+
+def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """``[B, n, V]`` as ``[B, max(n, size), V]``, zeros behind."""
+    missing = max(0, size - rows.shape[1])
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing))

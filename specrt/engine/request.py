@@ -1,0 +1,103 @@
+"""A request: what was asked, how far it has come, and how its user hears of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from specrt.cache import CachedSequence
+from specrt.draft.base import DraftParams
+from specrt.engine.results import GenerationResult, StreamChunk
+from specrt.engine.stop import FinishReason, OutputEnd
+from specrt.sampling import SamplingParams
+from specrt.types import RequestHandle, RoundStats, SequenceState
+
+
+@dataclass(eq=False)
+class Request:
+    """One request from its arrival to its end; only the engine writes to it.
+
+    It waits, is *admitted* (has pages, and its prompt is run in pieces), and then *runs* (decodes).
+    Preempted, it gives its pages up and waits again; all that it knows is its tokens.
+    """
+
+    handle: RequestHandle
+    params: SamplingParams
+    draft: DraftParams
+    state: SequenceState
+    end: OutputEnd
+    deliver: Callable[[StreamChunk], None]
+    """Called with what each round gives it."""
+    index: int = 0
+    """Which prompt of its call."""
+    cached: CachedSequence | None = None
+    """Its pages; None while it waits."""
+    is_drafted: bool = True
+    """False once its drafter has failed it."""
+    is_started: bool = False
+    """Whether the drafter holds something for it."""
+    num_failures: int = 0
+    """Times the drafter failed while it was asked for this one."""
+    is_suspect: bool = False
+    """The drafter failed while it was asked for several: this one is asked for alone, to find out
+    which."""
+    logprobs: list[float] = field(default_factory=list)
+    stats: RoundStats = field(default_factory=RoundStats)
+    error: str | None = None
+
+    @property
+    def num_to_prefill(self) -> int:
+        """Tokens whose keys and values are missing; the last token is the first round's root."""
+        held = 0 if self.cached is None else self.cached.length
+        return len(self.state.token_ids) - 1 - held
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens so far, without the prompt's."""
+        return self.state.token_ids[self.state.prompt_len :]
+
+    def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
+        """Take tokens until the output ends; return those taken."""
+        taken = 0
+        for token in tokens:
+            taken += 1
+            self.state.token_ids.append(token)
+            if self.end.push(token):
+                break
+        if logprobs is not None:
+            self.logprobs.extend(logprobs[:taken])
+        return list(tokens[:taken])
+
+    def failed(self, error: str, reason: FinishReason = "error") -> StreamChunk:
+        """Its last chunk, if it cannot go on or is not to."""
+        self.error = error if reason == "error" else None
+        try:
+            self.end.fail(reason)
+            return self.chunk([], 0)
+        except Exception:  # the tokenizer's: what was shown before is the text
+            self.end.forget_unread()
+            return self.chunk([], 0)
+
+    def chunk(self, taken: list[int], accept_length: int) -> StreamChunk:
+        """What a round gave: the tokens taken of a path, and the result if the output has ended."""
+        return StreamChunk(
+            index=self.index,
+            text=self.end.take_text(),
+            token_ids=taken,
+            num_accepted=min(accept_length, len(taken)),
+            result=self._result() if self.end.reason is not None else None,
+            handle=self.handle,
+        )
+
+    def _result(self) -> GenerationResult:
+        return GenerationResult(
+            text=self.end.whole_text(),
+            token_ids=self.output_ids,
+            prompt_token_ids=self.state.token_ids[: self.state.prompt_len],
+            finish_reason=self.end.reason or "error",
+            stop_reason=self.end.stop_reason,
+            logprobs=self.logprobs if self.params.logprobs else None,
+            seed=self.state.seed,
+            stats=self.stats,
+            error=self.error,
+        )
