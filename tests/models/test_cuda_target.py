@@ -22,7 +22,8 @@ from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache

@@ -24,7 +24,8 @@ from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.eesd.round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
+from specrt.draft.length.costs import DraftCosts
 from specrt.models.model import StepRunner, run_eagerly
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain

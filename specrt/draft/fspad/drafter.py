@@ -26,8 +26,8 @@ from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
 from specrt.draft.length.control import ControlOptions
-from specrt.draft.length.controlled import ControlledEnvelope
-from specrt.draft.length.measured import EnvelopePolicy, TreePolicy
+from specrt.draft.length.controlled import ControlledPolicy
+from specrt.draft.length.measured import MeasuredPolicy, TreePolicy
 from specrt.models.model import FINAL_TAP, StepRunner, run_eagerly
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
@@ -100,7 +100,7 @@ class FspadDrafter:
         self._cache = KVCache(layer.padded, layer.weights.fc.dtype, on_move=self._forget)
         self._drafts: dict[SequenceState, _Draft] = {}
         self._policy: TreePolicy = (
-            EnvelopePolicy() if control is None else ControlledEnvelope(control)
+            MeasuredPolicy() if control is None else ControlledPolicy(control)
         )
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
