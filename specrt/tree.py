@@ -191,7 +191,7 @@ def settle(
     proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor, vocab_size: int
 ) -> DraftTree:
     """:class:`Settler` for once, in fresh buffers; arguments as there."""
-    return Settler(vocab_size).settle(proposal, roots, max_nodes)
+    return Settler(vocab_size).settle(proposal, roots.contiguous(), max_nodes)
 
 
 def _first(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:

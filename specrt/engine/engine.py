@@ -100,10 +100,8 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        for request in list(self._core.scheduler):
-            self._core.remove(request)
         self._open.clear()
-        self._core.cache.retire()
+        self._core.close()
         del self.target, self.drafter, self.tokenizer, self._core
 
     @property

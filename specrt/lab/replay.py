@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
+from specrt.draft.length.costs import DraftCosts
 from specrt.lab.trace import Trace, TraceHeader, TraceSequence
 from specrt.types import SequenceState
 

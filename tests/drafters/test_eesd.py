@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.length.control import CONTROLLERS, ControlOptions
+from specrt.draft.length.costs import RoundCost
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
 from specrt.models.step import StepRows
@@ -145,7 +146,7 @@ def test_perfect_drafts_with_the_targets_noise(float_model: LlamaModel, folder: 
 
 
 class CountedRows(LlamaModel):
-    """Counts the rows that each layer runs; its steps are never recorded."""
+    """Counts the rows that each layer runs; its steps are never captured."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.length.control import CONTROLLERS
+from specrt.draft.length.costs import RoundCost
 from specrt.engine.results import GenerationResult
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from specrt.draft.base import RoundCost
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.length.control import DraftCosts
+from specrt.draft.length.costs import DraftCosts, RoundCost
 from specrt.draft.length.measured import RunningMean
 
 _CHECK = 3  # plain rounds in a row; the first of them finds the caches full of the drafter
@@ -60,7 +59,7 @@ class CostMeter:
         )
 
     def observe_draft(self, step_ms: float, fixed_ms: float, lower_ms: float | None) -> None:
-        """Take one round whose steps were all replayed.
+        """Take one round whose steps were all known.
 
         Args:
             step_ms: of one draft step.

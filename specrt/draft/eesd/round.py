@@ -1,4 +1,4 @@
-"""One drafting round of EESD: static buffers, and the steps that a graph can replay.
+"""One drafting round of EESD: static buffers, and the steps that a graph can run again.
 
 B sequences, b branches (1: a chain), N the layers of the target that are run. Level 0 is the root;
 level l holds the b nodes drafted from level l - 1, which are tree nodes 1 + (l - 1) * b on. A row
@@ -136,7 +136,7 @@ class EesdBuffers:
     # --- steps: nothing but launches on static buffers ----------------------------------------
 
     def embed(self, level: int) -> None:
-        """Copy in the embeddings of a level's tokens; not to be recorded."""
+        """Copy in the embeddings of a level's tokens; not to be captured."""
         here = self.levels[level]
         self._exit.target.embed_tokens(here.inputs, here.embedded)
 

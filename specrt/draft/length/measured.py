@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specrt.draft.base import RoundCost
+from specrt.draft.length.costs import RoundCost
 
 ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Tree sizes that are verified: few, because each is recorded once as a graph."""
@@ -86,15 +86,9 @@ def _probability(scores: np.ndarray) -> np.ndarray:
     return np.exp(np.where(np.isnan(scores), -np.inf, scores))
 
 
-class TreePolicy(Protocol):
-    """Chooses depth and size for a batch, round by round; shared by the sequences of a drafter.
-
-    A round asks ``drafts``, then ``expands`` after each level, then ``size``; if it drafted, it
-    reports to ``observe_draft`` and ``observe_outcome``.
-    """
-
-    def drafts(self) -> bool:
-        """Whether to draft this round at all."""
+class TreeRound(Protocol):
+    """Chooses depth and size of one proposal: ``expands`` is asked after each level, then ``size``;
+    ``observe_outcome`` is told what came of it, maybe after later rounds have begun."""
 
     def mass(self, scores: np.ndarray) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
@@ -109,7 +103,7 @@ class TreePolicy(Protocol):
         """
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify.
+        """How many nodes to verify: an envelope.
 
         Args:
             scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
@@ -117,15 +111,22 @@ class TreePolicy(Protocol):
             cost: of verifying.
         """
 
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Which nodes ``[B, N - 1]`` of the verified tree were on the accepted path."""
+
+
+class TreePolicy(Protocol):
+    """What the sequences of a drafter share, from round to round."""
+
+    def begin(self) -> TreeRound | None:
+        """A round that drafts; None: the root alone."""
+
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
         """Times of one proposal whose steps were all replayed."""
 
-    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
-        """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
 
-
-class EnvelopePolicy:
-    """The :class:`TreePolicy` by belief and measured time."""
+class MeasuredPolicy:
+    """The :class:`TreePolicy` by belief and measured time; all of its rounds are itself."""
 
     def __init__(self) -> None:
         self._extend_ms, self._level_ms = RunningMean(), RunningMean()
@@ -134,11 +135,11 @@ class EnvelopePolicy:
         self._pause = 0
         self._next_pause = _MIN_PAUSE
 
-    def drafts(self) -> bool:
-        """Whether to draft this round at all."""
+    def begin(self) -> MeasuredPolicy | None:
+        """A round that drafts; None while drafting pauses."""
         is_paused = self._pause > 0
         self._pause = max(0, self._pause - 1)
-        return not is_paused
+        return None if is_paused else self
 
     def mass(self, scores: np.ndarray) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
