@@ -20,6 +20,7 @@ from specrt.cli.train import RunOptions
 from specrt.sampling import SamplingParams
 from specrt.train.loop.options import DataOptions, EesdDataOptions, EesdOptions, FspadOptions
 
+COMMANDS = ("demo", "generate", "bench", "info", "distill-data", "convert", "replay", "train")
 RENAMED = {
     "batch_size": "--batch",
     "accumulation_steps": "--accumulate",
@@ -88,11 +89,15 @@ def test_help_names_every_drafter() -> None:
 
 
 def test_no_help_imports_torch() -> None:
+    commands = ["", *COMMANDS, *(f"train {kind}" for kind in ("fspad", "eesd"))]
     code = (
-        "import sys, typer; from specrt.cli.app import app; typer.main.get_command(app);"
-        "sys.exit('torch' in sys.modules)"
+        f"import sys; from specrt.cli import main\nfor name in {commands}:\n"
+        "    assert main([*name.split(), '--help']) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"specrt {name} " in done.stdout for name in commands if name)
 
 
 @dataclass(frozen=True)
