@@ -90,7 +90,7 @@ def run(contenders: Sequence[Contender], requests: Sequence[Request], repeats: i
 def warm_up(contenders: Sequence[Contender], requests: Sequence[Request], page_size: int) -> None:
     """Record the steps of every length of block table, the longest first.
 
-    The longest makes the shared cache grow, which drops what had been recorded; so it comes twice.
+    The longest makes the shared cache grow, which drops what had been captured; so it comes twice.
     """
     by_pages = {
         -(-(len(request.prompt_ids) + request.max_new_tokens) // page_size): request

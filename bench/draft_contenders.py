@@ -15,7 +15,8 @@ from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.round import MAX_LEVELS
-from specrt.draft.kinds import DrafterOptions, drafter_directory, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import drafter_directory, load_drafter
 from specrt.engine.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
@@ -24,7 +25,7 @@ from specrt.types import RoundStats
 
 PLAIN = "plain"
 FOLDS: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
-_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not record anew
+_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not capture anew
 _SHAPES = {60: (6, 10), 32: (6, 8), 16: (5, 5), 8: (4, 3), 1: (3, 2)}
 
 
@@ -108,7 +109,7 @@ class Contender:
 
 
 class SharedTarget:
-    """One target, one KV cache and one set of recorded steps for any number of contenders.
+    """One target, one KV cache and one set of captured steps for any number of contenders.
 
     Args:
         target: as for :func:`specrt.load`.

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "json_lines", "option_hints"},
+    {"config", "json_lines", "option_hints", "reuse"},
     {"ops"},
     {"sampling"},
     {"cache", "tree", "accept", "graph"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-ONLY = {"graph": {"ops"}}  # handed callables, it needs to know nobody else
+ONLY = {"graph": {"ops", "reuse"}}  # handed callables, it needs to know nobody else
 PUBLIC_API = {"cli", "serve", "train", "__main__"}  # may use `specrt.load` and its like
 
 NO_KERNEL = {"core", "graph", "bindings"}

@@ -8,35 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specrt.builtin import drafter_paths, target_path
+from specrt.builtin import target_path
 from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
+from specrt.draft.kinds import AUTO, NONE, check_name, describe_names
 
 if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
 
 BUILTIN = "builtin"
-NO_DRAFTER = "none"
-_AUTO = "auto"
 RULES = "fixed-K, threshold, adaptive-threshold, beta-ts, calibration-ts or cost-aware"
 
 
-def drafter_names() -> tuple[str, ...]:
-    """What ``--drafter`` takes beside a directory."""
-    return (NO_DRAFTER, _AUTO, "prompt-lookup", *drafter_paths())
-
-
-def _drafter_help() -> str:
-    bundled = [f"'{name}'" for name in drafter_paths()]
-    own = [f"'{name}'" for name in drafter_names() if name not in (_AUTO, *drafter_paths())]
-    return (
-        f"'{_AUTO}' (bundled FSPAD for the bundled target, else prompt lookup), {', '.join(own)}, "
-        f"a bundled one ({', '.join(bundled)}), or a directory with an EESD, FSPAD or EAGLE "
-        "drafter or a smaller model."
-    )
-
-
-Drafter = Annotated[str, typer.Option(help=_drafter_help(), rich_help_panel=RUNTIME)]
+Drafter = Annotated[str, typer.Option(help=f"{describe_names()}.", rich_help_panel=RUNTIME)]
 Controller = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +39,7 @@ class EngineOptions:
     """A target and a drafter as named on the command line, and how they run."""
 
     target: Target = BUILTIN
-    drafter: Drafter = _AUTO
+    drafter: Drafter = AUTO
     controller: Controller = None
     device: Device = "cpu"
     dtype: Dtype = "auto"
@@ -92,14 +76,10 @@ def load_engine(
     set_threads(threads)
     from specrt.loading import load
 
-    names = drafter_names()
-    # The empty path is the present folder. What looks like a path `load` refuses with more words.
-    is_path = drafter != "" and (Path(drafter).exists() or "/" in drafter)
-    if drafter not in names and not is_path:
-        raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
+    check_name(drafter)  # before a target is loaded
     return load(
         target,
-        None if drafter == NO_DRAFTER else drafter,
+        None if drafter == NONE else drafter,
         device=device,
         dtype=dtype,
         max_nodes=max_nodes,
@@ -112,7 +92,7 @@ def drafter_name(drafter: str, target: str, engine: Engine) -> str:
     """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
     from specrt.loading import default_drafter
 
-    return default_drafter(target, engine.target.device) if drafter == _AUTO else Path(drafter).name
+    return default_drafter(target, engine.target.device) if drafter == AUTO else Path(drafter).name
 
 
 def set_threads(threads: int | None) -> None:

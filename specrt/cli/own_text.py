@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specrt.cli.answers import AnswerFile, Job, Plan, answer, model_options
-from specrt.cli.engine_options import NO_DRAFTER, load_engine, target_directory
+from specrt.cli.engine_options import load_engine, target_directory
 from specrt.cli.errors import note
+from specrt.draft.kinds import NONE
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
@@ -53,7 +54,7 @@ def write_own_text(
     from specrt.train.data.prompts import TrainingPrompt
 
     _check_sizes(num_texts, max_new_tokens)
-    engine = load_engine(target, NO_DRAFTER, dtype="auto", threads=None, max_batch=_BATCH)
+    engine = load_engine(target, NONE, dtype="auto", threads=None, max_batch=_BATCH)
     first = engine.target.config.bos_id
     if first is None:
         raise ValueError("data: expected --data, for this target has no first token (bos_token_id)")

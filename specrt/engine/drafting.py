@@ -59,7 +59,7 @@ class Drafting:
 
     def __init__(self, drafter: Drafter, max_nodes: int) -> None:
         self._drafter = drafter
-        self._max_nodes = max_nodes
+        self.max_nodes = max_nodes
         self._groups: tuple[Group, ...] | None = None
         self.cost = RoundCost()
         """What verifying rows takes."""
@@ -142,7 +142,7 @@ class Drafting:
         given: list[Proposal] = []
 
         def ask() -> None:
-            budget = Budget(self._max_nodes, self.cost, group.requests[0].draft, batch)
+            budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, batch)
             proposal = self._drafter.propose(group.states, budget)
             check_proposal(proposal, len(group.rows))
             given.append(proposal)

@@ -108,9 +108,6 @@ class _Player:
             sequence.max_len,
             seed=(sequence.seed + draw * _DRAW) % 2**64,
             temperature=header.temperature,
-            top_k=header.top_k,
-            top_p=header.top_p,
-            min_p=header.min_p,
         )
         return cls(sequence, state)
 

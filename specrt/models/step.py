@@ -12,10 +12,12 @@ from specrt import ops
 from specrt.cache import CacheBatch, may_be_reused
 from specrt.config import ModelConfig
 from specrt.ops.gemm_settings import GemmSettings
+from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
 _CPU = torch.device("cpu")
+_FEW_ROWS = 16  # that a workspace has room for at least
 
 
 class StepKey(NamedTuple):
@@ -178,7 +180,7 @@ class GpuScratch:
         """Make room for a step's attention.
 
         Returns:
-            Whether its workspace has moved, so that recorded steps are stale.
+            Whether its workspace has moved, so that captured steps are stale.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.
@@ -196,7 +198,7 @@ class GpuScratch:
         )
         if size <= self.attention.numel():
             return False
-        self.attention = torch.zeros(size, device=self._device)
+        self.attention = torch.zeros(power_of_two(size), device=self._device)
         return True
 
 
@@ -205,6 +207,8 @@ class Workspace:
     """Activations of up to ``rows`` rows, shared by all steps (which run one at a time)."""
 
     rows: int
+    logit_rows: int
+    """Of them, those with logits."""
     hidden: torch.Tensor
     normed: torch.Tensor
     qkv: torch.Tensor
@@ -232,6 +236,7 @@ class Workspace:
 
         return cls(
             rows=rows,
+            logit_rows=logit_rows,
             hidden=wide(config.hidden_size),
             normed=wide(config.hidden_size),
             qkv=wide(heads * config.head_dim),
@@ -240,4 +245,19 @@ class Workspace:
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
             logits=torch.empty(logit_rows, config.vocab_size, device=device),
+        )
+
+    def reaching(self, config: ModelConfig, rows: int, logit_rows: int) -> Workspace:
+        """This one, if it has room for so many rows, or else a larger one.
+
+        Sizes are powers of two, so that a growing load asks for few.
+        """
+        if rows <= self.rows and logit_rows <= self.logit_rows:
+            return self
+        return Workspace.make(
+            config,
+            max(self.rows, _FEW_ROWS, power_of_two(rows)),
+            max(self.logit_rows, _FEW_ROWS, power_of_two(logit_rows)),
+            self.hidden.dtype,
+            self.hidden.device,
         )

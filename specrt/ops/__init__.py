@@ -1,7 +1,7 @@
 """One typed wrapper per kernel; the only modules that import ``specrt._C``.
 
-Every op writes into preallocated tensors, so that a recorded graph can replay it, and keeps a fixed
-reduction order per row: a row's bits never depend on the other rows.
+Every op writes into preallocated tensors, so that a captured graph can run it again, and keeps a
+fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
 from specrt.ops.draft_control import draft_control, draft_control_update
@@ -19,13 +19,12 @@ from specrt.ops.tree_attention import (
     tree_attention,
     tree_attention_workspace,
 )
-from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
+from specrt.ops.tree_build import tree_expand, tree_rerank
 from specrt.ops.tree_settle import tree_settle
 
 __all__ = [
     "Append",
     "AttentionPlan",
-    "CoupledNoise",
     "GemmSettings",
     "Purpose",
     "draft_control",

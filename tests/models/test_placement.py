@@ -25,9 +25,10 @@ from specrt.models.placement import (
     place_weights,
 )
 from specrt.ops import registry
-from specrt.tree import TreeBuilder, stack
+from specrt.tree import TreeBuilder
 from specrt.types import VerifyOutput
 from tests.checkpoints import make_checkpoint
+from tests.trees import trees_of
 
 # A device whose memory nobody can read, or copy from: stands for a GPU wherever kernels are not
 # what is tested.
@@ -245,38 +246,38 @@ def model_on_a_gpu(checkpoint: Path, **options: Any) -> LlamaModel:
     return LlamaModel(config, weights, no_graphs, **options)
 
 
-def test_who_records_on_a_gpu_hears_of_memory_that_moves(
+def test_who_captures_on_a_gpu_hears_of_memory_that_moves(
     checkpoint: Path,
     calls: list[tuple[str, tuple[Any, ...]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step that is known still has the memory with which it was recorded."""
+    """A step that is known still has the memory with which it was captured."""
     monkeypatch.setattr(llama, "on_host", lambda output: output)
-    recorded: dict[Any, tuple[torch.Tensor, ...]] = {}
-    replays = 0
+    captured: dict[Any, tuple[torch.Tensor, ...]] = {}
+    launches = 0
 
-    def record(key: Any, launch: Callable[[], None]) -> None:
-        nonlocal replays
+    def capture(key: Any, launch: Callable[[], None]) -> None:
+        nonlocal launches
         calls.clear()
         launch()
         used = tuple(x for _, given in calls for x in given if isinstance(x, torch.Tensor))
-        if key in recorded:
-            replays += 1
-        before = recorded.setdefault(key, used)
+        if key in captured:
+            launches += 1
+        before = captured.setdefault(key, used)
         scratch = [given[-2] for name, given in calls if name == "tree_attention"]
         assert any(scratch[0] is x for x in before)
 
-    model = model_on_a_gpu(checkpoint, run_on_gpu=record, on_move=recorded.clear)
+    model = model_on_a_gpu(checkpoint, run_on_gpu=capture, on_move=captured.clear)
     cache = model.new_cache()
     sequences = [cache.open(300), cache.open(300)]
     lone, both = CacheBatch(cache, sequences[:1]), CacheBatch(cache, sequences)
     pair = TreeBuilder(3)
     pair.add(0, 5)
     # As many rows, so that only attention wants more for two sequences.
-    trees = {lone: stack([pair]), both: stack([TreeBuilder(3)] * 2)}
+    trees = {lone: trees_of([pair]), both: trees_of([TreeBuilder(3)] * 2)}
     for batch in (lone, both, lone, both, lone):
         model.forward(trees[batch], batch)
-    assert replays == 2
+    assert launches == 2
 
 
 def test_commits_count_on_the_host(
@@ -313,7 +314,7 @@ def test_a_pass_reads_nothing_back_but_its_output(
     tree = TreeBuilder(3)
     tree.add_path([1, 2], 8)
     tree.add_path([4], 8)
-    model.forward(stack([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
+    model.forward(trees_of([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
     (output,) = fetched
     assert output.logits.shape == (2, 4, 97) and output.logits.dtype == torch.float32
     assert {tap.dtype for tap in output.taps.values()} == {torch.bfloat16}

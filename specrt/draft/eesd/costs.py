@@ -59,7 +59,7 @@ class CostMeter:
         )
 
     def observe_draft(self, step_ms: float, fixed_ms: float, lower_ms: float | None) -> None:
-        """Take one round whose steps were all replayed.
+        """Take one round whose steps were all known.
 
         Args:
             step_ms: of one draft step.

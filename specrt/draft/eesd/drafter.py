@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from specrt.draft.eesd.round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
 from specrt.draft.length.costs import DraftCosts
 from specrt.models.model import StepRunner, run_eagerly
+from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -61,7 +63,7 @@ class _Times(NamedTuple):
     lower: float | None
     """Seconds of the last nodes' first N layers."""
     num_steps: int
-    are_replays: bool
+    are_known: bool
     ended: float
 
 
@@ -96,10 +98,10 @@ class EesdDrafter:
         self._run_step = run_step
         self._cache = exit_model.new_cache()
         self._drafts: dict[SequenceState, _Draft] = {}
-        self._buffers: dict[EesdKey, EesdBuffers] = {}
+        self._buffers: Recent[EesdKey, EesdBuffers] = Recent(_MAX_ROUNDS)
         self._controls: dict[tuple[int, bool], ControlRound] = {}
-        self._recorded: set[Hashable] = set()
-        self._recorded_version = exit_model.version
+        self._captured = WeakKeyDictionary[EesdBuffers, set[Hashable]]()
+        self._captured_version = exit_model.version
         self._batch = CacheBatch(self._cache)
         self._meter = CostMeter(exit_model)
         self._given_costs = costs
@@ -258,11 +260,11 @@ class EesdDrafter:
         """Run level after level; how many of each sequence to verify."""
         caches = batches[0].cache, batches[1].cache
         most, control = max(plan.caps), self._controlled
-        started, are_replays, level = perf_counter(), True, 0
+        started, are_known, level = perf_counter(), True, 0
         while level < most:
             buffers.embed(level)
             step = partial(buffers.draft, level, *caches)
-            are_replays &= self._run(buffers, level, step, caches)
+            are_known &= self._run(buffers, level, step, caches)
             level += 1
             if control is not None and not self._goes_on(control, buffers, plan, level):
                 break
@@ -274,10 +276,10 @@ class EesdDrafter:
         if max(lengths) == level:
             buffers.embed(level)
             close = partial(buffers.close, level, *caches)
-            are_replays &= self._run(buffers, -level, close, caches)
+            are_known &= self._run(buffers, -level, close, caches)
             lower = perf_counter() - stepped
         self._last = buffers, level
-        self._times = _Times(begun, stepped - started, lower, level, are_replays, 0.0)
+        self._times = _Times(begun, stepped - started, lower, level, are_known, 0.0)
         return lengths
 
     def _goes_on(
@@ -305,19 +307,20 @@ class EesdDrafter:
         launch: Callable[[], None],
         caches: tuple[KVCache, KVCache],
     ) -> bool:
-        """Run a step of ``buffers``; whether it had been run, and so recorded, before.
+        """Run a step of ``buffers``; whether it had been run, and so captured, before.
 
         Engines that share the drafter have target caches of their own.
         """
         version = self.exit_model.version
-        if version != self._recorded_version:
-            self._recorded.clear()  # all are stale, and would keep the caches of gone engines
-            self._recorded_version = version
-        key = (buffers, caches, step, version)
-        is_known = key in self._recorded
-        self._recorded.add(key)
+        if version != self._captured_version:
+            self._captured.clear()  # all are stale, and would keep the caches of gone engines
+            self._captured_version = version
+        key = (caches, step, version)
+        captured = self._captured.setdefault(buffers, set())
+        is_known = key in captured
+        captured.add(key)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, *key), launch)
+        self._run_step((self, buffers, *key), launch)
         return is_known
 
     # --- sequences and buffers ----------------------------------------------------------------
@@ -337,11 +340,8 @@ class EesdDrafter:
         key = EesdKey(len(states), *widths, plan.num_branches, is_coupled)
         buffers = self._buffers.get(key)
         if buffers is None:
-            if len(self._buffers) >= _MAX_ROUNDS:
-                self._buffers.clear()
-                self._recorded.clear()
             max_levels = MAX_DRAFT_NODES // plan.num_branches
-            buffers = self._buffers[key] = EesdBuffers(key, self.exit_model, max_levels)
+            buffers = self._buffers.put(key, EesdBuffers(key, self.exit_model, max_levels))
         return buffers
 
     def _keep_roots(
@@ -388,7 +388,7 @@ class EesdDrafter:
             self._meter.observe_plain(verify_ms)
             return
         self._meter.observe_verify(self._num_rows, self._batch_size, verify_ms)
-        if not times.are_replays:
+        if not times.are_known:
             return
         drafting = times.steps + (times.lower or 0.0)
         fixed = times.ended - times.begun - drafting + perf_counter() - observed

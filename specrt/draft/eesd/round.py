@@ -1,4 +1,4 @@
-"""One drafting round of EESD: static buffers, and the steps that a graph can replay.
+"""One drafting round of EESD: static buffers, and the steps that a graph can run again.
 
 B sequences, b branches (1: a chain), N the layers of the target that are run. Level 0 is the root;
 level l holds the b nodes drafted from level l - 1, which are tree nodes 1 + (l - 1) * b on. A row
@@ -17,11 +17,11 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.draft.coupling import make_noise, stage_noise
+from specrt.draft.coupling import Coupling
 from specrt.draft.eesd.checkpoint import NUM_MODES
 from specrt.draft.eesd.model import ExitModel
 from specrt.models.step import StepRows
-from specrt.ops.tree_build import CoupledNoise, expand_workspace_size
+from specrt.ops.tree_build import expand_workspace_size
 from specrt.tree import MAX_NODES, chain, num_words
 from specrt.types import Proposal, SequenceState
 
@@ -117,7 +117,7 @@ class EesdBuffers:
         self._root_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
         # Positions level by level: a chain's every step ranks the children of a root.
         self._positions = torch.zeros(max_levels + 1, batch, dtype=torch.int32)
-        self._noise = make_noise(batch) if key.is_coupled else None
+        self._coupling = Coupling.make(batch) if key.is_coupled else None
         deep = 0 if self._is_chain else max_levels
         pool = (batch, self._num_children + deep * self._num_children**2)
         tokens, parents = torch.zeros(2, *pool, dtype=torch.int32)
@@ -136,7 +136,7 @@ class EesdBuffers:
     # --- steps: nothing but launches on static buffers ----------------------------------------
 
     def embed(self, level: int) -> None:
-        """Copy in the embeddings of a level's tokens; not to be recorded."""
+        """Copy in the embeddings of a level's tokens; not to be captured."""
         here = self.levels[level]
         self._exit.target.embed_tokens(here.inputs, here.embedded)
 
@@ -173,7 +173,7 @@ class EesdBuffers:
             candidates,
             bits,
             None,
-            self._noise_of(level),
+            *self._coupling_of(level),
             0 if self._is_chain else level,
             self._scratch,
             *self._pool,
@@ -184,10 +184,11 @@ class EesdBuffers:
             here.ancestors,
         )
 
-    def _noise_of(self, level: int) -> CoupledNoise | None:
-        if self._noise is None or not self._is_chain:
-            return self._noise
-        return self._noise._replace(position=self._positions[level])
+    def _coupling_of(self, level: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self._coupling is None:
+            return None, None
+        position = self._positions[level] if self._is_chain else self._coupling.position
+        return self._coupling.sampling, position
 
     # --- staging ------------------------------------------------------------------------------
 
@@ -203,10 +204,10 @@ class EesdBuffers:
         torch._foreach_copy_(self._tables, [target.block_table, drafts.block_table])
         for row, state in enumerate(states):
             self._roots_view[row] = state.token_ids[-1]
-        if self._noise is not None:
-            stage_noise(self._noise, states)
+        if self._coupling is not None:
+            self._coupling.stage(states)
             levels = torch.arange(len(self.levels), dtype=torch.int32)[:, None]
-            torch.add(levels, self._noise.position, out=self._positions)
+            torch.add(levels, self._coupling.position, out=self._positions)
 
     # --- what comes of it ---------------------------------------------------------------------
 

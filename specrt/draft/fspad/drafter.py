@@ -5,17 +5,18 @@ pairs (feature f_t, token e_{t+1}), then level by level over the best ``top_k`` 
 most probable nodes of all levels (arXiv 2408.15562, section 3; EAGLE-2, arXiv 2406.16858). Trees
 are deterministic, so acceptance draws from the target alone.
 
-On the CPU a round is a handful of recorded steps (one for the accepted pairs, one a level, one for
+On the CPU a round is a handful of captured steps (one for the accepted pairs, one a level, one for
 the choice of nodes), so that drafting can stop at any level.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
-from specrt.draft.length.measured import MeasuredPolicy, TreePolicy
+from specrt.draft.length.measured import MeasuredPolicy, TreePolicy, TreeRound
 from specrt.models.model import FINAL_TAP, StepRunner, run_eagerly
+from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -62,8 +64,17 @@ class _Plan(NamedTuple):
     top_k: int
     num_levels: int
     num_nodes: int
-    is_auto: bool
-    """Levels and nodes are upper bounds; measured cost decides."""
+    round: TreeRound | None
+    """Decides how many of these levels and nodes there are; None: all."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Offer(Proposal):
+    """A proposal whose size was chosen by what its nodes were believed to be worth."""
+
+    scores: np.ndarray = field(kw_only=True)
+    """``[B, N - 1]``, of the drafted nodes."""
+    round: TreeRound = field(kw_only=True)
 
 
 class FspadDrafter:
@@ -75,7 +86,7 @@ class FspadDrafter:
     Args:
         layer: the layer and its weights.
         run_step: how its steps run.
-        on_move: called when its cache moves, so that recorded graphs are dropped.
+        on_move: called when its cache moves, so that captured graphs are dropped.
         is_coupled: rank candidates with the noise the target will draw with, where the temperature
             is above 0. Moves trees, never tokens.
     """
@@ -100,10 +111,9 @@ class FspadDrafter:
         self._policy: TreePolicy = (
             MeasuredPolicy() if control is None else ControlledPolicy(control)
         )
-        self._rounds: dict[RoundKey, RoundBuffers] = {}
+        self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
-        self._offered: np.ndarray | None = None
-        self._recorded: set[Hashable] = set()
+        self._captured = WeakKeyDictionary[RoundBuffers, set[Hashable]]()
 
     # --- the protocol -------------------------------------------------------------------------
 
@@ -116,12 +126,9 @@ class FspadDrafter:
         self._shape(params)
 
     def start(self, state: SequenceState) -> None:
-        """Reserve pages in the draft cache."""
-        if self.layer.reserve(state.max_len + MAX_NODES):
-            self._forget()
-        cached = self._cache.open(state.max_len + MAX_NODES)
+        """Open an empty draft cache."""
         hidden = self.layer.config.layer.hidden_size
-        self._drafts[state] = _Draft(cached, torch.empty(0, hidden))
+        self._drafts[state] = _Draft(self._cache.open(), torch.empty(0, hidden))
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Run the prompt's pairs but the last, whose output the first tree grows from."""
@@ -134,7 +141,6 @@ class FspadDrafter:
         Raises:
             ValueError: as :meth:`check`.
         """
-        self._offered = None
         for state in states:
             if len(self._drafts[state].pending) > MAX_PAIRS:
                 self._absorb(state, keep=1)
@@ -142,13 +148,13 @@ class FspadDrafter:
         if plan is None:
             roots = [[state.token_ids[-1]] for state in states]
             return chain(torch.tensor(roots, dtype=torch.int32))
-        batch = self._batch_of(states)
+        batch = self._batch_of(states, plan)
         buffers = self._buffers(states, batch, plan)
         begun = perf_counter()
-        is_replay = self._extend(states, batch, buffers)
+        is_known = self._extend(states, batch, buffers)
         extended = perf_counter()
-        num_levels, are_replays = self._grow(plan, batch, buffers, budget)
-        if is_replay and are_replays:
+        num_levels, are_known = self._grow(plan, batch, buffers, budget)
+        if is_known and are_known:
             levels_ms = 1e3 * (perf_counter() - extended)
             self._policy.observe_draft(1e3 * (extended - begun), levels_ms, num_levels - 1)
         return self._choose(buffers, plan, num_levels, budget)
@@ -165,11 +171,11 @@ class FspadDrafter:
         for row, state in enumerate(states):
             path = result.path[row, : max(0, lengths[row] + 1)].long()
             self._drafts[state].add(features[row].index_select(0, path))
-        if self._offered is not None:
-            is_accepted = np.zeros(self._offered.shape)
+        if isinstance(proposal, _Offer):
+            is_accepted = np.zeros(proposal.scores.shape)
             for row, length in enumerate(lengths):
                 is_accepted[row, result.path[row, 1 : max(0, length) + 1].numpy() - 1] = 1.0
-            self._policy.observe_outcome(self._offered, is_accepted)
+            proposal.round.observe_outcome(proposal.scores, is_accepted)
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
@@ -201,7 +207,6 @@ class FspadDrafter:
 
     def _plan(self, states: Sequence[SequenceState], budget: Budget) -> _Plan | None:
         """None: the root alone."""
-        is_auto = budget.params == DraftParams()
         depth, top_k, total = self._shape(budget.params)
         # The bonus token takes the last place.
         num_levels = min(depth, max(state.num_left for state in states) - 1)
@@ -209,34 +214,35 @@ class FspadDrafter:
         has_features = all(len(self._drafts[state].pending) for state in states)
         if num_levels < 1 or num_nodes < 2 or not has_features:
             return None
-        if is_auto and not self._policy.drafts():
-            return None
-        return _Plan(top_k, num_levels, num_nodes, is_auto)
+        if budget.params != DraftParams():
+            return _Plan(top_k, num_levels, num_nodes, None)
+        chosen = self._policy.begin()
+        return None if chosen is None else _Plan(top_k, num_levels, num_nodes, chosen)
 
     def _extend(
         self, states: Sequence[SequenceState], batch: CacheBatch, buffers: RoundBuffers
     ) -> bool:
         drafts = [self._drafts[state] for state in states]
         most = buffers.stage(states, batch, [draft.pending for draft in drafts])
-        is_replay = self._run(buffers, -most, lambda: buffers.extend(most, batch))
+        is_known = self._run(buffers, -most, lambda: buffers.extend(most, batch))
         batch.commit(buffers.pair_path, buffers.num_pairs)
         for draft in drafts:
             draft.pending = draft.pending[:0]
-        return is_replay
+        return is_known
 
     def _grow(
         self, plan: _Plan, batch: CacheBatch, buffers: RoundBuffers, budget: Budget
     ) -> tuple[int, bool]:
-        """Levels there are then, the root's children included; whether all steps were replays."""
-        are_replays, masses = True, []
+        """Levels there are then, the root's children included; whether all steps were known."""
+        are_known, masses = True, []
         for level in range(1, plan.num_levels + 1):
-            if plan.is_auto:
-                masses.append(self._policy.mass(buffers.scores(level - 1)))
-                if not self._policy.expands(masses, buffers.key.batch, budget.cost):
-                    return level, are_replays
+            if plan.round is not None:
+                masses.append(plan.round.mass(buffers.scores(level - 1)))
+                if not plan.round.expands(masses, buffers.key.batch, budget.cost):
+                    return level, are_known
             if level < plan.num_levels:
-                are_replays &= self._run(buffers, level, partial(buffers.expand, level, batch))
-        return plan.num_levels, are_replays
+                are_known &= self._run(buffers, level, partial(buffers.expand, level, batch))
+        return plan.num_levels, are_known
 
     def _choose(
         self, buffers: RoundBuffers, plan: _Plan, num_levels: int, budget: Budget
@@ -244,25 +250,39 @@ class FspadDrafter:
         choice = buffers.choice(plan.num_nodes)
         key = (plan.num_nodes, num_levels)
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))
-        if not plan.is_auto:
+        if plan.round is None:
             return choice.tree(plan.num_nodes)
         scores = choice.node_scores.numpy()[:, 1:]
-        size = self._policy.size(scores, num_levels, budget.cost)
-        self._offered = scores[:, : size - 1].copy()
-        return choice.tree(size)
+        size = plan.round.size(scores, num_levels, budget.cost)
+        known = scores[:, : size - 1].copy()  # the next round may overwrite them
+        return _Offer(**vars(choice.tree(size)), scores=known, round=plan.round)
 
     def _run(self, buffers: RoundBuffers, step: Hashable, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had been run, and so recorded, before."""
-        key = (buffers, step)  # a graph holds the buffers' addresses; as its key they outlive it
-        is_known = key in self._recorded
-        self._recorded.add(key)
-        self._run_step((self, self._cache, *key), launch)
+        """Run a step of ``buffers``; whether it had been run, and so captured, before."""
+        captured = self._captured.setdefault(buffers, set())
+        is_known = step in captured
+        captured.add(step)
+        # A graph holds addresses of all of these; as part of its key they outlive it.
+        self._run_step((self, self._cache, buffers, step), launch)
         return is_known
 
     # --- sequences and buffers ----------------------------------------------------------------
 
-    def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        return self._batch.update([self._drafts[state].cached for state in states])
+    def _batch_of(self, states: Sequence[SequenceState], plan: _Plan) -> CacheBatch:
+        """The draft caches, with pages for the pending pairs and the nodes that are expanded."""
+        num_expanded = (plan.num_levels - 1) * plan.top_k
+        drafts = [self._drafts[state] for state in states]
+        for draft in drafts:
+            rows = draft.cached.length + len(draft.pending) + num_expanded
+            self._cache.reserve(draft.cached, rows)
+        batch = self._batch.update([draft.cached for draft in drafts])
+        self._reach(batch)
+        return batch
+
+    def _reach(self, batch: CacheBatch) -> None:
+        """Make the rotary table as long as the pages; steps over a shorter one are stale."""
+        if self.layer.reserve(batch.num_positions):
+            self._forget()
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -271,15 +291,12 @@ class FspadDrafter:
         key = RoundKey(len(states), batch.block_table.shape[1], plan.top_k, is_coupled)
         buffers = self._rounds.get(key)
         if buffers is None:
-            if len(self._rounds) >= _MAX_ROUNDS:
-                self._rounds.clear()
-                self._forget()
             max_levels = min(MAX_LEVELS - 1, MAX_NODES // plan.top_k)
-            buffers = self._rounds[key] = RoundBuffers(key, self.layer, max_levels)
+            buffers = self._rounds.put(key, RoundBuffers(key, self.layer, max_levels))
         return buffers
 
     def _forget(self) -> None:
-        self._recorded.clear()
+        self._captured.clear()
         self._on_move()
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
@@ -289,7 +306,9 @@ class FspadDrafter:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
             tokens = torch.tensor(state.token_ids[first : first + count], dtype=torch.int32)
             work = Activations.make(self.layer.padded, count, 0)
+            self._cache.reserve(draft.cached, draft.cached.length + count)
             batch = CacheBatch(self._cache, [draft.cached])
+            self._reach(batch)
             order = torch.arange(count, dtype=torch.int32)[None]
             num = torch.tensor([count], dtype=torch.int32)
             rows = Rows(order, batch.kv_len, torch.zeros_like(num), num, batch.block_table)
