@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from specrt.builtin import drafter_paths
 from specrt.cli.app import app
-from specrt.cli.engine_options import drafter_names
 from specrt.cli.options import with_options
 from specrt.cli.sampling_options import SamplingOptions
 from specrt.cli.train import RunOptions
+from specrt.draft.kinds import drafter_names
 from specrt.sampling import SamplingParams
 from specrt.train.loop.options import DataOptions, EesdDataOptions, EesdOptions, FspadOptions
 
@@ -85,7 +85,7 @@ def test_help_names_every_drafter() -> None:
     for command in ("generate", "bench", "demo"):
         said = options(command)["drafter"].help
         assert all(f"'{name}'" in said for name in drafter_names())
-    assert {"auto", "none", "prompt-lookup", *drafter_paths()} == set(drafter_names())
+        assert all(f"'{name}'" in said for name in ("auto", "none", *drafter_paths()))
 
 
 def test_no_help_imports_torch() -> None:
