@@ -26,7 +26,7 @@ from specrt.models.fair_lock import FairLock
 from specrt.models.heads import norm_eps
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import RotaryTable, rotary_table
-from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
+from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, given
 from specrt.ops import registry
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain_tree
@@ -147,7 +147,7 @@ class LlamaModel:
         Args:
             tree: B trees of N nodes; only tokens, depth, ancestors, num_nodes and hidden are read.
             batch: the B sequences the trees continue.
-            taps: hidden states to return: ``"final"`` or :func:`layer_tap` names.
+            taps: hidden states to return: ``"final"``, :func:`layer_tap` names, ``"logits"``.
             has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
             first_node: ``[B]`` int32; the given nodes are those from this index on of a larger
                 tree whose earlier nodes were run before (their rows still lie past ``kv_len``).
@@ -161,11 +161,10 @@ class LlamaModel:
                 ``num_layers_run`` (the tap of the last layer that was run is ``hidden``). On a GPU,
                 a setting of torch's that has changed since the model was made, and bits with it.
         """
-        size, num_nodes = tree.draft_tokens.shape
+        num_nodes = tree.draft_tokens.shape[1]
         if num_nodes > MAX_NODES:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
-        width = batch.block_table.shape[1]
-        key = StepKey(size, num_nodes, width, has_logits, taps, layers_run(tree))
+        key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps)
         self._ensure_buffers(key, batch.num_positions)
         if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
             self._forget_buffers()
@@ -180,7 +179,7 @@ class LlamaModel:
             start.copy_(tree.hidden.view(start.shape))
         # A graph holds addresses of all of these; as part of its key they outlive it.
         self._run_step((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
-        return step.output if self._is_output_plain else on_host(step.output)
+        return given(step.output, taps, is_plain=self._is_output_plain)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -238,7 +237,7 @@ class LlamaModel:
         last = self.config.num_layers - 1
         if tap != FINAL_TAP and tap not in {layer_tap(i) for i in range(first, last + 1)}:
             raise ValueError(
-                f"taps: expected 'final' or 'layer.{first}' .. 'layer.{last}', got {tap!r}"
+                f"taps: expected 'final', 'logits' or 'layer.{first}'..'layer.{last}', got {tap!r}"
             )
 
     def _forget_buffers(self) -> None:

@@ -16,6 +16,9 @@ from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
+LOGITS_TAP = "logits"
+"""The tap that gives the logits, ``[B, N, V]``; of a pass that makes none it gives nothing."""
+
 _CPU = torch.device("cpu")
 _FEW_ROWS = 16  # that a workspace has room for at least
 
@@ -30,6 +33,15 @@ class StepKey(NamedTuple):
     taps: tuple[str, ...]
     first_layer: int
     """The layer it starts at; above 0 it starts from hidden states, not from tokens."""
+
+    @classmethod
+    def of(
+        cls, tree: DraftTree, table_width: int, has_logits: bool, taps: tuple[str, ...]
+    ) -> StepKey:
+        """The key of a pass over ``tree``; of ``taps`` a step fills hidden states alone."""
+        states = tuple(tap for tap in taps if tap != LOGITS_TAP)
+        size, num_nodes = tree.draft_tokens.shape
+        return cls(size, num_nodes, table_width, has_logits, states, layers_run(tree))
 
 
 def layers_run(tree: DraftTree) -> int:
@@ -132,6 +144,20 @@ class Step:
         pinned = may_be_reused(self._host.whole, self._there.whole.device)
         self._there.whole.copy_(pinned, non_blocking=True)
         torch._foreach_copy_(self._tables, tables)
+
+
+def given(output: VerifyOutput, taps: tuple[str, ...], *, is_plain: bool) -> VerifyOutput:
+    """What a pass returns of its buffers.
+
+    Args:
+        output: the step's.
+        taps: what was asked for.
+        is_plain: whether the buffers are float32 on the host.
+    """
+    output = output if is_plain else on_host(output)
+    if LOGITS_TAP not in taps or output.logits.numel() == 0:
+        return output
+    return output._replace(taps={**output.taps, LOGITS_TAP: output.logits})
 
 
 def on_host(output: VerifyOutput) -> VerifyOutput:
