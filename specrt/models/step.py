@@ -17,6 +17,25 @@ from specrt.types import DraftTree, VerifyOutput
 
 _CPU = torch.device("cpu")
 
+FINAL_TAP = "final"
+"""The feature: the last hidden state after the final norm, what the LM head multiplies."""
+
+
+def layer_tap(layer: int) -> str:
+    """The tap that gives the output of layer ``layer`` (counted from 0)."""
+    return f"layer.{layer}"
+
+
+def check_tap(tap: str, num_layers: int) -> None:
+    """Whether a model of so many layers has a tap.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    if tap != FINAL_TAP and tap not in map(layer_tap, range(num_layers)):
+        last = layer_tap(num_layers - 1)
+        raise ValueError(f"taps: expected 'final' or 'layer.0' .. '{last}', got {tap!r}")
+
 
 class StepKey(NamedTuple):
     """What tells steps apart: equal keys mean the same launches on the same buffers."""
@@ -28,20 +47,6 @@ class StepKey(NamedTuple):
     taps: tuple[str, ...]
     first_layer: int
     """The layer it starts at; above 0 it starts from hidden states, not from tokens."""
-
-
-def layers_run(tree: DraftTree) -> int:
-    """How many layers the nodes of a tree have been through.
-
-    Raises:
-        ValueError: hidden states and their layer do not go together.
-    """
-    if (tree.hidden is None) != (tree.num_layers_run == 0):
-        raise ValueError(
-            "tree: expected hidden and num_layers_run > 0 together, got num_layers_run "
-            f"{tree.num_layers_run} {'without' if tree.hidden is None else 'with'} hidden"
-        )
-    return tree.num_layers_run
 
 
 @dataclass(frozen=True)

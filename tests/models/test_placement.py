@@ -16,7 +16,7 @@ from specrt.config import ModelConfig
 from specrt.models import model as llama
 from specrt.models import placement
 from specrt.models.loader import Weights, load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel
+from specrt.models.model import LlamaModel
 from specrt.models.placement import (
     CPU,
     choose_dtype,
@@ -24,6 +24,7 @@ from specrt.models.placement import (
     parse_device,
     place_weights,
 )
+from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
 from specrt.tree import TreeBuilder, stack
 from specrt.types import VerifyOutput
