@@ -21,7 +21,8 @@ from bench.harness import Row, parser, report, start
 from bench.prompts import HELDOUT, load_prompts
 from specrt import SamplingParams
 from specrt.draft.base import DraftParams
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.draft.length.control import CONTROLLERS, parse_control
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult

@@ -12,23 +12,20 @@ from functools import partial
 import torch
 
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
-from specrt.ops import CoupledNoise, tree_expand, tree_rerank
+from specrt.ops import tree_expand, tree_rerank
 from specrt.ops.tree_build import expand_workspace_size
+from specrt.sampling import SamplingParams, sampling_row
 
 Call = Callable[[], object]
 TEMPERATURE = 0.8
 NODES, TOP_K = 60, 10  # of the reranked tree
 
 
-def coupled_noise() -> CoupledNoise:
-    return CoupledNoise(
-        seed=torch.tensor([1]),
-        position=torch.tensor([7], dtype=torch.int32),
-        temperature=torch.tensor([TEMPERATURE]),
-        top_k=torch.zeros(1, dtype=torch.int32),
-        top_p=torch.ones(1, dtype=torch.float64),
-        min_p=torch.zeros(1),
-    )
+PLAIN = None, None
+COUPLED = (
+    sampling_row(SamplingParams(temperature=TEMPERATURE, seed=1), 1)[None],
+    torch.tensor([7], dtype=torch.int32),
+)
 
 
 class Level:
@@ -52,12 +49,13 @@ class Level:
         )
         self.workspace = torch.empty(torch.get_num_threads(), expand_workspace_size(rows))
 
-    def ours(self, noise: CoupledNoise | None) -> None:
+    def ours(self, sampling: torch.Tensor | None, position: torch.Tensor | None) -> None:
         tree_expand(
             self.logits,
             *self.read,
             None,
-            noise,
+            sampling,
+            position,
             self.level,
             self.workspace,
             *self.pool,
@@ -132,8 +130,8 @@ def expand_rows(size: int, width: int, top_k: int) -> list[Row]:
     level = Level(size, width, top_k)
     facts = {"size": size, "nodes": width, "K": top_k}
     return [
-        compare(partial(level.ours, None), level.torch_plain, op="expand", **facts),
-        compare(partial(level.ours, coupled_noise()), level.torch_coupled, op="coupled", **facts),
+        compare(partial(level.ours, *PLAIN), level.torch_plain, op="expand", **facts),
+        compare(partial(level.ours, *COUPLED), level.torch_coupled, op="coupled", **facts),
     ]
 
 

@@ -19,7 +19,7 @@ import torch
 
 import specrt
 from specrt import SamplingParams, builtin
-from specrt.draft.kinds import PROMPT_LOOKUP
+from specrt.draft.kinds import named_kinds
 from specrt.loading import BUILTIN
 
 PLAIN = "ours plain"
@@ -57,9 +57,9 @@ class Output:
 
 
 def known_drafters(target: str) -> list[str]:
-    """Drafters that need nothing but the package: prompt lookup and those bundled for a target."""
+    """Drafters that need nothing but the package: untrained ones and those bundled for a target."""
     bundled = builtin.drafter_paths() if target == BUILTIN else {}
-    return [PROMPT_LOOKUP, *bundled]
+    return [*(kind.name for kind in named_kinds()), *bundled]
 
 
 class Contender(Protocol):

@@ -15,7 +15,8 @@ from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.round import MAX_LEVELS
-from specrt.draft.kinds import DrafterOptions, drafter_directory, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import drafter_directory, load_drafter
 from specrt.engine.engine import Engine
 from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel

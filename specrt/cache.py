@@ -18,6 +18,7 @@ import torch
 from specrt import ops
 from specrt.config import ModelConfig
 from specrt.ops import registry
+from specrt.reuse import power_of_two
 
 SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
@@ -239,7 +240,7 @@ class CacheBatch:
         wanted = _table_width(max((len(one.pages) for one in sequences), default=0))
         if len(sequences) > rows or width != wanted:
             # Powers of two, so that few different sizes (and captured graphs) come up.
-            self._make_tables(max(rows, _power_of_two(len(sequences))), wanted)
+            self._make_tables(max(rows, power_of_two(len(sequences))), wanted)
         for row, sequence in enumerate(sequences):
             pages, count = self._pages[row]
             if pages is not sequence.pages or count != len(pages):
@@ -308,12 +309,8 @@ class CacheBatch:
         return may_be_reused(table, device).to(device, non_blocking=True)
 
 
-def _power_of_two(at_least: int) -> int:
-    return 1 << max(0, at_least - 1).bit_length()
-
-
 def _table_width(num_pages: int) -> int:
-    return max(8, _power_of_two(num_pages))
+    return max(8, power_of_two(num_pages))
 
 
 def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:

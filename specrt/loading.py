@@ -15,7 +15,8 @@ import torch
 from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter
-from specrt.draft.kinds import BUNDLED_DEFAULT, PROMPT_LOOKUP, DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.engine import Engine, OnePrompt
 from specrt.engine.prompts import Prompt
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from specrt.sampling import SamplingOptions
 
 BUILTIN = "builtin"
-AUTO = "auto"
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -67,9 +67,9 @@ def load(
             ``"builtin"`` for the bundled model.
         drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
             on a GPU prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
-            ``"eesd"``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller
-            model of the same tokenizer, or any object with the methods of
-            :class:`specrt.draft.base.Drafter`.
+            ``"eesd"``), the name of an installed one (entry points ``specrt.drafters``), a
+            directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller model of the same
+            tokenizer, or any object with the methods of :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
             the target's tables; EESD needs a target on the CPU.
@@ -94,11 +94,13 @@ def load(
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
         ValueError: an argument out of range; a device that is not there or that this build has no
             kernels for; a model or drafter that the device's kernels do not run.
-        TypeError: ``target`` is no path.
+        TypeError: ``target`` is no path, or ``drafter`` lacks a method.
         MemoryError: no room for the weights.
     """
     if not isinstance(target, str | os.PathLike):
         raise TypeError(f"target: expected a directory or {BUILTIN!r}, got {target!r}")
+    if not (drafter is None or isinstance(drafter, str | os.PathLike)):
+        check_drafter(drafter, "drafter")
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
@@ -135,7 +137,7 @@ def load(
 def default_drafter(target: str | os.PathLike[str], device: str | torch.device = "cpu") -> str:
     """What ``"auto"`` means for a target; a GPU need not wait for a drafter on the CPU."""
     is_on_gpu = torch.device(device).type != "cpu"
-    return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else PROMPT_LOOKUP
+    return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else DEFAULT
 
 
 def _log_defaults(path: Path, config: ModelConfig) -> None:

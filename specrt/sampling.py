@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, and the table of them that the acceptance kernel reads.
+"""Sampling parameters of one request, and the rows of them that kernels read.
 
 Names follow ``transformers``; ``presence_penalty`` and ``frequency_penalty`` are OpenAI's and
 vLLM's: they count output tokens only, ``repetition_penalty`` counts the prompt as well.
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 
 from specrt.config import GenerationDefaults
@@ -30,7 +29,7 @@ MODEL_FIELDS = (
     "suppress_tokens",
 )
 """The fields of :class:`SamplingParams` that a model may have values of its own for."""
-# csrc/tree_accept/tree_accept.h, SamplingRow.
+# csrc/core/sampling_row.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
 _ROW_WORDS = _ROW.size // 8
 _BIAS_BOUNDS = _ROW_WORDS - 2  # the word of bias_begin; bias_end follows
@@ -287,12 +286,46 @@ def one_each(
     return [replace(one, **options) for one in params] if options else params
 
 
+def sampling_row(params: SamplingParams, prompt_len: int) -> torch.Tensor:
+    """One request's sampling as kernels read it.
+
+    Args:
+        params: a request that samples needs a seed (``with_seed``).
+        prompt_len: presence and frequency penalties count the history from there on.
+
+    Returns:
+        ``[8]`` int64, the fields of ``csrc/core/sampling_row.h``; without biases, whose places in a
+        batch :class:`SamplingRows` knows.
+
+    Raises:
+        ValueError: the seed is missing.
+    """
+    p = params.with_defaults()
+    if p.seed is None and not p.is_greedy:
+        raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
+    packed = _ROW.pack(
+        p.top_p,
+        p.temperature,
+        p.min_p,
+        p.repetition_penalty,
+        p.presence_penalty,
+        p.frequency_penalty,
+        p.top_k or 0,
+        prompt_len,
+        0,
+        (p.seed or 0) % 2**64,
+        0,
+        0,
+    )
+    return torch.frombuffer(bytearray(packed), dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class SamplingTable:
     """The sampling parameters of a batch as the kernels read them (:class:`SamplingRows`)."""
 
     rows: torch.Tensor
-    """``[B, 8]`` int64: the kernels' SamplingRow structs."""
+    """``[B, 8]`` int64: a :func:`sampling_row` each, and where its biases lie."""
     bias_ids: torch.Tensor | None
     """``[K]`` int32: every sequence's logit_bias ids, packed; rows hold the bounds."""
     bias_values: torch.Tensor | None
@@ -352,7 +385,7 @@ class SamplingRows:
         most = max(params.logit_bias or (), default=0)
         if most >= self._vocab_size:
             raise _fail(f"logit_bias (row {row})", f"token ids < {self._vocab_size}", most)
-        self._view[row] = np.frombuffer(_pack(params, prompt_len, 0, 0), dtype=np.int64)
+        self._view[row] = sampling_row(params, prompt_len).numpy()
         self._params[row] = params
 
     def move(self, source: int, row: int) -> None:
@@ -391,22 +424,3 @@ class SamplingRows:
         if self._workspace is None or len(self._workspace) < num_parts:
             self._workspace = torch.empty(num_parts, workspace_size(self._vocab_size))
         return self._workspace[:num_parts]
-
-
-def _pack(p: SamplingParams, prompt_len: int, bias_begin: int, bias_end: int) -> bytes:
-    if p.seed is None and not p.is_greedy:
-        raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
-    return _ROW.pack(
-        p.top_p,
-        p.temperature,
-        p.min_p,
-        p.repetition_penalty,
-        p.presence_penalty,
-        p.frequency_penalty,
-        p.top_k or 0,
-        prompt_len,
-        0,
-        (p.seed or 0) % 2**64,
-        bias_begin,
-        bias_end,
-    )

@@ -186,14 +186,14 @@ def settle(
     proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor, vocab_size: int
 ) -> DraftTree:
     """:class:`Settler` for once, in fresh buffers; arguments as there."""
-    return Settler(vocab_size).settle(proposal, roots, max_nodes)
+    return Settler(vocab_size).settle(proposal, roots.contiguous(), max_nodes)
 
 
 @lru_cache(maxsize=256)
 def _chain_tree(batch: int, length: int) -> DraftTree:
     tokens = torch.zeros(batch, length, dtype=torch.int32)
     full = torch.full((batch,), length, dtype=torch.int32)
-    return settle(chain(tokens), tokens[:, 0], full, 1)
+    return settle(chain(tokens), torch.zeros(batch, dtype=torch.int32), full, 1)
 
 
 def chain_tree(tokens: torch.Tensor) -> DraftTree:

@@ -121,9 +121,9 @@ class SequenceState:
     """The sequence ends when ``token_ids`` is this long (token or context limit)."""
     seed: int
     temperature: float
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    sampling_row: torch.Tensor | None = None
+    """``[8]`` int64: the request's sampling as kernels read it (``specrt.sampling.sampling_row``).
+    Drafters that couple their trees to the target's noise need it; the engine always gives it."""
 
     @property
     def num_left(self) -> int:

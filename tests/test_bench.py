@@ -18,6 +18,7 @@ from bench.draft_contenders import PLAIN, Contender, Run, Tree, Variant
 from bench.memory import Probe
 from specrt import Engine, builtin
 from specrt.config import ModelConfig
+from specrt.draft.kinds import named_kinds
 from specrt.engine.results import GenerationResult
 from specrt.models.loader import load_weights
 from specrt.types import RoundStats
@@ -71,9 +72,10 @@ def test_generate_bench() -> None:
 
 @needs_target
 def test_generate_bench_knows_the_bundled_drafters() -> None:
-    bundled = ["prompt-lookup", *builtin.drafter_paths()]
+    untrained = [kind.name for kind in named_kinds()]
+    bundled = [*untrained, *builtin.drafter_paths()]
     assert bench_generate.drafters("all", "builtin") == {name: name for name in bundled}
-    assert list(bench_generate.drafters("all", str(TARGET))) == ["prompt-lookup"]
+    assert list(bench_generate.drafters("all", str(TARGET))) == untrained
     assert bench_generate.drafters("fspad,a/b", "builtin") == {"fspad": "fspad", "b": "a/b"}
 
 

@@ -1,4 +1,4 @@
-"""Recorded steps replay what was launched, on the buffers' present contents."""
+"""Captured steps run what was launched, on the buffers' present contents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specrt.graph import GraphCache
 from specrt.ops.graph import CpuGraph
 
 
-def test_replay_reads_the_present_contents() -> None:
+def test_a_graph_reads_the_present_contents() -> None:
     x, middle, out = torch.randn(4, 32), torch.empty(4, 24), torch.empty(4, 24)
     weight, norm = torch.randn(24, 32), torch.randn(24)
 
@@ -24,7 +24,7 @@ def test_replay_reads_the_present_contents() -> None:
         x.copy_(torch.randn(4, 32))
         expected = ops.rms_norm(ops.linear(x, weight), norm, 1e-6)
         out.fill_(float("nan"))
-        graph.replay()
+        graph.launch()
         assert torch.equal(out, expected)
 
 
@@ -45,7 +45,25 @@ def test_the_cache_launches_once_until_cleared() -> None:
     assert len(calls) == 2
 
 
-def test_a_failing_launch_records_nothing() -> None:
+def test_the_graphs_that_run_are_kept() -> None:
+    """Beyond the most that are kept, the one goes that was not run for longest."""
+    x, out, weight = torch.randn(1, 16), torch.empty(1, 8), torch.randn(8, 16)
+    captured = list[str]()
+
+    def run(name: str) -> None:
+        def launch() -> None:
+            captured.append(name)
+            ops.linear(x, weight, out=out)
+
+        graphs.run(name, launch)
+
+    graphs = GraphCache(max_graphs=3)
+    for name in "abcadaebda":
+        run(name)
+    assert "".join(captured) == "abcdebda"
+
+
+def test_a_failing_launch_captures_nothing() -> None:
     graphs = GraphCache()
     x, out = torch.ones(1, 4), torch.empty(1, 2)
 

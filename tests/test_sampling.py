@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from specrt.sampling import SamplingParams, SamplingTable, one_each
+from specrt.sampling import SamplingParams, SamplingTable, one_each, sampling_row
 
 
 @pytest.mark.parametrize(
@@ -160,3 +160,36 @@ def test_table_refuses_what_the_kernel_could_not_read() -> None:
     with pytest.raises(ValueError, match="seed"):
         SamplingTable.build([SamplingParams(temperature=1.0)], [1], 8)
     assert SamplingTable.build([SamplingParams()], [1], 8).workspace is None
+
+
+def test_a_row_is_the_tables_but_for_where_its_biases_are() -> None:
+    params = [
+        SamplingParams(logit_bias={1: 2.0, 3: 4.0}),
+        SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=-2, logit_bias={0: 1}),
+    ]
+    table = SamplingTable.build(params, [4, 6], 8)
+    for row, prompt_len in enumerate((4, 6)):
+        alone = sampling_row(params[row], prompt_len)
+        assert torch.equal(alone[:6], table.rows[row, :6]) and alone[6:].tolist() == [0, 0]
+    assert table.rows[:, 6:].tolist() == [[0, 2], [2, 3]]
+    with pytest.raises(ValueError, match="^seed: expected a seed for a sequence that samples"):
+        sampling_row(SamplingParams(temperature=1.0), 1)
+
+
+def test_a_rows_words_are_what_kernels_take_them_for() -> None:
+    """csrc/core/sampling_row.h."""
+    params = SamplingParams(
+        temperature=0.5,
+        top_k=5,
+        top_p=0.25,
+        min_p=0.125,
+        repetition_penalty=2.0,
+        presence_penalty=4.0,
+        frequency_penalty=8.0,
+        seed=-2,
+    )
+    row = sampling_row(params, 6)
+    assert row.view(torch.float64)[0] == 0.25
+    assert row.view(torch.float32)[2:7].tolist() == [0.5, 0.125, 2.0, 4.0, 8.0]
+    assert row.view(torch.int32)[7:10].tolist() == [5, 6, 0]
+    assert row[5:].tolist() == [-2, 0, 0]

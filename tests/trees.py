@@ -1,10 +1,12 @@
-"""What the engine would make of a drafter's proposal, for tests of drafters."""
+"""What the engine would make of a proposal, for tests of drafters and models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from specrt.tree import MAX_NODES, settle
+from specrt.tree import MAX_NODES, TreeBuilder, settle, stack
 from specrt.types import DraftTree, Proposal
 
 
@@ -15,3 +17,8 @@ def settled(proposal: Proposal) -> DraftTree:
     tree = settle(proposal, proposal.draft_tokens[:, 0].contiguous(), room, 2**31 - 1)
     assert torch.equal(tree.num_nodes, proposal.num_nodes), "what was proposed is no tree"
     return tree
+
+
+def trees_of(builders: Sequence[TreeBuilder]) -> DraftTree:
+    """One of B sequences from one builder each."""
+    return settled(stack(builders))

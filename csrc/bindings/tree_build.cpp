@@ -6,30 +6,26 @@ namespace specrt::bindings {
 namespace {
 
 TreeExpandArgs expand_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 22, "tree_expand: expected 22 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 18, "tree_expand: expected 18 arguments, got ", t.size());
     TreeExpandArgs a{};
     a.logits = view_of(t[0], "logits");
     a.scores = view_of(t[1], "scores");
     a.candidates = view_of(t[2], "candidates");
     a.ancestors = view_of(t[3], "ancestors");
     a.token_map = view_of(t[4], "token_map", true);
-    a.seed = view_of(t[5], "seed", true);
+    a.sampling = view_of(t[5], "sampling", true);
     a.position = view_of(t[6], "position", true);
-    a.temperature = view_of(t[7], "temperature", true);
-    a.top_k = view_of(t[8], "top_k", true);
-    a.top_p = view_of(t[9], "top_p", true);
-    a.min_p = view_of(t[10], "min_p", true);
-    a.noise_scale_temperature = t[11].cast<float>();
-    a.level = t[12].cast<int64_t>();
-    a.workspace = view_of(t[13], "workspace");
-    a.pool_tokens = view_of(t[14], "pool_tokens");
-    a.pool_parents = view_of(t[15], "pool_parents");
-    a.pool_scores = view_of(t[16], "pool_scores");
-    a.frontier_tokens = view_of(t[17], "frontier_tokens");
-    a.frontier_scores = view_of(t[18], "frontier_scores");
-    a.frontier_candidates = view_of(t[19], "frontier_candidates");
-    a.frontier_source = view_of(t[20], "frontier_source");
-    a.frontier_ancestors = view_of(t[21], "frontier_ancestors");
+    a.noise_scale_temperature = t[7].cast<float>();
+    a.level = t[8].cast<int64_t>();
+    a.workspace = view_of(t[9], "workspace");
+    a.pool_tokens = view_of(t[10], "pool_tokens");
+    a.pool_parents = view_of(t[11], "pool_parents");
+    a.pool_scores = view_of(t[12], "pool_scores");
+    a.frontier_tokens = view_of(t[13], "frontier_tokens");
+    a.frontier_scores = view_of(t[14], "frontier_scores");
+    a.frontier_candidates = view_of(t[15], "frontier_candidates");
+    a.frontier_source = view_of(t[16], "frontier_source");
+    a.frontier_ancestors = view_of(t[17], "frontier_ancestors");
     return a;
 }
 

@@ -10,6 +10,14 @@ namespace {
 
 // A block computes kRows x kOutputs results together; as large as the registers allow. Rows beyond
 // kWholeRows accumulate in pieces, going over the operands once a piece.
+//
+//     AVX-512: 6 x 4               w[0]  w[1]  w[2]  w[3]     16 lanes of k each
+//     a step of 16 along k   x[0]  fma   fma   fma   fma
+//                            ...                              24 accumulators, 4 weights, 1 input
+//                            x[5]  fma   fma   fma   fma      at a time: 29 of 32 registers
+//
+// Ten loads feed 24 multiplications, and a core begins as many of these as of those a cycle: once
+// weights are in L1, multiplications are what is waited for.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kWholeRows = 6, kOutputs = 4;
 constexpr int kMemoryRows = 3, kMemoryFour = 1, kMostMemoryRows = 9;

@@ -102,8 +102,8 @@ inline double fill_weights(const float* row, int64_t vocab, float top, const Fil
 }
 
 struct Candidates {
-    float* values;  // weights do as well as logits to rank by only if exp kept them apart: these
-    int32_t* ids;   // are logits
+    float* values;  // logits: by weights those would tie that exp did not keep apart
+    int32_t* ids;
 
     bool before(int64_t a, float value, int32_t id) const {
         return values[a] > value || (values[a] == value && ids[a] < id);
@@ -118,8 +118,9 @@ struct Candidates {
 
 // The last token whose predecessors (larger logit, or equal and smaller id) hold less than `mass`.
 inline Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double mass) {
-    int64_t lo = 0,
-            hi = n;  // the answer's rank is in [lo, hi); `before` is the mass ranked below lo
+    // The answer's rank is in [lo, hi); `before` is the mass ranked below lo. A quickselect, whose
+    // sides of the pivot are weighed and not counted.
+    int64_t lo = 0, hi = n;
     double before = 0.0;
     while (hi - lo > 1) {
         const int64_t mid = lo + (hi - lo) / 2;
@@ -141,8 +142,8 @@ inline Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double 
             if (split > lo) {
                 lo = split;
             } else if (before + static_cast<double>(weights[id]) < mass) {
-                before +=
-                    static_cast<double>(weights[id]);  // the pivot ranks first, the next is in
+                // The pivot ranks first: the next is in.
+                before += static_cast<double>(weights[id]);
                 lo = split + 1;
             } else {
                 hi = split + 1;

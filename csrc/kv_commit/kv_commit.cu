@@ -1,6 +1,13 @@
 // A thread owns one column of one plane (a layer's keys or values) and moves it row by row, in
 // increasing j: path[j] >= j, so nothing lands on a row that is still to be read, and nobody else
 // touches the column. Of a path that does not increase the rows mean nothing.
+//
+//     slot from kv_len on   0   1   2   3   4   5        path 0 2 5
+//     before                a   b   c   d   e   f
+//     after                 a   c   f   d   e   f        what is past the new length is nobody's
+//
+// Rows are held by eights: all eight loads are under way before the first store waits for one. The
+// next eight lie at path[j] >= j, behind everything the eight before them wrote.
 #include "core/pack.cuh"
 #include "core/reduce.cuh"
 #include "kv_commit/kv_commit.h"

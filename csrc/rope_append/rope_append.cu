@@ -1,5 +1,12 @@
 // Products and sums are those of rope_append_cpu.cpp, each rounded by itself (--fmad=false), so
 // both give the same bits.
+//
+//     a head of 128, bfloat16: 8 threads have 16 bytes of the lower half each, and their partners
+//     element   0    8         56   64   72        120
+//     thread    0    1   ...   7  | 0    1   ...   7
+//
+// Queries are rotated in place. That is safe as a pair is one thread's: it has read both before it
+// writes either, and nobody else touches them.
 #include "core/pack.cuh"
 #include "core/rotary.cuh"
 #include "rope_append/rope_append.h"

@@ -13,7 +13,7 @@ void check_shapes(const TreeAcceptArgs& a) {
     for (const TensorView* t : {&a.draft_tokens, &a.parents})
         expect(*t, DType::kInt32, "[B, N]", batch, nodes);
     expect(a.num_nodes, DType::kInt32, "[B]", batch);
-    expect(a.sampling, DType::kInt64, "[B, 8]", batch, 8);
+    expect(a.sampling, DType::kInt64, "[B, 8]", batch, kSamplingWords);
     expect(a.history, DType::kInt32, "[B, T]", batch, -1);
     expect(a.history_len, DType::kInt32, "[B]", batch);
     expect(a.path, DType::kInt32, "[B, N]", batch, nodes);

@@ -7,20 +7,11 @@
 #pragma once
 #include "core/dispatch.h"
 #include "core/philox.h"
+#include "core/sampling_row.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
 
 namespace specrt {
-
-// One sequence's sampling parameters; specrt/sampling.py packs them (_ROW). top_k 0 is off.
-struct SamplingRow {
-    double top_p;  // as given: float32's rounding of 0.999 moves the edge of the kept set
-    float temperature, min_p, repetition_penalty, presence_penalty, frequency_penalty;
-    int32_t top_k, prompt_len, unused;
-    uint64_t seed;
-    int64_t bias_begin, bias_end;  // into bias_ids, bias_values
-};
-static_assert(sizeof(SamplingRow) == 64);
 
 // Needs nothing but the logits as they are: no workspace.
 SPECRT_HD bool is_plain_greedy(const SamplingRow& row) {

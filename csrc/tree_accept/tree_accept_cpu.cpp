@@ -8,7 +8,11 @@ namespace {
 constexpr int32_t kBadRow = -1;               // NaN, +inf, or every token masked
 const float kNoLogprob = __builtin_nanf("");  // -1 would be a plausible log-probability
 
-// One part's scratch; pages never touched cost nothing.
+// One part's scratch, in pieces of S floats (V rounded up to whole blocks of 64); what is not
+// touched costs no memory:
+//
+//     0           1         2        3        4           5     6        7       8 S
+//     | processed | weights |      values     | block_max | ids | counts | seen  |
 struct Workspace {
     float *processed, *weights, *values, *block_max;
     int32_t *ids, *counts, *seen;
@@ -26,8 +30,7 @@ struct Workspace {
     FilterScratch filter_scratch() const { return {weights, values, block_max, ids}; }
 };
 
-// --- processing: transformers' order
-// ------------------------------------------------------------------
+// --- processing: transformers' order -------------------------------------------------------------
 bool has_penalty(const SamplingRow& s) {
     return s.repetition_penalty != 1.0f || s.presence_penalty != 0.0f ||
            s.frequency_penalty != 0.0f;
@@ -60,8 +63,7 @@ void penalise(float* row, const SamplingRow& s, const TokenCounts& tokens) {
     }
 }
 
-// --- draws
-// ------------------------------------------------------------------------------------------
+// --- draws ---------------------------------------------------------------------------------------
 int32_t first_equal(const float* row, int64_t start, float value) {
     while (row[start] != value) ++start;
     return static_cast<int32_t>(start);
@@ -150,8 +152,7 @@ float logprob_of(const float* row, int64_t vocab, int32_t token) {
     return row[token] - top - log_of(static_cast<float>(sum_exp(row, vocab, top)));
 }
 
-// --- one sequence
-// -----------------------------------------------------------------------------------
+// --- one sequence --------------------------------------------------------------------------------
 // What a sequence gets that cannot be drawn from.
 void write_nothing(const TreeAcceptParams& p, int64_t b) {
     for (int64_t i = b * p.path_size; i < (b + 1) * p.path_size; ++i) {

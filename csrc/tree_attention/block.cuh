@@ -14,10 +14,23 @@ namespace specrt::attention {
 
 constexpr int kGroups = kBlock / 16;  // of 16 keys, the depth of one mma
 
+// Elements of a row in shared memory. D / 8 units of 16 bytes are evenly many for every D there is,
+// and one more makes them odd: the eight rows of a matrix that ldmatrix reads begin in eight
+// different groups of banks.
 template <int D>
-constexpr int kStride =
-    D + 8;  // elements of a row in shared memory: rows of 16-byte units, oddly many
+constexpr int kStride = D + 8;
 
+// Who holds what in an mma.m16n8k16, with g = lane / 4 and t = 2 * (lane % 4); two neighbours along
+// the row each (along the depth, in B):
+//
+//     A, 16 x 16              B, 16 deep x 8        C, 16 x 8 (float32)
+//            t     t + 8             g                     t
+//     g      a[0]  a[2]       t      b[0]           g      c[0] c[1]
+//     g + 8  a[1]  a[3]       t + 8  b[1]           g + 8  c[2] c[3]
+//
+// So the C of two neighbouring groups of eight keys is, rounded to 16 bits, the A of their sixteen:
+// softmax terms go into the product with values without a shuffle (pack_group). And a thread has
+// two rows of the warp's sixteen, g and g + 8: `i` counts them everywhere below.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     const T two[2] = {from_float<T>(low), from_float<T>(high)};
@@ -34,8 +47,14 @@ struct Pool {
     __device__ const T* value(int row) const { return values + row * kStride<D>; }
 };
 
-// Lanes address the four 8 x 8 matrices of 16 keys x 16 columns so that ldmatrix gives the two
-// B fragments of an mma: by keys for scores, and transposed for values.
+// Lanes 8 m .. 8 m + 7 address the rows of matrix m, of the four 8 x 8 ones of 16 keys x 16
+// columns, so that ldmatrix gives two B fragments: of eight keys each for scores, and transposed,
+// of eight columns each, for values.
+//
+//     scores              0..7  8..15 (depth)         values, .trans      0..7  8..15 (columns)
+//     keys 0..7           m0    m1    -> b[0], b[1]   keys 0..7  (depth)  m0    m2
+//     keys 8..15          m2    m3    -> b[2], b[3]   keys 8..15          m1    m3
+//                                                              b[0], b[1] -'     `- b[2], b[3]
 __device__ __forceinline__ int score_key(int lane) {
     return lane % 8 + lane / 16 * 8;
 }

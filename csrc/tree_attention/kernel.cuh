@@ -7,6 +7,16 @@
 //
 // The prefix is streamed through three stages of shared memory by cp.async. The last block of the
 // prefix and the tree's own slots come last, in the same memory, and are looked up row by row.
+//
+//     position      0        64       128      150         170
+//     prefix 150    | whole  | whole  | tail: 22 keys of the prefix, then 20 slots of the tree |
+//     Span          begin             tail                 end
+//
+//     step i        0    1    2    3        stage i % 3 has block i
+//     wait for      0    1    2    3        its group of cp.async
+//     barrier                               all see it, and nobody reads block i - 1 any more
+//     fetch         2    3    4    5        into the stage that held block i - 1
+//     multiply      0    1    2    3
 #pragma once
 #include "core/launch.cuh"
 #include "core/pack.cuh"
@@ -164,6 +174,13 @@ __device__ __forceinline__ void read_tree(const TreeAttentionParams& p, const Wo
     }
 }
 
+// Shared memory, for R = 16 rows a warp:
+//
+//     keys       [192][D + 8] T      three stages of 64; then 64 of the prefix, 128 of the tree
+//     values     [192][D + 8] T
+//     counts     [R] int             ancestors of each node of the block's rows
+//     ancestors  [R][128] uint8      and which: a node's, from the root down
+//     levels     [L][threads] State  of merging within the unit, as many as fit
 template <typename T, int D>
 struct BlockMemory {
     Pool<T, D> pool;
@@ -182,7 +199,11 @@ struct BlockMemory {
     }
 };
 
-// The part of the workspace that is a block's or a row tile's.
+// The part of the workspace that is a block's or a row tile's. All of it:
+//
+//     tickets  [4096]                        at the same place whatever the shape: zeroed once
+//     slots    [tiles][units] State          where units meet; none if there is one unit
+//     levels   [tiles][units][deep] State    of merging within a unit, past those in shared memory
 struct Workspace {
     Merge merge;
     Stack stack;

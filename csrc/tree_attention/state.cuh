@@ -105,6 +105,12 @@ __device__ __forceinline__ void merge(State<D>& s, const State<D>& t, bool is_le
 
 // A binary counter of leaves: after leaf i its aligned subtrees are merged, lower levels first.
 // Levels lie in shared memory while there is room, then in the block's part of the workspace.
+//
+//     leaf        0     1      2       3        4 (the last of five)
+//     level 0     0            2
+//     level 1           0-1    0-1
+//     level 2                          0-3
+//     `s`                                       0-4: with every level that holds something
 struct Stack {
     float4 *shared, *global;
     int num_shared, slot_vectors;  // levels; float4 of a whole block's state
@@ -140,10 +146,16 @@ __device__ __forceinline__ void finish_leaf(State<D>& s, const Stack& stack, int
 // States of the units (blocks of 2^k aligned leaves) of one row tile, merged up an aligned binary
 // tree, two of its levels at a time: to meet costs more than to merge. Of four siblings the last
 // one goes on with all; the order in which they come is not seen.
+//
+//     unit          0  1  2  3   4  5  6  7   8
+//     level 0       `--+--+--'   `--+--+--'   |     tickets 1 and 5; unit 8 has no sibling
+//     level 2             `------------+------'     ticket 4
+//
+// Hazard: a unit's slot must be whole in memory before its ticket is drawn, and is read only once
+// the count says that everybody has come (core/reduce.cuh has the fences).
 struct Merge {
-    unsigned*
-        tickets;    // one for each four siblings, by the second's first unit; 0 between launches
-    float4* slots;  // one for each unit
+    unsigned* tickets;  // one for four siblings, by the second's first unit; 0 between launches
+    float4* slots;      // one for each unit
     int num_units, slot_vectors;
 };
 

@@ -17,19 +17,15 @@ int64_t top_k_of(const TreeExpandArgs& a) {
 }
 
 void check_noise(const TreeExpandArgs& a, int64_t batch) {
-    if (!a.seed) {
-        for (const TensorView* t : {&a.position, &a.temperature, &a.top_k, &a.top_p, &a.min_p})
-            SPECRT_CHECK(!*t, t->name, ": expected None, as seed is None");
+    if (!a.sampling) {
+        SPECRT_CHECK(!a.position, "position: expected None, as sampling is None");
         return;
     }
-    for (const TensorView* t : {&a.position, &a.temperature, &a.top_k, &a.top_p, &a.min_p})
-        SPECRT_CHECK(*t, t->name, ": expected a tensor, as seed is given");
-    expect(a.seed, DType::kInt64, "[B]", batch);
+    SPECRT_CHECK(static_cast<bool>(a.position),
+                 "position: expected a tensor, as sampling is given");
+    expect(a.sampling, DType::kInt64, "[B, 8]", batch, kSamplingWords);
+    expect_contiguous(a.sampling);
     expect(a.position, DType::kInt32, "[B]", batch);
-    expect(a.temperature, DType::kFloat32, "[B]", batch);
-    expect(a.top_k, DType::kInt32, "[B]", batch);
-    expect(a.top_p, DType::kFloat64, "[B]", batch);
-    expect(a.min_p, DType::kFloat32, "[B]", batch);
     // Also false for NaN; the upper end keeps w / tau from vanishing.
     SPECRT_CHECK(a.noise_scale_temperature > 0.0f && a.noise_scale_temperature < 1e30f,
                  "noise_scale_temperature: expected a number > 0, got ", a.noise_scale_temperature);
@@ -77,9 +73,9 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.candidates = a.candidates.as<int32_t>();
     p.ancestors = a.ancestors.as<int64_t>();
     p.token_map = a.token_map.as<int32_t>();
-    p.noise = {a.seed.as<int64_t>(),     a.position.as<int32_t>(), a.temperature.as<float>(),
-               a.top_k.as<int32_t>(),    a.top_p.as<double>(),     a.min_p.as<float>(),
-               a.noise_scale_temperature};
+    p.sampling = a.sampling.as<SamplingRow>();
+    p.position = a.position.as<int32_t>();
+    p.noise_scale_temperature = a.noise_scale_temperature;
     p.pool_tokens = a.pool_tokens.as<int32_t>();
     p.pool_parents = a.pool_parents.as<int32_t>();
     p.pool_scores = a.pool_scores.as<float>();

@@ -5,9 +5,17 @@
 // never scores above its parent and comes later in the pool, so the best-first order that both
 // functions use puts parents before children.
 //
+//     K = 2      0   1  |  2   3   4   5  |  6   7   8   9
+//     level      0      |  1              |  2
+//     parents    -1  -1 |  1   1   0   0  |  2   2   4   4
+//     frontier   1 0    |  2 4            |                  best first: 1 scores above 0
+//
+// Groups of a level are in the frontier's order, so a group's parent is known by its place.
+//
 // Order everywhere: larger score first, then the lower index; NaN after everything.
 #pragma once
 #include "core/dispatch.h"
+#include "core/sampling_row.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
 
@@ -16,34 +24,25 @@ namespace specrt {
 constexpr int kMaxTopK = 128;
 constexpr int kMaxNodes = 128;
 
-// All [B]; the fields of SamplingParams, and where the level-0 children would stand.
-struct CoupledNoise {
-    const int64_t* seed;  // nullptr: plain ranking for all; the bits are unsigned
-    const int32_t* position;
-    const float* temperature;  // 0: plain ranking for this sequence
-    const int32_t* top_k;
-    const double* top_p;
-    const float* min_p;
-    float scale_temperature;
-};
-
 struct TreeExpandParams {
-    const float* logits;        // [B, F, R]
-    const float* scores;        // [B, F]
-    const int32_t* candidates;  // [B, F] pool indices
-    const int64_t* ancestors;   // [B, F, W]
-    const int32_t* token_map;   // [R] or nullptr
-    CoupledNoise noise;
-    int32_t* pool_tokens;      // [B, C]
-    int32_t* pool_parents;     // [B, C]
-    float* pool_scores;        // [B, C]
-    int32_t* frontier_tokens;  // [B, K]
+    const float* logits;          // [B, F, R]
+    const float* scores;          // [B, F]
+    const int32_t* candidates;    // [B, F] pool indices
+    const int64_t* ancestors;     // [B, F, W]
+    const int32_t* token_map;     // [R] or nullptr
+    const SamplingRow* sampling;  // [B], or nullptr: plain ranking, as of temperature 0
+    const int32_t* position;      // [B]: where in the sequence the level-0 children would stand
+    int32_t* pool_tokens;         // [B, C]
+    int32_t* pool_parents;        // [B, C]
+    float* pool_scores;           // [B, C]
+    int32_t* frontier_tokens;     // [B, K]
     float* frontier_scores;
     int32_t* frontier_candidates;
     int32_t* frontier_source;
     int64_t* frontier_ancestors;  // [B, K, W]
     float* workspace;             // [parts, tree_expand_workspace(R)]
     int64_t logits_stride[2];
+    float noise_scale_temperature;
     int32_t batch, width, rows, top_k, pool_size, words, level;  // width: F, rows: R
 };
 
@@ -56,9 +55,9 @@ SPECRT_DECLARE_CPU(tree_expand_children_part)
 SPECRT_DECLARE_CPU(tree_expand_frontier_part)
 
 struct TreeExpandArgs {
-    TensorView logits, scores, candidates, ancestors, token_map, seed, position, temperature, top_k,
-        top_p, min_p, pool_tokens, pool_parents, pool_scores, frontier_tokens, frontier_scores,
-        frontier_candidates, frontier_source, frontier_ancestors, workspace;
+    TensorView logits, scores, candidates, ancestors, token_map, sampling, position, pool_tokens,
+        pool_parents, pool_scores, frontier_tokens, frontier_scores, frontier_candidates,
+        frontier_source, frontier_ancestors, workspace;
     float noise_scale_temperature;
     int64_t level;
 };

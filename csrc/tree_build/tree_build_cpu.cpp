@@ -59,6 +59,10 @@ struct Best {
 };
 
 // --- children
+// One part's scratch, in pieces of S floats (R rounded up to whole blocks of 64):
+//
+//     0           1         2        3        4           5     6 S
+//     | processed | weights |      values     | block_max | ids |
 struct Scratch {
     float *processed, *weights, *values, *block_max;
     int32_t* ids;
@@ -76,12 +80,16 @@ struct Scratch {
 struct Expansion {
     const TreeExpandParams& p;
     int64_t b, f;
+    const SamplingRow* s;  // nullptr: ranked plainly
     Scratch w;
 
     Expansion(const TreeExpandParams& params, int64_t row, float* scratch)
-        : p(params), b(row / params.width), f(row % params.width), w(scratch, params.rows) {}
-
-    bool is_coupled() const { return p.noise.seed && p.noise.temperature[b] > 0.0f; }
+        : p(params),
+          b(row / params.width),
+          f(row % params.width),
+          s(params.sampling && params.sampling[b].temperature > 0.0f ? params.sampling + b
+                                                                     : nullptr),
+          w(scratch, params.rows) {}
 
     // The K-th best block maximum: K values at least are no less, so no smaller one is chosen.
     float least_chosen() const {
@@ -108,7 +116,7 @@ struct Expansion {
     }
 
     void block_noise(int64_t block, uint64_t position, uint32_t* bits) const {
-        const uint64_t seed = static_cast<uint64_t>(p.noise.seed[b]);
+        const uint64_t seed = s->seed;
         if (!p.token_map) return noise_bits(seed, position, static_cast<uint32_t>(block), bits);
         uint32_t tokens[kBlock] = {};
         const int64_t start = block * kBlock;
@@ -136,11 +144,10 @@ struct Expansion {
     }
 
     void rank_coupled(const float* row, const RowMax& top, Best* best, float* increments) const {
-        const double top_p = p.noise.top_p[b];
-        const FilterParams params{p.noise.top_k[b], top_p < 0.0 ? 0.0 : top_p, p.noise.min_p[b]};
+        const FilterParams params{s->top_k, s->top_p < 0.0 ? 0.0 : s->top_p, s->min_p};
         const Filter filter =
             make_filter(row, p.rows, top.value, params, {w.weights, w.values, w.block_max, w.ids});
-        const uint64_t position = static_cast<uint64_t>(p.noise.position[b] + int64_t{p.level});
+        const uint64_t position = static_cast<uint64_t>(p.position[b] + int64_t{p.level});
         visit(row, top.block, top.value, filter, position, best);  // a good first bound
         for (int64_t block = 0; block * kBlock < p.rows; ++block)
             if (block != top.block) visit(row, block, w.block_max[block], filter, position, best);
@@ -153,7 +160,7 @@ struct Expansion {
         float weights[Best::kMax + 16] = {};
         const float first = score_of(best.keys[0]);
         for (int j = 0; j < best.count; ++j)
-            increments[j] = (score_of(best.keys[j]) - first) / p.noise.scale_temperature;
+            increments[j] = (score_of(best.keys[j]) - first) / p.noise_scale_temperature;
         double sum = 0.0;
         for (int j = 0; j < best.count; j += 16) {
             const int n = best.count - j < 16 ? best.count - j : 16;
@@ -169,16 +176,15 @@ struct Expansion {
 
     void run() {
         const float* logits = p.logits + b * p.logits_stride[0] + f * p.logits_stride[1];
-        const bool couples = is_coupled();
-        const float temperature = couples ? p.noise.temperature[b] : 1.0f;
+        const float temperature = s ? s->temperature : 1.0f;
         float* dst = temperature != 1.0f ? w.processed : nullptr;
         const RowMax top = scan_row(logits, dst, temperature, p.rows, w.block_max);
         const float* row = dst ? dst : logits;
         const bool is_bad = top.is_bad || top.value == -kInf;
         Best best(p.top_k);
         float increments[Best::kMax];
-        if (!is_bad && couples) rank_coupled(row, top, &best, increments);
-        if (!is_bad && !couples) rank_plain(row, top, &best, increments);
+        if (!is_bad && s) rank_coupled(row, top, &best, increments);
+        if (!is_bad && !s) rank_plain(row, top, &best, increments);
         const int ranked = best.count;
         best.fill(-kInf);
         for (int j = ranked; j < p.top_k; ++j) increments[j] = is_bad ? kNaN : -kInf;

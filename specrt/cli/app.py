@@ -13,24 +13,31 @@ from typing import Annotated
 import typer
 
 from specrt.cli import convert, distill, errors, replay, train
+from specrt.cli.engine_options import (
+    BUILTIN,
+    Controller,
+    Drafter,
+    EngineOptions,
+    drafter_name,
+    load_engine,
+)
 from specrt.cli.options import (
     INPUT,
     RUNTIME,
-    SAMPLING,
     AddSpecialTokens,
     Chat,
-    Controller,
     Device,
-    Drafter,
-    Dtype,
     Jsonl,
-    MaxBatch,
-    MaxNewTokens,
-    MaxNodes,
-    Seed,
-    Target,
-    Temperature,
+    NumPrompts,
+    PromptFile,
     Threads,
+    with_options,
+)
+from specrt.cli.sampling_options import (
+    BriefSampling,
+    DemoSampling,
+    SamplingOptions,
+    left_to_the_model,
 )
 
 app = typer.Typer(
@@ -45,13 +52,13 @@ app.add_typer(train.app)
 
 
 @app.command()
+@with_options
 def demo(
+    *,
     drafter: Drafter = "auto",
     controller: Controller = None,
     prompt: Annotated[str | None, typer.Option(help="Instead of the demo's own.")] = None,
-    max_new_tokens: MaxNewTokens = 160,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    sampling: DemoSampling,
     device: Device = "cpu",
     # In float32 the bundled model outgrows a CPU's caches, as real models do in any dtype.
     dtype: Annotated[
@@ -61,27 +68,25 @@ def demo(
 ) -> None:
     """Plain decoding and speculation side by side, on the bundled model."""
     from specrt.cli import demo as command
-    from specrt.cli.loading import drafter_name, load_engine
-    from specrt.sampling import SamplingParams
 
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    params = sampling.params()
     engine = load_engine(
-        "builtin",
+        BUILTIN,
         drafter,
         device=device,
         dtype=dtype or ("auto" if device.startswith("cuda") else "float32"),
         threads=threads,
         controller=controller,
     )
-    command.run(engine, drafter_name(drafter, "builtin", engine), prompt, sampling)
+    command.run(engine, drafter_name(drafter, BUILTIN, engine), prompt, params)
 
 
 @app.command()
+@with_options
 def generate(
     context: typer.Context,
-    target: Target = "builtin",
-    drafter: Drafter = "auto",
-    controller: Controller = None,
+    *,
+    options: EngineOptions,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=INPUT)
     ] = None,
@@ -101,173 +106,54 @@ def generate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Show text as it comes.", rich_help_panel=INPUT)
     ] = False,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 or -1: off.", rich_help_panel=SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(help="1: off.", rich_help_panel=SAMPLING)] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)] = 0.0,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help="1: off; default: the model's own.", rich_help_panel=SAMPLING),
-    ] = None,
-    presence_penalty: Annotated[
-        float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    frequency_penalty: Annotated[
-        float, typer.Option(help="0: off.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=VALUE,...", help="Added to logits; repeatable.", rich_help_panel=SAMPLING
-        ),
-    ] = None,
-    suppress_tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Token that never comes; repeatable; default: the model's own.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    model_defaults: Annotated[
-        bool,
-        typer.Option(
-            "--model-defaults",
-            help="Take what is not given here from the model's generation_config.json.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = False,
-    seed: Seed = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="Text that ends the output; repeatable.", rich_help_panel=SAMPLING),
-    ] = None,
-    stop_token_ids: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID,...",
-            help="Tokens that end the output; repeatable.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    include_stop_str_in_output: Annotated[
-        bool,
-        typer.Option(
-            "--include-stop-str-in-output",
-            help="Keep what ended the output in its text.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = False,
-    ignore_eos: Annotated[
-        bool,
-        typer.Option("--ignore-eos", help="Go on past its end.", rich_help_panel=SAMPLING),
-    ] = False,
-    logprobs: Annotated[
-        bool,
-        typer.Option("--logprobs", help="Add them to the JSON.", rich_help_panel=SAMPLING),
-    ] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    max_batch: MaxBatch = 8,
-    max_nodes: MaxNodes = 64,
-    threads: Threads = None,
+    sampling: SamplingOptions,
+    max_batch: Annotated[
+        int, typer.Option(help="Prompts that run together.", rich_help_panel=RUNTIME)
+    ] = 8,
 ) -> None:
     """Answer prompts: from --prompt, a file or a pipe."""
     from specrt.cli import generate as command
-    from specrt.cli.loading import load_engine
     from specrt.cli.prompts import encode, own_sampling, read_prompts
-    from specrt.sampling import SamplingParams
 
-    if logprobs and not json:
+    if sampling.logprobs and not json:
         raise ValueError("logprobs: goes with --json, which shows them")
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=command.parse_logit_bias(logit_bias or ()) or None,
-        suppress_tokens=tuple(suppress_tokens) if suppress_tokens else None,
-        seed=seed,
-        stop=tuple(stop or ()),
-        stop_token_ids=command.parse_token_ids(stop_token_ids or ()),
-        include_stop_str_in_output=include_stop_str_in_output,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-    )
+    common = sampling.params()
     prompts = read_prompts(prompt, file, is_jsonl=jsonl, is_chat=chat)
-    params = own_sampling(prompts, sampling)
-    engine = load_engine(
-        target,
-        drafter,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_batch=max_batch,
-        max_nodes=max_nodes,
-        controller=controller,
-    )
-    if model_defaults:
-        sampling = replace(sampling, **command.left_to_the_model(context, engine))
-        params = own_sampling(prompts, sampling)
+    params = own_sampling(prompts, common)
+    engine = options.load(max_batch=max_batch)
+    if sampling.model_defaults:
+        params = own_sampling(prompts, replace(common, **left_to_the_model(context, engine)))
     encoded = encode(engine, prompts, add_special_tokens=add_special_tokens)
     write = command.write_stream if stream else command.write_results
     write(engine, encoded, params, is_json=json)
 
 
 @app.command()
+@with_options
 def bench(
-    target: Target = "builtin",
-    drafter: Drafter = "auto",
-    controller: Controller = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="A file as for generate; default: problems the bundled model has not seen.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
+    *,
+    options: EngineOptions,
+    prompts: PromptFile = None,
     jsonl: Jsonl = False,
     chat: Chat = False,
     add_special_tokens: AddSpecialTokens = True,
-    num_prompts: Annotated[
-        int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)
-    ] = None,
+    num_prompts: NumPrompts = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each.", rich_help_panel=RUNTIME)] = 3,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object.", rich_help_panel=INPUT)
     ] = False,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    max_nodes: MaxNodes = 64,
-    threads: Threads = None,
+    sampling: BriefSampling,
 ) -> None:
     """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
     from specrt.cli import bench as command
-    from specrt.cli.loading import drafter_name, load_engine
     from specrt.cli.prompts import encode, own_sampling, prompts_or_bundled
-    from specrt.sampling import SamplingParams
 
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    common = sampling.params()
     named = prompts_or_bundled(prompts, num_prompts, num_bundled=16, is_jsonl=jsonl, is_chat=chat)
-    params = own_sampling(named, sampling)
-    engine = load_engine(
-        target,
-        drafter,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_nodes=max_nodes,
-        controller=controller,
-    )
+    params = own_sampling(named, common)
+    engine = options.load()
     encoded = encode(engine, named, add_special_tokens=add_special_tokens)
-    name = drafter_name(drafter, target, engine)
+    name = drafter_name(options.drafter, options.target, engine)
     command.run(engine, name, encoded, params, repeats=repeats, is_json=json)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specrt.cli.engine_options import target_directory
 from specrt.cli.options import Target
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def convert(
     ] = None,
 ) -> None:
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
-    from specrt.cli.loading import target_directory
     from specrt.config import ModelConfig, config_fingerprint
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
     from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
@@ -90,7 +90,7 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
     """Count the tokens of training data.
 
     Args:
-        corpus: files as :func:`specrt.train.data.data.read_examples` reads them.
+        corpus: files as :func:`specrt.train.data.dataset.read_examples` reads them.
         directory: of the target, whose tokenizer reads them.
         vocab_size: V.
 
@@ -101,7 +101,7 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
     from sys import maxsize
 
     from specrt.models.tokenizer import load_tokenizer
-    from specrt.train.data.data import read_examples
+    from specrt.train.data.dataset import read_examples
 
     dataset = read_examples(corpus, load_tokenizer(directory), max_length=maxsize)
     if int(dataset.token_ids.max()) >= vocab_size:

@@ -2,337 +2,135 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specrt.cli.errors import USER_ERROR, note, report
-from specrt.cli.options import INPUT, RUNTIME, SAMPLING, Device, Dtype, Target, Threads
-from specrt.train.loop.lock import hold_file
+from specrt.cli.answers import AnswerFile, Plan, answer, digest, model_options
+from specrt.cli.engine_options import BUILTIN, load_engine, target_directory
+from specrt.cli.errors import note
+from specrt.cli.options import (
+    INPUT,
+    RUNTIME,
+    SAMPLING,
+    Device,
+    Dtype,
+    NumPrompts,
+    Target,
+    Threads,
+    with_options,
+)
+from specrt.cli.sampling_options import MaxNewTokens
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
-    from specrt.engine.results import GenerationResult
-    from specrt.sampling import SamplingParams
     from specrt.train.data.prompts import TrainingPrompt
 
-_KEYS = ("prompt_ids", "response_ids", "temperature", "seed", "target")
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Which answers to make, and of which prompts.
 
-def distill_data(
+    Raises:
+        ValueError: a count is less than 1, or ``out`` is one of the prompts' files.
+    """
+
     prompts: Annotated[
         list[str],
         typer.Option(
             help="JSONL with any form of training data, or prompts alone; repeatable.",
             rich_help_panel=INPUT,
         ),
-    ],
+    ]
     out: Annotated[
         str, typer.Option(help="JSONL to write or to go on with.", rich_help_panel=INPUT)
-    ],
-    num_prompts: Annotated[
-        int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)
-    ] = None,
-    target: Target = "builtin",
+    ]
+    num_prompts: NumPrompts = None
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="0 is greedy (the default); repeatable.", rich_help_panel=SAMPLING),
+    ] = None
+    samples_per_prompt: Annotated[
+        int, typer.Option(help="At each temperature above 0.", rich_help_panel=SAMPLING)
+    ] = 1
+    max_new_tokens: MaxNewTokens = 512
+    seed: Annotated[int, typer.Option(help="Same seed, same texts.", rich_help_panel=SAMPLING)] = 0
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip malformed lines.", rich_help_panel=INPUT)
+    ] = False
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what OUT holds.", rich_help_panel=INPUT)
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "samples_per_prompt"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if Path(self.out).resolve() in {Path(file).resolve() for file in self.prompts}:
+            raise ValueError(f"out: expected a file of its own, got one of the prompts: {self.out}")
+
+    def plan(self) -> Plan:
+        """What every prompt gets."""
+        temperatures = tuple(dict.fromkeys(self.temperature or [0.0]))
+        return Plan(temperatures, self.samples_per_prompt, self.seed)
+
+
+@with_options
+def distill_data(
+    *,
+    answers: AnswerOptions,
+    target: Target = BUILTIN,
     drafter: Annotated[
         str,
         typer.Option(help="As for generate; changes the time only.", rich_help_panel=RUNTIME),
     ] = "none",
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(help="0 is greedy (the default); repeatable.", rich_help_panel=SAMPLING),
-    ] = None,
-    samples_per_prompt: Annotated[
-        int, typer.Option(help="At each temperature above 0.", rich_help_panel=SAMPLING)
-    ] = 1,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="At most so many.", rich_help_panel=SAMPLING)
-    ] = 512,
-    seed: Annotated[int, typer.Option(help="Same seed, same texts.", rich_help_panel=SAMPLING)] = 0,
     batch_size: Annotated[
         int, typer.Option(help="Answers made together.", rich_help_panel=RUNTIME)
     ] = 16,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Skip malformed lines.", rich_help_panel=INPUT)
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget what OUT holds.", rich_help_panel=INPUT)
-    ] = False,
 ) -> None:
     """Write the target's own answers, greedy and sampled, as training data."""
-    from specrt.cli.loading import load_engine, target_directory
+    directory, target_name = target_directory(target)
+    with AnswerFile(Path(answers.out), target_name, is_restart=answers.restart) as file:
+        engine = load_engine(
+            target, drafter, device=device, dtype=dtype, threads=threads, max_batch=batch_size
+        )
+        _distill(engine, directory, answers, file)
+
+
+def _distill(engine: Engine, directory: Path, answers: AnswerOptions, file: AnswerFile) -> None:
+    """Read the prompts, and write what of the answers is not there yet."""
     from specrt.train.data.prompts import read_prompts
 
-    for name, value in (("num_prompts", num_prompts), ("samples_per_prompt", samples_per_prompt)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if Path(out).resolve() in {Path(file).resolve() for file in prompts}:
-        raise ValueError(f"out: expected a file of its own, got one of the prompts: {out}")
-    directory, target_name = target_directory(target)
-    with AnswerFile(Path(out), target_name, is_restart=restart) as file:
-        engine = load_engine(
-            target,
-            drafter,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            max_batch=batch_size,
-        )
-        found, told = read_prompts(prompts, engine.tokenizer, skip_bad=skip_bad)
-        for count, why in (
-            (told.num_empty, "empty prompts"),
-            (told.num_repeated, "repeated prompts"),
-            (told.num_bad, "malformed lines"),
-        ):
-            if count:
-                note(f"{count} {why} skipped")
-        plan = Plan(tuple(dict.fromkeys(temperature or [0.0])), samples_per_prompt, seed)
-        jobs = plan.jobs(_fitting(found[:num_prompts], engine), max_new_tokens)
-        template = str(engine.tokenizer.inner.chat_template)
-        file.begin(
-            {
-                "temperature": sorted(plan.temperatures),
-                "samples_per_prompt": samples_per_prompt,
-                "max_new_tokens": max_new_tokens,
-                "seed": seed,
-                **model_options(engine, directory),
-                "template": _digest(template),
-                "prompts": _digest(str(sorted(prompt.token_ids for prompt in found))),
-            }
-        )
-        answer(engine, jobs, file)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One answer to make."""
-
-    prompt: TrainingPrompt
-    sampling: SamplingParams
-
-    @property
-    def key(self) -> tuple[tuple[int, ...], float, int]:
-        """What tells an answer from all others in a file."""
-        return (self.prompt.token_ids, self.sampling.temperature, self.sampling.seed or 0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which answers every prompt gets."""
-
-    temperatures: tuple[float, ...]
-    samples_per_prompt: int
-    """At each temperature above 0; a greedy answer is always the same."""
-    seed: int
-
-    def jobs(self, prompts: Sequence[TrainingPrompt], max_new_tokens: int) -> list[Job]:
-        """All answers, prompt by prompt.
-
-        Raises:
-            ValueError: a temperature or ``max_new_tokens`` is out of range.
-        """
-        from specrt.sampling import SamplingParams
-
-        jobs = []
-        for prompt in prompts:
-            for temperature in self.temperatures:
-                for sample in range(self.samples_per_prompt if temperature > 0 else 1):
-                    sampling = SamplingParams(
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                        seed=self._seed(prompt, temperature, sample),
-                    )
-                    jobs.append(Job(prompt, sampling))
-        return jobs
-
-    def _seed(self, prompt: TrainingPrompt, temperature: float, sample: int) -> int:
-        """Of the prompt itself, so that its answers do not depend on the prompts around it."""
-        content = f"{self.seed} {temperature} {sample} {prompt.token_ids}"
-        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
-
-
-class AnswerFile:
-    """A file of answers that grows line by line; a line cut short by a kill is dropped.
-
-    As a context that ends by an exception it removes a file that it made and wrote nothing to.
-
-    Args:
-        path: written if missing, else gone on with. One process at a time may.
-        target: the target's name; answers of another are refused.
-        is_restart: drop what is there, once :meth:`begin` is called.
-
-    Raises:
-        ValueError: the file has lines that are no answers, or another target's, or another process
-            is writing to it.
-        OSError: it cannot be read or written.
-    """
-
-    def __init__(self, path: Path, target: str, *, is_restart: bool = False) -> None:
-        self.path = path
-        self.done: set[tuple[tuple[int, ...], float, int]] = set()
-        self._target = target
-        self._is_restart = is_restart
-        self._is_new = not path.exists()
-        self._run: Mapping[str, Any] = {}
-        self._runs: dict[str, str] = {}
-        with ExitStack() as stack:
-            stack.enter_context(hold_file(path))
-            # Unbuffered: what a full disk does not take is in no buffer to be tried again.
-            self._file = stack.enter_context(path.open("ab", buffering=0))
-            if not is_restart:
-                self._read()
-            self._held = stack.pop_all()
-
-    def __enter__(self) -> AnswerFile:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and self._is_new and self.path.stat().st_size == 0:
-            self.path.unlink()
-        self._held.close()
-
-    def begin(self, run: Mapping[str, Any]) -> None:
-        """Say how answers are made from here on; each line keeps it, under ``run``.
-
-        Args:
-            run: JSON values, by the names of the options.
-
-        Raises:
-            ValueError: answers that are there were made otherwise.
-        """
-        self._run = run
-        if self._is_restart:
-            self._file.truncate(0)
-        for theirs, where in self._runs.items():
-            said = json.loads(theirs)
-            for name, value in run.items():
-                if name in said and said[name] != value:
-                    raise ValueError(
-                        f"{name}: {where}: an answer made with {said[name]}, not {value}; "
-                        "--restart begins anew, or write to another file"
-                    )
-
-    def write(self, job: Job, result: GenerationResult) -> None:
-        """Add one answer; it is in the file when this returns.
-
-        Raises:
-            OSError: it cannot be written, and nothing of it is.
-        """
-        data = {
-            "prompt": job.prompt.text,
-            "response": result.text,
-            "prompt_ids": list(job.prompt.token_ids),
-            "response_ids": result.token_ids,
-            "temperature": job.sampling.temperature,
-            "seed": job.sampling.seed,
-            "finish_reason": result.finish_reason,
-            "target": self._target,
-            "run": self._run,
+    found, told = read_prompts(answers.prompts, engine.tokenizer, skip_bad=answers.skip_bad)
+    for count, why in (
+        (told.num_empty, "empty prompts"),
+        (told.num_repeated, "repeated prompts"),
+        (told.num_bad, "malformed lines"),
+    ):
+        if count:
+            note(f"{count} {why} skipped")
+    plan = answers.plan()
+    jobs = plan.jobs(_fitting(found[: answers.num_prompts], engine), answers.max_new_tokens)
+    template = str(engine.tokenizer.inner.chat_template)
+    file.begin(
+        {
+            "temperature": sorted(plan.temperatures),
+            "samples_per_prompt": plan.samples_per_prompt,
+            "max_new_tokens": answers.max_new_tokens,
+            "seed": plan.seed,
+            **model_options(engine, directory),
+            "template": digest(template),
+            "prompts": digest(str(sorted(prompt.token_ids for prompt in found))),
         }
-        size, line = self.path.stat().st_size, memoryview(json.dumps(data).encode() + b"\n")
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(size)
-            said = f"{error.strerror}; the answers before are kept, the same command goes on"
-            raise OSError(error.errno, said, str(self.path)) from error
-        self.done.add(job.key)
-
-    def _read(self) -> None:
-        end = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    self._file.truncate(end)
-                    break
-                end += len(line)
-                self._take(f"{self.path}, line {number}", line)
-
-    def _take(self, where: str, line: bytes) -> None:
-        try:
-            data: Any = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from error
-        if not isinstance(data, dict) or not all(key in data for key in _KEYS):
-            raise ValueError(f"{where}: expected an answer with {', '.join(_KEYS)}")
-        if data["target"] != self._target:
-            raise ValueError(
-                f"{where}: an answer of target {data['target']!r}, expected {self._target!r}"
-            )
-        self.done.add((tuple(data["prompt_ids"]), data["temperature"], data["seed"]))
-        if isinstance(run := data.get("run"), dict):  # earlier versions wrote none
-            self._runs.setdefault(json.dumps(run), where)
-
-
-def answer(
-    engine: Engine,
-    jobs: Sequence[Job],
-    file: AnswerFile,
-    say: Callable[[str], object] = print,
-) -> None:
-    """Make the answers that are not in the file yet, and say what came of it.
-
-    Args:
-        engine: of the target.
-        jobs: what to make.
-        file: where to.
-        say: is given one line at the end.
-
-    Raises:
-        typer.Exit: with code 2, after all others were made, if a sequence failed.
-    """
-    left = [job for job in jobs if job.key not in file.done]
-    num_there = len(jobs) - len(left)
-    num_tokens = num_failed = 0
-    chunks = engine.stream([job.prompt.token_ids for job in left], [job.sampling for job in left])
-    with _progress(len(jobs), num_there) as advance, closing(chunks):
-        for chunk in chunks:
-            if chunk.result is None:
-                continue
-            if chunk.result.error is not None:
-                num_failed += 1
-                report(f"prompt {chunk.index + 1}: {chunk.result.error}")
-            else:
-                file.write(left[chunk.index], chunk.result)
-                num_tokens += len(chunk.result.token_ids)
-            advance()
-    say(
-        f"{file.path}: {len(left) - num_failed} answers written, {num_tokens} tokens; "
-        f"{num_there} were there"
     )
-    if num_failed:
-        raise typer.Exit(USER_ERROR)
-
-
-def model_options(engine: Engine, directory: Path) -> dict[str, str]:
-    """What of a target, beside its name, decides its answers; as :meth:`AnswerFile.begin` takes it.
-
-    Args:
-        engine: of the target.
-        directory: the target's.
-
-    Raises:
-        CheckpointError, OSError: its weights cannot be read.
-    """
-    from specrt.train.features.cache_index import weights_hash
-
-    dtype = str(engine.target.weights.lm_head.dtype).removeprefix("torch.")
-    return {"target": weights_hash(directory), "dtype": dtype}
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    answer(engine, jobs, file)
 
 
 def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[TrainingPrompt]:
@@ -343,16 +141,3 @@ def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[Training
         num_long = len(prompts) - len(fitting)
         note(f"{num_long} prompts skipped: they fill the target's context of {limit} tokens")
     return fitting
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each answer; a bar where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answers", total=total, completed=done)
-        yield lambda: bar.advance(task)

@@ -20,52 +20,6 @@ if TYPE_CHECKING:
     from specrt.types import RoundStats
 
 
-def parse_logit_bias(items: Sequence[str]) -> dict[int, float]:
-    """``ID=VALUE`` items, several to one with commas between them, as a mapping.
-
-    Raises:
-        ValueError: an item is not of this form.
-    """
-    biases = {}
-    for item in _split(items):
-        token, _, value = item.partition("=")
-        try:
-            biases[int(token)] = float(value)
-        except ValueError:
-            raise ValueError(f"logit_bias: expected ID=VALUE, got {item!r}") from None
-    return biases
-
-
-def parse_token_ids(items: Sequence[str]) -> tuple[int, ...]:
-    """Ids, several to one item with commas between them.
-
-    Raises:
-        ValueError: one is no number.
-    """
-    try:
-        return tuple(int(item) for item in _split(items))
-    except ValueError:
-        raise ValueError(f"stop_token_ids: expected token ids, got {' '.join(items)!r}") from None
-
-
-def _split(items: Sequence[str]) -> list[str]:
-    return [part for item in items for part in item.split(",")]
-
-
-def left_to_the_model(context: typer.Context, engine: Engine) -> dict[str, Any]:
-    """The model's own values of the sampling options that the command line does not give."""
-    from specrt.sampling import MODEL_FIELDS
-
-    given = [name for name in MODEL_FIELDS if not _is_default(context, name)]
-    model = engine.default_sampling
-    return {name: getattr(model, name) for name in MODEL_FIELDS if name not in given}
-
-
-def _is_default(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is None or source.name == "DEFAULT"
-
-
 def stats_dict(stats: RoundStats) -> dict[str, Any]:
     """A result's statistics for JSON; ``tau`` is the mean of accept_length + 1 per round."""
     return {

@@ -1,34 +1,21 @@
-"""Options that several commands share."""
+"""Options that several commands share, and dataclasses as a command's parameters."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-SAMPLING = "Sampling"
 INPUT = "Input and output"
 RUNTIME = "Runtime"
+SAMPLING = "Sampling"
 
 Target = Annotated[
     str, typer.Option(help="A Hugging Face directory, or 'builtin'.", rich_help_panel=RUNTIME)
-]
-Drafter = Annotated[
-    str,
-    typer.Option(
-        help="'auto' (bundled FSPAD for the bundled target, else prompt lookup), "
-        "'prompt-lookup', 'none', a bundled one ('fspad', 'eagle2', 'eesd'), or a directory with "
-        "an EESD, FSPAD or EAGLE drafter or a smaller model.",
-        rich_help_panel=RUNTIME,
-    ),
-]
-Controller = Annotated[
-    str | None,
-    typer.Option(
-        help="How long a trained drafter drafts: fixed-K, threshold, adaptive-threshold, beta-ts, "
-        "calibration-ts or cost-aware; default: EESD cost-aware, others by measured cost.",
-        rich_help_panel=RUNTIME,
-    ),
 ]
 Dtype = Annotated[
     str,
@@ -44,13 +31,14 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option(help="Of the kernels; default: torch's.", rich_help_panel=RUNTIME)
 ]
-MaxNodes = Annotated[
-    int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
+NumPrompts = Annotated[int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        help="A file as for generate; default: problems the bundled model has not seen.",
+        rich_help_panel=INPUT,
+    ),
 ]
-MaxBatch = Annotated[int, typer.Option(help="Prompts that run together.", rich_help_panel=RUNTIME)]
-MaxNewTokens = Annotated[int, typer.Option(help="At most so many.", rich_help_panel=SAMPLING)]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=SAMPLING)]
 Jsonl = Annotated[
     bool,
     typer.Option(
@@ -72,3 +60,45 @@ AddSpecialTokens = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses: of each field typer makes an option.
+
+    Name, type and default are the field's, the help is in its ``Annotated``. Other parameters stay
+    what they are. What a dataclass refuses ends the command as its own errors do.
+
+    Args:
+        command: its parameters are given by name.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: one for name, one in hints.items() if is_dataclass(one)}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{one.name: given.pop(one.name) for one in fields(group)})
+        command(**given)
+
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(_by_name(name, hints[name], parameter.default))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [_by_name(one.name, hints[one.name], _default(one)) for one in fields(group)]
+
+
+def _by_name(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=hint, default=default)
+
+
+def _default(field: Field[Any]) -> Any:
+    return inspect.Parameter.empty if field.default is MISSING else field.default

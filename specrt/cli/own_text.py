@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specrt.cli.distill import AnswerFile, Job, Plan, answer, model_options
+from specrt.cli.answers import AnswerFile, Job, Plan, answer, model_options
+from specrt.cli.engine_options import load_engine, target_directory
 from specrt.cli.errors import note
-from specrt.cli.loading import NO_DRAFTER, load_engine, target_directory
+from specrt.draft.kinds import NONE
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
@@ -52,14 +53,8 @@ def write_own_text(
     """
     from specrt.train.data.prompts import TrainingPrompt
 
-    if num_texts < 2:
-        raise ValueError(f"num_texts: expected at least 2, got {num_texts}")
-    if max_new_tokens <= _OPENING_TOKENS:  # of texts behind an opening nothing would be left
-        least = _OPENING_TOKENS + 2
-        raise ValueError(
-            f"max_length: expected at least {least} without --data, got {max_new_tokens + 1}"
-        )
-    engine = load_engine(target, NO_DRAFTER, dtype="auto", threads=None, max_batch=_BATCH)
+    _check_sizes(num_texts, max_new_tokens)
+    engine = load_engine(target, NONE, dtype="auto", threads=None, max_batch=_BATCH)
     first = engine.target.config.bos_id
     if first is None:
         raise ValueError("data: expected --data, for this target has no first token (bos_token_id)")
@@ -83,6 +78,16 @@ def write_own_text(
     with AnswerFile(folder / TEXTS_FILE, name, is_restart=is_restart) as file:
         file.begin(run)
         answer(engine, [*drawn, *greedy], file, note)
+
+
+def _check_sizes(num_texts: int, max_new_tokens: int) -> None:
+    if num_texts < 2:
+        raise ValueError(f"num_texts: expected at least 2, got {num_texts}")
+    if max_new_tokens <= _OPENING_TOKENS:  # of texts behind an opening nothing would be left
+        least = _OPENING_TOKENS + 2
+        raise ValueError(
+            f"max_length: expected at least {least} without --data, got {max_new_tokens + 1}"
+        )
 
 
 def _opened(file: Path, engine: Engine, jobs: Sequence[Job]) -> list[TrainingPrompt]:

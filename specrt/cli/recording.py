@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
+
+from specrt.cli.engine_options import BUILTIN, drafter_name, load_engine, target_directory
+from specrt.cli.errors import note
+from specrt.cli.options import RUNTIME, Dtype, Jsonl, Target, Threads
 
 if TYPE_CHECKING:
     from specrt.cli.prompts import NamedPrompt
@@ -20,21 +24,36 @@ if TYPE_CHECKING:
 _NUM_PROBLEMS = 6
 
 
+def _option(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Recording")
+
+
 @dataclass(frozen=True)
 class RecordOptions:
     """What to record, as given on the command line."""
 
-    target: str
-    drafter: str
-    prompts: str | None
-    """A file; None: problems the bundled model has not seen."""
-    is_jsonl: bool
-    is_chat: bool
-    task: str | None
-    num_prompts: int | None
-    max_draft: int
-    dtype: str
-    threads: int | None
+    record: Annotated[
+        str | None,
+        _option(
+            metavar="FILE",
+            help="Record into it first (gzipped if it ends in .gz), then replay it too.",
+        ),
+    ] = None
+    prompts: Annotated[
+        str | None,
+        _option(help="A file as for generate; default: problems the bundled model has not seen."),
+    ] = None
+    jsonl: Jsonl = False
+    chat: Annotated[bool, _option("--chat", help="Prompts are user messages.")] = False
+    task: Annotated[str | None, _option(help="The prompts' name; default: the file's.")] = None
+    num_prompts: Annotated[int | None, _option(help="The first so many.")] = None
+    max_draft: Annotated[int, _option(help="Tokens drafted at each.")] = 8
+    target: Target = BUILTIN
+    drafter: Annotated[
+        str, typer.Option(help="A bundled EESD drafter or a directory.", rich_help_panel=RUNTIME)
+    ] = "eesd"
+    dtype: Dtype = "auto"
+    threads: Threads = None
 
     def named_prompts(self) -> list[NamedPrompt]:
         """The prompts, each with the name that error messages give it."""
@@ -44,8 +63,8 @@ class RecordOptions:
             self.prompts,
             self.num_prompts,
             num_bundled=_NUM_PROBLEMS,
-            is_jsonl=self.is_jsonl,
-            is_chat=self.is_chat,
+            is_jsonl=self.jsonl,
+            is_chat=self.chat,
         )
         for one in found:
             if one.options:
@@ -75,7 +94,6 @@ def record_file(
         CheckpointError, OSError: a file is missing or broken.
         GenerationError: a sequence failed.
     """
-    from specrt.cli.loading import load_engine
     from specrt.cli.prompts import encode
     from specrt.draft.eesd.drafter import EesdDrafter
     from specrt.lab.record import measuring_control, record
@@ -94,7 +112,7 @@ def record_file(
     assert isinstance(drafter, EesdDrafter), "what its checkpoint says"
     prompts = encode(engine, named)
     if notice is not None:
-        print(f"specrt: {notice}", file=sys.stderr)
+        note(notice)
     greedy, sampled = drafter.exit_model.slope.tolist()
     trace = record(
         engine,
@@ -126,7 +144,6 @@ def _check(file: str, options: RecordOptions) -> None:
 
 
 def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> TraceModels:
-    from specrt.cli.loading import drafter_name, target_directory
     from specrt.config import config_fingerprint
     from specrt.draft.kinds import drafter_directory
     from specrt.lab.trace import TraceModels

@@ -10,27 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specrt.cli.options import (
-    INPUT,
-    RUNTIME,
-    Dtype,
-    Jsonl,
-    MaxNewTokens,
-    Seed,
-    Target,
-    Temperature,
-    Threads,
-)
+from specrt.cli.engine_options import RULES
+from specrt.cli.options import INPUT, with_options
 from specrt.cli.recording import RecordOptions, record_file
+from specrt.cli.sampling_options import BriefSampling
 
 if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
     from specrt.lab.replay import Replay
+    from specrt.lab.trace import Trace
 
-_RECORDING = "Recording"
 
-
+@with_options
 def replay(
+    *,
     traces: Annotated[
         list[str] | None,
         typer.Argument(
@@ -41,10 +34,7 @@ def replay(
     controller: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help="fixed-K, threshold, adaptive-threshold, beta-ts, calibration-ts or cost-aware; "
-            "repeatable; default: all.",
-            rich_help_panel=INPUT,
+            metavar="NAME", help=f"{RULES}; repeatable; default: all.", rich_help_panel=INPUT
         ),
     ] = None,
     draws: Annotated[
@@ -60,93 +50,55 @@ def replay(
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object.", rich_help_panel=INPUT)
     ] = False,
-    record: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Record into it first (gzipped if it ends in .gz), then replay it too.",
-            rich_help_panel=_RECORDING,
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="A file as for generate; default: problems the bundled model has not seen.",
-            rich_help_panel=_RECORDING,
-        ),
-    ] = None,
-    jsonl: Jsonl = False,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages.", rich_help_panel=_RECORDING)
-    ] = False,
-    task: Annotated[
-        str | None,
-        typer.Option(help="The prompts' name; default: the file's.", rich_help_panel=_RECORDING),
-    ] = None,
-    num_prompts: Annotated[
-        int | None, typer.Option(help="The first so many.", rich_help_panel=_RECORDING)
-    ] = None,
-    max_draft: Annotated[
-        int, typer.Option(help="Tokens drafted at each.", rich_help_panel=_RECORDING)
-    ] = 8,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    target: Target = "builtin",
-    drafter: Annotated[
-        str, typer.Option(help="A bundled EESD drafter or a directory.", rich_help_panel=RUNTIME)
-    ] = "eesd",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
+    recording: RecordOptions,
+    sampling: BriefSampling,
 ) -> None:
     """Compare rules for the draft length on recorded chains: in seconds, without a model."""
     from specrt.cli import replay_plot, replay_report
     from specrt.draft.length.control import CONTROLLERS, parse_control
     from specrt.lab.replay import compare
-    from specrt.lab.trace import read_traces
-    from specrt.sampling import SamplingParams
 
     if plot is not None:
         replay_plot.check(plot)
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
     chosen = {name: parse_control(name) for name in controller or CONTROLLERS[1:]}
-    options = RecordOptions(
-        target=target,
-        drafter=drafter,
-        prompts=prompts,
-        is_jsonl=jsonl,
-        is_chat=chat,
-        task=task,
-        num_prompts=num_prompts,
-        max_draft=max_draft,
-        dtype=dtype,
-        threads=threads,
-    )
-    files = list(dict.fromkeys(traces or ()))
-    is_temporary = record is None and not files
-    with TemporaryDirectory() as folder:
-        notice = None
-        if is_temporary:
-            notice = f"no trace given: recording {target} with {drafter} into a temporary file"
-            record = str(Path(folder) / "trace.jsonl")
-        if record is not None:
-            # What would be refused behind the work is refused before it.
-            _fitted(chosen, max_draft)
-            read_traces([file for file in files if file != record])
-            limits = SamplingParams(
-                max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-            )
-            record_file(record, options, limits, notice)
-            files = [record, *(file for file in files if file != record)]
-        found = read_traces(files)
-    result = compare(found, _fitted(chosen, found[0].header.models.max_draft), draws)
+    found = _traces(list(dict.fromkeys(traces or ())), chosen, recording, sampling)
+    longest = next(iter(found.values())).header.models.max_draft
+    result = compare(list(found.values()), _fitted(chosen, longest), draws)
     shown = _shown(result, controller)
     if plot is not None:
         replay_plot.save(plot, result, shown)
     show = replay_report.print_json if json else replay_report.print_tables
-    names = ["recorded now"] if is_temporary else files
-    show(result, shown, dict(zip(names, found, strict=True)))
+    show(result, shown, found)
+
+
+def _traces(
+    files: Sequence[str],
+    chosen: Mapping[str, ControlOptions],
+    recording: RecordOptions,
+    sampling: BriefSampling,
+) -> dict[str, Trace]:
+    """What to replay, by file; recorded first where that is asked for, or there is none."""
+    from specrt.lab.trace import read_traces
+
+    place = recording.record
+    if place is None and files:
+        return dict(zip(files, read_traces(files), strict=True))
+    # What would be refused behind the work is refused before it.
+    _fitted(chosen, recording.max_draft)
+    others = [file for file in files if file != place]
+    read_traces(others)
+    limits = sampling.params()
+    if place is not None:
+        record_file(place, recording, limits)
+        return dict(zip([place, *others], read_traces([place, *others]), strict=True))
+    with TemporaryDirectory() as folder:
+        place = str(Path(folder) / "trace.jsonl")
+        models = f"{recording.target} with {recording.drafter}"
+        notice = f"no trace given: recording {models} into a temporary file"
+        record_file(place, recording, limits, notice)
+        return {"recorded now": read_traces([place])[0]}
 
 
 def _fitted(chosen: Mapping[str, ControlOptions], longest: int) -> dict[str, ControlOptions]:

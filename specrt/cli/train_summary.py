@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from specrt.train.loop.loop import Outcome
+    from specrt.train.loop.trainer import Outcome
 
 _COLUMNS = ("exit", "draft step", "chain", "tau", "speed-up", "at T = 1", "calibration error")
 _LEGEND = """\

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from specrt.ops.tree_build import CoupledNoise
 from specrt.types import SequenceState
 
 
-def make_noise(batch: int) -> CoupledNoise:
-    """Static buffers for B sequences."""
-    dtypes = (torch.int64, torch.int32, torch.float32, torch.int32, torch.float64, torch.float32)
-    return CoupledNoise(*(torch.zeros(batch, dtype=dtype) for dtype in dtypes))
+class Coupling(NamedTuple):
+    """Static buffers of B sequences: what ``ops.tree_expand`` reads for coupled ranking."""
 
+    sampling: torch.Tensor
+    """``[B, 8]`` int64: the rows that acceptance reads."""
+    position: torch.Tensor
+    """``[B]`` int32: where the root's children stand."""
 
-def stage_noise(noise: CoupledNoise, states: Sequence[SequenceState]) -> None:
-    """Copy the sequences' sampling in; the root's child takes position ``len(token_ids)``."""
-    for row, state in enumerate(states):
-        seed = state.seed % 2**64
-        noise.seed[row] = seed - 2**64 if seed >= 2**63 else seed
-        noise.position[row] = len(state.token_ids)
-        noise.temperature[row] = state.temperature
-        noise.top_k[row] = state.top_k
-        noise.top_p[row] = state.top_p
-        noise.min_p[row] = state.min_p
+    @classmethod
+    def make(cls, batch: int) -> Coupling:
+        """Empty buffers."""
+        rows = torch.zeros(batch, 8, dtype=torch.int64)
+        return cls(rows, torch.zeros(batch, dtype=torch.int32))
+
+    def stage(self, states: Sequence[SequenceState]) -> None:
+        """Copy the sequences' sampling in; the root's child takes position ``len(token_ids)``."""
+        rows, position = self.sampling.numpy(), self.position.numpy()
+        for index, state in enumerate(states):
+            assert state.sampling_row is not None, "a sequence without its row of sampling"
+            rows[index] = state.sampling_row.numpy()
+            position[index] = len(state.token_ids)

@@ -1,47 +1,83 @@
-"""From what a user names to a drafter."""
+"""From what a user names to a drafter: the kinds there are, ours and installed ones.
+
+Another package adds a kind by an entry point of the group ``specrt.drafters``: a :class:`Kind`, or
+a callable that takes a :class:`DrafterRequest` and gives a drafter. It is imported when it is asked
+for, by its name or by a directory that says its name or is none of ours, and never takes a name of
+ours.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from specrt import builtin
-from specrt.config import ModelConfig, checkpoint_directory
-from specrt.draft.base import Drafter, EmptyDrafter
-from specrt.draft.eesd.checkpoint import is_exit_checkpoint, load_exit, read_exit
-from specrt.draft.eesd.drafter import EesdDrafter
-from specrt.draft.eesd.model import ExitModel
-from specrt.draft.fspad.checkpoint import is_draft_checkpoint, read_checkpoint
-from specrt.draft.fspad.drafter import FspadDrafter
-from specrt.draft.fspad.layer import DraftLayer, fold, folding_pays, pack_weights
-from specrt.draft.fspad.official import open_drafter, refuse_other_kinds, settle_head
-from specrt.draft.length.control import ControlOptions
-from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
-from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.draft.small_model.vocabulary import check_vocabulary
-from specrt.models.loader import load_weights
-from specrt.models.model import LlamaModel, StepRunner
-from specrt.models.placement import choose_dtype, choose_head_dim, place_weights
-from specrt.types import CheckpointError
+from specrt.draft.eesd.kind import EESD
+from specrt.draft.fspad.kind import FSPAD
+from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
+from specrt.draft.prompt_lookup.kind import PROMPT_LOOKUP
+from specrt.draft.small_model.kind import SMALL_MODEL
 
-PROMPT_LOOKUP = "prompt-lookup"
-BUNDLED_DEFAULT = "fspad"
+if TYPE_CHECKING:
+    import torch
+
+    from specrt.draft.base import Drafter
+    from specrt.models.model import LlamaModel, StepRunner
+
+ENTRY_POINTS = "specrt.drafters"
+NONE, AUTO = "none", "auto"
+DEFAULT, BUNDLED_DEFAULT = PROMPT_LOOKUP.name, "fspad"
+
+REGISTRY: Mapping[str, Kind] = {
+    kind.name: kind for kind in (PROMPT_LOOKUP, EESD, FSPAD, SMALL_MODEL)
+}
+"""By name. Checkpoints are asked for in this order; the last takes whatever is left."""
+
+_METHODS = ("start", "prefill", "propose", "observe", "finish")
+_TOLD = (ValueError, OSError, MemoryError)  # a kind's own words to its users
 
 
-@dataclass(frozen=True)
-class DrafterOptions:
-    """How a trained drafter is set up; nothing here changes the text."""
+def named_kinds() -> list[Kind]:
+    """Those of ours that are asked for by name."""
+    return [kind for kind in REGISTRY.values() if kind.matches is None]
 
-    fold: bool | None = None
-    """Replace weights that are functions of the token by tables; None: where that pays."""
-    is_coupled: bool = True
-    """Where the temperature is above 0, rank candidates with the target's own noise."""
-    control: ControlOptions | None = None
-    """How long to draft; None: the drafter's own way."""
+
+def drafter_names() -> list[str]:
+    """All names that :func:`load_drafter` takes: kinds', bundled drafters', installed ones."""
+    ours = [kind.name for kind in named_kinds()]
+    return [*ours, *builtin.drafter_paths(), *_foreign_names()]
+
+
+def describe_names() -> str:
+    """What may be named, in one line, for help."""
+    kinds = ", ".join(f"{kind.name!r} ({kind.help})" for kind in named_kinds())
+    bundled = ", ".join(map(repr, builtin.drafter_paths()))
+    held = [kind.help for kind in REGISTRY.values() if kind.matches is not None]
+    return (
+        f"{AUTO!r} (bundled FSPAD for the bundled target, else prompt lookup), {NONE!r}, {kinds}, "
+        f"a bundled one ({bundled}), the name of an installed one, or a directory with "
+        f"{', '.join(held[:-1])} or {held[-1]}"
+    )
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no name and does not look like a path.
+
+    Raises:
+        CheckpointError: so; says what the names are.
+    """
+    from specrt.types import CheckpointError
+
+    names = (NONE, AUTO, *drafter_names())
+    # The empty path is the present folder. What looks like a path is refused with more words.
+    is_path = name != "" and (Path(name).exists() or "/" in name)
+    if name not in names and not is_path:
+        raise CheckpointError(f"drafter: expected {', '.join(names)} or a directory, got {name!r}")
 
 
 def drafter_directory(name: str | os.PathLike[str]) -> Path:
@@ -50,6 +86,8 @@ def drafter_directory(name: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such directory.
     """
+    from specrt.config import checkpoint_directory
+
     bundled = builtin.drafter_paths().get(str(name))
     return bundled if bundled is not None else checkpoint_directory(name)
 
@@ -66,60 +104,79 @@ def load_drafter(
     """Make the drafter a user asks for.
 
     Args:
-        name: None (plain decoding), ``"prompt-lookup"``, a bundled drafter or a checkpoint
-            directory.
-        target: the model it drafts for.
-        dtype: of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its
-            own: a narrower one is faster, and its rounding moves no token.
-        run_step: how its model's steps run on the CPU.
-        on_move: called when its model's buffers move.
-        options: for trained drafters.
-        target_path: the target's directory, whose tokenizer a smaller model must have.
+        name: None (plain decoding), one of :func:`drafter_names`, or a checkpoint directory.
+        target, dtype, run_step, on_move, options, target_path: as in :class:`DrafterRequest`.
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
         ValueError: a controller for a drafter that takes none; on a GPU, EESD, or a model that its
-            kernels do not run.
+            kernels do not run; an installed drafter that is broken.
     """
-    if name is None or name == PROMPT_LOOKUP:
+    from specrt.draft.base import EmptyDrafter
+
+    if name is None:
         _refuse_control(options)
-        return EmptyDrafter() if name is None else PromptLookupDrafter()
+        return EmptyDrafter()
+    kind, directory = _find(name)
+    if not kind.has_control:
+        _refuse_control(options)
+    request = DrafterRequest(directory, target, dtype, run_step, on_move, options, target_path)
+    if kind in REGISTRY.values():
+        return kind.load(request)
+    return _load_installed(kind, request)
+
+
+def check_drafter(drafter: object, origin: str) -> None:
+    """Whether an object can be asked for drafts.
+
+    Raises:
+        TypeError: it lacks something; says what, and of which ``origin``.
+    """
+    lacking = [name for name in _METHODS if not callable(getattr(drafter, name, None))]
+    if lacking or not isinstance(getattr(drafter, "taps", None), tuple):
+        raise TypeError(
+            f"{origin}: expected an object with the methods of specrt.draft.base.Drafter, got "
+            f"{type(drafter).__name__} without {', '.join(lacking or ['taps, a tuple of names'])}"
+        )
+
+
+def _find(name: str | os.PathLike[str]) -> tuple[Kind, Path | None]:
+    """The kind of what is named, and its checkpoint."""
+    if isinstance(name, str):
+        check_name(name)
+        if name in (kind.name for kind in named_kinds()):
+            return REGISTRY[name], None
+        if name in _foreign_names():
+            return _installed_kind(name), None
     directory = drafter_directory(name)
     _refuse_several(directory)
-    if is_exit_checkpoint(directory):
-        _refuse_gpu(directory, target)
-        config = read_exit(directory, target.config)
-        weights = load_exit(directory, config, target.weights)
-        exit_model = ExitModel(config, weights, target, on_move)
-        return EesdDrafter(exit_model, options.control, run_step, is_coupled=options.is_coupled)
-    if is_draft_checkpoint(directory):
-        return FspadDrafter(
-            _draft_layer(directory, target, options.fold),
-            run_step,
-            on_move,
-            is_coupled=options.is_coupled,
-            control=options.control,
-        )
-    refuse_other_kinds(open_drafter(directory))
-    _refuse_control(options)
-    return _small_model(directory, target, dtype, run_step, on_move, target_path)
+    said = _said_kind(directory)
+    if said is not None:
+        return _installed_kind(said), directory
+    *ours, last = (kind for kind in REGISTRY.values() if kind.matches is not None)
+    for kind in chain(ours, _installed_kinds()):
+        if kind.matches is not None and kind.matches(directory):
+            return kind, directory
+    return last, directory
+
+
+def _said_kind(directory: Path) -> str | None:
+    """The installed kind that a checkpoint's ``config.json`` names, as ours do, under "drafter"."""
+    from specrt.config import read_json
+
+    file = directory / "config.json"
+    said = read_json(file).get("drafter") if file.is_file() else None
+    return said if isinstance(said, str) and said in _foreign_names() else None
 
 
 def _refuse_several(directory: Path) -> None:
     """Say so where training left several exits to choose from."""
+    from specrt.types import CheckpointError
+
     inner = [file.parent.name for file in sorted(directory.glob("exit-*/config.json"))]
     if inner and not (directory / "config.json").exists():
         raise CheckpointError(
             f"{directory}: has several drafters, expected one of them: {', '.join(inner)}"
-        )
-
-
-def _refuse_gpu(directory: Path, target: LlamaModel) -> None:
-    if target.device.type != "cpu":
-        raise ValueError(
-            f"drafter: {directory.name} is an EESD drafter, which runs the target's own layers and "
-            f"needs device='cpu', got {target.device}; with it run: none, {PROMPT_LOOKUP}, FSPAD "
-            "and EAGLE (on the CPU), a smaller model"
         )
 
 
@@ -131,33 +188,78 @@ def _refuse_control(options: DrafterOptions) -> None:
         )
 
 
-def _small_model(
-    directory: Path,
-    target: LlamaModel,
-    dtype: torch.dtype | None,
-    run_step: StepRunner,
-    on_move: Callable[[], None],
-    target_path: Path | None,
-) -> Drafter:
-    config, vocab_size = ModelConfig.from_directory(directory), target.config.vocab_size
-    check_vocabulary(directory, config.vocab_size, target_path, vocab_size)
-    chosen = choose_dtype(config, dtype, target.device)
-    head_dim = choose_head_dim(config, target.device)
-    loaded = load_weights(directory, config, chosen, head_dim=head_dim)
-    weights = place_weights(loaded, target.device)
-    model = LlamaModel(config, weights, run_step, on_move, rope=target.rope)
-    return SmallModelDrafter(model, vocab_size=vocab_size)
+# --- what other packages bring ----------------------------------------------------------------
 
 
-def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
-    config, tensors = read_checkpoint(directory, target.config)
-    # It drafts on the CPU wherever the target is.
-    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
-    settle_head(directory, tensors, head)
-    # Rotary positions must reach as far as the target's, whatever a drafter's config says.
-    reach = max(config.layer.max_positions, target.config.max_positions)
-    config = replace(config, layer=replace(config.layer, max_positions=reach))
-    weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
-    if is_folded is None:
-        is_folded = folding_pays(weights, target.weights.arena.nbytes)
-    return DraftLayer(config, fold(weights) if is_folded else weights, target.rope)
+def _foreign_names() -> list[str]:
+    """Names of entry points; what is ours stays ours."""
+    ours = {NONE, AUTO, *REGISTRY, *builtin.drafter_paths()}
+    installed = set(_installed())
+    for name in sorted(installed & ours):
+        logging.getLogger("specrt").warning(
+            "drafter: the name of the entry point %r is specrt's own; it is passed over", name
+        )
+    return sorted(installed - ours)
+
+
+def _installed() -> dict[str, list[EntryPoint]]:
+    """Entry points by name; nothing of them is imported."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _installed_kinds() -> Iterator[Kind]:
+    """Those that can be imported; a broken one is in nobody's way who has not asked for it."""
+    for name in _foreign_names():
+        try:
+            yield _installed_kind(name)
+        except ValueError as error:
+            logging.getLogger("specrt").info("%s", error)
+
+
+def _installed_kind(name: str) -> Kind:
+    """Import what an entry point names.
+
+    Raises:
+        ValueError: it is broken, or there are several of that name.
+    """
+    points = _installed()[name]
+    if len(points) > 1:
+        raise ValueError(
+            f"drafter: {name!r} is brought by several packages, expected one: "
+            f"{', '.join(point.value for point in points)}"
+        )
+    try:
+        given = points[0].load()
+    except Exception as error:
+        raise _broken(name, points[0], f"{type(error).__name__}: {error}") from error
+    if isinstance(given, Kind):
+        return Kind(name, given.help, given.load, given.matches, given.has_control)
+    if not callable(given):
+        expected = "expected a Kind or a callable that takes a DrafterRequest"
+        raise _broken(name, points[0], f"{expected}, got {type(given).__name__}")
+    return Kind(name, f"of {points[0].module}", given)
+
+
+def _load_installed(kind: Kind, request: DrafterRequest) -> Drafter:
+    """Make an installed kind's drafter; what is wrong with the kind is said in one line."""
+    point = _installed()[kind.name][0]
+    if kind.matches is not None and request.directory is None:
+        raise ValueError(f"drafter: {kind.name!r} needs a checkpoint: expected its directory")
+    try:
+        drafter = kind.load(request)
+        check_drafter(drafter, "its drafter")
+    except _TOLD:
+        raise
+    except Exception as error:
+        raise _broken(kind.name, point, f"{type(error).__name__}: {error}") from error
+    return drafter
+
+
+def _broken(name: str, point: EntryPoint, what: str) -> ValueError:
+    package = f" of {point.dist.name} {point.dist.version}" if point.dist is not None else ""
+    return ValueError(
+        f"drafter: {name!r} ({point.value}, an entry point{package}) cannot be used: {what}"
+    )

@@ -25,7 +25,7 @@ class Batch:
 
     def __init__(self, cache: KVCache, max_batch: int, vocab_size: int) -> None:
         self._requests: list[Request] = []
-        self._cache = cache
+        self._cached = CacheBatch(cache, [])
         self._sampling = SamplingRows(max_batch, vocab_size)
         self._history = torch.zeros(max_batch, _FIRST_TOKENS, dtype=torch.int32)
         self._ints = torch.zeros(3, max_batch, dtype=torch.int32)
@@ -78,7 +78,7 @@ class Batch:
         for request in self._requests:
             assert request.cached is not None, "a request that decodes has pages"
             sequences.append(request.cached)
-        return CacheBatch(self._cache, sequences)
+        return self._cached.update(sequences)
 
     def append(self, request: Request, tokens: Sequence[int]) -> None:
         """Add a sequence's new tokens to its row."""

@@ -101,6 +101,13 @@ class EngineCore:
             releases.callback(self.scheduler.remove, request)
             releases.callback(self._release, request)
 
+    def close(self) -> None:
+        """Free everything, at once: nothing here holds on to the target afterwards."""
+        for request in list(self.scheduler):
+            self.remove(request)
+        self.cache.retire()
+        del self._target, self._drafting, self._batch, self.scheduler, self.cache
+
     # --- pages --------------------------------------------------------------------------------
 
     def _has_room(self, request: Request) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, Drafter, RoundCost
+from specrt.draft.base import Budget, Drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
@@ -65,7 +66,7 @@ class Drafting:
     def __init__(self, drafter: Drafter, target: LlamaModel, max_nodes: int) -> None:
         self._drafter = drafter
         self._target = target
-        self._max_nodes = max_nodes
+        self.max_nodes = max_nodes
         self._groups: tuple[Group, ...] | None = None
         self.cost = RoundCost()
         """What verifying rows takes."""
@@ -153,7 +154,7 @@ class Drafting:
         given: list[Proposal] = []
 
         def ask() -> None:
-            budget = Budget(self._max_nodes, self.cost, group.requests[0].draft, lower)
+            budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, lower)
             with closing(lower):
                 proposal = self._drafter.propose(group.states, budget)
             check_proposal(proposal, len(group.rows))

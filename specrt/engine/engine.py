@@ -19,7 +19,7 @@ from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, one_each
+from specrt.sampling import SamplingParams, one_each, sampling_row
 from specrt.types import QueueFullError, RequestHandle, SequenceState
 
 if TYPE_CHECKING:
@@ -100,10 +100,8 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        for request in list(self._core.scheduler):
-            self._core.remove(request)
         self._open.clear()
-        self._core.cache.retire()
+        self._core.close()
         del self.target, self.drafter, self.tokenizer, self._core
 
     @property
@@ -401,9 +399,7 @@ class Engine:
             max_len,
             seed=params.seed or 0,
             temperature=params.temperature,
-            top_k=params.top_k or 0,
-            top_p=params.top_p,
-            min_p=params.min_p,
+            sampling_row=sampling_row(params, len(ids)),
         )
         handle = RequestHandle(next(self._ids), self._owner)
         deliver = partial(self._deliver, box)

@@ -49,7 +49,7 @@ def run_round(
     """
     times = [perf_counter()]
     draft = drafting.propose(batch.requests, batch.cached(), batch.roots)
-    _make_room(cache, batch, draft.proposal.num_nodes.tolist())
+    _make_room(cache, batch, draft.proposal.num_nodes.tolist(), drafting.max_nodes)
     tree = settler.settle(draft.proposal, batch.roots, batch.room)
     times.append(perf_counter())
     cached, taps = batch.cached(), drafting.taps(batch.requests)
@@ -80,7 +80,7 @@ def run_round(
     )
 
 
-def _make_room(cache: KVCache, batch: Batch, num_nodes: list[int], most: int = 128) -> None:
+def _make_room(cache: KVCache, batch: Batch, num_nodes: list[int], most: int) -> None:
     """Pages for each sequence's tree; where there are none left, its tree is cut to what it has."""
     for row, request in enumerate(batch.requests):
         held = request.cached

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import cast
 
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
-from specrt.draft.length.control import ControlOptions, DraftCosts
+from specrt.draft.length.control import ControlOptions
+from specrt.draft.length.costs import DraftCosts
 from specrt.engine.engine import Engine
 from specrt.engine.prompts import Prompt
 from specrt.engine.results import GenerationResult

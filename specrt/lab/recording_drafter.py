@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from specrt.draft.base import Budget, Drafter, DraftParams, ShapedDrafter
-from specrt.draft.length.control import DraftCosts
+from specrt.draft.length.costs import DraftCosts
 from specrt.lab.trace import TraceSequence
 from specrt.tree import chain
 from specrt.types import AcceptResult, Proposal, SequenceState

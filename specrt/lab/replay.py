@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
+from specrt.draft.length.costs import DraftCosts
 from specrt.lab.trace import Trace, TraceHeader, TraceSequence
 from specrt.types import SequenceState
 
@@ -107,9 +108,6 @@ class _Player:
             sequence.max_len,
             seed=(sequence.seed + draw * _DRAW) % 2**64,
             temperature=header.temperature,
-            top_k=header.top_k,
-            top_p=header.top_p,
-            min_p=header.min_p,
         )
         return cls(sequence, state)
 

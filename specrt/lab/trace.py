@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from specrt.draft.length.control import DraftCosts
+from specrt.draft.length.costs import DraftCosts
 from specrt.ops.draft_control import MAX_DRAFT
 
 FORMAT_VERSION = 1

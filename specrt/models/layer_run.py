@@ -116,7 +116,7 @@ class LayerRun:
         self._own_bits[nodes, nodes // 64] = np.uint64(1) << nodes % 64
         self._write_static()
         self.cache: KVCache | None = None
-        """The target's, whose pages the launches of this round write."""
+        """The target's, whose pages its launches write; None while it lies idle."""
         self.num_begun = 0
         """Times it was begun: tells its rounds apart."""
         self._is_begun = False
@@ -177,7 +177,7 @@ class LayerRun:
 
     def end(self) -> None:
         """From here on nothing is staged, and its launches write nobody's pages."""
-        self._is_begun = False
+        self._is_begun, self.cache = False, None
         self._table_view[:] = SCRATCH_PAGE
 
     # --- what verification asks ---------------------------------------------------------------

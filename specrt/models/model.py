@@ -39,17 +39,18 @@ from specrt.models.step import (
     on_host,
 )
 from specrt.ops import registry
+from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain_tree
 from specrt.types import DraftTree, VerifyOutput
 
 StepRunner = Callable[[Hashable, Callable[[], None]], None]
-"""Runs a step named by a key: at once, or by replaying what it launched before."""
+"""Runs a step named by a key: at once, or by the graph of what it launched before."""
 
-_MAX_STEPS = 1024  # of different sizes; beyond, all are forgotten and made again as they come up
+_MAX_STEPS = 1024  # whose buffers are kept: those of the sizes that came up last
 
 
 def run_eagerly(key: Hashable, launch: Callable[[], None]) -> None:
-    """The :data:`StepRunner` that records nothing."""
+    """The :data:`StepRunner` that captures nothing."""
     launch()
 
 
@@ -68,9 +69,9 @@ class LlamaModel:
         config: the architecture.
         weights: as :func:`specrt.models.loader.load_weights` gives them, heads padded or not.
         run_step: how steps run on the CPU; the engine hands its graph cache here.
-        run_on_gpu: the same on a GPU. One that records hears through ``on_move`` of memory that has
-            moved, as on the CPU; a step's kernels allocate nothing and wait for nothing.
-        on_move: called when buffers move, so that recorded graphs are dropped.
+        run_on_gpu: the same on a GPU. One that captures hears through ``on_move`` of memory that
+            has moved, as on the CPU; a step's kernels allocate nothing and wait for nothing.
+        on_move: called when buffers move, so that captured graphs are dropped.
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
         rope: the rotary table of another model, used where this one's would be the same.
@@ -101,11 +102,11 @@ class LlamaModel:
         self._on_move = on_move
         self.rope = rotary_table(config, head_dim, self.device, rope)
         self._cos_sin = self.rope.reaching(0)
-        self._workspace = self._make_workspace(0, 0)
+        self._workspace = Workspace.make(self._padded, 0, 0, self.activation_dtype, self.device)
         self._scratch: GpuScratch | None = None
         if registry.is_on_gpu(weights.embed):
             self._scratch = GpuScratch(self._padded, self.activation_dtype, self.device)
-        self._steps: dict[StepKey, Step] = {}
+        self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
         self._version = 0
@@ -113,7 +114,7 @@ class LlamaModel:
 
     @property
     def version(self) -> int:
-        """Grows whenever launches recorded over this model's buffers or caches have gone stale."""
+        """Grows whenever launches captured over this model's buffers or caches have gone stale."""
         return self._version
 
     def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
@@ -174,17 +175,15 @@ class LlamaModel:
             self._forget_buffers()
         step = self._steps.get(key)
         if step is None:
-            if len(self._steps) >= _MAX_STEPS:
-                self._forget_buffers()
-            step = self._steps[key] = Step(key, self._output(key), self.device)
+            step = self._steps.put(key, Step(key, self._output(key), self.device))
         step.stage(tree, batch, first_node)
         start = self._start(key)
         if run is None:
             self.embed_tokens(step.tokens.view(-1), start)
         else:
             run.copy_states(num_nodes, start)
-        # A graph holds this model's and this cache's addresses; as part of its key they outlive it.
-        self._run_step((self, batch.cache, key), lambda: self._launch(key, step, batch.cache))
+        # A graph holds addresses of all of these; as part of its key they outlive it.
+        self._run_step((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
         return step.output if self._is_output_plain else on_host(step.output)
 
     def extend(
@@ -193,8 +192,9 @@ class LlamaModel:
         """Run known tokens of one sequence and commit them, piece by piece (prefill).
 
         Args:
-            ids: the tokens that follow what ``batch``, of one sequence, holds.
-            batch: their cache.
+            ids: the tokens that follow what ``batch``, of one sequence, holds; a prompt may come
+                in any number of calls, to the same bits.
+            batch: their cache, with pages for them.
             taps: as for :meth:`forward`.
 
         Yields:
@@ -216,20 +216,15 @@ class LlamaModel:
     # --- buffers ------------------------------------------------------------------------------
 
     def reserve(self, rows: int, num_positions: int, logit_rows: int = 0) -> None:
-        """Make buffers and rotary table large enough; recorded graphs are dropped if they move."""
+        """Make buffers and rotary table large enough; captured graphs are dropped if they move."""
         if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
             self._cos_sin = self.rope.reaching(num_positions)
             self._forget_buffers()
-        work = self._workspace
-        if rows > work.rows or logit_rows > work.logits.shape[0]:
-            rows = max(rows, work.rows)
-            logit_rows = max(logit_rows, work.logits.shape[0])
-            self._workspace = self._make_workspace(rows, logit_rows)
+        work = self._workspace.reaching(self._padded, rows, logit_rows)
+        if work is not self._workspace:
+            self._workspace = work
             self._tap_buffers.clear()
             self._forget_buffers()
-
-    def _make_workspace(self, rows: int, logit_rows: int) -> Workspace:
-        return Workspace.make(self._padded, rows, logit_rows, self.activation_dtype, self.device)
 
     def _ensure_buffers(self, key: StepKey, num_positions: int) -> None:
         rows = key.batch * key.num_nodes
@@ -265,10 +260,10 @@ class LlamaModel:
             logits = work.logits.new_empty(key.batch, 0, self.config.vocab_size)
         return VerifyOutput(logits, MappingProxyType(taps))
 
-    # --- launches: on buffers that :meth:`reserve` has made, so that a graph may record them ----
+    # --- launches: on buffers that :meth:`reserve` has made, so that a graph may hold them ----
 
     def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never recorded)."""
+        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never captured)."""
         embed = self.weights.embed
         if embed.dtype == out.dtype:
             torch.index_select(embed, 0, tokens, out=out)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from specrt.config import ModelConfig
+from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES
 
 # Positions computed at a time, always so many and from a multiple of it on: the bits of a row must
@@ -51,7 +52,7 @@ class RotaryTable:
     """The rotary table of a model as far as sequences have needed it.
 
     Several models may share one. It never writes to a tensor that it has given away: whoever needs
-    more positions takes the longer one, and recorded launches over the shorter one stay right while
+    more positions takes the longer one, and captured launches over the shorter one stay right while
     somebody keeps it.
 
     Args:
@@ -81,7 +82,7 @@ class RotaryTable:
         """
         have = len(self._rows)
         if min(num_positions, self.limit) > have:
-            wanted = min(self.limit, max(_BLOCK, 1 << (num_positions - 1).bit_length()))
+            wanted = min(self.limit, max(_BLOCK, power_of_two(num_positions)))
             longer = self._rows.new_empty(wanted, self._rows.shape[1])
             longer[:have] = self._rows
             _fill(longer, have, self._frequencies)

@@ -12,10 +12,12 @@ from specrt import ops
 from specrt.cache import CacheBatch, may_be_reused
 from specrt.config import ModelConfig
 from specrt.ops.gemm_settings import GemmSettings
+from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
 _CPU = torch.device("cpu")
+_FEW_ROWS = 16  # that a workspace has room for at least
 
 FINAL_TAP = "final"
 """The feature: the last hidden state after the final norm, what the LM head multiplies."""
@@ -183,7 +185,7 @@ class GpuScratch:
         """Make room for a step's attention.
 
         Returns:
-            Whether its workspace has moved, so that recorded steps are stale.
+            Whether its workspace has moved, so that captured steps are stale.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.
@@ -201,7 +203,7 @@ class GpuScratch:
         )
         if size <= self.attention.numel():
             return False
-        self.attention = torch.zeros(size, device=self._device)
+        self.attention = torch.zeros(power_of_two(size), device=self._device)
         return True
 
 
@@ -245,4 +247,19 @@ class Workspace:
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
             logits=torch.empty(logit_rows, config.vocab_size, device=device),
+        )
+
+    def reaching(self, config: ModelConfig, rows: int, logit_rows: int) -> Workspace:
+        """This one, if it has room for so many rows, or else a larger one.
+
+        Sizes are powers of two, so that a growing load asks for few.
+        """
+        if rows <= self.rows and logit_rows <= len(self.logits):
+            return self
+        return Workspace.make(
+            config,
+            max(self.rows, _FEW_ROWS, power_of_two(rows)),
+            max(len(self.logits), _FEW_ROWS, power_of_two(logit_rows)),
+            self.hidden.dtype,
+            self.hidden.device,
         )

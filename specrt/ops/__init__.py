@@ -19,13 +19,12 @@ from specrt.ops.tree_attention import (
     tree_attention,
     tree_attention_workspace,
 )
-from specrt.ops.tree_build import CoupledNoise, tree_expand, tree_rerank
+from specrt.ops.tree_build import tree_expand, tree_rerank
 from specrt.ops.tree_settle import tree_settle
 
 __all__ = [
     "Append",
     "AttentionPlan",
-    "CoupledNoise",
     "GemmSettings",
     "Purpose",
     "draft_control",

@@ -1,4 +1,4 @@
-"""Recording of launches on the CPU, the twin of a CUDA graph."""
+"""Capture of launches on the CPU, the twin of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from specrt import _C
 
 
 class CpuGraph:
-    """Launches recorded once, replayed with the buffers' present contents."""
+    """Launches captured once, run again with the buffers' present contents."""
 
     def __init__(self, graph: _C.CpuGraph) -> None:
-        self.replay: Callable[[], None] = graph.replay
+        self.launch: Callable[[], None] = graph.replay
         """Run all launches in order, on ``torch.get_num_threads()`` threads."""
         self._graph = graph
 
     @classmethod
     def capture(cls, launch: Callable[[], None]) -> CpuGraph:
-        """Run ``launch`` and record what it launched. An exception leaves nothing recorded."""
+        """Run ``launch`` and capture what it launched. An exception leaves nothing captured."""
         graph = _C.CpuGraph()
         graph.begin()
         try:
@@ -28,5 +28,5 @@ class CpuGraph:
 
     @property
     def num_launches(self) -> int:
-        """How many kernels one replay runs."""
+        """How many kernels one launch runs."""
         return int(self._graph.num_launches)

@@ -6,8 +6,6 @@ head, C >= K + depth * K * K candidates in the pool, W words of ancestor bits, N
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from specrt import _C
@@ -15,8 +13,8 @@ from specrt.ops.registry import register
 
 register(
     "tree_expand(Tensor logits, Tensor scores, Tensor candidates, Tensor ancestors, "
-    "Tensor? token_map, Tensor? seed, Tensor? position, Tensor? temperature, Tensor? top_k, "
-    "Tensor? top_p, Tensor? min_p, float noise_scale_temperature, int level, "
+    "Tensor? token_map, Tensor? sampling, Tensor? position, float noise_scale_temperature, "
+    "int level, "
     "Tensor(a!) workspace, Tensor(b!) pool_tokens, Tensor(c!) pool_parents, "
     "Tensor(d!) pool_scores, Tensor(e!) frontier_tokens, Tensor(f!) frontier_scores, "
     "Tensor(g!) frontier_candidates, Tensor(h!) frontier_source, "
@@ -31,26 +29,6 @@ register(
 )
 
 
-class CoupledNoise(NamedTuple):
-    """What the target will draw with: sampling parameters and the place of the level-0 children."""
-
-    seed: torch.Tensor
-    """``[B]`` int64 holding unsigned bits."""
-    position: torch.Tensor
-    """``[B]`` int32: the index in the sequence of the token after the root."""
-    temperature: torch.Tensor
-    """``[B]`` float32; a sequence at 0 is ranked without noise."""
-    top_k: torch.Tensor
-    """``[B]`` int32; 0 is off."""
-    top_p: torch.Tensor
-    """``[B]`` float64; 1 is off."""
-    min_p: torch.Tensor
-    """``[B]`` float32; 0 is off."""
-
-
-_NO_NOISE = (None,) * len(CoupledNoise._fields)
-
-
 def expand_workspace_size(num_rows: int) -> int:
     """Floats of scratch that one thread of ``tree_expand`` needs for R = ``num_rows``."""
     return _C.tree_expand_workspace(num_rows)
@@ -62,7 +40,8 @@ def tree_expand(
     candidates: torch.Tensor,
     ancestors: torch.Tensor,
     token_map: torch.Tensor | None,
-    noise: CoupledNoise | None,
+    sampling: torch.Tensor | None,
+    position: torch.Tensor | None,
     level: int,
     workspace: torch.Tensor,
     pool_tokens: torch.Tensor,
@@ -82,8 +61,9 @@ def tree_expand(
     (among children of a node) or pool index (in the frontier). A node whose logits hold a NaN or
     +inf, or only -inf, has children of score NaN, which rank last, after -inf.
 
-    With ``noise``, sequences of temperature > 0 are ranked by what the target would draw if the
-    draft law were its own: logits / temperature, filtered, plus the target's Gumbel noise. The
+    With ``sampling``, sequences of temperature > 0 are ranked by what the target would draw if the
+    draft law were its own: logits / temperature, filtered by top_k, top_p and min_p, plus the
+    target's Gumbel noise. (Penalties and biases, which depend on the path, are not applied.) The
     score of a child adds the log-softmax of these over the K children. Where fewer than K tokens
     are kept, the first others fill up with score -inf. Token ids and pool indices are passed on as
     they are: none is looked up.
@@ -94,7 +74,10 @@ def tree_expand(
         candidates: ``[B, F]`` int32: the nodes' pool indices, -1 for the root.
         ancestors: ``[B, F, W]`` int64 of bits over draft nodes; 0 for the root, which is none.
         token_map: ``[R]`` int32, the token of each row; None if they are the same.
-        noise: for coupled ranking, or None.
+        sampling: for coupled ranking: ``[B, 8]`` int64, rows as ``tree_accept`` reads them
+            (``specrt.sampling.sampling_row``); or None.
+        position: ``[B]`` int32, the index in the sequence of the token behind the root; None if
+            ``sampling`` is.
         level: 0 for the root's children. Level ``l >= 1`` writes pool entries from
             ``K + (l - 1) * K * K`` on, one group of K a frontier node.
         workspace: ``[parts, expand_workspace_size(R)]`` float32; one part is used by one thread.
@@ -120,7 +103,8 @@ def tree_expand(
         candidates,
         ancestors,
         token_map,
-        *(_NO_NOISE if noise is None else noise),
+        sampling,
+        position,
         noise_scale_temperature,
         level,
         workspace,

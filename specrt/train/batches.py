@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from specrt.train.features.features import FeatureSource
+from specrt.train.features.source import FeatureSource
 from specrt.train.losses import counted_positions
 
 _WINDOW = 32  # batches sorted by length together: enough for little padding, still well mixed

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from specrt.train.features.features import FeatureSource
+from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
 
 _MAX_SEQUENCES = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,20 +16,20 @@ from specrt.draft.eesd.checkpoint import ExitConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
-from specrt.train.data.data import Dataset, read_examples
+from specrt.train.data.dataset import Dataset, read_examples
 from specrt.train.eesd.module import read_last_layer
 from specrt.train.eesd.task import EesdTask
 from specrt.train.evaluate import TargetTables
+from specrt.train.features.cache import cache_features
 from specrt.train.features.cache_index import weights_hash
-from specrt.train.features.feature_cache import cache_features
-from specrt.train.features.features import FeatureSource, OnlineFeatures
+from specrt.train.features.source import FeatureSource, OnlineFeatures
 from specrt.train.fspad.task import FspadTask
 from specrt.train.loop.lock import hold_directory
-from specrt.train.loop.loop import Outcome, Trainer, run_identity
-from specrt.train.loop.options import EesdOptions, FspadOptions, TrainOptions
+from specrt.train.loop.options import DataOptions, EesdOptions, FspadOptions, TrainOptions
 from specrt.train.loop.processes import leave, make_accelerator
 from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
+from specrt.train.loop.trainer import Outcome, Trainer, run_identity
 from specrt.train.task import TrainData, TrainTask
 
 ONLINE = "online"
@@ -40,35 +40,19 @@ _MAX_SHOWN = 16  # tokens of a sequence that an error names
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What to train, on what, and where to put it.
-
-    Raises:
-        ValueError: a field is out of range.
-    """
+    """What to train, on what, and where to put it."""
 
     target: Path
     """A Hugging Face directory."""
     target_name: str
     """What the checkpoint calls it."""
-    data: tuple[Path, ...]
+    files: tuple[Path, ...]
+    """Of conversations."""
     out: Path
-    write_data: Callable[[], None] | None = None
-    """Makes ``data`` first, in the main process alone."""
-    max_length: int = 2048
-    held_out: float = 0.02
-    """Share of the data kept apart."""
-    features: str | None = None
-    """``online``, or a directory to cache the target's features in; by default they are cached
-    under ``out`` while training, unless the run sees no sequence twice."""
-    skip_bad: bool = False
+    data: DataOptions = field(default_factory=DataOptions)
+    write_files: Callable[[], None] | None = None
+    """Makes ``files`` first, in the main process alone."""
     is_restart: bool = False
-
-    def __post_init__(self) -> None:
-        # Asked for here too, for ``write_data`` may take minutes before they are used.
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2, got {self.max_length}")
-        if not 0.0 <= self.held_out < 1.0:
-            raise ValueError(f"held_out: expected a share in [0, 1), got {self.held_out}")
 
 
 def train_fspad(
@@ -147,20 +131,22 @@ def _train(
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
     with Reporter(accelerator.is_main_process, log_dir) as reporter:
         tokenizer = load_tokenizer(job.target)
-        if job.write_data is not None:
+        if job.write_files is not None:
             with accelerator.main_process_first():
                 if accelerator.is_main_process:
-                    job.write_data()
-        max_length = min(job.max_length, target.max_positions)
-        dataset = read_examples(job.data, tokenizer, max_length=max_length, skip_bad=job.skip_bad)
+                    job.write_files()
+        max_length = min(job.data.max_length, target.max_positions)
+        dataset = read_examples(
+            job.files, tokenizer, max_length=max_length, skip_bad=job.data.skip_bad
+        )
         for line in dataset.report.lines():
             reporter.say(line)
-        train, held_out = dataset.split(job.held_out)
+        train, held_out = dataset.split(job.data.held_out)
         is_online = _is_online(job, options, len(train))
         identity = {
             # Said before what follows from them.
             "max_length": max_length,
-            "held_out": job.held_out,
+            "held_out": job.data.held_out,
             **run_identity(task, options, accelerator, dataset.content_hash, train),
             "target_weights": weights_hash(job.target),
             "features": ONLINE if is_online else "cached",  # in fewer bits
@@ -187,8 +173,8 @@ def _tables(job: TrainJob, target: ModelConfig) -> TargetTables:
 
 def _is_online(job: TrainJob, options: TrainOptions, num_sequences: int) -> bool:
     """Whether features are computed when asked for: as told, else where none is asked for twice."""
-    if job.features is not None:
-        return job.features == ONLINE
+    if job.data.features is not None:
+        return job.data.features == ONLINE
     steps_per_epoch = max(1, num_sequences // options.batch_size)
     return options.total_steps(steps_per_epoch) <= steps_per_epoch
 
@@ -205,6 +191,6 @@ def _features(
     device = accelerator.device
     if is_online:
         return OnlineFeatures(dataset, job.target, device=device, taps=taps)
-    folder = Path(job.features) if job.features else job.out / _FEATURES_FOLDER
+    folder = Path(job.data.features) if job.data.features else job.out / _FEATURES_FOLDER
     with accelerator.main_process_first():
         return cache_features(folder, dataset, job.target, device=device, taps=taps)

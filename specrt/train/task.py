@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from specrt.train.features.features import FeatureSource
+from specrt.train.features.source import FeatureSource
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import pytest
 
 import specrt
 from specrt.cli import distill, main
+from specrt.cli.answers import AnswerFile
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
-from specrt.train.data.data import read_examples
+from specrt.train.data.dataset import read_examples
 from tests.checkpoints import edit_tensors, make_checkpoint
 from tests.cli.test_cli import expect_one_line, run, write_tokenizer
 
@@ -176,16 +177,16 @@ def test_ctrl_c_keeps_what_is_done(
     prompts: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, inner = prompts.parent / "out.jsonl", distill.AnswerFile.write
+    out, inner = prompts.parent / "out.jsonl", AnswerFile.write
 
-    def interrupted(file: distill.AnswerFile, *answer: Any) -> None:
+    def interrupted(file: AnswerFile, *answer: Any) -> None:
         inner(file, *answer)
         if len(file.done) == 2:
             raise KeyboardInterrupt
 
     args = ("--target", str(target), "--prompts", str(prompts), "--out", str(out))
     with monkeypatch.context() as patch:
-        patch.setattr(distill.AnswerFile, "write", interrupted)
+        patch.setattr(AnswerFile, "write", interrupted)
         done = run(capsys, "distill-data", *args, *ANSWERS)
     assert done == (130, "", "specrt: interrupted\n")
     assert len(answers(prompts)) == 2
@@ -316,7 +317,7 @@ def test_answers_have_one_writer(
 ) -> None:
     out = prompts.parent / "out.jsonl"
     args = ("--target", str(target), "--prompts", str(prompts), "--out", str(out))
-    with distill.AnswerFile(out, "letters"):
+    with AnswerFile(out, "letters"):
         done = run(capsys, "distill-data", *args, *ANSWERS)
     expect_one_line(done, f"{out}: process {os.getpid()} on")
     assert not list(prompts.parent.glob(".*"))

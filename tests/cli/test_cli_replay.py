@@ -15,7 +15,8 @@ import pytest
 import specrt
 from specrt.cli.app import main
 from specrt.config import ModelConfig, config_fingerprint
-from specrt.draft.length.control import CONTROLLERS, ControlOptions, DraftCosts
+from specrt.draft.length.control import CONTROLLERS, ControlOptions
+from specrt.draft.length.costs import DraftCosts
 from specrt.lab.replay import ALL_TASKS, PLAIN, compare, simulate
 from specrt.lab.trace import (
     Trace,

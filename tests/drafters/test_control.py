@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from specrt.draft.length.control import (
-    CONTROLLERS,
-    ControlOptions,
-    DraftControl,
-    DraftCosts,
-    parse_control,
-)
+from specrt.draft.length.control import CONTROLLERS, ControlOptions, DraftControl, parse_control
+from specrt.draft.length.costs import DraftCosts
 from specrt.ops.graph import CpuGraph
 from specrt.types import SequenceState
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrt.draft.base import RoundCost
 from specrt.draft.fspad.checkpoint import read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer, pack_weights
 from specrt.draft.length.control import CONTROLLERS, ControlOptions, Posterior
-from specrt.draft.length.controlled import ControlledEnvelope
-from specrt.draft.length.measured import ENVELOPES, EnvelopePolicy, TreePolicy
+from specrt.draft.length.controlled import ControlledPolicy
+from specrt.draft.length.costs import RoundCost
+from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy, TreePolicy
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_draft_checkpoint
@@ -27,7 +27,7 @@ NODES = 63
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 
 
-def belief_of(policy: ControlledEnvelope) -> Posterior:
+def belief_of(policy: ControlledPolicy) -> Posterior:
     return policy._control.posterior(policy._batch)
 
 
@@ -87,14 +87,14 @@ class World:
 
 @pytest.mark.parametrize("levels", [1, 3, 5, 8])
 def test_fixed_drafts_its_levels_and_two_nodes_for_each(levels: int) -> None:
-    world = World(ControlledEnvelope(ControlOptions("fixed", draft_len=levels)))
+    world = World(ControlledPolicy(ControlOptions("fixed", draft_len=levels)))
     drafted, size, _, _ = world.round()
     assert drafted == levels
     assert size == min(n for n in ENVELOPES if n >= 1 + 2 * levels)
 
 
 def test_no_more_nodes_than_there_are() -> None:
-    policy = ControlledEnvelope(ControlOptions("fixed", draft_len=8))
+    policy = ControlledPolicy(ControlOptions("fixed", draft_len=8))
     scores = np.zeros((2, 4))
     assert policy.drafts()
     assert policy.expands([1.0], 2, RoundCost())
@@ -103,7 +103,7 @@ def test_no_more_nodes_than_there_are() -> None:
 
 
 def test_a_level_is_judged_by_the_chance_that_the_path_goes_on_into_it() -> None:
-    policy, cost = ControlledEnvelope(ControlOptions("threshold", threshold=0.5)), RoundCost()
+    policy, cost = ControlledPolicy(ControlOptions("threshold", threshold=0.5)), RoundCost()
     assert policy.drafts()
     assert policy.expands([0.6], 1, cost)
     assert policy.expands([0.6, 0.35], 1, cost)  # 0.58 of what came so far
@@ -116,7 +116,7 @@ def test_a_level_is_judged_by_the_chance_that_the_path_goes_on_into_it() -> None
 @pytest.mark.parametrize("kind", CONTROLLERS)
 @pytest.mark.parametrize("masses", [[math.nan], [0.0], [0.9, 0.0], [0.9, math.nan], [0.0, 0.0]])
 def test_what_is_not_reached_is_not_followed(kind: str, masses: list[float]) -> None:
-    policy, cost = ControlledEnvelope(ControlOptions(kind, threshold=0.0)), RoundCost()
+    policy, cost = ControlledPolicy(ControlOptions(kind, threshold=0.0)), RoundCost()
     assert any(policy.drafts() for _ in range(20))
     for number in range(1, len(masses) + 1):
         is_open = policy.expands(masses[:number], 1, cost)
@@ -128,7 +128,7 @@ def test_what_is_not_reached_is_not_followed(kind: str, masses: list[float]) -> 
 
 
 def test_the_mean_of_the_batch_is_learned() -> None:
-    policy = ControlledEnvelope(ControlOptions("beta-ts", prior=(1e9, 1.0), discount=None))
+    policy = ControlledPolicy(ControlOptions("beta-ts", prior=(1e9, 1.0), discount=None))
     assert policy.drafts()
     for levels in range(1, 5):
         policy.expands([1.0] * levels, 3, RoundCost())
@@ -141,7 +141,7 @@ def test_the_mean_of_the_batch_is_learned() -> None:
 
 
 def test_undrafted_rounds_are_learned_without_an_outcome() -> None:
-    policy = ControlledEnvelope(ControlOptions())
+    policy = ControlledPolicy(ControlOptions())
     world = World(policy, belief=0.1, truth=0.0, level=0.5)
     idle = []
     for _ in range(60):
@@ -153,8 +153,7 @@ def test_undrafted_rounds_are_learned_without_an_outcome() -> None:
 
 def test_rounds_repeat_from_the_seed() -> None:
     runs = [
-        World(ControlledEnvelope(ControlOptions("beta-ts"), seed=seed)).play(60)
-        for seed in (1, 1, 2)
+        World(ControlledPolicy(ControlOptions("beta-ts"), seed=seed)).play(60) for seed in (1, 1, 2)
     ]
     assert np.array_equal(runs[0], runs[1]) and not np.array_equal(runs[0], runs[2])
 
@@ -165,20 +164,20 @@ def test_rounds_repeat_from_the_seed() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("chance", [0.7, 0.9])
 def test_it_keeps_up_with_the_rule_by_belief_alone(chance: float, batch: int) -> None:
-    ours = World(ControlledEnvelope(ControlOptions()), chance, chance, batch=batch)
-    theirs = World(EnvelopePolicy(), chance, chance, batch=batch)
+    ours = World(ControlledPolicy(ControlOptions()), chance, chance, batch=batch)
+    theirs = World(MeasuredPolicy(), chance, chance, batch=batch)
     assert (ours.play(200)[100:, 0] > 0).mean() > 0.97
     assert ours.speed(600) > 0.93 * theirs.speed(800)
 
 
 @pytest.mark.parametrize(("belief", "truth"), [(0.1, 0.1), (0.9, 0.1), (0.99, 0.0)])
 def test_where_drafting_never_pays_little_is_lost(belief: float, truth: float) -> None:
-    world = World(ControlledEnvelope(ControlOptions()), belief, truth, level=0.3)
+    world = World(ControlledPolicy(ControlOptions()), belief, truth, level=0.3)
     assert world.speed(1500) > 0.975
 
 
 def test_it_comes_back_when_drafting_pays() -> None:
-    world = World(ControlledEnvelope(ControlOptions()), belief=0.9, truth=0.05, level=0.2)
+    world = World(ControlledPolicy(ControlOptions()), belief=0.9, truth=0.05, level=0.2)
     assert (world.play(600)[:, 0] > 0).mean() < 0.15
     world.truth, world.level = 0.9, 0.1
     world.play(150)
@@ -187,7 +186,7 @@ def test_it_comes_back_when_drafting_pays() -> None:
 
 def test_confidence_is_corrected_by_how_it_turns_out() -> None:
     """A drafter that is sure and mostly wrong: few levels, though it believes in many."""
-    world = World(ControlledEnvelope(ControlOptions("threshold")), belief=0.95, truth=0.3)
+    world = World(ControlledPolicy(ControlOptions("threshold")), belief=0.95, truth=0.3)
     assert world.play(1)[0, 0] == 8
     world.play(200)
     assert world.play(100)[:, 0].mean() < 2

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.eesd.round import Chain, EesdProposal
 from specrt.draft.length.control import CONTROLLERS, ControlOptions, ControlRound
+from specrt.draft.length.costs import RoundCost
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
 from specrt.models.step import StepRows

@@ -19,7 +19,8 @@ from specrt.draft.eesd.checkpoint import (
     write_exit,
 )
 from specrt.draft.eesd.drafter import EesdDrafter
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.draft.length.control import ControlOptions
 from specrt.models.model import LlamaModel
 from specrt.types import CheckpointError

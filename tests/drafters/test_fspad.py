@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specrt.builtin import drafter_paths, target_path
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     read_checkpoint,
@@ -17,10 +17,12 @@ from specrt.draft.fspad.checkpoint import (
 )
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import folding_pays
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, sampling_row
 from specrt.tree import MAX_NODES
 from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_draft_checkpoint
@@ -108,8 +110,9 @@ class Rig:
         self.ids = ids
 
     def state(self, length: int, **options: float) -> SequenceState:
-        fields = {"seed": 0, "temperature": 0.0} | options
-        return SequenceState(self.ids[:length], length, 400, **fields)  # type: ignore[arg-type]
+        params = SamplingParams(**{"seed": 0} | options)  # type: ignore[arg-type]
+        row = sampling_row(params, length)
+        return SequenceState(self.ids[:length], length, 400, params.seed, params.temperature, row)
 
     def fresh(self, length: int, budget: Budget, **options: float) -> Proposal:
         """The tree of a drafter that has just read the first ``length`` tokens."""
@@ -275,7 +278,7 @@ def test_coupled_trees_hold_what_the_target_would_draw_from_the_draft_law(
 
 def draft_logits(drafter: FspadDrafter) -> torch.Tensor:
     """Logits behind the last pair, as the last round left them."""
-    buffers = list(drafter._rounds.values())[-1]
+    buffers = list(drafter._rounds._values.values())[-1]
     return buffers._work.logits[0].clone()
 
 

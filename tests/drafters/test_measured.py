@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from specrt.draft.base import RoundCost
-from specrt.draft.length.measured import ENVELOPES, Calibration, EnvelopePolicy
+from specrt.draft.length.costs import RoundCost
+from specrt.draft.length.measured import ENVELOPES, Calibration, MeasuredPolicy
 
 ONE_MS = 10.0
 
@@ -26,7 +26,7 @@ def measured(slope: float = 0.05, one_ms: float = ONE_MS) -> RoundCost:
     return cost
 
 
-def drafting(policy: EnvelopePolicy, extend: float, level: float) -> EnvelopePolicy:
+def drafting(policy: MeasuredPolicy, extend: float, level: float) -> MeasuredPolicy:
     """A policy that has measured drafting, in plain rounds."""
     policy.observe_draft(extend * ONE_MS, level * ONE_MS, 1)
     return policy
@@ -61,7 +61,7 @@ def test_the_size_is_the_envelope_of_the_highest_rate(batch: int, slope: float) 
     for most in (2, 3, 7, 30, 64, 128):
         for _ in range(20):
             probs = falling(rng, batch, most - 1)
-            policy = drafting(EnvelopePolicy(), 0.2, 0.1)
+            policy = drafting(MeasuredPolicy(), 0.2, 0.1)
             size = policy.size(logs(probs), 3, measured(slope))
             sizes = {*(n for n in ENVELOPES if n < most), most}
             rates = {n: rate(probs, n, 0.2 + 2 * 0.1, slope) for n in sizes}
@@ -74,7 +74,7 @@ def test_dear_drafts_want_large_trees() -> None:
     """What was paid for drafting is spread over more tokens."""
     probs = 0.9 ** np.arange(1, 64)[None]
     sizes = [
-        drafting(EnvelopePolicy(), price, price).size(logs(probs), 5, measured(0.1))
+        drafting(MeasuredPolicy(), price, price).size(logs(probs), 5, measured(0.1))
         for price in (0.0, 0.1, 1.0)
     ]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
@@ -82,20 +82,20 @@ def test_dear_drafts_want_large_trees() -> None:
 
 def test_padding_is_not_verified() -> None:
     probs = np.concatenate([np.full((2, 3), 0.9), np.zeros((2, 60))], axis=1)
-    assert EnvelopePolicy().size(logs(probs), 2, measured(0.01)) == 4
+    assert MeasuredPolicy().size(logs(probs), 2, measured(0.01)) == 4
 
 
 def test_nan_promises_nothing() -> None:
     scores = np.full((1, 63), np.nan)
-    policy, cost = EnvelopePolicy(), measured()
+    policy, cost = MeasuredPolicy(), measured()
     assert policy.size(scores, 3, cost) == 1
     assert policy.mass(scores) == 0.0
     for masses in ([math.nan], [0.9, math.nan], [math.nan, 0.9]):
         assert not policy.expands(masses, 1, cost)
     # It neither outlives the round nor spoils the sequences beside it.
     good = logs(np.full((1, 63), 0.9) ** np.arange(1, 64))
-    alone = EnvelopePolicy().size(good, 3, cost)
-    fresh = EnvelopePolicy()
+    alone = MeasuredPolicy().size(good, 3, cost)
+    fresh = MeasuredPolicy()
     assert fresh.size(np.concatenate([scores, good]), 3, cost) > 1
     fresh.observe_outcome(scores, np.zeros((1, 63)))
     assert fresh.size(good, 3, cost) == alone > 1
@@ -103,14 +103,14 @@ def test_nan_promises_nothing() -> None:
 
 
 def test_a_single_node_leaves_one_choice() -> None:
-    assert EnvelopePolicy().size(np.empty((3, 0)), 1, measured()) == 1
+    assert MeasuredPolicy().size(np.empty((3, 0)), 1, measured()) == 1
 
 
 # --- levels ---------------------------------------------------------------------------------------
 
 
 def test_hopeful_levels_are_drafted_and_hopeless_ones_not() -> None:
-    policy, cost = drafting(EnvelopePolicy(), 0.1, 0.05), measured(0.01)
+    policy, cost = drafting(MeasuredPolicy(), 0.1, 0.05), measured(0.01)
     assert policy.expands([0.9], 1, cost)
     assert policy.expands([0.9, 0.8], 1, cost)
     assert not policy.expands([0.05], 1, cost)
@@ -123,7 +123,7 @@ def test_hopeful_levels_are_drafted_and_hopeless_ones_not() -> None:
 
 def test_depth_falls_with_the_price_of_a_level_and_with_doubt() -> None:
     def depth(level: float, fall: float, accepted: float = 1.0) -> int:
-        policy, cost = drafting(EnvelopePolicy(), level, level), measured(0.01)
+        policy, cost = drafting(MeasuredPolicy(), level, level), measured(0.01)
         believed = logs(fall ** np.arange(1, 41)[None])
         for _ in range(600):
             policy.observe_outcome(believed, accepted * np.exp(believed))
@@ -147,7 +147,7 @@ def test_beliefs_are_corrected_by_how_they_turn_out(share: float) -> None:
     rng = np.random.default_rng(3)
     for _ in range(6):
         probs = falling(rng, 2, 63)
-        policy = drafting(EnvelopePolicy(), 0.2, 0.1)
+        policy = drafting(MeasuredPolicy(), 0.2, 0.1)
         for _ in range(400):
             policy.observe_outcome(logs(probs), share * probs)
         size = policy.size(logs(probs), 3, measured(0.02))
@@ -169,7 +169,7 @@ def test_each_class_of_belief_has_its_own_correction() -> None:
 
 def test_a_root_alone_says_nothing_of_beliefs() -> None:
     probs = 0.8 ** np.arange(1, 64)[None]
-    policy = drafting(EnvelopePolicy(), 0.2, 0.1)
+    policy = drafting(MeasuredPolicy(), 0.2, 0.1)
     expected = policy.size(logs(probs), 3, measured(0.02))
     for _ in range(3000):
         policy.observe_outcome(np.empty((1, 0)), np.empty((1, 0)))
@@ -179,7 +179,7 @@ def test_a_root_alone_says_nothing_of_beliefs() -> None:
 def test_a_preempted_thread_moves_little() -> None:
     """One wild time among ordinary ones leaves the choice as it was."""
     probs = 0.9 ** np.arange(1, 64)[None]
-    policies = [EnvelopePolicy(), EnvelopePolicy()]
+    policies = [MeasuredPolicy(), MeasuredPolicy()]
     for number in range(200):
         for policy in policies:
             policy.observe_draft(1.0, 0.5, 1)
@@ -201,7 +201,7 @@ class World:
     geometrically with depth. A drafted level costs ``level`` plain rounds.
     """
 
-    policy: EnvelopePolicy
+    policy: MeasuredPolicy
     cost: RoundCost
     belief: float = 0.9
     truth: float = 0.9
@@ -258,7 +258,7 @@ def test_a_batch_tells_the_time_of_one_row_and_follows_the_machine() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_good_drafter_drafts_nearly_always(rng: np.random.Generator, batch: int) -> None:
     """In a batch no round ever verifies one row alone; the cost of one is still known."""
-    world = World(EnvelopePolicy(), RoundCost(), batch=batch)
+    world = World(MeasuredPolicy(), RoundCost(), batch=batch)
     assert world.share(400, rng) > 0.98
 
 
@@ -270,7 +270,7 @@ def test_drafting_that_loses_stops_and_is_tried_more_and_more_rarely(
     rng: np.random.Generator, belief: float, truth: float, level: float
 ) -> None:
     """Unsure, dear, and two that are sure and wrong."""
-    world = World(EnvelopePolicy(), RoundCost(), belief, truth, level)
+    world = World(MeasuredPolicy(), RoundCost(), belief, truth, level)
     world.share(400, rng)
     assert world.share(2000, rng) < 0.05
     tries = [number for number in range(2000) if world.round(rng)]
@@ -282,7 +282,7 @@ def test_drafting_that_loses_stops_and_is_tried_more_and_more_rarely(
 def test_it_comes_back_when_drafting_wins(
     rng: np.random.Generator, belief: float, truth: float
 ) -> None:
-    world = World(EnvelopePolicy(), RoundCost(), belief, truth, level=0.3)
+    world = World(MeasuredPolicy(), RoundCost(), belief, truth, level=0.3)
     assert world.share(1200, rng) < 0.25
     world.belief = world.truth = 0.95
     world.level = 0.05
@@ -291,7 +291,7 @@ def test_it_comes_back_when_drafting_wins(
 
 
 def test_the_first_pause_is_short(rng: np.random.Generator) -> None:
-    policy, cost = EnvelopePolicy(), measured()
+    policy, cost = MeasuredPolicy(), measured()
     hopeless = np.full((1, 63), 1e-3)
     pauses = []
     for _ in range(6):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specrt.draft.base import Budget, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.tree import TreeBuilder
 from specrt.types import AcceptResult, Proposal, SequenceState
@@ -147,6 +148,80 @@ def test_the_index_is_right_over_many_rounds(
         drafter.observe(states, tree, verdict(*deepest), {})
         states[0].token_ids += said
         states[1].token_ids += said[:1]
+
+
+def shaped(**fields: int) -> Proposal:
+    """Of a text whose 9 was followed by four different continuations."""
+    text = [9, 1, 2, 3, 4, 9, 5, 6, 7, 8, 9, 1, 2, 7, 7, 9, 3, 3, 3, 3, 9]
+    drafter, state = PromptLookupDrafter(max_depth=4), make_state(text)
+    drafter.start(state)
+    dear = RoundCost(slope=1.0)
+    assert drafted(drafter.propose([state], Budget(64, dear))) == []  # and it takes a rest
+    return drafter.propose([state], Budget(64, dear, DraftParams(**fields)))
+
+
+def test_draft_params_fix_the_size_whatever_rows_cost() -> None:
+    first, second, third, last = (3, 3, 3, 3), (1, 2, 7, 7), (5, 6, 7, 8), (1, 2, 3, 4)
+
+    def paths(*continuations: tuple[int, ...]) -> set[tuple[int, ...]]:
+        return {path[:stop] for path in continuations for stop in range(len(path) + 1)}
+
+    assert node_paths(shaped(depth=2), 0) == paths(first[:2], second[:2], third[:2])
+    assert node_paths(shaped(top_k=1), 0) == paths(first)
+    assert node_paths(shaped(top_k=100), 0) == paths(first, second, third, last)
+    assert node_paths(shaped(total_tokens=7), 0) == paths(first, second[:2])
+    assert node_paths(shaped(depth=3, top_k=2, total_tokens=6), 0) == paths(first[:3], second[:2])
+    assert drafted(shaped(depth=0)) == drafted(shaped(total_tokens=1)) == []
+    assert len(drafted(shaped(depth=20, top_k=1))) == 20
+
+
+def test_outcomes_of_given_sizes_teach_nothing() -> None:
+    drafter, state = PromptLookupDrafter(), make_state([1, 2, 3] * 5)
+    drafter.start(state)
+    for _ in range(20):
+        proposal = drafter.propose([state], Budget(64, FREE, DraftParams(depth=4)))
+        drafter.observe([state], proposal, verdict(0), {})
+    cost = RoundCost(slope=0.3)
+    fresh, other = PromptLookupDrafter(), make_state(state.token_ids)
+    fresh.start(other)
+    expected = drafted(fresh.propose([other], Budget(64, cost)))
+    assert expected and drafted(drafter.propose([state], Budget(64, cost))) == expected
+
+
+def test_outcomes_may_come_a_round_late() -> None:
+    """Each is written to the match that was proposed, though others were looked up since."""
+
+    def rates(is_late: bool) -> list[float]:
+        drafter = PromptLookupDrafter(max_ngram=2)
+        states = [make_state([1, 2, 3] * 4), make_state([4, 5, 4, 6, 4])]
+        proposals: list[Proposal] = []
+        for state, length in zip(states, (3, 0), strict=True):
+            drafter.start(state)
+            proposals.append(drafter.propose([state], Budget(64, FREE)))
+            if not is_late:
+                drafter.observe([state], proposals[-1], verdict(length), {})
+        if is_late:
+            for state, proposal, length in zip(states, proposals, (3, 0), strict=True):
+                drafter.observe([state], proposal, verdict(length), {})
+        assert all(map(drafted, proposals))
+        return [drafter._overall[match].rate for match in (1, 2)]
+
+    late = rates(is_late=True)
+    assert late == rates(is_late=False)
+    assert late[0] < 0.5 < late[1]
+
+
+def test_restarted_in_mid_output_it_proposes_the_same() -> None:
+    state = make_state([1, 2, 3, 4, 5])
+    drafter = PromptLookupDrafter()
+    drafter.start(state)
+    drafter.propose([state], Budget(64, FREE))
+    state.token_ids += [2, 3, 9, 2, 3]
+    expected = drafted(drafter.propose([state], Budget(64, FREE)))
+    drafter.finish(state)
+    drafter.start(state)
+    assert drafted(drafter.propose([state], Budget(64, FREE))) == expected
+    assert expected[:4] == [9, 2, 3, 9]
 
 
 def failures_until_silence(cost: RoundCost, limit: int = 50) -> tuple[int, PromptLookupDrafter]:

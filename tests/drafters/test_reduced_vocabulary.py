@@ -10,7 +10,7 @@ import torch
 
 import specrt
 from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     TOKEN_IDS,
@@ -19,10 +19,12 @@ from specrt.draft.fspad.checkpoint import (
     write_checkpoint,
 )
 from specrt.draft.fspad.drafter import FspadDrafter
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
+from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, sampling_row
 from specrt.tree import MAX_NODES
 from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
@@ -106,7 +108,8 @@ def tree_at(
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(len(IDS) + MAX_NODES)])
     parts = [taps["final"][0].clone() for _, taps in model.extend(IDS[:59], batch, taps=("final",))]
-    state = SequenceState(IDS[:60], 60, 400, seed=5, temperature=temperature)
+    row = sampling_row(SamplingParams(temperature=temperature, seed=5), 60)
+    state = SequenceState(IDS[:60], 60, 400, 5, temperature, row)
     drafter.start(state)
     drafter.prefill(state, 0, {"final": torch.cat(parts)[None]})
     tree = drafter.propose([state], Budget(MAX_NODES, RoundCost(), shape))
@@ -181,7 +184,7 @@ def test_children_are_the_best_of_those_kept(
     full, reduced = (make_drafter(model, drafters / "fspad" / name) for name in ("full", "40"))
     shape = DraftParams(depth=1, top_k=6, total_tokens=7)
     everything = tree_at(model, full, shape, temperature)
-    logits = next(iter(full._rounds.values()))._work.logits[0].clone()
+    logits = next(iter(full._rounds._values.values()))._work.logits[0].clone()
     if temperature > 0:
         logits = logits / temperature + gumbel_noise(5, 60, VOCAB)
     ids = reduced.layer.weights.token_ids

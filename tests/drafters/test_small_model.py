@@ -10,7 +10,8 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
-from specrt.draft.base import Budget, RoundCost
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
@@ -75,23 +76,14 @@ def best_paths(
 
 
 def level_paths(proposal: Proposal, row: int = 0) -> list[set[tuple[int, ...]]]:
-    """The paths of each level below the root; checks the tree's shape on the way."""
-    tree = settled(proposal)
-    assert int(tree.num_nodes[row]) == tree.draft_tokens.shape[1]
-    parents, depth = tree.parents[row].tolist(), tree.depth[row].tolist()
-    masks = tree.ancestors[row, :, 0].tolist()
-    assert (parents[0], depth[0], masks[0]) == (-1, 0, 1)
-    paths: list[tuple[int, ...]] = [()]
-    levels: list[set[tuple[int, ...]]] = [set() for _ in range(max(depth))]
-    for node in range(1, len(parents)):
-        parent = parents[node]
-        assert 0 <= parent < node
-        assert depth[node] == depth[parent] + 1
-        assert masks[node] == masks[parent] | 1 << node
-        paths.append((*paths[parent], int(tree.draft_tokens[row, node])))
-        levels[depth[node] - 1].add(paths[-1])
+    """The paths of each level below the root."""
+    tree, paths = settled(proposal), list[tuple[int, ...]]([()])
+    for node in range(1, int(tree.num_nodes[row])):
+        above = paths[int(tree.parents[row, node])]
+        paths.append((*above, int(tree.draft_tokens[row, node])))
     assert len(set(paths)) == len(paths)
-    return levels
+    deepest = max(map(len, paths))
+    return [{path for path in paths if len(path) == depth} for depth in range(1, deepest + 1)]
 
 
 @pytest.mark.parametrize(("depth", "width"), [(1, 1), (5, 1), (1, 6), (4, 3), (3, 9)])
@@ -125,6 +117,15 @@ def test_rejected_trees_leave_no_trace(model: LlamaModel) -> None:
         state.token_ids += [*path[:accepted], *more]
 
 
+def test_asked_again_it_proposes_the_same(model: LlamaModel) -> None:
+    drafter = SmallModelDrafter(model, 3, 3)
+    states = started(drafter, make_state(TEXT * 3), make_state(TEXT[:9]))
+    first = drafter.propose(states, BUDGET)
+    again = drafter.propose(states, BUDGET)
+    assert torch.equal(first.draft_tokens, again.draft_tokens)
+    assert torch.equal(first.parents, again.parents)
+
+
 def test_sequences_of_unequal_lengths_draft_as_if_alone(model: LlamaModel) -> None:
     drafter = SmallModelDrafter(model, 3, 4)
     states = started(drafter, *(make_state(TEXT[:size]) for size in (1, 33, 64, 65)))
@@ -142,19 +143,54 @@ def test_sequences_of_unequal_lengths_draft_as_if_alone(model: LlamaModel) -> No
 
 
 def test_limits(model: LlamaModel) -> None:
-    def size(num_left: int, max_nodes: int, depth: int = 4, width: int = 3) -> int:
+    def size(num_left: int, max_nodes: int, depth: int = 4, width: int = 3, **asked: int) -> int:
         drafter = SmallModelDrafter(model, depth, width)
         states = started(drafter, make_state(TEXT[:9], num_left))
-        return drafter.propose(states, Budget(max_nodes, RoundCost())).draft_tokens.shape[1]
+        budget = Budget(max_nodes, RoundCost(), DraftParams(**asked))
+        return drafter.propose(states, budget).draft_tokens.shape[1]
 
     assert size(100, 64) == 13
     assert size(100, 12) == 10
-    assert size(100, 3) == size(100, 1) == 1
+    assert size(100, 3) == 3
+    assert size(100, 1) == size(100, 64, total_tokens=1) == 1
+    assert size(100, 9, total_tokens=12) == size(100, 64, total_tokens=9) == 7
     # The last token that may come is the bonus token.
-    assert size(3, 64) == 7
+    assert size(3, 64) == size(3, 64, depth=9) == 7
     assert size(1, 64) == 1
-    # Ancestors must fit one word, whatever the budget.
-    assert size(100, 128, depth=100, width=5) == 61
+    assert size(100, 128, depth=100, width=5) == 126
+
+
+@pytest.mark.parametrize(
+    ("asked", "depth", "width"),
+    [
+        (DraftParams(depth=2), 2, 3),
+        (DraftParams(top_k=1), 4, 1),
+        (DraftParams(depth=12, top_k=10), 12, 10),  # more nodes than fit a word of ancestor bits
+        (DraftParams(depth=3, top_k=4, total_tokens=11), 2, 4),
+    ],
+)
+def test_draft_params_are_honoured(
+    model: LlamaModel, asked: DraftParams, depth: int, width: int
+) -> None:
+    drafter = SmallModelDrafter(model, 4, 3)
+    drafter.check(asked)
+    states = started(drafter, make_state(TEXT[:9]), make_state(TEXT[:30]))
+    trees = drafter.propose(states, Budget(128, RoundCost(), asked))
+    for row, state in enumerate(states):
+        assert level_paths(trees, row) == best_paths(model, state.token_ids, depth, width)
+    nothing = Budget(128, RoundCost(), DraftParams(depth=0))
+    assert drafter.propose(states, nothing).num_nodes.tolist() == [1, 1]
+
+
+def test_trees_it_cannot_draft_are_refused(model: LlamaModel) -> None:
+    drafter, chains = SmallModelDrafter(model), SmallModelDrafter(model, is_sampled=True)
+    for asked in (DraftParams(top_k=1), DraftParams(depth=9, total_tokens=3)):
+        chains.check(asked)
+    with pytest.raises(ValueError, match="top_k: expected 1 for sampled drafts, got 2"):
+        chains.check(DraftParams(top_k=2))
+    drafter.check(DraftParams(top_k=VOCAB))
+    with pytest.raises(ValueError, match="top_k: expected at most the shared vocabulary 29, got 3"):
+        drafter.check(DraftParams(top_k=VOCAB + 1))
 
 
 def test_beyond_its_context_it_proposes_nothing(model: LlamaModel) -> None:
@@ -169,16 +205,56 @@ def test_beyond_its_context_it_proposes_nothing(model: LlamaModel) -> None:
         drafter.finish(state)
 
 
-def test_catching_up_after_a_neighbour_beyond_the_context(model: LlamaModel) -> None:
-    """While a neighbour keeps the drafter silent, a sequence falls behind by any amount."""
-    drafter = SmallModelDrafter(model, 3, 2)
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_a_neighbour_beyond_the_context_keeps_nobody_from_drafting(
+    model: LlamaModel, is_sampled: bool
+) -> None:
+    drafter = SmallModelDrafter(model, 3, is_sampled=is_sampled)
     long, short = started(drafter, make_state((TEXT * 7)[:CONTEXT]), make_state(TEXT[:5], 390))
-    assert drafter.propose([long, short], BUDGET).draft_tokens.shape[1] == 1
-    short.token_ids += TEXT * 3
-    assert drafter.propose([long, short], BUDGET).draft_tokens.shape[1] == 1
-    drafter.finish(long)
-    tree = drafter.propose([short], BUDGET)
-    assert level_paths(tree) == best_paths(model, short.token_ids, 3, 2)
+    trees, alone = drafter.propose([long, short], BUDGET), drafter.propose([short], BUDGET)
+    assert trees.num_nodes.tolist() == [1, 4]
+    assert trees.draft_tokens[0, 0] == long.token_ids[-1]
+    assert torch.equal(trees.draft_tokens[1], alone.draft_tokens[0])
+    assert torch.equal(trees.parents[1], alone.parents[0])
+    assert (trees.draft_probs is None) == (alone.draft_probs is None) == (not is_sampled)
+    if trees.draft_probs is not None and alone.draft_probs is not None:
+        assert torch.equal(trees.draft_probs[1], alone.draft_probs[0])
+
+
+def test_catching_up_after_a_long_silence(model: LlamaModel) -> None:
+    drafter, nothing = SmallModelDrafter(model, 3, 2), Budget(1, RoundCost())
+    (state,) = started(drafter, make_state(TEXT[:5], 390))
+    state.token_ids += TEXT * 3
+    assert drafter.propose([state], nothing).draft_tokens.shape[1] == 1
+    assert level_paths(drafter.propose([state], BUDGET)) == best_paths(model, state.token_ids, 3, 2)
+
+
+def test_prompts_are_run_beside_the_target_and_again_after_a_restart(model: LlamaModel) -> None:
+    drafter, text = SmallModelDrafter(model, 3, 2), TEXT * 5
+    state = make_state(text[:300])
+    for length in (300, 345):  # it gave way in mid-output, and comes back longer
+        (state,) = started(drafter, state)
+        for start in range(0, length - 1, 128):
+            drafter.prefill(state, start, {})
+            assert drafter._cached[state].length == min(start + 128, length - 1)
+        assert level_paths(drafter.propose([state], BUDGET)) == best_paths(
+            model, state.token_ids, 3, 2
+        )
+        drafter.finish(state)
+        state.token_ids += text[length : length + 45]
+
+
+def test_pages_are_taken_as_they_are_needed(model: LlamaModel) -> None:
+    drafter = SmallModelDrafter(model, 3, 2)
+    (state,) = started(drafter, make_state(TEXT[:60], 300))
+    assert drafter._cache.num_held_pages == 0
+    drafter.propose([state], BUDGET)  # rows of 60 tokens, and of two of the three levels
+    assert drafter._cache.num_held_pages == 1
+    state.token_ids.append(7)
+    drafter.propose([state], BUDGET)
+    assert drafter._cache.num_held_pages == 2
+    drafter.finish(state)
+    assert drafter._cache.num_held_pages == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
@@ -208,8 +284,6 @@ def test_sampled_chains_hand_over_their_laws(model: LlamaModel, temperature: flo
 def test_drafts_are_drawn_from_their_law(model: LlamaModel) -> None:
     num_seeds = 200
     drafter = SmallModelDrafter(model, 1, is_sampled=True)
-    # One growth of the cache instead of one for each sequence.
-    drafter._cache.close(drafter._cache.open(num_seeds * 192))
     states = started(drafter, *(make_state(TEXT[:5], 9, s, 1.0) for s in range(num_seeds)))
     counts = torch.zeros(VOCAB, dtype=torch.float64)
     for start in range(0, num_seeds, 50):
@@ -222,7 +296,9 @@ def test_drafts_are_drawn_from_their_law(model: LlamaModel) -> None:
     assert statistic < 70
 
 
-@pytest.mark.parametrize("options", [{"depth": 0}, {"width": 0}, {"width": 2, "is_sampled": True}])
+@pytest.mark.parametrize(
+    "options", [{"depth": 0}, {"width": 0}, {"width": 2, "is_sampled": True}, {"width": VOCAB + 1}]
+)
 def test_options_out_of_range(model: LlamaModel, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         SmallModelDrafter(model, **options)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import specrt
-from specrt.draft.base import Budget, RoundCost
+from specrt.draft.base import Budget
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.draft.small_model.vocabulary import check_vocabulary
 from specrt.types import CheckpointError, SequenceState

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from specrt.draft.base import Budget
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
+from specrt.draft.length.costs import DraftCosts
 from specrt.tree import TreeBuilder, stack
 from specrt.types import AcceptResult, Proposal, SequenceState
 

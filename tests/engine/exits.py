@@ -18,7 +18,8 @@ from specrt.draft.eesd.checkpoint import (
 )
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.length.control import ControlOptions, DraftCosts
+from specrt.draft.length.control import ControlOptions
+from specrt.draft.length.costs import DraftCosts
 from specrt.models.model import LlamaModel
 from tests.checkpoints import make_checkpoint
 

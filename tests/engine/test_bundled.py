@@ -10,10 +10,12 @@ import pytest
 import specrt
 from specrt import SamplingParams
 from specrt.builtin import drafter_paths, heldout_prompts
-from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter, RoundCost
+from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter
 from specrt.draft.eesd.drafter import EesdDrafter
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.draft.length.control import parse_control
+from specrt.draft.length.costs import RoundCost
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.engine import Engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,12 +207,12 @@ def test_a_drafter_that_raises_loses_nothing(model: LlamaModel) -> None:
 
     drafter = Broken()
     engine = make_engine(model, drafter)
-    with pytest.raises(RuntimeError, match="broken drafter"):
-        engine.generate(prompts(2, VOCAB), LONG)
+    for _ in range(2):
+        assert texts(engine.generate(prompts(2, VOCAB), LONG)) == texts(
+            make_engine(model).generate(prompts(2, VOCAB), LONG)
+        )
+    assert drafter.rounds > 5
     assert engine.cache.num_free_pages == engine.cache.num_pages
-    assert texts(engine.generate(prompts(2, VOCAB), LONG)) == texts(
-        make_engine(model).generate(prompts(2, VOCAB), LONG)
-    )
 
 
 def test_bad_prompts_are_refused_before_anything_runs(model: LlamaModel) -> None:
@@ -240,10 +241,9 @@ def test_out_of_memory_says_how_much(model: LlamaModel, monkeypatch: pytest.Monk
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("specrt.cache._untouched_zeros", refuse)
-    with pytest.raises(
-        MemoryError, match=r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB"
-    ):
-        engine.generate([1, 2, 3], LONG)
+    result = engine.generate([1, 2, 3], LONG)
+    assert result.finish_reason == "error" and result.token_ids == []
+    assert re.fullmatch(r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB", result.error)
 
 
 def test_chat_messages_and_text(model: LlamaModel) -> None:

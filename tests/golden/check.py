@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from specrt.cache import CacheBatch, KVCache
-from specrt.draft.base import Budget, DraftParams, RoundCost
+from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import EMBED, read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows, fold, pack_weights
+from specrt.draft.length.costs import RoundCost
 from specrt.tree import MAX_NODES, chain_tree
 from specrt.types import AcceptResult, Proposal, SequenceState
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound
+from specrt.draft.length.costs import DraftCosts
 from specrt.lab.record import record
 from specrt.lab.replay import ALL_TASKS, PLAIN, Replay, Rounds, compare, simulate
 from specrt.lab.trace import Trace, TraceHeader, TraceModels, TraceSequence

@@ -13,7 +13,8 @@ from specrt.draft.base import Budget
 from specrt.draft.eesd.checkpoint import load_exit, read_exit
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.length.control import ControlOptions, DraftCosts
+from specrt.draft.length.control import ControlOptions
+from specrt.draft.length.costs import DraftCosts
 from specrt.graph import GraphCache
 from specrt.lab.record import measure_costs, measuring_control, record
 from specrt.lab.replay import simulate

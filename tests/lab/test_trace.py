@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specrt.draft.length.control import DraftCosts
+from specrt.draft.length.costs import DraftCosts
 from specrt.lab.trace import (
     Trace,
     TraceHeader,

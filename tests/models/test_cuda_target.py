@@ -22,7 +22,8 @@ from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams
-from specrt.draft.kinds import DrafterOptions, load_drafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
@@ -32,10 +33,11 @@ from specrt.models.placement import place_weights
 from specrt.models.step import FINAL_TAP, layer_tap
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
-from specrt.tree import TreeBuilder, chain_tree, stack
+from specrt.tree import TreeBuilder, chain_tree
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.ops.conftest import Backend, load_simt
+from tests.trees import trees_of
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -160,7 +162,7 @@ def test_no_less_exact_than_transformers(
     model = make_model(checkpoint, backend, dtype)
     batch = started(model, [PROMPT])
     taps = (FINAL_TAP, layer_tap(0))
-    output = model.forward(stack([TREE]), batch, taps=taps)
+    output = model.forward(trees_of([TREE]), batch, taps=taps)
     for ours, name in (
         (output.logits, "logits"),
         (output.taps[FINAL_TAP], "final"),
@@ -180,7 +182,7 @@ def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
     model = make_model(llama, backend)
     batch, simt = started(model, [PROMPT]), load_simt()
     before = simt.num_launches()
-    model.forward(stack([TREE]), batch)
+    model.forward(trees_of([TREE]), batch)
     expected = 4 * SIZES["num_hidden_layers"] + 1 if backend.name == "simt" else 0
     assert simt.num_launches() - before == expected
 
@@ -192,7 +194,7 @@ def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
 def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
     model, tree = make_model(checkpoint, backend), random_tree(13, seed=2)
     batch = started(model, [PROMPT])
-    whole = model.forward(stack([tree]), batch).logits[0].clone()
+    whole = model.forward(trees_of([tree]), batch).logits[0].clone()
     for node in range(0, 13, 4):
         *above, last = path_to(tree, node)
         alone = started(model, [PROMPT + above])
@@ -202,7 +204,7 @@ def test_a_node_alone_and_in_a_tree(checkpoint: Path, backend: Backend) -> None:
 
 def test_pieces_of_the_prompt_and_page_sizes(checkpoint: Path, backend: Backend) -> None:
     model = make_model(checkpoint, backend)
-    tree = stack([random_tree(5, seed=3)])
+    tree = trees_of([random_tree(5, seed=3)])
     outcomes = [
         model.forward(tree, started(model, [PROMPT], page_size, piece)).logits.clone()
         for page_size, piece in ((64, 128), (16, 128), (16, 10), (64, 19))
@@ -214,9 +216,9 @@ def test_pieces_of_the_prompt_and_page_sizes(checkpoint: Path, backend: Backend)
 def test_company_changes_nothing(checkpoint: Path, backend: Backend) -> None:
     model = make_model(checkpoint, backend)
     trees = [random_tree(size, seed=size) for size in (3, 11, 6)]
-    together = model.forward(stack(trees), started(model, PROMPTS)).logits.clone()
+    together = model.forward(trees_of(trees), started(model, PROMPTS)).logits.clone()
     for row, (tree, prompt) in enumerate(zip(trees, PROMPTS, strict=True)):
-        alone = model.forward(stack([tree]), started(model, [prompt])).logits
+        alone = model.forward(trees_of([tree]), started(model, [prompt])).logits
         assert torch.equal(together[row, : len(tree)], alone[0]), row
 
 
@@ -234,7 +236,7 @@ def test_a_setting_that_changes_is_refused(
     """Committed keys and values would be of other bits than the rows that come after."""
     if not backend.runs_cuda_source:
         pytest.skip("a CPU's products do not ask torch")
-    model, tree = make_model(llama, backend), stack([TREE])
+    model, tree = make_model(llama, backend), trees_of([TREE])
     batch = started(model, [PROMPT])
     model.forward(tree, batch)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specrt.cache import CacheBatch
+from specrt.cache import CacheBatch, CachedSequence
 from specrt.config import ModelConfig
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP, layer_tap
-from specrt.tree import TreeBuilder, chain_tree, stack
+from specrt.tree import TreeBuilder, chain_tree
 from specrt.types import DraftTree
 from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.trees import trees_of
 
 VOCAB = 97
 PROMPT = [(11 * i * i + 3 * i) % VOCAB for i in range(150)]  # more than one piece of `extend`
@@ -99,7 +101,7 @@ def test_logits_and_taps_are_those_of_transformers(family: str, tmp_path: Path) 
     logits, hidden = their_rows(theirs, PROMPT, tree)
     layers = model.config.num_layers
     taps = (FINAL_TAP, *(layer_tap(i) for i in range(layers)))
-    output = model.forward(stack([tree]), started(model, [PROMPT]), taps=taps)
+    output = model.forward(trees_of([tree]), started(model, [PROMPT]), taps=taps)
     assert error(output.logits[0], logits) < FLOAT32_TOLERANCE
     # Their first state is the embedding, their last one is behind the final norm.
     for index in range(layers - 1):
@@ -161,9 +163,9 @@ def test_a_padded_batch_equals_single_runs(model: LlamaModel) -> None:
     taps = ("layer.0", "final")
     alone = []
     for prompt, tree in zip(prompts, trees, strict=True):
-        output = model.forward(stack([tree]), started(model, [prompt]), taps=taps)
+        output = model.forward(trees_of([tree]), started(model, [prompt]), taps=taps)
         alone.append([output.logits[0].clone(), *(output.taps[tap][0].clone() for tap in taps)])
-    output = model.forward(stack(trees), started(model, prompts), taps=taps)
+    output = model.forward(trees_of(trees), started(model, prompts), taps=taps)
     together = [output.logits, *(output.taps[tap] for tap in taps)]
     for row, (tree, expected) in enumerate(zip(trees, alone, strict=True)):
         for got, single in zip(together, expected, strict=True):
@@ -201,7 +203,7 @@ def fan(width: int, levels: int) -> TreeBuilder:
 def test_level_by_level_is_all_at_once(model: LlamaModel) -> None:
     # The wide tree takes two words of ancestors, the other one: same level shapes, other masks.
     for levels in (10, 5, 10):
-        tree = stack([fan(12, levels)])
+        tree = trees_of([fan(12, levels)])
         whole = model.forward(tree, started(model, [PROMPT])).logits.clone()
         batch = started(model, [PROMPT])
         for piece, first in by_level(tree):
@@ -214,11 +216,11 @@ def test_level_by_level_is_all_at_once(model: LlamaModel) -> None:
 def test_first_node_may_differ_in_a_batch(model: LlamaModel) -> None:
     trees = [random_tree(9, seed=5), random_tree(12, seed=6)]
     prompts = [PROMPT[:20], PROMPT[:90]]
-    tree = stack(trees)
+    tree = trees_of(trees)
     whole = model.forward(tree, started(model, prompts)).logits.clone()
     batch = started(model, prompts)
     starts = [4, 7]
-    model.forward(stack(trees), batch)  # earlier nodes' rows
+    model.forward(trees_of(trees), batch)  # earlier nodes' rows
     rows = [torch.arange(start, start + 5) for start in starts]
 
     def rest(field: torch.Tensor) -> torch.Tensor:
@@ -238,7 +240,7 @@ def test_first_node_may_differ_in_a_batch(model: LlamaModel) -> None:
 
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_page_sizes_do_not_show(model: LlamaModel, page_size: int) -> None:
-    tree = stack([random_tree(40, seed=2)])
+    tree = trees_of([random_tree(40, seed=2)])
     expected = model.forward(tree, started(model, [PROMPT], 128)).logits.clone()
     assert torch.equal(model.forward(tree, started(model, [PROMPT], page_size)).logits, expected)
 
@@ -247,13 +249,13 @@ def test_a_tree_grows_into_text(model: LlamaModel) -> None:
     """Committing a path gives the cache that running its tokens gives."""
     tree = random_tree(30, seed=3)
     batch = started(model, [PROMPT])
-    model.forward(stack([tree]), batch)
+    model.forward(trees_of([tree]), batch)
     path = max(paths(tree), key=len)
     batch.commit(
         torch.tensor([path], dtype=torch.int32), torch.tensor([len(path)], dtype=torch.int32)
     )
     assert batch.sequences[0].length == len(PROMPT) + len(path)
-    next_tree = stack([random_tree(5, seed=4)])
+    next_tree = trees_of([random_tree(5, seed=4)])
     got = model.forward(next_tree, batch).logits.clone()
     text = PROMPT + [tree.tokens[node] for node in path]
     assert torch.equal(got, model.forward(next_tree, started(model, [text])).logits)
@@ -262,7 +264,7 @@ def test_a_tree_grows_into_text(model: LlamaModel) -> None:
 def test_tensors_that_are_filled_again_every_round(model: LlamaModel) -> None:
     """As a drafter's static buffers are: what they hold counts, not which they are."""
     batch = started(model, [PROMPT, PROMPT[:70]])
-    trees = [stack([random_tree(20, seed), random_tree(9 + seed, -seed)]) for seed in (3, 4, 5)]
+    trees = [trees_of([random_tree(20, seed), random_tree(9 + seed, -seed)]) for seed in (3, 4, 5)]
     expected = []
     for tree in trees:  # by a model each, which has staged nothing else
         other = LlamaModel(model.config, model.weights)
@@ -276,7 +278,7 @@ def test_tensors_that_are_filled_again_every_round(model: LlamaModel) -> None:
 
 def test_a_mask_with_a_word_too_few(model: LlamaModel) -> None:
     """What lacks is nobody's ancestor, whatever was staged before."""
-    tree, batch = stack([random_tree(70, seed=2)]), started(model, [PROMPT])
+    tree, batch = trees_of([random_tree(70, seed=2)]), started(model, [PROMPT])
     lacking, zeroed = tree.ancestors[..., :1], tree.ancestors.clone()
     zeroed[..., 1] = 0
     expected = model.forward(replace(tree, ancestors=zeroed), batch).logits.clone()
@@ -284,8 +286,8 @@ def test_a_mask_with_a_word_too_few(model: LlamaModel) -> None:
     assert torch.equal(model.forward(replace(tree, ancestors=lacking), batch).logits, expected)
 
 
-def test_a_cache_that_grows_between_replays(model: LlamaModel) -> None:
-    tree = stack([random_tree(8, seed=7)])
+def test_a_cache_that_grows_between_launches(model: LlamaModel) -> None:
+    tree = trees_of([random_tree(8, seed=7)])
     batch = started(model, [PROMPT])
     cache = batch.cache
     expected = model.forward(tree, batch).logits.clone()
@@ -305,8 +307,80 @@ def test_a_cache_that_grows_between_replays(model: LlamaModel) -> None:
     assert cache.num_free_pages == cache.num_pages
 
 
+def test_a_growing_load_drops_graphs_a_logarithm_of_times(model: LlamaModel) -> None:
+    moves, graphs = list[int](), GraphCache(4096)
+
+    def moved() -> None:
+        moves.append(1)
+        graphs.clear()
+
+    growing = LlamaModel(model.config, model.weights, graphs.run, moved)
+    cache = growing.new_cache(page_size=16)
+    batch, tokens = CacheBatch(cache), torch.zeros(8, 64, dtype=torch.int32)
+    sequences = list[CachedSequence]()
+    for size in range(1, 9):
+        sequences.append(cache.open())
+        for num_nodes in range(1, 65, 3):
+            for one in sequences:
+                cache.reserve(one, one.length + num_nodes)
+            batch.update(sequences)
+            growing.forward(chain_tree(tokens[:size, :num_nodes].contiguous()), batch)
+            path = torch.zeros(size, 1, dtype=torch.int32)
+            batch.commit(path, torch.ones(size, dtype=torch.int32))
+    assert (cache.num_pages, growing._cos_sin.shape[0]) == (128, 256)
+    assert len(moves) == 6 + 4 + 2  # rows from 16 to 512, pages from 16, positions from 128
+
+
+def test_the_steps_that_run_are_kept(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was given up and comes again has other buffers than its first graph."""
+    monkeypatch.setattr("specrt.models.model._MAX_STEPS", 3)
+    moves, captured, graphs = list[int](), list[int](), GraphCache()
+
+    def run(key: Hashable, launch: Callable[[], None]) -> None:
+        def counted() -> None:
+            captured.append(size)
+            launch()
+
+        graphs.run(key, counted)
+
+    other = LlamaModel(model.config, model.weights, run, lambda: moves.append(1))
+    batch = started(model, [PROMPT])
+    other.reserve(16, batch.num_positions, 16)
+    moves.clear()
+    for turn, size in enumerate((1, 2, 3, 1, 4, 1, 5, 2, 4, 1)):
+        tree = trees_of([random_tree(size, seed=turn)])
+        expected = model.forward(tree, batch).logits.clone()
+        assert torch.equal(other.forward(tree, batch).logits, expected)
+    assert captured == [1, 2, 3, 4, 5, 2, 4, 1] and not moves
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_prompt_in_chunks(model: LlamaModel, seed: int) -> None:
+    """However it is cut: the same keys, values and taps, and logits behind it."""
+    text, taps = [*PROMPT, *PROMPT[:130]], (FINAL_TAP, layer_tap(1))
+    cuts = sorted({0, *random.Random(seed).sample(range(1, len(text)), 5), len(text)})
+
+    def run(cuts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        cache = model.new_cache(page_size=16)
+        other, sequence = cache.open(20), cache.open()
+        batch, states = CacheBatch(cache, [sequence]), list[torch.Tensor]()
+        for start, stop in pairwise(cuts):
+            cache.reserve(sequence, stop)
+            cache.reserve(other, stop)  # so that pages of both lie among each other
+            for first, piece in model.extend(text[start:stop], batch.update([sequence]), taps):
+                assert start + first == sum(len(state) for state in states)
+                states.append(torch.cat([piece[tap][0] for tap in taps], dim=1))
+        cache.reserve(sequence, len(text) + 8)
+        logits = model.forward(trees_of([random_tree(8, seed)]), batch.update([sequence])).logits
+        rows = cache.kv[:, :, sequence.pages].flatten(2, 3)[:, :, : len(text)]
+        return torch.cat(states), rows, logits.clone()
+
+    for got, expected in zip(run(cuts), run([0, len(text)]), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_closed_pages_are_used_again_without_a_trace(model: LlamaModel) -> None:
-    tree = stack([random_tree(8, seed=7)])
+    tree = trees_of([random_tree(8, seed=7)])
     expected = model.forward(tree, started(model, [PROMPT])).logits.clone()
     cache = model.new_cache()
     for text in (PROMPT[::-1], [96] * 200, PROMPT):
@@ -320,12 +394,12 @@ def test_closed_pages_are_used_again_without_a_trace(model: LlamaModel) -> None:
 
 
 def test_two_caches_do_not_mix(model: LlamaModel) -> None:
-    tree = stack([random_tree(8, seed=8)])
+    tree = trees_of([random_tree(8, seed=8)])
     prompts = [PROMPT, PROMPT[::-1]]
     batches = [started(model, [prompt]) for prompt in prompts]
     first = [model.forward(tree, batch).logits.clone() for batch in batches]
     assert not torch.equal(first[0], first[1])
-    for _ in range(2):  # recorded by now
+    for _ in range(2):  # captured by now
         for batch, expected in zip(batches, first, strict=True):
             assert torch.equal(model.forward(tree, batch).logits, expected)
 
@@ -340,7 +414,7 @@ def test_two_models_of_one_graph_cache_do_not_mix(tmp_path: Path) -> None:
         config = ModelConfig.from_directory(path)
         weights = load_weights(path, config, torch.float32)
         models.append(LlamaModel(config, weights, graphs.run, graphs.clear))
-    tree = stack([random_tree(8, seed=8)])
+    tree = trees_of([random_tree(8, seed=8)])
     expected = [
         make_model(tmp_path / str(seed)).forward(tree, started(m, [PROMPT])).logits.clone()
         for seed, m in enumerate(models)
@@ -354,7 +428,7 @@ def test_two_models_of_one_graph_cache_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_for_does_not_change_the_rest(model: LlamaModel) -> None:
-    tree, batch = stack([random_tree(20, seed=9)]), started(model, [PROMPT])
+    tree, batch = trees_of([random_tree(20, seed=9)]), started(model, [PROMPT])
     logits = model.forward(tree, batch).logits.clone()
     output = model.forward(tree, batch, taps=("layer.2", "layer.0"))
     states = {tap: state.clone() for tap, state in output.taps.items()}
@@ -372,7 +446,7 @@ def test_what_is_asked_for_does_not_change_the_rest(model: LlamaModel) -> None:
 def test_unknown_taps_are_refused(model: LlamaModel, tap: str) -> None:
     batch = started(model, [PROMPT[:3]])
     with pytest.raises(ValueError, match=r"taps: expected 'final' or 'layer.0' .. 'layer.2'"):
-        model.forward(stack([random_tree(2, seed=0)]), batch, taps=("final", tap))
+        model.forward(trees_of([random_tree(2, seed=0)]), batch, taps=("final", tap))
 
 
 def test_trees_of_more_than_128_nodes_are_refused(model: LlamaModel) -> None:

@@ -26,9 +26,10 @@ from specrt.models.placement import (
 )
 from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
-from specrt.tree import TreeBuilder, stack
+from specrt.tree import TreeBuilder
 from specrt.types import VerifyOutput
 from tests.checkpoints import make_checkpoint
+from tests.trees import trees_of
 
 # A device whose memory nobody can read, or copy from: stands for a GPU wherever kernels are not
 # what is tested.
@@ -274,7 +275,7 @@ def test_who_records_on_a_gpu_hears_of_memory_that_moves(
     pair = TreeBuilder(3)
     pair.add(0, 5)
     # As many rows, so that only attention wants more for two sequences.
-    trees = {lone: stack([pair]), both: stack([TreeBuilder(3)] * 2)}
+    trees = {lone: trees_of([pair]), both: trees_of([TreeBuilder(3)] * 2)}
     for batch in (lone, both, lone, both, lone):
         model.forward(trees[batch], batch)
     assert replays == 2
@@ -314,7 +315,7 @@ def test_a_pass_reads_nothing_back_but_its_output(
     tree = TreeBuilder(3)
     tree.add_path([1, 2], 8)
     tree.add_path([4], 8)
-    model.forward(stack([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
+    model.forward(trees_of([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
     (output,) = fetched
     assert output.logits.shape == (2, 4, 97) and output.logits.dtype == torch.float32
     assert {tap.dtype for tap in output.taps.values()} == {torch.bfloat16}

@@ -171,15 +171,13 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
 # --- trees
 
 
-def noise() -> Arguments:
-    return {
-        "seed": torch.tensor([1, -2, 3]),
-        "position": ints(5, 6, 7),
-        "temperature": torch.tensor([0.7, 1.0, 0.0]),
-        "top_k": ints(0, 40, 5),
-        "top_p": torch.tensor([0.9, 1.0, 0.5], dtype=torch.float64),
-        "min_p": torch.tensor([0.0, 0.05, 0.0]),
-    }
+def coupling() -> Arguments:
+    params = [
+        SamplingParams(temperature=0.7, top_p=0.9, seed=1),
+        SamplingParams(temperature=1.0, top_k=40, min_p=0.05, seed=-2),
+        SamplingParams(),
+    ]
+    return {"sampling": SamplingTable.build(params, [1] * 3, VOCAB).rows, "position": ints(5, 6, 7)}
 
 
 def expand_arguments(variant: int, backend: Backend) -> Arguments:
@@ -187,7 +185,7 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
     g, size, width = generator(variant), TOP_K + 2 * TOP_K**2, (BATCH, TOP_K)
     zeros = torch.zeros(4, *width, dtype=torch.int32)
     token_map = torch.randperm(2 * VOCAB, generator=g)[:VOCAB].int()
-    return (noise() if variant % 2 else dict.fromkeys(noise())) | {
+    return (coupling() if variant % 2 else dict.fromkeys(coupling())) | {
         "logits": torch.randn(*width, VOCAB, generator=g),
         "scores": -torch.rand(width, generator=g),
         "candidates": torch.arange(9, dtype=torch.int32).view(width) + TOP_K,
@@ -204,12 +202,6 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
         "frontier_source": zeros[2].clone(),
         "frontier_ancestors": torch.zeros(*width, 1, dtype=torch.int64),
     }
-
-
-def expand(a: Arguments) -> None:
-    rest = dict(a)
-    fields = [rest.pop(name) for name in ops.CoupledNoise._fields]
-    ops.tree_expand(**rest, noise=None if fields[0] is None else ops.CoupledNoise(*fields))
 
 
 def rerank_arguments(variant: int, backend: Backend) -> Arguments:
@@ -366,8 +358,8 @@ KERNELS = {
     ),
     "tree_expand": Kernel(
         expand_arguments,
-        expand,
-        own=(*noise(), "scores", "candidates", "ancestors"),
+        lambda a: ops.tree_expand(**a),
+        own=("sampling", "position", "scores", "candidates", "ancestors"),
         shared=("token_map",),
         results=(
             "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",

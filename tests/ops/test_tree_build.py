@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specrt import _C
-from specrt.ops import CoupledNoise, gumbel_noise, tree_expand, tree_rerank
+from specrt.ops import gumbel_noise, tree_expand, tree_rerank
 from specrt.ops.graph import CpuGraph
 from specrt.ops.tree_build import expand_workspace_size
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, sampling_row
 from tests.ops.test_tree_accept import i32, make_tree, processed, run
 from tests.oracles import tree_build as rules
 
@@ -59,25 +60,44 @@ class Pool:
         return cls(ints[0], ints[1], torch.full((batch, size), NAN))
 
 
-def noise_of(params: list[SamplingParams], positions: list[int]) -> CoupledNoise:
-    seeds = [(p.seed or 0) % 2**64 for p in params]
-    return CoupledNoise(
-        torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds]),
-        i32(positions),
-        torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        i32([p.top_k for p in params]),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32),
-    )
+class Coupling(NamedTuple):
+    """As a drafter stages it; words of a row are in csrc/core/sampling_row.h."""
+
+    sampling: Tensor | None
+    position: Tensor | None
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], positions: list[int]) -> Coupling:
+        rows = [sampling_row(p, position) for p, position in zip(params, positions, strict=True)]
+        return cls(torch.stack(rows), i32(positions))
+
+    @property
+    def seed(self) -> Tensor:
+        return self.sampling[:, 5]
+
+    @property
+    def top_p(self) -> Tensor:
+        return self.sampling.view(torch.float64)[:, 0]
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.sampling.view(torch.float32)[:, 2]
+
+    @property
+    def min_p(self) -> Tensor:
+        return self.sampling.view(torch.float32)[:, 3]
+
+
+UNCOUPLED = Coupling(None, None)
 
 
 def expand(
-    logits, above, level, pool, below, noise=None, token_map=None, scratch=None, **kw
+    logits, above, level, pool, below, noise=UNCOUPLED, token_map=None, scratch=None, **kw
 ) -> None:
     if scratch is None:
         scratch = torch.full((2, expand_workspace_size(logits.shape[-1])), NAN)
     tree_expand(
-        logits, above.scores, above.candidates, above.ancestors, token_map, noise, level, scratch,
+        logits, above.scores, above.candidates, above.ancestors, token_map, *noise, level, scratch,
         pool.tokens, pool.parents, pool.scores, below.tokens, below.scores, below.candidates,
         below.source, below.ancestors, **kw,
     )  # fmt: skip
@@ -233,7 +253,7 @@ def test_coupled_ranking_equals_the_oracle(rows: int, is_mapped: bool, scale: fl
         row = noisy(row, p, POSITIONS[b] + level, token_map)
         return rules.ranking(row.tolist(), top_k, scale)
 
-    noise = noise_of(SEEDED, POSITIONS)
+    noise = Coupling.of(SEEDED, POSITIONS)
     assert_growth(levels, top_k, rank, token_map, noise=noise, noise_scale_temperature=scale)
 
 
@@ -244,7 +264,7 @@ def test_the_first_child_is_the_targets_token(params: SamplingParams, scale: flo
     batch, rows, prompt_len = 40, 5003, 9
     logits = torch.randn(batch, 1, rows, generator=torch.Generator().manual_seed(2)) * scale
     several = [replace(params, seed=seed) for seed in range(batch)]
-    pool, _ = grow([logits], 4, noise=noise_of(several, [prompt_len] * batch))
+    pool, _ = grow([logits], 4, noise=Coupling.of(several, [prompt_len] * batch))
     history = [[0] * prompt_len] * batch
     target = run(make_tree([[0]] * batch, [[-1]] * batch), logits, several, history)
     assert pool.tokens[:, 0].tolist() == target.tokens[:, 0].tolist()
@@ -253,7 +273,7 @@ def test_the_first_child_is_the_targets_token(params: SamplingParams, scale: flo
 def test_broken_rows_and_filters_under_coupling() -> None:
     logits = random_levels(6, 4, 90, 1)[0]
     logits[0, 0, 89], logits[1, 0, 0], logits[2] = NAN, INF, -INF
-    noise = noise_of([SamplingParams(temperature=1.0, seed=1)] * 6, [3] * 6)
+    noise = Coupling.of([SamplingParams(temperature=1.0, seed=1)] * 6, [3] * 6)
     noise.min_p[3], noise.top_p[4], noise.temperature[5] = 50.0, -3.0, INF
     pool, frontiers = grow([logits], 4, noise=noise)
     assert pool.scores[:3, :4].isnan().all()
@@ -353,7 +373,7 @@ def test_rerank_survives_a_pool_that_is_no_tree() -> None:
 class Build:
     """A whole tree's buffers and launches, as a drafter holds them."""
 
-    def __init__(self, levels: list[Tensor], noise: CoupledNoise, top_k=6, size=40) -> None:
+    def __init__(self, levels: list[Tensor], noise: Coupling, top_k=6, size=40) -> None:
         batch, rows = levels[0].shape[0], levels[0].shape[2]
         self.levels, self.noise = levels, noise
         self.count = top_k + (len(levels) - 1) * top_k * top_k
@@ -379,14 +399,14 @@ class Build:
         return [t.clone() for t in outputs]
 
 
-def launched(levels: list[Tensor], noise: CoupledNoise) -> list[Tensor]:
+def launched(levels: list[Tensor], noise: Coupling) -> list[Tensor]:
     build = Build(levels, noise)
     build.launch()
     return build.outputs()
 
 
 def test_replay_reads_the_present_contents() -> None:
-    build = Build(random_levels(8, 6, 500, 3), noise_of(SEEDED, POSITIONS))
+    build = Build(random_levels(8, 6, 500, 3), Coupling.of(SEEDED, POSITIONS))
     graph = CpuGraph.capture(build.launch)
     assert graph.num_launches == 7
     for seed in (1, 2):
@@ -417,7 +437,7 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 def test_instruction_sets_threads_and_neighbours_give_the_same_bits() -> None:
     levels = random_levels(8, 6, 9001, 3)
     levels[1][3, 2, 77] = NAN
-    noise = noise_of(SEEDED, POSITIONS)
+    noise = Coupling.of(SEEDED, POSITIONS)
     active, threads = _C.active_isa(), torch.get_num_threads()
     want = launched(levels, noise)
     try:
@@ -431,12 +451,12 @@ def test_instruction_sets_threads_and_neighbours_give_the_same_bits() -> None:
         torch.set_num_threads(threads)
     for b in (0, 3, 7):
         row = slice(b, b + 1)
-        alone = launched([level[row] for level in levels], CoupledNoise(*(t[row] for t in noise)))
+        alone = launched([level[row] for level in levels], Coupling(*(t[row] for t in noise)))
         assert all(equal_bits(one, all_[row]) for one, all_ in zip(alone, want, strict=True))
 
 
 def test_compiles() -> None:
-    build = Build(random_levels(2, 6, 100, 1), noise_of(SEEDED[:2], [1, 2]))
+    build = Build(random_levels(2, 6, 100, 1), Coupling.of(SEEDED[:2], [1, 2]))
     want = launched(build.levels, build.noise)
     torch.compile(build.launch, fullgraph=True, backend="aot_eager")()
     assert all(map(equal_bits, build.outputs(), want))
@@ -447,7 +467,7 @@ def test_expand_errors_name_the_argument() -> None:
     logits, pool, above, below = (
         torch.zeros(1, 1, 8), Pool.empty(1, 40), Frontier.root(1), Frontier.empty(1, 4),
     )  # fmt: skip
-    noise = noise_of(SEEDED[:1], [0])
+    noise = Coupling.of(SEEDED[:1], [0])
 
     def refused(match: str, error=ValueError, **kw) -> None:
         given = {"logits": logits, "above": above, "level": 0, "pool": pool, "below": below, **kw}
@@ -462,10 +482,13 @@ def test_expand_errors_name_the_argument() -> None:
     refused("pool_tokens: expected at least 4", pool=Pool.empty(1, 3))
     refused("pool_scores: expected", pool=replace(pool, scores=pool.scores[:, :39]))
     refused("token_map: expected", token_map=i32([0] * 7))
-    refused("top_p: expected", noise=noise._replace(top_p=noise.top_p.float()))
-    refused("seed: expected", noise=noise._replace(seed=torch.zeros(2, dtype=torch.int64)))
-    refused("min_p: expected a tensor", noise=noise._replace(min_p=None))
-    refused("temperature: expected None", noise=noise._replace(seed=None, position=None))
+    refused("sampling: expected", noise=noise._replace(sampling=noise.sampling.double()))
+    refused("sampling: expected", noise=noise._replace(sampling=noise.sampling[:, :7]))
+    wide = noise.sampling.repeat(2, 2)[:, :8]
+    refused("sampling: expected", noise=noise._replace(sampling=wide))
+    refused("position: expected", noise=noise._replace(position=i32([0, 0])))
+    refused("position: expected a tensor", noise=noise._replace(position=None))
+    refused("position: expected None", noise=noise._replace(sampling=None))
     refused("noise_scale_temperature: expected", noise=noise, noise_scale_temperature=0.0)
     refused("workspace: expected", scratch=torch.empty(0, expand_workspace_size(8)))
     refused("workspace: expected", scratch=torch.empty(1, expand_workspace_size(8) - 1))

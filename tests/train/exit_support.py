@@ -18,12 +18,12 @@ from rich.console import Console
 from specrt.draft.eesd.checkpoint import ExitConfig
 from specrt.train.eesd.module import ExitModule
 from specrt.train.eesd.task import EesdTask
-from specrt.train.features.features import Sample
-from specrt.train.loop.loop import Outcome, Trainer, run_identity
+from specrt.train.features.source import Sample
 from specrt.train.loop.options import EesdOptions
 from specrt.train.loop.processes import make_accelerator
 from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
+from specrt.train.loop.trainer import Outcome, Trainer, run_identity
 from specrt.train.task import TrainData
 from tests.train.support import HIDDEN, TARGET, MemorySource, make_source, tables
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specrt.train.data.data import DataReport, Dataset
+from specrt.train.data.dataset import DataReport, Dataset
 
 LENGTHS = (5, 1, 140, 17, 30, 8, 64, 2)
 VOCAB = 97

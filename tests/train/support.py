@@ -25,14 +25,14 @@ from rich.console import Console
 from specrt.config import ModelConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.train.evaluate import TargetTables
-from specrt.train.features.features import Sample
+from specrt.train.features.source import Sample
 from specrt.train.fspad.module import DraftModel
 from specrt.train.fspad.task import FspadTask
-from specrt.train.loop.loop import Outcome, Trainer, run_identity
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.processes import leave, make_accelerator
 from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
+from specrt.train.loop.trainer import Outcome, Trainer, run_identity
 from specrt.train.task import TrainData
 
 HIDDEN, VOCAB = 32, 61

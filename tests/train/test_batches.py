@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from specrt.train.batches import BatchPlan, collate, feature_noise
-from specrt.train.features.features import Sample
+from specrt.train.features.source import Sample
 from tests.train.support import MemorySource, make_source
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from specrt.train.eesd.calibration import (
 from specrt.train.eesd.evaluate import Estimate, evaluate_exit, step_share
 from specrt.train.eesd.module import ExitModule
 from specrt.train.evaluate import Acceptance
-from specrt.train.features.features import Sample
+from specrt.train.features.source import Sample
 from specrt.train.losses import soft_cross_entropy
 from tests.train.exit_support import DEEP, exit_config, random_layer
 from tests.train.support import HIDDEN, VOCAB, MemorySource, tables

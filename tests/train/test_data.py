@@ -11,7 +11,7 @@ import torch
 
 from specrt.builtin import heldout_prompts, target_path
 from specrt.models.tokenizer import Tokenizer, load_tokenizer
-from specrt.train.data.data import Dataset, read_examples
+from specrt.train.data.dataset import Dataset, read_examples
 from specrt.train.data.prompts import read_prompts
 from tests.train.chat_tokenizers import BARE, CHATML, THINKING, letter_tokenizer, spoken
 

@@ -12,7 +12,7 @@ import pytest
 
 import specrt
 from specrt.builtin import heldout_prompts, target_path
-from specrt.cli import distill
+from specrt.cli.answers import AnswerFile
 from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import read_exit
 from specrt.sampling import SamplingParams
@@ -76,16 +76,16 @@ def test_an_interrupted_distillation_goes_on(
 ) -> None:
     code, _, err = train(capsys, target, tmp_path / "whole", "--exit-layer", "1")
     assert code == 0, err
-    inner, written = distill.AnswerFile.write, []
+    inner, written = AnswerFile.write, []
 
-    def interrupted(file: distill.AnswerFile, *answer: Any) -> None:
+    def interrupted(file: AnswerFile, *answer: Any) -> None:
         inner(file, *answer)
         written.append(file.path.name)
         if len(written) == 9:  # six openings, three texts
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill.AnswerFile, "write", interrupted)
+        patch.setattr(AnswerFile, "write", interrupted)
         cut = train(capsys, target, tmp_path / "cut", "--exit-layer", "1")
     assert cut[0] == 130 and len(texts(tmp_path / "cut")) == 3
     openings = tmp_path / "cut" / "openings.jsonl"

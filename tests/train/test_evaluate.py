@@ -8,7 +8,7 @@ import torch
 from specrt.draft.fspad.checkpoint import ARCHS
 from specrt.train import evaluate
 from specrt.train.evaluate import Acceptance, TargetTables, chain_acceptance
-from specrt.train.features.features import Sample
+from specrt.train.features.source import Sample
 from specrt.train.fspad.module import DraftModel
 from tests.train.support import HIDDEN, VOCAB, MemorySource, draft_config, random_model, tables
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specrt.train.data.data import Dataset
+from specrt.train.data.dataset import Dataset
+from specrt.train.features.cache import CachedFeatures, CacheKey, cache_features
 from specrt.train.features.cache_index import INDEX
-from specrt.train.features.feature_cache import CachedFeatures, CacheKey, cache_features
-from specrt.train.features.features import OnlineFeatures, Sample
 from specrt.train.features.frozen import PackedTarget
+from specrt.train.features.source import OnlineFeatures, Sample
 from specrt.train.loop.lock import hold_directory
 from specrt.types import CheckpointError
 from tests.checkpoints import edit_tensors, make_checkpoint
@@ -96,7 +96,7 @@ def test_a_finished_cache_is_opened_not_computed(
 def test_many_shards_are_not_mapped_at_once(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specrt.train.features.feature_cache._MAX_OPEN", 2)
+    monkeypatch.setattr("specrt.train.features.cache._MAX_OPEN", 2)
     cached = cache(tmp_path, target)
     assert_same(
         cached.batch(range(8)), OnlineFeatures(make_dataset(), target).batch(range(8)), 4e-3

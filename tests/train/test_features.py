@@ -14,9 +14,9 @@ from specrt.config import ModelConfig
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP, layer_tap
-from specrt.train.data.data import Dataset
-from specrt.train.features.features import FeatureSource, FeatureSubset, OnlineFeatures
+from specrt.train.data.dataset import Dataset
 from specrt.train.features.frozen import PackedTarget, TransformersTarget, load_frozen_target
+from specrt.train.features.source import FeatureSource, FeatureSubset, OnlineFeatures
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
 from tests.train.feature_support import LENGTHS, error, make_dataset
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specrt.models.tokenizer import Tokenizer
-from specrt.train.data.data import Dataset, read_examples
+from specrt.train.data.dataset import Dataset, read_examples
 from specrt.train.data.prompts import read_prompts
 from tests.train.chat_tokenizers import CALLING, CHATML, letter_tokenizer, spoken
 

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from specrt.draft.fspad.checkpoint import ARCHS, read_checkpoint
-from specrt.train.loop.loop import TrainingError
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.processes import make_accelerator
+from specrt.train.loop.trainer import TrainingError
 from tests.train.support import OPTIONS, TARGET, curve, make_source, make_trainer, train
 
 ROOT = Path(__file__).parents[2]
@@ -266,7 +266,7 @@ def test_bad_feature_stops_and_is_named(tmp_path: Path, value: float) -> None:
 
 
 def test_exploding_weights_are_not_saved(tmp_path: Path) -> None:
-    options = replace(OPTIONS, lr=1e38, warmup_steps=0, save_steps=1, clip_value=None)
+    options = replace(OPTIONS, lr=1e38, warmup_steps=0, save_steps=1, clip_value=0.0)
     with pytest.raises(TrainingError, match="not finite|norm (nan|inf)"):
         train(tmp_path, options)
     found = sorted((tmp_path / "state").glob("step-*"))

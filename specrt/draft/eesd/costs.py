@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from specrt.draft.base import RoundCost
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.length.control import DraftCosts
+from specrt.draft.length.costs import DraftCosts, RoundCost
 from specrt.draft.length.measured import RunningMean
 
 _CHECK = 3  # plain rounds in a row; the first of them finds the caches full of the drafter

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter, RoundTimes
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.eesd.round import MAX_DRAFT_NODES, EesdBuffers, EesdKey, EesdProposal
-from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl, DraftCosts
+from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
+from specrt.draft.length.costs import DraftCosts
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import StepRunner, run_eagerly
+from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -86,10 +89,10 @@ class EesdDrafter:
         self._run_step = run_step
         self._cache = exit_model.new_cache()
         self._drafts: dict[SequenceState, _Draft] = {}
-        self._buffers: dict[EesdKey, EesdBuffers] = {}
+        self._buffers: Recent[EesdKey, EesdBuffers] = Recent(_MAX_ROUNDS)
         # Those that no open proposal has.
         self._controls: defaultdict[tuple[int, bool], list[ControlRound]] = defaultdict(list)
-        self._captured: set[Hashable] = set()
+        self._captured = WeakKeyDictionary[EesdBuffers, set[Hashable]]()
         self._captured_version = exit_model.version
         self._batch = CacheBatch(self._cache)
         self._meter = CostMeter(exit_model)
@@ -286,11 +289,12 @@ class EesdDrafter:
         if version != self._captured_version:
             self._captured.clear()  # all are stale, and would keep the caches of gone engines
             self._captured_version = version
-        key = (buffers, buffers.run.cache, self._cache, step, version)
-        is_known = key in self._captured
-        self._captured.add(key)
+        key = (buffers.run.cache, self._cache, step, version)
+        captured = self._captured.setdefault(buffers, set())
+        is_known = key in captured
+        captured.add(key)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, *key), launch)
+        self._run_step((self, buffers, *key), launch)
         return is_known
 
     # --- sequences and buffers ----------------------------------------------------------------
@@ -310,11 +314,8 @@ class EesdDrafter:
         key = EesdKey(len(states), *widths, plan.num_branches, is_coupled)
         buffers = self._buffers.get(key)
         if buffers is None:
-            if len(self._buffers) >= _MAX_ROUNDS:
-                self._buffers.clear()
-                self._captured.clear()
             max_levels = MAX_DRAFT_NODES // plan.num_branches
-            buffers = self._buffers[key] = EesdBuffers(key, self.exit_model, max_levels)
+            buffers = self._buffers.put(key, EesdBuffers(key, self.exit_model, max_levels))
         return buffers
 
     def _keep_roots(

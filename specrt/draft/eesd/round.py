@@ -17,14 +17,14 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.draft.coupling import make_noise, stage_noise
+from specrt.draft.coupling import Coupling
 from specrt.draft.eesd.checkpoint import NUM_MODES
 from specrt.draft.eesd.costs import RoundTimes
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.length.control import ControlRound
 from specrt.models.layer_run import LayerRun, LowerLayers, RunShape
 from specrt.models.step import StepRows
-from specrt.ops.tree_build import CoupledNoise, expand_workspace_size
+from specrt.ops.tree_build import expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import Proposal, SequenceState
 
@@ -114,7 +114,7 @@ class EesdBuffers:
         self._root_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
         # Positions level by level: a chain's every step ranks the children of a root.
         self._positions = torch.zeros(max_levels + 1, batch, dtype=torch.int32)
-        self._noise = make_noise(batch) if key.is_coupled else None
+        self._coupling = Coupling.make(batch) if key.is_coupled else None
         deep = 0 if self._is_chain else max_levels
         pool = (batch, self._num_children + deep * self._num_children**2)
         tokens, parents = torch.zeros(2, *pool, dtype=torch.int32)
@@ -159,7 +159,7 @@ class EesdBuffers:
             candidates,
             bits,
             None,
-            self._noise_of(level),
+            *self._coupling_of(level),
             0 if self._is_chain else level,
             self._scratch,
             *self._pool,
@@ -170,10 +170,11 @@ class EesdBuffers:
             here.ancestors,
         )
 
-    def _noise_of(self, level: int) -> CoupledNoise | None:
-        if self._noise is None or not self._is_chain:
-            return self._noise
-        return self._noise._replace(position=self._positions[level])
+    def _coupling_of(self, level: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self._coupling is None:
+            return None, None
+        position = self._positions[level] if self._is_chain else self._coupling.position
+        return self._coupling.sampling, position
 
     # --- staging: never captured --------------------------------------------------------------
 
@@ -189,10 +190,10 @@ class EesdBuffers:
             assert held == len(state.token_ids) - 1, "the exit's cache lags behind the target's"
             self._kv_len_view[row] = held
             self._roots[row] = state.token_ids[-1]
-        if self._noise is not None:
-            stage_noise(self._noise, states)
+        if self._coupling is not None:
+            self._coupling.stage(states)
             levels = torch.arange(len(self.levels), dtype=torch.int32)[:, None]
-            torch.add(levels, self._noise.position, out=self._positions)
+            torch.add(levels, self._coupling.position, out=self._positions)
 
     def stage_level(self, level: int) -> None:
         """Copy in the tokens of a level, and whose children they are."""

@@ -5,7 +5,7 @@ pairs (feature f_t, token e_{t+1}), then level by level over the best ``top_k`` 
 most probable nodes of all levels (arXiv 2408.15562, section 3; EAGLE-2, arXiv 2406.16858). Trees
 are deterministic, so acceptance draws from the target alone.
 
-On the CPU a round is a handful of recorded steps (one for the accepted pairs, one a level, one for
+On the CPU a round is a handful of captured steps (one for the accepted pairs, one a level, one for
 the choice of nodes), so that drafting can stop at any level.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
 from specrt.draft.length.control import ControlOptions
-from specrt.draft.length.controlled import ControlledEnvelope
-from specrt.draft.length.measured import EnvelopePolicy, TreePolicy
+from specrt.draft.length.controlled import ControlledPolicy
+from specrt.draft.length.measured import MeasuredPolicy, TreePolicy
 from specrt.models.model import StepRunner, run_eagerly
 from specrt.models.step import FINAL_TAP
+from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -76,7 +78,7 @@ class FspadDrafter:
     Args:
         layer: the layer and its weights.
         run_step: how its steps run.
-        on_move: called when its cache moves, so that recorded graphs are dropped.
+        on_move: called when its cache moves, so that captured graphs are dropped.
         is_coupled: rank candidates with the noise the target will draw with, where the temperature
             is above 0. Moves trees, never tokens.
     """
@@ -99,12 +101,12 @@ class FspadDrafter:
         self._cache = KVCache(layer.padded, layer.weights.fc.dtype, on_move=self._forget)
         self._drafts: dict[SequenceState, _Draft] = {}
         self._policy: TreePolicy = (
-            EnvelopePolicy() if control is None else ControlledEnvelope(control)
+            MeasuredPolicy() if control is None else ControlledPolicy(control)
         )
-        self._rounds: dict[RoundKey, RoundBuffers] = {}
+        self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
         self._offered: np.ndarray | None = None
-        self._recorded: set[Hashable] = set()
+        self._captured = WeakKeyDictionary[RoundBuffers, set[Hashable]]()
 
     # --- the protocol -------------------------------------------------------------------------
 
@@ -146,10 +148,10 @@ class FspadDrafter:
         batch = self._batch_of(states)
         buffers = self._buffers(states, batch, plan)
         begun = perf_counter()
-        is_replay = self._extend(states, batch, buffers)
+        is_known = self._extend(states, batch, buffers)
         extended = perf_counter()
-        num_levels, are_replays = self._grow(plan, batch, buffers, budget)
-        if is_replay and are_replays:
+        num_levels, are_known = self._grow(plan, batch, buffers, budget)
+        if is_known and are_known:
             levels_ms = 1e3 * (perf_counter() - extended)
             self._policy.observe_draft(1e3 * (extended - begun), levels_ms, num_levels - 1)
         return self._choose(buffers, plan, num_levels, budget)
@@ -219,25 +221,25 @@ class FspadDrafter:
     ) -> bool:
         drafts = [self._drafts[state] for state in states]
         most = buffers.stage(states, batch, [draft.pending for draft in drafts])
-        is_replay = self._run(buffers, -most, lambda: buffers.extend(most, batch))
+        is_known = self._run(buffers, -most, lambda: buffers.extend(most, batch))
         batch.commit(buffers.pair_path, buffers.num_pairs)
         for draft in drafts:
             draft.pending = draft.pending[:0]
-        return is_replay
+        return is_known
 
     def _grow(
         self, plan: _Plan, batch: CacheBatch, buffers: RoundBuffers, budget: Budget
     ) -> tuple[int, bool]:
-        """Levels there are then, the root's children included; whether all steps were replays."""
-        are_replays, masses = True, []
+        """Levels there are then, the root's children included; whether all steps were known."""
+        are_known, masses = True, []
         for level in range(1, plan.num_levels + 1):
             if plan.is_auto:
                 masses.append(self._policy.mass(buffers.scores(level - 1)))
                 if not self._policy.expands(masses, buffers.key.batch, budget.cost):
-                    return level, are_replays
+                    return level, are_known
             if level < plan.num_levels:
-                are_replays &= self._run(buffers, level, partial(buffers.expand, level, batch))
-        return plan.num_levels, are_replays
+                are_known &= self._run(buffers, level, partial(buffers.expand, level, batch))
+        return plan.num_levels, are_known
 
     def _choose(
         self, buffers: RoundBuffers, plan: _Plan, num_levels: int, budget: Budget
@@ -253,11 +255,12 @@ class FspadDrafter:
         return choice.tree(size)
 
     def _run(self, buffers: RoundBuffers, step: Hashable, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had been run, and so recorded, before."""
-        key = (buffers, step)  # a graph holds the buffers' addresses; as its key they outlive it
-        is_known = key in self._recorded
-        self._recorded.add(key)
-        self._run_step((self, self._cache, *key), launch)
+        """Run a step of ``buffers``; whether it had been run, and so captured, before."""
+        captured = self._captured.setdefault(buffers, set())
+        is_known = step in captured
+        captured.add(step)
+        # A graph holds addresses of all of these; as part of its key they outlive it.
+        self._run_step((self, self._cache, buffers, step), launch)
         return is_known
 
     # --- sequences and buffers ----------------------------------------------------------------
@@ -272,15 +275,12 @@ class FspadDrafter:
         key = RoundKey(len(states), batch.block_table.shape[1], plan.top_k, is_coupled)
         buffers = self._rounds.get(key)
         if buffers is None:
-            if len(self._rounds) >= _MAX_ROUNDS:
-                self._rounds.clear()
-                self._forget()
             max_levels = min(MAX_LEVELS - 1, MAX_NODES // plan.top_k)
-            buffers = self._rounds[key] = RoundBuffers(key, self.layer, max_levels)
+            buffers = self._rounds.put(key, RoundBuffers(key, self.layer, max_levels))
         return buffers
 
     def _forget(self) -> None:
-        self._recorded.clear()
+        self._captured.clear()
         self._on_move()
 
     def _absorb(self, state: SequenceState, keep: int) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch
-from specrt.draft.coupling import make_noise, stage_noise
+from specrt.draft.coupling import Coupling
 from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.ops.tree_build import expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
@@ -148,7 +148,7 @@ class RoundBuffers:
         self._root_candidates = torch.full((batch, 1), -1, dtype=torch.int32)
         self._root_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
         self._roots = torch.zeros(batch, dtype=torch.int32)
-        self._noise = make_noise(batch) if key.is_coupled else None
+        self._coupling = Coupling.make(batch) if key.is_coupled else None
         self._frontiers = [Frontier.make(batch, width) for _ in range(2)]
         self._pool = Pool.make(batch, width + max_levels * width * width)
         num_parts = max(1, min(batch * width, torch.get_num_threads()))
@@ -189,8 +189,8 @@ class RoundBuffers:
             self._last_bits[row, 0, 0] = (1 << count) - 1
             self._roots[row] = state.token_ids[-1]
         self._block_table.copy_(batch.block_table)
-        if self._noise is not None:
-            stage_noise(self._noise, states)
+        if self._coupling is not None:
+            self._coupling.stage(states)
         return most
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
@@ -260,13 +260,15 @@ class RoundBuffers:
             above = self._frontiers[(level - 1) % 2]
             scores, candidates, bits = above.scores, above.candidates, above.ancestors
         below = self._frontiers[level % 2]
+        sampling, position = self._coupling or (None, None)
         ops.tree_expand(
             logits,
             scores,
             candidates,
             bits,
             self._layer.weights.token_ids,
-            self._noise,
+            sampling,
+            position,
             level,
             self._scratch,
             self._pool.tokens,

@@ -20,6 +20,7 @@ from numbers import Real
 import numpy as np
 import torch
 
+from specrt.draft.length.costs import DraftCosts
 from specrt.ops import draft_control, draft_control_update
 from specrt.ops.draft_control import (
     MAX_DRAFT,
@@ -135,48 +136,6 @@ def parse_control(text: str) -> ControlOptions:
         return ControlOptions(text)
     names = ", ".join((f"fixed-1 .. fixed-{MAX_DRAFT}", *learning))
     raise ValueError(f"controller: expected one of {names}, got {text!r}")
-
-
-@dataclass(frozen=True)
-class DraftCosts:
-    """Times of a round's pieces in milliseconds; a plain round takes ``lower + verify``.
-
-    A round that drafts n > 0 tokens and verifies k of them takes ``fixed + n * step + verify +
-    k * row``, and ``lower`` for the last token if it is verified: the steps have run the lower
-    layers of all others.
-
-    Raises:
-        ValueError: a time is negative or no number, or a plain round takes none.
-    """
-
-    fixed: float
-    """What a drafted round has on top of a plain one, however short."""
-    step: float
-    """One draft step: lower layers, exit and head."""
-    lower: float
-    """The lower layers of one node."""
-    verify: float
-    """Upper layers, head and acceptance of one row."""
-    row: float
-    """Each further row verified."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            fits = math.isfinite(value) and value >= 0.0
-            _check(name, "milliseconds >= 0", value, fits)
-        plain = self.lower + self.verify
-        _check("lower, verify", "a plain round's time > 0", plain, plain > 0.0)
-
-    def plain_ms(self) -> float:
-        """Time of a round that drafts nothing."""
-        return self.lower + self.verify
-
-    def round_ms(self, drafted: int, kept: int) -> float:
-        """Time of a round that drafts ``drafted`` tokens and verifies ``kept`` of them."""
-        if drafted == 0:
-            return self.plain_ms()
-        last = self.lower if kept == drafted else 0.0
-        return self.fixed + drafted * self.step + last + self.verify + kept * self.row
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from specrt.draft.base import RoundCost
-from specrt.draft.length.control import ControlOptions, DraftControl, DraftCosts
-from specrt.draft.length.measured import ENVELOPES, EnvelopePolicy
+from specrt.draft.length.control import ControlOptions, DraftControl
+from specrt.draft.length.costs import DraftCosts, RoundCost
+from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy
 from specrt.types import SequenceState
 
 _NODES_A_LEVEL = 2
 _UNMEASURED = DraftCosts(fixed=0.0, step=0.12, lower=0.0, verify=1.0, row=0.16)
 
 
-class ControlledEnvelope:
+class ControlledPolicy:
     """A ``TreePolicy`` that asks a draft controller how many levels to draft.
 
-    Path probabilities are corrected as :class:`EnvelopePolicy` does, and ``cost-aware`` leaves it
+    Path probabilities are corrected as :class:`MeasuredPolicy` does, and ``cost-aware`` leaves it
     the number of nodes too; the other rules verify two nodes a level.
 
     Args:
@@ -33,7 +33,7 @@ class ControlledEnvelope:
     """
 
     def __init__(self, options: ControlOptions, seed: int = 0) -> None:
-        self._policy = EnvelopePolicy()
+        self._policy = MeasuredPolicy()
         self._control = DraftControl(options)
         # The batch as one sequence, which has no end.
         self._batch = SequenceState([], 0, 2**31, seed, 0.0)
@@ -68,7 +68,7 @@ class ControlledEnvelope:
         return bool(self._round.is_open[0])
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify."""
+        """How many nodes to verify: an envelope."""
         most = scores.shape[1] + 1
         if self._control.options.kind == "cost-aware":
             size, _ = self._policy.best_size(scores, num_levels, cost)

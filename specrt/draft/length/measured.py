@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specrt.draft.base import RoundCost
+from specrt.draft.length.costs import RoundCost
 
 ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Tree sizes that are verified: few, because each is recorded once as a graph."""
@@ -109,7 +109,7 @@ class TreePolicy(Protocol):
         """
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
-        """The envelope to verify.
+        """How many nodes to verify: an envelope.
 
         Args:
             scores: ``[B, N - 1]`` log-probabilities of the drafted nodes' paths, best first.
@@ -124,7 +124,7 @@ class TreePolicy(Protocol):
         """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
 
 
-class EnvelopePolicy:
+class MeasuredPolicy:
     """The :class:`TreePolicy` by belief and measured time."""
 
     def __init__(self) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from specrt.draft.base import Budget, RoundCost
-from specrt.tree import TreeBuilder, chain, stack
+from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.costs import RoundCost
+from specrt.tree import MAX_NODES, TreeBuilder, chain, stack
 from specrt.types import AcceptResult, Proposal, SequenceState
 
 _PRIOR_RATE = 0.5
@@ -83,13 +85,36 @@ class _Record:
 class _Lookup:
     index: _Index
     records: dict[int, _Record] = field(default_factory=dict)
-    match: int = 0
-    proposed: int = 0
     rest: int = 0  # rounds left in which not even a look is taken
+
+
+class _Shape(NamedTuple):
+    depth: int
+    num_continuations: int
+    num_nodes: int
+
+
+class _Guess(NamedTuple):
+    """What a tree's outcome is written to."""
+
+    match: int
+    record: _Record
+    """The sequence's own, of this match length."""
+    num_proposed: int
+    """Tokens of the longest continuation."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Guesses(Proposal):
+    guesses: Sequence[_Guess | None] = ()
+    """B of them; None where the outcome teaches nothing."""
 
 
 class PromptLookupDrafter:
     """Proposes what followed the same words before.
+
+    With :class:`DraftParams` ``depth`` bounds a continuation and ``top_k`` their number; what is
+    left open is ``max_depth``, ``num_continuations`` and as many nodes as these make.
 
     Args:
         max_ngram: longest suffix looked up.
@@ -128,11 +153,11 @@ class PromptLookupDrafter:
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Continuations of the longest match, most recent first, merged where they agree."""
-        trees = [self._tree(state, budget, len(states)) for state in states]
-        if not any(self._lookups[state].proposed for state in states):
-            roots = [[state.token_ids[-1]] for state in states]
-            return chain(torch.tensor(roots, dtype=torch.int32))
-        return stack(trees)
+        grown = [self._tree(state, budget, len(states)) for state in states]
+        if all(len(tree) == 1 for tree, _ in grown):
+            return chain(torch.tensor([tree.tokens for tree, _ in grown], dtype=torch.int32))
+        proposal = stack([tree for tree, _ in grown])
+        return _Guesses(**vars(proposal), guesses=[guess for _, guess in grown])
 
     def observe(
         self,
@@ -142,48 +167,70 @@ class PromptLookupDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Record how far each match held."""
-        for state, accepted in zip(states, result.accept_length.tolist(), strict=True):
-            lookup = self._lookups[state]
-            if lookup.proposed and accepted >= 0:
-                lookup.records[lookup.match].update(accepted, lookup.proposed)
-                overall = self._overall.setdefault(lookup.match, _Record())
-                overall.update(accepted, lookup.proposed)
+        guesses = proposal.guesses if isinstance(proposal, _Guesses) else ()
+        for guess, accepted in zip(guesses, result.accept_length.tolist(), strict=False):
+            if guess is not None and accepted >= 0:
+                guess.record.update(accepted, guess.num_proposed)
+                overall = self._overall.setdefault(guess.match, _Record())
+                overall.update(accepted, guess.num_proposed)
 
     def finish(self, state: SequenceState) -> None:
         """Forget the sequence."""
         self._lookups.pop(state, None)
 
-    def _tree(self, state: SequenceState, budget: Budget, num_sequences: int) -> TreeBuilder:
+    def _tree(
+        self, state: SequenceState, budget: Budget, num_sequences: int
+    ) -> tuple[TreeBuilder, _Guess | None]:
         lookup, tokens = self._lookups[state], state.token_ids
-        lookup.match = lookup.proposed = 0
-        if lookup.rest > 0:
+        root, is_auto = TreeBuilder(tokens[-1]), budget.params == DraftParams()
+        if is_auto and lookup.rest > 0:
             lookup.rest -= 1
-            return TreeBuilder(tokens[-1])
+            return root, None
         lookup.index.extend(tokens)
-        match, positions = lookup.index.longest_match(tokens, self._min_ngram)
-        lookup.match = match
-        tree = TreeBuilder(tokens[-1])
-        limit = min(budget.max_nodes - 1, self._max_depth, state.num_left - 1)
-        if match == 0 or limit < 1:
-            return tree
+        match, starts = lookup.index.longest_match(tokens, self._min_ngram)
+        shape = self._largest(budget, state.num_left)
+        if match == 0 or shape.depth < 1:
+            return root, None
+        if not is_auto:
+            return _grow(tokens, starts, shape)[0], None
+        record = self._record(lookup, match)
+        depth = _worthwhile_depth(record.rate, shape.depth, budget.cost, num_sequences)
+        if depth == 0:
+            record.forget()
+            lookup.rest = _REST
+            return root, None
+        # The likeliest continuation has its full depth, the others what half as many nodes give.
+        most = min(shape.num_nodes, _num_nodes(depth))
+        tree, num_proposed = _grow(tokens, starts, _Shape(depth, shape.num_continuations, most))
+        return tree, _Guess(match, record, num_proposed)
+
+    def _largest(self, budget: Budget, num_left: int) -> _Shape:
+        """What a tree may be; the bonus token takes the last place."""
+        params = budget.params
+        depth = self._max_depth if params.depth is None else params.depth
+        most = min(budget.max_nodes, params.total_tokens or MAX_NODES)
+        return _Shape(
+            min(depth, most - 1, num_left - 1), params.top_k or self._num_continuations, most
+        )
+
+    def _record(self, lookup: _Lookup, match: int) -> _Record:
         record = lookup.records.get(match)
         if record is None:
             known = self._overall.get(match)
             record = _Record() if known is None else _Record.expecting(known.rate)
             lookup.records[match] = record
-        depth = _worthwhile_depth(record.rate, limit, budget.cost, num_sequences)
-        if depth == 0:
-            record.forget()
-            lookup.rest = _REST
-            return tree
-        # The likeliest continuation has its full depth, the others what half as many nodes give.
-        max_nodes = min(budget.max_nodes, _num_nodes(depth))
-        for start in positions[: -self._num_continuations - 1 : -1]:
-            # A continuation that runs into the end of the text goes on as if it repeated.
-            period = len(tokens) - start
-            added = tree.add_path([tokens[start + i % period] for i in range(depth)], max_nodes)
-            lookup.proposed = max(lookup.proposed, added)
-        return tree
+        return record
+
+
+def _grow(tokens: Sequence[int], starts: Sequence[int], shape: _Shape) -> tuple[TreeBuilder, int]:
+    """The tree of the last ``starts``, and how long its longest continuation is."""
+    tree, longest = TreeBuilder(tokens[-1]), 0
+    for start in starts[: -shape.num_continuations - 1 : -1]:
+        # A continuation that runs into the end of the text goes on as if it repeated.
+        period = len(tokens) - start
+        path = [tokens[start + i % period] for i in range(shape.depth)]
+        longest = max(longest, tree.add_path(path, shape.num_nodes))
+    return tree, longest
 
 
 def _num_nodes(depth: int) -> int:

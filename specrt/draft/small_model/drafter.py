@@ -14,36 +14,72 @@ of a seed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import one_hot, pad
 
 from specrt import ops
 from specrt.cache import CacheBatch, CachedSequence
-from specrt.draft.base import Budget
+from specrt.draft.base import Budget, DraftParams
 from specrt.models.model import LlamaModel
-from specrt.tree import MAX_NODES, chain, chain_tree
+from specrt.tree import MAX_NODES, Settler, chain, chain_tree
 from specrt.types import AcceptResult, DraftTree, Proposal, SequenceState
 
-_WORD = 63  # nodes whose ancestor bits fit one int64 without touching its sign
+
+class _Shape(NamedTuple):
+    depth: int
+    width: int
 
 
-@dataclass(eq=False)
-class _Level:
+class _Level(NamedTuple):
     """The nodes of one depth, K a sequence, in the order they take in the tree."""
 
     tokens: torch.Tensor
     """``[B, K]`` int64."""
-    parents: torch.Tensor
-    """``[B, K]`` int64, node indices."""
-    ancestors: torch.Tensor
-    """``[B, K]`` int64 bits."""
+    above: torch.Tensor
+    """``[B, K]`` int64: the parent's place in the level above, ascending."""
     scores: torch.Tensor
     """``[B, K]`` float32, log-probability of the path from the root."""
 
 
+class _GrowingTree:
+    """The trees of a round, level by level; all have the same number of nodes.
+
+    Args:
+        roots: ``[B]`` int32.
+        shape: how large they become.
+    """
+
+    def __init__(self, roots: torch.Tensor, shape: _Shape) -> None:
+        size = roots.shape[0]
+        self._nodes = torch.zeros(2, size, 1 + shape.depth * shape.width, dtype=torch.int32)
+        self._nodes[0, :, 0] = roots
+        self._counts = torch.ones(size, dtype=torch.int32)
+        self.num_nodes = self.width = 1
+        """All nodes, and those of the last level."""
+
+    def add(self, level: _Level) -> None:
+        """The next level; no parent comes behind its children, for levels lie one by one."""
+        first, above = self.num_nodes, self.num_nodes - self.width
+        self.width = level.tokens.shape[1]
+        self.num_nodes += self.width
+        self._nodes[0, :, first : self.num_nodes] = level.tokens
+        self._nodes[1, :, first : self.num_nodes] = above + level.above
+        self._counts.fill_(self.num_nodes)
+
+    def proposal(self) -> Proposal:
+        """What has grown so far (views)."""
+        tokens, parents = self._nodes[..., : self.num_nodes]
+        return Proposal(tokens, parents, self._counts)
+
+
 class SmallModelDrafter:
     """Drafts with a second, smaller model.
+
+    With :class:`DraftParams` ``top_k`` is the width; what is left open is ``depth`` and ``width``.
+    A tree has whole levels only, as many as ``total_tokens`` lets it have.
 
     Args:
         model: shares the target's tokenizer (checked by whoever loads both).
@@ -69,8 +105,6 @@ class SmallModelDrafter:
     ) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"depth, width: expected at least 1, got {depth}, {width}")
-        if is_sampled and width != 1:
-            raise ValueError(f"width: expected 1 for sampled drafts, got {width}")
         self._model = model
         self._cache = model.new_cache()
         self._depth = depth
@@ -79,40 +113,42 @@ class SmallModelDrafter:
         own = model.config.vocab_size
         self._vocab_size = vocab_size or own
         self._num_shared = min(own, self._vocab_size)
+        self._check_width("width", width)
+        self._settler = Settler(self._vocab_size)
         self._cached: dict[SequenceState, CachedSequence] = {}
         self._batch = CacheBatch(self._cache)
 
+    def check(self, params: DraftParams) -> None:
+        """Whether it can draft trees so wide.
+
+        Raises:
+            ValueError: ``top_k`` is more than the shared vocabulary, or than 1 for sampled drafts.
+        """
+        if params.top_k is not None:
+            self._check_width("top_k", params.top_k)
+
     def start(self, state: SequenceState) -> None:
-        """Reserve pages in the draft cache and run the prompt but for its last token."""
-        longest = min(state.max_len, self._model.config.max_positions)
-        cached = self._cached[state] = self._cache.open(longest + MAX_NODES)
-        batch = CacheBatch(self._cache, [cached])
-        for _ in self._model.extend(self._known(state.token_ids[: longest - 1][:-1]), batch):
-            pass
+        """Open an empty draft cache."""
+        self._cached[state] = self._cache.open()
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
-        """Nothing is read from the target."""
+        """Keep pace with the target, piece by piece; nothing is read from it."""
+        if self._reach(state) > 0:
+            self._extend(state, min(start + MAX_NODES, len(state.token_ids) - 1))
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
-        """Catch up with the accepted tokens, then grow the tree depth by depth."""
-        roots = torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32)
-        depth = self._possible_depth(states, budget)
-        if depth < 1:
-            return chain(roots)
-        batch = self._batch_of(states)
-        logits = self._catch_up(states, batch)
-        levels: list[_Level] = []
-        laws: list[torch.Tensor] = []
-        for level in range(1, depth + 1):
-            above = levels[-1] if levels else None
-            if self._is_sampled:
-                laws.append(_laws(logits, states))
-                levels.append(self._drawn(laws[-1], states, above, level))
-            else:
-                levels.append(self._best(logits, above, level))
-            if level < depth:
-                logits = self._expand(levels[-1], batch, level)
-        return self._assemble(roots, levels, laws)
+        """Catch up with the accepted tokens, then grow the tree depth by depth.
+
+        A sequence that has outgrown this model's context proposes nothing.
+        """
+        roots = torch.tensor([state.token_ids[-1] for state in states], dtype=torch.int32)
+        rows = [row for row, state in enumerate(states) if self._reach(state) > 0]
+        drafting = [states[row] for row in rows]
+        shape = self._shape(drafting, budget)
+        if shape.depth < 1:
+            return chain(roots[:, None])
+        proposal = self._grow(drafting, roots[rows], shape)
+        return proposal if len(rows) == len(states) else _spread(proposal, rows, roots)
 
     def observe(
         self,
@@ -129,26 +165,81 @@ class SmallModelDrafter:
         if cached is not None:
             self._cache.close(cached)
 
-    def _possible_depth(self, states: Sequence[SequenceState], budget: Budget) -> int:
-        room = min(budget.max_nodes - 1, _WORD - 1) // self._width
-        longest = max(len(state.token_ids) for state in states)
-        context = self._model.config.max_positions - longest
-        most_left = max(state.num_left for state in states)
-        return min(self._depth, room, context, most_left - 1)
+    # --- sizes --------------------------------------------------------------------------------
 
-    def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
+    def _check_width(self, name: str, width: int) -> None:
+        if self._is_sampled and width != 1:
+            raise ValueError(f"{name}: expected 1 for sampled drafts, got {width}")
+        if width > self._num_shared:
+            raise ValueError(
+                f"{name}: expected at most the shared vocabulary {self._num_shared}, got {width}"
+            )
+
+    def _reach(self, state: SequenceState) -> int:
+        """How deep this model's context lets a tree be."""
+        return self._model.config.max_positions - len(state.token_ids)
+
+    def _shape(self, states: Sequence[SequenceState], budget: Budget) -> _Shape:
+        params = budget.params
+        room = min(budget.max_nodes, params.total_tokens or MAX_NODES, MAX_NODES) - 1
+        if room < 1 or not states:
+            return _Shape(0, 0)
+        width = min(params.top_k or self._width, room)
+        depth = self._depth if params.depth is None else params.depth
+        # The bonus token takes the last place.
+        most_left = max(state.num_left for state in states) - 1
+        reach = min(self._reach(state) for state in states)
+        return _Shape(min(depth, room // width, most_left, reach), width)
+
+    # --- a round ------------------------------------------------------------------------------
+
+    def _grow(
+        self, states: Sequence[SequenceState], roots: torch.Tensor, shape: _Shape
+    ) -> Proposal:
+        batch = self._batch_of(states, shape)
+        logits = self._catch_up(states, batch)
+        tree, level, laws = _GrowingTree(roots, shape), None, list[torch.Tensor]()
+        for depth in range(1, shape.depth + 1):
+            if self._is_sampled:
+                laws.append(_laws(logits, states))
+                level = _drawn(laws[-1], states, depth)
+            else:
+                level = _best(logits, level, shape.width)
+            tree.add(level)
+            if depth < shape.depth:
+                logits = self._expand(tree, roots, batch)
+        # The root's row stands where the sequence goes on; now that nothing hangs below it, it is
+        # part of the sequence.
+        one = torch.ones(len(states), dtype=torch.int32)
+        batch.commit(torch.zeros(len(states), 1, dtype=torch.int32), one)
+        return replace(tree.proposal(), draft_probs=self._draft_probs(laws))
+
+    def _batch_of(self, states: Sequence[SequenceState], shape: _Shape) -> CacheBatch:
         for state in states:
-            cached = self._cached[state]
-            behind = state.token_ids[cached.length :]
-            if len(behind) > MAX_NODES:
-                # A neighbour beyond this model's context has kept the whole batch from drafting.
-                behind = self._known(behind[:-1])
-                for _ in self._model.extend(behind, CacheBatch(self._cache, [cached])):
-                    pass
+            known = len(state.token_ids)
+            if self._cached[state].length == known:  # asked again behind the same root
+                self.finish(state)
+                self.start(state)
+            if known - self._cached[state].length > MAX_NODES:  # it has not drafted for long
+                self._extend(state, known - 1)
+            self._cache.reserve(self._cached[state], known + (shape.depth - 1) * shape.width)
         return self._batch.update([self._cached[state] for state in states])
 
+    def _extend(self, state: SequenceState, end: int) -> None:
+        """Run the tokens before ``end`` that the draft cache lacks."""
+        cached = self._cached[state]
+        behind = self._known(state.token_ids[cached.length : end])
+        if behind:
+            self._cache.reserve(cached, end)
+            for _ in self._model.extend(behind, CacheBatch(self._cache, [cached])):
+                pass
+
     def _catch_up(self, states: Sequence[SequenceState], batch: CacheBatch) -> torch.Tensor:
-        """Run the tokens the draft cache lacks; logits ``[B, 1, S]`` behind the last ones."""
+        """Run the tokens the draft cache lacks; logits ``[B, 1, S]`` behind the last ones.
+
+        All but the last are committed. That one is the root of the tree to come: node 0, as in the
+        target's cache.
+        """
         pending = [
             self._known(state.token_ids[cached.length :])
             for state, cached in zip(states, batch.sequences, strict=True)
@@ -160,80 +251,23 @@ class SmallModelDrafter:
         tree = replace(chain_tree(padded), num_nodes=counts)
         logits = self._model.forward(tree, batch).logits
         path = torch.arange(padded.shape[1], dtype=torch.int32)
-        batch.commit(path.expand(len(states), -1).contiguous(), counts)
+        batch.commit(path.expand(len(states), -1).contiguous(), counts - 1)
         return logits[torch.arange(len(states)), counts.long() - 1][:, None, : self._num_shared]
 
-    def _best(self, logits: torch.Tensor, above: _Level | None, level: int) -> _Level:
-        """The ``width`` best children over all nodes of the level above."""
-        scores = torch.log_softmax(logits, dim=-1)  # [B, K, S]
-        if above is not None:
-            scores = scores + above.scores[:, :, None]
-        size, num_parents, vocab = scores.shape
-        best = scores.reshape(size, -1).topk(self._width, dim=-1)
-        # Ascending parents keep every parent before its children, level by level.
-        index, order = best.indices.sort(dim=-1)
-        from_parent = index // vocab
-        return self._level(
-            index % vocab, from_parent, best.values.gather(-1, order), above, num_parents, level
+    def _expand(self, tree: _GrowingTree, roots: torch.Tensor, batch: CacheBatch) -> torch.Tensor:
+        """Logits ``[B, K, S]`` behind the last level's nodes, of the S ids that are shared."""
+        proposal, first = tree.proposal(), tree.num_nodes - tree.width
+        whole = self._settler.settle(proposal, roots, proposal.num_nodes)
+        level = DraftTree(
+            draft_tokens=whole.draft_tokens[:, first:],
+            parents=whole.parents[:, first:],
+            depth=whole.depth[:, first:],
+            ancestors=whole.ancestors[:, first:],
+            num_nodes=whole.num_nodes - first,
         )
-
-    def _drawn(
-        self,
-        law: torch.Tensor,
-        states: Sequence[SequenceState],
-        above: _Level | None,
-        level: int,
-    ) -> _Level:
-        """One token for each sequence, drawn from ``law [B, S]`` by counter."""
-        noise = torch.stack(
-            [
-                ops.gumbel_noise(
-                    state.seed,
-                    len(state.token_ids) + level - 1,
-                    law.shape[-1],
-                    ops.Purpose.DRAFT,
-                )
-                for state in states
-            ]
-        )
-        tokens = (law.log() + noise).argmax(dim=-1, keepdim=True)
-        nothing = torch.zeros(tokens.shape, dtype=torch.int64)
-        return self._level(tokens, nothing, nothing.float(), above, 1, level)
-
-    def _level(
-        self,
-        tokens: torch.Tensor,
-        from_parent: torch.Tensor,
-        scores: torch.Tensor,
-        above: _Level | None,
-        num_parents: int,
-        level: int,
-    ) -> _Level:
-        first = 1 + (level - 1) * self._width
-        own = torch.ones((), dtype=torch.int64) << torch.arange(first, first + self._width)
-        if above is None:
-            parents, bits = torch.zeros_like(tokens), own.expand_as(tokens) | 1
-        else:
-            parents = first - num_parents + from_parent
-            bits = above.ancestors.gather(-1, from_parent) | own
-        return _Level(tokens, parents, bits, scores)
-
-    def _expand(self, level: _Level, batch: CacheBatch, depth: int) -> torch.Tensor:
-        """Logits ``[B, K, S]`` behind a level's nodes, of the S ids that are shared.
-
-        The root is committed in the draft cache, so its tree is one node ahead of the target's:
-        node i there is node i - 1 here, and depths count from the first level.
-        """
-        size, width = level.tokens.shape
-        first = torch.full((size,), (depth - 1) * self._width, dtype=torch.int32)
-        tree = DraftTree(
-            draft_tokens=level.tokens.int(),
-            parents=level.parents.int() - 1,
-            depth=torch.full((size, width), depth - 1, dtype=torch.int32),
-            ancestors=(level.ancestors >> 1)[:, :, None],
-            num_nodes=torch.full((size,), width, dtype=torch.int32),
-        )
-        return self._model.forward(tree, batch, first_node=first).logits[..., : self._num_shared]
+        first_node = torch.full_like(whole.num_nodes, first)
+        output = self._model.forward(level, batch, first_node=first_node)
+        return output.logits[..., : self._num_shared]
 
     def _known(self, token_ids: list[int]) -> list[int]:
         """The tokens, the last of the model's own for those past it."""
@@ -242,21 +276,35 @@ class SmallModelDrafter:
             return token_ids
         return [min(token, last) for token in token_ids]
 
-    def _assemble(
-        self, roots: torch.Tensor, levels: list[_Level], laws: list[torch.Tensor]
-    ) -> Proposal:
-        size = roots.shape[0]
-        one = torch.ones(size, 1, dtype=torch.int64)
-        tokens = torch.cat([roots, *(level.tokens.int() for level in levels)], dim=1)
-        parents = torch.cat([-one.int(), *(level.parents.int() for level in levels)], dim=1)
-        draft_probs = None
-        if laws:
-            # The last node has no children; its row is never read.
-            draft_probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
-            missing = self._vocab_size - self._num_shared
-            draft_probs = torch.nn.functional.pad(draft_probs, (0, missing))
-        num_nodes = torch.full((size,), tokens.shape[1], dtype=torch.int32)
-        return Proposal(tokens, parents, num_nodes, draft_probs)
+    def _draft_probs(self, laws: list[torch.Tensor]) -> torch.Tensor | None:
+        if not laws:
+            return None
+        # The last node has no children; its row is never read.
+        probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
+        return pad(probs, (0, self._vocab_size - self._num_shared))
+
+
+def _best(logits: torch.Tensor, above: _Level | None, width: int) -> _Level:
+    """The ``width`` best children over all nodes of the level above."""
+    scores = torch.log_softmax(logits, dim=-1)  # [B, K, S]
+    if above is not None:
+        scores = scores + above.scores[:, :, None]
+    best = scores.flatten(1).topk(width, dim=-1)
+    index, order = best.indices.sort(dim=-1)
+    vocab = scores.shape[-1]
+    return _Level(index % vocab, index // vocab, best.values.gather(-1, order))
+
+
+def _drawn(law: torch.Tensor, states: Sequence[SequenceState], depth: int) -> _Level:
+    """One token for each sequence, drawn from ``law [B, S]`` by counter."""
+    noise = [
+        ops.gumbel_noise(
+            state.seed, len(state.token_ids) + depth - 1, law.shape[-1], ops.Purpose.DRAFT
+        )
+        for state in states
+    ]
+    tokens = (law.log() + torch.stack(noise)).argmax(dim=-1, keepdim=True)
+    return _Level(tokens, torch.zeros_like(tokens), torch.zeros(tokens.shape))
 
 
 def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor:
@@ -266,5 +314,23 @@ def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor
         if state.temperature > 0:
             rows.append(torch.softmax(row / state.temperature, dim=-1))
         else:
-            rows.append(torch.nn.functional.one_hot(row.argmax(), row.shape[-1]).float())
+            rows.append(one_hot(row.argmax(), row.shape[-1]).float())
     return torch.stack(rows)
+
+
+def _spread(proposal: Proposal, rows: list[int], roots: torch.Tensor) -> Proposal:
+    """``proposal`` as those rows of a larger batch whose other trees are the root alone."""
+
+    def among_all(part: torch.Tensor) -> torch.Tensor:
+        whole = part.new_zeros(len(roots), *part.shape[1:])
+        whole[rows] = part
+        return whole
+
+    tokens, probs = among_all(proposal.draft_tokens), proposal.draft_probs
+    tokens[:, 0] = roots
+    return Proposal(
+        tokens,
+        among_all(proposal.parents),
+        among_all(proposal.num_nodes).clamp(min=1),
+        None if probs is None else among_all(probs),
+    )

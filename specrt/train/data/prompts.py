@@ -45,7 +45,7 @@ class TrainingPrompt:
 def read_prompts(
     paths: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer, *, skip_bad: bool = False
 ) -> tuple[list[TrainingPrompt], PromptReport]:
-    """Read what :func:`specrt.train.data.data.read_examples` reads; responses may be missing.
+    """Read what :func:`specrt.train.data.dataset.read_examples` reads; responses may be missing.
 
     Where a conversation ends with the assistant's turn, that turn is left out.
 

@@ -27,7 +27,7 @@ from specrt.train.eesd.calibration import (
 )
 from specrt.train.eesd.module import ExitModule
 from specrt.train.evaluate import Acceptance, ChainCounter, spread
-from specrt.train.features.features import FeatureSource
+from specrt.train.features.source import FeatureSource
 
 _ROWS = 256  # logits at a time
 

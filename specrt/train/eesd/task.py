@@ -23,8 +23,8 @@ from specrt.train.eesd.calibration import MODES, ExitWatch, GumbelRows, calibrat
 from specrt.train.eesd.evaluate import Estimate, evaluate_exit
 from specrt.train.eesd.module import ExitModule, ExitModules, exit_weights, parameter_groups
 from specrt.train.evaluate import TargetTables
-from specrt.train.features.features import FeatureSource
-from specrt.train.loop.options import SAVE_DTYPES, EesdOptions
+from specrt.train.features.source import FeatureSource
+from specrt.train.loop.options import EesdOptions
 from specrt.train.loop.summary import SUMMARY_FILE, brief, write_summary
 from specrt.train.losses import TOP, soft_cross_entropy
 from specrt.train.task import StepLosses, TrainData
@@ -125,7 +125,7 @@ class EesdTask:
             tensors = self._stored(exit_weights(weights, config.exit_layer))
             exits.append(self._report(column, tensors, data))
             said = {"exits": exits[-1:], **brief(run)}
-            dtype = SAVE_DTYPES[self._options.save_dtype]
+            dtype = getattr(torch, self._options.save_dtype)
             layer = replace(config.layer, dtype=dtype)
             extra = {**config.extra, "training": said}
             write_exit(places[column], replace(config, layer=layer, extra=extra), tensors)
@@ -160,7 +160,7 @@ class EesdTask:
 
     def _stored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """In the dtypes of the checkpoint: the calibration head stays in float32."""
-        dtype = SAVE_DTYPES[self._options.save_dtype]
+        dtype = getattr(torch, self._options.save_dtype)
         return {k: t if k in CALIBRATION else t.to(dtype) for k, t in tensors.items()}
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
 from specrt.models.checkpoint import Checkpoint
-from specrt.train.data.data import Dataset
+from specrt.train.data.dataset import Dataset
 from specrt.types import CheckpointError
 
 FORMAT_VERSION = 1

@@ -12,9 +12,9 @@ from torch import nn
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.train.batches import Batch, collate
 from specrt.train.evaluate import TargetTables, chain_acceptance
-from specrt.train.features.features import FeatureSource
+from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
-from specrt.train.loop.options import SAVE_DTYPES, FspadOptions
+from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.summary import write_drafter
 from specrt.train.losses import draft_losses
 from specrt.train.task import StepLosses, TrainData
@@ -100,7 +100,7 @@ class FspadTask:
         self, out: Path, weights: dict[str, torch.Tensor], data: TrainData, run: dict[str, Any]
     ) -> dict[str, Any]:
         """As :class:`TrainTask` says."""
-        dtype = SAVE_DTYPES[self._options.save_dtype]
+        dtype = getattr(torch, self._options.save_dtype)
         stored = {key: tensor.to(dtype) for key, tensor in weights.items()}
         model = DraftModel(self._config).requires_grad_(False)
         model.load_state_dict(stored)

@@ -1,68 +1,127 @@
-"""What a training run is told, and the learning rate that follows from it."""
+"""What a training run is told, and the learning rate that follows from it.
+
+The dataclasses are the options of ``specrt train`` too: name, type and default are a field's, the
+rest stands in its ``Annotated``. Nothing here imports torch, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import typer
 
 PRECISIONS = ("auto", "bf16", "float32")
 SCHEDULES = ("linear", "cosine")
-SAVE_DTYPES: Mapping[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+SAVE_DTYPES = ("bfloat16", "float16", "float32")
 # What may differ between the two halves of an interrupted run without changing what it computes.
 _FREE = frozenset(
     {"max_minutes", "save_steps", "save_minutes", "log_steps", "save_dtype", "depth", "tensorboard"}
 )
 
 
+def _data(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Data")
+
+
+def _recipe(*names: str, help: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Recipe")
+
+
+def _run(*names: str, help: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Run")
+
+
+def _choice(choices: tuple[str, ...]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}."
+
+
+# Those that kinds have defaults of their own for.
+HeldOut = Annotated[float, _data(help="Share of the data kept apart.")]
+BatchSize = Annotated[int, _recipe("--batch", help="Sequences a step, in all.")]
+Lr = Annotated[float, _recipe()]
+Schedule = Annotated[str, _recipe(help=_choice(SCHEDULES))]
+ClipValue = Annotated[float, _recipe(help="Of each gradient; 0: off.")]
+ClipNorm = Annotated[float, _recipe(help="Of all gradients; 0: off.")]
+Depth = Annotated[int, _run(help="Of the chains on held-out data.")]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which of the data a run is given, and how.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    max_length: Annotated[int, _data(help="Longer sequences are cut.")] = 2048
+    held_out: HeldOut = 0.02
+    features: Annotated[
+        str | None,
+        _data(
+            help="'online', or a directory for the target's features; default: OUT/features, "
+            "removed at the end, and online where no sequence is seen twice."
+        ),
+    ] = None
+    skip_bad: Annotated[bool, _data("--skip-bad", help="Skip malformed lines.")] = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2, got {self.max_length}")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out: expected a share in [0, 1), got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class EesdDataOptions(DataOptions):
+    """Of EESD, which may be trained on few texts."""
+
+    held_out: HeldOut = 0.1
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """What the recipes of all kinds of drafters have in common."""
 
-    batch_size: int = 4
-    """Sequences of an optimizer step, over all processes and accumulation steps together."""
-    accumulation_steps: int = 1
-    """In how many parts each process runs its share of a batch."""
-    epochs: int = 20
-    max_steps: int | None = None
-    max_minutes: float | None = None
+    epochs: Annotated[int, _recipe()] = 20
+    max_steps: Annotated[int | None, _recipe(help="At most so many steps.")] = None
+    batch_size: BatchSize = 4
+    """Over all processes and accumulation steps together."""
+    accumulation_steps: Annotated[
+        int, _recipe("--accumulate", help="In so many parts a process.")
+    ] = 1
+    lr: Lr = 5e-5
+    schedule: Schedule = "linear"
+    warmup_steps: Annotated[
+        int | None, _recipe("--warmup", help="Steps; default: 2000, at most a tenth of the run.")
+    ] = None
+    weight_decay: Annotated[float, _recipe()] = 0.01
+    clip_value: ClipValue = 0.5
+    clip_norm: ClipNorm = 0.0
+    seed: Annotated[int, _recipe()] = 0
+    precision: Annotated[str, _run(help=_choice(PRECISIONS))] = "auto"
+    max_minutes: Annotated[float | None, _run(help="Stop then; going on is possible.")] = None
     """Time spent training, earlier parts of a resumed run included."""
-    lr: float = 5e-5
-    schedule: str = "linear"
-    warmup_steps: int | None = None
-    """2000 by default, but at most a tenth of the run."""
-    weight_decay: float = 0.01
-    clip_value: float | None = 0.5
-    clip_norm: float | None = None
-    precision: str = "auto"
-    seed: int = 0
-    depth: int = 5
-    """Of the chains drafted on held-out data at the end."""
-    save_steps: int | None = None
-    save_minutes: float = 10.0
-    log_steps: int = 20
-    save_dtype: str = "bfloat16"
-    tensorboard: bool = True
+    save_steps: Annotated[int | None, _run(help="Save the state so often.")] = None
+    save_minutes: Annotated[float, _run()] = 10.0
+    log_steps: Annotated[int, _run()] = 20
+    save_dtype: Annotated[str, _run(help=_choice(SAVE_DTYPES))] = "bfloat16"
+    depth: Depth = 5
+    tensorboard: Annotated[bool, _run(help="Write OUT/tensorboard.")] = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation_steps", "epochs", "depth", "log_steps"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "save_steps"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "clip_value", "clip_norm"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("lr", "max_minutes", "save_minutes", "clip_value", "clip_norm"):
+        for name in ("lr", "max_minutes", "save_minutes"):
             _positive(name, getattr(self, name))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
-        _one_of("save_dtype", self.save_dtype, tuple(SAVE_DTYPES))
+        _one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -87,10 +146,10 @@ class TrainOptions:
 class FspadOptions(TrainOptions):
     """The recipe of FSPAD; all defaults are the paper's (arXiv 2408.15562, section 4)."""
 
-    noise: float = 0.2
-    """Width of the uniform noise on input features, for sequences of 512 tokens."""
-    regression_weight: float = 1.0
-    classification_weight: float = 0.1
+    noise: Annotated[float, _recipe(help="On input features.")] = 0.2
+    """Width of the uniform noise, for sequences of 512 tokens."""
+    regression_weight: Annotated[float, _recipe()] = 1.0
+    classification_weight: Annotated[float, _recipe()] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,12 +161,12 @@ class FspadOptions(TrainOptions):
 class EesdOptions(TrainOptions):
     """The recipe of EESD, for one layer that starts as the target's last; all defaults are ours."""
 
-    batch_size: int = 8
-    lr: float = 1e-3
-    schedule: str = "cosine"
-    clip_value: float | None = None
-    clip_norm: float | None = 1.0
-    depth: int = 8
+    batch_size: BatchSize = 8
+    lr: Lr = 1e-3
+    schedule: Schedule = "cosine"
+    clip_value: ClipValue = 0.0
+    clip_norm: ClipNorm = 1.0
+    depth: Depth = 8
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:

@@ -1,16 +1,54 @@
-"""What every command that runs a model does first."""
+"""What every command that runs a model is told of it, and does first."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specrt.builtin import target_path
+from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
+from specrt.draft.kinds import AUTO, NONE, check_name, describe_names
 
 if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
 
-NO_DRAFTER = "none"
 BUILTIN = "builtin"
+RULES = "fixed-K, threshold, adaptive-threshold, beta-ts, calibration-ts or cost-aware"
+
+
+Drafter = Annotated[str, typer.Option(help=f"{describe_names()}.", rich_help_panel=RUNTIME)]
+Controller = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How long a trained drafter drafts: {RULES}; default: EESD cost-aware, others by "
+        "measured cost.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+MaxNodes = Annotated[
+    int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
+]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """A target and a drafter as named on the command line, and how they run."""
+
+    target: Target = BUILTIN
+    drafter: Drafter = AUTO
+    controller: Controller = None
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
+    max_nodes: MaxNodes = 64
+    threads: Threads = None
+
+    def load(self, *, max_batch: int = 8) -> Engine:
+        """As :func:`load_engine`."""
+        return load_engine(**vars(self), max_batch=max_batch)
 
 
 def load_engine(
@@ -36,19 +74,12 @@ def load_engine(
         ValueError: an argument out of range, or a drafter that is neither a name nor a directory.
     """
     set_threads(threads)
-    from specrt.builtin import drafter_paths
-    from specrt.draft.kinds import PROMPT_LOOKUP
-    from specrt.loading import AUTO, load
+    from specrt.loading import load
 
-    names = (NO_DRAFTER, AUTO, PROMPT_LOOKUP, *drafter_paths())
-    # The empty path is the present folder. What looks like a path `load` refuses with more words.
-    is_path = drafter != "" and (Path(drafter).exists() or "/" in drafter)
-    if drafter not in names and not is_path:
-        raise ValueError(f"drafter: expected {', '.join(names)} or a directory, got {drafter!r}")
-    name = None if drafter == NO_DRAFTER else drafter
+    check_name(drafter)  # before a target is loaded
     return load(
         target,
-        name,
+        None if drafter == NONE else drafter,
         device=device,
         dtype=dtype,
         max_nodes=max_nodes,
@@ -59,7 +90,7 @@ def load_engine(
 
 def drafter_name(drafter: str, target: str, engine: Engine) -> str:
     """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
-    from specrt.loading import AUTO, default_drafter
+    from specrt.loading import default_drafter
 
     return default_drafter(target, engine.target.device) if drafter == AUTO else Path(drafter).name
 
@@ -81,8 +112,6 @@ def set_threads(threads: int | None) -> None:
 
 def target_directory(target: str) -> tuple[Path, str]:
     """The directory of a target as named on the command line, and its name."""
-    from specrt.builtin import target_path
-
     if target == BUILTIN:
         return target_path(), BUILTIN
     directory = Path(target)

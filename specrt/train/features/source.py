@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from specrt.train.data.data import Dataset
+from specrt.train.data.dataset import Dataset
 from specrt.train.features.frozen import FrozenTarget, load_frozen_target
 
 

@@ -220,13 +220,13 @@ class Trainer:
 
     def _clip_norms(self) -> float:
         """The gradient's norm before clipping."""
-        limit = math.inf if self._options.clip_norm is None else self._options.clip_norm
+        limit = self._options.clip_norm or math.inf
         groups = self._task.clip_groups(self._model)
         norms = [float(self._accelerator.clip_grad_norm_(group, limit)) for group in groups]
         return math.hypot(*norms)
 
     def _apply(self, rate: float) -> None:
-        if self._options.clip_value is not None:
+        if self._options.clip_value:
             parameters = self._model.parameters()
             self._accelerator.clip_grad_value_(parameters, self._options.clip_value)
         for group in self._optimizer.param_groups:

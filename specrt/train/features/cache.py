@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from specrt.train.data.data import Dataset
+from specrt.train.data.dataset import Dataset
 from specrt.train.features.cache_index import INDEX, CacheIndex, CacheKey
-from specrt.train.features.features import Sample
 from specrt.train.features.frozen import FrozenTarget, load_frozen_target
+from specrt.train.features.source import Sample
 from specrt.train.loop.lock import hold_directory
 from specrt.types import CheckpointError
 

@@ -1,0 +1,33 @@
+// One request's sampling parameters: what acceptance draws the target's tokens by, and what coupled
+// trees guess those draws by. One row for both, or the two would come to differ.
+//
+// In Python a row is eight int64 words (specrt/sampling.py: sampling_row, which packs it):
+//
+//     word | low half           | high half
+//     -----+--------------------+-------------------
+//        0 | top_p, a double
+//        1 | temperature        | min_p
+//        2 | repetition_penalty | presence_penalty
+//        3 | frequency_penalty  | top_k
+//        4 | prompt_len         | unused
+//        5 | seed
+//        6 | bias_begin
+//        7 | bias_end
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace specrt {
+
+struct SamplingRow {
+    double top_p;  // as given: float32's rounding of 0.999 moves the edge of the kept set
+    float temperature, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    int32_t top_k, prompt_len, unused;  // top_k 0 is off
+    uint64_t seed;
+    int64_t bias_begin, bias_end;  // into the batch's bias_ids, bias_values
+};
+constexpr int64_t kSamplingWords = 8;
+static_assert(sizeof(SamplingRow) == 8 * kSamplingWords);
+static_assert(offsetof(SamplingRow, top_k) == 28 && offsetof(SamplingRow, seed) == 40);
+
+}  // namespace specrt

@@ -1,0 +1,38 @@
+"""The entry of EESD among the kinds of drafters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specrt.draft.kind import DrafterRequest, Kind
+
+if TYPE_CHECKING:
+    from specrt.draft.base import Drafter
+
+
+def _matches(directory: Path) -> bool:
+    from specrt.draft.eesd.checkpoint import is_exit_checkpoint
+
+    return is_exit_checkpoint(directory)
+
+
+def _load(request: DrafterRequest) -> Drafter:
+    from specrt.draft.eesd.checkpoint import load_exit, read_exit
+    from specrt.draft.eesd.drafter import EesdDrafter
+    from specrt.draft.eesd.model import ExitModel
+
+    directory, target, options = request.checkpoint, request.target, request.options
+    if target.device.type != "cpu":
+        raise ValueError(
+            f"drafter: {directory.name} is an EESD drafter, which runs the target's own layers and "
+            f"needs device='cpu', got {target.device}; with it run: none, prompt-lookup, recycle, "
+            "FSPAD and EAGLE (on the CPU), a smaller model"
+        )
+    config = read_exit(directory, target.config)
+    weights = load_exit(directory, config, target.weights)
+    exit_model = ExitModel(config, weights, target, request.on_move)
+    return EesdDrafter(exit_model, options.control, request.run_step, is_coupled=options.is_coupled)
+
+
+EESD = Kind("eesd", "an EESD drafter", _load, _matches, has_control=True)

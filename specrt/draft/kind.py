@@ -1,0 +1,74 @@
+"""What a kind of drafter is: how it is told, and how it is made.
+
+Nothing here imports torch, so that ``specrt --help`` may name every kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from specrt.draft.base import Drafter
+    from specrt.draft.length.control import ControlOptions
+    from specrt.models.model import LlamaModel, StepRunner
+
+
+@dataclass(frozen=True)
+class DrafterOptions:
+    """How a trained drafter is set up; nothing here changes the text."""
+
+    fold: bool | None = None
+    """Replace weights that are functions of the token by tables; None: where that pays."""
+    is_coupled: bool = True
+    """Where the temperature is above 0, rank candidates with the target's own noise."""
+    control: ControlOptions | None = None
+    """How long to draft; None: the drafter's own way."""
+
+
+@dataclass(frozen=True)
+class DrafterRequest:
+    """What a drafter may be made of."""
+
+    directory: Path | None
+    """Its checkpoint; None for a kind that has none."""
+    target: LlamaModel
+    """The model it drafts for."""
+    dtype: torch.dtype | None
+    """Of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its own: a
+    narrower one is faster, and its rounding moves no token."""
+    run_step: StepRunner
+    """How its model's steps run on the CPU."""
+    on_move: Callable[[], None]
+    """To be called when its model's buffers move."""
+    options: DrafterOptions
+    target_path: Path | None = None
+    """The target's directory, whose tokenizer a smaller model must have; None: not known."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """``directory``, of a kind that :attr:`Kind.matches` told by it."""
+        assert self.directory is not None, "a checkpoint's kind is told by its directory"
+        return self.directory
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of drafter; its modules are imported when it is first asked for."""
+
+    name: str
+    """What a user calls it; of a checkpoint, what its ``config.json`` may."""
+    help: str
+    """One line: what drafts, or what a directory holds."""
+    load: Callable[[DrafterRequest], Drafter]
+    """Make one. May raise CheckpointError, ValueError, OSError and MemoryError, for users to read;
+    anything else is a fault of the kind's own."""
+    matches: Callable[[Path], bool] | None = None
+    """Whether a directory is a checkpoint of this kind; None for a kind without checkpoints, which
+    is asked for by name."""
+    has_control: bool = False
+    """Whether a controller may say how long it drafts."""

@@ -1,0 +1,40 @@
+"""The entry of smaller models among the kinds of drafters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specrt.draft.kind import DrafterRequest, Kind
+
+if TYPE_CHECKING:
+    from specrt.draft.base import Drafter
+
+
+def _matches(directory: Path) -> bool:
+    """Asked last: what is no drafter's checkpoint is a model, or refused for what it lacks."""
+    return True
+
+
+def _load(request: DrafterRequest) -> Drafter:
+    from specrt.config import ModelConfig
+    from specrt.draft.fspad.official import open_drafter, refuse_other_kinds
+    from specrt.draft.small_model.drafter import SmallModelDrafter
+    from specrt.draft.small_model.vocabulary import check_vocabulary
+    from specrt.models.loader import load_weights
+    from specrt.models.model import LlamaModel
+    from specrt.models.placement import choose_dtype, choose_head_dim, place_weights
+
+    directory, target = request.checkpoint, request.target
+    refuse_other_kinds(open_drafter(directory))
+    config, vocab_size = ModelConfig.from_directory(directory), target.config.vocab_size
+    check_vocabulary(directory, config.vocab_size, request.target_path, vocab_size)
+    chosen = choose_dtype(config, request.dtype, target.device)
+    head_dim = choose_head_dim(config, target.device)
+    loaded = load_weights(directory, config, chosen, head_dim=head_dim)
+    weights = place_weights(loaded, target.device)
+    model = LlamaModel(config, weights, request.run_step, request.on_move, rope=target.rope)
+    return SmallModelDrafter(model, vocab_size=vocab_size)
+
+
+SMALL_MODEL = Kind("small-model", "a smaller model of the same tokenizer", _load, _matches)
