@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -150,9 +149,7 @@ class Weather:
         monkeypatch: takes it all back.
     """
 
-    def __init__(
-        self, engine: Engine, rng: random.Random, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def __init__(self, engine: Engine, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
         self.happened = Counter[str]()
         self._engine, self._rng = engine, rng
         self._is_out_of_memory = False
