@@ -63,10 +63,6 @@ class Proposal:
     """``[B, M, V]`` float32: row i is the law node i's children were drawn from, independently.
     Given only by drafters that sample; acceptance then uses rejection with residuals. A tree ends
     before the first child of a row that is no law: NaN, negative, or of a sum that is not 1."""
-    hidden: torch.Tensor | None = None
-    """``[B, M, H]`` float32: what the target's first ``num_layers_run`` layers give. Only a
-    drafter that runs them itself has these; their keys and values then lie past ``kv_len``."""
-    num_layers_run: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,6 @@ class DraftTree:
     draft_probs: torch.Tensor | None = None
     """``[B, N, V]`` float32: row i is the law node i's children were drawn from, independently.
     Given only by drafters that sample; acceptance then uses rejection with residuals."""
-    hidden: torch.Tensor | None = None
-    """``[B, N, H]`` float32: what the target's first ``num_layers_run`` layers give. Only a
-    drafter that runs them itself has these; their keys and values then lie past ``kv_len``."""
-    num_layers_run: int = 0
 
 
 class VerifyOutput(NamedTuple):

@@ -16,11 +16,29 @@ from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
+_CPU = torch.device("cpu")
+_FEW_ROWS = 16  # that a workspace has room for at least
+
+FINAL_TAP = "final"
+"""The feature: the last hidden state after the final norm, what the LM head multiplies."""
 LOGITS_TAP = "logits"
 """The tap that gives the logits, ``[B, N, V]``; of a pass that makes none it gives nothing."""
 
-_CPU = torch.device("cpu")
-_FEW_ROWS = 16  # that a workspace has room for at least
+
+def layer_tap(layer: int) -> str:
+    """The tap that gives the output of layer ``layer`` (counted from 0)."""
+    return f"layer.{layer}"
+
+
+def check_tap(tap: str, num_layers: int) -> None:
+    """Whether a model of so many layers has a tap.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    if tap != FINAL_TAP and tap not in map(layer_tap, range(num_layers)):
+        last = layer_tap(num_layers - 1)
+        raise ValueError(f"taps: expected 'final', 'logits' or 'layer.0' .. '{last}', got {tap!r}")
 
 
 class StepKey(NamedTuple):
@@ -36,26 +54,17 @@ class StepKey(NamedTuple):
 
     @classmethod
     def of(
-        cls, tree: DraftTree, table_width: int, has_logits: bool, taps: tuple[str, ...]
+        cls,
+        tree: DraftTree,
+        table_width: int,
+        has_logits: bool,
+        taps: tuple[str, ...],
+        first_layer: int,
     ) -> StepKey:
         """The key of a pass over ``tree``; of ``taps`` a step fills hidden states alone."""
         states = tuple(tap for tap in taps if tap != LOGITS_TAP)
         size, num_nodes = tree.draft_tokens.shape
-        return cls(size, num_nodes, table_width, has_logits, states, layers_run(tree))
-
-
-def layers_run(tree: DraftTree) -> int:
-    """How many layers the nodes of a tree have been through.
-
-    Raises:
-        ValueError: hidden states and their layer do not go together.
-    """
-    if (tree.hidden is None) != (tree.num_layers_run == 0):
-        raise ValueError(
-            "tree: expected hidden and num_layers_run > 0 together, got num_layers_run "
-            f"{tree.num_layers_run} {'without' if tree.hidden is None else 'with'} hidden"
-        )
-    return tree.num_layers_run
+        return cls(size, num_nodes, table_width, has_logits, states, first_layer)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from specrt.cache import CacheBatch, CachedSequence
 from specrt.config import ModelConfig
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
+from specrt.models.model import LlamaModel
+from specrt.models.step import FINAL_TAP, layer_tap
 from specrt.tree import TreeBuilder, chain_tree
 from specrt.types import DraftTree
 from tests.checkpoints import FAMILIES, make_checkpoint

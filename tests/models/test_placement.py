@@ -15,7 +15,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models import placement, step
 from specrt.models.loader import Weights, load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel
+from specrt.models.model import LlamaModel
 from specrt.models.placement import (
     CPU,
     choose_dtype,
@@ -23,6 +23,7 @@ from specrt.models.placement import (
     parse_device,
     place_weights,
 )
+from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
 from specrt.tree import TreeBuilder
 from specrt.types import VerifyOutput
