@@ -8,7 +8,6 @@ from specrt.ops.tree_accept import tree_accept
 from specrt.sampling import SamplingTable
 from specrt.types import AcceptResult, DraftTree
 
-
 _LAW_TOLERANCE = 1e-4  # of a law's sum: float32's rounding, but not bfloat16's
 
 
