@@ -28,8 +28,9 @@ from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
+from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
+from specrt.models.step import FINAL_TAP, layer_tap
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
