@@ -72,7 +72,8 @@ class Drafter(Protocol):
     """Proposes trees. It never changes what is said, only how fast."""
 
     taps: tuple[str, ...]
-    """Hidden states it reads from the target (see ``LlamaModel.forward``)."""
+    """What it reads from the target: hidden states (:meth:`LlamaModel.forward`), or ``"logits"``,
+    which a prompt's pass has not."""
 
     def start(self, state: SequenceState) -> None:
         """A sequence joins; its prompt is in ``state.token_ids``.

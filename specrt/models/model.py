@@ -35,8 +35,8 @@ from specrt.models.step import (
     StepRows,
     Workspace,
     check_tap,
+    given,
     layer_tap,
-    on_host,
 )
 from specrt.ops import registry
 from specrt.reuse import Recent
@@ -149,7 +149,7 @@ class LlamaModel:
         Args:
             tree: B trees of N nodes; tokens, depth, ancestors and num_nodes are read.
             batch: the B sequences the trees continue.
-            taps: hidden states to return: ``"final"`` or :func:`layer_tap` names.
+            taps: hidden states to return: ``"final"``, :func:`layer_tap` names, ``"logits"``.
             has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
             first_node: ``[B]`` int32; the given nodes are those from this index on of a larger
                 tree whose earlier nodes were run before (their rows still lie past ``kv_len``).
@@ -163,13 +163,12 @@ class LlamaModel:
             ValueError: more than 128 nodes or an unknown tap. On a GPU, a setting of torch's that
                 has changed since the model was made, and bits with it.
         """
-        size, num_nodes = tree.draft_tokens.shape
+        num_nodes = tree.draft_tokens.shape[1]
         if num_nodes > MAX_NODES:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
-        width = batch.block_table.shape[1]
         run = None if lower is None or first_node is not None else lower.take(tree, batch, taps)
         first = 0 if run is None else run.shape.num_layers
-        key = StepKey(size, num_nodes, width, has_logits, taps, first)
+        key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps, first)
         self._ensure_buffers(key, batch.num_positions)
         if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
             self._forget_buffers()
@@ -184,7 +183,7 @@ class LlamaModel:
             run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
         self._run_step((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
-        return step.output if self._is_output_plain else on_host(step.output)
+        return given(step.output, taps, is_plain=self._is_output_plain)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()

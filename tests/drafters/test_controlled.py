@@ -15,7 +15,7 @@ from specrt.draft.fspad.layer import DraftLayer, pack_weights
 from specrt.draft.length.control import CONTROLLERS, ControlOptions, Posterior
 from specrt.draft.length.controlled import ControlledPolicy
 from specrt.draft.length.costs import RoundCost
-from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy, TreePolicy
+from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy, TreePolicy, TreeRound
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_draft_checkpoint
@@ -31,6 +31,11 @@ def belief_of(policy: ControlledPolicy) -> Posterior:
     return policy._control.posterior(policy._batch)
 
 
+def begun(policy: TreePolicy) -> TreeRound:
+    """A round that drafts, the first of twenty."""
+    return next(one for one in (policy.begin() for _ in range(20)) if one is not None)
+
+
 @dataclass
 class World:
     """A batch whose paths go on with the same chance at each level; the drafter believes in
@@ -44,13 +49,13 @@ class World:
     cost: RoundCost = field(default_factory=RoundCost)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def grow(self) -> tuple[int, np.ndarray]:
+    def grow(self, choice: TreeRound) -> tuple[int, np.ndarray]:
         """Levels drafted, and all nodes' scores ``[B, N - 1]``."""
         chances = self.belief ** np.arange(1, 10)[None].repeat(self.batch, axis=0)
         masses: list[float] = []
         for number in range(1, 10):
-            masses.append(self.policy.mass(np.log(chances[:, number - 1 : number])))
-            if not self.policy.expands(masses, self.batch, self.cost):
+            masses.append(choice.mass(np.log(chances[:, number - 1 : number])))
+            if not choice.expands(masses, self.batch, self.cost):
                 break
         time = self.level * ONE_MS
         self.policy.observe_draft(time, time * (number - 1), number - 1)
@@ -61,12 +66,12 @@ class World:
     def round(self) -> tuple[int, int, float, float]:
         """Levels, envelope, tokens a sequence and time in plain rounds."""
         levels, size, tokens = 0, 1, 1.0
-        if self.policy.drafts():
-            levels, scores = self.grow()
-            size = self.policy.size(scores, levels, self.cost)
+        if (choice := self.policy.begin()) is not None:
+            levels, scores = self.grow(choice)
+            size = choice.size(scores, levels, self.cost)
             holds = self.rng.random((self.batch, NODES)) < self.truth
             is_accepted = (holds.cumprod(axis=1) * (scores > -np.inf))[:, : size - 1]
-            self.policy.observe_outcome(scores[:, : size - 1], is_accepted)
+            choice.observe_outcome(scores[:, : size - 1], is_accepted)
             tokens += is_accepted.sum() / self.batch
         plain, rows = 1.0 + SLOPE * (self.batch - 1), size * self.batch
         verify = 1.0 + SLOPE * (rows - 1)
@@ -95,49 +100,71 @@ def test_fixed_drafts_its_levels_and_two_nodes_for_each(levels: int) -> None:
 
 def test_no_more_nodes_than_there_are() -> None:
     policy = ControlledPolicy(ControlOptions("fixed", draft_len=8))
-    scores = np.zeros((2, 4))
-    assert policy.drafts()
-    assert policy.expands([1.0], 2, RoundCost())
-    assert policy.size(scores, 8, RoundCost()) == 5
-    assert policy.size(np.empty((2, 0)), 8, RoundCost()) == 1
+    scores, choice = np.zeros((2, 4)), begun(policy)
+    assert choice.expands([1.0], 2, RoundCost())
+    assert choice.size(scores, 8, RoundCost()) == 5
+    assert choice.size(np.empty((2, 0)), 8, RoundCost()) == 1
 
 
 def test_a_level_is_judged_by_the_chance_that_the_path_goes_on_into_it() -> None:
     policy, cost = ControlledPolicy(ControlOptions("threshold", threshold=0.5)), RoundCost()
-    assert policy.drafts()
-    assert policy.expands([0.6], 1, cost)
-    assert policy.expands([0.6, 0.35], 1, cost)  # 0.58 of what came so far
-    assert not policy.expands([0.6, 0.35, 0.1], 1, cost)
-    assert policy.drafts()
-    assert policy.expands([0.9], 1, cost)
-    assert policy.expands([0.9, 0.9000001], 1, cost)  # rounding may lift a mass
+    choice = begun(policy)
+    assert choice.expands([0.6], 1, cost)
+    assert choice.expands([0.6, 0.35], 1, cost)  # 0.58 of what came so far
+    assert not choice.expands([0.6, 0.35, 0.1], 1, cost)
+    choice = begun(policy)
+    assert choice.expands([0.9], 1, cost)
+    assert choice.expands([0.9, 0.9000001], 1, cost)  # rounding may lift a mass
 
 
 @pytest.mark.parametrize("kind", CONTROLLERS)
 @pytest.mark.parametrize("masses", [[math.nan], [0.0], [0.9, 0.0], [0.9, math.nan], [0.0, 0.0]])
 def test_what_is_not_reached_is_not_followed(kind: str, masses: list[float]) -> None:
     policy, cost = ControlledPolicy(ControlOptions(kind, threshold=0.0)), RoundCost()
-    assert any(policy.drafts() for _ in range(20))
+    choice = begun(policy)
     for number in range(1, len(masses) + 1):
-        is_open = policy.expands(masses[:number], 1, cost)
+        is_open = choice.expands(masses[:number], 1, cost)
     assert not is_open
-    policy.size(np.zeros((1, NODES)), len(masses), cost)
-    policy.observe_outcome(np.zeros((1, NODES)), np.zeros((1, NODES)))
+    choice.size(np.zeros((1, NODES)), len(masses), cost)
+    choice.observe_outcome(np.zeros((1, NODES)), np.zeros((1, NODES)))
     belief = belief_of(policy)
     assert math.isfinite(belief.bias_mean) and math.isfinite(belief.gain_mean)
 
 
 def test_the_mean_of_the_batch_is_learned() -> None:
     policy = ControlledPolicy(ControlOptions("beta-ts", prior=(1e9, 1.0), discount=None))
-    assert policy.drafts()
+    choice = begun(policy)
     for levels in range(1, 5):
-        policy.expands([1.0] * levels, 3, RoundCost())
+        choice.expands([1.0] * levels, 3, RoundCost())
     is_accepted = np.zeros((3, 8))
     is_accepted[0, :4] = is_accepted[1, :2] = 1.0
-    policy.size(np.zeros((3, 8)), 4, RoundCost())
-    policy.observe_outcome(np.zeros((3, 8)), is_accepted)
+    choice.size(np.zeros((3, 8)), 4, RoundCost())
+    choice.observe_outcome(np.zeros((3, 8)), is_accepted)
     belief = belief_of(policy)
     assert (belief.alpha - 1e9, belief.beta) == (2.0, 2.0)
+
+
+def test_outcomes_may_come_after_later_rounds_have_begun() -> None:
+    """Each is learned from its own round's levels: four of four, then none of one."""
+
+    def alpha_and_beta(is_late: bool) -> tuple[float, float]:
+        policy = ControlledPolicy(ControlOptions("beta-ts", prior=(1e9, 1.0), discount=None))
+        late = []
+        for num_levels in (4, 1):
+            choice, is_accepted = begun(policy), np.zeros((1, 8))
+            for levels in range(1, num_levels + 1):
+                choice.expands([1.0] * levels, 1, RoundCost())
+            choice.size(np.zeros((1, 8)), num_levels, RoundCost())
+            is_accepted[:, :num_levels] = num_levels > 1
+            late.append((choice, is_accepted))
+            if not is_late:
+                choice.observe_outcome(np.zeros((1, 8)), is_accepted)
+        for choice, is_accepted in late if is_late else ():
+            choice.observe_outcome(np.zeros((1, 8)), is_accepted)
+        belief = belief_of(policy)
+        return belief.alpha - 1e9, belief.beta - 1.0
+
+    assert alpha_and_beta(is_late=True) == alpha_and_beta(is_late=False) == (4.0, 1.0)
 
 
 def test_undrafted_rounds_are_learned_without_an_outcome() -> None:

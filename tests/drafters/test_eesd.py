@@ -147,7 +147,7 @@ def test_perfect_drafts_with_the_targets_noise(float_model: LlamaModel, folder: 
 
 
 class CountedRows(LlamaModel):
-    """Counts the rows that each layer runs; its steps are never recorded."""
+    """Counts the rows that each layer runs; its steps are never captured."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]

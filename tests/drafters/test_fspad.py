@@ -1,4 +1,4 @@
-"""The one-layer drafters: reference vectors, trees, caches, and bits that must not change."""
+"""The one-layer drafters: reference vectors, trees, and bits that must not change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specrt.builtin import drafter_paths, target_path
-from specrt.draft.base import Budget, DraftParams
+from specrt.draft.base import DraftParams
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     read_checkpoint,
@@ -17,21 +17,17 @@ from specrt.draft.fspad.checkpoint import (
 )
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import folding_pays
-from specrt.draft.kind import DrafterOptions
-from specrt.draft.kinds import load_drafter
-from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.ops import gumbel_noise
-from specrt.sampling import SamplingParams, sampling_row
+from specrt.sampling import SamplingParams
 from specrt.tree import MAX_NODES
-from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_draft_checkpoint
+from tests.drafters.fspad_rig import VOCAB, Rig, budget, make_drafter
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 from tests.golden.check import check, token_paths
 from tests.trees import settled
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
-VOCAB = 97
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1), "penalties": PENALISED}
@@ -70,13 +66,6 @@ def model(request: pytest.FixtureRequest, checkpoint: Path) -> LlamaModel:
     return make_model(checkpoint, request.param)
 
 
-def make_drafter(model: LlamaModel, path: Path, **options: bool) -> FspadDrafter:
-    chosen = DrafterOptions(**options)
-    drafter = load_drafter(path, model, None, model._run_step, model._on_move, chosen)
-    assert isinstance(drafter, FspadDrafter)
-    return drafter
-
-
 CASES = [("fspad", setting) for setting in SETTINGS]
 CASES += [(arch, "seed") for arch in ARCHS if arch != "fspad"]
 
@@ -99,119 +88,6 @@ def test_bits_do_not_change(
                 # Random drafters are right now and then, or this would test nothing.
                 assert sum(s.num_accepted_tokens for s in stats) > 0
     assert drafter._cache.num_free_pages == drafter._cache.num_pages
-
-
-class Rig:
-    """A target, a drafter and one sequence, stepped by hand along a text that is given."""
-
-    def __init__(self, model: LlamaModel, drafter: FspadDrafter, ids: list[int]) -> None:
-        self.model, self.drafter = model, drafter
-        self.features = features_of(model, ids)
-        self.ids = ids
-
-    def state(self, length: int, **options: float) -> SequenceState:
-        params = SamplingParams(**{"seed": 0} | options)  # type: ignore[arg-type]
-        row = sampling_row(params, length)
-        return SequenceState(self.ids[:length], length, 400, params.seed, params.temperature, row)
-
-    def fresh(self, length: int, budget: Budget, **options: float) -> Proposal:
-        """The tree of a drafter that has just read the first ``length`` tokens."""
-        state = self.state(length, **options)
-        self.drafter.start(state)
-        self.drafter.prefill(state, 0, {"final": self.features[None, : length - 1]})
-        tree = self.drafter.propose([state], budget)
-        self.drafter.finish(state)
-        return tree
-
-
-def features_of(model: LlamaModel, ids: list[int]) -> torch.Tensor:
-    from specrt.cache import CacheBatch
-
-    cache = model.new_cache()
-    batch = CacheBatch(cache, [cache.open(len(ids) + MAX_NODES)])
-    parts = [taps["final"][0].clone() for _, taps in model.extend(ids, batch, taps=("final",))]
-    return torch.cat(parts)
-
-
-def budget(**shape: int) -> Budget:
-    return Budget(MAX_NODES, RoundCost(), DraftParams(**shape))
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_drafter_after_many_rounds_drafts_as_one_that_begins_afresh(
-    checkpoint: Path, drafters: dict[str, Path], arch: str
-) -> None:
-    """Its cache, positions and pending pairs, with unequal accept lengths in a batch."""
-    model = make_model(checkpoint)
-    rig = Rig(model, make_drafter(model, drafters[arch]), [(7 * i * i) % VOCAB for i in range(250)])
-    shape = budget(depth=4, top_k=4, total_tokens=30)
-    lengths = [2, 150]
-    states = [rig.state(length) for length in lengths]
-    for state, length in zip(states, lengths, strict=True):
-        rig.drafter.start(state)
-        for start in range(0, length - 1, 128):
-            piece = rig.features[None, start : min(start + 128, length - 1)]
-            rig.drafter.prefill(state, start, {"final": piece})
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(12):
-        trees = rig.drafter.propose(states, shape)
-        for row, length in enumerate(lengths):
-            expected = token_paths(rig.fresh(length, shape))
-            assert token_paths(trees, row) == expected
-        accepted = torch.randint(0, 6, (2,), generator=rng)
-        observe(rig, trees, states, lengths, accepted.tolist())
-    for state in states:
-        rig.drafter.finish(state)
-
-
-def observe(
-    rig: Rig,
-    proposal: Proposal,
-    states: list[SequenceState],
-    lengths: list[int],
-    accepted: list[int],
-) -> None:
-    """Say that ``accepted`` tokens and a bonus token followed, scattered over the tree's rows."""
-    from specrt.types import AcceptResult
-
-    hidden = rig.features.shape[1]
-    taps = torch.full((2, 30, hidden), float("nan"))
-    path = torch.full((2, 30), -1, dtype=torch.int32)
-    tokens = path.clone()
-    for row, (length, more) in enumerate(zip(lengths, accepted, strict=True)):
-        nodes = [0, 3, 7, 11, 20, 29][: more + 1]
-        path[row, : more + 1] = torch.tensor(nodes, dtype=torch.int32)
-        taps[row, nodes] = rig.features[length - 1 : length + more]
-    result = AcceptResult(path, torch.tensor(accepted, dtype=torch.int32), tokens)
-    rig.drafter.observe(states, proposal, result, {"final": taps})
-    for row, more in enumerate(accepted):
-        states[row].token_ids += rig.ids[lengths[row] : lengths[row] + more + 1]
-        lengths[row] += more + 1
-
-
-def test_many_pending_pairs_are_caught_up(checkpoint: Path, drafters: dict[str, Path]) -> None:
-    """Rounds in which nothing is drafted leave their pairs pending."""
-    model = make_model(checkpoint)
-    rig = Rig(model, make_drafter(model, drafters["fspad"]), [(5 * i) % VOCAB for i in range(200)])
-    shape, state = budget(depth=3, top_k=3, total_tokens=12), rig.state(4)
-    rig.drafter.start(state)
-    rig.drafter.prefill(state, 0, {"final": rig.features[None, :3]})
-    nothing = budget(total_tokens=1)
-    for length in range(4, 190):
-        root = rig.drafter.propose([state], nothing)
-        assert root.num_nodes.tolist() == [1]
-        observe_one(rig, root, state, length)
-    assert token_paths(rig.drafter.propose([state], shape)) == token_paths(rig.fresh(190, shape))
-
-
-def observe_one(rig: Rig, proposal: Proposal, state: SequenceState, length: int) -> None:
-    from specrt.types import AcceptResult
-
-    zero = torch.zeros(1, 1, dtype=torch.int32)
-    result = AcceptResult(zero, zero[0], zero)
-    taps = {"final": rig.features[None, length - 1 : length]}
-    rig.drafter.observe([state], proposal, result, taps)
-    state.token_ids.append(rig.ids[length])
 
 
 def test_trees_have_the_shape_that_was_asked_for(
@@ -323,30 +199,6 @@ def test_graphs_change_no_tree(checkpoint: Path, drafters: dict[str, Path]) -> N
         first, second = (rig.fresh(length, shape) for rig in rigs)
         assert torch.equal(first.draft_tokens, second.draft_tokens)
         assert torch.equal(first.parents, second.parents)
-
-
-def test_a_sequence_that_needs_a_longer_rotary_table(
-    checkpoint: Path, drafters: dict[str, Path]
-) -> None:
-    """Steps recorded over the shorter one are recorded anew."""
-    model = make_model(checkpoint)
-    drafter = make_drafter(model, drafters["fspad"])
-    drafter._cache.close(drafter._cache.open(4000))  # or pages would move too
-    rig = Rig(model, drafter, [(13 * i * i) % VOCAB for i in range(100)])
-    short = SequenceState(rig.ids[:30], 30, 60, 0, 0.0)
-    shape, trees = budget(depth=4, top_k=4, total_tokens=24), []
-    for _ in range(3):
-        drafter.start(short)
-        drafter.prefill(short, 0, {"final": rig.features[None, :29]})
-        trees.append(drafter.propose([short], shape).draft_tokens.clone())
-        drafter.finish(short)
-        before = drafter.layer._cos_sin
-        drafter.start(rig.state(90))
-        if drafter.layer._cos_sin is not before:
-            before.fill_(float("nan"))  # nobody may read it any more
-    assert len(before) > 256
-    for tree in trees[1:]:
-        assert torch.equal(tree, trees[0])
 
 
 def test_near_the_context_limit(model: LlamaModel, drafters: dict[str, Path]) -> None:

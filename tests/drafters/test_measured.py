@@ -210,7 +210,7 @@ class World:
 
     def round(self, rng: np.random.Generator) -> bool:
         """Whether it drafted."""
-        if not self.policy.drafts():
+        if not self.policy.begin():
             self.verify(1)
             return False
         believed = logs(self.belief ** np.arange(1, 9)[None].repeat(self.batch, axis=0))
@@ -295,10 +295,10 @@ def test_the_first_pause_is_short(rng: np.random.Generator) -> None:
     hopeless = np.full((1, 63), 1e-3)
     pauses = []
     for _ in range(6):
-        assert policy.drafts()
+        assert policy.begin()
         assert policy.size(logs(hopeless), 1, cost) == 1
         pause = 0
-        while not policy.drafts():
+        while not policy.begin():
             pause += 1
         pauses.append(pause)
     assert pauses == [8, 16, 32, 64, 128, 128]

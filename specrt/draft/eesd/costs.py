@@ -98,7 +98,7 @@ class CostMeter:
         self.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
 
     def observe_draft(self, step_ms: float, fixed_ms: float, lower_ms: float | None) -> None:
-        """Take one round whose steps had all been captured.
+        """Take one round whose steps were all known.
 
         Args:
             step_ms: of one draft step.

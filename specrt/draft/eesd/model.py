@@ -25,7 +25,7 @@ class ExitModel:
         config: where it reads.
         weights: the exit's own.
         target: the model whose first N layers it stands on.
-        on_move: called when its buffers move, so that recorded graphs are dropped.
+        on_move: called when its buffers move, so that captured graphs are dropped.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ExitModel:
 
     @property
     def version(self) -> tuple[int, int]:
-        """Differs once recorded launches over buffers or caches of either model are stale."""
+        """Differs once captured launches over buffers or caches of either model are stale."""
         return self.target.version, self._layer.version
 
     @property

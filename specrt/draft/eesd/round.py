@@ -1,4 +1,4 @@
-"""One drafting round of EESD: static buffers, and the steps that a graph can capture.
+"""One drafting round of EESD: static buffers, and the steps that a graph can run again.
 
 B sequences, b branches (1: a chain), N the layers of the target that are run. Level 0 is the root;
 level l holds the b nodes drafted from level l - 1, which are tree nodes 1 + (l - 1) * b on. A row

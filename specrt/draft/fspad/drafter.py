@@ -12,7 +12,7 @@ the choice of nodes), so that drafting can stop at any level.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
-from specrt.draft.length.measured import MeasuredPolicy, TreePolicy
+from specrt.draft.length.measured import MeasuredPolicy, TreePolicy, TreeRound
 from specrt.models.model import StepRunner, run_eagerly
 from specrt.models.step import FINAL_TAP
 from specrt.reuse import Recent
@@ -65,8 +65,17 @@ class _Plan(NamedTuple):
     top_k: int
     num_levels: int
     num_nodes: int
-    is_auto: bool
-    """Levels and nodes are upper bounds; measured cost decides."""
+    round: TreeRound | None
+    """Decides how many of these levels and nodes there are; None: all."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Offer(Proposal):
+    """A proposal whose size was chosen by what its nodes were believed to be worth."""
+
+    scores: np.ndarray = field(kw_only=True)
+    """``[B, N - 1]``, of the drafted nodes."""
+    round: TreeRound = field(kw_only=True)
 
 
 class FspadDrafter:
@@ -105,7 +114,6 @@ class FspadDrafter:
         )
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
-        self._offered: np.ndarray | None = None
         self._captured = WeakKeyDictionary[RoundBuffers, set[Hashable]]()
 
     # --- the protocol -------------------------------------------------------------------------
@@ -119,12 +127,9 @@ class FspadDrafter:
         self._shape(params)
 
     def start(self, state: SequenceState) -> None:
-        """Reserve pages in the draft cache."""
-        if self.layer.reserve(state.max_len + MAX_NODES):
-            self._forget()
-        cached = self._cache.open(state.max_len + MAX_NODES)
+        """Open an empty draft cache."""
         hidden = self.layer.config.layer.hidden_size
-        self._drafts[state] = _Draft(cached, torch.empty(0, hidden))
+        self._drafts[state] = _Draft(self._cache.open(), torch.empty(0, hidden))
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Run the prompt's pairs but the last, whose output the first tree grows from."""
@@ -137,7 +142,6 @@ class FspadDrafter:
         Raises:
             ValueError: as :meth:`check`.
         """
-        self._offered = None
         for state in states:
             if len(self._drafts[state].pending) > MAX_PAIRS:
                 self._absorb(state, keep=1)
@@ -145,7 +149,7 @@ class FspadDrafter:
         if plan is None:
             roots = [[state.token_ids[-1]] for state in states]
             return chain(torch.tensor(roots, dtype=torch.int32))
-        batch = self._batch_of(states)
+        batch = self._batch_of(states, plan)
         buffers = self._buffers(states, batch, plan)
         begun = perf_counter()
         is_known = self._extend(states, batch, buffers)
@@ -168,11 +172,11 @@ class FspadDrafter:
         for row, state in enumerate(states):
             path = result.path[row, : max(0, lengths[row] + 1)].long()
             self._drafts[state].add(features[row].index_select(0, path))
-        if self._offered is not None:
-            is_accepted = np.zeros(self._offered.shape)
+        if isinstance(proposal, _Offer):
+            is_accepted = np.zeros(proposal.scores.shape)
             for row, length in enumerate(lengths):
                 is_accepted[row, result.path[row, 1 : max(0, length) + 1].numpy() - 1] = 1.0
-            self._policy.observe_outcome(self._offered, is_accepted)
+            proposal.round.observe_outcome(proposal.scores, is_accepted)
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
@@ -204,7 +208,6 @@ class FspadDrafter:
 
     def _plan(self, states: Sequence[SequenceState], budget: Budget) -> _Plan | None:
         """None: the root alone."""
-        is_auto = budget.params == DraftParams()
         depth, top_k, total = self._shape(budget.params)
         # The bonus token takes the last place.
         num_levels = min(depth, max(state.num_left for state in states) - 1)
@@ -212,9 +215,10 @@ class FspadDrafter:
         has_features = all(len(self._drafts[state].pending) for state in states)
         if num_levels < 1 or num_nodes < 2 or not has_features:
             return None
-        if is_auto and not self._policy.drafts():
-            return None
-        return _Plan(top_k, num_levels, num_nodes, is_auto)
+        if budget.params != DraftParams():
+            return _Plan(top_k, num_levels, num_nodes, None)
+        chosen = self._policy.begin()
+        return None if chosen is None else _Plan(top_k, num_levels, num_nodes, chosen)
 
     def _extend(
         self, states: Sequence[SequenceState], batch: CacheBatch, buffers: RoundBuffers
@@ -233,9 +237,9 @@ class FspadDrafter:
         """Levels there are then, the root's children included; whether all steps were known."""
         are_known, masses = True, []
         for level in range(1, plan.num_levels + 1):
-            if plan.is_auto:
-                masses.append(self._policy.mass(buffers.scores(level - 1)))
-                if not self._policy.expands(masses, buffers.key.batch, budget.cost):
+            if plan.round is not None:
+                masses.append(plan.round.mass(buffers.scores(level - 1)))
+                if not plan.round.expands(masses, buffers.key.batch, budget.cost):
                     return level, are_known
             if level < plan.num_levels:
                 are_known &= self._run(buffers, level, partial(buffers.expand, level, batch))
@@ -247,12 +251,12 @@ class FspadDrafter:
         choice = buffers.choice(plan.num_nodes)
         key = (plan.num_nodes, num_levels)
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))
-        if not plan.is_auto:
+        if plan.round is None:
             return choice.tree(plan.num_nodes)
         scores = choice.node_scores.numpy()[:, 1:]
-        size = self._policy.size(scores, num_levels, budget.cost)
-        self._offered = scores[:, : size - 1].copy()
-        return choice.tree(size)
+        size = plan.round.size(scores, num_levels, budget.cost)
+        known = scores[:, : size - 1].copy()  # the next round may overwrite them
+        return _Offer(**vars(choice.tree(size)), scores=known, round=plan.round)
 
     def _run(self, buffers: RoundBuffers, step: Hashable, launch: Callable[[], None]) -> bool:
         """Run a step of ``buffers``; whether it had been run, and so captured, before."""
@@ -265,8 +269,21 @@ class FspadDrafter:
 
     # --- sequences and buffers ----------------------------------------------------------------
 
-    def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
-        return self._batch.update([self._drafts[state].cached for state in states])
+    def _batch_of(self, states: Sequence[SequenceState], plan: _Plan) -> CacheBatch:
+        """The draft caches, with pages for the pending pairs and the nodes that are expanded."""
+        num_expanded = (plan.num_levels - 1) * plan.top_k
+        drafts = [self._drafts[state] for state in states]
+        for draft in drafts:
+            rows = draft.cached.length + len(draft.pending) + num_expanded
+            self._cache.reserve(draft.cached, rows)
+        batch = self._batch.update([draft.cached for draft in drafts])
+        self._reach(batch)
+        return batch
+
+    def _reach(self, batch: CacheBatch) -> None:
+        """Make the rotary table as long as the pages; steps over a shorter one are stale."""
+        if self.layer.reserve(batch.num_positions):
+            self._forget()
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -290,7 +307,9 @@ class FspadDrafter:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
             tokens = torch.tensor(state.token_ids[first : first + count], dtype=torch.int32)
             work = Activations.make(self.layer.padded, count, 0)
+            self._cache.reserve(draft.cached, draft.cached.length + count)
             batch = CacheBatch(self._cache, [draft.cached])
+            self._reach(batch)
             order = torch.arange(count, dtype=torch.int32)[None]
             num = torch.tensor([count], dtype=torch.int32)
             rows = Rows(order, batch.kv_len, torch.zeros_like(num), num, batch.block_table)

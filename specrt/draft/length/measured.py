@@ -86,15 +86,9 @@ def _probability(scores: np.ndarray) -> np.ndarray:
     return np.exp(np.where(np.isnan(scores), -np.inf, scores))
 
 
-class TreePolicy(Protocol):
-    """Chooses depth and size for a batch, round by round; shared by the sequences of a drafter.
-
-    A round asks ``drafts``, then ``expands`` after each level, then ``size``; if it drafted, it
-    reports to ``observe_draft`` and ``observe_outcome``.
-    """
-
-    def drafts(self) -> bool:
-        """Whether to draft this round at all."""
+class TreeRound(Protocol):
+    """Chooses depth and size of one proposal: ``expands`` is asked after each level, then ``size``;
+    ``observe_outcome`` is told what came of it, maybe after later rounds have begun."""
 
     def mass(self, scores: np.ndarray) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
@@ -117,15 +111,22 @@ class TreePolicy(Protocol):
             cost: of verifying.
         """
 
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Which nodes ``[B, N - 1]`` of the verified tree were on the accepted path."""
+
+
+class TreePolicy(Protocol):
+    """What the sequences of a drafter share, from round to round."""
+
+    def begin(self) -> TreeRound | None:
+        """A round that drafts; None: the root alone."""
+
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
         """Times of one proposal whose steps were all replayed."""
 
-    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
-        """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
-
 
 class MeasuredPolicy:
-    """The :class:`TreePolicy` by belief and measured time."""
+    """The :class:`TreePolicy` by belief and measured time; all of its rounds are itself."""
 
     def __init__(self) -> None:
         self._extend_ms, self._level_ms = RunningMean(), RunningMean()
@@ -134,11 +135,11 @@ class MeasuredPolicy:
         self._pause = 0
         self._next_pause = _MIN_PAUSE
 
-    def drafts(self) -> bool:
-        """Whether to draft this round at all."""
+    def begin(self) -> MeasuredPolicy | None:
+        """A round that drafts; None while drafting pauses."""
         is_paused = self._pause > 0
         self._pause = max(0, self._pause - 1)
-        return not is_paused
+        return None if is_paused else self
 
     def mass(self, scores: np.ndarray) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
