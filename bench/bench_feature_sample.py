@@ -1,6 +1,6 @@
 """FSPAD's ``feature_sample`` against the same expression in torch, plain and folded.
 
-Ours runs as the engine runs it, replayed from a recording. Torch's activations have the weights'
+Ours runs as the engine runs it, as a captured graph. Torch's activations have the weights'
 dtype, and its folded expression reads the same tables. ``share`` is of the weight-streaming limit:
 the time of ``linear`` with one row over the very matrices that this form multiplies by, in the same
 turns, over the time of ours; beyond a few rows the arithmetic takes longer than the reading.
@@ -65,11 +65,11 @@ class Sampler:
         self.gate = None if folded else matrix(wide, hidden)
         self.token_fc = table(vocab, hidden, shape.dtype) if folded else None
         self.token_gate = table(vocab, wide, shape.dtype) if folded else None
-        self._recorded: list[Callable[[], None]] = []  # hold what the recordings point to
+        self._captured: list[Callable[[], None]] = []  # hold what the graphs point to
         self.matrices = [w for w in (self.fc, self.gate, self.up, self.down) if w is not None]
 
     def ours(self, num_rows: int) -> Callable[[], None]:
-        """A recording of one call."""
+        """One call, captured."""
         shape = self.shape
         size = ops.feature_sample_workspace(shape.hidden_size, shape.intermediate_size)
         workspace, out = torch.empty(num_rows, size), torch.empty(num_rows, shape.hidden_size)
@@ -94,7 +94,7 @@ class Sampler:
                 out=out,
             )
 
-        return self._record(call)
+        return self._capture(call)
 
     def torch(self, num_rows: int) -> Callable[[], torch.Tensor]:
         """The formula."""
@@ -127,11 +127,11 @@ class Sampler:
             for x, weight, out in calls:
                 ops.linear(x, weight, out=out)
 
-        return self._record(call)
+        return self._capture(call)
 
-    def _record(self, call: Callable[[], None]) -> Callable[[], None]:
-        self._recorded.append(call)
-        return CpuGraph.capture(call).replay
+    def _capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        self._captured.append(call)
+        return CpuGraph.capture(call).launch
 
     def _inputs(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Different tokens, and their parents' features, as at a frontier of a draft tree."""

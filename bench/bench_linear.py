@@ -1,7 +1,7 @@
 """Our row-invariant linear against ``torch.nn.functional.linear``.
 
 A pass multiplies every matrix of a model once, as a decode step does, so the weights come from
-memory unless the caches hold them all. Ours runs as the engine runs it, replayed from a recording;
+memory unless the caches hold them all. Ours runs as the engine runs it, as a captured graph;
 ``eager_ms`` is one Python call a matrix, which is what torch's figure is made of too.
 
 Before any timing every row of 1..128 rows is compared with the row computed alone; one bit of
@@ -51,7 +51,7 @@ class Pass:
         cast = {k: value.to(matrices[0].dtype) for k, value in x.items()}
         self._calls = [(x[w.shape[1]], w, out[w.shape[0]]) for w in matrices]
         self._torch_calls = [(cast[w.shape[1]], w) for w in matrices]
-        self.ours: Callable[[], None] = CpuGraph.capture(self.eager).replay
+        self.ours: Callable[[], None] = CpuGraph.capture(self.eager).launch
 
     def eager(self) -> None:
         """Our kernel, one Python call a matrix."""

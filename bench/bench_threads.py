@@ -1,6 +1,6 @@
 """Two threads against one, alone on the machine and beside processes that hold its cores.
 
-64 one-row linears of 3 MB, replayed as the engine replays them: each launch ends by all threads
+64 one-row linears of 3 MB, launched as the engine launches them: each launch ends by all threads
 meeting. Two threads should take at most 1.2 times what one takes, whatever else runs. ``--threads``
 means nothing here.
 """
@@ -30,7 +30,7 @@ class Linears:
     def __init__(self, count: int) -> None:
         self._weights = [torch.randn(OUTPUTS, DEPTH) for _ in range(count)]
         self._x, self._out = torch.randn(1, DEPTH), torch.empty(1, OUTPUTS)
-        self._replay = CpuGraph.capture(self._launch).replay
+        self._run = CpuGraph.capture(self._launch).launch
 
     def _launch(self) -> None:
         for weight in self._weights:
@@ -38,7 +38,7 @@ class Linears:
 
     def ours(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._replay()
+        self._run()
 
     def torch(self, threads: int) -> None:
         torch.set_num_threads(threads)

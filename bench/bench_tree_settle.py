@@ -1,6 +1,6 @@
 """Settling drafts against the same on the host in Python, node by node and all nodes at once.
 
-Columns: B trees of N nodes; the call through Python, and the kernel alone, replayed from a graph;
+Columns: B trees of N nodes; the call through Python, and the kernel alone, launched as a graph;
 Python's integers (as ``specrt.tree`` has them), and numpy, which doubles what is known of ancestors
 round by round; how much the better of these takes for one call of ours.
 """
@@ -84,7 +84,7 @@ def one_row(batch: int, nodes: int) -> Row:
     times = measure_interleaved(
         {
             "specrt": drafts.ours,
-            "kernel": graph.replay,
+            "kernel": graph.launch,
             "python": drafts.in_python,
             "numpy": drafts.in_numpy,
         },

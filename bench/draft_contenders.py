@@ -25,7 +25,7 @@ from specrt.types import RoundStats
 
 PLAIN = "plain"
 FOLDS: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
-_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not record anew
+_MAX_GRAPHS = 8192  # tree sizes x lengths of block tables x drafters; a run must not capture anew
 _SHAPES = {60: (6, 10), 32: (6, 8), 16: (5, 5), 8: (4, 3), 1: (3, 2)}
 
 
@@ -109,7 +109,7 @@ class Contender:
 
 
 class SharedTarget:
-    """One target, one KV cache and one set of recorded steps for any number of contenders.
+    """One target, one KV cache and one set of captured steps for any number of contenders.
 
     Args:
         target: as for :func:`specrt.load`.
@@ -125,14 +125,8 @@ class SharedTarget:
         self.encode = loaded.encode
         self._tokenizer = loaded.tokenizer
         self._max_nodes = max_nodes
-        self._cache = self.model.new_cache()
         self._dtype = None if dtype == "auto" else self.model.dtype
         self._layers: dict[tuple[str, str], DraftLayer | None] = {}
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page of the target's cache."""
-        return self._cache.page_size
 
     def layer(self, path: str, fold: str) -> DraftLayer | None:
         """A trained drafter's layer, in memory once; None where there is no such thing.
@@ -183,7 +177,6 @@ class SharedTarget:
 
     def _contender(self, variant: Variant, drafter: Drafter) -> Contender:
         engine = Engine(self.model, drafter, self._tokenizer, max_nodes=self._max_nodes)
-        engine.cache = self._cache  # they take turns, so one serves all, and so do its graphs
         return Contender(variant, engine)
 
 

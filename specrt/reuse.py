@@ -25,6 +25,7 @@ class Recent(Generic[K, V]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._values: OrderedDict[K, V] = OrderedDict()
+        self._last: V | None = None  # asked for: rounds mostly ask for one again
 
     def __len__(self) -> int:
         return len(self._values)
@@ -32,13 +33,14 @@ class Recent(Generic[K, V]):
     def get(self, key: K) -> V | None:
         """The value of ``key``, if it is kept."""
         value = self._values.get(key)
-        if value is not None:
+        if value is not None and value is not self._last:
             self._values.move_to_end(key)
+            self._last = value
         return value
 
     def put(self, key: K, value: V) -> V:
         """Keep ``value``; where there are too many, the one not asked for for longest goes."""
-        self._values[key] = value
+        self._values[key] = self._last = value
         if len(self._values) > self._most:
             self._values.popitem(last=False)
         return value
@@ -46,3 +48,4 @@ class Recent(Generic[K, V]):
     def clear(self) -> None:
         """Keep nothing."""
         self._values.clear()
+        self._last = None

@@ -1,7 +1,7 @@
 """One typed wrapper per kernel; the only modules that import ``specrt._C``.
 
-Every op writes into preallocated tensors, so that a recorded graph can replay it, and keeps a fixed
-reduction order per row: a row's bits never depend on the other rows.
+Every op writes into preallocated tensors, so that a captured graph can run it again, and keeps a
+fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
 from specrt.ops.draft_control import draft_control, draft_control_update

@@ -68,7 +68,7 @@ def feature_sample(
         token_gate: ``[V, I]``, before silu; rows may be strided.
         eps: added to the mean square; unused by EAGLE.
         workspace: ``[>= M, >= feature_sample_workspace(H, I)]`` float32, contents of no meaning;
-            made if not given, which a recorded graph must not rely on.
+            made if not given, which a captured graph must not rely on.
         out: ``[M, H]`` float32; made if not given. Must not overlap any other argument.
 
     Weights and tables are float32, bfloat16 or float16, each as it likes; weights are contiguous.

@@ -32,7 +32,7 @@ def rope_append(
 
     Row i of sequence b is tree node ``first_node[b] + i``, at position ``kv_len[b] + depth[b, i]``
     and slot ``kv_len[b] + first_node[b] + i``. Rows at ``num_nodes[b]`` and beyond, and slots past
-    the block table, are left alone. Counts are read when the kernel runs, not when it is recorded.
+    the block table, are left alone. Counts are read when the kernel runs, not when it is captured.
     Computed in float32 and rounded once, so the CPU and a GPU give the same bits. Contents out of
     range reach no other memory: a position or page that there is not is the last one.
 

@@ -312,31 +312,31 @@ def test_the_temperature_chooses_the_heads_row() -> None:
 
 
 @pytest.mark.parametrize("kind", CONTROLLERS)
-def test_decisions_can_be_recorded(kind: str) -> None:
+def test_decisions_can_be_captured(kind: str) -> None:
     states = [sequence(seed=n) for n in range(8)]
     eager = Run(ControlOptions(kind, is_shared=False), states, CHEAP)
-    replayed = Run(ControlOptions(kind, is_shared=False), states, CHEAP)
+    captured = Run(ControlOptions(kind, is_shared=False), states, CHEAP)
     scores = torch.zeros(8, 8)
 
     def launch() -> None:
-        replayed.round.decide(0)
+        captured.round.decide(0)
         for step in range(1, 9):
-            replayed.round.decide(step, scores[:, step - 1])
+            captured.round.decide(step, scores[:, step - 1])
 
-    replayed.round.stage(replayed.control, states, CHEAP)
+    captured.round.stage(captured.control, states, CHEAP)
     graph = CpuGraph.capture(launch)
     rng = np.random.default_rng(3)
     for _ in range(10):
         chance = rng.uniform(0.3, 1.0, (8, 8)).astype(np.float32)
         scores.copy_(torch.from_numpy(np.log(chance)))
-        replayed.round.stage(replayed.control, states, CHEAP)
-        graph.replay()
-        assert eager.draft(chance).tolist() == replayed.round.length.tolist()
+        captured.round.stage(captured.control, states, CHEAP)
+        graph.launch()
+        assert eager.draft(chance).tolist() == captured.round.length.tolist()
         accepted = np.minimum(rng.integers(0, 4, 8), eager.round.length).tolist()
-        for run in (eager, replayed):
+        for run in (eager, captured):
             run.round.update(run.control, states, accepted)
         for state in states:
-            assert str(eager.control.posterior(state)) == str(replayed.control.posterior(state))
+            assert str(eager.control.posterior(state)) == str(captured.control.posterior(state))
             state.token_ids += [0, 0]
 
 

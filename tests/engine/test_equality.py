@@ -82,12 +82,12 @@ def test_a_model_drafting_for_itself_is_always_right(checkpoint: Path) -> None:
 
 
 def test_graphs_change_nothing(checkpoint: Path) -> None:
-    recorded, eager = make_model(checkpoint), make_model(checkpoint, has_graphs=False)
+    captured, eager = make_model(checkpoint), make_model(checkpoint, has_graphs=False)
     for params in SETTINGS.values():
         for drafter in (None, PromptLookupDrafter()):
             first, second = (
                 texts(make_engine(m, drafter).generate(prompts(5, VOCAB), params))
-                for m in (recorded, eager)
+                for m in (captured, eager)
             )
             assert first == second
 

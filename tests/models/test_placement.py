@@ -13,10 +13,9 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
-from specrt.models import model as llama
-from specrt.models import placement
+from specrt.models import placement, step
 from specrt.models.loader import Weights, load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel
+from specrt.models.model import LlamaModel
 from specrt.models.placement import (
     CPU,
     choose_dtype,
@@ -24,6 +23,7 @@ from specrt.models.placement import (
     parse_device,
     place_weights,
 )
+from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
 from specrt.tree import TreeBuilder
 from specrt.types import VerifyOutput
@@ -246,28 +246,28 @@ def model_on_a_gpu(checkpoint: Path, **options: Any) -> LlamaModel:
     return LlamaModel(config, weights, no_graphs, **options)
 
 
-def test_who_records_on_a_gpu_hears_of_memory_that_moves(
+def test_who_captures_on_a_gpu_hears_of_memory_that_moves(
     checkpoint: Path,
     calls: list[tuple[str, tuple[Any, ...]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step that is known still has the memory with which it was recorded."""
-    monkeypatch.setattr(llama, "on_host", lambda output: output)
-    recorded: dict[Any, tuple[torch.Tensor, ...]] = {}
-    replays = 0
+    """A step that is known still has the memory with which it was captured."""
+    monkeypatch.setattr(step, "on_host", lambda output: output)
+    captured: dict[Any, tuple[torch.Tensor, ...]] = {}
+    launches = 0
 
-    def record(key: Any, launch: Callable[[], None]) -> None:
-        nonlocal replays
+    def capture(key: Any, launch: Callable[[], None]) -> None:
+        nonlocal launches
         calls.clear()
         launch()
         used = tuple(x for _, given in calls for x in given if isinstance(x, torch.Tensor))
-        if key in recorded:
-            replays += 1
-        before = recorded.setdefault(key, used)
+        if key in captured:
+            launches += 1
+        before = captured.setdefault(key, used)
         scratch = [given[-2] for name, given in calls if name == "tree_attention"]
         assert any(scratch[0] is x for x in before)
 
-    model = model_on_a_gpu(checkpoint, run_on_gpu=record, on_move=recorded.clear)
+    model = model_on_a_gpu(checkpoint, run_on_gpu=capture, on_move=captured.clear)
     cache = model.new_cache()
     sequences = [cache.open(300), cache.open(300)]
     lone, both = CacheBatch(cache, sequences[:1]), CacheBatch(cache, sequences)
@@ -277,7 +277,7 @@ def test_who_records_on_a_gpu_hears_of_memory_that_moves(
     trees = {lone: trees_of([pair]), both: trees_of([TreeBuilder(3)] * 2)}
     for batch in (lone, both, lone, both, lone):
         model.forward(trees[batch], batch)
-    assert replays == 2
+    assert launches == 2
 
 
 def test_commits_count_on_the_host(
@@ -307,7 +307,7 @@ def test_a_pass_reads_nothing_back_but_its_output(
         fetched.append(output)
         return output
 
-    monkeypatch.setattr(llama, "on_host", fetch)
+    monkeypatch.setattr(step, "on_host", fetch)
     model = model_on_a_gpu(checkpoint)
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(300), cache.open(300)])

@@ -1,4 +1,4 @@
-"""Rotary tables that grow with their sequences: bits, limits, recorded steps."""
+"""Rotary tables that grow with their sequences: bits, limits, captured steps."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_is_put_into_a_padded_head_is_not_turned() -> None:
 
 
 class Run:
-    """A model over one cache, its steps recorded."""
+    """A model over one cache, its steps captured."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         graphs = GraphCache()
@@ -82,7 +82,7 @@ class Run:
         return logits
 
 
-def test_steps_recorded_before_a_table_grew(loaded: tuple[ModelConfig, Weights]) -> None:
+def test_steps_captured_before_a_table_grew(loaded: tuple[ModelConfig, Weights]) -> None:
     config, weights = loaded
     run = Run(config, weights)
     short = run.logits(TEXT[:200])

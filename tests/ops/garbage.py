@@ -3,7 +3,7 @@
     python -m tests.ops.garbage [KERNEL...] [--cpu N] [--simt N] [--seed S] [--first I]
 
 Each kernel has a process of its own, so that a crash is an outcome, and call I of a seed is always
-the same. Between calls of the CPU's kernels only contents change: the launches are recorded once,
+the same. Between calls of the CPU's kernels only contents change: the launches are captured once,
 as an engine does. Their tensors end, or begin, at a page that faults; the shim guards its own.
 """
 
@@ -92,7 +92,7 @@ class Call:
 
     run: Callable[[], object]
     arguments: Arguments
-    """Kept, as a recorded launch knows addresses alone."""
+    """Kept, as a captured launch knows addresses alone."""
     contents: list[tuple[np.ndarray, np.ndarray]]
     """Those of each tensor that may be spoiled, and what they are when they are right."""
 
@@ -113,7 +113,7 @@ class Call:
         if backend.runs_cuda_source:
             return cls(launch, arguments, contents)
         graph = CpuGraph.capture(launch)
-        return cls(graph.replay if graph.num_launches else launch, arguments, contents)
+        return cls(graph.launch if graph.num_launches else launch, arguments, contents)
 
     def spoil(self, garbage: Garbage, rng: random.Random) -> None:
         for array, right in self.contents:

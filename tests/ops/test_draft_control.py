@@ -524,33 +524,33 @@ def test_instruction_sets_and_threads_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replay_reads_the_present_contents(kind: str) -> None:
+def test_a_graph_reads_the_present_contents(kind: str) -> None:
     number, world = KINDS.index(kind), World.random(16, 6, 0)
-    recorded, eager = Batch.make(16), Batch.make(16)
+    captured, eager = Batch.make(16), Batch.make(16)
 
     def round_() -> None:
-        recorded.decide(number, 0)
+        captured.decide(number, 0)
         for step in range(1, 7):
-            recorded.decide(number, step, world.score[step - 1], world.evidence[step - 1])
+            captured.decide(number, step, world.score[step - 1], world.evidence[step - 1])
 
     graph = CpuGraph.capture(round_)
     assert graph.num_launches == 7
-    update = CpuGraph.capture(lambda: recorded.update(number))
-    recorded.posterior.copy_(eager.posterior)
+    update = CpuGraph.capture(lambda: captured.update(number))
+    captured.posterior.copy_(eager.posterior)
     for seed in (1, 2, 3):
         other = World.random(16, 6, seed)
         for mine, its in ((world.score, other.score), (world.evidence, other.evidence)):
             mine.copy_(its)
-        for batch in (recorded, eager):
+        for batch in (captured, eager):
             batch.position.add_(seed)
             batch.seed.mul_(3)
             batch.limit[seed] = seed
             batch.costs[1] = 0.1 * seed
-        graph.replay()
+        graph.launch()
         other.play(eager, number, uses_head=True)
-        recorded.accept_length.copy_(eager.accept_length)
-        update.replay()
-        assert equal_bits(recorded.outputs(), eager.outputs())
+        captured.accept_length.copy_(eager.accept_length)
+        update.launch()
+        assert equal_bits(captured.outputs(), eager.outputs())
 
 
 def test_compiles() -> None:

@@ -244,7 +244,7 @@ def test_nothing_to_do() -> None:
 
 
 @pytest.mark.parametrize(("wide", "fold", "launches"), [(None, True, 2), (37, False, 7)])
-def test_replays_with_new_contents(wide: int | None, fold: bool, launches: int) -> None:
+def test_a_graph_with_new_contents(wide: int | None, fold: bool, launches: int) -> None:
     weights = Weights.random(24, wide)
     weights = weights.folded(True, True) if fold else weights
     tokens, features = inputs(6, 24)
@@ -259,7 +259,7 @@ def test_replays_with_new_contents(wide: int | None, fold: bool, launches: int) 
     features.mul_(-0.5)
     for stale in (workspace, out):
         stale.fill_(NAN)
-    graph.replay()
+    graph.launch()
     assert same_bits(out, weights.run(tokens, source, features))
 
 

@@ -164,14 +164,14 @@ def test_a_bias_of_no_token_changes_nothing() -> None:
         assert torch.equal(results[0][name], results[1][name])
 
 
-def test_sampling_that_changed_since_it_was_recorded_fails_its_sequence_alone() -> None:
+def test_sampling_that_changed_since_it_was_captured_fails_its_sequence_alone() -> None:
     """No workspace was given, for all were greedy."""
     a = accept_arguments(5, Backend("cpu", CPU))
     graph = CpuGraph.capture(lambda: KERNELS["tree_accept"].call(a))
     before = a["tokens"].clone()
     sampled = SamplingTable.build([SamplingParams(temperature=1.0, seed=1)], [2], VOCAB)
     a["sampling"][1] = sampled.rows[0]
-    graph.replay()
+    graph.launch()
     assert a["accept_length"][1] == -1 and (a["tokens"][1] == -1).all()
     assert torch.equal(a["tokens"][[0, 2]], before[[0, 2]])
     a["workspace"] = torch.zeros(1, workspace_size(VOCAB))

@@ -48,7 +48,7 @@ class Chain:
         self._start = random(ROWS, HIDDEN, seed=4)
         self._x, self._normed = self._start.clone(), torch.empty(ROWS, HIDDEN)
         self._gate_up, self._gated = torch.empty(ROWS, 2 * INNER), torch.empty(ROWS, INNER)
-        self._replay = CpuGraph.capture(self._launch).replay
+        self._run = CpuGraph.capture(self._launch).launch
 
     def _launch(self) -> None:
         for _ in range(12):
@@ -59,7 +59,7 @@ class Chain:
 
     def run(self) -> torch.Tensor:
         self._x.copy_(self._start)
-        self._replay()
+        self._run()
         return self._x.clone()
 
 

@@ -236,7 +236,7 @@ def test_threads_and_instruction_sets_give_the_same_bits() -> None:
         _C.set_isa(isa)
 
 
-def test_a_recorded_launch_reads_what_is_there_when_it_runs() -> None:
+def test_a_captured_launch_reads_what_is_there_when_it_runs() -> None:
     draft, other = random_draft(2, 12, 8), random_draft(2, 12, 9)
     outputs = Outputs.empty(2, 12, 1, torch.device("cpu"))
     arguments = (*vars(draft).values(), *vars(outputs).values())
@@ -244,7 +244,7 @@ def test_a_recorded_launch_reads_what_is_there_when_it_runs() -> None:
     other.num_nodes[1] = 5
     for name in ("draft_tokens", "parents", "num_nodes", "roots", "max_nodes"):
         getattr(draft, name).copy_(getattr(other, name))
-    graph.replay()
+    graph.launch()
     assert outputs.trees() == expected_of(other, 12)
 
 

@@ -223,7 +223,7 @@ class Activations:
 
 
 class DraftLayer:
-    """The layer's steps; each writes into static buffers, so that a graph can replay it.
+    """The layer's steps; each writes into static buffers, so that a graph can run it again.
 
     Args:
         config: the architecture.
@@ -243,7 +243,7 @@ class DraftLayer:
         self._cos_sin = self._rope.reaching(0)
 
     def reserve(self, num_positions: int) -> bool:
-        """Make the rotary table long enough; whether it moved, so that recorded steps are stale."""
+        """Make the rotary table long enough; whether it moved, so that captured steps are stale."""
         if min(num_positions, self._rope.limit) <= len(self._cos_sin):
             return False
         self._cos_sin = self._rope.reaching(num_positions)

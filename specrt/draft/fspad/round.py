@@ -1,4 +1,4 @@
-"""One drafting round of a batch: static buffers, and the steps that a graph can replay.
+"""One drafting round of a batch: static buffers, and the steps that a graph can run again.
 
 B sequences, K = top_k, R rows of the draft head, W = 2 words of ancestor bits, C pool entries.
 Level 0 is the root's children; level l is run from the frontier of level l - 1. Draft node l*K + j
@@ -22,7 +22,7 @@ from specrt.tree import MAX_NODES, num_words
 from specrt.types import Proposal, SequenceState
 
 MAX_PAIRS = 16
-"""Accepted pairs that one recorded step takes; more are run before it."""
+"""Accepted pairs that one captured step takes; more are run before it."""
 MAX_LEVELS = 16
 """The largest depth of a tree."""
 _WORDS = num_words(MAX_NODES)

@@ -42,7 +42,7 @@ class RoundCost:
     def observe(self, num_rows: int, ms: float) -> None:
         """Record the time of one round, drafting excluded."""
         if num_rows not in self._seen_once:
-            # The first round of a size also records its graph.
+            # The first round of a size also captures its graph.
             self._seen_once.add(num_rows)
             return
         ms, x = max(ms, _LEAST_MS), num_rows - 1
