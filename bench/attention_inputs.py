@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from specrt import ops
 
 
 def tree_mask(nodes: int) -> torch.Tensor:
@@ -100,3 +103,19 @@ class Tensors:
             for cache in (self.k_cache, self.v_cache)
         )
         return keys, values
+
+
+def attend(tensors: Tensors, indices: Indices, scale: float, **more: Any) -> torch.Tensor:
+    """``ops.tree_attention`` over them; ``more`` as it takes it."""
+    return ops.tree_attention(
+        tensors.q,
+        tensors.k_cache,
+        tensors.v_cache,
+        indices.table,
+        indices.kv_len,
+        indices.first_node,
+        indices.num_nodes,
+        indices.ancestors,
+        scale,
+        **more,
+    )

@@ -7,17 +7,14 @@ round of four drafted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.distributions import Beta
 
-from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
+from bench.harness import Row, against_torch, parser, report, start
 from specrt.draft.length.control import ControlOptions
 from specrt.ops import draft_control, draft_control_update
 from specrt.ops.draft_control import ControlKind, prior_beliefs
 
-Call = Callable[[], object]
 CAP, DRAFTED = 8, 4
 COSTS = (0.06, 0.2, 0.12, 0.9, 0.07)
 
@@ -129,26 +126,14 @@ class Torch:
         self.next_beta.mul_(0.99).scatter_add_(1, before, is_missed)
 
 
-def compare(ours: Call, in_torch: Call, **facts: object) -> Row:
-    times = measure_interleaved(
-        {"specrt": ours, "torch": in_torch}, warmup=2, min_time=0.03, rounds=5
-    )
-    return {
-        **facts,
-        "specrt_us": times["specrt"] * 1e6,
-        "torch_us": times["torch"] * 1e6,
-        "ratio": ratio_to(times["torch"], times["specrt"]),
-    }
-
-
 def kind_rows(kind: ControlKind, batch: int) -> list[Row]:
     ours, in_torch = Ours(kind, batch), Torch(batch)
     name = kind.name.lower().removesuffix("_ts")
     facts = {"kind": name, "batch": batch}
     contenders = [getattr(in_torch, f"{op}_{name}") for op in ("decide", "update")]
     return [
-        compare(ours.decide, contenders[0], op="decide", **facts),
-        compare(ours.update, contenders[1], op="update", **facts),
+        against_torch(ours.decide, contenders[0], op="decide", **facts),
+        against_torch(ours.update, contenders[1], op="update", **facts),
     ]
 
 

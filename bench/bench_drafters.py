@@ -90,7 +90,7 @@ def run(contenders: Sequence[Contender], requests: Sequence[Request], repeats: i
 def warm_up(contenders: Sequence[Contender], requests: Sequence[Request], page_size: int) -> None:
     """Record the steps of every length of block table, the longest first.
 
-    The longest makes the shared cache grow, which drops what had been captured; so it comes twice.
+    The longest makes a cache grow, which drops what had been captured; so it comes twice.
     """
     by_pages = {
         -(-(len(request.prompt_ids) + request.max_new_tokens) // page_size): request
@@ -335,7 +335,7 @@ def bench(args: argparse.Namespace, families: Families) -> tuple[list[Row], dict
         drawn = [replace(request, temperature=temperature) for request in requests]
         contenders = make_contenders(shared, families, args, temperature)
         if not args.tau_only:
-            warm_up(contenders, drawn, shared.page_size)
+            warm_up(contenders, drawn, contenders[0].engine.cache.page_size)
         results = run(contenders, drawn, args.repeats)
         rows += rows_of(results, temperature, has_times=not args.tau_only)
     return rows, summary

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from bench import gpu
-from bench.attention_inputs import Heads, Indices, Shape, Tensors
+from bench.attention_inputs import Heads, Indices, Shape, Tensors, attend
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
-from specrt.ops import tree_attention
 
 HEADS = {"bundled": Heads(4, 2, 64), "llama-3-8b": Heads(32, 8, 128)}
 PAGE_SIZE = 16
@@ -24,18 +23,7 @@ def one_shape(name: str, prefix: int, nodes: int, dtype: torch.dtype) -> Row:
     scale = heads.head_dim**-0.5
 
     def ours() -> None:
-        tree_attention(
-            tensors.q,
-            tensors.k_cache,
-            tensors.v_cache,
-            indices.table,
-            indices.kv_len,
-            indices.first_node,
-            indices.num_nodes,
-            indices.ancestors,
-            scale,
-            tensors.out,
-        )
+        attend(tensors, indices, scale, out=tensors.out)
 
     # Gathered beforehand, in the cache's type, heads first: the baseline pays for attention alone.
     keys, values = tensors.gathered(shape, indices.table)

@@ -6,17 +6,15 @@ Torch's coupled ranking draws its own noise, as it has no counter-based one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
+from bench.harness import Row, against_torch, parser, report, start
 from specrt.ops import tree_expand, tree_rerank
 from specrt.ops.tree_build import expand_workspace_size
 from specrt.sampling import SamplingParams, sampling_row
 
-Call = Callable[[], object]
 TEMPERATURE = 0.8
 NODES, TOP_K = 60, 10  # of the reranked tree
 
@@ -114,31 +112,19 @@ class Rerank:
         return self.tokens[0][index], parents
 
 
-def compare(ours: Call, in_torch: Call, **facts: object) -> Row:
-    times = measure_interleaved(
-        {"specrt": ours, "torch": in_torch}, warmup=2, min_time=0.03, rounds=5
-    )
-    return {
-        **facts,
-        "specrt_us": times["specrt"] * 1e6,
-        "torch_us": times["torch"] * 1e6,
-        "ratio": ratio_to(times["torch"], times["specrt"]),
-    }
-
-
 def expand_rows(size: int, width: int, top_k: int) -> list[Row]:
     level = Level(size, width, top_k)
     facts = {"size": size, "nodes": width, "K": top_k}
     return [
-        compare(partial(level.ours, *PLAIN), level.torch_plain, op="expand", **facts),
-        compare(partial(level.ours, *COUPLED), level.torch_coupled, op="coupled", **facts),
+        against_torch(partial(level.ours, *PLAIN), level.torch_plain, op="expand", **facts),
+        against_torch(partial(level.ours, *COUPLED), level.torch_coupled, op="coupled", **facts),
     ]
 
 
 def rerank_row(depth: int) -> Row:
     rerank = Rerank(depth)
     facts = {"size": rerank.tokens.shape[1], "nodes": NODES, "K": TOP_K}
-    return compare(rerank.ours, rerank.torch_rerank, op="rerank", **facts)
+    return against_torch(rerank.ours, rerank.torch_rerank, op="rerank", **facts)
 
 
 def main() -> None:

@@ -125,14 +125,8 @@ class SharedTarget:
         self.encode = loaded.encode
         self._tokenizer = loaded.tokenizer
         self._max_nodes = max_nodes
-        self._cache = self.model.new_cache()
         self._dtype = None if dtype == "auto" else self.model.dtype
         self._layers: dict[tuple[str, str], DraftLayer | None] = {}
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page of the target's cache."""
-        return self._cache.page_size
 
     def layer(self, path: str, fold: str) -> DraftLayer | None:
         """A trained drafter's layer, in memory once; None where there is no such thing.
@@ -183,7 +177,6 @@ class SharedTarget:
 
     def _contender(self, variant: Variant, drafter: Drafter) -> Contender:
         engine = Engine(self.model, drafter, self._tokenizer, max_nodes=self._max_nodes)
-        engine.cache = self._cache  # they take turns, so one serves all, and so do its graphs
         return Contender(variant, engine)
 
 

@@ -86,6 +86,21 @@ def _repeats(fn: Callable[[], object], warmup: int) -> int:
     return max(1, min(1000, round(200e-6 / max(once, 1e-9))))
 
 
+def against_torch(
+    ours: Callable[[], object], in_torch: Callable[[], object], **facts: object
+) -> Row:
+    """A row of one small op's time and that of the best torch expression for it."""
+    times = measure_interleaved(
+        {"specrt": ours, "torch": in_torch}, warmup=2, min_time=0.03, rounds=5
+    )
+    return {
+        **facts,
+        "specrt_us": times["specrt"] * 1e6,
+        "torch_us": times["torch"] * 1e6,
+        "ratio": ratio_to(times["torch"], times["specrt"]),
+    }
+
+
 def ratio_to(baseline: float, seconds: float) -> float:
     """How many times as fast as the baseline: above 1 is faster."""
     return baseline / seconds

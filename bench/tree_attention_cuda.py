@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import flashinfer_contender, gpu, limits
-from bench.attention_inputs import Heads, Indices, Shape, Tensors, tree_mask
+from bench.attention_inputs import Heads, Indices, Shape, Tensors, attend, tree_mask
 from bench.gpu import OURS, Contender, Device, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row
@@ -117,15 +117,9 @@ class Bench:
         workspace = self._workspace(plan) if registry.is_on_gpu(self.sets[0].q) else None
 
         def launch(tensors: Tensors) -> torch.Tensor:
-            return ops.tree_attention(
-                tensors.q,
-                tensors.k_cache,
-                tensors.v_cache,
-                indices.table,
-                indices.kv_len,
-                indices.first_node,
-                indices.num_nodes,
-                indices.ancestors,
+            return attend(
+                tensors,
+                indices,
                 self.scale,
                 out=tensors.out,
                 workspace=workspace,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from specrt.engine.results import GenerationResult, StreamChunk
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams
-    from specrt.types import CheckpointError
+    from specrt.types import CheckpointError, QueueFullError, RequestHandle
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,8 @@ __all__ = [
     "DraftParams",
     "Engine",
     "GenerationResult",
+    "QueueFullError",
+    "RequestHandle",
     "SamplingParams",
     "StreamChunk",
     "__version__",
@@ -35,6 +37,8 @@ _HOMES = {
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine.engine",
     "GenerationResult": "specrt.engine.results",
+    "QueueFullError": "specrt.types",
+    "RequestHandle": "specrt.types",
     "SamplingParams": "specrt.sampling",
     "StreamChunk": "specrt.engine.results",
     "generate": "specrt.loading",

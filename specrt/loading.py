@@ -66,10 +66,11 @@ def load(
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
         drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
-            on a GPU prompt lookup), ``"prompt-lookup"``, a bundled one (``"fspad"``, ``"eagle2"``,
-            ``"eesd"``), the name of an installed one (entry points ``specrt.drafters``), a
-            directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a smaller model of the same
-            tokenizer, or any object with the methods of :class:`specrt.draft.base.Drafter`.
+            on a GPU prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
+            (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
+            ``specrt.drafters``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a
+            smaller model of the same tokenizer, or any object with the methods of
+            :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
             the target's tables; EESD needs a target on the CPU.

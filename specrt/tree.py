@@ -171,14 +171,9 @@ class Settler:
             tree.ancestors,
             tree.num_nodes,
         )
-        if proposal.draft_probs is None and proposal.hidden is None:
+        if proposal.draft_probs is None:
             return tree
-        return replace(
-            tree,
-            draft_probs=_first(proposal.draft_probs, size),
-            hidden=_first(proposal.hidden, size),
-            num_layers_run=proposal.num_layers_run,
-        )
+        return replace(tree, draft_probs=proposal.draft_probs[:, :size].contiguous())
 
 
 def _empty_tree(batch: int, size: int) -> DraftTree:
@@ -192,10 +187,6 @@ def settle(
 ) -> DraftTree:
     """:class:`Settler` for once, in fresh buffers; arguments as there."""
     return Settler(vocab_size).settle(proposal, roots.contiguous(), max_nodes)
-
-
-def _first(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if rows is None else rows[:, :count].contiguous()
 
 
 @lru_cache(maxsize=256)

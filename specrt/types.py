@@ -62,10 +62,6 @@ class Proposal:
     draft_probs: torch.Tensor | None = None
     """``[B, M, V]`` float32: row i is the law node i's children were drawn from, independently.
     Given only by drafters that sample; acceptance then uses rejection with residuals."""
-    hidden: torch.Tensor | None = None
-    """``[B, M, H]`` float32: what the target's first ``num_layers_run`` layers give. Only a
-    drafter that runs them itself has these; their keys and values then lie past ``kv_len``."""
-    num_layers_run: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,6 @@ class DraftTree:
     draft_probs: torch.Tensor | None = None
     """``[B, N, V]`` float32: row i is the law node i's children were drawn from, independently.
     Given only by drafters that sample; acceptance then uses rejection with residuals."""
-    hidden: torch.Tensor | None = None
-    """``[B, N, H]`` float32: what the target's first ``num_layers_run`` layers give. Only a
-    drafter that runs them itself has these; their keys and values then lie past ``kv_len``."""
-    num_layers_run: int = 0
 
 
 class VerifyOutput(NamedTuple):

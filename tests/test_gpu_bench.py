@@ -22,7 +22,7 @@ from bench import (
     small_kernels_cuda,
     tree_attention_cuda,
 )
-from bench.attention_inputs import ancestor_bits, tree_mask
+from bench.attention_inputs import ancestor_bits, attend, tree_mask
 from bench.clocks import parse_smi
 from bench.fake_gpu import FakeGpu
 from specrt import ops
@@ -137,17 +137,7 @@ def test_baselines_compute_tree_attention(
         case = tree_attention_cuda.Case("small", model, batch, prefix, nodes)
         bench = tree_attention_cuda.Bench(case, 1, FakeGpu.place)
         indices, tensors = bench.indices, bench.sets[0]
-        ours = ops.tree_attention(
-            tensors.q,
-            tensors.k_cache,
-            tensors.v_cache,
-            indices.table,
-            indices.kv_len,
-            indices.first_node,
-            indices.num_nodes,
-            indices.ancestors,
-            bench.scale,
-        )
+        ours = attend(tensors, indices, bench.scale)
         for baseline in (bench.sdpa, bench.flex):
             torch.testing.assert_close(baseline()[1](), ours, atol=1e-5, rtol=1e-5)
 

@@ -19,8 +19,10 @@
 //    the deepest has arrived, which would cost what a round costs.
 // 3. Depth is the number of ancestors.
 //
-// Rounds alternate between two copies of what is known. A round reads one and writes the other, so
-// one barrier a round keeps a fast warp from overwriting what a slow one still reads.
+// Hazard: who read a node's `bits` from before a round and its `up` from after it would skip the
+// ancestors between. So a round reads one copy of what is known and writes another, and one barrier
+// a round keeps a fast warp from overwriting what a slow one still reads. (The shim cannot show
+// this: it lets nobody in between two reads of a thread.)
 #include "core/reduce.cuh"
 #include "tree_settle/tree_settle.h"
 

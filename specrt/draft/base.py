@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from specrt.cache import CacheBatch
 from specrt.draft.length.costs import RoundCost
+from specrt.models.layer_run import LowerLayers
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -46,14 +46,13 @@ class DraftParams:
 
 
 class Budget:
-    """How large a tree may be this round, and where the target's rows go.
+    """How large a tree may be this round, and what a drafter is lent to make it.
 
     Args:
         max_nodes: nodes a sequence's tree may have, root included.
         cost: measured cost of verifying rows.
         params: what the caller asked for.
-        target_batch: the target's cache of the round's sequences, for drafters that run the
-            target's own first layers: their rows lie past ``kv_len``, at their nodes' places.
+        lower: the target's first layers, for drafters that run them over the round's sequences.
     """
 
     def __init__(
@@ -61,19 +60,20 @@ class Budget:
         max_nodes: int,
         cost: RoundCost,
         params: DraftParams | None = None,
-        target_batch: CacheBatch | None = None,
+        lower: LowerLayers | None = None,
     ) -> None:
         self.max_nodes = max_nodes
         self.cost = cost
         self.params = params or DraftParams()
-        self.target_batch = target_batch
+        self.lower = lower
 
 
 class Drafter(Protocol):
     """Proposes trees. It never changes what is said, only how fast."""
 
     taps: tuple[str, ...]
-    """Hidden states it reads from the target (see ``LlamaModel.forward``)."""
+    """What it reads from the target: hidden states (:meth:`LlamaModel.forward`), or ``"logits"``,
+    which a prompt's pass has not."""
 
     def start(self, state: SequenceState) -> None:
         """A sequence joins; its prompt is in ``state.token_ids``.

@@ -21,6 +21,7 @@ from specrt.draft.eesd.kind import EESD
 from specrt.draft.fspad.kind import FSPAD
 from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
 from specrt.draft.prompt_lookup.kind import PROMPT_LOOKUP
+from specrt.draft.recycle.kind import RECYCLE
 from specrt.draft.small_model.kind import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ NONE, AUTO = "none", "auto"
 DEFAULT, BUNDLED_DEFAULT = PROMPT_LOOKUP.name, "fspad"
 
 REGISTRY: Mapping[str, Kind] = {
-    kind.name: kind for kind in (PROMPT_LOOKUP, EESD, FSPAD, SMALL_MODEL)
+    kind.name: kind for kind in (PROMPT_LOOKUP, RECYCLE, EESD, FSPAD, SMALL_MODEL)
 }
 """By name. Checkpoints are asked for in this order; the last takes whatever is left."""
 

@@ -73,10 +73,10 @@ class EngineCore:
         page_size = 64
         most = limits.max_cached_tokens
         self.cache = target.new_cache(
-            page_size, max_pages=None if most is None else max(1, most // page_size)
+            page_size, max_pages=None if most is None else -(-most // page_size)
         )
         vocab_size = target.config.vocab_size
-        self._drafting = Drafting(drafter, limits.max_nodes)
+        self._drafting = Drafting(drafter, target, limits.max_nodes)
         self._batch = Batch(self.cache, limits.max_batch, vocab_size)
         self._settler = Settler(vocab_size)
         self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)

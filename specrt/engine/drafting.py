@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from specrt.cache import CacheBatch
 from specrt.draft.base import Budget, Drafter
 from specrt.draft.length.costs import RoundCost
 from specrt.engine.request import Request
+from specrt.models.layer_run import LowerLayers
+from specrt.models.model import LlamaModel
 from specrt.tree import chain, check_proposal
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -47,6 +50,8 @@ class Draft:
     """Of the whole batch."""
     parts: tuple[tuple[Group, Proposal], ...]
     """What the drafter gave, to be handed back to it."""
+    lower: LowerLayers | None = None
+    """What it was lent, if it was asked for the whole batch at once."""
 
 
 class Drafting:
@@ -54,11 +59,13 @@ class Drafting:
 
     Args:
         drafter: proposes.
+        target: the model that verifies.
         max_nodes: the largest tree, its root included.
     """
 
-    def __init__(self, drafter: Drafter, max_nodes: int) -> None:
+    def __init__(self, drafter: Drafter, target: LlamaModel, max_nodes: int) -> None:
         self._drafter = drafter
+        self._target = target
         self.max_nodes = max_nodes
         self._groups: tuple[Group, ...] | None = None
         self.cost = RoundCost()
@@ -111,12 +118,13 @@ class Drafting:
         parts = []
         merged: _Merged | None = None
         for group in self._groups:
-            proposal = self._ask(group, batch)
+            lower = LowerLayers(self._target, self._cached(group, batch))
+            proposal = self._ask(group, lower)
             if proposal is None:
                 continue
             parts.append((group, proposal))
             if group.is_whole:
-                return Draft(proposal, tuple(parts))
+                return Draft(proposal, tuple(parts), lower)
             # The next call may overwrite what this one gave.
             merged = merged or _Merged(len(requests))
             merged.take(group.rows, proposal)
@@ -135,15 +143,20 @@ class Drafting:
                 group.requests[0].is_suspect = False
                 self.regroup()
 
-    def _ask(self, group: Group, batch: CacheBatch) -> Proposal | None:
+    def _cached(self, group: Group, batch: CacheBatch) -> CacheBatch:
+        """The target's cache of a group."""
+        if group.is_whole:
+            return batch
+        return CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
+
+    def _ask(self, group: Group, lower: LowerLayers) -> Proposal | None:
         """What the drafter proposes for a group; None if it fails."""
-        if not group.is_whole:
-            batch = CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
         given: list[Proposal] = []
 
         def ask() -> None:
-            budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, batch)
-            proposal = self._drafter.propose(group.states, budget)
+            budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, lower)
+            with closing(lower):
+                proposal = self._drafter.propose(group.states, budget)
             check_proposal(proposal, len(group.rows))
             given.append(proposal)
 

@@ -53,7 +53,7 @@ def run_round(
     tree = settler.settle(draft.proposal, batch.roots, batch.room)
     times.append(perf_counter())
     cached, taps = batch.cached(), drafting.taps(batch.requests)
-    output = target.forward(tree, cached, taps=taps)
+    output = target.forward(tree, cached, taps=taps, lower=draft.lower)
     times.append(perf_counter())
     result = accept(
         tree,

@@ -57,7 +57,7 @@ def record(
     if costs is None:
         costs = measure_costs(engine, prompts[0], sampling)
     recorder = RecordingDrafter(drafter)
-    draft = DraftParams(depth=longest - 1)
+    draft = DraftParams(depth=longest)
     results = _answers(_with_drafter(engine, recorder), prompts, sampling, draft, on_prompt)
     overruns = _overruns(engine, recorder.recordings, results, sampling, longest)
     header = TraceHeader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from specrt.types import AcceptResult, Proposal, SequenceState
 
 
 class Chains(Protocol):
-    """What a chain drafter thought of its last proposal; valid until the next one."""
+    """What a chain drafter thought of a proposal."""
 
     @property
     def tokens(self) -> npt.NDArray[Any]:
@@ -33,18 +33,31 @@ class Chains(Protocol):
         """``[B, K, 2]``: of the calibration head, greedy and above temperature 0."""
 
 
-class ChainDrafter(Drafter, Protocol):
-    """A drafter of chains, of ``DraftParams.depth + 1`` tokens, that says what it thinks of them.
-
-    Near its end a sequence's chain may reach further than the output can.
-    """
+@runtime_checkable
+class ChainProposal(Protocol):
+    """What a proposal of a :class:`ChainDrafter` has besides."""
 
     @property
-    def last_chain(self) -> Chains:
-        """Of the last proposal, if anything was drafted."""
+    def chain(self) -> Chains | None:
+        """None where nothing was drafted. Read before the next proposal is made."""
+
+
+class ChainDrafter(Drafter, Protocol):
+    """A drafter of chains, of ``DraftParams.depth`` tokens, that says what it thinks of them.
+
+    Its proposals are :class:`ChainProposal`. Near its end a sequence's chain may reach further than
+    the output can.
+    """
 
     def costs(self, batch: int = 1) -> DraftCosts:
         """Milliseconds of a round's parts, as measured so far."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Recorded(Proposal):
+    """The roots of what was drafted, and the whole."""
+
+    inner: Proposal
 
 
 @dataclass(eq=False)
@@ -103,7 +116,7 @@ class RecordingDrafter:
     """Keeps what another drafter proposes, and proposes the root alone.
 
     So the target emits one token a round, and every output position becomes a root. A call with
-    ``DraftParams(depth=K - 1)`` makes every chain K tokens long. One stream may run at a time.
+    ``DraftParams(depth=K)`` makes every chain K tokens long. One stream may run at a time.
 
     Args:
         inner: drafts the chains.
@@ -133,11 +146,13 @@ class RecordingDrafter:
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Draft the chains, keep them, and hand over their roots."""
-        tree = self._inner.propose(states, budget)
-        chains = self._inner.last_chain if tree.draft_tokens.shape[1] > 1 else None
+        inner = self._inner.propose(states, budget)
+        assert isinstance(inner, ChainProposal), "a drafter of chains says what it thinks of them"
+        chains = inner.chain
         for row, state in enumerate(states):
             self._running[state].add(chains, row)
-        return chain(tree.draft_tokens[:, :1])
+        roots = chain(inner.draft_tokens[:, :1])
+        return _Recorded(roots.draft_tokens, roots.parents, roots.num_nodes, inner=inner)
 
     def observe(
         self,
@@ -147,7 +162,8 @@ class RecordingDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Passed on: of every chain nothing was accepted."""
-        self._inner.observe(states, proposal, result, taps)
+        assert isinstance(proposal, _Recorded), "the engine gives back what it was given"
+        self._inner.observe(states, proposal.inner, result, taps)
 
     def finish(self, state: SequenceState) -> None:
         """End the recording, which stays in :attr:`recordings`."""

@@ -24,9 +24,20 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.models.fair_lock import FairLock
 from specrt.models.heads import norm_eps
+from specrt.models.layer_run import LowerLayers
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.rope import RotaryTable, rotary_table
-from specrt.models.step import GpuScratch, Step, StepKey, StepRows, Workspace, layers_run, on_host
+from specrt.models.step import (
+    FINAL_TAP,
+    GpuScratch,
+    Step,
+    StepKey,
+    StepRows,
+    Workspace,
+    check_tap,
+    given,
+    layer_tap,
+)
 from specrt.ops import registry
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain_tree
@@ -37,18 +48,10 @@ StepRunner = Callable[[Hashable, Callable[[], None]], None]
 
 _MAX_STEPS = 1024  # whose buffers are kept: those of the sizes that came up last
 
-FINAL_TAP = "final"
-"""The feature: the last hidden state after the final norm, what the LM head multiplies."""
-
 
 def run_eagerly(key: Hashable, launch: Callable[[], None]) -> None:
     """The :data:`StepRunner` that captures nothing."""
     launch()
-
-
-def layer_tap(layer: int) -> str:
-    """The tap that gives the output of layer ``layer`` (counted from 0)."""
-    return f"layer.{layer}"
 
 
 class Heads(NamedTuple):
@@ -139,33 +142,33 @@ class LlamaModel:
         taps: tuple[str, ...] = (),
         has_logits: bool = True,
         first_node: torch.Tensor | None = None,
+        lower: LowerLayers | None = None,
     ) -> VerifyOutput:
         """Run every node of the trees; write their keys and values past each ``kv_len``.
 
-        A tree with ``hidden`` is taken up where its drafter left it: at layer ``num_layers_run``.
-
         Args:
-            tree: B trees of N nodes; only tokens, depth, ancestors, num_nodes and hidden are read.
+            tree: B trees of N nodes; tokens, depth, ancestors and num_nodes are read.
             batch: the B sequences the trees continue.
-            taps: hidden states to return: ``"final"`` or :func:`layer_tap` names.
+            taps: hidden states to return: ``"final"``, :func:`layer_tap` names, ``"logits"``.
             has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
             first_node: ``[B]`` int32; the given nodes are those from this index on of a larger
                 tree whose earlier nodes were run before (their rows still lie past ``kv_len``).
+            lower: what the drafter was lent: layers that it ran for this very tree are left out.
 
         Returns:
             Logits ``[B, N, V]`` and taps ``[B, N, H]``, float32 on the host, valid until the next
             call.
 
         Raises:
-            ValueError: more than 128 nodes, an unknown tap, or one of a layer before
-                ``num_layers_run`` (the tap of the last layer that was run is ``hidden``). On a GPU,
-                a setting of torch's that has changed since the model was made, and bits with it.
+            ValueError: more than 128 nodes or an unknown tap. On a GPU, a setting of torch's that
+                has changed since the model was made, and bits with it.
         """
-        size, num_nodes = tree.draft_tokens.shape
+        num_nodes = tree.draft_tokens.shape[1]
         if num_nodes > MAX_NODES:
             raise ValueError(f"tree: expected at most {MAX_NODES} nodes, got {num_nodes}")
-        width = batch.block_table.shape[1]
-        key = StepKey(size, num_nodes, width, has_logits, taps, layers_run(tree))
+        run = None if lower is None or first_node is not None else lower.take(tree, batch, taps)
+        first = 0 if run is None else run.shape.num_layers
+        key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps, first)
         self._ensure_buffers(key, batch.num_positions)
         if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
             self._forget_buffers()
@@ -174,13 +177,13 @@ class LlamaModel:
             step = self._steps.put(key, Step(key, self._output(key), self.device))
         step.stage(tree, batch, first_node)
         start = self._start(key)
-        if tree.hidden is None:
+        if run is None:
             self.embed_tokens(step.tokens.view(-1), start)
         else:
-            start.copy_(tree.hidden.view(start.shape))
+            run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
         self._run_step((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
-        return step.output if self._is_output_plain else on_host(step.output)
+        return given(step.output, taps, is_plain=self._is_output_plain)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -228,18 +231,8 @@ class LlamaModel:
         for tap in key.taps:
             if tap == FINAL_TAP or tap in self._tap_buffers:
                 continue
-            self._check_tap(tap, first=0)
+            check_tap(tap, self.config.num_layers)
             self._tap_buffers[tap] = torch.empty_like(self._workspace.hidden)
-        if key.first_layer:
-            for tap in key.taps:
-                self._check_tap(tap, first=key.first_layer - 1)
-
-    def _check_tap(self, tap: str, first: int) -> None:
-        last = self.config.num_layers - 1
-        if tap != FINAL_TAP and tap not in {layer_tap(i) for i in range(first, last + 1)}:
-            raise ValueError(
-                f"taps: expected 'final' or 'layer.{first}' .. 'layer.{last}', got {tap!r}"
-            )
 
     def _forget_buffers(self) -> None:
         self._version += 1

@@ -19,6 +19,27 @@ from specrt.types import DraftTree, VerifyOutput
 _CPU = torch.device("cpu")
 _FEW_ROWS = 16  # that a workspace has room for at least
 
+FINAL_TAP = "final"
+"""The feature: the last hidden state after the final norm, what the LM head multiplies."""
+LOGITS_TAP = "logits"
+"""The tap that gives the logits, ``[B, N, V]``; of a pass that makes none it gives nothing."""
+
+
+def layer_tap(layer: int) -> str:
+    """The tap that gives the output of layer ``layer`` (counted from 0)."""
+    return f"layer.{layer}"
+
+
+def check_tap(tap: str, num_layers: int) -> None:
+    """Whether a model of so many layers has a tap.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    if tap != FINAL_TAP and tap not in map(layer_tap, range(num_layers)):
+        last = layer_tap(num_layers - 1)
+        raise ValueError(f"taps: expected 'final', 'logits' or 'layer.0' .. '{last}', got {tap!r}")
+
 
 class StepKey(NamedTuple):
     """What tells steps apart: equal keys mean the same launches on the same buffers."""
@@ -31,19 +52,19 @@ class StepKey(NamedTuple):
     first_layer: int
     """The layer it starts at; above 0 it starts from hidden states, not from tokens."""
 
-
-def layers_run(tree: DraftTree) -> int:
-    """How many layers the nodes of a tree have been through.
-
-    Raises:
-        ValueError: hidden states and their layer do not go together.
-    """
-    if (tree.hidden is None) != (tree.num_layers_run == 0):
-        raise ValueError(
-            "tree: expected hidden and num_layers_run > 0 together, got num_layers_run "
-            f"{tree.num_layers_run} {'without' if tree.hidden is None else 'with'} hidden"
-        )
-    return tree.num_layers_run
+    @classmethod
+    def of(
+        cls,
+        tree: DraftTree,
+        table_width: int,
+        has_logits: bool,
+        taps: tuple[str, ...],
+        first_layer: int,
+    ) -> StepKey:
+        """The key of a pass over ``tree``; of ``taps`` a step fills hidden states alone."""
+        states = tuple(tap for tap in taps if tap != LOGITS_TAP)
+        size, num_nodes = tree.draft_tokens.shape
+        return cls(size, num_nodes, table_width, has_logits, states, first_layer)
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,20 @@ class Step:
         pinned = may_be_reused(self._host.whole, self._there.whole.device)
         self._there.whole.copy_(pinned, non_blocking=True)
         torch._foreach_copy_(self._tables, tables)
+
+
+def given(output: VerifyOutput, taps: tuple[str, ...], *, is_plain: bool) -> VerifyOutput:
+    """What a pass returns of its buffers.
+
+    Args:
+        output: the step's.
+        taps: what was asked for.
+        is_plain: whether the buffers are float32 on the host.
+    """
+    output = output if is_plain else on_host(output)
+    if LOGITS_TAP not in taps or output.logits.numel() == 0:
+        return output
+    return output._replace(taps={**output.taps, LOGITS_TAP: output.logits})
 
 
 def on_host(output: VerifyOutput) -> VerifyOutput:

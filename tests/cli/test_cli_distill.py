@@ -8,15 +8,13 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import specrt
-from specrt.cli import distill, main
+from specrt.cli import main
 from specrt.cli.answers import AnswerFile
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
@@ -387,10 +385,3 @@ def test_the_bar_is_for_terminals(
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     _, err = distil(capsys, target, prompts)
     assert "3/3" in err
-
-
-def test_commands_are_declared_without_torch() -> None:
-    code = "import sys; import specrt.cli.app; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert main(["distill-data", "--help"]) == 0
-    assert distill.distill_data.__doc__

@@ -13,7 +13,8 @@ from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.drafter import EesdDrafter
-from specrt.draft.length.control import CONTROLLERS, ControlOptions
+from specrt.draft.eesd.round import Chain, EesdProposal
+from specrt.draft.length.control import CONTROLLERS, ControlOptions, ControlRound
 from specrt.draft.length.costs import RoundCost
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
@@ -29,7 +30,7 @@ VOCAB, LAYERS = 97, 4
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1), "penalties": PENALISED}
-CHAIN, TREES = None, [DraftParams(top_k=2), DraftParams(depth=3, top_k=5, total_tokens=17)]
+CHAIN, TREES = None, [DraftParams(top_k=2), DraftParams(depth=4, top_k=5, total_tokens=17)]
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,8 @@ def test_a_tree_finds_more_than_a_chain(float_model: LlamaModel, folder: Path) -
         results = engine.generate(asked, GREEDY, shape)
         return sum(result.stats.num_accepted_tokens for result in results)
 
-    chains = accepted(DraftParams(depth=3))
-    assert 0 < chains < 0.9 * accepted(DraftParams(depth=3, top_k=6))
+    chains = accepted(DraftParams(depth=4))
+    assert 0 < chains < 0.9 * accepted(DraftParams(depth=4, top_k=6))
 
 
 def test_perfect_drafts_with_the_targets_noise(float_model: LlamaModel, folder: Path) -> None:
@@ -215,12 +216,11 @@ def test_both_caches_after_200_random_rounds(
         if num_rounds == 201:
             (state,) = states
             drafter._catch_up(states)
-            assert budget.target_batch is not None
-            cache = budget.target_batch.cache
-            found["target"] = rows_of(cache, budget.target_batch.sequences[0])
+            assert budget.lower is not None
+            found["target"] = rows_of(engine.cache, budget.lower._batch.sequences[0])
             found["exit"] = rows_of(drafter._cache, drafter._drafts[state].cached)
         params = next(shapes)
-        return propose(states, Budget(64, RoundCost(), params, budget.target_batch))
+        return propose(states, Budget(64, RoundCost(), params, budget.lower))
 
     drafter.propose = random_rounds  # type: ignore[method-assign, assignment]
     params = SamplingParams(max_new_tokens=500, ignore_eos=True, temperature=0.9, seed=2)
@@ -288,8 +288,9 @@ def test_fixed_lengths_and_caps(float_model: LlamaModel, folder: Path) -> None:
     drafter = make_drafter(float_model, folder / "perfect", "fixed", draft_len=8)
     for shape, expected in (
         (None, 9),
-        (DraftParams(depth=2), 4),
-        (DraftParams(depth=0), 2),
+        (DraftParams(depth=3), 4),
+        (DraftParams(depth=1), 2),
+        (DraftParams(depth=0), 1),
         (DraftParams(depth=5, total_tokens=4), 4),
         (DraftParams(total_tokens=3), 3),
         (DraftParams(total_tokens=1), 1),
@@ -303,7 +304,7 @@ def test_fixed_lengths_and_caps(float_model: LlamaModel, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (DraftParams(depth=20, top_k=3), "at most 62 drafted nodes, got 21 levels of 3"),
+        (DraftParams(depth=21, top_k=3), "at most 62 drafted nodes, got 21 levels of 3"),
         (DraftParams(top_k=98), "top_k: expected at most the vocabulary 97, got 98"),
         (DraftParams(top_k=63), "at most 62 drafted nodes, got 1 levels of 63"),
     ],
@@ -325,7 +326,7 @@ def test_more_branches_than_nodes(float_model: LlamaModel, folder: Path) -> None
     for engine, shape in (
         (small, DraftParams(top_k=6)),
         (large, DraftParams(top_k=6, total_tokens=4)),
-        (large, DraftParams(depth=2, top_k=6, total_tokens=4)),
+        (large, DraftParams(depth=3, top_k=6, total_tokens=4)),
     ):
         stats = engine.generate([9, 8, 7], GREEDY, shape).stats
         assert stats.accept_lengths[:3] == [1, 1, 1]
@@ -354,19 +355,27 @@ def test_everything_is_given_back(float_model: LlamaModel, folder: Path) -> None
     assert drafter._drafts == {}
 
 
-def test_the_last_chain(float_model: LlamaModel, folder: Path) -> None:
+def test_a_proposal_says_what_its_chain_was(float_model: LlamaModel, folder: Path) -> None:
     drafter = make_drafter(float_model, folder / "perfect", "fixed", draft_len=5)
-    with pytest.raises(ValueError, match="last_chain"):
-        _ = drafter.last_chain
-    engine = make_engine(float_model, drafter)
-    stream = engine.stream([[4, 5, 6]], GREEDY)
-    chunk = next(stream)
-    said = drafter.last_chain
-    assert said.tokens.tolist() == [chunk.token_ids[:5]]
-    assert said.scores.shape == (1, 5)
-    assert (said.scores < 0).all()
-    assert said.evidence.shape == (1, 5, 2)
-    stream.close()
+    engine, propose = make_engine(float_model, drafter), drafter.propose
+    said: list[Chain | None] = []
+
+    def listen(states: list[SequenceState], budget: Budget) -> EesdProposal:
+        proposal = propose(states, budget)
+        said.append(proposal.chain)
+        return proposal
+
+    drafter.propose = listen  # type: ignore[method-assign, assignment]
+    ids = engine.generate([4, 5, 6], SamplingParams(max_new_tokens=7, ignore_eos=True)).token_ids
+    first, last = said
+    assert first is not None
+    assert last is None  # one token was left, the target's own
+    assert first.tokens.tolist() == [ids[:5]]
+    assert first.scores.shape == (1, 5)
+    assert (first.scores < 0).all()
+    assert first.evidence.shape == (1, 5, 2)
+    engine.generate([4, 5, 6], GREEDY, DraftParams(depth=2, top_k=3))
+    assert said[2:] == [None] * len(said[2:])
 
 
 def test_measured_costs(float_model: LlamaModel, folder: Path) -> None:
@@ -429,14 +438,14 @@ def test_asking_in_vain_brings_a_rest(float_model: LlamaModel, folder: Path) -> 
     drafter = make_drafter(float_model, useless, "cost-aware")
     drafter._given_costs, drafter._weighs_time = None, True
     asked = 0
-    decide = drafter._wants_draft
+    ask = drafter._ask
 
-    def counted(*args: object) -> bool:
+    def counted(*args: object) -> ControlRound:
         nonlocal asked
         asked += 1
-        return decide(*args)  # type: ignore[arg-type]
+        return ask(*args)  # type: ignore[arg-type]
 
-    drafter._wants_draft = counted  # type: ignore[method-assign, assignment]
+    drafter._ask = counted  # type: ignore[method-assign, assignment]
     params = SamplingParams(max_new_tokens=400, ignore_eos=True)
     result = make_engine(float_model, drafter).generate([5, 6], params)
     assert result.token_ids == make_engine(float_model).generate([5, 6], params).token_ids

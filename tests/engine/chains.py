@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,14 @@ class Chain(NamedTuple):
     evidence: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class ChainProposal(Proposal):
+    chain: Chain | None = None
+    control: ControlRound | None = None
+
+
 class ChainDrafter:
-    """Proposes chains of ``DraftParams.depth + 1`` tokens, as far as an output can reach.
+    """Proposes chains of ``DraftParams.depth`` tokens, as far as an output can reach.
 
     Args:
         answers: for each prompt (as a tuple) what plain decoding says, and goes on to say.
@@ -42,7 +49,6 @@ class ChainDrafter:
         self._answers = answers
         self._vocab_size = vocab_size
         self._max_draft = max_draft
-        self.last_chain: Chain
 
     def costs(self, batch: int = 1) -> DraftCosts:
         return COSTS
@@ -65,9 +71,9 @@ class ChainDrafter:
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         depth = budget.params.depth
-        self.last_chain = self.chains(states, self._max_draft if depth is None else depth + 1)
-        lengths = [min(self.last_chain.tokens.shape[1], room(state)) for state in states]
-        return self.trees(states, lengths)
+        chains = self.chains(states, self._max_draft if depth is None else depth)
+        lengths = [min(chains.tokens.shape[1], room(state)) for state in states]
+        return self.trees(states, chains, lengths)
 
     def chains(self, states: Sequence[SequenceState], length: int) -> Chain:
         """A chain of each sequence, with scores that say a little of what is right."""
@@ -79,13 +85,21 @@ class ChainDrafter:
             np.array(columns[2], dtype=np.float32),
         )
 
-    def trees(self, states: Sequence[SequenceState], lengths: Sequence[int]) -> Proposal:
+    def trees(
+        self,
+        states: Sequence[SequenceState],
+        chains: Chain,
+        lengths: Sequence[int],
+        control: ControlRound | None = None,
+    ) -> ChainProposal:
         builders = []
         for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
             builder = TreeBuilder(state.token_ids[-1])
-            builder.add_path(self.last_chain.tokens[row, :length].tolist(), 1 + length)
+            builder.add_path(chains.tokens[row, :length].tolist(), 1 + length)
             builders.append(builder)
-        return stack(builders)
+        made = stack(builders)
+        fields = made.draft_tokens, made.parents, made.num_nodes
+        return ChainProposal(*fields, chain=chains, control=control)
 
     def _draft(self, state: SequenceState, step: int) -> tuple[int, float, tuple[float, float]]:
         place = len(state.token_ids)
@@ -110,7 +124,6 @@ class ControlledDrafter(ChainDrafter):
         self.control = DraftControl(options)
         self.rounds: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         """By prompt: drafted and verified, round by round."""
-        self._round: ControlRound | None = None
 
     def start(self, state: SequenceState) -> None:
         self.control.start(state)
@@ -120,16 +133,15 @@ class ControlledDrafter(ChainDrafter):
         self.control.finish(state)
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
-        self.last_chain = self.chains(states, self._max_draft)
-        self._round = None
+        chains, control = self.chains(states, self._max_draft), None
         drafted = lengths = [0] * len(states)
         if any(room(state) for state in states):
-            self._round = self.control.new_round(len(states), torch.tensor(SLOPE))
-            self._draft_all(self._round, states)
-            drafted, lengths = self._round.drafted.tolist(), self._round.length.tolist()
+            control = self.control.new_round(len(states), torch.tensor(SLOPE))
+            self._draft_all(control, states, chains)
+            drafted, lengths = control.drafted.tolist(), control.length.tolist()
         for state, *counts in zip(states, drafted, lengths, strict=True):
             self.rounds[tuple(state.token_ids[: state.prompt_len])].append((counts[0], counts[1]))
-        return self.trees(states, lengths)
+        return self.trees(states, chains, lengths, control)
 
     def observe(
         self,
@@ -138,15 +150,18 @@ class ControlledDrafter(ChainDrafter):
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
-        if self._round is not None:
-            self._round.update(self.control, states, result.accept_length.tolist())
+        assert isinstance(proposal, ChainProposal)
+        if proposal.control is not None:
+            proposal.control.update(self.control, states, result.accept_length.tolist())
 
-    def _draft_all(self, control: ControlRound, states: Sequence[SequenceState]) -> None:
+    def _draft_all(
+        self, control: ControlRound, states: Sequence[SequenceState], chains: Chain
+    ) -> None:
         control.stage(self.control, states, COSTS)
         control.decide(0, None, None)
         step = 0
         while control.is_open.any():
-            scores, evidence = self.last_chain.scores[:, step], self.last_chain.evidence[:, step]
+            scores, evidence = chains.scores[:, step], chains.evidence[:, step]
             step += 1
             score = torch.from_numpy(scores.copy())
             control.decide(step, score, torch.from_numpy(evidence.copy()))

@@ -15,7 +15,7 @@ from specrt.lab.replay import ALL_TASKS, PLAIN, Replay, Rounds, compare, simulat
 from specrt.lab.trace import Trace, TraceHeader, TraceModels, TraceSequence
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
-from specrt.types import GenerationError
+from specrt.types import GenerationError, SequenceState
 from tests.checkpoints import edit_tensors, make_checkpoint
 from tests.engine.chains import COSTS, SLOPE, ChainDrafter, ControlledDrafter
 from tests.engine.support import make_engine, make_model, prompts
@@ -115,13 +115,12 @@ def test_a_recording_has_every_output_and_what_lies_behind(
 def test_the_row_of_the_calibration_head_is_the_temperatures(
     model: LlamaModel, sampling: SamplingParams, answers: Answers, trace: Trace
 ) -> None:
-    drafter = ChainDrafter(answers, VOCAB, MAX_DRAFT)
-    few = replace(sampling, max_new_tokens=2)
-    make_engine(model, drafter).generate(next(iter(answers)), few)
-    first = trace.sequences[0]
+    drafter, ids = ChainDrafter(answers, VOCAB, MAX_DRAFT), list(next(iter(answers)))
+    state = SequenceState(ids, len(ids), len(ids) + 2, seed=5, temperature=sampling.temperature)
+    said, first = drafter.chains([state], 1).evidence[0, 0], trace.sequences[0]
     mode = int(sampling.temperature > 0)
-    assert first.evidence[0, 0] == drafter.last_chain.evidence[0, 0, mode]
-    assert first.evidence[0, 0] != drafter.last_chain.evidence[0, 0, 1 - mode]
+    assert first.evidence[0, 0] == said[mode]
+    assert first.evidence[0, 0] != said[1 - mode]
 
 
 def test_sequences_together_are_sequences_alone(trace: Trace) -> None:

@@ -28,8 +28,9 @@ from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
+from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
+from specrt.models.step import FINAL_TAP, layer_tap
 from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
@@ -179,9 +180,9 @@ def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
     if backend.name == "cuda":
         pytest.skip("the extension's launches are not counted")
     model = make_model(llama, backend)
-    batch, simt = started(model, [PROMPT]), load_simt()
+    batch, tree, simt = started(model, [PROMPT]), trees_of([TREE]), load_simt()
     before = simt.num_launches()
-    model.forward(trees_of([TREE]), batch)
+    model.forward(tree, batch)
     expected = 4 * SIZES["num_hidden_layers"] + 1 if backend.name == "simt" else 0
     assert simt.num_launches() - before == expected
 

@@ -16,7 +16,8 @@ from specrt.cache import CacheBatch, CachedSequence
 from specrt.config import ModelConfig
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
+from specrt.models.model import LlamaModel
+from specrt.models.step import FINAL_TAP, layer_tap
 from specrt.tree import TreeBuilder, chain_tree
 from specrt.types import DraftTree
 from tests.checkpoints import FAMILIES, make_checkpoint
@@ -444,7 +445,8 @@ def test_what_is_asked_for_does_not_change_the_rest(model: LlamaModel) -> None:
 @pytest.mark.parametrize("tap", ["layer.3", "layer.-1", "layer.00", "last", ""])
 def test_unknown_taps_are_refused(model: LlamaModel, tap: str) -> None:
     batch = started(model, [PROMPT[:3]])
-    with pytest.raises(ValueError, match=r"taps: expected 'final' or 'layer.0' .. 'layer.2'"):
+    words = r"taps: expected 'final', 'logits' or 'layer.0'..'layer.2'"
+    with pytest.raises(ValueError, match=words):
         model.forward(trees_of([random_tree(2, seed=0)]), batch, taps=("final", tap))
 
 

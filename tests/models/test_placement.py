@@ -13,10 +13,9 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
-from specrt.models import model as llama
-from specrt.models import placement
+from specrt.models import placement, step
 from specrt.models.loader import Weights, load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel
+from specrt.models.model import LlamaModel
 from specrt.models.placement import (
     CPU,
     choose_dtype,
@@ -24,6 +23,7 @@ from specrt.models.placement import (
     parse_device,
     place_weights,
 )
+from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
 from specrt.tree import TreeBuilder
 from specrt.types import VerifyOutput
@@ -252,7 +252,7 @@ def test_who_captures_on_a_gpu_hears_of_memory_that_moves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step that is known still has the memory with which it was captured."""
-    monkeypatch.setattr(llama, "on_host", lambda output: output)
+    monkeypatch.setattr(step, "on_host", lambda output: output)
     captured: dict[Any, tuple[torch.Tensor, ...]] = {}
     launches = 0
 
@@ -307,7 +307,7 @@ def test_a_pass_reads_nothing_back_but_its_output(
         fetched.append(output)
         return output
 
-    monkeypatch.setattr(llama, "on_host", fetch)
+    monkeypatch.setattr(step, "on_host", fetch)
     model = model_on_a_gpu(checkpoint)
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(300), cache.open(300)])

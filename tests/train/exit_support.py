@@ -25,21 +25,11 @@ from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
 from specrt.train.loop.trainer import Outcome, Trainer, run_identity
 from specrt.train.task import TrainData
-from tests.train.support import HIDDEN, TARGET, MemorySource, make_source, tables
+from tests.train.support import HIDDEN, LITTLE, TARGET, MemorySource, make_source, tables
 
 DEEP = replace(TARGET, num_layers=4)
 EXITS = (1, 3)
-OPTIONS = EesdOptions(
-    batch_size=4,
-    max_steps=6,
-    lr=3e-3,
-    warmup_steps=2,
-    precision="float32",
-    log_steps=1,
-    save_dtype="float32",
-    tensorboard=False,
-    depth=4,
-)
+OPTIONS = EesdOptions(max_steps=6, depth=4, **LITTLE)
 
 
 def exit_config(exit_layer: int) -> ExitConfig:

@@ -48,16 +48,17 @@ TARGET = ModelConfig.from_dict(
         "max_position_embeddings": 128,
     }
 )
-OPTIONS = FspadOptions(
-    batch_size=4,
-    max_steps=8,
-    lr=3e-3,
-    warmup_steps=2,
-    precision="float32",
-    log_steps=1,
-    save_dtype="float32",
-    tensorboard=False,
-)
+LITTLE: dict[str, Any] = {
+    "batch_size": 4,
+    "lr": 3e-3,
+    "warmup_steps": 2,
+    "precision": "float32",
+    "log_steps": 1,
+    "save_dtype": "float32",
+    "tensorboard": False,
+}
+"""Of runs that are over at once and exact."""
+OPTIONS = FspadOptions(max_steps=8, **LITTLE)
 
 
 def draft_config(arch: str = "fspad") -> DraftConfig:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,13 +159,3 @@ def test_mistakes_are_one_line(
     assert run(data, tmp_path, *more) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("specrt: error: ") and message in error
-
-
-def test_help_imports_no_torch() -> None:
-    code = (
-        "import sys; from specrt.cli import main; main(['train', 'fspad', '--help']);"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--arch" in done.stdout

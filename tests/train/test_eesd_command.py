@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +215,3 @@ def test_a_directory_with_a_finished_run_is_left_alone(
     assert train(capsys, target, tmp_path, *more)[0] == 0
     code, _, err = train(capsys, target, tmp_path, *more)
     assert code == 2 and "already holds a model; --restart replaces it" in err
-
-
-def test_help_imports_no_torch() -> None:
-    code = (
-        "import sys; from specrt.cli import main; main(['train', 'eesd', '--help']);"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--exit-layer" in done.stdout

@@ -12,7 +12,8 @@ from specrt.builtin import target_path
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.models.loader import load_weights
-from specrt.models.model import FINAL_TAP, LlamaModel, layer_tap
+from specrt.models.model import LlamaModel
+from specrt.models.step import FINAL_TAP, layer_tap
 from specrt.train.data.dataset import Dataset
 from specrt.train.features.frozen import PackedTarget, TransformersTarget, load_frozen_target
 from specrt.train.features.source import FeatureSource, FeatureSubset, OnlineFeatures

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.length.costs import DraftCosts, RoundCost
 from specrt.draft.length.measured import RunningMean
@@ -9,6 +11,23 @@ from specrt.draft.length.measured import RunningMean
 _CHECK = 3  # plain rounds in a row; the first of them finds the caches full of the drafter
 _SOONEST, _LATEST = 32, 256  # drafted rounds between two checks, doubled each time
 _LEAST_MS = 1e-6  # a difference of times may be 0 or less, from where no mean would rise
+
+
+class RoundTimes(NamedTuple):
+    """When and how long the parts of a proposal were made, in seconds of ``perf_counter``."""
+
+    begun: float
+    ended: float
+    num_rows: int
+    """To be verified, of all sequences."""
+    batch: int
+    steps: float = 0.0
+    """Of all draft steps."""
+    num_steps: int = 0
+    lower: float | None = None
+    """Of the last nodes' first N layers."""
+    were_captured: bool = True
+    """Whether all of these had been captured before."""
 
 
 class CostMeter:
@@ -57,6 +76,26 @@ class CostMeter:
             verify=(plain - lower) / batch,
             row=row,
         )
+
+    def observe(self, times: RoundTimes, observed: float, learned: float) -> None:
+        """Take a round.
+
+        Args:
+            times: of its proposal.
+            observed: when its outcome came, in seconds.
+            learned: when the drafter had taken it in.
+        """
+        verify_ms = 1e3 * (observed - times.ended)
+        if times.num_steps == 0:
+            self.observe_plain(verify_ms)
+            return
+        self.observe_verify(times.num_rows, times.batch, verify_ms)
+        if not times.were_captured:
+            return
+        drafting = times.steps + (times.lower or 0.0)
+        fixed = times.ended - times.begun - drafting + learned - observed
+        lower = None if times.lower is None else 1e3 * times.lower
+        self.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
 
     def observe_draft(self, step_ms: float, fixed_ms: float, lower_ms: float | None) -> None:
         """Take one round whose steps were all known.

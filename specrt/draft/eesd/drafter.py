@@ -9,6 +9,7 @@ accepted by equality: a controller may therefore stop, or drop a draft, for what
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.cache import CacheBatch, CachedSequence
 from specrt.draft.base import Budget, DraftParams
-from specrt.draft.eesd.costs import CostMeter
+from specrt.draft.eesd.costs import CostMeter, RoundTimes
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.eesd.round import MAX_DRAFT_NODES, Chain, EesdBuffers, EesdKey
+from specrt.draft.eesd.round import MAX_DRAFT_NODES, EesdBuffers, EesdKey, EesdProposal
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
 from specrt.draft.length.costs import DraftCosts
+from specrt.models.layer_run import LowerLayers
 from specrt.models.model import StepRunner, run_eagerly
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
@@ -56,22 +58,11 @@ class _Plan(NamedTuple):
     """All of them, whatever the controller would say."""
 
 
-class _Times(NamedTuple):
-    begun: float
-    steps: float
-    """Seconds of all draft steps."""
-    lower: float | None
-    """Seconds of the last nodes' first N layers."""
-    num_steps: int
-    are_known: bool
-    ended: float
-
-
 class EesdDrafter:
     """Drafts with an exit of the target.
 
-    :class:`DraftParams`: ``depth`` fixes the number of drafted levels (one more than ``depth``),
-    ``top_k`` makes a tree of so many branches (by default a chain), ``total_tokens`` bounds it.
+    :class:`DraftParams`: ``depth`` fixes the number of drafted levels, ``top_k`` makes a tree of
+    so many branches (by default a chain), ``total_tokens`` bounds it.
 
     Args:
         exit_model: the exit, which knows its target.
@@ -99,7 +90,8 @@ class EesdDrafter:
         self._cache = exit_model.new_cache()
         self._drafts: dict[SequenceState, _Draft] = {}
         self._buffers: Recent[EesdKey, EesdBuffers] = Recent(_MAX_ROUNDS)
-        self._controls: dict[tuple[int, bool], ControlRound] = {}
+        # Those that no open proposal has.
+        self._controls: defaultdict[tuple[int, bool], list[ControlRound]] = defaultdict(list)
         self._captured = WeakKeyDictionary[EesdBuffers, set[Hashable]]()
         self._captured_version = exit_model.version
         self._batch = CacheBatch(self._cache)
@@ -107,22 +99,6 @@ class EesdDrafter:
         self._given_costs = costs
         self._rest_left = 0
         self._weighs_time = costs is None and self.control.options.kind == "cost-aware"
-        self._controlled: ControlRound | None = None
-        self._times: _Times | None = None
-        self._last: tuple[EesdBuffers, int] | None = None
-        self._num_rows = self._batch_size = 0
-
-    @property
-    def last_chain(self) -> Chain:
-        """What the steps of the last proposal, a chain, said, dropped drafts included.
-
-        Raises:
-            ValueError: nothing was drafted, or a tree.
-        """
-        if self._last is None or self._last[0].key.num_branches != 1:
-            raise ValueError("last_chain: the last proposal was no chain")
-        buffers, num_levels = self._last
-        return buffers.chain(num_levels)
 
     def costs(self, batch: int = 1) -> DraftCosts:
         """Milliseconds of a round's parts, as given or as measured so far."""
@@ -140,7 +116,7 @@ class EesdDrafter:
         width, vocab_size = params.top_k or 1, self.exit_model.target.config.vocab_size
         if width > vocab_size:
             raise ValueError(f"top_k: expected at most the vocabulary {vocab_size}, got {width}")
-        asked = 1 if params.depth is None else params.depth + 1
+        asked = 1 if params.depth is None else params.depth
         if asked * width > MAX_DRAFT_NODES:
             raise ValueError(
                 f"depth, top_k: expected at most {MAX_DRAFT_NODES} drafted nodes, "
@@ -148,43 +124,47 @@ class EesdDrafter:
             )
 
     def start(self, state: SequenceState) -> None:
-        """Reserve pages in the exit's cache."""
-        cached = self._cache.open(state.max_len + MAX_NODES)
-        self._drafts[state] = _Draft(cached, [])
+        """Open a sequence in the exit's cache; it takes pages as it grows."""
+        self._drafts[state] = _Draft(self._cache.open(), [])
         self.control.start(state)
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
-        """Run the exit's keys and values for a piece of the prompt."""
+        """Run the exit's keys and values for a piece of the prompt.
+
+        Raises:
+            MemoryError: the exit's cache has no pages for them.
+        """
         self._absorb(state, taps[self.exit_model.tap][0])
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> EesdProposal:
         """Draft while the controller goes on.
 
         Raises:
-            ValueError: as :meth:`check`, or the budget has no cache of the model whose layers the
-                exit runs.
+            ValueError: as :meth:`check`, or the budget lends no layers of the exit's target.
+            MemoryError: the exit's cache has no pages for a draft.
         """
-        target = budget.target_batch
-        if target is None or not self.exit_model.target.owns(target.cache):
+        lower = budget.lower
+        if lower is None or lower.model is not self.exit_model.target:
             raise ValueError(
                 "drafter: expected an engine of the very target that this EESD drafter was loaded "
-                f"for, got {'none' if target is None else 'another'}"
+                f"for, got {'none' if lower is None else 'another'}"
             )
-        self._controlled = self._times = self._last = None
         if self._rest_left > 0 and budget.params == DraftParams():
             self._rest_left -= 1
             return _roots(states)
-        self._batch_size = len(states)
         begun = perf_counter()
-        plan = self._plan(states, budget)
-        if not any(plan.caps) or not self._wants_draft(states, plan):
-            return self._timed(_roots(states), begun)
+        plan = self._make_room(states, self._plan(states, budget), lower)
+        if not any(plan.caps) or self._is_plain_due(plan):
+            return _roots(states, begun)
+        control = None if plan.is_fixed else self._ask(states, plan)
+        if control is not None and not self._is_any_open(control, plan, 0):
+            self._rest_left = _REST - 1 if self._weighs_time else 0
+            return _roots(states, begun, control, plan.num_branches)
         begun += self._catch_up(states)
         drafts = self._batch_of(states)
-        buffers = self._buffers_of(states, target, drafts, plan)
-        buffers.stage(states, target, drafts)
-        lengths = self._draft(buffers, plan, (target, drafts), begun)
-        return self._timed(buffers.tree(lengths), begun)
+        buffers = self._buffers_of(states, lower, drafts, plan)
+        buffers.stage(states, lower, drafts)
+        return self._draft(buffers, plan, control, begun)
 
     def observe(
         self,
@@ -194,20 +174,19 @@ class EesdDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Commit the accepted path in the exit's cache too, and learn from it."""
-        if self._times is None:  # resting
-            self._keep_roots(states, taps)
-            return
-        begun = perf_counter()
-        is_plain = self._times.num_steps == 0
+        assert isinstance(proposal, EesdProposal), "the engine gives back what it was given"
+        observed, is_plain = perf_counter(), proposal.buffers is None
         if is_plain:
             self._keep_roots(states, taps)
         else:
             self._batch_of(states).commit(result.path, result.accept_length + 1)
-        if self._controlled is not None:
+        control = proposal.control
+        if control is not None:
             num_rounds = _REST_FORGOTTEN if is_plain and self._weighs_time else 1
-            lengths = result.accept_length.tolist()
-            self._controlled.update(self.control, states, lengths, num_rounds)
-        self._measure(begun)
+            control.update(self.control, states, result.accept_length.tolist(), num_rounds)
+            self._controls[len(states), proposal.num_branches == 1].append(control)
+        if proposal.times is not None and self._given_costs is None:
+            self._meter.observe(proposal.times, observed, perf_counter())
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
@@ -223,7 +202,7 @@ class EesdDrafter:
         self.check(params)
         width = params.top_k or 1
         is_fixed = params.depth is not None
-        wanted = self.control.options.max_draft if params.depth is None else params.depth + 1
+        wanted = self.control.options.max_draft if params.depth is None else params.depth
         total = min(params.total_tokens or MAX_NODES, budget.max_nodes, 1 + MAX_DRAFT_NODES)
         width = min(width, max(1, total - 1))  # a narrower level rather than none
         most = min(wanted, (total - 1) // width)
@@ -231,56 +210,57 @@ class EesdDrafter:
         caps = [max(0, min(most, state.num_left - 1)) for state in states]
         return _Plan(width, caps, is_fixed)
 
-    def _wants_draft(self, states: Sequence[SequenceState], plan: _Plan) -> bool:
-        """Whether any sequence is to draft at all."""
-        if plan.is_fixed:
-            return True
-        if self._weighs_time and self._meter.is_plain_due():
-            return False
-        key = len(states), plan.num_branches == 1
-        control = self._controls.get(key)
-        if control is None:
-            slope = self.exit_model.slope if plan.num_branches == 1 else None
-            control = self._controls[key] = self.control.new_round(len(states), slope)
+    def _make_room(self, states: Sequence[SequenceState], plan: _Plan, lower: LowerLayers) -> _Plan:
+        """Pages in both caches; fewer levels where the target has no more of them."""
+        if not any(plan.caps):
+            return plan
+        width = plan.num_branches
+        rooms = lower.reserve([1 + cap * width for cap in plan.caps])
+        caps = [min(cap, (room - 1) // width) for cap, room in zip(plan.caps, rooms, strict=True)]
+        for state, cap in zip(states, caps, strict=True):
+            draft = self._drafts[state]
+            num_rows = len(draft.pending) + 1 + cap * width
+            self._cache.reserve(draft.cached, draft.cached.length + num_rows)
+        return plan._replace(caps=caps)
+
+    def _is_plain_due(self, plan: _Plan) -> bool:
+        """Whether to draft nothing, to see what that takes."""
+        return self._weighs_time and not plan.is_fixed and self._meter.is_plain_due()
+
+    def _ask(self, states: Sequence[SequenceState], plan: _Plan) -> ControlRound:
+        """A controller, asked who is to draft at all."""
+        is_chain = plan.num_branches == 1
+        unused = self._controls[len(states), is_chain]
+        slope = self.exit_model.slope if is_chain else None
+        control = unused.pop() if unused else self.control.new_round(len(states), slope)
         control.stage(self.control, states, self.costs(len(states)))
         control.decide(0, None, None)
-        self._controlled = control
-        is_wanted = self._is_any_open(control, plan, 0)
-        if self._weighs_time and not is_wanted:
-            self._rest_left = _REST - 1
-        return is_wanted
+        return control
 
     def _draft(
-        self,
-        buffers: EesdBuffers,
-        plan: _Plan,
-        batches: tuple[CacheBatch, CacheBatch],
-        begun: float,
-    ) -> list[int]:
-        """Run level after level; how many of each sequence to verify."""
-        caches = batches[0].cache, batches[1].cache
-        most, control = max(plan.caps), self._controlled
-        started, are_known, level = perf_counter(), True, 0
+        self, buffers: EesdBuffers, plan: _Plan, control: ControlRound | None, begun: float
+    ) -> EesdProposal:
+        """Run level after level, and propose those that are to be verified."""
+        most, level = max(plan.caps), 0
+        started, were_captured = perf_counter(), True
         while level < most:
-            buffers.embed(level)
-            step = partial(buffers.draft, level, *caches)
-            are_known &= self._run(buffers, level, step, caches)
+            buffers.stage_level(level)
+            were_captured &= self._run(buffers, level, partial(buffers.draft, level, self._cache))
             level += 1
             if control is not None and not self._goes_on(control, buffers, plan, level):
                 break
-        stepped = perf_counter()
+        stepped, lower = perf_counter(), None
         lengths = [min(cap, level) for cap in plan.caps]
         if control is not None:
             lengths = control.length.tolist()
-        lower = None
         if max(lengths) == level:
-            buffers.embed(level)
-            close = partial(buffers.close, level, *caches)
-            are_known &= self._run(buffers, -level, close, caches)
+            buffers.stage_level(level)
+            were_captured &= self._run(buffers, -level, partial(buffers.close, level, self._cache))
             lower = perf_counter() - stepped
-        self._last = buffers, level
-        self._times = _Times(begun, stepped - started, lower, level, are_known, 0.0)
-        return lengths
+        tree = buffers.tree(lengths)
+        sizes, steps = (tree[0].numel(), len(lengths)), stepped - started
+        times = RoundTimes(begun, perf_counter(), *sizes, steps, level, lower, were_captured)
+        return EesdProposal(*tree, None, times, control, plan.num_branches, buffers, level)
 
     def _goes_on(
         self, control: ControlRound, buffers: EesdBuffers, plan: _Plan, level: int
@@ -300,14 +280,8 @@ class EesdDrafter:
                 control.is_open[row] = 0
         return 1 in control.is_open.tolist()
 
-    def _run(
-        self,
-        buffers: EesdBuffers,
-        step: int,
-        launch: Callable[[], None],
-        caches: tuple[KVCache, KVCache],
-    ) -> bool:
-        """Run a step of ``buffers``; whether it had been run, and so captured, before.
+    def _run(self, buffers: EesdBuffers, step: int, launch: Callable[[], None]) -> bool:
+        """Run a step of ``buffers``; whether it had been captured before.
 
         Engines that share the drafter have target caches of their own.
         """
@@ -315,7 +289,7 @@ class EesdDrafter:
         if version != self._captured_version:
             self._captured.clear()  # all are stale, and would keep the caches of gone engines
             self._captured_version = version
-        key = (caches, step, version)
+        key = (buffers.run.cache, self._cache, step, version)
         captured = self._captured.setdefault(buffers, set())
         is_known = key in captured
         captured.add(key)
@@ -331,12 +305,12 @@ class EesdDrafter:
     def _buffers_of(
         self,
         states: Sequence[SequenceState],
-        target: CacheBatch,
+        lower: LowerLayers,
         drafts: CacheBatch,
         plan: _Plan,
     ) -> EesdBuffers:
         is_coupled = self.is_coupled and any(state.temperature > 0 for state in states)
-        widths = target.block_table.shape[1], drafts.block_table.shape[1]
+        widths = lower.table_width, drafts.block_table.shape[1]
         key = EesdKey(len(states), *widths, plan.num_branches, is_coupled)
         buffers = self._buffers.get(key)
         if buffers is None:
@@ -364,37 +338,21 @@ class EesdDrafter:
         return perf_counter() - begun
 
     def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
-        self.exit_model.absorb(hidden, CacheBatch(self._cache, [self._drafts[state].cached]))
-
-    # --- times --------------------------------------------------------------------------------
-
-    def _timed(self, tree: Proposal, begun: float) -> Proposal:
-        """Note when a proposal ended."""
-        self._num_rows = tree.draft_tokens.numel()
-        ended = perf_counter()
-        if self._times is None:
-            self._times = _Times(begun, 0.0, None, 0, True, ended)
-        else:
-            self._times = self._times._replace(ended=ended)
-        return tree
-
-    def _measure(self, observed: float) -> None:
-        """Take the round's times; ``observed`` is when its outcome came."""
-        times = self._times
-        if times is None or self._given_costs is not None:
-            return
-        verify_ms = 1e3 * (observed - times.ended)
-        if times.num_steps == 0:
-            self._meter.observe_plain(verify_ms)
-            return
-        self._meter.observe_verify(self._num_rows, self._batch_size, verify_ms)
-        if not times.are_known:
-            return
-        drafting = times.steps + (times.lower or 0.0)
-        fixed = times.ended - times.begun - drafting + perf_counter() - observed
-        lower = None if times.lower is None else 1e3 * times.lower
-        self._meter.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
+        cached = self._drafts[state].cached
+        self._cache.reserve(cached, cached.length + len(hidden))
+        self.exit_model.absorb(hidden, CacheBatch(self._cache, [cached]))
 
 
-def _roots(states: Sequence[SequenceState]) -> Proposal:
-    return chain(torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32))
+def _roots(
+    states: Sequence[SequenceState],
+    begun: float | None = None,
+    control: ControlRound | None = None,
+    num_branches: int = 1,
+) -> EesdProposal:
+    """The roots alone; ``begun`` if the round is to be measured."""
+    roots = chain(torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32))
+    times, size = None, len(states)
+    if begun is not None:
+        times = RoundTimes(begun, perf_counter(), size, size)
+    fields = roots.draft_tokens, roots.parents, roots.num_nodes
+    return EesdProposal(*fields, None, times, control, num_branches)

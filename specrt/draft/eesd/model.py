@@ -13,13 +13,13 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
-from specrt.models.model import LlamaModel, layer_tap
-from specrt.models.step import StepRows
+from specrt.models.model import LlamaModel
+from specrt.models.step import StepRows, layer_tap
 from specrt.tree import MAX_NODES, chain_tree
 
 
 class ExitModel:
-    """An exit of a target, as launches on given buffers.
+    """An exit of a target, as launches on given buffers; the first N layers are the target's.
 
     Args:
         config: where it reads.
@@ -65,24 +65,8 @@ class ExitModel:
         return self._layer.new_cache()
 
     def reserve(self, rows: int, num_positions: int) -> None:
-        """Make room for steps of so many rows, at such positions, here and in the target."""
-        self.target.reserve(rows, num_positions)
+        """Make room for the exit's steps of so many rows, at such positions."""
         self._layer.reserve(rows, num_positions)
-
-    def launch_lower(
-        self, hidden: torch.Tensor, rows: StepRows, cache: KVCache, out: torch.Tensor
-    ) -> None:
-        """The target's first N layers: embeddings ``hidden [M, H]`` to ``out``, g.
-
-        Args:
-            hidden: overwritten where N > 1.
-            rows: where the rows stand in ``cache``.
-            cache: the target's.
-            out: ``[M, H]`` float32.
-        """
-        last = self.num_layers - 1
-        for index in range(self.num_layers):
-            self.target.launch_layer(index, hidden, rows, cache, out if index == last else hidden)
 
     def launch_kv(self, states: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
         """The exit layer's keys and values of g, ``states [M, H]``, and nothing more."""

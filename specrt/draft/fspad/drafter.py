@@ -28,7 +28,8 @@ from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundK
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
 from specrt.draft.length.measured import MeasuredPolicy, TreePolicy, TreeRound
-from specrt.models.model import FINAL_TAP, StepRunner, run_eagerly
+from specrt.models.model import StepRunner, run_eagerly
+from specrt.models.step import FINAL_TAP
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState

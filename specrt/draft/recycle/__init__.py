@@ -1,0 +1,1 @@
+"""Token Recycling: what the target found likely before drafts."""

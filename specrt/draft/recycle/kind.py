@@ -1,0 +1,19 @@
+"""The entry of Token Recycling among the kinds of drafters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from specrt.draft.kind import DrafterRequest, Kind
+
+if TYPE_CHECKING:
+    from specrt.draft.base import Drafter
+
+
+def _load(request: DrafterRequest) -> Drafter:
+    from specrt.draft.recycle.drafter import RecycleDrafter
+
+    return RecycleDrafter(request.target.config.vocab_size)
+
+
+RECYCLE = Kind("recycle", "what the target found likely behind the same tokens before", _load)
