@@ -56,7 +56,6 @@ class Engine:
         self._intake = Intake(target.config, tokenizer, drafter, self.limits)
         self._lock = target.lock
         self._outbox: deque[StreamChunk] = deque()
-        self._open: dict[RequestHandle, Request] = {}
         self._ids = count()
         self._owner = object()
         self._process = os.getpid()
@@ -97,7 +96,6 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        self._open.clear()
         self._core.close()
         del self.target, self.drafter, self.tokenizer, self._core, self._intake
 
@@ -297,11 +295,11 @@ class Engine:
         self._check_open()
         if not isinstance(handle, RequestHandle) or handle.owner is not self._owner:
             raise ValueError(f"handle: expected one that this engine's add gave, got {handle!r}")
-        request = self._open.get(handle)
-        if request is None:
-            return False
-        self._lock.do_when_free(partial(self._abort, request))
-        return True
+        for request in self._core.scheduler:
+            if request.handle is handle and not request.is_over:
+                self._lock.do_when_free(partial(self._abort, request))
+                return True
+        return False
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -330,9 +328,8 @@ class Engine:
             QueueFullError: as :meth:`add`.
         """
         handle = RequestHandle(next(self._ids), self._owner)
-        request = self._intake.request(asked, handle, is_streamed, partial(self._deliver, box))
+        request = self._intake.request(asked, handle, is_streamed, box)
         self._core.scheduler.add(request)
-        self._open[request.handle] = request
         return request
 
     # --- turns --------------------------------------------------------------------------------
@@ -378,19 +375,14 @@ class Engine:
             self._check_open()
             self._core.step()
 
-    def _deliver(self, box: deque[StreamChunk], chunk: StreamChunk) -> None:
-        if chunk.result is not None:
-            self._open.pop(chunk.handle, None)
-        box.append(chunk)
-
     def _abort(self, request: Request) -> None:
-        if self._open.pop(request.handle, None) is not None:
-            self._core.remove(request)
-            request.deliver(request.failed("", "abort"))
+        if not self._is_closed and not request.is_over:
+            self._core.end(request, request.failed("", "abort"))
 
     def _drop(self, requests: Mapping[RequestHandle, Request]) -> None:
         """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
+        if self._is_closed:
+            return
         with ExitStack() as releases:  # all of them, though one may raise
-            for handle, request in requests.items():
-                if self._open.pop(handle, None) is not None:
-                    releases.callback(self._core.remove, request)
+            for request in requests.values():
+                releases.callback(self._core.remove, request)

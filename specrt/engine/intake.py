@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ class Intake:
         asked: Asked,
         handle: RequestHandle,
         is_streamed: bool,
-        deliver: Callable[[StreamChunk], None],
+        box: deque[StreamChunk],
     ) -> Request:
         """A request of what was asked, with a seed if it had none.
 
@@ -115,21 +115,24 @@ class Intake:
             asked: as :meth:`take` gave it.
             handle: its name.
             is_streamed: whether its text is wanted before the end.
-            deliver: is told of it.
+            box: takes what comes of it.
         """
-        ids, params, config = asked.ids, asked.params.with_seed(), self.config
+        ids, params = asked.ids, asked.params.with_seed()
         wanted = len(ids) + params.max_new_tokens
-        max_len = min(wanted, config.max_positions)
-        eos_ids = () if params.ignore_eos else config.eos_ids
-        end = OutputEnd(
-            TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
-            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
-            stop_strings=params.stop_strings,
-            keeps_stop=params.include_stop_str_in_output,
-            num_left=max_len - len(ids),
-            limit_reason="length" if max_len == wanted else "context",
-            is_streamed=is_streamed,
-        )
+        max_len = min(wanted, self.config.max_positions)
+        eos_ids = () if params.ignore_eos else self.config.eos_ids
+
+        def new_end() -> OutputEnd:
+            return OutputEnd(
+                TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
+                stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
+                stop_strings=params.stop_strings,
+                keeps_stop=params.include_stop_str_in_output,
+                num_left=max_len - len(ids),
+                limit_reason="length" if max_len == wanted else "context",
+                is_streamed=is_streamed,
+            )
+
         state = SequenceState(
             list(ids),
             len(ids),
@@ -138,4 +141,4 @@ class Intake:
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
         )
-        return Request(handle, params, asked.draft, state, end, deliver, asked.number)
+        return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)
