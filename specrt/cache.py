@@ -7,7 +7,6 @@ that abandoning a round needs no undo.
 
 from __future__ import annotations
 
-import heapq
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from specrt.reuse import power_of_two
 SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
 
+_UNKNOWN = -1  # of a row's length
 _FIRST_PAGES = 16  # of a cache that grows for the first time
 _NO_MEMORY = RuntimeError, MemoryError, OverflowError, OSError  # torch, Python, the system
 
@@ -47,7 +47,7 @@ class KVCache:
         config: the model's.
         dtype: of keys and values.
         page_size: tokens.
-        on_move: called when ``kv`` is another tensor.
+        on_move: called when ``kv`` is about to be another tensor.
         device: where to.
         max_pages: that sequences may hold together; None: as many as there is memory for.
 
@@ -72,7 +72,7 @@ class KVCache:
         self._shape = (config.num_layers, 2, 1, page_size, config.num_kv_heads, config.head_dim)
         self._on_move: Callable[[], None] | None = on_move  # None: retired
         self.kv = _untouched_zeros(self._shape, dtype, torch.device(device))
-        self._returned: list[int] = []  # a heap
+        self._returned: list[int] = []  # sorted
         self._num_touched = 1  # pages from here on have never been a sequence's
 
     @property
@@ -136,13 +136,13 @@ class KVCache:
             return
         if num_more > self.num_free_pages:
             self._grow(self.num_held_pages + num_more)
-        sequence.pages.extend([self._take() for _ in range(num_more)])
+        self._take(sequence.pages, num_more)
 
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages back; closed again it has none to give."""
-        pages, sequence.pages = sequence.pages, []
-        for page in pages:
-            heapq.heappush(self._returned, page)
+        free = sorted([*self._returned, *sequence.pages])
+        # Ctrl-C comes behind a call: there is none between these, and no page is lost.
+        sequence.pages, self._returned = [], free
 
     def retire(self) -> None:
         """Give the memory back for good, if no sequence holds a page of it."""
@@ -153,11 +153,15 @@ class KVCache:
             self._on_move()
             self._on_move = None
 
-    def _take(self) -> int:
-        if self._returned:
-            return heapq.heappop(self._returned)
-        self._num_touched += 1
-        return self._num_touched - 1
+    def _take(self, pages: list[int], count: int) -> None:
+        """Add so many free pages."""
+        num_new = max(0, count - len(self._returned))
+        end = self._num_touched + num_new
+        taken = [*self._returned[:count], *range(self._num_touched, end)]
+        rest = self._returned[count:]
+        # As in `close`: the only call comes last.
+        self._returned, self._num_touched = rest, end
+        pages.extend(taken)
 
     def _grow(self, needed: int) -> None:
         """Make room for ``needed`` pages in all, and for more where there is memory."""
@@ -176,8 +180,8 @@ class KVCache:
                 raise MemoryError(self._no_room(needed)) from error
         touched = slice(self._num_touched)  # reading the others would cost memory
         grown[:, :, touched] = self.kv[:, :, touched]
+        self._on_move()  # first: an interrupt must not leave launches over memory that is gone
         self.kv = grown
-        self._on_move()
 
     def _pages(self, num_pages: int) -> torch.Tensor:
         """``kv`` with so many pages for sequences, zeros."""
@@ -248,7 +252,7 @@ class CacheBatch:
             if self._lengths[row] != sequence.length:
                 self._write_length(row, sequence.length)
         self.sequences = list(sequences)
-        if len(sequences) != len(self.kv_len):
+        if len(sequences) != self._size:
             self._set_views(len(sequences))
         return self
 
@@ -260,6 +264,8 @@ class CacheBatch:
             num_path: ``[B]`` int32 on the host, how many of each row count; 0 or less commits
                 nothing.
         """
+        # Rows of which nothing is known while they move: an interrupt may come in between.
+        self._lengths[: len(self.sequences)] = [_UNKNOWN] * len(self.sequences)
         ops.kv_commit(
             self.cache.kv,
             self.block_table,
@@ -272,7 +278,7 @@ class CacheBatch:
         for row, (sequence, count) in enumerate(counts):
             num_moved = min(max(0, count), path.shape[1])  # as the kernel does
             sequence.length += num_moved
-            self._lengths[row] += num_moved
+            self._lengths[row] = sequence.length
             room = len(sequence.pages) * self.cache.page_size
             assert sequence.length <= room, "rows were committed that lie on the scratch page"
 
@@ -289,6 +295,7 @@ class CacheBatch:
         self._set_views(0)
 
     def _set_views(self, size: int) -> None:
+        self._size = size  # asking a tensor takes longer than all else of an update
         self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
         is_on_gpu = registry.is_on_gpu(self._kv_len)
         self._tickets = self._all_tickets[:size] if is_on_gpu else None

@@ -72,6 +72,11 @@ class Batch:
         self._requests.pop()
         self._look()
 
+    def clear(self) -> None:
+        """Nobody decodes any more, whatever an interrupt has left half written."""
+        self._requests.clear()
+        self._look()
+
     def cached(self) -> CacheBatch:
         """The pages of the B sequences as they are now."""
         sequences = []

@@ -95,6 +95,11 @@ class EngineCore:
             self._start_over()
             raise
 
+    def end(self, request: Request, last: StreamChunk) -> None:
+        """Tell a request's last chunk and forget it."""
+        request.tell(last)  # first: interrupted, it is removed later, and never told twice
+        self.remove(request)
+
     def remove(self, request: Request) -> None:
         """Free what a request holds, however far it has come, and forget it."""
         with ExitStack() as releases:  # all of them, though one may be interrupted
@@ -156,9 +161,15 @@ class EngineCore:
             request.cached = None
 
     def _start_over(self) -> None:
-        """After an interrupt nobody knows which of a round's writes were made."""
+        """After an interrupt nobody knows which of a round's writes were made: what users have been
+        told is what there is, and all go on from there."""
         for request in reversed(self.scheduler.admitted):
-            self._preempt(request)
+            if request.is_over:
+                self.remove(request)
+            else:
+                self._preempt(request)
+                request.forget_untold()
+        self._batch.clear()
 
     # --- prompts ------------------------------------------------------------------------------
 
@@ -246,9 +257,9 @@ class EngineCore:
         except Exception as error:  # its tokenizer's, maybe
             self._fail(request, f"{type(error).__name__}: {error}")
             return
+        request.tell(chunk)
         if chunk.result is not None:
             self.remove(request)
-        request.deliver(chunk)
 
     def _chunk(self, request: Request, row: int, report: RoundReport) -> StreamChunk:
         length, stats = report.accept_lengths[row], request.stats
@@ -267,5 +278,4 @@ class EngineCore:
 
     def _fail(self, request: Request, error: str) -> None:
         """End one request alone, and say why."""
-        self.remove(request)
-        request.deliver(request.failed(error))
+        self.end(request, request.failed(error))

@@ -97,11 +97,11 @@ class Drafting:
         """It leaves, or waits again."""
         if not request.is_started:
             return
-        request.is_started = False
         try:
             self._drafter.finish(request.state)
         except Exception as error:
             self._warn("finish", error)
+        request.is_started = False  # not before: interrupted, it has to be done again
 
     # --- a round ------------------------------------------------------------------------------
 

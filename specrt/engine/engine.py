@@ -8,26 +8,22 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 
 from specrt.cache import KVCache
-from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
+from specrt.draft.base import Drafter, DraftParams
 from specrt.engine.core import EngineCore, EngineLimits
-from specrt.engine.prompts import Message, Prompt, PromptEncoder, split_prompts
+from specrt.engine.intake import Asked, Intake
+from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.request import Request
 from specrt.engine.results import GenerationResult, StreamChunk
-from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, one_each, sampling_row
-from specrt.types import QueueFullError, RequestHandle, SequenceState
+from specrt.sampling import SamplingOptions, SamplingParams
+from specrt.types import QueueFullError, RequestHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from specrt.sampling import SamplingOptions
-
-OnePrompt = str | Iterable[int] | Iterable[Message] | Mapping[str, object]
 
 
 class Engine:
@@ -57,9 +53,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
         self._core = EngineCore(target, drafter, self.limits)
+        self._intake = Intake(target.config, tokenizer, drafter, self.limits)
         self._lock = target.lock
         self._outbox: deque[StreamChunk] = deque()
-        self._open: dict[RequestHandle, Request] = {}
         self._ids = count()
         self._owner = object()
         self._process = os.getpid()
@@ -100,9 +96,8 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        self._open.clear()
         self._core.close()
-        del self.target, self.drafter, self.tokenizer, self._core
+        del self.target, self.drafter, self.tokenizer, self._core, self._intake
 
     @property
     def max_batch(self) -> int:
@@ -204,7 +199,8 @@ class Engine:
             TypeError: an option that :class:`SamplingParams` does not have.
             RuntimeError: the engine is closed, or was loaded by another process.
         """
-        requests, many = self._requests(prompts, sampling, draft, options, add_special_tokens)
+        self._check_open()
+        requests, many = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
         results = dict[int, GenerationResult]()
         with closing(self._answers(requests, is_streamed=False)) as stream:
             for chunk in stream:
@@ -228,7 +224,8 @@ class Engine:
         Arguments are checked at the call, before the first chunk is asked for; requests are added
         when it is.
         """
-        requests, _ = self._requests(prompts, sampling, draft, options, add_special_tokens)
+        self._check_open()
+        requests, _ = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
         return self._answers(requests, is_streamed=True)
 
     # --- step by step -------------------------------------------------------------------------
@@ -263,7 +260,8 @@ class Engine:
             ValueError, TypeError, RuntimeError: as :meth:`generate`.
             QueueFullError: as many requests wait as may (``max_waiting``); nothing was added.
         """
-        (asked,), many = self._requests(prompt, sampling, draft, options, add_special_tokens)
+        self._check_open()
+        (asked,), many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
         if many:
             raise ValueError("prompt: expected one, got a list of them; add each")
         return self._enqueue(asked, True, self._outbox).handle
@@ -280,10 +278,7 @@ class Engine:
         """
         self._check_open()
         self._lock.run(partial(self._step, deque()))
-        chunks = []
-        while self._outbox:
-            chunks.append(self._outbox.popleft())
-        return chunks
+        return [self._outbox.popleft() for _ in range(len(self._outbox))]
 
     def abort(self, handle: RequestHandle) -> bool:
         """End a request; its last chunk has a result with ``finish_reason == "abort"``.
@@ -300,11 +295,11 @@ class Engine:
         self._check_open()
         if not isinstance(handle, RequestHandle) or handle.owner is not self._owner:
             raise ValueError(f"handle: expected one that this engine's add gave, got {handle!r}")
-        request = self._open.get(handle)
-        if request is None:
-            return False
-        self._lock.do_when_free(partial(self._abort, request))
-        return True
+        for request in self._core.scheduler:
+            if request.handle is handle and not request.is_over:
+                self._lock.do_when_free(partial(self._abort, request))
+                return True
+        return False
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -315,36 +310,7 @@ class Engine:
             ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
         self._check_open()
-        vocab_size = self.target.config.vocab_size
-        return PromptEncoder(self.tokenizer, vocab_size, add_special_tokens).encode(prompt)
-
-    def _requests(
-        self,
-        prompts: Prompt | Iterable[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        draft: DraftParams | None,
-        options: Mapping[str, object],
-        add_special_tokens: bool,
-    ) -> tuple[deque[_Asked], bool]:
-        """What is asked, prompt by prompt, all of which the target can take; if there were many."""
-        self._check_open()
-        self._check_draft(draft)
-        batch, many = split_prompts(prompts)
-        params = one_each(sampling, len(batch), options)
-        defaults, vocab = self.target.config.generation, self.target.config.vocab_size
-        encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
-        asked = deque[_Asked]()
-        for index, (prompt, p) in enumerate(zip(batch, params, strict=True)):
-            name = f"prompts[{index}]" if many else "prompt"
-            ids, p = encoder.encode(prompt, name), p.with_defaults(defaults)
-            self._check_room(name, len(ids))
-            if p.logit_bias and max(p.logit_bias) >= vocab:
-                raise ValueError(
-                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
-                    f"got {max(p.logit_bias)}"
-                )
-            asked.append(_Asked(index, ids, p, draft or DraftParams()))
-        return asked, many
+        return self._intake.encoder(add_special_tokens).encode(prompt)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -355,71 +321,21 @@ class Engine:
                 "gone; let each process load its own (multiprocessing's spawn)"
             )
 
-    def _check_draft(self, draft: DraftParams | None) -> None:
-        if draft is None:
-            return
-        most = self.limits.max_nodes
-        if (draft.total_tokens or 1) > most:
-            raise ValueError(
-                f"total_tokens: expected at most the engine's max_nodes, {most}, "
-                f"got {draft.total_tokens}"
-            )
-        if isinstance(self.drafter, ShapedDrafter):
-            self.drafter.check(draft)
-
-    def _check_room(self, name: str, num_tokens: int) -> None:
-        context, cached = self.target.config.max_positions, self.limits.max_cached_tokens
-        if num_tokens >= context:
-            raise ValueError(
-                f"{name}: {num_tokens} tokens leave no room in the context of {context}"
-            )
-        if cached is not None and num_tokens >= cached:
-            raise ValueError(
-                f"{name}: {num_tokens} tokens leave no room in the engine's max_cached_tokens, "
-                f"{cached}"
-            )
-
-    def _new_request(self, asked: _Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
-        ids, params, config = asked.ids, asked.params.with_seed(), self.target.config
-        wanted = len(ids) + params.max_new_tokens
-        max_len = min(wanted, config.max_positions)
-        eos_ids = () if params.ignore_eos else config.eos_ids
-        end = OutputEnd(
-            TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
-            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
-            stop_strings=params.stop_strings,
-            keeps_stop=params.include_stop_str_in_output,
-            num_left=max_len - len(ids),
-            limit_reason="length" if max_len == wanted else "context",
-            is_streamed=is_streamed,
-        )
-        state = SequenceState(
-            list(ids),
-            len(ids),
-            max_len,
-            seed=params.seed or 0,
-            temperature=params.temperature,
-            sampling_row=sampling_row(params, len(ids)),
-        )
-        handle = RequestHandle(next(self._ids), self._owner)
-        deliver = partial(self._deliver, box)
-        return Request(handle, params, asked.draft, state, end, deliver, asked.number)
-
-    def _enqueue(self, asked: _Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
+    def _enqueue(self, asked: Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
         """A request that waits for its turn.
 
         Raises:
             QueueFullError: as :meth:`add`.
         """
-        request = self._new_request(asked, is_streamed, box)
+        handle = RequestHandle(next(self._ids), self._owner)
+        request = self._intake.request(asked, handle, is_streamed, box)
         self._core.scheduler.add(request)
-        self._open[request.handle] = request
         return request
 
     # --- turns --------------------------------------------------------------------------------
 
     def _answers(
-        self, asked: deque[_Asked], is_streamed: bool
+        self, asked: deque[Asked], is_streamed: bool
     ) -> Generator[StreamChunk, None, None]:
         """What comes of some requests, while this thread or another steps the engine."""
         box, mine = deque[StreamChunk](), dict[RequestHandle, Request]()
@@ -438,7 +354,7 @@ class Engine:
 
     def _feed(
         self,
-        asked: deque[_Asked],
+        asked: deque[Asked],
         is_streamed: bool,
         box: deque[StreamChunk],
         mine: dict[RequestHandle, Request],
@@ -459,28 +375,14 @@ class Engine:
             self._check_open()
             self._core.step()
 
-    def _deliver(self, box: deque[StreamChunk], chunk: StreamChunk) -> None:
-        if chunk.result is not None:
-            self._open.pop(chunk.handle, None)
-        box.append(chunk)
-
     def _abort(self, request: Request) -> None:
-        if self._open.pop(request.handle, None) is not None:
-            self._core.remove(request)
-            request.deliver(request.failed("", "abort"))
+        if not self._is_closed and not request.is_over:
+            self._core.end(request, request.failed("", "abort"))
 
     def _drop(self, requests: Mapping[RequestHandle, Request]) -> None:
         """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
+        if self._is_closed:
+            return
         with ExitStack() as releases:  # all of them, though one may raise
-            for handle, request in requests.items():
-                if self._open.pop(handle, None) is not None:
-                    releases.callback(self._core.remove, request)
-
-
-class _Asked(NamedTuple):
-    """One prompt of a call."""
-
-    number: int
-    ids: list[int]
-    params: SamplingParams
-    draft: DraftParams
+            for request in requests.values():
+                releases.callback(self._core.remove, request)

@@ -25,9 +25,10 @@ class Request:
     params: SamplingParams
     draft: DraftParams
     state: SequenceState
-    end: OutputEnd
+    new_end: Callable[[], OutputEnd]
+    """Makes what tells its tokens' text and where it ends."""
     deliver: Callable[[StreamChunk], None]
-    """Called with what each round gives it."""
+    """Called with what each round gives it: a box's own ``append`` (see :meth:`tell`)."""
     index: int = 0
     """Which prompt of its call."""
     cached: CachedSequence | None = None
@@ -44,6 +45,13 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     stats: RoundStats = field(default_factory=RoundStats)
     error: str | None = None
+    num_told: int = 0
+    """Output tokens that its user has been told of."""
+    is_over: bool = False
+    """Whether its user has been told its result."""
+
+    def __post_init__(self) -> None:
+        self.end = self.new_end()
 
     @property
     def num_to_prefill(self) -> int:
@@ -57,7 +65,7 @@ class Request:
         return self.state.token_ids[self.state.prompt_len :]
 
     def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
-        """Take tokens until the output ends; return those taken."""
+        """Take tokens until the output ends; those that its user has not been told of."""
         taken = 0
         for token in tokens:
             taken += 1
@@ -66,17 +74,18 @@ class Request:
                 break
         if logprobs is not None:
             self.logprobs.extend(logprobs[:taken])
-        return list(tokens[:taken])
+        return self.state.token_ids[self.state.prompt_len + self.num_told :]
 
     def failed(self, error: str, reason: FinishReason = "error") -> StreamChunk:
         """Its last chunk, if it cannot go on or is not to."""
         self.error = error if reason == "error" else None
+        untold = self.append([], None)
         try:
             self.end.fail(reason)
-            return self.chunk([], 0)
+            return self.chunk(untold, 0)
         except Exception:  # the tokenizer's: what was shown before is the text
             self.end.forget_unread()
-            return self.chunk([], 0)
+            return self.chunk(untold, 0)
 
     def chunk(self, taken: list[int], accept_length: int) -> StreamChunk:
         """What a round gave: the tokens taken of a path, and the result if the output has ended."""
@@ -88,6 +97,28 @@ class Request:
             result=self._result() if self.end.reason is not None else None,
             handle=self.handle,
         )
+
+    def tell(self, chunk: StreamChunk) -> None:
+        """Let its user have a chunk.
+
+        Python looks for Ctrl-C behind each call, and here the last one is the telling itself: so a
+        chunk is told and counted, or neither.
+        """
+        num_told = self.num_told + len(chunk.token_ids)
+        self.num_told, self.is_over = num_told, chunk.result is not None
+        self.deliver(chunk)
+
+    def forget_untold(self) -> None:
+        """Go back to what its user was told, whatever an interrupt has left half done.
+
+        The tokens behind it will come again: their noise is a counter.
+        """
+        del self.state.token_ids[self.state.prompt_len + self.num_told :]
+        del self.logprobs[self.num_told :]
+        self.end = self.new_end()
+        for token in self.output_ids:
+            self.end.push(token)
+        self.end.take_text()
 
     def _result(self) -> GenerationResult:
         return GenerationResult(

@@ -73,17 +73,20 @@ class Scheduler:
             return None
         if self._admitted and not self._has_room(self._waiting[0]):
             return None
-        self._admitted.append(self._waiting.popleft())
-        return self._admitted[-1]
+        request = self._waiting[0]
+        self._admitted.append(request)  # first: an interrupt must not come while it is nowhere
+        self._waiting.popleft()
+        return request
 
     def preempt(self, request: Request) -> None:
         """An admitted request waits again, before all others."""
+        if request not in self._waiting:  # it may be, if admitting it was interrupted
+            self._waiting.appendleft(request)
         self._admitted.remove(request)
-        self._waiting.appendleft(request)
 
     def remove(self, request: Request) -> None:
         """A request has ended, wherever it was; one that is gone already stays gone."""
         if request in self._admitted:
             self._admitted.remove(request)
-        elif request in self._waiting:
+        if request in self._waiting:
             self._waiting.remove(request)

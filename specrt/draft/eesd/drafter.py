@@ -221,7 +221,7 @@ class EesdDrafter:
             draft = self._drafts[state]
             num_rows = len(draft.pending) + 1 + cap * width
             self._cache.reserve(draft.cached, draft.cached.length + num_rows)
-        return plan._replace(caps=caps)
+        return plan if caps == plan.caps else plan._replace(caps=caps)
 
     def _is_plain_due(self, plan: _Plan) -> bool:
         """Whether to draft nothing, to see what that takes."""
