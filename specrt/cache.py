@@ -141,7 +141,7 @@ class KVCache:
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages back; closed again it has none to give."""
         free = sorted([*self._returned, *sequence.pages])
-        # Python looks for Ctrl-C behind each call: there is none between these, and no page is lost.
+        # Python looks for Ctrl-C behind each call: no call between these, and no page is lost.
         sequence.pages, self._returned = [], free
 
     def retire(self) -> None:
