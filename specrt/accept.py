@@ -8,6 +8,8 @@ from specrt.ops.tree_accept import tree_accept
 from specrt.sampling import SamplingTable
 from specrt.types import AcceptResult, DraftTree
 
+_LAW_TOLERANCE = 1e-4  # of a law's sum: float32's rounding, but not bfloat16's
+
 
 def accept(
     tree: DraftTree,
@@ -30,6 +32,11 @@ def accept(
     min(1, target / draft), the target law becoming normalize(relu(target - draft)) after each
     rejection; the bonus token is drawn from what is left (SpecInfer, arXiv 2305.09781, multi-step
     speculative sampling). The text then depends on the tree; its law does not.
+
+    Where a row of ``draft_probs`` is no law over the vocabulary (NaN, negative, not of sum 1), its
+    children cannot have been drawn from it: a tree ends before the first of them. That is for the
+    laws alone to say, which stood before anything was drawn from them; a rule that looked at the
+    draws would bias the text. From a root without children the target's token is that of the seed.
 
     Penalties count the tokens of ``history`` and of the node's ancestors. History tokens outside
     the vocabulary are not counted.
@@ -56,11 +63,12 @@ def accept(
     tokens = torch.empty(shape, dtype=torch.int32)
     accept_length = torch.empty(shape[0], dtype=torch.int32)
     logprobs = torch.empty(shape) if want_logprobs else None
+    num_nodes, draft_probs = _drawn(tree, logits.shape[-1])
     tree_accept(
         tree.draft_tokens,
         tree.parents,
-        tree.num_nodes,
-        tree.draft_probs,
+        num_nodes,
+        draft_probs,
         logits,
         sampling.rows,
         sampling.bias_ids,
@@ -74,3 +82,20 @@ def accept(
         logprobs,
     )
     return AcceptResult(path, accept_length, tokens, logprobs)
+
+
+def _drawn(tree: DraftTree, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``num_nodes`` up to the first node that no law was there to draw from, and the laws."""
+    probs = tree.draft_probs
+    if probs is None:
+        return tree.num_nodes, None
+    if probs.shape[-1] != vocab_size:
+        return torch.ones_like(tree.num_nodes), None
+    probs = probs.detach()
+    # NaN is neither at least 0 nor near 1.
+    is_law = (probs.amin(dim=-1) >= 0) & ((probs.sum(dim=-1) - 1).abs() <= _LAW_TOLERANCE)
+    parents = tree.parents.clamp(0, probs.shape[1] - 1).long()
+    is_drawn = is_law.gather(1, parents)
+    is_drawn[:, 0] = True  # the root is no draft
+    num_drawn = is_drawn.int().cumprod(dim=1).sum(dim=1, dtype=torch.int32)
+    return torch.minimum(tree.num_nodes, num_drawn), probs

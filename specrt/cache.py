@@ -141,7 +141,7 @@ class KVCache:
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages back; closed again it has none to give."""
         free = sorted([*self._returned, *sequence.pages])
-        # Python looks for Ctrl-C behind each call: no call between these, and no page is lost.
+        # Ctrl-C comes behind a call: there is none between these, and no page is lost.
         sequence.pages, self._returned = [], free
 
     def retire(self) -> None:
@@ -252,7 +252,7 @@ class CacheBatch:
             if self._lengths[row] != sequence.length:
                 self._write_length(row, sequence.length)
         self.sequences = list(sequences)
-        if len(sequences) != len(self.kv_len):
+        if len(sequences) != self._size:
             self._set_views(len(sequences))
         return self
 
@@ -295,6 +295,7 @@ class CacheBatch:
         self._set_views(0)
 
     def _set_views(self, size: int) -> None:
+        self._size = size  # asking a tensor takes longer than all else of an update
         self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
         is_on_gpu = registry.is_on_gpu(self._kv_len)
         self._tickets = self._all_tickets[:size] if is_on_gpu else None

@@ -18,8 +18,8 @@ from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
-from specrt.engine.engine import Engine, OnePrompt
-from specrt.engine.prompts import Prompt
+from specrt.engine.engine import Engine
+from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.results import GenerationResult
 from specrt.graph import GraphCache
 from specrt.models.loader import load_weights

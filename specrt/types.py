@@ -61,7 +61,8 @@ class Proposal:
     """``[B]`` int32; nodes from there on are padding."""
     draft_probs: torch.Tensor | None = None
     """``[B, M, V]`` float32: row i is the law node i's children were drawn from, independently.
-    Given only by drafters that sample; acceptance then uses rejection with residuals."""
+    Given only by drafters that sample; acceptance then uses rejection with residuals. A tree ends
+    before the first child of a row that is no law: NaN, negative, or of a sum that is not 1."""
 
 
 @dataclass(frozen=True)

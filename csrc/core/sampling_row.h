@@ -1,7 +1,7 @@
 // One request's sampling parameters: what acceptance draws the target's tokens by, and what coupled
 // trees guess those draws by. One row for both, or the two would come to differ.
 //
-// In Python a row is eight int64 words (specrt/sampling.py: sampling_row, which packs it):
+// In Python a row is eight int64 words (specrt/sampling/rows.py: sampling_row, which packs it):
 //
 //     word | low half           | high half
 //     -----+--------------------+-------------------

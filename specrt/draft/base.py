@@ -76,19 +76,26 @@ class Drafter(Protocol):
     which a prompt's pass has not."""
 
     def start(self, state: SequenceState) -> None:
-        """A sequence joins; its prompt is in ``state.token_ids``.
+        """A sequence joins, or comes back after it had to give way: ``state.token_ids`` is its
+        prompt and what was said so far.
 
         Raises:
             MemoryError: there is no memory for its draft cache.
         """
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
-        """The target has run prompt tokens from position ``start`` on; taps are ``[1, n, H]``."""
+        """The target has run the tokens from position ``start`` on, of all but the last one; taps
+        are ``[1, n, H]``."""
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """A tree for each sequence, rooted at its last token, of at most ``budget.max_nodes``.
 
-        Of a larger one the first so many nodes are verified.
+        Of a larger one the first so many nodes are verified. Its tensors are read before the next
+        call, which may overwrite them. Other sequences may be asked for before it is observed: what
+        belongs to this proposal alone is kept in it, and not in the drafter.
+
+        Raises:
+            MemoryError: there is no memory for a draft cache; the sequence goes on undrafted.
         """
 
     def observe(
@@ -98,7 +105,7 @@ class Drafter(Protocol):
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
-        """What came of the last proposal; called before the tokens are appended to the states."""
+        """What came of a proposal; called before the tokens are appended to the states."""
 
     def finish(self, state: SequenceState) -> None:
         """A sequence leaves, for whatever reason (``start`` that raised is one); frees what was

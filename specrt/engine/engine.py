@@ -11,22 +11,19 @@ from itertools import count
 from typing import TYPE_CHECKING, NoReturn, overload
 
 from specrt.cache import KVCache
-from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
+from specrt.draft.base import Drafter, DraftParams
 from specrt.engine.core import EngineCore, EngineLimits
-from specrt.engine.prompts import Message, Prompt, PromptEncoder, split_prompts
-from specrt.engine.request import Asked, Request, new_request
+from specrt.engine.intake import Asked, Intake
+from specrt.engine.prompts import OnePrompt, Prompt
+from specrt.engine.request import Request
 from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, one_each
+from specrt.sampling import SamplingOptions, SamplingParams
 from specrt.types import QueueFullError, RequestHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from specrt.sampling import SamplingOptions
-
-OnePrompt = str | Iterable[int] | Iterable[Message] | Mapping[str, object]
 
 
 class Engine:
@@ -56,6 +53,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
         self._core = EngineCore(target, drafter, self.limits)
+        self._intake = Intake(target.config, tokenizer, drafter, self.limits)
         self._lock = target.lock
         self._outbox: deque[StreamChunk] = deque()
         self._ids = count()
@@ -99,7 +97,7 @@ class Engine:
             return
         self._is_closed = True
         self._core.close()
-        del self.target, self.drafter, self.tokenizer, self._core
+        del self.target, self.drafter, self.tokenizer, self._core, self._intake
 
     @property
     def max_batch(self) -> int:
@@ -201,7 +199,8 @@ class Engine:
             TypeError: an option that :class:`SamplingParams` does not have.
             RuntimeError: the engine is closed, or was loaded by another process.
         """
-        requests, many = self._requests(prompts, sampling, draft, options, add_special_tokens)
+        self._check_open()
+        requests, many = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
         results = dict[int, GenerationResult]()
         with closing(self._answers(requests, is_streamed=False)) as stream:
             for chunk in stream:
@@ -225,7 +224,8 @@ class Engine:
         Arguments are checked at the call, before the first chunk is asked for; requests are added
         when it is.
         """
-        requests, _ = self._requests(prompts, sampling, draft, options, add_special_tokens)
+        self._check_open()
+        requests, _ = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
         return self._answers(requests, is_streamed=True)
 
     # --- step by step -------------------------------------------------------------------------
@@ -260,7 +260,8 @@ class Engine:
             ValueError, TypeError, RuntimeError: as :meth:`generate`.
             QueueFullError: as many requests wait as may (``max_waiting``); nothing was added.
         """
-        (asked,), many = self._requests(prompt, sampling, draft, options, add_special_tokens)
+        self._check_open()
+        (asked,), many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
         if many:
             raise ValueError("prompt: expected one, got a list of them; add each")
         return self._enqueue(asked, True, self._outbox).handle
@@ -277,10 +278,7 @@ class Engine:
         """
         self._check_open()
         self._lock.run(partial(self._step, deque()))
-        chunks = []
-        while self._outbox:
-            chunks.append(self._outbox.popleft())
-        return chunks
+        return [self._outbox.popleft() for _ in range(len(self._outbox))]
 
     def abort(self, handle: RequestHandle) -> bool:
         """End a request; its last chunk has a result with ``finish_reason == "abort"``.
@@ -312,36 +310,7 @@ class Engine:
             ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
         self._check_open()
-        vocab_size = self.target.config.vocab_size
-        return PromptEncoder(self.tokenizer, vocab_size, add_special_tokens).encode(prompt)
-
-    def _requests(
-        self,
-        prompts: Prompt | Iterable[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        draft: DraftParams | None,
-        options: Mapping[str, object],
-        add_special_tokens: bool,
-    ) -> tuple[deque[Asked], bool]:
-        """What is asked, prompt by prompt, all of which the target can take; if there were many."""
-        self._check_open()
-        self._check_draft(draft)
-        batch, many = split_prompts(prompts)
-        params = one_each(sampling, len(batch), options)
-        defaults, vocab = self.target.config.generation, self.target.config.vocab_size
-        encoder = PromptEncoder(self.tokenizer, vocab, add_special_tokens)
-        asked = deque[Asked]()
-        for index, (prompt, p) in enumerate(zip(batch, params, strict=True)):
-            name = f"prompts[{index}]" if many else "prompt"
-            ids, p = encoder.encode(prompt, name), p.with_defaults(defaults)
-            self._check_room(name, len(ids))
-            if p.logit_bias and max(p.logit_bias) >= vocab:
-                raise ValueError(
-                    f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
-                    f"got {max(p.logit_bias)}"
-                )
-            asked.append(Asked(index, ids, p, draft or DraftParams()))
-        return asked, many
+        return self._intake.encoder(add_special_tokens).encode(prompt)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -352,30 +321,6 @@ class Engine:
                 "gone; let each process load its own (multiprocessing's spawn)"
             )
 
-    def _check_draft(self, draft: DraftParams | None) -> None:
-        if draft is None:
-            return
-        most = self.limits.max_nodes
-        if (draft.total_tokens or 1) > most:
-            raise ValueError(
-                f"total_tokens: expected at most the engine's max_nodes, {most}, "
-                f"got {draft.total_tokens}"
-            )
-        if isinstance(self.drafter, ShapedDrafter):
-            self.drafter.check(draft)
-
-    def _check_room(self, name: str, num_tokens: int) -> None:
-        context, cached = self.target.config.max_positions, self.limits.max_cached_tokens
-        if num_tokens >= context:
-            raise ValueError(
-                f"{name}: {num_tokens} tokens leave no room in the context of {context}"
-            )
-        if cached is not None and num_tokens >= cached:
-            raise ValueError(
-                f"{name}: {num_tokens} tokens leave no room in the engine's max_cached_tokens, "
-                f"{cached}"
-            )
-
     def _enqueue(self, asked: Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
         """A request that waits for its turn.
 
@@ -383,7 +328,7 @@ class Engine:
             QueueFullError: as :meth:`add`.
         """
         handle = RequestHandle(next(self._ids), self._owner)
-        request = new_request(asked, handle, self.target.config, self.tokenizer, is_streamed, box)
+        request = self._intake.request(asked, handle, is_streamed, box)
         self._core.scheduler.add(request)
         return request
 

@@ -20,6 +20,8 @@ from specrt.models.tokenizer import Tokenizer
 Message = Mapping[str, Any]
 Prompt = str | Iterable[int] | Iterable[Message] | Mapping[str, Any]
 """Text, token ids, chat messages (through the tokenizer's own template), or a mapping of one."""
+OnePrompt = str | Iterable[int] | Iterable[Message] | Mapping[str, object]
+"""A prompt whose type tells that it is one."""
 PlainPrompt = str | list[int] | list[Message]
 
 _IDS, _MASK = "input_ids", "attention_mask"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from specrt.cache import CachedSequence
-from specrt.config import ModelConfig
 from specrt.draft.base import DraftParams
 from specrt.engine.results import GenerationResult, StreamChunk
-from specrt.engine.stop import FinishReason, OutputEnd, TextTracker
-from specrt.models.tokenizer import Tokenizer
-from specrt.sampling import SamplingParams, sampling_row
+from specrt.engine.stop import FinishReason, OutputEnd
+from specrt.sampling import SamplingParams
 from specrt.types import RequestHandle, RoundStats, SequenceState
 
 
@@ -136,57 +132,3 @@ class Request:
             stats=self.stats,
             error=self.error,
         )
-
-
-class Asked(NamedTuple):
-    """One prompt of a call."""
-
-    number: int
-    ids: list[int]
-    params: SamplingParams
-    draft: DraftParams
-
-
-def new_request(
-    asked: Asked,
-    handle: RequestHandle,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    is_streamed: bool,
-    box: deque[StreamChunk],
-) -> Request:
-    """A request that has not begun.
-
-    Args:
-        asked: what of the target.
-        handle: names it.
-        config: the target's.
-        tokenizer: of its text.
-        is_streamed: whether text is shown before the end.
-        box: takes what comes of it.
-    """
-    ids, params = asked.ids, asked.params.with_seed()
-    wanted = len(ids) + params.max_new_tokens
-    max_len = min(wanted, config.max_positions)
-    eos_ids = () if params.ignore_eos else config.eos_ids
-
-    def new_end() -> OutputEnd:
-        return OutputEnd(
-            TextTracker(tokenizer.decode, ids, tokenizer.special_tokens),
-            stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
-            stop_strings=params.stop_strings,
-            keeps_stop=params.include_stop_str_in_output,
-            num_left=max_len - len(ids),
-            limit_reason="length" if max_len == wanted else "context",
-            is_streamed=is_streamed,
-        )
-
-    state = SequenceState(
-        list(ids),
-        len(ids),
-        max_len,
-        seed=params.seed or 0,
-        temperature=params.temperature,
-        sampling_row=sampling_row(params, len(ids)),
-    )
-    return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)

@@ -104,7 +104,7 @@ class LayerRun:
         self._depth = torch.zeros(batch, num_nodes, dtype=torch.int32)
         self._bits = torch.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
         # The same memory through numpy, where small writes cost a tenth of torch's.
-        self._hidden_view, self._table_view = self._hidden.numpy(), self._table.numpy()
+        self._marks, self._table_view = self._hidden.numpy()[:, 0], self._table.numpy()
         self._token_view, self._parent_view = self._tokens.numpy(), self._parents.numpy()
         self._depth_view, self._bits_view = self._depth.numpy(), self._bits.numpy().view(np.uint64)
         self._orders: dict[int, tuple[npt.NDArray[np.int64], torch.Tensor]] = {}
@@ -149,7 +149,7 @@ class LayerRun:
         if level and self.shape.width > 1:
             self._see(level, parents)
         self.model.embed_tokens(here.ids, here.embedded)
-        self._hidden_view[here.first_row, 0] = math.nan  # until it is launched
+        self._marks[here.first_row] = math.nan  # until it is launched
         self._num_staged = level + 1
 
     def launch(self, level: int) -> None:
@@ -192,12 +192,13 @@ class LayerRun:
         last = -(-(num_nodes - 1) // self.shape.width)
         if last >= self._num_staged or not self._is_in_order or not self._is_run(last):
             return False
-        given = tree.draft_tokens.numpy(), tree.parents.numpy()
-        known = self._first(num_nodes)
-        if all(a.tobytes() == b.tobytes() for a, b in zip(given, known, strict=True)):
+        tokens, parents = self._first(num_nodes)
+        theirs = tree.draft_tokens.numpy(), tree.parents.numpy()
+        if tokens.tobytes() == theirs[0].tobytes() and parents.tobytes() == theirs[1].tobytes():
             return True
         is_padding = np.arange(num_nodes) >= tree.num_nodes.numpy()[:, None]
-        return all(bool(((a == b) | is_padding).all()) for a, b in zip(given, known, strict=True))
+        is_same = (tokens == theirs[0]) & (parents == theirs[1])
+        return bool((is_same | is_padding).all())
 
     def copy_states(self, num_nodes: int, out: torch.Tensor) -> None:
         """The first nodes' states, tree by tree: ``out [B * num_nodes, H]``."""
@@ -249,13 +250,14 @@ class LayerRun:
 
     def _is_run(self, level: int) -> bool:
         """Whether a staged level was launched. (States that are NaN count as not run.)"""
-        return not math.isnan(self._hidden_view[self._inputs[level].first_row, 0])
+        return not math.isnan(self._marks[self._inputs[level].first_row])
 
     def _first(self, num_nodes: int) -> tuple[_Ints, _Ints]:
-        """Copies of the first nodes' tokens and parents, tree by tree."""
+        """Copies ``[B, num_nodes]`` of the first nodes' tokens and parents, tree by tree."""
         if self.shape.batch == 1:
-            views = self._token_view[None, :num_nodes], self._parent_view[None, :num_nodes]
-            return views[0].copy(), views[1].copy()
+            return self._token_view[None, :num_nodes].copy(), self._parent_view[
+                None, :num_nodes
+            ].copy()
         order = self._order(num_nodes)[0]
         return self._token_view[order], self._parent_view[order]
 
@@ -306,10 +308,14 @@ class LowerLayers:
             How many nodes each has room for.
         """
         cache, sequences = self._batch.cache, self._batch.sequences
-        for sequence, count in zip(sequences, num_nodes, strict=True):
-            with suppress(MemoryError):
-                cache.reserve(sequence, sequence.length + min(count, MAX_NODES))
-        self._batch.update(sequences)
+        has_more = False
+        for sequence, count, room in zip(sequences, num_nodes, self._room(), strict=True):
+            if count > room:
+                has_more = True
+                with suppress(MemoryError):
+                    cache.reserve(sequence, sequence.length + min(count, MAX_NODES))
+        if has_more:
+            self._batch.update(sequences)
         return self._room()
 
     def begin(self, run: LayerRun) -> None:

@@ -208,7 +208,7 @@ def test_outcomes_may_come_a_round_late() -> None:
 
     late = rates(is_late=True)
     assert late == rates(is_late=False)
-    assert late[0] < 0.5 < late[1]
+    assert late[0] < 0.5 < late[1] < 1.0
 
 
 def test_restarted_in_mid_output_it_proposes_the_same() -> None:
@@ -274,6 +274,7 @@ def test_a_failed_sequence_teaches_nothing_and_leaves() -> None:
     assert drafted(drafter.propose([state], Budget(64, RoundCost()))) == before
     drafter.finish(state)
     drafter.finish(state)
+    assert not drafter._lookups
 
 
 # --- the cost of rows -----------------------------------------------------------------------------

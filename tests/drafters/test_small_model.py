@@ -106,6 +106,7 @@ def test_rejected_trees_leave_no_trace(model: LlamaModel) -> None:
     # One right and one wrong token, none right, the whole path, several at once.
     for accepted, more in ((1, [7]), (0, [3]), (3, [4]), (2, [1, 2, 3, 4, 5, 6]), (0, [28])):
         tree = drafter.propose([state], BUDGET)
+        assert drafter._cached[state].length == len(state.token_ids)  # the root is run once
         fresh = SmallModelDrafter(model, 3, 3)
         started(fresh, other := make_state(state.token_ids))
         expected = fresh.propose([other], BUDGET)

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint("llama", folder / "target", num_hidden_layers=LAYERS)
     for number in (1, 2):
         make_exit_checkpoint(folder / "target", folder / f"exit-{number}", number, noise=0.1)
+    make_exit_checkpoint(folder / "target", folder / "perfect", LAYERS - 1)
     return folder
 
 
@@ -114,6 +115,71 @@ def test_a_budget_without_the_targets_cache(float_model: LlamaModel, folder: Pat
     drafter = make_drafter(float_model, folder / "exit-1")
     with pytest.raises(ValueError, match="got none"):
         drafter.propose([], Budget(64, RoundCost()))
+
+
+def test_shapes_of_one_batch(float_model: LlamaModel, folder: Path) -> None:
+    """Each is asked for by itself, and hears of its own outcome: this exit is never wrong."""
+    asked = prompts(5, VOCAB)
+    expected = texts(make_engine(float_model).generate(asked, GREEDY))
+    drafter = make_drafter(float_model, folder / "perfect", "fixed", draft_len=4)
+    engine = make_engine(float_model, drafter, prefill_chunk=5)
+    depths = [2, None, 3, None, 2]
+    for prompt, depth in zip(asked, depths, strict=True):
+        engine.add(prompt, GREEDY, DraftParams(depth=depth))
+    results = {}
+    while not engine.is_idle:
+        results.update({one.handle.id: one.result for one in engine.step() if one.result})
+    said = [results[index] for index in sorted(results)]
+    assert texts(said) == expected
+    for result, depth in zip(said, depths, strict=True):
+        assert set(result.stats.accept_lengths[:-1]) == {depth or 4}
+
+
+def test_sequences_that_gave_way_draft_as_before(float_model: LlamaModel, folder: Path) -> None:
+    """They start again from all their tokens: a wrong state would make wrong drafts."""
+    asked = prompts(6, VOCAB)[2:]
+    params = SamplingParams(max_new_tokens=130, ignore_eos=True)
+    expected = texts(make_engine(float_model).generate(asked, params))
+    drafter = make_drafter(float_model, folder / "perfect", "fixed", draft_len=4)
+    started: list[int] = []
+    start = drafter.start
+    drafter.start = lambda state: (started.append(len(state.token_ids)), start(state))  # type: ignore
+    engine = make_engine(float_model, drafter, max_cached_tokens=400, prefill_chunk=33)
+    results = engine.generate(asked, params)
+    assert texts(results) == expected
+    assert len(started) > len(asked), "nobody gave way"
+    assert not set(started) <= {len(prompt) for prompt in asked}
+    for result in results:
+        assert result.stats.tau > 4.7
+    assert drafter._cache.num_held_pages == engine.cache.num_held_pages == 0
+
+
+def test_an_exit_without_pages(
+    float_model: LlamaModel, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whom there is no page for goes on undrafted; the others draft."""
+    params = SamplingParams(max_new_tokens=90, ignore_eos=True)
+    asked = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    expected = texts(make_engine(float_model).generate(asked, params))
+    drafter = make_drafter(float_model, folder / "exit-2", "fixed")
+    drafter._cache.max_pages = 4
+    results = make_engine(float_model, drafter).generate(asked, params)
+    assert texts(results) == expected
+    assert "goes on undrafted: MemoryError: KV cache: no memory for 5 pages" in caplog.text
+    drafted = [result.stats.num_draft_tokens for result in results]
+    assert max(drafted) > 1.3 * min(drafted)
+    assert drafter._cache.num_held_pages == 0
+
+
+def test_a_target_without_pages(float_model: LlamaModel, folder: Path) -> None:
+    """Trees are cut to the pages that there are, and are none where a row fills the last one."""
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    expected = make_engine(float_model).generate([1, 2, 3], params)
+    drafter = make_drafter(float_model, folder / "perfect", "fixed", draft_len=8)
+    engine = make_engine(float_model, drafter, max_cached_tokens=64)
+    result = engine.generate([1, 2, 3], params)
+    assert result.token_ids == expected.token_ids
+    assert result.stats.tau == pytest.approx(60 / 7)
 
 
 def test_a_gone_engines_cache_is_freed(float_model: LlamaModel, folder: Path) -> None:

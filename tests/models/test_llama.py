@@ -445,7 +445,7 @@ def test_what_is_asked_for_does_not_change_the_rest(model: LlamaModel) -> None:
 @pytest.mark.parametrize("tap", ["layer.3", "layer.-1", "layer.00", "last", ""])
 def test_unknown_taps_are_refused(model: LlamaModel, tap: str) -> None:
     batch = started(model, [PROMPT[:3]])
-    words = r"taps: expected 'final', 'logits' or 'layer.0'..'layer.2'"
+    words = r"taps: expected 'final', 'logits' or 'layer.0' .. 'layer.2'"
     with pytest.raises(ValueError, match=words):
         model.forward(trees_of([random_tree(2, seed=0)]), batch, taps=("final", tap))
 

@@ -12,7 +12,7 @@ from specrt import _C
 from specrt.ops import Purpose, gumbel_noise
 from specrt.sampling import SamplingParams
 from tests.ops.test_tree_accept import make_tree, run
-from tests.ops.test_tree_build import grow, noise_of
+from tests.ops.test_tree_build import Coupling, grow
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def drawn(rows: torch.Tensor, seeds: list[int]) -> torch.Tensor:
 
 def drafted(rows: torch.Tensor, seeds: list[int], tokens: torch.Tensor | None) -> torch.Tensor:
     """``[B, 2]``: the best children of a coupled tree there."""
-    noise = noise_of(
+    noise = Coupling.of(
         [SamplingParams(temperature=1.0, seed=seed) for seed in seeds], [1] * len(seeds)
     )
     return grow([rows[:, None]], 2, noise=noise, token_map=tokens)[0].tokens[:, :2]

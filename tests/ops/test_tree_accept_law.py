@@ -210,3 +210,38 @@ def test_empty_residual_and_broken_draft_laws_stay_in_the_kept_set(value: float)
     law = torch.full((1, 6), value)
     result = draw_many({"top_k": 2}, [0, 2, 2, 0], [-1, 0, 0, 0], law)
     assert set(result.tokens[:, 0].tolist()) <= {1, 3}
+
+
+def broken(value: float) -> torch.Tensor:
+    """``[V]``: DRAFT, one of whose numbers is wrong."""
+    law = floats([DRAFT])[0]
+    law[4] = value
+    return law
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -0.2, 0.5, 0.0])
+def test_from_what_is_no_law_nothing_was_drawn(value: float) -> None:
+    """So the token is the seed's, whatever was proposed."""
+    result = draw_many({}, [0, 1, 2, 1], [-1, 0, 0, 1], broken(value)[None])
+    assert (result.accept_length == 0).all()
+    assert torch.equal(result.tokens[:, 0], draw_many({}, [0], [-1]).tokens[:, 0])
+
+
+def test_a_law_that_is_broken_below_some_draws_does_not_bias() -> None:
+    """The children of such a node are cut, and siblings behind them; not what stands before: to
+    drop a whole tree for what was drawn would favour the other draws."""
+    tokens = drawn_children(DRAFT, 3)  # 1 and 3 are the root's children, 2 that of 1
+    probs = floats([DRAFT]).expand(DRAWS, 4, -1).clone()
+    probs[tokens[:, 1] == 2, 1] = broken(NAN)
+    result = draw_many({}, tokens, [-1, 0, 1, 0], probs)
+    is_broken = tokens[:, 1] == 2
+    assert (result.path[is_broken] == 1).any() and not (result.path[is_broken] > 1).any()
+    assert (result.path[~is_broken] == 2).any() and (result.path[~is_broken] == 3).any()
+    for depth in range(2):
+        drawn = result.tokens[:, depth]
+        assert_law(drawn[drawn >= 0], exact_law({}))
+
+
+def test_laws_over_another_vocabulary_are_none() -> None:
+    result = draw_many({}, [0, 1, 2], [-1, 0, 0], floats([DRAFT])[:, :5])
+    assert torch.equal(result.tokens[:, 0], draw_many({}, [0], [-1]).tokens[:, 0])

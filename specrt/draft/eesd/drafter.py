@@ -221,7 +221,7 @@ class EesdDrafter:
             draft = self._drafts[state]
             num_rows = len(draft.pending) + 1 + cap * width
             self._cache.reserve(draft.cached, draft.cached.length + num_rows)
-        return plan._replace(caps=caps)
+        return plan if caps == plan.caps else plan._replace(caps=caps)
 
     def _is_plain_due(self, plan: _Plan) -> bool:
         """Whether to draft nothing, to see what that takes."""
@@ -324,7 +324,7 @@ class EesdDrafter:
         """Of a plain round: the exit's cache takes its roots when drafting goes on."""
         hidden = taps[self.exit_model.tap].numpy()
         for row, state in enumerate(states):
-            self._drafts[state].pending.append(hidden[row].copy())
+            self._drafts[state].pending.append(hidden[row, :1].copy())  # others may have trees
 
     def _catch_up(self, states: Sequence[SequenceState]) -> float:
         """Give the exit's cache the roots of plain rounds; seconds that took, for they are not

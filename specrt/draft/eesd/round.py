@@ -230,8 +230,8 @@ class EesdBuffers:
 
     def tree(self, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, parents and node counts of ``lengths`` levels below each sequence's root."""
-        counts = np.array(lengths, dtype=np.int32) * self.key.num_branches + 1
-        return *self.run.staged(int(counts.max())), torch.from_numpy(counts)
+        counts = [1 + length * self.key.num_branches for length in lengths]
+        return *self.run.staged(max(counts)), torch.from_numpy(np.array(counts, dtype=np.int32))
 
     # --- buffers ------------------------------------------------------------------------------
 

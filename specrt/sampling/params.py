@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, and the rows of them that kernels read.
+"""Sampling parameters of one request.
 
 Names follow ``transformers``; ``presence_penalty`` and ``frequency_penalty`` are OpenAI's and
 vLLM's: they count output tokens only, ``repetition_penalty`` counts the prompt as well.
@@ -13,10 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
-import torch
-
 from specrt.config import GenerationDefaults
-from specrt.ops.tree_accept import workspace_size
 from specrt.option_hints import with_option_hints
 
 MODEL_FIELDS = (
@@ -29,14 +26,11 @@ MODEL_FIELDS = (
     "suppress_tokens",
 )
 """The fields of :class:`SamplingParams` that a model may have values of its own for."""
-# csrc/core/sampling_row.h, SamplingRow.
-_ROW = struct.Struct("=d5f3iQ2q")
-_ROW_WORDS = _ROW.size // 8
-_BIAS_BOUNDS = _ROW_WORDS - 2  # the word of bias_begin; bias_end follows
 _FLOAT = struct.Struct("=f")
 
 
-def _fail(name: str, expected: str, got: object) -> ValueError:
+def refusal(name: str, expected: str, got: object) -> ValueError:
+    """The error of a field that is out of range."""
     return ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
@@ -52,7 +46,7 @@ def _with_int_keys(biases: Mapping[Any, Any]) -> dict[Any, Any]:
         is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
         token = int(key) if is_digits else _plain(key)
         if token in found:
-            raise _fail("logit_bias", "each token id once", key)
+            raise refusal("logit_bias", "each token id once", key)
         found[token] = _plain(bias)
     return found
 
@@ -131,41 +125,41 @@ class SamplingParams:
 
     def _check_ranges(self) -> None:
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise _fail("max_new_tokens", "an int >= 1", self.max_new_tokens)
+            raise refusal("max_new_tokens", "an int >= 1", self.max_new_tokens)
         # Logits divided by less could overflow float32.
         if not _is_number(self.temperature) or not (
             self.temperature == 0.0 or 1e-5 <= self.temperature < math.inf
         ):
             expected = "0 (greedy) or a number >= 1e-5 that float32 holds"
-            raise _fail("temperature", expected, self.temperature)
+            raise refusal("temperature", expected, self.temperature)
         penalty = self.repetition_penalty
         if penalty is not None and (not _is_number(penalty) or not 1e-5 <= penalty < 1e5):
-            raise _fail("repetition_penalty", "None or a number in [1e-5, 1e5)", penalty)
+            raise refusal("repetition_penalty", "None or a number in [1e-5, 1e5)", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not _is_number(value) or not abs(value) < 1e5:
-                raise _fail(name, "a number within 1e5 that float32 holds", value)
+                raise refusal(name, "a number within 1e5 that float32 holds", value)
         if self.seed is not None and not (_is_int(self.seed) and -(2**63) <= self.seed < 2**64):
-            raise _fail("seed", "None or an int of 64 bits", self.seed)
+            raise refusal("seed", "None or an int of 64 bits", self.seed)
 
     def _check_filters(self) -> None:
         if self.top_k is not None and not (_is_int(self.top_k) and 0 <= self.top_k < 2**31):
-            raise _fail("top_k", "None, -1 or an int >= 0", self.top_k)
+            raise refusal("top_k", "None, -1 or an int >= 0", self.top_k)
         if not _is_number(self.top_p) or not 1e-30 <= self.top_p <= 1.0:
-            raise _fail("top_p", "a number in (0, 1]", self.top_p)
+            raise refusal("top_p", "a number in (0, 1]", self.top_p)
         if not _is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
-            raise _fail("min_p", "a number in [0, 1] that float32 holds", self.min_p)
+            raise refusal("min_p", "a number in [0, 1] that float32 holds", self.min_p)
 
     def _check_bias(self) -> None:
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
-            raise _fail("logit_bias", "None or a mapping of token id to bias", self.logit_bias)
+            raise refusal("logit_bias", "None or a mapping of token id to bias", self.logit_bias)
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or token < 0:
-                raise _fail("logit_bias", "token ids >= 0", token)
+                raise refusal("logit_bias", "token ids >= 0", token)
             if not _is_number(bias) or math.isnan(bias) or bias > 1e30:
-                raise _fail(
+                raise refusal(
                     f"logit_bias[{token}]", "-inf or a number <= 1e30 that float32 holds", bias
                 )
 
@@ -174,7 +168,7 @@ class SamplingParams:
         if stops is not None and (
             not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops)
         ):
-            raise _fail("stop", "None, a non-empty str or a sequence of them", self.stop)
+            raise refusal("stop", "None, a non-empty str or a sequence of them", self.stop)
         for name in ("stop_token_ids", "suppress_tokens"):
             ids: object = getattr(self, name)
             if ids is not None and (
@@ -182,10 +176,10 @@ class SamplingParams:
                 or not isinstance(ids, Sequence)
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
-                raise _fail(name, "None or a sequence of ints >= 0", ids)
+                raise refusal(name, "None or a sequence of ints >= 0", ids)
         for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
-                raise _fail(name, "a bool", getattr(self, name))
+                raise refusal(name, "a bool", getattr(self, name))
 
     @property
     def is_greedy(self) -> bool:
@@ -277,150 +271,10 @@ def one_each(
     elif isinstance(sampling, Sequence):
         params = list(sampling)
     else:
-        raise _fail("sampling", "SamplingParams, or one for each prompt", sampling)
+        raise refusal("sampling", "SamplingParams, or one for each prompt", sampling)
     if len(params) != count:
         raise ValueError(f"sampling: expected one for each of {count} prompts, got {len(params)}")
     for index, one in enumerate(params):
         if not isinstance(one, SamplingParams):
-            raise _fail(f"sampling[{index}]", "SamplingParams", one)
+            raise refusal(f"sampling[{index}]", "SamplingParams", one)
     return [replace(one, **options) for one in params] if options else params
-
-
-def sampling_row(params: SamplingParams, prompt_len: int) -> torch.Tensor:
-    """One request's sampling as kernels read it.
-
-    Args:
-        params: a request that samples needs a seed (``with_seed``).
-        prompt_len: presence and frequency penalties count the history from there on.
-
-    Returns:
-        ``[8]`` int64, the fields of ``csrc/core/sampling_row.h``; without biases, whose places in a
-        batch :class:`SamplingRows` knows.
-
-    Raises:
-        ValueError: the seed is missing.
-    """
-    p = params.with_defaults()
-    if p.seed is None and not p.is_greedy:
-        raise _fail("seed", "a seed for a sequence that samples (see with_seed)", None)
-    packed = _ROW.pack(
-        p.top_p,
-        p.temperature,
-        p.min_p,
-        p.repetition_penalty,
-        p.presence_penalty,
-        p.frequency_penalty,
-        p.top_k or 0,
-        prompt_len,
-        0,
-        (p.seed or 0) % 2**64,
-        0,
-        0,
-    )
-    return torch.frombuffer(bytearray(packed), dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class SamplingTable:
-    """The sampling parameters of a batch as the kernels read them (:class:`SamplingRows`)."""
-
-    rows: torch.Tensor
-    """``[B, 8]`` int64: a :func:`sampling_row` each, and where its biases lie."""
-    bias_ids: torch.Tensor | None
-    """``[K]`` int32: every sequence's logit_bias ids, packed; rows hold the bounds."""
-    bias_values: torch.Tensor | None
-    """``[K]`` float32."""
-    workspace: torch.Tensor | None
-    """``[parts, size]`` float32 scratch; None when every sequence is greedy and unedited.
-    One acceptance at a time may use it."""
-    vocab_size: int
-    want_logprobs: bool
-    """Whether any sequence asked for log-probabilities."""
-
-    @classmethod
-    def build(
-        cls, params: Sequence[SamplingParams], prompt_lens: Sequence[int], vocab_size: int
-    ) -> SamplingTable:
-        """The table of B parameter sets, once.
-
-        Args:
-            params: one per sequence. A sequence that samples needs a seed (``with_seed``).
-            prompt_lens: the length of each prompt; presence and frequency penalties count the
-                history from there on.
-            vocab_size: V of the logits.
-
-        Raises:
-            ValueError: lengths differ, a seed is missing, or a logit_bias id is not below V.
-        """
-        if len(params) != len(prompt_lens):
-            raise _fail("prompt_lens", f"{len(params)} lengths", list(prompt_lens))
-        rows = SamplingRows(len(params), vocab_size)
-        for row, (p, prompt_len) in enumerate(zip(params, prompt_lens, strict=True)):
-            rows.write(row, p, prompt_len)
-        return rows.table(len(params))
-
-
-class SamplingRows:
-    """Rows of sampling parameters, written one at a time as sequences come and go.
-
-    Args:
-        capacity: rows there are.
-        vocab_size: V of the logits.
-    """
-
-    def __init__(self, capacity: int, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._rows = torch.zeros(capacity, _ROW_WORDS, dtype=torch.int64)
-        self._view = self._rows.numpy()  # the same memory
-        self._params = [SamplingParams()] * capacity
-        self._workspace: torch.Tensor | None = None
-
-    def write(self, row: int, params: SamplingParams, prompt_len: int) -> None:
-        """A sequence's parameters.
-
-        Raises:
-            ValueError: a seed is missing, or a logit_bias id is not below V.
-        """
-        params = params.with_defaults()
-        most = max(params.logit_bias or (), default=0)
-        if most >= self._vocab_size:
-            raise _fail(f"logit_bias (row {row})", f"token ids < {self._vocab_size}", most)
-        self._view[row] = sampling_row(params, prompt_len).numpy()
-        self._params[row] = params
-
-    def move(self, source: int, row: int) -> None:
-        """A row takes another's place."""
-        self._view[row] = self._view[source]
-        self._params[row] = self._params[source]
-
-    def table(self, count: int) -> SamplingTable:
-        """The first ``count`` rows, valid until one is written."""
-        params = self._params[:count]
-        ids, values = self._packed_biases(count)
-        needs_scratch = any(not p.is_greedy or p.edits_logits for p in params)
-        return SamplingTable(
-            rows=self._rows[:count],
-            bias_ids=torch.tensor(ids, dtype=torch.int32) if ids else None,
-            bias_values=torch.tensor(values, dtype=torch.float32) if ids else None,
-            workspace=self._scratch(count) if needs_scratch else None,
-            vocab_size=self._vocab_size,
-            want_logprobs=any(p.logprobs for p in params),
-        )
-
-    def _packed_biases(self, count: int) -> tuple[list[int], list[float]]:
-        """Ids and values of all rows; each row is told its bounds."""
-        ids: list[int] = []
-        values: list[float] = []
-        for row, p in enumerate(self._params[:count]):
-            begin = len(ids)
-            for token, bias in sorted((p.logit_bias or {}).items()):
-                ids.append(token)
-                values.append(bias)
-            self._view[row, _BIAS_BOUNDS:] = begin, len(ids)
-        return ids, values
-
-    def _scratch(self, count: int) -> torch.Tensor:
-        num_parts = max(1, min(count, torch.get_num_threads()))
-        if self._workspace is None or len(self._workspace) < num_parts:
-            self._workspace = torch.empty(num_parts, workspace_size(self._vocab_size))
-        return self._workspace[:num_parts]
