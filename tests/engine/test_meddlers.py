@@ -1,4 +1,4 @@
-"""Drafters that write to what they were handed: no text changes."""
+"""Drafters that write to what they were handed, or that fail one group of several."""
 
 from __future__ import annotations
 
@@ -67,6 +67,27 @@ def answers(
     while not engine.is_idle:
         results |= {c.handle: c.result for c in engine.step() if c.result is not None}
     return [said(results[handle]) for handle in handles]
+
+
+def _laws_of_several_vocabularies(
+    tokens: torch.Tensor, parents: torch.Tensor, num_nodes: torch.Tensor
+) -> Proposal:
+    """One token more for groups of an odd size."""
+    vocab_size = VOCAB + len(tokens) % 2
+    laws = torch.full((*tokens.shape, vocab_size), 1 / vocab_size)
+    return Proposal(tokens, parents, num_nodes, laws)
+
+
+def test_what_cannot_be_merged_is_the_drafters_fault(
+    model: LlamaModel, expected: list[tuple[object, ...]]
+) -> None:
+    """Between groups as within one: the step goes on."""
+    lazily_negated = Scripted(lambda t, p, n: Proposal(torch._neg_view(t), p, n))
+    shapes = [DraftParams(depth=1 + index // 3) for index in range(4)]
+    assert answers(model, lazily_negated, shapes) == expected
+    greedy = [number for number, params in enumerate(PARAMS) if params.is_greedy]
+    said_so = answers(model, Scripted(_laws_of_several_vocabularies), shapes)
+    assert [said_so[number] for number in greedy] == [expected[number] for number in greedy]
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=["one shape", "several"])
