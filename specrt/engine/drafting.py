@@ -20,6 +20,7 @@ from specrt.draft.length.costs import RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
+from specrt.models.step import check_tap
 from specrt.tree import chain, check_proposal
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -61,10 +62,16 @@ class Drafting:
         drafter: proposes.
         target: the model that verifies.
         max_nodes: the largest tree, its root included.
+
+    Raises:
+        ValueError: the target has not the hidden states that the drafter reads; names them.
     """
 
     def __init__(self, drafter: Drafter, target: LlamaModel, max_nodes: int) -> None:
         self._drafter = drafter
+        self._taps = tuple(drafter.taps)
+        for tap in self._taps:  # a pass that was asked for another would fail for everybody
+            check_tap(tap, target.config.num_layers)
         self._target = target
         self.max_nodes = max_nodes
         self._groups: tuple[Group, ...] | None = None
@@ -78,7 +85,7 @@ class Drafting:
 
     def taps(self, requests: Sequence[Request]) -> tuple[str, ...]:
         """Hidden states that are to be read from the target for these."""
-        return self._drafter.taps if any(r.is_drafted for r in requests) else ()
+        return self._taps if any(r.is_drafted for r in requests) else ()
 
     # --- a sequence's way ---------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""Drafters that write to what they were handed, or that fail one group of several."""
+"""Drafters that write to what they were handed, fail one group of several, or read what is not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -109,3 +110,16 @@ def test_what_came_of_a_round_may_be_written_to(
                 result.logprobs.fill_(0)
 
     assert answers(model, Writing(), shapes) == expected
+
+
+def test_taps_that_are_not_there_are_refused_at_the_start(model: LlamaModel) -> None:
+    """And those that were asked for then stay what is read."""
+    drafter = Scripted()
+    for tap in ("layer.3", "layer.-1", "hidden.0", 1):
+        drafter.taps = ("final", tap)  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=f"taps: expected 'final', .* got {tap!r}"):
+            make_engine(model, drafter)
+    drafter.taps = ("final", "logits", "layer.2")
+    engine = make_engine(model, drafter)
+    drafter.taps = ("layer.3",)
+    assert engine.generate([1, 2], max_new_tokens=3).error is None
