@@ -19,8 +19,8 @@ class CpuGraph:
     def capture(cls, launch: Callable[[], None]) -> CpuGraph:
         """Run ``launch`` and capture what it launched. An exception leaves nothing captured."""
         graph = _C.CpuGraph()
-        graph.begin()
         try:
+            graph.begin()  # in here: Ctrl-C may come behind it, and all later ops would be captured
             launch()
         finally:
             graph.end()

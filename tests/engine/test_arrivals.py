@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,6 +23,7 @@ from tests.drafters.fspad_rig import make_drafter as make_fspad
 from tests.engine.exits import make_drafter as make_eesd
 from tests.engine.exits import make_exit_pair
 from tests.engine.support import RandomTreeDrafter, make_engine, make_model
+from tests.interrupts import interrupt
 
 VOCAB = 97
 NUM_CASES = 24
@@ -117,30 +115,6 @@ class Flaky:
             return given
 
         return call
-
-
-@contextmanager
-def interrupt(after: int) -> Iterator[None]:
-    """Ctrl-C after so many of the calls and returns at which Python looks for signals."""
-    left, before = after, sys.getprofile()
-
-    def look(frame: FrameType, event: str, _: object) -> None:
-        nonlocal left
-        code = frame.f_code
-        # One raised while a generator is thrown away would be printed and forgotten.
-        is_dying = code.co_name == "<genexpr>"
-        if event not in ("call", "c_return") or "/specrt/" not in code.co_filename or is_dying:
-            return
-        left -= 1
-        if left == 0:
-            sys.setprofile(before)
-            raise KeyboardInterrupt
-
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
 
 
 class Weather:

@@ -1,0 +1,80 @@
+"""Ctrl-C behind any call, in what later rounds rely on: tables, buffers, captured launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from specrt import ops
+from specrt.cache import CacheBatch, CachedSequence
+from specrt.graph import GraphCache
+from specrt.models.model import LlamaModel
+from specrt.ops.graph import CpuGraph
+from specrt.tree import chain_tree
+from tests.engine.support import make_model
+from tests.interrupts import interrupt
+
+
+def interrupted(action: Callable[[], object], number: int) -> bool:
+    """Whether Ctrl-C came, at the place of this number."""
+    try:
+        with interrupt(after=number):
+            action()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_capturing_ends_wherever_it_is_interrupted() -> None:
+    """Or all later launches of the thread would be added to a graph that is gone."""
+    x, weight, out = torch.ones(1, 4), torch.ones(2, 4), torch.empty(1, 2)
+
+    def launch() -> None:
+        ops.linear(x, weight, out=out)
+
+    number = 1
+    while interrupted(lambda: CpuGraph.capture(launch), number):
+        assert CpuGraph.capture(launch).num_launches == 1, number
+        number += 1
+    assert number > 4
+
+
+def test_tables_are_those_of_their_sequences_after_any_interrupt(checkpoint: Path) -> None:
+    """One more sequence, a wider table, another order; then the same again, undisturbed."""
+    cache = make_model(checkpoint).new_cache(page_size=2)
+    short, other, longer = (CachedSequence(list(range(1, 1 + n)), n) for n in (3, 4, 9))
+    for wanted in ([short, other], [short, longer], [other]):
+        number, was_interrupted = 1, True
+        while was_interrupted:
+            batch = CacheBatch(cache, [short])
+            was_interrupted = interrupted(lambda: batch.update(wanted), number)  # noqa: B023
+            for sequences in (wanted, [short], [other, short]):
+                batch.update(sequences)
+                width = batch.block_table.shape[1]
+                rows = [one.pages + [0] * (width - len(one.pages)) for one in sequences]
+                assert batch.block_table.tolist() == rows
+                assert batch.kv_len.tolist() == [one.length for one in sequences]
+            number += 1
+        assert number > 4
+
+
+def test_no_launch_outlives_its_buffers(checkpoint: Path) -> None:
+    """They grow, interrupted anywhere: where they have moved, graphs and steps are gone."""
+    small = make_model(checkpoint)
+    tree = chain_tree(torch.zeros(1, 2, dtype=torch.int32))
+    number, was_interrupted = 1, True
+    while was_interrupted:
+        graphs = GraphCache()
+        model = LlamaModel(small.config, small.weights, graphs.run, graphs.clear)
+        cache = model.new_cache()
+        model.forward(tree, CacheBatch(cache, [cache.open(8)]), taps=("layer.0",))
+        work, table, taps = model._workspace, model._cos_sin, model._tap_buffers["layer.0"]
+        was_interrupted = interrupted(lambda: model.reserve(40, 600), number)  # noqa: B023
+        has_moved = model._workspace is not work or model._cos_sin is not table
+        if has_moved or model._tap_buffers.get("layer.0") is not taps:
+            assert len(model._steps) == len(graphs._graphs) == 0, number
+        number += 1
+    assert number > 4
+    assert has_moved
