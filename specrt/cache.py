@@ -23,6 +23,7 @@ SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
 
 _UNKNOWN = -1  # of a row's length
+_NO_PAGES: tuple[list[int], int] = [], 0  # no sequence's
 _FIRST_PAGES = 16  # of a cache that grows for the first time
 _NO_MEMORY = RuntimeError, MemoryError, OverflowError, OSError  # torch, Python, the system
 
@@ -285,22 +286,23 @@ class CacheBatch:
     def _make_tables(self, rows: int, width: int) -> None:
         """Empty ones, without views."""
         device = self.cache.device
-        self._table = torch.full((rows, width), SCRATCH_PAGE, dtype=torch.int32, device=device)
-        self._kv_len = torch.zeros(rows, dtype=torch.int32, device=device)
+        table = torch.full((rows, width), SCRATCH_PAGE, dtype=torch.int32, device=device)
+        kv_len = torch.zeros(rows, dtype=torch.int32, device=device)
         # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
-        self._all_tickets = torch.zeros_like(self._kv_len)
+        tickets = torch.zeros_like(kv_len)
+        # All or none of them (Ctrl-C comes behind calls); the size, that views are made of them.
+        self._table, self._kv_len, self._all_tickets = table, kv_len, tickets
         # What stands in the rows: pages (the list itself, and how many of it), and kv_len.
-        self._pages: list[tuple[list[int], int]] = [([], 0)] * rows
-        self._lengths = [0] * rows
-        self._set_views(0)
+        self._pages, self._lengths, self._size = [_NO_PAGES] * rows, [0] * rows, _UNKNOWN
 
     def _set_views(self, size: int) -> None:
-        self._size = size  # asking a tensor takes longer than all else of an update
         self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
         is_on_gpu = registry.is_on_gpu(self._kv_len)
         self._tickets = self._all_tickets[:size] if is_on_gpu else None
+        self._size = size  # asking a tensor takes longer than all else of an update
 
     def _write_pages(self, row: int, pages: list[int]) -> None:
+        self._pages[row] = _NO_PAGES  # until they stand there, if an interrupt comes in between
         # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
         scratch = [SCRATCH_PAGE] * (self._table.shape[1] - len(pages))
         written = torch.tensor(pages + scratch, dtype=torch.int32)
@@ -308,6 +310,7 @@ class CacheBatch:
         self._pages[row] = pages, len(pages)
 
     def _write_length(self, row: int, length: int) -> None:
+        self._lengths[row] = _UNKNOWN
         self._kv_len[row].fill_(length)
         self._lengths[row] = length
 
