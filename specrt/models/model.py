@@ -170,8 +170,8 @@ class LlamaModel:
         first = 0 if run is None else run.shape.num_layers
         key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps, first)
         self._ensure_buffers(key, batch.num_positions)
-        if self._scratch is not None and self._scratch.prepare(key, batch.cache.page_size):
-            self._forget_buffers()
+        if self._scratch is not None:
+            self._scratch.prepare(key, batch.cache.page_size, self._forget_buffers)
         step = self._steps.get(key)
         if step is None:
             step = self._steps.put(key, Step(key, self._output(key), self.device))
@@ -217,13 +217,14 @@ class LlamaModel:
     def reserve(self, rows: int, num_positions: int, logit_rows: int = 0) -> None:
         """Make buffers and rotary table large enough; captured graphs are dropped if they move."""
         if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
-            self._cos_sin = self.rope.reaching(num_positions)
-            self._forget_buffers()
+            longer = self.rope.reaching(num_positions)
+            self._forget_buffers()  # first: an interrupt must not leave launches over what is gone
+            self._cos_sin = longer
         work = self._workspace.reaching(self._padded, rows, logit_rows)
         if work is not self._workspace:
-            self._workspace = work
-            self._tap_buffers.clear()
             self._forget_buffers()
+            self._tap_buffers.clear()
+            self._workspace = work
 
     def _ensure_buffers(self, key: StepKey, num_positions: int) -> None:
         rows = key.batch * key.num_nodes

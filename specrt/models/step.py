@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -138,9 +139,9 @@ class Step:
         """Copy a round's tree and cache tables in: all of them, for a drafter may write the same
         tensors again."""
         if tree.ancestors.shape[-1] != self._num_words:
-            self._num_words = tree.ancestors.shape[-1]
+            num_words = tree.ancestors.shape[-1]
             self._host.ancestors.zero_()
-            self._tree[-1] = self._host.ancestors[..., : self._num_words]
+            self._tree[-1], self._num_words = self._host.ancestors[..., :num_words], num_words
         if first_node is None:
             first_node = self._no_first
         # One call for all takes half of the time of a call for each.
@@ -211,11 +212,13 @@ class GpuScratch:
         self.attention = torch.zeros(0, device=device)
         """A workspace of ``tree_attention`` for the largest step that came up."""
 
-    def prepare(self, key: StepKey, page_size: int) -> bool:
+    def prepare(self, key: StepKey, page_size: int, on_move: Callable[[], None]) -> None:
         """Make room for a step's attention.
 
-        Returns:
-            Whether its workspace has moved, so that captured steps are stale.
+        Args:
+            key: the step's.
+            page_size: tokens.
+            on_move: called when the workspace is about to move: captured steps are stale.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.
@@ -231,10 +234,10 @@ class GpuScratch:
             key.table_width * page_size,
             self._device,
         )
-        if size <= self.attention.numel():
-            return False
-        self.attention = torch.zeros(power_of_two(size), device=self._device)
-        return True
+        if size > self.attention.numel():
+            larger = torch.zeros(power_of_two(size), device=self._device)
+            on_move()  # first: an interrupt must not leave launches over what is gone
+            self.attention = larger
 
 
 @dataclass(frozen=True)

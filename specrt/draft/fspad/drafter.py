@@ -282,8 +282,7 @@ class FspadDrafter:
 
     def _reach(self, batch: CacheBatch) -> None:
         """Make the rotary table as long as the pages; steps over a shorter one are stale."""
-        if self.layer.reserve(batch.num_positions):
-            self._forget()
+        self.layer.reserve(batch.num_positions, self._forget)
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan

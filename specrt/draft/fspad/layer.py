@@ -7,7 +7,7 @@ section 3). H hidden size, I intermediate size, V vocabulary, R rows of the draf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -242,11 +242,18 @@ class DraftLayer:
         self._rope = rotary_table(config.layer, head_dim, CPU, rope)
         self._cos_sin = self._rope.reaching(0)
 
-    def reserve(self, num_positions: int) -> bool:
-        """Make the rotary table long enough; whether it moved, so that captured steps are stale."""
+    def reserve(self, num_positions: int, on_move: Callable[[], None] = lambda: None) -> bool:
+        """Make the rotary table long enough; whether it moved.
+
+        Args:
+            num_positions: that it is to have.
+            on_move: called when it is about to: captured steps over it are stale.
+        """
         if min(num_positions, self._rope.limit) <= len(self._cos_sin):
             return False
-        self._cos_sin = self._rope.reaching(num_positions)
+        longer = self._rope.reaching(num_positions)
+        on_move()  # first: an interrupt must not leave launches over what is gone
+        self._cos_sin = longer
         return True
 
     def sample_features(
