@@ -112,6 +112,7 @@ def _check_field(
 ) -> None:
     if (
         isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
         and tensor.dtype is dtype
         and tensor.ndim == len(shape)
         and all(
@@ -125,6 +126,8 @@ def _check_field(
     got = type(tensor).__name__
     if isinstance(tensor, torch.Tensor):
         got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        if tensor.layout is not torch.strided:
+            got = f"{got}, {tensor.layout}"
     kind = str(dtype).removeprefix("torch.")
     raise ValueError(f"{name}: expected [{expected}] {kind} on the CPU, got {got}")
 
@@ -159,9 +162,9 @@ class Settler:
         if tree is None:
             tree = self._trees[batch, size] = _empty_tree(batch, size)
         ops.tree_settle(
-            proposal.draft_tokens,
-            proposal.parents,
-            proposal.num_nodes,
+            proposal.draft_tokens.contiguous(),
+            proposal.parents.contiguous(),
+            proposal.num_nodes.contiguous(),
             roots,
             max_nodes,
             self._vocab_size,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from specrt.cache import CacheBatch
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.length.costs import RoundCost
 from specrt.draft.recycle.drafter import RecycleDrafter
@@ -19,6 +20,7 @@ from specrt.draft.recycle.table import likeliest
 from specrt.draft.recycle.template import NUM_RANKS, RATES, make_template
 from specrt.models.model import LlamaModel
 from specrt.models.step import LOGITS_TAP
+from specrt.tree import chain_tree
 from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.engine.support import make_engine, make_model, prompts, sampled, texts
 
@@ -256,10 +258,14 @@ def test_two_processes_draft_alike() -> None:
     assert len(there.stdout) > 1000
 
 
-def test_prompt_rows_have_no_logits_tap(model: LlamaModel) -> None:
-    from specrt.cache import CacheBatch
-
+def test_logits_are_a_tap_where_a_pass_makes_them(model: LlamaModel) -> None:
     cache = model.new_cache()
-    held = CacheBatch(cache, [cache.open(64)])
+    sequence = cache.open()
+    cache.reserve(sequence, 8)
+    held = CacheBatch(cache, [sequence])
     pieces = list(model.extend([1, 2, 3], held, taps=(LOGITS_TAP, "final")))
     assert [set(taps) for _, taps in pieces] == [{"final"}]
+    tree = chain_tree(torch.tensor([[4, 5]], dtype=torch.int32))
+    output = model.forward(tree, held, taps=(LOGITS_TAP,))
+    assert output.taps[LOGITS_TAP] is output.logits and output.logits.shape == (1, 2, VOCAB)
+    assert set(model.forward(tree, held).taps) == set()
