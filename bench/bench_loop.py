@@ -11,17 +11,16 @@ from __future__ import annotations
 import cProfile
 import pstats
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from bench.harness import Row, parser, report, start
-from bench.random_target import random_weights
+from bench.random_target import SilentTokenizer, random_weights
 from specrt import SamplingParams
 from specrt.config import ModelConfig
 from specrt.draft.base import EmptyDrafter
@@ -45,18 +44,6 @@ CONFIG = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-
-
-class Silent:
-    """A tokenizer whose tokens have no text."""
-
-    special_tokens: Mapping[int, str] = MappingProxyType({})
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [1]
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return ""
 
 
 class Fixed(EmptyDrafter):
@@ -105,7 +92,7 @@ class Stubs:
 def make_engine(drafter: Fixed, batch: int) -> Engine:
     config = ModelConfig.from_dict(CONFIG)
     model = LlamaModel(config, random_weights(config, "cpu", torch.float32))
-    tokenizer: Any = Silent()
+    tokenizer: Any = SilentTokenizer()
     return Engine(model, drafter, tokenizer, max_batch=batch)
 
 
