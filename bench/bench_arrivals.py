@@ -42,7 +42,6 @@ from specrt.loading import BUILTIN
 from specrt.models.model import LlamaModel
 
 RANDOM, PLAIN = "random", "none"
-LONG_PROMPT = 1500
 
 
 @dataclass(frozen=True)
@@ -254,12 +253,13 @@ def _parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--repeats", type=int, default=3)
     add("--chunks", type=int, nargs="*", default=[128, 256, 512], help="prefill_chunk to try")
+    add("--long-prompt", type=int, default=1500, help="tokens of the prompt that others wait for")
     args = start(arguments)
     if args.target not in (BUILTIN, RANDOM):
         args.target = str(Path(args.target).resolve())
     if args.quick:
         args.num_requests, args.max_new_tokens, args.repeats = 4, 12, 1
-        args.chunks = args.chunks[:1]
+        args.chunks, args.long_prompt = args.chunks[:1], 200
     return args
 
 
@@ -280,7 +280,7 @@ def main() -> None:
     for chunk in args.chunks:
         with make_engine(args, PLAIN, prefill_chunk=chunk) as engine:
             vocab_size = engine.target.config.vocab_size
-            waits[str(chunk)] = longest_wait(engine, LONG_PROMPT, vocab_size, args.repeats)
+            waits[str(chunk)] = longest_wait(engine, args.long_prompt, vocab_size, args.repeats)
     weights = plain.target.weights.arena.nbytes / 2**20
     summary = {"weights_MiB": weights, "wait": waits, "goal_ratio": 3.0, "goal_wait": 1.5}
     report("arrivals", rows, save=args.save, summary=summary)
