@@ -80,9 +80,12 @@ def _chain_shape(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def chain(tokens: torch.Tensor) -> Proposal:
     """Trees without branches from ``tokens [B, M]`` int32; M = 1 is the empty drafter's tree.
 
-    The shape's tensors are shared between calls: trees are read, never written.
+    A root alone shares its shape with other calls: it is one whatever is written there.
     """
-    return Proposal(tokens, *_chain_shape(*tokens.shape))
+    parents, num_nodes = _chain_shape(*tokens.shape)
+    if tokens.shape[1] > 1:  # others are the caller's to write to
+        parents, num_nodes = parents.clone(), num_nodes.clone()
+    return Proposal(tokens, parents, num_nodes)
 
 
 def check_proposal(proposal: Proposal, batch: int) -> None:

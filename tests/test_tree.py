@@ -122,3 +122,16 @@ def test_chains_are_stacked_paths() -> None:
         assert tree.draft_tokens is tokens
         assert torch.equal(tree.parents, chain(tokens).parents)
         assert tree.num_nodes.tolist() == [length] * batch
+
+
+def test_chains_are_their_callers_to_write_to() -> None:
+    """Or a drafter that does would change the trees in which prompts are run."""
+    for length in (1, 37):
+        tokens = torch.zeros(5, length, dtype=torch.int32)
+        spoiled = chain(tokens)
+        spoiled.parents.fill_(0)
+        spoiled.num_nodes.fill_(2)
+        tree = chain_tree(tokens)
+        check(tree)
+        assert tree.num_nodes.tolist() == [length] * 5
+        assert tree.depth[0].tolist() == list(range(length))

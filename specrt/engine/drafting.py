@@ -20,6 +20,7 @@ from specrt.draft.length.costs import RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
+from specrt.models.step import check_tap
 from specrt.tree import chain, check_proposal
 from specrt.types import AcceptResult, Proposal, SequenceState
 
@@ -61,10 +62,16 @@ class Drafting:
         drafter: proposes.
         target: the model that verifies.
         max_nodes: the largest tree, its root included.
+
+    Raises:
+        ValueError: the target has not the hidden states that the drafter reads; names them.
     """
 
     def __init__(self, drafter: Drafter, target: LlamaModel, max_nodes: int) -> None:
         self._drafter = drafter
+        self._taps = tuple(drafter.taps)
+        for tap in self._taps:  # a pass that was asked for another would fail for everybody
+            check_tap(tap, target.config.num_layers)
         self._target = target
         self.max_nodes = max_nodes
         self._groups: tuple[Group, ...] | None = None
@@ -78,7 +85,7 @@ class Drafting:
 
     def taps(self, requests: Sequence[Request]) -> tuple[str, ...]:
         """Hidden states that are to be read from the target for these."""
-        return self._drafter.taps if any(r.is_drafted for r in requests) else ()
+        return self._taps if any(r.is_drafted for r in requests) else ()
 
     # --- a sequence's way ---------------------------------------------------------------------
 
@@ -115,19 +122,17 @@ class Drafting:
         """
         if self._groups is None:
             self._groups = _groups_of(requests)
+        is_whole = any(group.is_whole for group in self._groups)
+        merged = None if is_whole else _Merged(len(requests), self._target.config.vocab_size)
         parts = []
-        merged: _Merged | None = None
         for group in self._groups:
             lower = LowerLayers(self._target, self._cached(group, batch))
-            proposal = self._ask(group, lower)
+            proposal = self._ask(group, lower, merged)
             if proposal is None:
                 continue
             parts.append((group, proposal))
-            if group.is_whole:
+            if merged is None:
                 return Draft(proposal, tuple(parts), lower)
-            # The next call may overwrite what this one gave.
-            merged = merged or _Merged(len(requests))
-            merged.take(group.rows, proposal)
         alone = chain(roots[:, None])
         return Draft(alone if merged is None else merged.proposal(), tuple(parts))
 
@@ -149,7 +154,7 @@ class Drafting:
             return batch
         return CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
 
-    def _ask(self, group: Group, lower: LowerLayers) -> Proposal | None:
+    def _ask(self, group: Group, lower: LowerLayers, merged: _Merged | None) -> Proposal | None:
         """What the drafter proposes for a group; None if it fails."""
         given: list[Proposal] = []
 
@@ -158,6 +163,8 @@ class Drafting:
             with closing(lower):
                 proposal = self._drafter.propose(group.states, budget)
             check_proposal(proposal, len(group.rows))
+            if merged is not None:  # here: the next call may overwrite what this one gave
+                merged.take(group.rows, proposal)
             given.append(proposal)
 
         return given[0] if self._try(group.requests, ask) else None
@@ -226,20 +233,21 @@ def _rows_of(
 class _Merged:
     """Proposals of several groups, row by row; a row that nobody takes is its root alone."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._ints = np.zeros((2, batch, 1), dtype=np.int32)
         self._num_nodes = np.ones(batch, dtype=np.int32)
         self._probs: torch.Tensor | None = None
 
     def take(self, rows: Sequence[int], proposal: Proposal) -> None:
-        """Copy a group's proposal into its rows."""
+        """Copy a group's proposal into its rows; one that cannot be copied leaves roots alone."""
         index, size = list(rows), proposal.draft_tokens.shape[1]
         self._widen(size)
         self._ints[0, index, :size] = proposal.draft_tokens.numpy()
         self._ints[1, index, :size] = proposal.parents.numpy()
-        self._num_nodes[index] = np.minimum(proposal.num_nodes.numpy(), size)
         if proposal.draft_probs is not None:
             self._take_probs(index, proposal.draft_probs)
+        self._num_nodes[index] = np.minimum(proposal.num_nodes.numpy(), size)
 
     def proposal(self) -> Proposal:
         """Of the whole batch."""
@@ -255,11 +263,12 @@ class _Merged:
             self._ints = np.pad(self._ints, ((0, 0), (0, 0), (0, missing)))
 
     def _take_probs(self, index: list[int], probs: torch.Tensor) -> None:
-        size, vocab_size = probs.shape[1:]
+        size = probs.shape[1]
         if self._probs is None:
-            self._probs = torch.zeros(len(self._num_nodes), size, vocab_size)
+            self._probs = torch.zeros(len(self._num_nodes), size, self._vocab_size)
         self._probs = _padded(self._probs, size)
-        self._probs[index, :size] = probs
+        if probs.shape[2] == self._vocab_size:  # others are no laws, as zeros are none
+            self._probs[index, :size] = probs
 
 
 def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:

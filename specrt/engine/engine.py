@@ -42,7 +42,8 @@ class Engine:
         **limits: fields of :class:`~specrt.engine.core.EngineLimits`.
 
     Raises:
-        ValueError: a limit is out of range; names it.
+        ValueError: a limit is out of range, or the drafter reads hidden states that the target
+            has not; names it.
     """
 
     def __init__(

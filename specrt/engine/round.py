@@ -64,6 +64,9 @@ def run_round(
         want_logprobs=batch.sampling.want_logprobs,
     )
     cached.commit(result.path, result.accept_length + 1)
+    # Read before the drafter has the tensors: it may write to them.
+    lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
+    logprobs = None if result.logprobs is None else result.logprobs.tolist()
     drafting.observe(draft, result, output.taps)
     times.append(perf_counter())
     draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
@@ -71,9 +74,9 @@ def run_round(
     return RoundReport(
         num_nodes=tree.num_nodes.tolist(),
         depths=tree.depth.tolist(),
-        accept_lengths=result.accept_length.tolist(),
-        tokens=result.tokens.tolist(),
-        logprobs=None if result.logprobs is None else result.logprobs.tolist(),
+        accept_lengths=lengths,
+        tokens=tokens,
+        logprobs=logprobs,
         draft_ms=draft_ms,
         verify_ms=verify_ms,
         accept_ms=accept_ms,

@@ -36,7 +36,7 @@ def check_tap(tap: str, num_layers: int) -> None:
     Raises:
         ValueError: it has none of this name.
     """
-    if tap != FINAL_TAP and tap not in map(layer_tap, range(num_layers)):
+    if tap not in (FINAL_TAP, LOGITS_TAP, *map(layer_tap, range(num_layers))):
         last = layer_tap(num_layers - 1)
         raise ValueError(f"taps: expected 'final', 'logits' or 'layer.0' .. '{last}', got {tap!r}")
 
