@@ -113,7 +113,7 @@ class AcceptResult:
 
 @dataclass(eq=False)
 class SequenceState:
-    """One sequence as the engine and the drafters see it. Only the engine writes to it."""
+    """One sequence as drafters see it. The engine writes to it and reads nothing back."""
 
     token_ids: list[int]
     """Prompt, then output; the last one is the root of the next tree."""

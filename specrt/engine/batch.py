@@ -55,7 +55,7 @@ class Batch:
         """A request decodes from now on."""
         row = len(self._requests)
         self._requests.append(request)
-        self._sampling.write(row, request.params, request.state.prompt_len)
+        self._sampling.write(row, request.params, request.prompt_len)
         self._write(row)
         self._look()
 
@@ -100,7 +100,7 @@ class Batch:
         self._ints_view[2, row] = num_nodes
 
     def _write(self, row: int) -> None:
-        tokens = self._requests[row].state.token_ids
+        tokens = self._requests[row].token_ids
         if len(tokens) > self._history.shape[1]:
             self._widen(len(tokens))
         self._history_view[row, : len(tokens)] = tokens

@@ -123,7 +123,7 @@ class EngineCore:
     # --- pages --------------------------------------------------------------------------------
 
     def _has_room(self, request: Request) -> bool:
-        wanted = self.cache.num_pages_for(len(request.state.token_ids) + self._limits.max_nodes)
+        wanted = self.cache.num_pages_for(len(request.token_ids) + self._limits.max_nodes)
         return self.cache.can_reserve(wanted)
 
     def _reserve(self, request: Request, num_tokens: int) -> bool:
@@ -222,7 +222,7 @@ class EngineCore:
     def _extend(self, request: Request, first: int, end: int) -> None:
         assert request.cached is not None, "an admitted request has a place for pages"
         batch = CacheBatch(self.cache, [request.cached])
-        ids, taps = request.state.token_ids[first:end], self._drafting.taps([request])
+        ids, taps = request.token_ids[first:end], self._drafting.taps([request])
         for start, piece in self._target.extend(ids, batch, taps=taps):
             self._drafting.prefill(request, first + start, piece)
         self._target.wait()  # or the first round would be charged for it
@@ -274,7 +274,7 @@ class EngineCore:
         stats.verify_ms += report.verify_ms
         stats.accept_ms += report.accept_ms
         if length < 0:
-            position = len(request.state.token_ids)
+            position = len(request.token_ids)
             return request.failed(f"logits: NaN or no finite value at position {position}")
         logprobs = None if report.logprobs is None else report.logprobs[row]
         taken = request.append(report.tokens[row][: length + 1], logprobs)

@@ -25,6 +25,7 @@ class Request:
     params: SamplingParams
     draft: DraftParams
     state: SequenceState
+    """What drafters see of it; nothing is read back."""
     new_end: Callable[[], OutputEnd]
     """Makes what tells its tokens' text and where it ends."""
     deliver: Callable[[StreamChunk], None]
@@ -52,29 +53,32 @@ class Request:
 
     def __post_init__(self) -> None:
         self.end = self.new_end()
+        self.token_ids = list(self.state.token_ids)  # prompt, then output
+        self.prompt_len = len(self.token_ids)
 
     @property
     def num_to_prefill(self) -> int:
         """Tokens whose keys and values are missing; the last token is the first round's root."""
         held = 0 if self.cached is None else self.cached.length
-        return len(self.state.token_ids) - 1 - held
+        return len(self.token_ids) - 1 - held
 
     @property
     def output_ids(self) -> list[int]:
         """Tokens so far, without the prompt's."""
-        return self.state.token_ids[self.state.prompt_len :]
+        return self.token_ids[self.prompt_len :]
 
     def append(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> list[int]:
         """Take tokens until the output ends; those that its user has not been told of."""
         taken = 0
         for token in tokens:
             taken += 1
-            self.state.token_ids.append(token)
+            self.token_ids.append(token)
             if self.end.push(token):
                 break
+        self.state.token_ids.extend(tokens[:taken])
         if logprobs is not None:
             self.logprobs.extend(logprobs[:taken])
-        return self.state.token_ids[self.state.prompt_len + self.num_told :]
+        return self.token_ids[self.prompt_len + self.num_told :]
 
     def failed(self, error: str, reason: FinishReason = "error") -> StreamChunk:
         """Its last chunk, if it cannot go on or is not to."""
@@ -113,7 +117,8 @@ class Request:
 
         The tokens behind it will come again: their noise is a counter.
         """
-        del self.state.token_ids[self.state.prompt_len + self.num_told :]
+        del self.token_ids[self.prompt_len + self.num_told :]
+        self.state.token_ids[:] = self.token_ids
         del self.logprobs[self.num_told :]
         self.end = self.new_end()
         for token in self.output_ids:
@@ -124,11 +129,11 @@ class Request:
         return GenerationResult(
             text=self.end.whole_text(),
             token_ids=self.output_ids,
-            prompt_token_ids=self.state.token_ids[: self.state.prompt_len],
+            prompt_token_ids=self.token_ids[: self.prompt_len],
             finish_reason=self.end.reason or "error",
             stop_reason=self.end.stop_reason,
             logprobs=self.logprobs if self.params.logprobs else None,
-            seed=self.state.seed,
+            seed=self.params.seed or 0,
             stats=self.stats,
             error=self.error,
         )

@@ -112,6 +112,30 @@ def test_what_came_of_a_round_may_be_written_to(
     assert answers(model, Writing(), shapes) == expected
 
 
+@pytest.mark.parametrize("shapes", SHAPES, ids=["one shape", "several"])
+def test_what_a_drafter_sees_of_a_sequence_is_a_copy(
+    model: LlamaModel, expected: list[tuple[object, ...]], shapes: list[DraftParams | None]
+) -> None:
+    class Writing(Scripted):
+        def start(self, state):  # type: ignore[no-untyped-def]
+            state.token_ids.append(3)
+            state.prompt_len, state.max_len, state.seed, state.temperature = 0, 1, 9, 5.0
+            state.sampling_row.fill_(-1)
+
+        def propose(self, states, budget):  # type: ignore[no-untyped-def]
+            proposal = super().propose(states, budget)
+            for state in states:
+                state.token_ids[-1] = 96
+                del state.token_ids[:-1]
+            states.clear()
+            return proposal
+
+        def finish(self, state):  # type: ignore[no-untyped-def]
+            state.token_ids.clear()
+
+    assert answers(model, Writing(), shapes) == expected
+
+
 def test_taps_that_are_not_there_are_refused_at_the_start(model: LlamaModel) -> None:
     """And those that were asked for then stay what is read."""
     drafter = Scripted()
