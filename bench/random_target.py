@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ SPECS = {
     "Llama-3-8B": Spec(128256, 500000.0, 8192),
     "Vicuna-7B": Spec(32000, 10000.0, 4096),
 }
+
+
+class SilentTokenizer:
+    """A tokenizer whose tokens have no text."""
+
+    special_tokens: Mapping[int, str] = MappingProxyType({})
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return ""
 
 
 def hf_config(model: Model, spec: Spec) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict
 
 ROOT = Path(__file__).parents[1]
-END_TO_END = {"bench_generate", "bench_drafters", "bench_control"}
+END_TO_END = {"bench_generate", "bench_drafters", "bench_control", "bench_arrivals"}
 KERNELS = sorted({file.stem for file in (ROOT / "bench").glob("bench_*.py")} - END_TO_END)
 TARGET = builtin.target_path()
 needs_target = pytest.mark.skipif(
@@ -58,6 +58,14 @@ def test_kernel_bench(name: str, tmp_path: Path) -> None:
     assert result["environment"]["cpu_flags"] is not None
     (saved,) = tmp_path.iterdir()
     assert json.loads(saved.read_text()) == result
+
+
+def test_arrivals_bench() -> None:
+    options = ["--target", "random", "--layers", "2", "--hidden", "256", "--chunks", "512"]
+    result = run("bench_arrivals", *options, "--drafters", "prompt-lookup")
+    assert [row["drafter"] for row in result["rows"]] == ["none", "prompt-lookup"]
+    assert all(row["differs"] == 0 and row["ratio"] > 0 for row in result["rows"])
+    assert result["summary"]["wait"]["512"] > 0
 
 
 @needs_target

@@ -101,10 +101,17 @@ class EngineCore:
         self.remove(request)
 
     def remove(self, request: Request) -> None:
-        """Free what a request holds, however far it has come, and forget it."""
-        with ExitStack() as releases:  # all of them, though one may be interrupted
-            releases.callback(self.scheduler.remove, request)
-            releases.callback(self._release, request)
+        """Free what a request holds, however far it has come, and forget it.
+
+        It is forgotten last: interrupted, it is found again while anything of it is left.
+        """
+        request.is_over = True
+        try:
+            self._release(request)
+            self.scheduler.remove(request)
+        except BaseException:
+            self._start_over()
+            raise
 
     def close(self) -> None:
         """Free everything, at once: nothing here holds on to the target afterwards."""
@@ -163,12 +170,12 @@ class EngineCore:
     def _start_over(self) -> None:
         """After an interrupt nobody knows which of a round's writes were made: what users have been
         told is what there is, and all go on from there."""
-        for request in reversed(self.scheduler.admitted):
+        for request in list(self.scheduler):
             if request.is_over:
                 self.remove(request)
-            else:
-                self._preempt(request)
-                request.forget_untold()
+        for request in reversed(self.scheduler.admitted):
+            self._preempt(request)
+            request.forget_untold()
         self._batch.clear()
 
     # --- prompts ------------------------------------------------------------------------------

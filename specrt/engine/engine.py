@@ -262,10 +262,10 @@ class Engine:
             QueueFullError: as many requests wait as may (``max_waiting``); nothing was added.
         """
         self._check_open()
-        (asked,), many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
+        asked, many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
         if many:
             raise ValueError("prompt: expected one, got a list of them; add each")
-        return self._enqueue(asked, True, self._outbox).handle
+        return self._enqueue(asked[0], True, self._outbox).handle
 
     def step(self) -> list[StreamChunk]:
         """Run a piece of the prompts that wait for it, and a round of all that decode.

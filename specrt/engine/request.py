@@ -49,7 +49,7 @@ class Request:
     num_told: int = 0
     """Output tokens that its user has been told of."""
     is_over: bool = False
-    """Whether its user has been told its result."""
+    """Whether its user has been told its result, or is to hear nothing more."""
 
     def __post_init__(self) -> None:
         self.end = self.new_end()

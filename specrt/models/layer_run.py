@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,7 @@ class LayerRun:
 
     What a drafter does for each level: :meth:`stage`, then :meth:`launch`, or the launch of a graph
     that captured it. Rows of the target's cache are written past ``kv_len``, each at its node's
-    place.
+    place. A run is for one cache, the first that it is begun for: a graph holds its addresses.
 
     Args:
         model: the target.
@@ -117,6 +118,7 @@ class LayerRun:
         self._write_static()
         self.cache: KVCache | None = None
         """The target's, whose pages its launches write; None while it lies idle."""
+        self._home: ReferenceType[KVCache] | None = None
         self.num_begun = 0
         """Times it was begun: tells its rounds apart."""
         self._is_begun = False
@@ -168,7 +170,15 @@ class LayerRun:
     # --- what the lender does -----------------------------------------------------------------
 
     def begin(self, batch: CacheBatch) -> None:
-        """Start new trees behind what ``batch`` holds."""
+        """Start new trees behind what ``batch`` holds.
+
+        Raises:
+            ValueError: it was begun for another cache before.
+        """
+        if self._home is None:
+            self._home = ref(batch.cache)
+        if self._home() is not batch.cache:
+            raise ValueError("run: expected one of this cache, got one of another engine's")
         self.model.reserve(self.shape.batch * self.shape.width, batch.num_positions)
         torch._foreach_copy_([self._kv_len, self._table], [batch.kv_len, batch.block_table])
         self.cache = batch.cache
@@ -297,6 +307,11 @@ class LowerLayers:
         self._is_open = True
 
     @property
+    def cache(self) -> KVCache:
+        """The target's; a run is for one."""
+        return self._batch.cache
+
+    @property
     def table_width(self) -> int:
         """Of the page table, as :class:`RunShape` has it; :meth:`reserve` may widen it."""
         return self._batch.block_table.shape[1]
@@ -322,7 +337,8 @@ class LowerLayers:
         """Let ``run`` start trees behind these sequences; one that was begun before has ended.
 
         Raises:
-            ValueError: it is another model's or of another shape, or the proposal is made.
+            ValueError: it is another model's, another cache's or of another shape, or the proposal
+                is made.
         """
         batch, size = self._batch, (len(self._batch.sequences), self.table_width)
         if not self._is_open:

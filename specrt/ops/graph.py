@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from specrt import _C
 
@@ -20,10 +21,13 @@ class CpuGraph:
         """Run ``launch`` and capture what it launched. An exception leaves nothing captured."""
         graph = _C.CpuGraph()
         try:
-            graph.begin()  # in here: Ctrl-C may come behind it, and all later ops would be captured
+            graph.begin()  # within: Ctrl-C may come right behind it
             launch()
-        finally:
-            graph.end()
+        except BaseException:
+            with suppress(ValueError):  # it may not have begun
+                graph.end()
+            raise
+        graph.end()
         return cls(graph)
 
     @property

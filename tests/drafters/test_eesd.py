@@ -387,7 +387,8 @@ def test_measured_costs(float_model: LlamaModel, folder: Path) -> None:
     assert 0 < assumed.lower < assumed.step < 1
     make_engine(float_model, drafter).generate(prompts(4, VOCAB), GREEDY)
     measured = drafter.costs()
-    assert all(value > 0 for value in vars(measured).values())
+    assert min(vars(measured).values()) >= 0  # a line through times may be level
+    assert min(measured.step, measured.lower, measured.verify) > 0
     assert measured.lower < 3 * measured.step
     two = drafter.costs(2)
     assert two.step == pytest.approx(measured.step / 2)

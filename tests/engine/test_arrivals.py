@@ -149,7 +149,7 @@ class Weather:
 
     def _forward(self, forward: Callable[..., Any], tree: Any, batch: Any, **options: Any) -> Any:
         output = forward(tree, batch, **options)
-        if batch.cache is self._engine.cache and output.logits.numel() and self._is_hit(0.004):
+        if batch.cache is self._engine.cache and output.logits.numel() and self._is_hit(0.02):
             row = self._rng.randrange(len(output.logits))
             output.logits[row] = float("nan")
             self.happened["NaN"] += 1
@@ -222,7 +222,7 @@ class Run:
             assert most > 0, "requests do not come to an end"
             if len(self.told) < num_requests and self.rng.random() < 0.5:
                 self._arrive()
-            if self.told and self.rng.random() < 0.01:
+            if self.told and self.rng.random() < 0.03:
                 self._abort()
             self._step()
         self.happened.update(self._drafter_happened)

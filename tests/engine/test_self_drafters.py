@@ -346,6 +346,10 @@ def test_runs_that_do_not_fit(model: LlamaModel, checkpoint: Path) -> None:
     for changes in ({"batch": 2}, {"table_width": 16}):
         with pytest.raises(ValueError, match="run: expected one of this target for 1 sequences"):
             lower.begin(LayerRun(model, fitting._replace(**changes)))
+    run, other_cache = LayerRun(model, fitting), model.new_cache()
+    lower.begin(run)
+    with pytest.raises(ValueError, match="run: expected one of this cache"):
+        LowerLayers(model, CacheBatch(other_cache, [other_cache.open(9)])).begin(run)
     with pytest.raises(ValueError, match="of another target"):
         lower.begin(LayerRun(make_model(checkpoint), fitting))
     for changes, message in (

@@ -153,7 +153,8 @@ def test_measured_costs_are_times(exits: Exit, sampling: SamplingParams) -> None
     engine = make_engine(exits.model, drafter)
     costs = measure_costs(engine, [3, 4, 5], sampling)
     for name, value in asdict(costs).items():
-        assert 0 < value < 1000, name
+        assert 0 <= value < 1000, name  # a line through times of a busy machine may be level
+    assert min(costs.step, costs.lower, costs.verify) > 0
     # Chains of many lengths, or the time of a row could not be told from that of a round.
     assert {0, 1, MAX_DRAFT} <= set(drafter.lengths[3, 4, 5])
     given = make_engine(exits.model, exits.drafter(control))

@@ -10,12 +10,12 @@ accepted by equality: a controller may therefore stop, or drop a draft, for what
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class EesdDrafter:
         self._buffers: Recent[EesdKey, EesdBuffers] = Recent(_MAX_ROUNDS)
         # Those that no open proposal has.
         self._controls: defaultdict[tuple[int, bool], list[ControlRound]] = defaultdict(list)
-        self._captured = WeakKeyDictionary[EesdBuffers, set[Hashable]]()
+        self._captured = WeakKeyDictionary[EesdBuffers, set[int]]()
         self._captured_version = exit_model.version
         self._batch = CacheBatch(self._cache)
         self._meter = CostMeter(exit_model)
@@ -281,20 +281,16 @@ class EesdDrafter:
         return 1 in control.is_open.tolist()
 
     def _run(self, buffers: EesdBuffers, step: int, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had been captured before.
-
-        Engines that share the drafter have target caches of their own.
-        """
+        """Run a step of ``buffers``; whether it had been captured before."""
         version = self.exit_model.version
         if version != self._captured_version:
-            self._captured.clear()  # all are stale, and would keep the caches of gone engines
+            self._captured.clear()  # all are stale
             self._captured_version = version
-        key = (buffers.run.cache, self._cache, step, version)
         captured = self._captured.setdefault(buffers, set())
-        is_known = key in captured
-        captured.add(key)
+        is_known = step in captured
+        captured.add(step)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, buffers, *key), launch)
+        self._run_step((self, buffers, buffers.run.cache, self._cache, step, version), launch)
         return is_known
 
     # --- sequences and buffers ----------------------------------------------------------------
@@ -311,7 +307,7 @@ class EesdDrafter:
     ) -> EesdBuffers:
         is_coupled = self.is_coupled and any(state.temperature > 0 for state in states)
         widths = lower.table_width, drafts.block_table.shape[1]
-        key = EesdKey(len(states), *widths, plan.num_branches, is_coupled)
+        key = EesdKey(ref(lower.cache), len(states), *widths, plan.num_branches, is_coupled)
         buffers = self._buffers.get(key)
         if buffers is None:
             max_levels = MAX_DRAFT_NODES // plan.num_branches

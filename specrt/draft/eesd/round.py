@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -36,8 +37,10 @@ _CHAIN_CANDIDATES = 2  # in a chain, the runner-up tells how sure a coupled draf
 
 @dataclass(frozen=True)
 class EesdKey:
-    """What a round's buffers are sized for."""
+    """What a round's buffers are made for."""
 
+    cache: ReferenceType[KVCache]
+    """The target's."""
     batch: int
     target_width: int
     """Of the target's page table."""
