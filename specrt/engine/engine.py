@@ -391,5 +391,6 @@ class Engine:
         if self._is_closed:
             return
         with ExitStack() as releases:  # all of them, though one may raise
-            for request in requests.values():
+            # The last one registered is the first done: the oldest, which the queue finds at once.
+            for request in reversed(requests.values()):
                 releases.callback(self._core.remove, request)
