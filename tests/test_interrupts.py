@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, CachedSequence
+from specrt.engine.core import EngineCore
+from specrt.engine.drafting import Drafting
 from specrt.engine.results import StreamChunk
 from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
@@ -98,3 +102,39 @@ def test_what_a_step_gave_is_handed_over_once(checkpoint: Path) -> None:
         assert {chunk.handle for chunk in told} == {handle}
         number += 1
     assert number > 200
+
+
+def test_an_interrupt_may_be_followed_by_another(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one anywhere in what the first makes necessary."""
+    model, options = make_model(checkpoint), {"max_new_tokens": 4, "ignore_eos": True}
+    prompts = [[1, 2, 3], [4, 5]]
+    expected = [result.token_ids for result in make_engine(model).generate(prompts, **options)]
+    was_interrupted = list[bool]()
+    observe, start_over = Drafting.observe, EngineCore._start_over
+
+    def interrupted_round(drafting: Drafting, *given: Any) -> None:
+        observe(drafting, *given)
+        raise KeyboardInterrupt
+
+    def interrupted_start_over(core: EngineCore) -> None:
+        number = len(was_interrupted) + 1
+        was_interrupted.append(interrupted(lambda: start_over(core), number))
+
+    while not was_interrupted or was_interrupted[-1]:
+        engine, chunks = make_engine(model), list[StreamChunk]()
+        handles = [engine.add(prompt, **options) for prompt in prompts]
+        chunks += engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafting, "observe", interrupted_round)
+            patch.setattr(EngineCore, "_start_over", interrupted_start_over)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        while not engine.is_idle:
+            chunks += engine.step()
+        for handle, tokens in zip(handles, expected, strict=True):
+            own = [chunk for chunk in chunks if chunk.handle is handle]
+            assert [token for chunk in own for token in chunk.token_ids] == tokens
+        assert engine.cache.num_held_pages == 0
+    assert len(was_interrupted) > 100

@@ -80,6 +80,7 @@ class EngineCore:
         self._batch = Batch(self.cache, limits.max_batch, vocab_size)
         self._settler = Settler(vocab_size)
         self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)
+        self._must_start_over = False
 
     def step(self) -> None:
         """Run a piece of the prompts of those that wait for it, and a round of those that decode.
@@ -87,11 +88,14 @@ class EngineCore:
         What comes of it is delivered request by request. If it is interrupted or fails as a whole,
         no request is lost: all wait again and are taken up from their tokens.
         """
+        if self._must_start_over:  # interrupted in the midst of it
+            self._start_over()
         try:
             self._prefill()
             if len(self._batch):
                 self._round()
         except BaseException:
+            self._must_start_over = True
             self._start_over()
             raise
 
@@ -174,9 +178,10 @@ class EngineCore:
             if request.is_over:
                 self.remove(request)
         for request in reversed(self.scheduler.admitted):
+            request.forget_untold()  # first: interrupted, it is still to be done again
             self._preempt(request)
-            request.forget_untold()
         self._batch.clear()
+        self._must_start_over = False
 
     # --- prompts ------------------------------------------------------------------------------
 
