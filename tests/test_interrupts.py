@@ -9,11 +9,12 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, CachedSequence
+from specrt.engine.results import StreamChunk
 from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
 from specrt.ops.graph import CpuGraph
 from specrt.tree import chain_tree
-from tests.engine.support import make_model
+from tests.engine.support import make_engine, make_model
 from tests.interrupts import interrupt
 
 
@@ -78,3 +79,22 @@ def test_no_launch_outlives_its_buffers(checkpoint: Path) -> None:
         number += 1
     assert number > 4
     assert has_moved
+
+
+def test_what_a_step_gave_is_handed_over_once(checkpoint: Path) -> None:
+    """Interrupted behind the round, it waits for the next step."""
+    engine = make_engine(make_model(checkpoint))
+    options = {"max_new_tokens": 3, "ignore_eos": True}
+    answer = engine.generate([1, 2], **options).token_ids
+    number, was_interrupted = 1, True
+    while was_interrupted:
+        handle, told = engine.add([1, 2], **options), list[StreamChunk]()
+        was_interrupted = interrupted(lambda: told.extend(engine.step()), number)  # noqa: B023
+        while not engine.is_idle:
+            told += engine.step()
+        assert [token for chunk in told for token in chunk.token_ids] == answer, number
+        results = [chunk.result.token_ids for chunk in told if chunk.result is not None]
+        assert results == [answer]
+        assert {chunk.handle for chunk in told} == {handle}
+        number += 1
+    assert number > 200

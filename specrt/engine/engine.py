@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import count
@@ -56,7 +56,7 @@ class Engine:
         self._core = EngineCore(target, drafter, self.limits)
         self._intake = Intake(target.config, tokenizer, drafter, self.limits)
         self._lock = target.lock
-        self._outbox: deque[StreamChunk] = deque()
+        self._outbox: list[StreamChunk] = []
         self._ids = count()
         self._owner = object()
         self._process = os.getpid()
@@ -279,7 +279,11 @@ class Engine:
         """
         self._check_open()
         self._lock.run(partial(self._step, deque()))
-        return [self._outbox.popleft() for _ in range(len(self._outbox))]
+        count = len(self._outbox)
+        # No call from here on: neither Ctrl-C nor another thread comes in between.
+        told = self._outbox[:count]
+        del self._outbox[:count]
+        return told
 
     def abort(self, handle: RequestHandle) -> bool:
         """End a request; its last chunk has a result with ``finish_reason == "abort"``.
@@ -322,7 +326,9 @@ class Engine:
                 "gone; let each process load its own (multiprocessing's spawn)"
             )
 
-    def _enqueue(self, asked: Asked, is_streamed: bool, box: deque[StreamChunk]) -> Request:
+    def _enqueue(
+        self, asked: Asked, is_streamed: bool, box: MutableSequence[StreamChunk]
+    ) -> Request:
         """A request that waits for its turn.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ class Intake:
         asked: Asked,
         handle: RequestHandle,
         is_streamed: bool,
-        box: deque[StreamChunk],
+        box: MutableSequence[StreamChunk],
     ) -> Request:
         """A request of what was asked, with a seed if it had none.
 
