@@ -386,7 +386,7 @@ class Engine:
         if not self._is_closed and not request.is_over:
             self._core.end(request, request.failed("", "abort"))
 
-    def _drop(self, requests: Mapping[RequestHandle, Request]) -> None:
+    def _drop(self, requests: dict[RequestHandle, Request]) -> None:
         """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
         if self._is_closed:
             return
