@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Generator, Iterable, MutableSequence, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import count
