@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Generator, Iterable, MutableSequence, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import count
@@ -386,7 +386,7 @@ class Engine:
         if not self._is_closed and not request.is_over:
             self._core.end(request, request.failed("", "abort"))
 
-    def _drop(self, requests: Mapping[RequestHandle, Request]) -> None:
+    def _drop(self, requests: dict[RequestHandle, Request]) -> None:
         """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
         if self._is_closed:
             return
