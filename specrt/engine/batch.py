@@ -8,6 +8,7 @@ import torch
 
 from specrt.cache import CacheBatch, KVCache
 from specrt.engine.request import Request
+from specrt.reuse import power_of_two
 from specrt.sampling import SamplingRows, SamplingTable
 
 _FIRST_TOKENS = 256  # columns of the history to begin with
@@ -107,8 +108,7 @@ class Batch:
         self._ints_view[:, row] = len(tokens), tokens[-1], 1
 
     def _widen(self, num_tokens: int) -> None:
-        width = 1 << (num_tokens - 1).bit_length()
-        wider = torch.zeros(self._history.shape[0], width, dtype=torch.int32)
+        wider = torch.zeros(len(self._history), power_of_two(num_tokens), dtype=torch.int32)
         wider[:, : self._history.shape[1]] = self._history
         self._history, self._history_view = wider, wider.numpy()
         self._look()

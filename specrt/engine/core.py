@@ -236,10 +236,8 @@ class EngineCore:
 
     def _round(self) -> None:
         for request in list(self._batch.requests):
-            held = request.cached
-            # One that gave way to an older one has none by now.
-            if held is not None and not self._reserve(request, held.length + 1):
-                continue
+            if request.cached is not None:  # or it has given way to an older one by now
+                self._reserve(request, request.cached.length + 1)
         if not len(self._batch):
             return
         try:
