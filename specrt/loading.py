@@ -14,6 +14,7 @@ import torch
 
 from specrt import builtin
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
@@ -21,7 +22,6 @@ from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.engine import Engine
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.results import GenerationResult
-from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
@@ -110,17 +110,17 @@ def load(
     target_dtype = choose_dtype(config, chosen, place)
     head_dim = choose_head_dim(config, place)
     tokenizer = load_tokenizer(path, config.vocab_size)
+    there = Device(place)
     weights = place_weights(
-        load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), place
+        load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), there
     )
-    graphs = GraphCache()
-    model = LlamaModel(config, weights, graphs.run, graphs.clear)
+    model = LlamaModel(config, weights, there)
     if drafter == AUTO:
         drafter = default_drafter(target, place)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
-        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options, path)
+        drafter = load_drafter(drafter, model, chosen, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
     return Engine(

@@ -162,7 +162,7 @@ class Drafting:
             budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, lower)
             with closing(lower):
                 proposal = self._drafter.propose(group.states, budget)
-            check_proposal(proposal, len(group.rows))
+            check_proposal(proposal, len(group.rows), self._target.device)
             if merged is not None:  # here: the next call may overwrite what this one gave
                 merged.take(group.rows, proposal)
             given.append(proposal)

@@ -26,7 +26,6 @@ from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
@@ -274,9 +273,10 @@ def test_speculation_changes_nothing(checkpoint: Path, backend: Backend, setting
 @pytest.mark.gpu
 def test_steps_captured_as_graphs_give_the_same_bits(checkpoint: Path) -> None:
     """Sequences that join and leave make caches grow and attention's workspace move between."""
-    gpu, graphs = Backend("cuda", torch.device("cuda", 0)), StepGraphs()
+    gpu = Backend("cuda", torch.device("cuda", 0))
+    graphs = StepGraphs(gpu.device)
     eager = make_model(checkpoint, gpu)
-    model = LlamaModel(eager.config, eager.weights, on_move=graphs.clear, run_on_gpu=graphs.run)
+    model = LlamaModel(eager.config, eager.weights, graphs)
     params = replace(SETTINGS["greedy"], max_new_tokens=20, logprobs=True)
     expected = make_engine(eager, max_batch=1).generate(PROMPTS, params)
     answers = {tuple(p): one.token_ids for p, one in zip(PROMPTS, expected, strict=True)}
@@ -294,8 +294,7 @@ def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) 
     model, params = make_model(llama, backend), SETTINGS["greedy"]
     expected = texts(make_engine(model).generate(PROMPTS, params))
     make_draft_checkpoint(llama, tmp_path)
-    graphs = GraphCache()
-    drafter = load_drafter(tmp_path, model, None, graphs.run, graphs.clear, DrafterOptions())
+    drafter = load_drafter(tmp_path, model, None, DrafterOptions())
     results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(3, 3, 8))
     assert texts(results) == expected
     assert all(result.stats.num_draft_tokens for result in results)

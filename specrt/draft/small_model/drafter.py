@@ -257,7 +257,7 @@ class SmallModelDrafter:
     def _expand(self, tree: _GrowingTree, roots: torch.Tensor, batch: CacheBatch) -> torch.Tensor:
         """Logits ``[B, K, S]`` behind the last level's nodes, of the S ids that are shared."""
         proposal, first = tree.proposal(), tree.num_nodes - tree.width
-        whole = self._settler.settle(proposal, roots, proposal.num_nodes)
+        whole = self._settler.settle(proposal, roots, proposal.num_nodes, tree.num_nodes)
         level = DraftTree(
             draft_tokens=whole.draft_tokens[:, first:],
             parents=whole.parents[:, first:],
