@@ -31,15 +31,22 @@ class Device:
 
     Args:
         place: the torch device.
+        is_gpu: whether kernels take tensors there for a GPU's; None: as torch does. (A simulated
+            GPU has the CPU's memory.)
         is_eager: whether nothing is captured.
         max_steps: captured ones that are kept; beyond, the one that was not run for longest goes.
     """
 
     def __init__(
-        self, place: torch.device = CPU, *, is_eager: bool = False, max_steps: int = 256
+        self,
+        place: torch.device = CPU,
+        *,
+        is_gpu: bool | None = None,
+        is_eager: bool = False,
+        max_steps: int = 256,
     ) -> None:
         self.place = place
-        self.is_gpu = place.type != "cpu"
+        self.is_gpu = place.type != "cpu" if is_gpu is None else is_gpu
         self.version = 0
         """Grows whenever captured launches have gone stale."""
         self.num_reads = 0
@@ -75,8 +82,8 @@ class Device:
         out.copy_(host, non_blocking=True)
 
     def there(self, host: torch.Tensor) -> torch.Tensor:
-        """A host's tensor there: itself on the CPU, else a copy."""
-        if not self.is_gpu:
+        """A host's tensor there: itself on the CPU (or if it is there), else a copy."""
+        if not self.is_gpu or self.holds(host):
             return host
         out = self.empty(*host.shape, dtype=host.dtype)
         self.upload(host, out)

@@ -202,13 +202,14 @@ class Settler:
         if size == 1:
             alone = self._roots_alone.get(batch)
             if alone is None:
-                zeros = self._device.zeros(2, batch, 1, dtype=torch.int32)
+                tokens, parents = self._device.zeros(2, batch, 1, dtype=torch.int32)
                 ones = self._device.zeros(batch, dtype=torch.int32).fill_(1)
-                alone = self._roots_alone[batch] = Proposal(*zeros, ones)
+                alone = self._roots_alone[batch] = Proposal(tokens, parents, ones)
             return alone
         there = self._device.there
-        flat = torch.cat([proposal.draft_tokens.ravel(), proposal.parents.ravel(), proposal.num_nodes])
-        tokens, parents, num_nodes = there(flat).split([batch * size, batch * size, batch])
+        flat = [proposal.draft_tokens.ravel(), proposal.parents.ravel(), proposal.num_nodes]
+        sizes = [part.numel() for part in flat]
+        tokens, parents, num_nodes = there(torch.cat(flat)).split(sizes)
         probs = proposal.draft_probs
         return Proposal(
             tokens.view(batch, size),

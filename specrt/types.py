@@ -120,6 +120,20 @@ class RoundReport:
     logprobs: npt.NDArray[np.float32] | None
     """``[B, N]``"""
 
+    def of(self, rows: Sequence[int]) -> RoundReport:
+        """Of some of the sequences, in this order."""
+        index = list(rows)
+        return RoundReport(
+            self.num_nodes[index],
+            self.deepest[index],
+            self.accept_length[index],
+            self.num_taken[index],
+            self.has_ended[index],
+            self.tokens[index],
+            self.path[index],
+            None if self.logprobs is None else self.logprobs[index],
+        )
+
 
 @dataclass(frozen=True)
 class AcceptResult:

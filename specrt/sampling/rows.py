@@ -63,8 +63,8 @@ class SamplingTable:
     bias_values: torch.Tensor | None
     """``[K]`` float32."""
     workspace: torch.Tensor | None
-    """``[parts, size]`` float32 scratch of the CPU's; None when every sequence is greedy and unedited.
-    One acceptance at a time may use it."""
+    """``[parts, size]`` float32 scratch on the CPU; None where every sequence is greedy and
+    unedited. One acceptance at a time may use it."""
     vocab_size: int
     want_logprobs: bool
     """Whether any sequence asked for log-probabilities."""

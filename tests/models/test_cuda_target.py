@@ -21,6 +21,7 @@ from bench.step_graphs import StepGraphs
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
@@ -35,7 +36,7 @@ from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
-from tests.ops.conftest import Backend, load_simt
+from tests.ops.conftest import Backend, cpu_product, load_simt
 from tests.trees import trees_of
 
 VOCAB = 97
@@ -64,14 +65,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the CUDA path of ``linear`` around the CPU's product."""
-    if backend.name == "cuda":
+def linear_of_16_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, whose kernel takes float32 alone: the GPU's way around its product."""
+    if backend.name != "cpu":
         return
     bare = ops.linear
-
-    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        bare(x.float(), weight, out=out)
 
     def linear(
         x: torch.Tensor,
@@ -81,9 +79,9 @@ def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.dtype == torch.float32 or out is None:  # a drafter's, which runs on the CPU
+        if x.dtype == torch.float32 or out is None:
             return bare(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, product)
+        linear_in_pieces(x, weight, bias, residual, out, workspace, cpu_product)
         return out
 
     monkeypatch.setattr(ops, "linear", linear)
@@ -91,8 +89,9 @@ def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:
     config = ModelConfig.from_directory(path)
-    weights = place_weights(load_weights(path, config, dtype), torch.device(backend.device))
-    return LlamaModel(config, weights, activation_dtype=dtype)
+    place = Device(backend.device, is_gpu=backend.runs_cuda_source)
+    weights = place_weights(load_weights(path, config, dtype), place)
+    return LlamaModel(config, weights, place, activation_dtype=dtype)
 
 
 def started(
@@ -167,9 +166,9 @@ def test_no_less_exact_than_transformers(
         (output.taps[FINAL_TAP], "final"),
         (output.taps[layer_tap(0)], "first_layer"),
     ):
-        assert ours.dtype == torch.float32 and ours.device.type == "cpu"
+        assert ours.device == backend.device
         right = getattr(exact, name)
-        error = (ours[0].double() - right).square().mean().sqrt()
+        error = (ours[0].cpu().double() - right).square().mean().sqrt()
         usual = (getattr(theirs, name).double() - right).square().mean().sqrt()
         assert 0 < error <= 2 * usual, name
 

@@ -177,7 +177,7 @@ class EesdDrafter:
         control = proposal.control
         if control is not None:
             num_rounds = _REST_FORGOTTEN if is_plain and self._weighs_time else 1
-            control.update(self.control, states, result.accept_length.tolist(), num_rounds)
+            control.update(self.control, states, result.lengths, num_rounds)
             self._controls[len(states), proposal.num_branches == 1].append(control)
         if proposal.times is not None and self._given_costs is None:
             self._meter.observe(proposal.times, observed, perf_counter())

@@ -160,14 +160,14 @@ class FspadDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Keep the features of the accepted path, which the next tree grows from."""
-        lengths, features = result.accept_length.tolist(), taps[FINAL_TAP]
+        lengths, paths, features = result.lengths, result.paths, taps[FINAL_TAP]
         for row, state in enumerate(states):
             path = result.path[row, : max(0, lengths[row] + 1)].long()
             self._drafts[state].add(features[row].index_select(0, path))
         if isinstance(proposal, _Offer):
             is_accepted = np.zeros(proposal.scores.shape)
             for row, length in enumerate(lengths):
-                is_accepted[row, result.path[row, 1 : max(0, length) + 1].numpy() - 1] = 1.0
+                is_accepted[row, paths[row, 1 : max(0, length) + 1] - 1] = 1.0
             proposal.round.observe_outcome(proposal.scores, is_accepted)
 
     def finish(self, state: SequenceState) -> None:

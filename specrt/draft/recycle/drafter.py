@@ -101,7 +101,7 @@ class RecycleDrafter:
         is_accepted = _accepted(result, size)
         tokens = proposal.draft_tokens[:, :size].numpy()
         ids = likeliest(logits[:, :size].reshape(-1, self._vocab_size)).reshape(*tokens.shape, -1)
-        num_nodes, lengths = proposal.num_nodes.tolist(), result.accept_length.tolist()
+        num_nodes, lengths = proposal.num_nodes.tolist(), result.lengths
         for row, state in enumerate(states):
             if lengths[row] < 0:  # its logits were NaN
                 continue
@@ -146,7 +146,7 @@ class RecycleDrafter:
 
 def _accepted(result: AcceptResult, size: int) -> npt.NDArray[np.bool_]:
     """``[B, size]``: which nodes are on the accepted path."""
-    paths = result.path.numpy()
+    paths = result.paths
     is_accepted = np.zeros((len(paths), size), dtype=bool)
     rows, places = np.nonzero((paths >= 0) & (paths < size))
     is_accepted[rows, paths[rows, places]] = True
