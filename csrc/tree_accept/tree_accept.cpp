@@ -45,6 +45,7 @@ void check_for_cpu(const TreeAcceptArgs& a) {
         const int64_t size = tree_accept_workspace(a.logits.shape[2]);
         expect(a.workspace, DType::kFloat32, "[parts, size]", -1, size);
         expect_contiguous(a.workspace);
+        expect_aligned(a.workspace, sizeof(uint64_t));
     }
     const auto* rows = a.sampling.as<SamplingRow>();
     bool needs_workspace = false;
@@ -70,8 +71,7 @@ void check_for_gpu(const TreeAcceptArgs& a) {
     expect(a.workspace, DType::kFloat32, "[size]", -1);
     SPECRT_CHECK(a.workspace.shape[0] >= size, "workspace: expected at least ", size,
                  " elements, got ", a.workspace.describe());
-    SPECRT_CHECK(reinterpret_cast<uintptr_t>(a.workspace.data) % 16 == 0,
-                 "workspace: expected to begin at a multiple of 16 bytes");
+    expect_aligned(a.workspace, 16);
 }
 
 TreeAcceptParams params_of(const TreeAcceptArgs& a) {
@@ -139,6 +139,14 @@ Launch processed_logits(const TreeAcceptArgs& a, const TensorView& out) {
     std::memcpy(&p, launch.params, sizeof p);
     p.logprobs = out.as<float>();
     return make_launch(processed_logits_part_for(active_isa()), p, launch.max_parts);
+}
+
+Launch exponentials(const TensorView& x, const TensorView& exps, const TensorView& masses) {
+    expect(x, DType::kFloat32, "[n]", -1);
+    expect(exps, DType::kFloat32, "[n]", x.shape[0]);
+    expect(masses, DType::kInt64, "[n]", x.shape[0]);
+    const ExponentialsParams p{x.as<float>(), exps.as<float>(), masses.as<uint64_t>(), x.shape[0]};
+    return make_launch(exponentials_part_for(active_isa()), p, 1);
 }
 
 }  // namespace specrt

@@ -29,24 +29,9 @@ struct Step {
 };
 
 // --- rejection with residuals
-// The law as a drafter may report it: NaN and negatives are 0, rounding above 1 is cut.
-__device__ __forceinline__ double clean_prob(float q) {
-    return q > 0.0f ? (q < 1.0f ? static_cast<double>(q) : 1.0) : 0.0;
-}
-
-constexpr double kResidualOne = 0x1p56;
-
 struct Residual {
     uint64_t* masses;  // [V]
     uint64_t total;
-
-    __device__ double prob(int64_t token) const {
-        return static_cast<double>(masses[token]) / static_cast<double>(total);
-    }
-    __device__ uint64_t mass_without(float q, int64_t token) const {
-        const double rest = prob(token) - clean_prob(q);
-        return rest > 0.0 ? static_cast<uint64_t>(rest * kResidualOne) : 0;
-    }
 };
 
 __device__ __forceinline__ Residual target_masses(const TreeAcceptParams& p, const Row& row,
@@ -77,12 +62,12 @@ __device__ __forceinline__ void subtract_draft(Residual* residual, const float* 
                                                KeptRoom* room) {
     uint64_t sum = 0;
     for (int64_t v = threadIdx.x; v < vocab; v += blockDim.x)
-        sum += residual->mass_without(q[v], v);
+        sum += residual_mass(residual->masses[v], residual->total, q[v]);
     __syncthreads();
     const uint64_t total = block_total(sum, room->place.words);
     if (total == 0) return;
     for (int64_t v = threadIdx.x; v < vocab; v += blockDim.x)
-        residual->masses[v] = residual->mass_without(q[v], v);
+        residual->masses[v] = residual_mass(residual->masses[v], residual->total, q[v]);
     residual->total = total;
     __syncthreads();
 }
@@ -122,8 +107,7 @@ __device__ __forceinline__ Step draw_by_rejection(const TreeAcceptParams& p, con
         const float u = uniform_from(philox(row.s.seed, position, Purpose::kAccept, sibling++));
         // A child its own law excludes was not drawn from it: subtracting would bias.
         if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
-        // Strict: probability 0 is never accepted, however small u is.
-        const bool is_accepted = static_cast<double>(u) * clean_prob(q[x]) < residual.prob(x);
+        const bool is_accepted = accepts(u, q[x], residual.masses[x], residual.total);
         __syncthreads();  // all have read before anyone subtracts
         if (is_accepted) return {x, j};
         subtract_draft(&residual, q, p.vocab, room);
