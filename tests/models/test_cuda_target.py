@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.step_graphs import StepGraphs
-from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams
@@ -31,13 +30,14 @@ from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.models.step import FINAL_TAP, layer_tap
-from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.ops.conftest import Backend, load_simt
 from tests.trees import trees_of
+
+pytestmark = pytest.mark.usefixtures("stand_in_linear")
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -62,32 +62,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     make_checkpoint("llama", path, **SIZES)
     return path
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the CUDA path of ``linear`` around the CPU's product."""
-    if backend.name == "cuda":
-        return
-    bare = ops.linear
-
-    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        bare(x.float(), weight, out=out)
-
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if x.dtype == torch.float32 or out is None:  # a drafter's, which runs on the CPU
-            return bare(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, product)
-        return out
-
-    monkeypatch.setattr(ops, "linear", linear)
 
 
 def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:
