@@ -33,9 +33,9 @@ SPECRT_HD uint64_t nucleus_mass(double top_p, uint64_t total) {
     return whole + (static_cast<double>(whole) < mass);
 }
 
-// No token of this mass or less is kept by top_p, unless its mass is 0: it and all behind it weigh
-// too little together. The factor covers the rounding of nucleus_mass: where 1 - top_p is small
-// enough for that to matter, this is 0.
+// No token of this mass or less is kept by top_p: it and all behind it weigh too little together.
+// The factor covers the rounding of nucleus_mass: where 1 - top_p is small enough for that to
+// matter, this is 0.
 SPECRT_HD uint64_t light_mass(double top_p, uint64_t total, int64_t vocab) {
     const double rest = top_p > 0.0 ? 1.0 - top_p : 1.0;
     return static_cast<uint64_t>(rest * static_cast<double>(total) / static_cast<double>(vocab) *
@@ -50,6 +50,27 @@ SPECRT_HD float logit_of_mass(uint64_t mass) {
 // floor(u * total), 0 < u < 1: a token is drawn as the first whose inclusive prefix sum is above.
 SPECRT_HD uint64_t drawn_mass(float u, uint64_t total) {
     return static_cast<uint64_t>(static_cast<double>(u) * static_cast<double>(total));
+}
+
+// --- rejection with residuals
+constexpr double kResidualOne = 0x1p56;
+
+// A draft law's probability as it may be reported: NaN and negatives are 0, rounding above 1 is
+// cut.
+SPECRT_HD double clean_prob(float q) {
+    return q > 0.0f ? (q < 1.0f ? static_cast<double>(q) : 1.0) : 0.0;
+}
+
+// Whether a child of draft probability q is accepted under u. Strict: mass 0 never is.
+SPECRT_HD bool accepts(float u, float q, uint64_t mass, uint64_t total) {
+    return static_cast<double>(u) * clean_prob(q) <
+           static_cast<double>(mass) / static_cast<double>(total);
+}
+
+// relu(mass / total - q) in units of 2^-56: what a token weighs once a child was rejected.
+SPECRT_HD uint64_t residual_mass(uint64_t mass, uint64_t total, float q) {
+    const double r = static_cast<double>(mass) / static_cast<double>(total) - clean_prob(q);
+    return r > 0.0 ? static_cast<uint64_t>(r * kResidualOne) : 0;
 }
 
 }  // namespace specrt

@@ -156,6 +156,25 @@ inline V16 scale_pow2(V16 value, V16 magic) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
 }
+// Sixteen 32-bit integers; sums wrap.
+struct I16 {
+    __m512i v;
+};
+inline I16 zero_ints() {
+    return {_mm512_setzero_si512()};
+}
+inline I16 truncate(V16 a) {  // |a| < 2^31
+    return {_mm512_cvttps_epi32(a.v)};
+}
+inline V16 to_float(I16 a) {
+    return {_mm512_cvtepi32_ps(a.v)};
+}
+inline I16 add(I16 a, I16 b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+inline void store(I16 a, uint32_t* p) {
+    _mm512_storeu_si512(p, a.v);
+}
 inline __m128 fold_to_4(V16 a) {
     const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
     const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
@@ -253,6 +272,25 @@ inline __m256 scale_pow2(__m256 value, __m256 magic) {
 inline V16 scale_pow2(V16 value, V16 magic) {
     return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
 }
+struct I16 {
+    __m256i lo, hi;
+};
+inline I16 zero_ints() {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+inline I16 truncate(V16 a) {
+    return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)};
+}
+inline V16 to_float(I16 a) {
+    return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+inline I16 add(I16 a, I16 b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline void store(I16 a, uint32_t* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
+}
 inline __m128 fold_to_4(V16 a) {
     const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
     return _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
@@ -319,6 +357,27 @@ inline V16 overflow_where_above(V16 value, V16 x, V16 bound) {
 inline V16 scale_pow2(V16 value, V16 magic) {
     return lanes(
         [&](int i) { return from_bits(to_bits(value.v[i]) + (to_bits(magic.v[i]) << 23)); });
+}
+struct I16 {
+    uint32_t v[16];
+};
+inline I16 zero_ints() {
+    return {};
+}
+inline I16 truncate(V16 a) {
+    I16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = static_cast<uint32_t>(static_cast<int32_t>(a.v[i]));
+    return r;
+}
+inline V16 to_float(I16 a) {
+    return lanes([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });
+}
+inline I16 add(I16 a, I16 b) {
+    for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+    return a;
+}
+inline void store(I16 a, uint32_t* p) {
+    std::memcpy(p, a.v, sizeof a.v);
 }
 inline void prefetch(const void* p) {
     __builtin_prefetch(p);

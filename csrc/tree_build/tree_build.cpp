@@ -110,14 +110,14 @@ TreeExpand launch_on_gpu(const TreeExpandArgs& a, const TreeExpandParams& p, int
     const int64_t needed = tree_expand_gpu_workspace(p.batch, p.width, p.rows, p.top_k);
     SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
                  " floats for this shape, got ", a.workspace.describe());
-    SPECRT_CHECK(reinterpret_cast<uintptr_t>(a.workspace.data) % 8 == 0,
-                 "workspace: expected an address that is a multiple of 8 bytes");
+    expect_aligned(a.workspace, sizeof(uint64_t));
     return {make_cuda_launch(tree_expand_cuda, p, device), Launch{}};
 }
 
 TreeExpand launch_on_cpu(const TreeExpandArgs& a, const TreeExpandParams& p) {
     expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_expand_workspace(p.rows));
     expect_contiguous(a.workspace);
+    expect_aligned(a.workspace, sizeof(uint64_t));
     SPECRT_CHECK(a.workspace.shape[0] >= 1, "workspace: expected at least one part, got ",
                  a.workspace.describe());
     // A part owns one workspace row. One thread is done with 16k logits before a second could have
