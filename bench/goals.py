@@ -65,6 +65,8 @@ def _all() -> Iterator[Goal]:
     # A commit moves the accepted path, a handful of rows: 2 MB for 8 of them.
     for op, rows in (("rms_norm", 60), ("silu_mul", 60), ("kv_commit", 8)):
         yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", 3.0)
+    for op, rows, most in (("tree_expand", 10, 8.0), ("tree_rerank", 60, 6.0)):
+        yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", most)
     for op in ("rms_norm", "silu_mul"):
         where = {"op": op, "model": "Llama-3-8B", "rows": 8192}
         yield Goal(SMALL, where, "% of limit", 80.0, is_least=True)

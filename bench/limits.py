@@ -8,6 +8,8 @@ from typing import Any
 BF16 = 2
 FLOAT = INT = 4
 WORD = 8
+TREE_TOP_K, TREE_DEPTH = 10, 6
+"""Of the pool that a tree is chosen from: children of a node, levels below the root's children."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,12 @@ class Model:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int = 1000
 
 
 MODELS = {
-    "Llama-3-8B": Model(4096, 14336, 32, 32, 8, 128),
-    "Vicuna-7B": Model(4096, 11008, 32, 32, 32, 128),
+    "Llama-3-8B": Model(4096, 14336, 32, 32, 8, 128, 128_256),
+    "Vicuna-7B": Model(4096, 11008, 32, 32, 32, 128, 32_000),
 }
 
 
@@ -81,6 +84,21 @@ def kv_commit(model: Model, rows: int) -> Work:
 def tree_settle(model: Model, rows: int) -> Work:
     """Tokens and parents read and written, depth and ancestors written; one tree, of any model."""
     return Work(rows * (5 * INT + (rows + 63) // 64 * WORD))
+
+
+def tree_expand(model: Model, rows: int) -> Work:
+    """Logits of ``rows`` nodes read once, as many children of each written."""
+    return Work(rows * model.vocab_size * FLOAT + rows * rows * (2 * INT + FLOAT))
+
+
+def pool_size() -> int:
+    """Candidates that a tree is chosen from."""
+    return TREE_TOP_K + TREE_DEPTH * TREE_TOP_K**2
+
+
+def tree_rerank(model: Model, rows: int) -> Work:
+    """All scores read, tokens, parents and scores of ``rows`` nodes read and written."""
+    return Work(pool_size() * FLOAT + 2 * rows * (2 * INT + FLOAT))
 
 
 def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import limits
+from bench.draft_trees_cuda import TreeExpand, TreeRerank
 from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
@@ -25,6 +26,8 @@ from specrt.models.rope import rope_table
 ROWS = (60, 8192, 1, 8, 128)
 NODES = (8, 60, 1, 127)
 """Of a tree, and so of a path at the most, each of which moves by one slot here."""
+CHILDREN = (10, 4)
+"""Of a frontier's node, and nodes of a frontier."""
 PAGE_SIZE = 64
 PREFIX = 192
 """Committed slots before the rows; whole pages."""
@@ -252,6 +255,8 @@ KERNELS = {
     "rope_append": Kernel(separate(RopeAppend), limits.rope_append),
     "kv_commit": Kernel(commits, limits.kv_commit, NODES),
     "tree_settle": Kernel(separate(TreeSettle), limits.tree_settle, NODES),
+    "tree_expand": Kernel(separate(TreeExpand), limits.tree_expand, CHILDREN),
+    "tree_rerank": Kernel(separate(TreeRerank), limits.tree_rerank, NODES[1:]),
 }
 
 

@@ -69,15 +69,19 @@ def load_simt() -> ModuleType:
         pytest.fail("the SIMT shim is not built: run `make simt`")
 
 
+def own_functions(module: ModuleType) -> list[str]:
+    values = vars(module).items()
+    return [name for name, value in values if getattr(value, "__module__", "") == module.__name__]
+
+
 def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr) -> ModuleType:
     """Let the shim's kernels stand in for the extension's; ``replace`` sets attributes."""
     simt = load_simt()
     simt.set_schedule(seed)
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
-    for module_name, module in list(sys.modules.items()):
-        package, _, kernel = module_name.rpartition(".")
-        if package == "specrt.ops" and hasattr(simt, kernel):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("specrt.ops.") and any(hasattr(simt, op) for op in own_functions(module)):
             replace(module, "_C", simt)
     return simt
 
