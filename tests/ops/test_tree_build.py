@@ -295,7 +295,7 @@ def test_the_first_child_is_the_targets_token(
     backend: Backend, params: SamplingParams, scale: float
 ) -> None:
     """A drafter with the target's logits drafts exactly what the target then draws."""
-    batch, rows, prompt_len = 40, 5003, 9
+    batch, rows, prompt_len = 12 if backend.name == "simt" else 40, 5003, 9
     logits = torch.randn(batch, 1, rows, generator=torch.Generator().manual_seed(2)) * scale
     several = [replace(params, seed=seed) for seed in range(batch)]
     pool, _ = grow([logits], 4, backend=backend, noise=Coupling.of(several, [prompt_len] * batch))
