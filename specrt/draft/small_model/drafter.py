@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import one_hot, pad
 
 from specrt import ops
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.models.model import LlamaModel
 from specrt.tree import MAX_NODES, Settler, chain, chain_tree
@@ -117,6 +117,11 @@ class SmallModelDrafter:
         self._settler = Settler(self._vocab_size)
         self._cached: dict[SequenceState, CachedSequence] = {}
         self._batch = CacheBatch(self._cache)
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values."""
+        return self._cache
 
     def check(self, params: DraftParams) -> None:
         """Whether it can draft trees so wide.
