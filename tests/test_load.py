@@ -21,6 +21,7 @@ from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine import memory
 from specrt.engine.engine import Engine
 from specrt.models.checkpoint import Checkpoint
+from specrt.models.loader import Weights
 from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,
@@ -180,8 +181,13 @@ def wide_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_target_on_a_gpu(wide_target: Path, gpu: torch.device) -> None:
+def test_a_target_on_a_gpu(
+    wide_target: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[Weights] = []
+    monkeypatch.setattr(loading, "check_rows", looked_at.append)
     engine = specrt.load(wide_target, device="cuda")
+    assert looked_at == [engine.target.weights]
     assert engine.target.device == engine.cache.device == gpu
     assert engine.target.dtype == engine.target.activation_dtype == torch.bfloat16
     assert engine.cache.kv.dtype == torch.bfloat16
