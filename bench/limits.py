@@ -83,6 +83,11 @@ def tree_settle(model: Model, rows: int) -> Work:
     return Work(rows * (5 * INT + (rows + 63) // 64 * WORD))
 
 
+def history_append(model: Model, rows: int) -> Work:
+    """Depth, path and tokens read; tokens to the history and both to a report; of any model."""
+    return Work(rows * 6 * INT)
+
+
 def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:
     """Weights read once, rows in and out, all of 16 bits."""
     num_bytes = (num_outputs * num_inputs + rows * (num_outputs + num_inputs)) * BF16

@@ -15,6 +15,7 @@ import torch
 
 from specrt import builtin
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
@@ -24,7 +25,6 @@ from specrt.engine.engine import Engine
 from specrt.engine.memory import size_check
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.results import GenerationResult
-from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import (
@@ -125,20 +125,20 @@ def load(
     padded = replace(config, head_dim=head_dim)
     check_sizes(padded, limits.max_nodes, place)
     tokenizer = load_tokenizer(path, config.vocab_size)
-    has_room = size_check(padded, target_dtype, limits, place)
+    there = Device(place)
+    has_room = size_check(padded, target_dtype, limits, there)
     loaded = load_weights(
         path, config, target_dtype, progress=progress, head_dim=head_dim, check_size=has_room
     )
-    weights = place_weights(loaded, place)
+    weights = place_weights(loaded, there)
     check_rows(weights)
-    graphs = GraphCache()
-    model = LlamaModel(config, weights, graphs.run, graphs.clear)
+    model = LlamaModel(config, weights, there)
     if drafter == AUTO:
         drafter = default_drafter(target, place)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
-        drafter = load_drafter(drafter, model, chosen, graphs.run, graphs.clear, options, path)
+        drafter = load_drafter(drafter, model, chosen, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, **asdict(limits))

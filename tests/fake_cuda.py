@@ -36,7 +36,7 @@ class FragileGpu:
     """A model's device that fails after some forward passes, for good or once.
 
     Args:
-        model: its ``forward`` and ``wait`` are replaced.
+        model: its ``forward`` and its device's ``wait`` are replaced.
         monkeypatch: puts them back.
         num_good: passes before it fails.
         error: what the pass raises then.
@@ -58,7 +58,7 @@ class FragileGpu:
         self._is_lost = False
         self._forward = model.forward
         monkeypatch.setattr(model, "forward", self._run)
-        monkeypatch.setattr(model, "wait", self.wait)
+        monkeypatch.setattr(model.device, "wait", self.wait)
 
     def lose(self) -> None:
         """From now on nothing is answered."""

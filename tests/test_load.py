@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 import specrt
 from specrt import loading
+from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.engine import memory
 from specrt.engine.engine import Engine
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.loader import Weights
@@ -164,7 +164,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(
         loading, "parse_device", lambda name: meta if name == "cuda" else asked(name)
     )
-    monkeypatch.setattr(memory, "free_memory", lambda device: (1 << 30, 2 << 30))
+    monkeypatch.setattr(Device, "free_memory", lambda device: (1 << 30, 2 << 30))
     # From a GPU the drafter's copies of the target's tables would come back.
     read = torch.Tensor.cpu
     monkeypatch.setattr(

@@ -15,6 +15,7 @@ import torch
 
 from specrt.cache import KVCache
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import CachingDrafter, Drafter
 from specrt.models.model import LlamaModel
 from specrt.models.step import GpuScratch, Workspace
@@ -27,7 +28,7 @@ MARGIN = 512 << 20
 """Bytes left to CUDA's libraries and graphs, to attention's and acceptance's workspaces and to
 tables that grow with the texts."""
 
-_META = torch.device("meta")
+_NOWHERE = Device(torch.device("meta"))
 
 
 class Limits(Protocol):
@@ -46,14 +47,8 @@ class Limits(Protocol):
         """Tokens whose keys and values are held; None: as many as there is room for."""
 
 
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU that are free, and all it has; what torch keeps for later is given back."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)
-
-
 def size_check(
-    config: ModelConfig, dtype: torch.dtype, limits: Limits, device: torch.device
+    config: ModelConfig, dtype: torch.dtype, limits: Limits, device: Device
 ) -> Callable[[int], None]:
     """What tells, of the bytes of a target's weights, whether an engine fits on a device.
 
@@ -72,12 +67,12 @@ def size_check(
     """
 
     def check(weights: int) -> None:
-        if device.type == "cpu":
+        if not device.is_gpu:
             return
         pages = (_least_pages(limits) + 1) * _page_bytes(config, dtype)  # with that for scratch
         parts = {"weights": weights, "KV cache": pages}
         parts["workspace"] = workspace_bytes(config, dtype, limits)
-        free, total = free_memory(device)
+        free, total = device.free_memory()
         if sum(parts.values()) > free:
             raise _no_room(parts, (free, total), limits, device)
 
@@ -95,7 +90,7 @@ def make_cache(target: LlamaModel, drafter: Drafter, limits: Limits) -> KVCache:
         MemoryError: there is no room for ``max_cached_tokens``, or for the least that is of use.
     """
     cache = target.new_cache(PAGE_SIZE, max_pages=_asked_pages(limits))
-    if target.device.type != "cpu":
+    if target.device.is_gpu:
         _fix(cache, target, drafter, limits)
     return cache
 
@@ -109,11 +104,11 @@ def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> 
     """
     logit_rows = power_of_two(limits.max_batch * limits.max_nodes)
     rows = max(logit_rows, MAX_NODES)  # a piece of a prompt
-    work = Workspace.make(config, rows, logit_rows, dtype, _META)
+    work = Workspace.make(config, rows, logit_rows, dtype, _NOWHERE)
     tensors = [getattr(work, field.name) for field in fields(work)]
     buffers = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
     rope = (config.max_positions + MAX_NODES) * config.head_dim * torch.float32.itemsize
-    return 2 * (buffers + rope) + GpuScratch(config, dtype, _META).linear.nbytes + MARGIN
+    return 2 * (buffers + rope) + GpuScratch(config, dtype, _NOWHERE).linear.nbytes + MARGIN
 
 
 def _fix(cache: KVCache, target: LlamaModel, drafter: Drafter, limits: Limits) -> None:
@@ -121,7 +116,7 @@ def _fix(cache: KVCache, target: LlamaModel, drafter: Drafter, limits: Limits) -
     drafts = _cache_of(drafter, target.device)
     each = cache.page_bytes + (0 if drafts is None else drafts.page_bytes)
     workspace = workspace_bytes(config, target.dtype, limits)
-    free, total = free_memory(target.device)
+    free, total = target.device.free_memory()
     least, asked = _least_pages(limits), _asked_pages(limits)
     fitting = (free - workspace) // each - 1
     if fitting < least:
@@ -139,10 +134,12 @@ def _fix(cache: KVCache, target: LlamaModel, drafter: Drafter, limits: Limits) -
     )  # fmt: skip
 
 
-def _cache_of(drafter: Drafter, device: torch.device) -> KVCache | None:
+def _cache_of(drafter: Drafter, device: Device) -> KVCache | None:
     """A drafter's own, if it takes memory of the target's device."""
     cache = drafter.cache if isinstance(drafter, CachingDrafter) else None
-    return cache if isinstance(cache, KVCache) and cache.device == device else None
+    if not isinstance(cache, KVCache) or not cache.device.is_gpu:
+        return None
+    return cache if cache.device.place == device.place else None
 
 
 def _asked_pages(limits: Limits) -> int | None:
@@ -161,7 +158,7 @@ def _page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def _no_room(
-    parts: dict[str, int], memory: tuple[int, int], limits: Limits, device: torch.device
+    parts: dict[str, int], memory: tuple[int, int], limits: Limits, device: Device
 ) -> MemoryError:
     """What is said where the sum of ``parts`` is more than is free; ``memory`` is that and all."""
     named = " + ".join(f"{name} {_size(size)}" for name, size in parts.items())

@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import CPU, Device
 from specrt.models.layouts import layer_shapes
 from specrt.models.loader import LayerWeights, Weights
 from specrt.ops.build import build_info
 from specrt.ops.gemm_settings import GemmSettings
 
-CPU = torch.device("cpu")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 """What the tensor cores of ``tree_attention`` take."""
 CUDA_HEAD_DIMS = (64, 80, 96, 128)
@@ -175,7 +175,7 @@ def check_sizes(config: ModelConfig, max_nodes: int, device: torch.device) -> No
             )
 
 
-def place_weights(weights: Weights, device: torch.device) -> Weights:
+def place_weights(weights: Weights, device: Device) -> Weights:
     """``weights`` on ``device``: one copy of the arena, its matrices where they were in it.
 
     Args:
@@ -186,10 +186,10 @@ def place_weights(weights: Weights, device: torch.device) -> Weights:
         MemoryError: the device has no room for them.
     """
     source = weights.arena
-    if source.device == device:
+    if device.holds(source):
         return weights
     try:
-        arena = source.to(device)
+        arena = device.moved(source)
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"no memory for {source.nbytes / 2**20:.0f} MiB of weights on {device}"
@@ -201,7 +201,7 @@ def place_weights(weights: Weights, device: torch.device) -> Weights:
         return arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def vector(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device)
+        return device.moved(tensor)
 
     def layer(there: LayerWeights) -> LayerWeights:
         tensors = {field.name: getattr(there, field.name) for field in fields(there)}

@@ -6,6 +6,7 @@ The device has no memory that could be read; how much of it is free is what a te
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 
 from specrt.cache import KVCache
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.engine import memory
 from specrt.engine.core import EngineLimits
 from specrt.engine.engine import Engine
 from specrt.engine.memory import MARGIN, PAGE_SIZE, size_check, workspace_bytes
@@ -31,7 +32,7 @@ from tests.checkpoints import make_checkpoint
 from tests.engine.support import LetterTokenizer, make_engine, make_model, prompts, texts
 
 META = torch.device("meta")
-GPU = torch.device("cuda", 0)
+GPU = Device(torch.device("cuda", 0))
 BF16 = torch.bfloat16
 
 Give = Callable[[int], None]
@@ -47,12 +48,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def give(monkeypatch: pytest.MonkeyPatch) -> Give:
     """Says how many bytes are free, of 24 GiB."""
-    return lambda free: monkeypatch.setattr(memory, "free_memory", lambda device: (free, 24 << 30))
+    return lambda free: monkeypatch.setattr(Device, "free_memory", lambda device: (free, 24 << 30))
 
 
 def model_there(path: Path) -> LlamaModel:
     config = ModelConfig.from_directory(path)
-    return LlamaModel(config, place_weights(load_weights(path, config, BF16), META))
+    there = Device(META)
+    return LlamaModel(config, place_weights(load_weights(path, config, BF16), there), there)
 
 
 def engine_there(model: LlamaModel, drafter: Drafter | None = None, **limits: int) -> Engine:
@@ -132,19 +134,24 @@ def test_what_does_not_fit_is_refused_to_the_byte(
     give(needed - 1)
     with pytest.raises(MemoryError, match=rf"^no room on cuda:0: needed .*; a smaller {smaller} "):
         check(1000)
-    size_check(model.config, BF16, EngineLimits(**limits), torch.device("cpu"))(1 << 60)
+    size_check(model.config, BF16, EngineLimits(**limits), Device())(1 << 60)
 
 
 def test_what_is_free_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = list[str]()
 
     def mem_get_info(device: torch.device) -> tuple[int, int]:
-        assert calls == ["empty_cache"] and device == GPU
+        assert calls == ["empty_cache"] and device == GPU.place
         return 3, 7
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
-    assert memory.free_memory(GPU) == (3, 7)
+    assert GPU.free_memory() == (3, 7)
+
+
+def test_memory_that_is_known_by_trying() -> None:
+    """The CPU's, and a simulated GPU's."""
+    assert Device().free_memory() == Device(is_gpu=True).free_memory() == (sys.maxsize, sys.maxsize)
 
 
 # --- the pool -------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ def test_the_cache_gets_what_is_left(
     give(rest(model, max_batch=2) + 9 * page_bytes(model) + 5)
     with caplog.at_level(logging.INFO, logger="specrt"):
         cache = engine_there(model, max_batch=2).cache
-    assert cache.kv.device == META and cache.num_pages == cache.max_pages == 8  # and scratch
+    assert cache.kv.is_meta and cache.num_pages == cache.max_pages == 8  # and scratch
     assert "KV cache: room for 512 tokens, " in caplog.text
     assert "free on meta (of 24.00 GiB)" in caplog.text
 
@@ -185,7 +192,7 @@ def test_a_drafters_pages_are_counted_too(wide: Path, give: Give) -> None:
     assert drafter.cache.num_pages == drafter.cache.max_pages == 3
 
 
-@pytest.mark.parametrize("cache", [None, {}, SimpleNamespace(device=META)], ids=str)
+@pytest.mark.parametrize("cache", [None, {}, SimpleNamespace(device=Device(META))], ids=str)
 def test_what_a_drafter_keeps_elsewhere_is_not(wide: Path, give: Give, cache: object) -> None:
     class Keeping(EmptyDrafter):
         pass

@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from specrt import _C
 from specrt.ops import registry
 
 
@@ -70,12 +71,18 @@ def load_simt() -> ModuleType:
         pytest.fail("the SIMT shim is not built: run `make simt`")
 
 
+def cpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """What stands for cuBLAS' part of ``linear``: the CPU's product of the same rows."""
+    _C.linear(x.float(), weight, None, None, out)
+
+
 def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr) -> ModuleType:
     """Let the shim's kernels stand in for the extension's; ``replace`` sets attributes."""
     simt = load_simt()
     simt.set_schedule(seed)
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
+    replace(sys.modules["specrt.ops.linear"], "gpu_product", cpu_product)
     for module_name, module in list(sys.modules.items()):
         package, _, kernel = module_name.rpartition(".")
         if package == "specrt.ops" and hasattr(simt, kernel):

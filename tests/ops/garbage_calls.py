@@ -7,58 +7,31 @@ page numbers out of range end up.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from specrt import ops
 from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
+from specrt.ops.history_append import report_size
 from specrt.ops.tree_accept import workspace_size
 from specrt.ops.tree_build import expand_workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from tests.ops.conftest import Backend
+from tests.ops.garbage_kernel import (
+    BATCH,
+    NODES,
+    TOP_K,
+    VOCAB,
+    Arguments,
+    Kernel,
+    dtype_of,
+    generator,
+    ints,
+)
 from tests.oracles.paged import lineage, pack_bits, random_parents
 
 Tensor = torch.Tensor
-Arguments = dict[str, Any]
-BATCH, NODES, VOCAB, TOP_K = 3, 6, 70, 3
 PAGE_SIZES = (1, 3, 4, 16, 5, 64)
-NUM_VARIANTS = 6
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel, and how to call it."""
-
-    make: Callable[[int, Backend], Arguments]
-    """Valid arguments: of a variant in ``NUM_VARIANTS``, on the host, in a backend's types."""
-    call: Callable[[Arguments], object]
-    own: tuple[str, ...]
-    """What is read of one sequence, the first dimension's: contents may be spoiled."""
-    shared: tuple[str, ...] = ()
-    """What is read for all sequences: contents may be spoiled."""
-    results: tuple[str, ...] = ()
-    """What is written of one sequence, the first dimension's."""
-    pages: Mapping[str, int] = field(default_factory=dict)
-    """What is written to pages: the dimension that counts them."""
-    has_cuda_source: bool = False
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def generator(variant: int) -> torch.Generator:
-    return torch.Generator().manual_seed(variant)
-
-
-def dtype_of(backend: Backend, variant: int) -> torch.dtype:
-    """The tensor cores take 16 bits."""
-    if backend.runs_cuda_source:
-        return (torch.bfloat16, torch.float16)[variant % 2]
-    return (torch.float32, torch.bfloat16, torch.float16)[variant % 3]
 
 
 # --- the cache
@@ -241,6 +214,33 @@ def settle_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+# --- the end of a round
+
+
+def append_arguments(variant: int, backend: Backend) -> Arguments:
+    g, nodes, slots = generator(variant), (1, 6, 40, 64, 65, 128)[variant], (140, 30)[variant % 2]
+    shape, has_logprobs = (BATCH, nodes), variant % 2 == 1
+
+    def below(most: int, *shape: int) -> Tensor:
+        return torch.randint(0, most, shape, generator=g, dtype=torch.int32)
+
+    return {
+        "num_nodes": ints(nodes, 4, 1),
+        "depth": below(nodes, *shape),
+        "path": below(nodes, *shape),
+        "accept_length": ints(nodes - 1, 3, -1),
+        "tokens": below(VOCAB, *shape),
+        "logprobs": torch.randn(shape, generator=g) if has_logprobs else None,
+        "stop_ids": below(VOCAB, BATCH, (1, 2, 4)[variant // 2]),
+        "max_len": ints(140, 20, 9),
+        "history": below(VOCAB, BATCH, slots),
+        "history_len": ints(3, 17, 9),
+        "roots": ints(1, 2, 3),
+        "num_path": ints(0, 0, 0),
+        "report": torch.zeros(BATCH, report_size(nodes, has_logprobs), dtype=torch.int32),
+    }
+
+
 # --- draft control
 
 SETTINGS = ControlSettings(
@@ -377,6 +377,16 @@ KERNELS = {
         lambda a: ops.tree_settle(**a),
         own=("draft_tokens", "parents", "num_nodes", "roots", "max_nodes"),
         results=("settled_tokens", "settled_parents", "depth", "ancestors", "num_settled"),
+        has_cuda_source=True,
+    ),
+    "history_append": Kernel(
+        append_arguments,
+        lambda a: ops.history_append(**a),
+        own=(
+            "num_nodes", "depth", "path", "accept_length", "tokens", "logprobs", "stop_ids",
+            "max_len", "history", "history_len", "roots",
+        ),
+        results=("history", "history_len", "roots", "num_path", "report"),
         has_cuda_source=True,
     ),
     "draft_control": Kernel(

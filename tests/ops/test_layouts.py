@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.ops.conftest import Backend
-from tests.ops.garbage_calls import KERNELS, NUM_VARIANTS, Arguments, Kernel
+from tests.ops.garbage_calls import KERNELS
+from tests.ops.garbage_kernel import NUM_VARIANTS, Arguments, Kernel
 
 Tensor = torch.Tensor
 ON_GPUS = [name for name, kernel in KERNELS.items() if kernel.has_cuda_source]
@@ -23,6 +24,9 @@ TAKEN = {
     "tree_expand": {"logits"},
     "tree_settle": {
         "draft_tokens", "parents", "settled_tokens", "settled_parents", "depth", "ancestors",
+    },
+    "history_append": {
+        "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
     "draft_control": {"evidence"},
     "feature_sample": {"features", "embed", "out"},

@@ -32,12 +32,12 @@ def _load(request: DrafterRequest) -> Drafter:
     refuse_other_kinds(open_drafter(directory))
     config, vocab_size = ModelConfig.from_directory(directory), target.config.vocab_size
     check_vocabulary(directory, config.vocab_size, request.target_path, vocab_size)
-    chosen = choose_dtype(config, request.dtype, target.device)
-    head_dim = choose_head_dim(config, target.device)
-    check_sizes(replace(config, head_dim=head_dim), MAX_NODES, target.device)
+    chosen = choose_dtype(config, request.dtype, target.device.place)
+    head_dim = choose_head_dim(config, target.device.place)
+    check_sizes(replace(config, head_dim=head_dim), MAX_NODES, target.device.place)
     loaded = load_weights(directory, config, chosen, head_dim=head_dim)
     weights = place_weights(loaded, target.device)
-    model = LlamaModel(config, weights, request.run_step, request.on_move, rope=target.rope)
+    model = LlamaModel(config, weights, target.device, rope=target.rope)
     return SmallModelDrafter(model, vocab_size=vocab_size)
 
 
