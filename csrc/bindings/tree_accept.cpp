@@ -1,6 +1,7 @@
 #include "tree_accept/tree_accept.h"
 
 #include "bindings/tensor.h"
+#include "core/mass.h"
 
 namespace specrt::bindings {
 namespace {
@@ -12,14 +13,14 @@ Purpose purpose_of(uint32_t purpose) {
 
 TreeAcceptArgs args_of(const py::args& t) {
     SPECRT_CHECK(t.size() == 15, "tree_accept: expected 15 arguments, got ", t.size());
-    return {view_of(t[0], "draft_tokens"),    view_of(t[1], "parents"),
-            view_of(t[2], "num_nodes"),       view_of(t[3], "draft_probs", true),
-            view_of(t[4], "logits"),          view_of(t[5], "sampling"),
-            view_of(t[6], "bias_ids", true),  view_of(t[7], "bias_values", true),
-            view_of(t[8], "history"),         view_of(t[9], "history_len"),
-            view_of(t[11], "path"),           view_of(t[12], "accept_length"),
-            view_of(t[13], "tokens"),         view_of(t[14], "logprobs", true),
-            view_of(t[10], "workspace", true)};
+    return {device_view_of(t[0], "draft_tokens"),    device_view_of(t[1], "parents"),
+            device_view_of(t[2], "num_nodes"),       device_view_of(t[3], "draft_probs", true),
+            device_view_of(t[4], "logits"),          device_view_of(t[5], "sampling"),
+            device_view_of(t[6], "bias_ids", true),  device_view_of(t[7], "bias_values", true),
+            device_view_of(t[8], "history"),         device_view_of(t[9], "history_len"),
+            device_view_of(t[11], "path"),           device_view_of(t[12], "accept_length"),
+            device_view_of(t[13], "tokens"),         device_view_of(t[14], "logprobs", true),
+            device_view_of(t[10], "workspace", true)};
 }
 
 // noise: [n] float32, filled for indices 0..n-1.
@@ -29,6 +30,25 @@ void bind_gumbel(uint64_t seed, uint64_t position, uint32_t purpose, py::handle 
     const Purpose what = purpose_of(purpose);
     for (int64_t i = 0; i < view.shape[0]; ++i)
         view.as<float>()[i] = gumbel_from(philox(seed, position, what, static_cast<uint32_t>(i)));
+}
+
+// x: [n] float32, exps: [n] float32, masses: [n] int64.
+void bind_exponentials(py::handle x, py::handle exps, py::handle masses) {
+    submit_released(
+        exponentials(view_of(x, "x"), view_of(exps, "exps"), view_of(masses, "masses")));
+}
+
+// The same by core/philox.h and core/mass.h, one by one.
+void bind_scalar_exponentials(py::handle x, py::handle exps, py::handle masses) {
+    const TensorView from = view_of(x, "x"), to = view_of(exps, "exps");
+    const TensorView mass = view_of(masses, "masses");
+    expect(from, DType::kFloat32, "[n]", -1);
+    expect(to, DType::kFloat32, "[n]", from.shape[0]);
+    expect(mass, DType::kInt64, "[n]", from.shape[0]);
+    for (int64_t i = 0; i < from.shape[0]; ++i) {
+        to.as<float>()[i] = exp_of(from.as<float>()[i]);
+        mass.as<uint64_t>()[i] = mass_of(from.as<float>()[i]);
+    }
 }
 
 py::tuple bind_philox4x32(py::tuple counter, py::tuple key) {
@@ -46,6 +66,7 @@ void register_tree_accept(py::module_& m) {
         submit_released(processed_logits(args_of(t), view_of(out, "out")));
     });
     m.def("tree_accept_workspace", &tree_accept_workspace);
+    m.def("tree_accept_gpu_workspace", &tree_accept_gpu_workspace);
     m.def("gumbel_noise", &bind_gumbel);
     m.def("philox", [](uint64_t seed, uint64_t position, uint32_t purpose, uint32_t index) {
         return philox(seed, position, purpose_of(purpose), index);
@@ -54,6 +75,12 @@ void register_tree_accept(py::module_& m) {
     m.def("uniform_from", &uniform_from);
     m.def("gumbel_from", &gumbel_from);
     m.def("exp_of", &exp_of);
+    m.def("mass_of", &mass_of);
+    m.def("log_of_mass", &log_of_mass);
+    m.def("nucleus_mass", &nucleus_mass);
+    m.def("light_mass", &light_mass);
+    m.def("exponentials", &bind_exponentials);
+    m.def("scalar_exponentials", &bind_scalar_exponentials);
 }
 
 }  // namespace specrt::bindings

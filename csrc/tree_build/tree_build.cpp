@@ -113,6 +113,7 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     if (a.token_map) expect(a.token_map, DType::kInt32, "[R]", rows);
     expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_expand_workspace(rows));
     expect_contiguous(a.workspace);
+    expect_aligned(a.workspace, sizeof(uint64_t));
     SPECRT_CHECK(a.workspace.shape[0] >= 1, "workspace: expected at least one part, got ",
                  a.workspace.describe());
 

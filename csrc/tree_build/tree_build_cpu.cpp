@@ -61,19 +61,20 @@ struct Best {
 // --- children
 // One part's scratch, in pieces of S floats (R rounded up to whole blocks of 64):
 //
-//     0           1         2        3        4           5     6 S
-//     | processed | weights |      values     | block_max | ids |
+//     0           1        2        3        4        5           6     7 S
+//     | processed |      masses     |      values     | block_max | ids |
 struct Scratch {
-    float *processed, *weights, *values, *block_max;
+    float *processed, *values, *block_max;
+    uint64_t* masses;
     int32_t* ids;
 
     Scratch(float* base, int64_t rows) {
         const int64_t size = (rows + 63) / 64 * 64;
         processed = base;
-        weights = base + size;
-        values = base + 2 * size;
-        block_max = base + 4 * size;
-        ids = reinterpret_cast<int32_t*>(base + 5 * size);
+        masses = reinterpret_cast<uint64_t*>(base + size);
+        values = base + 3 * size;
+        block_max = base + 5 * size;
+        ids = reinterpret_cast<int32_t*>(base + 6 * size);
     }
 };
 
@@ -108,7 +109,7 @@ struct Expansion {
             for (int64_t i = start; i < end; ++i)
                 if (row[i] >= best->bound && row[i] > -kInf) best->offer(row[i], i);
         }
-        const float log_sum = log_of(static_cast<float>(sum_exp(row, p.rows, top.value)));
+        const float log_sum = log_of_mass(total_mass(row, w.block_max, p.rows, top.value));
         for (int j = 0; j < best->count; ++j) {
             const float x = row[index_of(best->keys[j])] - top.value - log_sum;
             increments[j] = x < 0.0f ? x : 0.0f;
@@ -146,7 +147,7 @@ struct Expansion {
     void rank_coupled(const float* row, const RowMax& top, Best* best, float* increments) const {
         const FilterParams params{s->top_k, s->top_p < 0.0 ? 0.0 : s->top_p, s->min_p};
         const Filter filter =
-            make_filter(row, p.rows, top.value, params, {w.weights, w.values, w.block_max, w.ids});
+            make_filter(row, p.rows, top.value, params, {w.masses, w.values, w.block_max, w.ids});
         const uint64_t position = static_cast<uint64_t>(p.position[b] + int64_t{p.level});
         visit(row, top.block, top.value, filter, position, best);  // a good first bound
         for (int64_t block = 0; block * kBlock < p.rows; ++block)
@@ -157,17 +158,12 @@ struct Expansion {
     // log-softmax of w / tau over the children; w relative to the best, so no tau overflows it.
     void normalize(const Best& best, float* increments) const {
         if (best.count == 0) return;
-        float weights[Best::kMax + 16] = {};
         const float first = score_of(best.keys[0]);
         for (int j = 0; j < best.count; ++j)
             increments[j] = (score_of(best.keys[j]) - first) / p.noise_scale_temperature;
-        double sum = 0.0;
-        for (int j = 0; j < best.count; j += 16) {
-            const int n = best.count - j < 16 ? best.count - j : 16;
-            store(exp(load_first(increments + j, n)), weights + j);
-            for (int i = 0; i < n; ++i) sum += static_cast<double>(weights[j + i]);
-        }
-        const float log_sum = log_of(static_cast<float>(sum));
+        uint64_t total = 0;
+        for (int j = 0; j < best.count; ++j) total += mass_of(increments[j]);
+        const float log_sum = log_of_mass(total);
         for (int j = 0; j < best.count; ++j) {
             const float x = increments[j] - log_sum;
             increments[j] = x < 0.0f ? x : 0.0f;
