@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import limits
+from bench.draft_sets import DraftControl, DraftControlUpdate, FeatureSample
 from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
@@ -26,6 +27,9 @@ from specrt.ops.history_append import report_size
 ROWS = (60, 8192, 1, 8, 128)
 NODES = (8, 60, 1, 127)
 """Of a tree, and so of a path at the most, each of which moves by one slot here."""
+PAIRS = (10, 60, 1, 128)
+"""Rows that a level of a draft tree joins."""
+SEQUENCES = (1, 8, 64)
 PAGE_SIZE = 64
 PREFIX = 192
 """Committed slots before the rows; whole pages."""
@@ -317,6 +321,14 @@ KERNELS = {
     "kv_commit": Kernel(commits, limits.kv_commit, NODES),
     "tree_settle": Kernel(separate(TreeSettle), limits.tree_settle, NODES),
     "history_append": Kernel(appends, limits.history_append, NODES),
+    "feature_sample": Kernel(separate(FeatureSample), limits.feature_sample, PAIRS),
+    "feature_sample_folded": Kernel(
+        separate(FeatureSample.folded), limits.feature_sample_folded, PAIRS
+    ),
+    "draft_control": Kernel(separate(DraftControl), limits.draft_control, SEQUENCES),
+    "draft_control_update": Kernel(
+        separate(DraftControlUpdate), limits.draft_control_update, SEQUENCES
+    ),
 }
 
 
