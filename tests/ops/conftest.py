@@ -35,11 +35,12 @@ class Backend:
 
 
 class OnAnotherGpu:
-    """A tensor as the extension sees it, by duck type, but on GPU 1: nobody may read its memory."""
+    """A tensor as the extension sees it, by duck type, but on GPU 1: only the shim may read it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
         self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.untyped_storage = tensor.untyped_storage
         self.device = torch.device("cuda", 1)
 
 
