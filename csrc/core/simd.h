@@ -156,25 +156,6 @@ inline V16 scale_pow2(V16 value, V16 magic) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
 }
-// Sixteen 32-bit integers; sums wrap.
-struct I16 {
-    __m512i v;
-};
-inline I16 zero_ints() {
-    return {_mm512_setzero_si512()};
-}
-inline I16 truncate(V16 a) {  // |a| < 2^31
-    return {_mm512_cvttps_epi32(a.v)};
-}
-inline V16 to_float(I16 a) {
-    return {_mm512_cvtepi32_ps(a.v)};
-}
-inline I16 add(I16 a, I16 b) {
-    return {_mm512_add_epi32(a.v, b.v)};
-}
-inline void store(I16 a, uint32_t* p) {
-    _mm512_storeu_si512(p, a.v);
-}
 inline __m128 fold_to_4(V16 a) {
     const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
     const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
@@ -272,6 +253,7 @@ inline __m256 scale_pow2(__m256 value, __m256 magic) {
 inline V16 scale_pow2(V16 value, V16 magic) {
     return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
 }
+// Sixteen 32-bit integers, whose sums wrap: not of AVX-512, which sums 64-bit ones.
 struct I16 {
     __m256i lo, hi;
 };
@@ -475,9 +457,12 @@ inline void store_first(V16 a, T* p, int n) {
     for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
 }
 
-// exp_of (core/philox.h) where kExpLow <= x <= kExpHigh, anything elsewhere.
+// exp_of (core/philox.h) times 2^kShift where that is a normal number, anything elsewhere. kShift
+// is even, so ties round as in exp_of.
+template <int kShift = 0>
 inline V16 exp_within(V16 x) {
-    const V16 round = splat(12582912.0f);
+    static_assert(kShift % 2 == 0);
+    const V16 round = splat(12582912.0f + kShift);
     const V16 magic = fma(x, splat(1.44269504f), round);
     const V16 n = sub(magic, round);
     V16 r = fma(n, splat(-0.693359375f), x);

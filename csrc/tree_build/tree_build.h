@@ -48,7 +48,7 @@ struct TreeExpandParams {
 
 // Floats of scratch a part needs.
 constexpr int64_t tree_expand_workspace(int64_t rows) {
-    return 7 * ((rows + 63) / 64 * 64);
+    return 6 * ((rows + 63) / 64 * 64);
 }
 
 SPECRT_DECLARE_CPU(tree_expand_children_part)

@@ -7,25 +7,7 @@ namespace {
 
 const float kNaN = __builtin_nanf("");
 
-// --- best first, ties by index
-// Score and index as one number whose order is the order wanted: the float's bits made monotone
-// (NaN lowest), then the complement of the index.
-uint64_t key_of(float score, int32_t index) {
-    const uint32_t u = to_bits(score + 0.0f);  // -0 becomes 0: they tie
-    const uint32_t high = score != score ? 0 : u >> 31 ? ~u : u | 0x80000000u;
-    return static_cast<uint64_t>(high) << 32 | ~static_cast<uint32_t>(index);
-}
-
-int32_t index_of(uint64_t key) {
-    return static_cast<int32_t>(~static_cast<uint32_t>(key));
-}
-
-float score_of(uint64_t key) {
-    const uint32_t high = static_cast<uint32_t>(key >> 32);
-    if (high == 0) return kNaN;
-    return from_bits(high >> 31 ? high ^ 0x80000000u : ~high);
-}
-
+// --- the best of many
 // The best `capacity` of what was offered, best first.
 struct Best {
     static constexpr int kMax = kMaxTopK > kMaxNodes ? kMaxTopK : kMaxNodes;
@@ -61,20 +43,18 @@ struct Best {
 // --- children
 // One part's scratch, in pieces of S floats (R rounded up to whole blocks of 64):
 //
-//     0           1        2        3        4        5           6     7 S
-//     | processed |      masses     |      values     | block_max | ids |
+//     0           1        2        3      4      5           6 S
+//     | processed |      masses     |     keys    | block_max |
 struct Scratch {
-    float *processed, *values, *block_max;
-    uint64_t* masses;
-    int32_t* ids;
+    float *processed, *block_max;
+    uint64_t *masses, *keys;
 
     Scratch(float* base, int64_t rows) {
         const int64_t size = (rows + 63) / 64 * 64;
         processed = base;
         masses = reinterpret_cast<uint64_t*>(base + size);
-        values = base + 3 * size;
+        keys = reinterpret_cast<uint64_t*>(base + 3 * size);
         block_max = base + 5 * size;
-        ids = reinterpret_cast<int32_t*>(base + 6 * size);
     }
 };
 
@@ -147,7 +127,7 @@ struct Expansion {
     void rank_coupled(const float* row, const RowMax& top, Best* best, float* increments) const {
         const FilterParams params{s->top_k, s->top_p < 0.0 ? 0.0 : s->top_p, s->min_p};
         const Filter filter =
-            make_filter(row, p.rows, top.value, params, {w.masses, w.values, w.block_max, w.ids});
+            make_filter(row, p.rows, top.value, params, {w.masses, w.keys, w.block_max});
         const uint64_t position = static_cast<uint64_t>(p.position[b] + int64_t{p.level});
         visit(row, top.block, top.value, filter, position, best);  // a good first bound
         for (int64_t block = 0; block * kBlock < p.rows; ++block)
