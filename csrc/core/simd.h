@@ -410,7 +410,7 @@ inline void put_piece(V16& whole, V16 a, int) {
     whole = a;
 }
 
-// --- sums in the fixed tree ---
+// --- sums and maxima in the fixed tree ---
 #if defined(__AVX2__)
 inline void reduce_add4(const V16 a[4], float* out) {
     const __m128 a0 = fold_to_4(a[0]), a1 = fold_to_4(a[1]);
@@ -424,24 +424,33 @@ inline float reduce_add(V16 a) {
     const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
 }
+// A NaN may be lost.
+inline float reduce_max(V16 a) {
+#if defined(__AVX512F__)
+    const __m256i upper = _mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1);
+    const __m256 s8 = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm256_castsi256_ps(upper));
+#else
+    const __m256 s8 = _mm256_max_ps(a.lo, a.hi);
+#endif
+    const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+    const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
 #else
 inline float reduce_add(V16 a) {
     for (int width = 8; width >= 1; width /= 2)
         for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
     return a.v[0];
 }
+inline float reduce_max(V16 a) {
+    for (int width = 8; width >= 1; width /= 2)
+        for (int i = 0; i < width; ++i) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
+    return a.v[0];
+}
 inline void reduce_add4(const V16 a[4], float* out) {
     for (int i = 0; i < 4; ++i) out[i] = reduce_add(a[i]);
 }
 #endif
-
-inline float reduce_max(V16 a) {
-    float lane[16];
-    store(a, lane);
-    float best = lane[0];
-    for (int i = 1; i < 16; ++i) best = lane[i] > best || lane[i] != lane[i] ? lane[i] : best;
-    return best;
-}
 
 // --- tails: n < 16 lanes, the rest zero ---
 template <typename T>
