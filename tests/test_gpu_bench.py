@@ -51,6 +51,8 @@ def test_bytes_of_the_small_kernels() -> None:
     assert limits.rope_append(llama, 60).num_bytes == 60 * 128 * ((2 * 32 + 4 * 8) * 2 + 4)
     assert limits.kv_commit(llama, 5).num_bytes == 2 * 5 * 32 * 2 * 8 * 128 * 2
     assert limits.tree_settle(llama, 65).num_bytes == 65 * (5 * 4 + 2 * 8)
+    assert limits.tree_expand(llama, 10).num_bytes == 10 * 128256 * 4 + 100 * 12
+    assert limits.tree_rerank(llama, 60).num_bytes == 610 * 4 + 2 * 60 * 12
 
 
 def test_figures_of_a_row() -> None:
@@ -77,7 +79,7 @@ def test_cases_begin_with_the_goals() -> None:
     assert len(set(every)) == len(every) == 2 * 3 * 4 * 4
     assert set(quick[:2]) == set(every[:2])
     small = [str(case) for case in small_kernels_cuda.cases(is_quick=False)]
-    assert len(set(small)) == len(small) == 2 * (3 * 5 + 2 * 4)
+    assert len(set(small)) == len(small) == 2 * (3 * 5 + 2 * 4 + 2 + 3)
     assert small[0] == "rms_norm Llama-3-8B rows 60"
 
 
@@ -180,7 +182,7 @@ def test_a_case_that_fails_leaves_the_others(
     with pytest.raises(SystemExit, match="2 cases failed; the first: silu_mul Llama-3-8B rows 60"):
         small_kernels_cuda.run(arguments(tmp_path), FakeGpu())
     result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
-    others = {"rms_norm", "rope_append", "kv_commit", "tree_settle"}
+    others = {"rms_norm", "rope_append", "kv_commit", "tree_settle", "tree_expand", "tree_rerank"}
     assert {row["op"] for row in result["rows"]} == others
     assert any("silu_mul Llama-3-8B rows 8192" in one for one in _cases(result))
 
@@ -199,7 +201,7 @@ def test_a_gpu_may_fail_at_any_point(tmp_path: Path, stays_broken: bool) -> None
         saved = folder / "small_kernels_cuda.json"
         num_rows = len(json.loads(saved.read_text())["rows"]) if saved.exists() else 0
         before = max(0, point - 4) // 2  # facts, ceilings, clocks; memory and measuring a case
-        assert num_rows == (before if stays_broken or point < 4 else 9)
+        assert num_rows == (before if stays_broken or point < 4 else 13)
 
 
 @pytest.mark.parametrize("module", [bench_small_kernels, bench_tree_attention])

@@ -81,7 +81,9 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
     for name, module in list(sys.modules.items()):
-        if name.startswith("specrt.ops.") and any(hasattr(simt, op) for op in own_functions(module)):
+        if name.startswith("specrt.ops.") and any(
+            hasattr(simt, op) for op in own_functions(module)
+        ):
             replace(module, "_C", simt)
     return simt
 
