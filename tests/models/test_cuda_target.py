@@ -36,7 +36,7 @@ from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
-from tests.ops.conftest import Backend, cpu_product, load_simt
+from tests.ops.conftest import Backend, load_simt
 from tests.trees import trees_of
 
 pytestmark = pytest.mark.usefixtures("stand_in_linear")

@@ -77,6 +77,11 @@ def cpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
     _C.linear(x.float(), weight, None, None, out)
 
 
+def own_functions(module: ModuleType) -> list[str]:
+    values = vars(module).items()
+    return [name for name, value in values if getattr(value, "__module__", "") == module.__name__]
+
+
 def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr) -> ModuleType:
     """Let the shim's kernels stand in for the extension's; ``replace`` sets attributes."""
     simt = load_simt()
@@ -84,9 +89,8 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
     replace(sys.modules["specrt.ops.linear"], "gpu_product", cpu_product)
-    for module_name, module in list(sys.modules.items()):
-        package, _, kernel = module_name.rpartition(".")
-        if package == "specrt.ops" and hasattr(simt, kernel):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("specrt.ops.") and any(hasattr(simt, op) for op in own_functions(module)):
             replace(module, "_C", simt)
     return simt
 
