@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specrt.ops.tree_accept import tree_accept
+from specrt.ops import registry
+from specrt.ops.tree_accept import gpu_workspace_size, tree_accept
 from specrt.sampling import SamplingTable
 from specrt.types import AcceptResult, DraftTree
 
@@ -19,6 +20,7 @@ def accept(
     history_len: torch.Tensor,
     *,
     want_logprobs: bool = False,
+    workspace: torch.Tensor | None = None,
 ) -> AcceptResult:
     """Walk each tree from its root; every emitted token follows the target's law exactly.
 
@@ -49,6 +51,8 @@ def accept(
             far, its last token the tree's root.
         history_len: ``[B]`` int32.
         want_logprobs: report log-softmax of the *unprocessed* logits at each emitted token.
+        workspace: on a GPU, where all tensors lie, ``gpu_workspace_size`` floats that are zeros
+            before the first call; None makes them for this call. A CPU uses the table's.
 
     Returns:
         ``path`` and ``tokens`` ``[B, N]`` int32 padded with -1, ``accept_length`` ``[B]`` int32,
@@ -58,12 +62,17 @@ def accept(
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
     """
-    shape = tree.draft_tokens.shape
-    path = torch.empty(shape, dtype=torch.int32)
-    tokens = torch.empty(shape, dtype=torch.int32)
-    accept_length = torch.empty(shape[0], dtype=torch.int32)
-    logprobs = torch.empty(shape) if want_logprobs else None
+    shape, device = tree.draft_tokens.shape, logits.device
+    path = torch.empty(shape, dtype=torch.int32, device=device)
+    tokens = torch.empty(shape, dtype=torch.int32, device=device)
+    accept_length = torch.empty(shape[0], dtype=torch.int32, device=device)
+    logprobs = torch.empty(shape, device=device) if want_logprobs else None
     num_nodes, draft_probs = _drawn(tree, logits.shape[-1])
+    if not registry.is_on_gpu(logits):
+        workspace = sampling.workspace
+    elif workspace is None:
+        size = gpu_workspace_size(*logits.shape, has_draft_probs=draft_probs is not None)
+        workspace = torch.zeros(size, device=device)
     tree_accept(
         tree.draft_tokens,
         tree.parents,
@@ -75,7 +84,7 @@ def accept(
         sampling.bias_values,
         history,
         history_len,
-        sampling.workspace,
+        workspace,
         path,
         accept_length,
         tokens,
