@@ -1,8 +1,8 @@
 // The best keys (core/score_key.h) of any number, found by a block of threads.
 //
 // Keys that may be among the best go to shared memory, in whatever order threads come; where it
-// gets full, it is sorted, and what is past the best is forgotten. As no two keys are equal, what is
-// left does not depend on that order.
+// gets full, it is sorted, and what is past the best is forgotten. As no two keys are equal, what
+// is left does not depend on that order.
 #pragma once
 #include "core/reduce.cuh"
 #include "core/score_key.h"

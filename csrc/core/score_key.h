@@ -1,5 +1,6 @@
 // Scores as integers of the same order, and a score with its index as one: best first, ties to the
-// lower index, NaN after everything. So the largest of many is one comparison, and no two are equal.
+// lower index, NaN after everything. So the largest of many is one comparison, and no two are
+// equal.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,7 +20,9 @@ SPECRT_HD uint32_t ordered_bits(float x) {
 }
 
 SPECRT_HD float from_ordered_bits(uint32_t ordered) {
-    const uint32_t u = ordered == 0 ? 0x7fc00000u : ordered >> 31 ? ordered ^ 0x80000000u : ~ordered;
+    const uint32_t u = ordered == 0    ? 0x7fc00000u
+                       : ordered >> 31 ? ordered ^ 0x80000000u
+                                       : ~ordered;
     float x;
     memcpy(&x, &u, 4);
     return x;

@@ -137,8 +137,8 @@ __device__ __forceinline__ uint64_t select_key(const TreeAcceptParams& p, const 
 }
 
 __device__ __forceinline__ uint64_t total_of(const TreeAcceptParams& p, const Row& row,
-                                             const Lineage& tree, const Kept& kept, float top,
-                                             Chunk* chunk, KeptRoom* room) {
+                                             const Lineage& tree, const Kept& kept,
+                                             const RowState& state, Chunk* chunk, KeptRoom* room) {
     uint64_t sum = 0;
     const Span whole{0, split_rows(1, p.vocab).num_chunks};
     for_tiles(p, row, tree, whole, false, chunk, [&](const Tile& tile) {
@@ -146,28 +146,28 @@ __device__ __forceinline__ uint64_t total_of(const TreeAcceptParams& p, const Ro
         for (int r = 0; r < 4; ++r)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (kept.keeps(tile.x[r][i], tile.id(r, i))) sum += mass_of(tile.x[r][i] - top);
+                if (kept.keeps(tile.x[r][i], tile.id(r, i)))
+                    sum += mass_of(tile.x[r][i] - state.top);
     });
     __syncthreads();
     return block_total(sum, room->place.words);
 }
 
-// top_k is that of a row with as many values, or 0.
 __device__ __forceinline__ Kept kept_by_radix(const TreeAcceptParams& p, const Row& row,
-                                              const Lineage& tree, int32_t top_k, float top,
+                                              const Lineage& tree, const RowState& state,
                                               Chunk* chunk, KeptRoom* room) {
     Kept kept;
     if (threadIdx.x == 0) room->least = 0;
-    if (top_k > 0) {
-        const uint64_t key = select_key(p, row, tree, static_cast<uint64_t>(top_k), 32, chunk, room,
-                                        [](float) { return uint64_t{1}; });
+    if (state.top_k > 0) {
+        const uint64_t key = select_key(p, row, tree, static_cast<uint64_t>(state.top_k), 32, chunk,
+                                        room, [](float) { return uint64_t{1}; });
         if (threadIdx.x == 0) room->least = key;
         kept.cut = score_of(key);
     }
     if (!has_top_p(row.s)) return kept;
-    const uint64_t total = total_of(p, row, tree, kept, top, chunk, room);
+    const uint64_t total = total_of(p, row, tree, kept, state, chunk, room);
     const uint64_t key = select_key(p, row, tree, nucleus_mass(row.s.top_p, total), 0, chunk, room,
-                                    [&](float x) { return mass_of(x - top); });
+                                    [&](float x) { return mass_of(x - state.top); });
     return {score_of(key), index_of(key)};
 }
 

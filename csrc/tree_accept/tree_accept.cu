@@ -182,9 +182,7 @@ __device__ __forceinline__ void narrow_row(const TreeAcceptParams& p, Shared* sh
     const bool is_open = state->first_bin <= state->last_bin;
     if (is_open && are_few(pair, *state, shared->words)) return;
     Kept kept;
-    if (is_open)
-        kept = kept_by_radix(p, row, shared->tree, state->top_k, state->top, &shared->chunk,
-                             &shared->kept);
+    if (is_open) kept = kept_by_radix(p, row, shared->tree, *state, &shared->chunk, &shared->kept);
     set_cut(with_min_p(kept, row, state->top), state);
 }
 
