@@ -75,7 +75,10 @@ SPECRT_HD uint32_t philox(uint64_t seed, uint64_t position, Purpose purpose, uin
                                   static_cast<uint32_t>(position >> 32)}};
     const PhiloxWords out =
         philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    return out.word[index / 16u % 4u];
+    // Not by number: an array that is indexed has to lie in memory.
+    const uint32_t low = index & 16u ? out.word[1] : out.word[0];
+    const uint32_t high = index & 16u ? out.word[3] : out.word[2];
+    return index & 32u ? high : low;
 }
 
 // Strictly inside (0, 1): 23 bits and a half, so neither end is ever rounded to.

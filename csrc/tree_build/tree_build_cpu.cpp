@@ -1,5 +1,6 @@
 #include "core/noise_bits.h"
 #include "core/sampling_filter.h"
+#include "core/score_key.h"
 #include "tree_build/tree_build.h"
 
 namespace specrt::SPECRT_ISA {
@@ -8,24 +9,6 @@ namespace {
 const float kNaN = __builtin_nanf("");
 
 // --- best first, ties by index
-// Score and index as one number whose order is the order wanted: the float's bits made monotone
-// (NaN lowest), then the complement of the index.
-uint64_t key_of(float score, int32_t index) {
-    const uint32_t u = to_bits(score + 0.0f);  // -0 becomes 0: they tie
-    const uint32_t high = score != score ? 0 : u >> 31 ? ~u : u | 0x80000000u;
-    return static_cast<uint64_t>(high) << 32 | ~static_cast<uint32_t>(index);
-}
-
-int32_t index_of(uint64_t key) {
-    return static_cast<int32_t>(~static_cast<uint32_t>(key));
-}
-
-float score_of(uint64_t key) {
-    const uint32_t high = static_cast<uint32_t>(key >> 32);
-    if (high == 0) return kNaN;
-    return from_bits(high >> 31 ? high ^ 0x80000000u : ~high);
-}
-
 // The best `capacity` of what was offered, best first.
 struct Best {
     static constexpr int kMax = kMaxTopK > kMaxNodes ? kMaxTopK : kMaxNodes;

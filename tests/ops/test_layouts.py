@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.ops.conftest import Backend
-from tests.ops.garbage_calls import KERNELS, NUM_VARIANTS, Arguments, Kernel
+from tests.ops.garbage_calls import KERNELS
+from tests.ops.garbage_kernel import NUM_VARIANTS, Arguments, Kernel
 
 Tensor = torch.Tensor
 ON_GPUS = [name for name, kernel in KERNELS.items() if kernel.has_cuda_source]
@@ -24,8 +25,13 @@ TAKEN = {
     "tree_settle": {
         "draft_tokens", "parents", "settled_tokens", "settled_parents", "depth", "ancestors",
     },
+    "history_append": {
+        "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
+    },
     "draft_control": {"evidence"},
+    "draft_control_update": set(),
     "feature_sample": {"features", "embed", "out"},
+    "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip
 """Which of a kernel's arguments may be slices; all others are refused by name."""
 CPU = Backend("cpu", torch.device("cpu"))
@@ -115,7 +121,9 @@ def check_slices(kernel: Kernel, variant: int, backend: Backend) -> set[str]:
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_slices_of_wider_tensors(backend: Backend, name: str) -> None:
-    assert check_slices(KERNELS[name], 1, backend) == TAKEN[name]
+    # A workspace of one part is contiguous wherever it lies.
+    taken = check_slices(KERNELS[name], 1, backend) - {"workspace"}
+    assert taken == TAKEN.get(name, set())
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in ON_GPUS])
