@@ -1,8 +1,8 @@
 // top_k (ties kept), top_p over what it left, then min_p: transformers' order. The one definition
 // of the kept set, for whoever draws from a row and for whoever guesses what will be drawn.
 #pragma once
-#include "core/score_key.h"
 #include "core/row_scan.h"
+#include "core/score_key.h"
 
 namespace specrt::SPECRT_ISA {
 
