@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.step_graphs import StepGraphs
+from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.device import Device
