@@ -39,9 +39,10 @@ __device__ __forceinline__ void weigh_slice(const FilterRules& rules, const Draf
 #pragma unroll
         for (int r = 0; r < 4; ++r) x[r] = row.raw(first + 16 * r);
 #pragma unroll
+        for (int r = 0; r < 4; ++r) x[r] = row.processed(x[r], first + 16 * r);
+#pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int64_t token = first + 16 * r;
-            x[r] = row.processed(x[r], token);
             const uint64_t weight = rules.has_top_k ? 1 : mass_of(x[r] - top);
             add_weight(shared->weights, token < row.rows && weight > 0, digit_of(x[r], top),
                        weight);
