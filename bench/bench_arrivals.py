@@ -37,7 +37,6 @@ from specrt.config import ModelConfig
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.engine.engine import Engine
-from specrt.graph import GraphCache
 from specrt.loading import BUILTIN
 from specrt.models.model import LlamaModel
 
@@ -196,10 +195,10 @@ def make_engine(args: argparse.Namespace, drafter: str, **limits: int) -> Engine
         dtype = args.dtype
         return specrt.load(args.target, chosen, dtype=dtype, progress=False, **limits)  # type: ignore[arg-type]
     config = ModelConfig.from_dict(random_config(args.layers, args.hidden))
-    graphs, dtype = GraphCache(), getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype)
     weights = random_weights(config, "cpu", dtype)
-    model = LlamaModel(config, weights, graphs.run, graphs.clear)
-    made = load_drafter(chosen, model, None, graphs.run, graphs.clear, DrafterOptions())
+    model = LlamaModel(config, weights)
+    made = load_drafter(chosen, model, None, DrafterOptions())
     tokenizer: Any = SilentTokenizer()
     return Engine(model, made, tokenizer, **limits)
 

@@ -26,7 +26,6 @@ from specrt.draft.kinds import load_drafter
 from specrt.draft.length.control import CONTROLLERS, parse_control
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
-from specrt.graph import GraphCache
 from specrt.lab.measure import without_drafter
 from specrt.loading import BUILTIN
 
@@ -76,9 +75,8 @@ def contenders(args: argparse.Namespace, dtype: str) -> dict[str, Contender]:
 
 
 def _engine(engine: Engine, drafter: str, controller: str) -> Engine:
-    graphs = GraphCache()
     options = DrafterOptions(control=parse_control(controller))
-    made = load_drafter(drafter, engine.target, None, graphs.run, graphs.clear, options)
+    made = load_drafter(drafter, engine.target, None, options)
     return Engine(engine.target, made, engine.tokenizer)
 
 

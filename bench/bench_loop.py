@@ -22,6 +22,7 @@ import torch
 from bench.harness import Row, parser, report, start
 from bench.random_target import SilentTokenizer, random_weights
 from specrt import SamplingParams
+from specrt.accept import Accepting
 from specrt.config import ModelConfig
 from specrt.draft.base import EmptyDrafter
 from specrt.engine.engine import Engine
@@ -62,11 +63,10 @@ class Stubs:
     """What stands for everything that computes."""
 
     def __init__(self, batch: int, num_nodes: int, accept_length: int) -> None:
-        row = torch.arange(accept_length + 1, dtype=torch.int32)
         self.result = AcceptResult(
-            path=row.repeat(batch, 1),
+            path=torch.arange(num_nodes, dtype=torch.int32).repeat(batch, 1),
             accept_length=torch.full((batch,), accept_length, dtype=torch.int32),
-            tokens=torch.full((batch, accept_length + 1), 3, dtype=torch.int32),
+            tokens=torch.full((batch, num_nodes), 3, dtype=torch.int32),
         )
         self.output = VerifyOutput(torch.zeros(batch, num_nodes, VOCAB), {})
 
@@ -83,7 +83,7 @@ class Stubs:
         """In the places of what they stand for."""
         with ExitStack() as patches:
             patches.enter_context(patch.object(LlamaModel, "forward", self.forward))
-            patches.enter_context(patch("specrt.engine.round.accept", self.accept))
+            patches.enter_context(patch.object(Accepting, "accept", self.accept))
             patches.enter_context(patch("specrt.tree.ops.tree_settle", self.nothing))
             patches.enter_context(patch("specrt.cache.ops.kv_commit", self.nothing))
             yield

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.contenders import Request
 from specrt import SamplingParams, load
+from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
@@ -18,7 +19,6 @@ from specrt.draft.fspad.round import MAX_LEVELS
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import drafter_directory, load_drafter
 from specrt.engine.engine import Engine
-from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
 from specrt.tree import MAX_NODES
 from specrt.types import RoundStats
@@ -119,9 +119,8 @@ class SharedTarget:
 
     def __init__(self, target: str, dtype: str, max_nodes: int) -> None:
         loaded = load(target, dtype=dtype, progress=False)
-        graphs = GraphCache(_MAX_GRAPHS)
-        weights = loaded.target.weights
-        self.model = LlamaModel(loaded.target.config, weights, graphs.run, graphs.clear)
+        weights, device = loaded.target.weights, Device(max_steps=_MAX_GRAPHS)
+        self.model = LlamaModel(loaded.target.config, weights, device)
         self.encode = loaded.encode
         self._tokenizer = loaded.tokenizer
         self._max_nodes = max_nodes
@@ -165,15 +164,13 @@ class SharedTarget:
         made = []
         for tree in trees:
             for is_coupled in couplings:
-                graphs = GraphCache(_MAX_GRAPHS)
-                drafter = FspadDrafter(layer, graphs.run, graphs.clear, is_coupled=is_coupled)
+                drafter = FspadDrafter(layer, is_coupled=is_coupled)
                 made.append(self._contender(Variant(name, tree, is_coupled), drafter))
         return made
 
     def _load(self, path: str, fold: str) -> Drafter:
-        graphs = GraphCache(_MAX_GRAPHS)
         options = DrafterOptions(FOLDS[fold])
-        return load_drafter(path, self.model, self._dtype, graphs.run, graphs.clear, options)
+        return load_drafter(path, self.model, self._dtype, options)
 
     def _contender(self, variant: Variant, drafter: Drafter) -> Contender:
         engine = Engine(self.model, drafter, self._tokenizer, max_nodes=self._max_nodes)

@@ -45,7 +45,6 @@ from bench.step_graphs import StepGraphs
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
-from specrt.graph import GraphCache
 from specrt.models.loader import Weights
 from specrt.models.model import LlamaModel
 
@@ -133,13 +132,9 @@ class Bench:
     @cached_property
     def _graph_model(self) -> tuple[LlamaModel, StepGraphs | None]:
         if self._device.place.device == "cuda":
-            graphs = StepGraphs()
-            model = LlamaModel(
-                self.config, self.weights, on_move=graphs.clear, run_on_gpu=graphs.run
-            )
-            return model, graphs
-        recorded = GraphCache()
-        return LlamaModel(self.config, self.weights, recorded.run, recorded.clear), None
+            graphs = StepGraphs(self.weights.embed.device)
+            return LlamaModel(self.config, self.weights, graphs), graphs
+        return LlamaModel(self.config, self.weights), None
 
     @cached_property
     def twin(self) -> Any:

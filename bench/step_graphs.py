@@ -9,24 +9,30 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from specrt.device import Device
 
-class StepGraphs:
-    """A :data:`specrt.models.model.StepRunner` that captures a step the second time it comes.
 
-    The first time runs it eagerly, which loads its kernels and makes what cuBLAS keeps. Each replay
-    is timed by events. :meth:`clear` is the model's ``on_move``.
+class StepGraphs(Device):
+    """A GPU that captures a step the second time it comes.
+
+    The first time runs it eagerly, which loads its kernels and makes what cuBLAS keeps. Each launch
+    of a graph is timed by events.
+
+    Args:
+        place: the GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: torch.device) -> None:
+        super().__init__(place)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Run ``launch``, which is nothing but launches on memory that stays at its place."""
+    def run(self, key: Hashable, launch: Callable[[], None]) -> bool:
+        """As :meth:`Device.run`."""
         if key not in self._graphs:
             self._graphs[key] = None
             launch()
-            return
+            return False
         graph = self._graphs[key]
         if graph is None:
             graph = self._graphs[key] = torch.cuda.CUDAGraph()
@@ -37,10 +43,12 @@ class StepGraphs:
         graph.replay()
         end.record()
         self._replays.append((start, end))
+        return True
 
-    def clear(self) -> None:
+    def forget(self) -> None:
         """Forget all graphs: memory has moved."""
-        torch.cuda.synchronize()  # the last replay may still run
+        self.wait()  # the last launch may still run
+        super().forget()
         self._graphs.clear()
 
     def take_seconds(self) -> list[float]:

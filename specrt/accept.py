@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from specrt.ops.tree_accept import tree_accept
+from specrt.device import Device
+from specrt.ops.history_append import HEADER_SIZE, ReportWord
+from specrt.ops.tree_accept import gpu_workspace_size, tree_accept
+from specrt.reuse import Recent
 from specrt.sampling import SamplingTable
-from specrt.types import AcceptResult, DraftTree
+from specrt.types import AcceptResult, DraftTree, RoundReport
 
+_MAX_SHAPES = 32  # of rounds on a GPU, whose scratch is kept
 _LAW_TOLERANCE = 1e-4  # of a law's sum: float32's rounding, but not bfloat16's
 
 
@@ -19,6 +25,7 @@ def accept(
     history_len: torch.Tensor,
     *,
     want_logprobs: bool = False,
+    workspace: torch.Tensor | None = None,
 ) -> AcceptResult:
     """Walk each tree from its root; every emitted token follows the target's law exactly.
 
@@ -49,6 +56,7 @@ def accept(
             far, its last token the tree's root.
         history_len: ``[B]`` int32.
         want_logprobs: report log-softmax of the *unprocessed* logits at each emitted token.
+        workspace: on a GPU (``ops.tree_accept``); None: that of ``sampling``.
 
     Returns:
         ``path`` and ``tokens`` ``[B, N]`` int32 padded with -1, ``accept_length`` ``[B]`` int32,
@@ -58,11 +66,9 @@ def accept(
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
     """
-    shape = tree.draft_tokens.shape
-    path = torch.empty(shape, dtype=torch.int32)
-    tokens = torch.empty(shape, dtype=torch.int32)
-    accept_length = torch.empty(shape[0], dtype=torch.int32)
-    logprobs = torch.empty(shape) if want_logprobs else None
+    path, tokens = torch.empty_like(tree.draft_tokens), torch.empty_like(tree.draft_tokens)
+    accept_length = torch.empty_like(tree.num_nodes)
+    logprobs = torch.empty_like(path, dtype=torch.float32) if want_logprobs else None
     num_nodes, draft_probs = _drawn(tree, logits.shape[-1])
     tree_accept(
         tree.draft_tokens,
@@ -75,13 +81,76 @@ def accept(
         sampling.bias_values,
         history,
         history_len,
-        sampling.workspace,
+        sampling.workspace if workspace is None else workspace,
         path,
         accept_length,
         tokens,
         logprobs,
     )
     return AcceptResult(path, accept_length, tokens, logprobs)
+
+
+class Accepting:
+    """:func:`accept` on a device, with scratch that is kept.
+
+    Args:
+        vocab_size: V.
+        device: where trees and logits are.
+    """
+
+    def __init__(self, vocab_size: int, device: Device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._scratches: Recent[tuple[int, int, bool], torch.Tensor] = Recent(_MAX_SHAPES)
+
+    def accept(
+        self,
+        tree: DraftTree,
+        logits: torch.Tensor,
+        sampling: SamplingTable,
+        history: torch.Tensor,
+        history_len: torch.Tensor,
+    ) -> AcceptResult:
+        """As :func:`accept`, which see."""
+        return accept(
+            tree,
+            logits,
+            sampling,
+            history,
+            history_len,
+            want_logprobs=sampling.want_logprobs,
+            workspace=self._scratch(tree) if self._device.is_gpu else None,
+        )
+
+    def _scratch(self, tree: DraftTree) -> torch.Tensor:
+        """A shape's own: what one call leaves in it is what the next of that shape needs."""
+        shape = (*tree.draft_tokens.shape, tree.draft_probs is not None)
+        scratch = self._scratches.get(shape)
+        if scratch is None:
+            batch, num_nodes, has_probs = shape
+            size = gpu_workspace_size(batch, num_nodes, self._vocab_size, has_draft_probs=has_probs)
+            scratch = self._scratches.put(shape, self._device.zeros(size))
+        return scratch
+
+
+def read_report(rows: npt.NDArray[np.int32], size: int) -> RoundReport:
+    """What ``ops.history_append`` reports.
+
+    Args:
+        rows: ``[B, R]``; read where they lie.
+        size: N, entries of a path.
+    """
+    tokens, path, *logprobs = np.split(rows[:, HEADER_SIZE:], rows[0, HEADER_SIZE:].size // size, 1)
+    return RoundReport(
+        num_nodes=rows[:, ReportWord.NUM_NODES],
+        deepest=rows[:, ReportWord.DEEPEST],
+        accept_length=rows[:, ReportWord.ACCEPT_LENGTH],
+        num_taken=rows[:, ReportWord.NUM_TAKEN],
+        has_ended=rows[:, ReportWord.ENDING] != 0,
+        tokens=tokens,
+        path=path,
+        logprobs=logprobs[0].view(np.float32) if logprobs else None,
+    )
 
 
 def _drawn(tree: DraftTree, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:

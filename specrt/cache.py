@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from specrt import ops
 from specrt.config import ModelConfig
-from specrt.ops import registry
+from specrt.device import Device
 from specrt.reuse import power_of_two
 
 SCRATCH_PAGE = 0
@@ -41,15 +41,14 @@ class KVCache:
     """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``, the first of them for scratch.
 
     Sequences take pages as they need them, the lowest free one first, so that memory that has been
-    touched is used again. Where there are too few, their number at least doubles; ``on_move`` is
-    then called, because captured graphs hold the old addresses.
+    touched is used again. Where there are too few, their number at least doubles; captured steps,
+    which hold the old addresses, are then stale.
 
     Args:
         config: the model's.
         dtype: of keys and values.
         page_size: tokens.
-        on_move: called when ``kv`` is about to be another tensor.
-        device: where to.
+        device: where to; None: the CPU.
         max_pages: that sequences may hold together; None: as many as there is memory for.
 
     Raises:
@@ -61,9 +60,8 @@ class KVCache:
         config: ModelConfig,
         dtype: torch.dtype,
         page_size: int = 64,
-        on_move: Callable[[], None] = lambda: None,
         *,
-        device: torch.device | str = "cpu",
+        device: Device | None = None,
         max_pages: int | None = None,
     ) -> None:
         if max_pages is not None and max_pages < 1:
@@ -71,15 +69,11 @@ class KVCache:
         self.page_size = page_size
         self.max_pages = max_pages
         self._shape = (config.num_layers, 2, 1, page_size, config.num_kv_heads, config.head_dim)
-        self._on_move: Callable[[], None] | None = on_move  # None: retired
-        self.kv = _untouched_zeros(self._shape, dtype, torch.device(device))
+        self.device = device or Device()
+        self._is_retired = False
+        self.kv = _untouched_zeros(self._shape, dtype, self.device)
         self._returned: list[int] = []  # sorted
         self._num_touched = 1  # pages from here on have never been a sequence's
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pages lie."""
-        return self.kv.device
 
     @property
     def num_pages(self) -> int:
@@ -145,14 +139,24 @@ class KVCache:
         # Ctrl-C comes behind a call: there is none between these, and no page is lost.
         sequence.pages, self._returned = [], free
 
+    def fix(self, num_pages: int) -> None:
+        """Have so many pages for sequences, at once and for good, or as many as there are already.
+
+        Raises:
+            MemoryError: there is no room for them.
+        """
+        self.max_pages = max(num_pages, self.num_pages)
+        if num_pages > self.num_pages:
+            self._grow(num_pages)
+
     def retire(self) -> None:
         """Give the memory back for good, if no sequence holds a page of it."""
-        if self.num_held_pages == 0 and self._on_move is not None:
+        if self.num_held_pages == 0 and not self._is_retired:
             self._returned.clear()
             self._num_touched = 1
             self.kv = _untouched_zeros(self._shape, self.kv.dtype, self.device)
-            self._on_move()
-            self._on_move = None
+            self.device.forget()
+            self._is_retired = True
 
     def _take(self, pages: list[int], count: int) -> None:
         """Add so many free pages."""
@@ -166,7 +170,7 @@ class KVCache:
 
     def _grow(self, needed: int) -> None:
         """Make room for ``needed`` pages in all, and for more where there is memory."""
-        if self._on_move is None:
+        if self._is_retired:
             raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
         most = needed if self.max_pages is None else self.max_pages
         if needed > most:
@@ -181,7 +185,7 @@ class KVCache:
                 raise MemoryError(self._no_room(needed)) from error
         touched = slice(self._num_touched)  # reading the others would cost memory
         grown[:, :, touched] = self.kv[:, :, touched]
-        self._on_move()  # first: an interrupt must not leave launches over memory that is gone
+        self.device.forget()  # first: an interrupt must not leave launches over what is gone
         self.kv = grown
 
     def _pages(self, num_pages: int) -> torch.Tensor:
@@ -195,15 +199,13 @@ class KVCache:
         return f"KV cache: no memory for {pages}"
 
 
-def _untouched_zeros(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
     """Zeros that on the CPU cost no memory before they are written.
 
     ``torch.zeros`` writes them: a cache that has grown would hold all of its pages at once.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+    if device.is_gpu:
+        return device.zeros(*shape, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -265,29 +267,31 @@ class CacheBatch:
             num_path: ``[B]`` int32 on the host, how many of each row count; 0 or less commits
                 nothing.
         """
+        there = self.cache.device.there
+        self.move(there(path), there(num_path))
+        # As the kernel does.
+        self.advance([min(max(0, count), path.shape[1]) for count in num_path.tolist()])
+
+    def move(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
+        """The half of :meth:`commit` that is a launch: on the pages' device, which alone may know
+        how many rows there are. :meth:`advance` follows once the host knows it too."""
         # Rows of which nothing is known while they move: an interrupt may come in between.
         self._lengths[: len(self.sequences)] = [_UNKNOWN] * len(self.sequences)
-        ops.kv_commit(
-            self.cache.kv,
-            self.block_table,
-            self._there(path),
-            self._there(num_path),
-            self.kv_len,
-            self._tickets,
-        )
-        counts = zip(self.sequences, num_path.tolist(), strict=True)
-        for row, (sequence, count) in enumerate(counts):
-            num_moved = min(max(0, count), path.shape[1])  # as the kernel does
-            sequence.length += num_moved
+        ops.kv_commit(self.cache.kv, self.block_table, path, num_path, self.kv_len, self._tickets)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """The other half: so many rows of each sequence were moved."""
+        for row, (sequence, count) in enumerate(zip(self.sequences, counts, strict=True)):
+            sequence.length += count
             self._lengths[row] = sequence.length
             room = len(sequence.pages) * self.cache.page_size
             assert sequence.length <= room, "rows were committed that lie on the scratch page"
 
     def _make_tables(self, rows: int, width: int) -> None:
         """Empty ones, without views."""
-        device = self.cache.device
-        table = torch.full((rows, width), SCRATCH_PAGE, dtype=torch.int32, device=device)
-        kv_len = torch.zeros(rows, dtype=torch.int32, device=device)
+        assert SCRATCH_PAGE == 0, "zeros are tables of it"
+        table = self.cache.device.zeros(rows, width, dtype=torch.int32)
+        kv_len = self.cache.device.zeros(rows, dtype=torch.int32)
         # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
         tickets = torch.zeros_like(kv_len)
         # All or none of them (Ctrl-C comes behind calls); the size, that views are made of them.
@@ -297,8 +301,7 @@ class CacheBatch:
 
     def _set_views(self, size: int) -> None:
         self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
-        is_on_gpu = registry.is_on_gpu(self._kv_len)
-        self._tickets = self._all_tickets[:size] if is_on_gpu else None
+        self._tickets = self._all_tickets[:size] if self.cache.device.is_gpu else None
         self._size = size  # asking a tensor takes longer than all else of an update
 
     def _write_pages(self, row: int, pages: list[int]) -> None:
@@ -306,7 +309,7 @@ class CacheBatch:
         # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
         scratch = [SCRATCH_PAGE] * (self._table.shape[1] - len(pages))
         written = torch.tensor(pages + scratch, dtype=torch.int32)
-        self._table[row].copy_(may_be_reused(written, self.cache.device), non_blocking=True)
+        self.cache.device.upload(written, self._table[row])
         self._pages[row] = pages, len(pages)
 
     def _write_length(self, row: int, length: int) -> None:
@@ -314,20 +317,6 @@ class CacheBatch:
         self._kv_len[row].fill_(length)
         self._lengths[row] = length
 
-    def _there(self, table: torch.Tensor) -> torch.Tensor:
-        device = self.cache.device
-        return may_be_reused(table, device).to(device, non_blocking=True)
-
 
 def _table_width(num_pages: int) -> int:
     return max(8, power_of_two(num_pages))
-
-
-def may_be_reused(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``table`` as a copy to ``device`` that nobody waits for may read it.
-
-    From the host to a GPU it is read later, maybe after it was freed and written again: CUDA copies
-    ordinary memory aside first where it cannot read it, and promises nothing where it can. So the
-    table is copied into pinned memory, which torch does not hand out again before it was read.
-    """
-    return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table

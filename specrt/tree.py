@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from specrt import ops
+from specrt.device import CPU, Device
 from specrt.types import DraftTree, Proposal
 
 MAX_NODES = 128
@@ -88,12 +89,13 @@ def chain(tokens: torch.Tensor) -> Proposal:
     return Proposal(tokens, parents, num_nodes)
 
 
-def check_proposal(proposal: Proposal, batch: int) -> None:
+def check_proposal(proposal: Proposal, batch: int, device: Device) -> None:
     """Whether the tensors of a proposal can be read at all; what they say is another matter.
 
     Args:
         proposal: what a drafter gave.
         batch: B, how many sequences it was asked for.
+        device: where its tensors may lie, all of them there or all on the host.
 
     Raises:
         TypeError: it is no proposal.
@@ -102,16 +104,21 @@ def check_proposal(proposal: Proposal, batch: int) -> None:
     if not isinstance(proposal, Proposal):
         raise TypeError(f"propose: expected a Proposal, got {type(proposal).__name__}")
     tokens, probs = proposal.draft_tokens, proposal.draft_probs
-    _check_field("draft_tokens", tokens, torch.int32, (batch, None))
+    there = tokens.device if isinstance(tokens, torch.Tensor) and device.holds(tokens) else CPU
+    _check_field("draft_tokens", tokens, torch.int32, (batch, None), there)
     size = tokens.shape[1]
-    _check_field("parents", proposal.parents, torch.int32, (batch, size))
-    _check_field("num_nodes", proposal.num_nodes, torch.int32, (batch,))
+    _check_field("parents", proposal.parents, torch.int32, (batch, size), there)
+    _check_field("num_nodes", proposal.num_nodes, torch.int32, (batch,), there)
     if probs is not None:
-        _check_field("draft_probs", probs, torch.float32, (batch, size, None))
+        _check_field("draft_probs", probs, torch.float32, (batch, size, None), there)
 
 
 def _check_field(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    device: torch.device,
 ) -> None:
     if (
         isinstance(tensor, torch.Tensor)
@@ -122,7 +129,7 @@ def _check_field(
             want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
         )
         and tensor.numel() > 0
-        and tensor.device.type == "cpu"
+        and tensor.device == device
     ):
         return
     expected = ", ".join("n" if size is None else str(size) for size in shape)
@@ -132,7 +139,8 @@ def _check_field(
         if tensor.layout is not torch.strided:
             got = f"{got}, {tensor.layout}"
     kind = str(dtype).removeprefix("torch.")
-    raise ValueError(f"{name}: expected [{expected}] {kind} on the CPU, got {got}")
+    there = "the CPU" if device == CPU else str(device)
+    raise ValueError(f"{name}: expected [{expected}] {kind} on {there}, got {got}")
 
 
 class Settler:
@@ -144,26 +152,33 @@ class Settler:
 
     Args:
         vocab_size: V.
+        device: where its trees lie; None: the CPU.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, device: Device | None = None) -> None:
         self._vocab_size = vocab_size
+        self._device = device or Device()
         self._trees: dict[tuple[int, int], DraftTree] = {}
+        self._roots_alone: dict[int, Proposal] = {}
 
-    def settle(self, proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor) -> DraftTree:
+    def settle(
+        self, proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor, size: int
+    ) -> DraftTree:
         """The trees that a proposal holds.
 
         Args:
             proposal: B trees of M nodes (:func:`check_proposal`).
             roots: ``[B]`` int32, each sequence's last token.
             max_nodes: ``[B]`` int32, at least 1: the room each sequence has, its root included.
+            size: that trees have nodes for, 1 to :data:`MAX_NODES`.
         """
-        batch, most = proposal.draft_tokens.shape
-        asked = np.minimum(proposal.num_nodes.numpy(), max_nodes.numpy()).max()
-        size = min(max(int(asked), 1), most, MAX_NODES)
+        batch = proposal.draft_tokens.shape[0]
+        size = min(size, proposal.draft_tokens.shape[1])
+        if not self._device.holds(proposal.draft_tokens):
+            proposal = self._uploaded(proposal)
         tree = self._trees.get((batch, size))
         if tree is None:
-            tree = self._trees[batch, size] = _empty_tree(batch, size)
+            tree = self._trees[batch, size] = _empty_tree(batch, size, self._device)
         ops.tree_settle(
             proposal.draft_tokens.contiguous(),
             proposal.parents.contiguous(),
@@ -181,18 +196,41 @@ class Settler:
             return tree
         return replace(tree, draft_probs=proposal.draft_probs[:, :size].contiguous())
 
+    def _uploaded(self, proposal: Proposal) -> Proposal:
+        """A host's proposal on the device, in one copy; roots alone say nothing, and need none."""
+        batch, size = proposal.draft_tokens.shape
+        if size == 1:
+            alone = self._roots_alone.get(batch)
+            if alone is None:
+                tokens, parents = self._device.zeros(2, batch, 1, dtype=torch.int32)
+                ones = self._device.zeros(batch, dtype=torch.int32).fill_(1)
+                alone = self._roots_alone[batch] = Proposal(tokens, parents, ones)
+            return alone
+        there = self._device.there
+        flat = [proposal.draft_tokens.ravel(), proposal.parents.ravel(), proposal.num_nodes]
+        sizes = [part.numel() for part in flat]
+        tokens, parents, num_nodes = there(torch.cat(flat)).split(sizes)
+        probs = proposal.draft_probs
+        return Proposal(
+            tokens.view(batch, size),
+            parents.view(batch, size),
+            num_nodes,
+            None if probs is None else there(probs),
+        )
 
-def _empty_tree(batch: int, size: int) -> DraftTree:
-    ints = torch.zeros(3, batch, size, dtype=torch.int32)
-    bits = torch.zeros(batch, size, num_words(size), dtype=torch.int64)
-    return DraftTree(ints[0], ints[1], ints[2], bits, torch.zeros(batch, dtype=torch.int32))
+
+def _empty_tree(batch: int, size: int, device: Device) -> DraftTree:
+    ints = device.zeros(3, batch, size, dtype=torch.int32)
+    bits = device.zeros(batch, size, num_words(size), dtype=torch.int64)
+    return DraftTree(ints[0], ints[1], ints[2], bits, device.zeros(batch, dtype=torch.int32))
 
 
 def settle(
     proposal: Proposal, roots: torch.Tensor, max_nodes: torch.Tensor, vocab_size: int
 ) -> DraftTree:
-    """:class:`Settler` for once, in fresh buffers; arguments as there."""
-    return Settler(vocab_size).settle(proposal, roots.contiguous(), max_nodes)
+    """:class:`Settler` for once, on the CPU and in fresh buffers; arguments as there."""
+    size = int(torch.minimum(proposal.num_nodes, max_nodes).clamp(1, MAX_NODES).max())
+    return Settler(vocab_size).settle(proposal, roots.contiguous(), max_nodes, size)
 
 
 @lru_cache(maxsize=256)
@@ -203,5 +241,31 @@ def _chain_tree(batch: int, length: int) -> DraftTree:
 
 
 def chain_tree(tokens: torch.Tensor) -> DraftTree:
-    """Known tokens ``[B, N]`` int32 as trees without branches, to be run and not to be doubted."""
+    """Known tokens ``[B, N]`` int32 on the CPU as trees without branches, to be run and not to be
+    doubted."""
     return replace(_chain_tree(*tokens.shape), draft_tokens=tokens)
+
+
+class ChainTrees:
+    """:func:`chain_tree` on a device.
+
+    Args:
+        device: where tokens and trees lie.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._shapes: dict[torch.Size, DraftTree] = {}
+
+    def of(self, tokens: torch.Tensor) -> DraftTree:
+        """Known tokens ``[B, N]`` int32 as trees without branches."""
+        if not self._device.is_gpu:
+            return chain_tree(tokens)
+        shape = self._shapes.get(tokens.shape)
+        if shape is None:
+            there, one = self._device.there, _chain_tree(*tokens.shape)
+            shape = self._shapes[tokens.shape] = DraftTree(
+                tokens, there(one.parents), there(one.depth), there(one.ancestors),
+                there(one.num_nodes),
+            )  # fmt: skip
+        return replace(shape, draft_tokens=tokens)

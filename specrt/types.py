@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -94,7 +96,43 @@ class VerifyOutput(NamedTuple):
     logits: torch.Tensor
     """``[B, N, V]`` float32, unprocessed. Valid until the target's next forward pass."""
     taps: Mapping[str, torch.Tensor]
-    """Hidden states a drafter asked for, ``[B, N, H]`` float32, by name. Valid as ``logits``."""
+    """Hidden states a drafter asked for, ``[B, N, H]``, by name. Valid as ``logits``."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoundReport:
+    """What the host learns of a round, sequence by sequence, in one piece."""
+
+    num_nodes: npt.NDArray[np.int32]
+    """``[B]``, of each tree, its root included."""
+    deepest: npt.NDArray[np.int32]
+    """``[B]``: the largest distance from the root."""
+    accept_length: npt.NDArray[np.int32]
+    """``[B]``: accepted draft tokens, whether taken or not; -1 where logits were NaN."""
+    num_taken: npt.NDArray[np.int32]
+    """``[B]``: tokens that the output goes on with, up to a stop token and the token limit."""
+    has_ended: npt.NDArray[np.bool_]
+    """``[B]``: whether the last of them is such an end, or there is none."""
+    tokens: npt.NDArray[np.int32]
+    """``[B, N]``: accepted tokens, then the bonus token; padded with -1."""
+    path: npt.NDArray[np.int32]
+    """``[B, N]``: their nodes, from the root down; padded with -1."""
+    logprobs: npt.NDArray[np.float32] | None
+    """``[B, N]``"""
+
+    def of(self, rows: Sequence[int]) -> RoundReport:
+        """Of some of the sequences, in this order."""
+        index = list(rows)
+        return RoundReport(
+            self.num_nodes[index],
+            self.deepest[index],
+            self.accept_length[index],
+            self.num_taken[index],
+            self.has_ended[index],
+            self.tokens[index],
+            self.path[index],
+            None if self.logprobs is None else self.logprobs[index],
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +147,20 @@ class AcceptResult:
     """``[B, D + 1]`` int32: accepted tokens, then the bonus token, padded with -1."""
     logprobs: torch.Tensor | None = None
     """``[B, D + 1]`` float32: log-probability of each token under the target's unprocessed law."""
+    report: RoundReport | None = None
+    """The same on the host, which an engine reads once a round."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """``accept_length`` on the host. (Without a report a GPU is waited for.)"""
+        found = self.accept_length if self.report is None else self.report.accept_length
+        lengths: list[int] = found.tolist()
+        return lengths
+
+    @property
+    def paths(self) -> npt.NDArray[np.int32]:
+        """``path`` on the host, as :attr:`lengths`."""
+        return self.path.numpy() if self.report is None else self.report.path
 
 
 @dataclass(eq=False)
@@ -154,22 +206,19 @@ class RoundStats:
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
 
-    def record(self, num_nodes: int, accept_length: int, depth: Sequence[int] | None) -> None:
+    def record(self, num_nodes: int, accept_length: int, deepest: int) -> None:
         """Count one round of ``accept_length + 1`` tokens.
 
         Args:
             num_nodes: of its tree.
             accept_length: what was emitted but for the last token.
-            depth: of each of the nodes; None for the root alone.
+            deepest: the largest distance of a node from the root.
         """
         self.num_rounds += 1
         self.num_draft_tokens += num_nodes - 1
         self.num_accepted_tokens += accept_length
         self.accept_lengths.append(accept_length)
-        if depth is None:
-            return
-        deepest = max(depth)
-        missing = deepest - len(self.proposed_by_depth)
+        missing = max(0, deepest - len(self.proposed_by_depth))
         self.proposed_by_depth.extend([0] * missing)
         self.accepted_by_depth.extend([0] * missing)
         for level in range(deepest):

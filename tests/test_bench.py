@@ -123,7 +123,7 @@ def test_control_bench_sums_the_kinds() -> None:
 
     def made_runs(seconds: list[float], accepted: int) -> bench_control.Runs:
         stats = RoundStats()
-        stats.record(3, accepted, torch.tensor([0, 1, 2]))
+        stats.record(3, accepted, 2)
         one = GenerationResult("", [1] * (accepted + 1), [], "stop", None, 0, stats)
         return bench_control.Runs([seconds], [one])
 
@@ -154,7 +154,7 @@ def made_up(seconds: float, accepted: list[int], token_ids: list[int]) -> Run:
     """A run whose rounds accepted so much of trees two levels deep."""
     stats = RoundStats()
     for length in accepted:
-        stats.record(4, length, torch.tensor([0, 1, 1, 2]))
+        stats.record(4, length, 2)
     return Run(token_ids, seconds, stats)
 
 

@@ -13,6 +13,7 @@ import torch
 from specrt import cache as cache_module
 from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache, may_be_reused
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.tree import chain_tree
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import make_model
@@ -96,7 +97,12 @@ def fill(cache: KVCache, sequence: CachedSequence, first: int, value: int) -> No
 def test_many_sequences_grow_among_each_other(config: ModelConfig) -> None:
     """Each has its own rows, whoever comes, grows and goes; pages move a logarithm of times."""
     moves = list[int]()
-    cache = KVCache(config, torch.float32, 2, lambda: moves.append(cache.num_pages))
+
+    class Moving(Device):
+        def forget(self) -> None:
+            moves.append(cache.num_pages)
+
+    cache = KVCache(config, torch.float32, 2, device=Moving())
     rng, running = random.Random(0), dict[int, CachedSequence]()
     for turn in range(400):
         if len(running) > 12:

@@ -14,7 +14,6 @@ from specrt.cache import CacheBatch, CachedSequence
 from specrt.engine.core import EngineCore
 from specrt.engine.drafting import Drafting
 from specrt.engine.results import StreamChunk
-from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
 from specrt.ops.graph import CpuGraph
 from specrt.tree import chain_tree
@@ -71,15 +70,14 @@ def test_no_launch_outlives_its_buffers(checkpoint: Path) -> None:
     tree = chain_tree(torch.zeros(1, 2, dtype=torch.int32))
     number, was_interrupted = 1, True
     while was_interrupted:
-        graphs = GraphCache()
-        model = LlamaModel(small.config, small.weights, graphs.run, graphs.clear)
+        model = LlamaModel(small.config, small.weights)
         cache = model.new_cache()
         model.forward(tree, CacheBatch(cache, [cache.open(8)]), taps=("layer.0",))
         work, table, taps = model._workspace, model._cos_sin, model._tap_buffers["layer.0"]
         was_interrupted = interrupted(lambda: model.reserve(40, 600), number)  # noqa: B023
         has_moved = model._workspace is not work or model._cos_sin is not table
         if has_moved or model._tap_buffers.get("layer.0") is not taps:
-            assert len(model._steps) == len(graphs._graphs) == 0, number
+            assert len(model._steps) == len(model.device._steps) == 0, number
         number += 1
     assert number > 4
     assert has_moved

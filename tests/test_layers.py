@@ -15,8 +15,9 @@ LAYERS = [
     {"types", "_C", "builtin"},
     {"config", "json_lines", "option_hints", "reuse"},
     {"ops"},
+    {"device"},
     {"sampling"},
-    {"cache", "tree", "accept", "graph"},
+    {"cache", "tree", "accept"},
     {"models"},
     {"draft"},
     {"engine", "train"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-ONLY = {"graph": {"ops", "reuse"}}  # handed callables, it needs to know nobody else
+ONLY = {"device": {"ops", "reuse"}}
 PUBLIC_API = {"cli", "serve", "train", "__main__"}  # may use `specrt.load` and its like
 
 NO_KERNEL = {"core", "graph", "bindings"}

@@ -49,7 +49,7 @@ struct TreeExpandParams {
 
 // Floats of scratch a part needs.
 constexpr int64_t tree_expand_workspace(int64_t rows) {
-    return 7 * ((rows + 63) / 64 * 64);
+    return 6 * ((rows + 63) / 64 * 64);
 }
 
 // A GPU's workspace, in words of 4 bytes. Tickets, which are 0 between launches, are counted from

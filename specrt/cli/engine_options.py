@@ -92,7 +92,9 @@ def drafter_name(drafter: str, target: str, engine: Engine) -> str:
     """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
     from specrt.loading import default_drafter
 
-    return default_drafter(target, engine.target.device) if drafter == AUTO else Path(drafter).name
+    if drafter == AUTO:
+        return default_drafter(target, engine.target.device.place)
+    return Path(drafter).name
 
 
 def set_threads(threads: int | None) -> None:

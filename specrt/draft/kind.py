@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from specrt.draft.base import Drafter
     from specrt.draft.length.control import ControlOptions
-    from specrt.models.model import LlamaModel, StepRunner
+    from specrt.models.model import LlamaModel
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,10 @@ class DrafterRequest:
     directory: Path | None
     """Its checkpoint; None for a kind that has none."""
     target: LlamaModel
-    """The model it drafts for."""
+    """The model it drafts for, on whose device it drafts."""
     dtype: torch.dtype | None
     """Of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its own: a
     narrower one is faster, and its rounding moves no token."""
-    run_step: StepRunner
-    """How its model's steps run on the CPU."""
-    on_move: Callable[[], None]
-    """To be called when its model's buffers move."""
     options: DrafterOptions
     target_path: Path | None = None
     """The target's directory, whose tokenizer a smaller model must have; None: not known."""

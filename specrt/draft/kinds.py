@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from specrt.draft.base import Drafter
-    from specrt.models.model import LlamaModel, StepRunner
+    from specrt.models.model import LlamaModel
 
 ENTRY_POINTS = "specrt.drafters"
 NONE, AUTO = "none", "auto"
@@ -97,8 +97,6 @@ def load_drafter(
     name: str | os.PathLike[str] | None,
     target: LlamaModel,
     dtype: torch.dtype | None,
-    run_step: StepRunner,
-    on_move: Callable[[], None],
     options: DrafterOptions,
     target_path: Path | None = None,
 ) -> Drafter:
@@ -106,7 +104,7 @@ def load_drafter(
 
     Args:
         name: None (plain decoding), one of :func:`drafter_names`, or a checkpoint directory.
-        target, dtype, run_step, on_move, options, target_path: as in :class:`DrafterRequest`.
+        target, dtype, options, target_path: as in :class:`DrafterRequest`.
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
@@ -121,7 +119,7 @@ def load_drafter(
     kind, directory = _find(name)
     if not kind.has_control:
         _refuse_control(options)
-    request = DrafterRequest(directory, target, dtype, run_step, on_move, options, target_path)
+    request = DrafterRequest(directory, target, dtype, options, target_path)
     if kind in REGISTRY.values():
         return kind.load(request)
     return _load_installed(kind, request)

@@ -6,17 +6,24 @@ from collections.abc import Sequence
 
 import torch
 
+from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.engine.request import Request
+from specrt.ops.history_append import report_size
 from specrt.reuse import power_of_two
 from specrt.sampling import SamplingRows, SamplingTable
+from specrt.types import AcceptResult, DraftTree
 
 _FIRST_TOKENS = 256  # columns of the history to begin with
+_FEW_STOPS = 4  # columns of the stop tokens to begin with
+_NO_STOP = -1
 
 
 class Batch:
     """Rows of static tables. A request that joins writes one row; where one leaves, the last row
-    takes its place. Nothing else moves, and addresses stay while the history is wide enough.
+    takes its place. Nothing else moves, and addresses stay while the tables are wide enough.
+
+    From round to round tokens go on where the tables lie: on a GPU the host writes none of them.
 
     Args:
         cache: the target's.
@@ -25,13 +32,17 @@ class Batch:
     """
 
     def __init__(self, cache: KVCache, max_batch: int, vocab_size: int) -> None:
+        self._device = device = cache.device
+        self._vocab_size = vocab_size
         self._requests: list[Request] = []
         self._cached = CacheBatch(cache, [])
-        self._sampling = SamplingRows(max_batch, vocab_size)
-        self._history = torch.zeros(max_batch, _FIRST_TOKENS, dtype=torch.int32)
-        self._ints = torch.zeros(3, max_batch, dtype=torch.int32)
-        # The same memory: writing through numpy costs a tenth of writing through torch.
-        self._history_view, self._ints_view = self._history.numpy(), self._ints.numpy()
+        self._sampling = SamplingRows(max_batch, vocab_size, device)
+        self._history = device.zeros(max_batch, _FIRST_TOKENS, dtype=torch.int32)
+        self._stops = device.zeros(max_batch, _FEW_STOPS, dtype=torch.int32)
+        self._ints = device.zeros(4, max_batch, dtype=torch.int32)
+        self._host_room = torch.zeros(max_batch, dtype=torch.int32)
+        self._room = device.there(self._host_room)
+        self._room_view = self._host_room.numpy()
         self._look()
 
     def __len__(self) -> int:
@@ -50,6 +61,8 @@ class Batch:
     """``[B]`` int32: the last tokens."""
     room: torch.Tensor
     """``[B]`` int32: nodes of a tree that there are pages for."""
+    num_path: torch.Tensor
+    """``[B]`` int32: nodes of the accepted path that are to be committed."""
     sampling: SamplingTable
 
     def join(self, request: Request) -> None:
@@ -68,8 +81,8 @@ class Batch:
         if row != last:
             self._requests[row] = self._requests[last]
             self._sampling.move(last, row)
-            self._history_view[row] = self._history_view[last]
-            self._ints_view[:, row] = self._ints_view[:, last]
+            for table in (self._history, self._stops, self._ints.T):
+                table[row].copy_(table[last])
         self._requests.pop()
         self._look()
 
@@ -86,36 +99,73 @@ class Batch:
             sequences.append(request.cached)
         return self._cached.update(sequences)
 
-    def append(self, request: Request, tokens: Sequence[int]) -> None:
-        """Add a sequence's new tokens to its row."""
-        row = self._requests.index(request)
-        start = self._ints_view[0, row]
-        end = start + len(tokens)
-        if end > self._history.shape[1]:
-            self._widen(int(end))
-        self._history_view[row, start:end] = tokens
-        self._ints_view[0, row], self._ints_view[1, row] = end, tokens[-1]
+    def set_room(self, num_nodes: Sequence[int]) -> None:
+        """Bound the trees of the B rows, and see to it that their tokens have a place."""
+        used = len(self._requests)
+        if self._room_view[:used].tolist() != num_nodes:
+            self._room_view[:used] = num_nodes
+            if self._device.is_gpu:
+                self._device.upload(self._host_room[:used], self.room)
+        longest = max(len(request.token_ids) for request in self._requests)
+        self._widen(longest + max(num_nodes))
 
-    def set_room(self, row: int, num_nodes: int) -> None:
-        """Bound the tree of a row."""
-        self._ints_view[2, row] = num_nodes
+    def append(self, tree: DraftTree, result: AcceptResult) -> torch.Tensor:
+        """Take what was accepted, up to each output's end; nothing but a launch.
+
+        Returns:
+            The round's report (``ops.history_append``), ``[B, R]`` int32.
+        """
+        batch, size = result.tokens.shape
+        num_words = report_size(size, result.logprobs is not None)
+        report = self._device.empty(batch, num_words, dtype=torch.int32)
+        ops.history_append(
+            tree.num_nodes,
+            tree.depth,
+            result.path,
+            result.accept_length,
+            result.tokens,
+            result.logprobs,
+            self._stops[:batch],
+            self._max_len,
+            self.history,
+            self.history_len,
+            self.roots,
+            self.num_path,
+            report,
+        )
+        return report
 
     def _write(self, row: int) -> None:
-        tokens = self._requests[row].token_ids
-        if len(tokens) > self._history.shape[1]:
-            self._widen(len(tokens))
-        self._history_view[row, : len(tokens)] = tokens
-        self._ints_view[:, row] = len(tokens), tokens[-1], 1
+        request = self._requests[row]
+        tokens = request.token_ids
+        stops = sorted(token for token in request.end.stop_ids if token < self._vocab_size)
+        self._widen(len(tokens))
+        if len(stops) > self._stops.shape[1]:
+            self._stops = self._widened(self._stops, len(stops))
+        stops += [_NO_STOP] * (self._stops.shape[1] - len(stops))
+        values = len(tokens), tokens[-1], request.state.max_len, 0
+        for there, ids in (
+            (self._history[row, : len(tokens)], tokens),
+            (self._stops[row], stops),
+            (self._ints[:, row], values),
+        ):
+            self._device.upload(torch.tensor(ids, dtype=torch.int32), there)
 
     def _widen(self, num_tokens: int) -> None:
-        wider = torch.zeros(len(self._history), power_of_two(num_tokens), dtype=torch.int32)
-        wider[:, : self._history.shape[1]] = self._history
-        self._history, self._history_view = wider, wider.numpy()
-        self._look()
+        if num_tokens > self._history.shape[1]:
+            self._history = self._widened(self._history, num_tokens)
+            self._look()
+
+    def _widened(self, table: torch.Tensor, num_columns: int) -> torch.Tensor:
+        wider = self._device.zeros(len(table), power_of_two(num_columns), dtype=torch.int32)
+        wider.fill_(_NO_STOP)
+        wider[:, : table.shape[1]] = table
+        return wider
 
     def _look(self) -> None:
         """The views of the rows in use."""
         used = len(self._requests)
         self.history = self._history[:used]
-        self.history_len, self.roots, self.room = self._ints[:, :used]
+        self.history_len, self.roots, self._max_len, self.num_path = self._ints[:, :used]
+        self.room = self._room[:used]
         self.sampling = self._sampling.table(used)

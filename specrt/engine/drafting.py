@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from specrt.cache import CacheBatch
+from specrt.device import Device
 from specrt.draft.base import Budget, Drafter
 from specrt.draft.length.costs import RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
 from specrt.models.step import check_tap
-from specrt.tree import chain, check_proposal
+from specrt.tree import check_proposal
 from specrt.types import AcceptResult, Proposal, SequenceState
 
 _MOST_FAILURES = 3
@@ -112,18 +112,17 @@ class Drafting:
 
     # --- a round ------------------------------------------------------------------------------
 
-    def propose(self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor) -> Draft:
+    def propose(self, requests: Sequence[Request], batch: CacheBatch) -> Draft:
         """Trees for a batch.
 
         Args:
             requests: B of them.
             batch: the target's cache of them.
-            roots: ``[B]`` int32, their last tokens.
         """
         if self._groups is None:
             self._groups = _groups_of(requests)
         is_whole = any(group.is_whole for group in self._groups)
-        merged = None if is_whole else _Merged(len(requests), self._target.config.vocab_size)
+        merged = None if is_whole else self._merged(len(requests))
         parts = []
         for group in self._groups:
             lower = LowerLayers(self._target, self._cached(group, batch))
@@ -133,8 +132,8 @@ class Drafting:
             parts.append((group, proposal))
             if merged is None:
                 return Draft(proposal, tuple(parts), lower)
-        alone = chain(roots[:, None])
-        return Draft(alone if merged is None else merged.proposal(), tuple(parts))
+        rows = merged or self._merged(len(requests))
+        return Draft(rows.proposal(), tuple(parts))
 
     def observe(self, draft: Draft, result: AcceptResult, taps: Mapping[str, torch.Tensor]) -> None:
         """Tell the drafter what came of its proposals."""
@@ -147,6 +146,9 @@ class Drafting:
             if is_done and group.requests[0].is_suspect:
                 group.requests[0].is_suspect = False
                 self.regroup()
+
+    def _merged(self, batch: int) -> _Merged:
+        return _Merged(batch, self._target.config.vocab_size, self._target.device)
 
     def _cached(self, group: Group, batch: CacheBatch) -> CacheBatch:
         """The target's cache of a group."""
@@ -162,7 +164,7 @@ class Drafting:
             budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, lower)
             with closing(lower):
                 proposal = self._drafter.propose(group.states, budget)
-            check_proposal(proposal, len(group.rows))
+            check_proposal(proposal, len(group.rows), self._target.device)
             if merged is not None:  # here: the next call may overwrite what this one gave
                 merged.take(group.rows, proposal)
             given.append(proposal)
@@ -225,53 +227,77 @@ def _rows_of(
     result: AcceptResult, taps: Mapping[str, torch.Tensor], rows: Sequence[int]
 ) -> tuple[AcceptResult, Mapping[str, torch.Tensor]]:
     """A group's rows of what came of a round."""
-    index = list(rows)
-    part = AcceptResult(result.path[index], result.accept_length[index], result.tokens[index])
-    return part, {name: tap[index] for name, tap in taps.items()}
+
+    def some(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor[row] for row in rows])
+
+    part = AcceptResult(
+        some(result.path),
+        some(result.accept_length),
+        some(result.tokens),
+        report=None if result.report is None else result.report.of(rows),
+    )
+    return part, {name: some(tap) for name, tap in taps.items()}
 
 
 class _Merged:
-    """Proposals of several groups, row by row; a row that nobody takes is its root alone."""
+    """Proposals of several groups, row by row; a row that nobody takes is its root alone.
 
-    def __init__(self, batch: int, vocab_size: int) -> None:
+    They lie on the host as long as all that were taken do, for then it knows their sizes.
+    """
+
+    def __init__(self, batch: int, vocab_size: int, device: Device) -> None:
         self._vocab_size = vocab_size
-        self._ints = np.zeros((2, batch, 1), dtype=np.int32)
-        self._num_nodes = np.ones(batch, dtype=np.int32)
+        self._device = device
+        self._ints = torch.zeros(2, batch, 1, dtype=torch.int32)
+        self._num_nodes = torch.ones(batch, dtype=torch.int32)
         self._probs: torch.Tensor | None = None
 
     def take(self, rows: Sequence[int], proposal: Proposal) -> None:
         """Copy a group's proposal into its rows; one that cannot be copied leaves roots alone."""
-        index, size = list(rows), proposal.draft_tokens.shape[1]
-        self._widen(size)
-        self._ints[0, index, :size] = proposal.draft_tokens.numpy()
-        self._ints[1, index, :size] = proposal.parents.numpy()
-        if proposal.draft_probs is not None:
-            self._take_probs(index, proposal.draft_probs)
-        self._num_nodes[index] = np.minimum(proposal.num_nodes.numpy(), size)
+        here, probs = self._beside(proposal), proposal.draft_probs
+        size = here.draft_tokens.shape[1]
+        self._ints = _padded(self._ints, size, dim=2)
+        counts = here.num_nodes.clamp(max=size)
+        for place, row in enumerate(rows):
+            self._ints[0, row, :size].copy_(here.draft_tokens[place])
+            self._ints[1, row, :size].copy_(here.parents[place])
+        for place, row in enumerate(rows):
+            self._num_nodes[row].copy_(counts[place])
+        if probs is not None and probs.shape[2] == self._vocab_size:
+            self._take_probs(rows, self._device.there(probs))
 
     def proposal(self) -> Proposal:
         """Of the whole batch."""
-        tokens, parents = torch.from_numpy(self._ints)
+        tokens, parents = self._ints
         probs = self._probs
         if probs is not None:
-            probs = _padded(probs, tokens.shape[1])
-        return Proposal(tokens, parents, torch.from_numpy(self._num_nodes), probs)
+            probs = _padded(probs, tokens.shape[1], dim=1)
+        return Proposal(tokens, parents, self._num_nodes, probs)
 
-    def _widen(self, size: int) -> None:
-        missing = size - self._ints.shape[2]
-        if missing > 0:
-            self._ints = np.pad(self._ints, ((0, 0), (0, 0), (0, missing)))
+    def _beside(self, proposal: Proposal) -> Proposal:
+        """``proposal`` where this one lies, which may move from the host to the device."""
+        device = self._device
+        if device.holds(proposal.draft_tokens) and not device.holds(self._ints):
+            self._ints = device.there(self._ints)
+            self._num_nodes = device.there(self._num_nodes)
+        if device.holds(proposal.draft_tokens) or not device.holds(self._ints):
+            return proposal
+        fields = proposal.draft_tokens, proposal.parents, proposal.num_nodes
+        return Proposal(*map(device.there, fields))
 
-    def _take_probs(self, index: list[int], probs: torch.Tensor) -> None:
+    def _take_probs(self, rows: Sequence[int], probs: torch.Tensor) -> None:
+        """Laws; rows of others are none, as zeros are none."""
         size = probs.shape[1]
         if self._probs is None:
-            self._probs = torch.zeros(len(self._num_nodes), size, self._vocab_size)
-        self._probs = _padded(self._probs, size)
-        if probs.shape[2] == self._vocab_size:  # others are no laws, as zeros are none
-            self._probs[index, :size] = probs
+            self._probs = self._device.zeros(len(self._num_nodes), size, self._vocab_size)
+        self._probs = _padded(self._probs, size, dim=1)
+        for place, row in enumerate(rows):
+            self._probs[row, :size].copy_(probs[place])
 
 
-def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """``[B, n, V]`` as ``[B, max(n, size), V]``, zeros behind."""
-    missing = max(0, size - rows.shape[1])
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing))
+def _padded(table: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """``table`` with at least ``size`` entries in a dimension, zeros behind."""
+    missing = max(0, size - table.shape[dim])
+    behind = [0, 0] * (table.dim() - 1 - dim) + [0, missing]
+    return torch.nn.functional.pad(table, behind) if missing else table

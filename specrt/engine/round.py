@@ -2,95 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from time import perf_counter
 
-from specrt.accept import accept
-from specrt.cache import KVCache
+from specrt.accept import Accepting, read_report
+from specrt.cache import CachedSequence, KVCache
+from specrt.device import Device
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
 from specrt.models.model import LlamaModel
 from specrt.tree import Settler
+from specrt.types import Proposal, RoundReport
 
 
 @dataclass(frozen=True)
-class RoundReport:
-    """What the host learns of a round, row by row; small enough to be read in one piece."""
+class Round:
+    """What came of a round, and what it took."""
 
-    num_nodes: list[int]
-    """Of each tree, its root included."""
-    depths: list[list[int]]
-    """``[B][N]``: distance from the root of each node."""
-    accept_lengths: list[int]
-    """Accepted draft tokens; -1 where logits were NaN."""
-    tokens: list[list[int]]
-    """``[B][D + 1]``: accepted tokens, then the bonus token; padded."""
-    logprobs: list[list[float]] | None
+    report: RoundReport
     draft_ms: float
+    """Proposing, and settling what was proposed."""
     verify_ms: float
     accept_ms: float
+    """From logits to the report, which is read once all of it is done."""
 
 
-def run_round(
-    target: LlamaModel, cache: KVCache, drafting: Drafting, settler: Settler, batch: Batch
-) -> RoundReport:
+@dataclass(frozen=True)
+class Stages:
+    """Who does the stages of a round between the drafter's."""
+
+    target: LlamaModel
+    cache: KVCache
+    """The target's."""
+    settler: Settler
+    accepting: Accepting
+
+
+def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     """Run one round. Only the commit changes what a sequence holds.
 
+    The host reads one thing of it, its report: on a GPU all stages but the drafter's own are
+    launched before.
+
     Args:
-        target: verifies.
-        cache: the target's; has pages for one more row of each sequence, at least.
+        stages: the cache has pages for one more row of each sequence, at least.
         drafting: proposes.
-        settler: makes trees of what was proposed.
         batch: the sequences.
 
     Raises:
         MemoryError: no memory for buffers of this size. Nothing was committed.
     """
-    times = [perf_counter()]
-    draft = drafting.propose(batch.requests, batch.cached(), batch.roots)
-    _make_room(cache, batch, draft.proposal.num_nodes.tolist(), drafting.max_nodes)
-    tree = settler.settle(draft.proposal, batch.roots, batch.room)
-    times.append(perf_counter())
+    device = stages.cache.device
+    marks = [device.mark()]
+    draft = drafting.propose(batch.requests, batch.cached())
+    size = _make_room(stages.cache, batch, draft.proposal, drafting.max_nodes)
+    tree = stages.settler.settle(draft.proposal, batch.roots, batch.room, size)
+    marks.append(device.mark())
     cached, taps = batch.cached(), drafting.taps(batch.requests)
-    output = target.forward(tree, cached, taps=taps, lower=draft.lower)
-    times.append(perf_counter())
-    result = accept(
-        tree,
-        output.logits,
-        batch.sampling,
-        batch.history,
-        batch.history_len,
-        want_logprobs=batch.sampling.want_logprobs,
+    output = stages.target.forward(tree, cached, taps=taps, lower=draft.lower)
+    marks.append(device.mark())
+    result = stages.accepting.accept(
+        tree, output.logits, batch.sampling, batch.history, batch.history_len
     )
-    cached.commit(result.path, result.accept_length + 1)
-    # Read before the drafter has the tensors: it may write to them.
-    lengths, tokens = result.accept_length.tolist(), result.tokens.tolist()
-    logprobs = None if result.logprobs is None else result.logprobs.tolist()
-    drafting.observe(draft, result, output.taps)
-    times.append(perf_counter())
-    draft_ms, verify_ms, accept_ms = (1e3 * (b - a) for a, b in pairwise(times))
+    rows = batch.append(tree, result)
+    cached.move(result.path, batch.num_path)
+    marks.append(device.mark())
+    seen = device.read(rows).numpy()
+    report = read_report(seen, tree.draft_tokens.shape[1])
+    cached.advance(report.num_taken.tolist())
+    # Of its own, for a drafter may write to it.
+    theirs = read_report(seen.copy(), tree.draft_tokens.shape[1])
+    drafting.observe(draft, replace(result, report=theirs), output.taps)
+    draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
     drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
-    return RoundReport(
-        num_nodes=tree.num_nodes.tolist(),
-        depths=tree.depth.tolist(),
-        accept_lengths=lengths,
-        tokens=tokens,
-        logprobs=logprobs,
-        draft_ms=draft_ms,
-        verify_ms=verify_ms,
-        accept_ms=accept_ms,
-    )
+    return Round(report, draft_ms, verify_ms, accept_ms)
 
 
-def _make_room(cache: KVCache, batch: Batch, num_nodes: list[int], most: int) -> None:
-    """Pages for each sequence's tree; where there are none left, its tree is cut to what it has."""
-    for row, request in enumerate(batch.requests):
-        held = request.cached
-        assert held is not None, "a request that decodes has pages"
-        wanted = min(max(num_nodes[row], 1), most)
-        try:
-            cache.reserve(held, held.length + wanted)
-        except MemoryError:
-            wanted = len(held.pages) * cache.page_size - held.length
-        batch.set_room(row, wanted)
+def _make_room(cache: KVCache, batch: Batch, proposal: Proposal, most: int) -> int:
+    """Pages for each sequence's tree; where there are none left, its tree is cut to what it has.
+
+    Returns:
+        Nodes of the largest tree.
+    """
+    rooms = []
+    for request, count in zip(batch.requests, _counts(proposal, cache.device), strict=True):
+        assert request.cached is not None, "a request that decodes has pages"
+        rooms.append(_reserved(cache, request.cached, min(max(count, 1), most)))
+    batch.set_room(rooms)
+    return max(rooms)
+
+
+def _reserved(cache: KVCache, held: CachedSequence, wanted: int) -> int:
+    try:
+        cache.reserve(held, held.length + wanted)
+        return wanted
+    except MemoryError:
+        return len(held.pages) * cache.page_size - held.length
+
+
+def _counts(proposal: Proposal, device: Device) -> Sequence[int]:
+    """Nodes that trees may have: what the host can know of them without waiting."""
+    if device.is_gpu and device.holds(proposal.num_nodes):
+        return [proposal.draft_tokens.shape[1]] * len(proposal.num_nodes)
+    counts: list[int] = proposal.num_nodes.tolist()
+    return counts

@@ -112,7 +112,8 @@ class OutputEnd:
         is_streamed: bool,
     ) -> None:
         self._tracker = tracker
-        self._stop_ids = stop_ids
+        self.stop_ids = stop_ids
+        """Tokens that end the output."""
         self._keeps_stop = keeps_stop
         self._num_left = num_left
         self._limit_reason: FinishReason = limit_reason
@@ -130,7 +131,7 @@ class OutputEnd:
     def push(self, token: int) -> bool:
         """Add a token; True if the output ends with it."""
         self._num_left -= 1
-        is_stop = token in self._stop_ids
+        is_stop = token in self.stop_ids
         is_over = is_stop or self._num_left <= 0
         if self._is_followed:
             self._follow(token, is_over)
@@ -138,7 +139,7 @@ class OutputEnd:
             self._unread.append(token)
         if self.reason is None and is_over:
             self.reason = "stop" if is_stop else self._limit_reason
-            self.stop_reason = self._stop_ids.get(token)
+            self.stop_reason = self.stop_ids.get(token)
         return self.reason is not None
 
     def fail(self, reason: FinishReason = "error") -> None:
@@ -173,7 +174,7 @@ class OutputEnd:
         if token in self._marks:
             # Half a character stands before the special token, not behind it.
             text = self._tracker.flush() + self._marks[token]
-        elif token in self._stop_ids and not self._keeps_stop:
+        elif token in self.stop_ids and not self._keeps_stop:
             text = ""
         else:
             text = self._tracker.push(token)

@@ -4,14 +4,14 @@ One forward pass serves decoding, verification and prefill: a lone token is a tr
 piece of a prompt is a chain. Every op on the way is row-invariant, so a node's logits are those of
 decoding it alone, to the bit.
 
-Weights and cache keep the model's dtype. Activations are float32 on the CPU and of the weights'
-dtype on a GPU, where kernels compute in float32 and round each result once; either way logits and
-taps come back as float32 on the host.
+Weights and cache keep the model's dtype. Activations, and the taps among them, are float32 on the
+CPU and of the weights' dtype on a GPU, where kernels compute in float32 and round each result once;
+logits are float32. Both stay where the model is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,6 +22,7 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.models.fair_lock import FairLock
 from specrt.models.heads import norm_eps
 from specrt.models.layer_run import LowerLayers
@@ -35,23 +36,14 @@ from specrt.models.step import (
     StepRows,
     Workspace,
     check_tap,
-    given,
     layer_tap,
+    with_logits_tap,
 )
-from specrt.ops import registry
 from specrt.reuse import Recent
-from specrt.tree import MAX_NODES, chain_tree
+from specrt.tree import MAX_NODES, ChainTrees
 from specrt.types import DraftTree, VerifyOutput
 
-StepRunner = Callable[[Hashable, Callable[[], None]], None]
-"""Runs a step named by a key: at once, or by the graph of what it launched before."""
-
 _MAX_STEPS = 1024  # whose buffers are kept: those of the sizes that came up last
-
-
-def run_eagerly(key: Hashable, launch: Callable[[], None]) -> None:
-    """The :data:`StepRunner` that captures nothing."""
-    launch()
 
 
 class Heads(NamedTuple):
@@ -68,10 +60,8 @@ class LlamaModel:
     Args:
         config: the architecture.
         weights: as :func:`specrt.models.loader.load_weights` gives them, heads padded or not.
-        run_step: how steps run on the CPU; the engine hands its graph cache here.
-        run_on_gpu: the same on a GPU. One that captures hears through ``on_move`` of memory that
-            has moved, as on the CPU; a step's kernels allocate nothing and wait for nothing.
-        on_move: called when buffers move, so that captured graphs are dropped.
+        device: where the weights are, and how its steps run; None: there, by itself. Its drafter
+            runs on the same one.
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
         rope: the rotary table of another model, used where this one's would be the same.
@@ -81,10 +71,8 @@ class LlamaModel:
         self,
         config: ModelConfig,
         weights: Weights,
-        run_step: StepRunner = run_eagerly,
-        on_move: Callable[[], None] = lambda: None,
+        device: Device | None = None,
         *,
-        run_on_gpu: StepRunner = run_eagerly,
         activation_dtype: torch.dtype | None = None,
         rope: RotaryTable | None = None,
     ) -> None:
@@ -94,38 +82,25 @@ class LlamaModel:
         self._padded = replace(config, head_dim=head_dim)  # as the kernels run it
         self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.dtype = weights.embed.dtype
-        self.device = weights.embed.device
-        is_on_cpu = self.device.type == "cpu"
-        self.activation_dtype = activation_dtype or (torch.float32 if is_on_cpu else self.dtype)
-        self._is_output_plain = is_on_cpu and self.activation_dtype == torch.float32
-        self._run_step = run_step if is_on_cpu else run_on_gpu
-        self._on_move = on_move
+        self.device = device or Device(weights.embed.device)
+        is_on_gpu = self.device.is_gpu
+        self.activation_dtype = activation_dtype or (self.dtype if is_on_gpu else torch.float32)
         self.rope = rotary_table(config, head_dim, self.device, rope)
         self._cos_sin = self.rope.reaching(0)
         self._workspace = Workspace.make(self._padded, 0, 0, self.activation_dtype, self.device)
         self._scratch: GpuScratch | None = None
-        if registry.is_on_gpu(weights.embed):
+        if is_on_gpu:
             self._scratch = GpuScratch(self._padded, self.activation_dtype, self.device)
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
-        self._version = 0
+        self._chains = ChainTrees(self.device)
         self.lock = FairLock()  # who has it may use the buffers, and what `forward` gave
-
-    @property
-    def version(self) -> int:
-        """Grows whenever launches captured over this model's buffers or caches have gone stale."""
-        return self._version
 
     def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
         """An empty cache of this model's shape and dtype; arguments as of :class:`KVCache`."""
         cache = KVCache(
-            self._padded,
-            self.dtype,
-            page_size,
-            self._forget_buffers,
-            device=self.device,
-            max_pages=max_pages,
+            self._padded, self.dtype, page_size, device=self.device, max_pages=max_pages
         )
         self._caches.add(cache)
         return cache
@@ -147,7 +122,8 @@ class LlamaModel:
         """Run every node of the trees; write their keys and values past each ``kv_len``.
 
         Args:
-            tree: B trees of N nodes; tokens, depth, ancestors and num_nodes are read.
+            tree: B trees of N nodes, on the model's device; tokens, depth, ancestors and num_nodes
+                are read.
             batch: the B sequences the trees continue.
             taps: hidden states to return: ``"final"``, :func:`layer_tap` names, ``"logits"``.
             has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
@@ -156,8 +132,8 @@ class LlamaModel:
             lower: what the drafter was lent: layers that it ran for this very tree are left out.
 
         Returns:
-            Logits ``[B, N, V]`` and taps ``[B, N, H]``, float32 on the host, valid until the next
-            call.
+            Logits ``[B, N, V]`` float32 and taps ``[B, N, H]`` of the activations' dtype, valid
+            until the next call.
 
         Raises:
             ValueError: more than 128 nodes or an unknown tap. On a GPU, a setting of torch's that
@@ -171,7 +147,7 @@ class LlamaModel:
         key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps, first)
         self._ensure_buffers(key, batch.num_positions)
         if self._scratch is not None:
-            self._scratch.prepare(key, batch.cache.page_size, self._forget_buffers)
+            self._scratch.prepare(key, batch.cache.page_size)
         step = self._steps.get(key)
         if step is None:
             step = self._steps.put(key, Step(key, self._output(key), self.device))
@@ -182,8 +158,8 @@ class LlamaModel:
         else:
             run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
-        return given(step.output, taps, is_plain=self._is_output_plain)
+        self.device.run((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
+        return with_logits_tap(step.output, taps)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -199,18 +175,13 @@ class LlamaModel:
         Yields:
             The index in ``ids`` where a piece starts and its taps ``[1, n, H]``.
         """
-        tokens = torch.tensor([list(ids)], dtype=torch.int32)
+        tokens = self.device.there(torch.tensor([list(ids)], dtype=torch.int32))
         for start in range(0, tokens.shape[1], MAX_NODES):
-            tree = chain_tree(tokens[:, start : start + MAX_NODES])
+            tree = self._chains.of(tokens[:, start : start + MAX_NODES])
             output = self.forward(tree, batch, taps=taps, has_logits=False)
-            path = torch.arange(tree.draft_tokens.shape[1], dtype=torch.int32)[None]
-            batch.commit(path, tree.num_nodes)
+            batch.move(tree.depth, tree.num_nodes)  # a chain's node i has depth i
+            batch.advance([tree.draft_tokens.shape[1]])
             yield start, output.taps
-
-    def wait(self) -> None:
-        """Until what was launched has been done; on the CPU a launch is done when it returns."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
     # --- buffers ------------------------------------------------------------------------------
 
@@ -220,7 +191,7 @@ class LlamaModel:
             longer = self.rope.reaching(num_positions)
             self._forget_buffers()  # first: an interrupt must not leave launches over what is gone
             self._cos_sin = longer
-        work = self._workspace.reaching(self._padded, rows, logit_rows)
+        work = self._workspace.reaching(self._padded, rows, logit_rows, self.device)
         if work is not self._workspace:
             self._forget_buffers()
             self._tap_buffers.clear()
@@ -236,9 +207,8 @@ class LlamaModel:
             self._tap_buffers[tap] = torch.empty_like(self._workspace.hidden)
 
     def _forget_buffers(self) -> None:
-        self._version += 1
         self._steps.clear()
-        self._on_move()
+        self.device.forget()
 
     def _start(self, key: StepKey) -> torch.Tensor:
         """Where the first layer's input goes: a tap's buffer if that very state is tapped."""

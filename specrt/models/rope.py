@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES
 
@@ -61,7 +62,7 @@ class RotaryTable:
         device: where the rows lie.
     """
 
-    def __init__(self, config: ModelConfig, padded_head_dim: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, padded_head_dim: int, device: Device) -> None:
         self._kind = _kind(config, padded_head_dim, device)
         self._frequencies = _frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling or {}, padded_head_dim
@@ -69,9 +70,10 @@ class RotaryTable:
         # Nodes of a tree at the context limit may lie past it; they are never accepted.
         self.limit = config.max_positions + MAX_NODES
         """Rows that are enough for any sequence."""
-        self._rows = torch.empty(0, padded_head_dim, device=device)
+        self._device = device
+        self._rows = device.empty(0, padded_head_dim)
 
-    def serves(self, config: ModelConfig, padded_head_dim: int, device: torch.device) -> bool:
+    def serves(self, config: ModelConfig, padded_head_dim: int, device: Device) -> bool:
         """Whether another model's table would hold the same rows at the same place."""
         return self._kind == _kind(config, padded_head_dim, device)
 
@@ -83,15 +85,17 @@ class RotaryTable:
         have = len(self._rows)
         if min(num_positions, self.limit) > have:
             wanted = min(self.limit, max(_BLOCK, power_of_two(num_positions)))
-            longer = self._rows.new_empty(wanted, self._rows.shape[1])
+            longer = self._device.empty(wanted, self._rows.shape[1])
             longer[:have] = self._rows
-            _fill(longer, have, self._frequencies)
+            more = torch.empty(wanted - have, self._rows.shape[1])
+            _fill(more, have, self._frequencies)
+            self._device.upload(more, longer[have:])
             self._rows = longer
         return self._rows
 
 
 def rotary_table(
-    config: ModelConfig, padded_head_dim: int, device: torch.device, other: RotaryTable | None
+    config: ModelConfig, padded_head_dim: int, device: Device, other: RotaryTable | None
 ) -> RotaryTable:
     """``other`` where that holds a model's rows, else a table of its own."""
     if other is not None and other.serves(config, padded_head_dim, device):
@@ -99,9 +103,9 @@ def rotary_table(
     return RotaryTable(config, padded_head_dim, device)
 
 
-def _kind(config: ModelConfig, padded_head_dim: int, device: torch.device) -> tuple[Any, ...]:
+def _kind(config: ModelConfig, padded_head_dim: int, device: Device) -> tuple[Any, ...]:
     scaling = dict(config.rope_scaling or {})
-    return config.head_dim, config.rope_theta, scaling, padded_head_dim, device
+    return config.head_dim, config.rope_theta, scaling, padded_head_dim, device.place
 
 
 def _frequencies(
@@ -117,13 +121,14 @@ def _frequencies(
 
 
 def _fill(table: torch.Tensor, first: int, frequencies: torch.Tensor) -> None:
-    """Compute the rows of ``table`` from ``first`` on."""
-    for start in range(first - first % _BLOCK, len(table), _BLOCK):
+    """Compute the rows from position ``first`` on."""
+    last = first + len(table)
+    for start in range(first - first % _BLOCK, last, _BLOCK):
         positions = torch.arange(start, start + _BLOCK, dtype=torch.float64)
         angles = positions[:, None] * frequencies
         block = torch.cat([angles.cos(), angles.sin()], dim=1)
-        begin, end = max(start, first), min(start + _BLOCK, len(table))
-        table[begin:end] = block[begin - start : end - start]
+        begin, end = max(start, first), min(start + _BLOCK, last)
+        table[begin - first : end - first] = block[begin - start : end - start]
 
 
 def _scaled(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch, may_be_reused
+from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.ops.gemm_settings import GemmSettings
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
-_CPU = torch.device("cpu")
 _FEW_ROWS = 16  # that a workspace has room for at least
 
 FINAL_TAP = "final"
@@ -86,28 +84,6 @@ class StepRows:
     """``[B, max_pages]`` int32"""
 
 
-class _TreeBuffers(NamedTuple):
-    """What a step reads of a tree: views of one tensor, which goes to a GPU as one copy."""
-
-    whole: torch.Tensor
-    tokens: torch.Tensor
-    depth: torch.Tensor
-    num_nodes: torch.Tensor
-    first_node: torch.Tensor
-    ancestors: torch.Tensor
-
-    @classmethod
-    def make(cls, batch: int, num_nodes: int, device: torch.device) -> _TreeBuffers:
-        rows, num_bits = batch * num_nodes, batch * num_nodes * num_words(MAX_NODES)
-        # Two int32 in an int64: tokens and depth, then both counts.
-        whole = torch.zeros(num_bits + rows + batch, dtype=torch.int64, device=device)
-        ints = whole[num_bits:].view(torch.int32)
-        tokens, depth, counts, first_node = ints.split([rows, rows, batch, batch])
-        shape = batch, num_nodes
-        bits = whole[:num_bits].view(*shape, -1)
-        return cls(whole, tokens.view(shape), depth.view(shape), counts, first_node, bits)
-
-
 class Step:
     """Static copies of what a step reads.
 
@@ -117,76 +93,47 @@ class Step:
         device: where it runs.
     """
 
-    def __init__(self, key: StepKey, output: VerifyOutput, device: torch.device) -> None:
+    def __init__(self, key: StepKey, output: VerifyOutput, device: Device) -> None:
         self.output = output
-        host = _TreeBuffers.make(key.batch, key.num_nodes, _CPU)
-        there = host
-        if device.type != "cpu":
-            there = _TreeBuffers.make(key.batch, key.num_nodes, device)
-        table = torch.zeros(key.batch, key.table_width, dtype=torch.int32, device=device)
-        kv_len = torch.zeros(key.batch, dtype=torch.int32, device=device)
-        self.tokens = there.tokens
-        self.rows = StepRows(
-            there.depth, there.ancestors, there.num_nodes, there.first_node, kv_len, table
-        )
-        self._host, self._there = host, there
+        shape = key.batch, key.num_nodes
+        self.tokens, depth = device.zeros(2, *shape, dtype=torch.int32)
+        counts = device.zeros(4, key.batch, dtype=torch.int32)
+        num_nodes, first_node, kv_len, self._no_first = counts
+        self._bits = device.zeros(*shape, num_words(MAX_NODES), dtype=torch.int64)
+        table = device.zeros(key.batch, key.table_width, dtype=torch.int32)
+        self.rows = StepRows(depth, self._bits, num_nodes, first_node, kv_len, table)
         self._num_words = 0
-        self._no_first = torch.zeros(key.batch, dtype=torch.int32)
-        self._tree = [host.tokens, host.depth, host.num_nodes, host.first_node, host.ancestors]
-        self._tables = [kv_len, table]
+        self._copies = [self.tokens, depth, num_nodes, first_node, kv_len, table, self._bits]
 
     def stage(self, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None) -> None:
         """Copy a round's tree and cache tables in: all of them, for a drafter may write the same
         tensors again."""
         if tree.ancestors.shape[-1] != self._num_words:
             num_words = tree.ancestors.shape[-1]
-            self._host.ancestors.zero_()
-            self._tree[-1], self._num_words = self._host.ancestors[..., :num_words], num_words
+            self._bits.zero_()
+            self._copies[-1], self._num_words = self._bits[..., :num_words], num_words
         if first_node is None:
             first_node = self._no_first
         # One call for all takes half of the time of a call for each.
-        given = [tree.draft_tokens, tree.depth, tree.num_nodes, first_node, tree.ancestors]
-        tables = [batch.kv_len, batch.block_table]
-        if self._there is self._host:
-            torch._foreach_copy_(self._tree + self._tables, given + tables)
-            return
-        torch._foreach_copy_(self._tree, given)
-        pinned = may_be_reused(self._host.whole, self._there.whole.device)
-        self._there.whole.copy_(pinned, non_blocking=True)
-        torch._foreach_copy_(self._tables, tables)
+        torch._foreach_copy_(
+            self._copies,
+            [
+                tree.draft_tokens,
+                tree.depth,
+                tree.num_nodes,
+                first_node,
+                batch.kv_len,
+                batch.block_table,
+                tree.ancestors,
+            ],
+        )
 
 
-def given(output: VerifyOutput, taps: tuple[str, ...], *, is_plain: bool) -> VerifyOutput:
-    """What a pass returns of its buffers.
-
-    Args:
-        output: the step's.
-        taps: what was asked for.
-        is_plain: whether the buffers are float32 on the host.
-    """
-    output = output if is_plain else on_host(output)
+def with_logits_tap(output: VerifyOutput, taps: tuple[str, ...]) -> VerifyOutput:
+    """A pass's output with its logits among the taps, if ``taps`` asks for them."""
     if LOGITS_TAP not in taps or output.logits.numel() == 0:
         return output
     return output._replace(taps={**output.taps, LOGITS_TAP: output.logits})
-
-
-def on_host(output: VerifyOutput) -> VerifyOutput:
-    """A copy of ``output`` in float32 on the host, where trees are accepted and drafted today.
-
-    From a GPU this waits for the pass and moves ``4 B N V`` bytes of logits: 31 MB and some 0.6 ms
-    for 60 nodes of a vocabulary of 128k over PCIe 5. It goes when acceptance runs on the device.
-    """
-    taps = {name: _fetch(tap) for name, tap in output.taps.items()}
-    copy = VerifyOutput(_fetch(output.logits), MappingProxyType(taps))
-    if output.logits.is_cuda and (taps or copy.logits.numel()):
-        torch.cuda.current_stream(output.logits.device).synchronize()
-    return copy
-
-
-def _fetch(source: torch.Tensor) -> torch.Tensor:
-    # Pinned memory is kept by torch and handed out again; pageable would be copied twice.
-    there = torch.empty(source.shape, dtype=torch.float32, pin_memory=source.is_cuda)
-    return there.copy_(source, non_blocking=True)
 
 
 class GpuScratch:
@@ -198,7 +145,7 @@ class GpuScratch:
         device: where to; the memory there stays at its place unless attention needs more.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: Device) -> None:
         self._settings = GemmSettings.current(dtype)
         self._config = config
         self._device = device
@@ -207,18 +154,17 @@ class GpuScratch:
         hidden, inner = config.hidden_size, config.intermediate_size
         most_outputs = max(qkv_rows, hidden, 2 * inner, config.vocab_size)
         size = ops.linear_workspace(most_outputs, max(q_rows, hidden, inner))
-        self.linear = torch.empty(size, dtype=torch.uint8, device=device)
+        self.linear = device.empty(size, dtype=torch.uint8)
         """A workspace of ``linear`` for every matrix of the model."""
-        self.attention = torch.zeros(0, device=device)
+        self.attention = device.zeros(0)
         """A workspace of ``tree_attention`` for the largest step that came up."""
 
-    def prepare(self, key: StepKey, page_size: int, on_move: Callable[[], None]) -> None:
+    def prepare(self, key: StepKey, page_size: int) -> None:
         """Make room for a step's attention.
 
         Args:
             key: the step's.
             page_size: tokens.
-            on_move: called when the workspace is about to move: captured steps are stale.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.
@@ -232,11 +178,11 @@ class GpuScratch:
             config.head_dim,
             key.num_nodes,
             key.table_width * page_size,
-            self._device,
+            self._device.place,
         )
         if size > self.attention.numel():
-            larger = torch.zeros(power_of_two(size), device=self._device)
-            on_move()  # first: an interrupt must not leave launches over what is gone
+            larger = self._device.zeros(power_of_two(size))
+            self._device.forget()  # first: an interrupt must not leave launches over what is gone
             self.attention = larger
 
 
@@ -263,14 +209,14 @@ class Workspace:
         config: ModelConfig,
         rows: int,
         logit_rows: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = _CPU,
+        dtype: torch.dtype,
+        device: Device,
     ) -> Workspace:
         """Buffers for ``rows`` rows of ``dtype``, ``logit_rows`` of them with logits."""
         heads = config.num_heads + 2 * config.num_kv_heads
 
         def wide(num_columns: int) -> torch.Tensor:
-            return torch.empty(rows, num_columns, dtype=dtype, device=device)
+            return device.empty(rows, num_columns, dtype=dtype)
 
         return cls(
             rows=rows,
@@ -282,10 +228,12 @@ class Workspace:
             gate_up=wide(2 * config.intermediate_size),
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
-            logits=torch.empty(logit_rows, config.vocab_size, device=device),
+            logits=device.empty(logit_rows, config.vocab_size),
         )
 
-    def reaching(self, config: ModelConfig, rows: int, logit_rows: int) -> Workspace:
+    def reaching(
+        self, config: ModelConfig, rows: int, logit_rows: int, device: Device
+    ) -> Workspace:
         """This one, if it has room for so many rows, or else a larger one.
 
         Sizes are powers of two, so that a growing load asks for few.
@@ -297,5 +245,5 @@ class Workspace:
             max(self.rows, _FEW_ROWS, power_of_two(rows)),
             max(self.logit_rows, _FEW_ROWS, power_of_two(logit_rows)),
             self.hidden.dtype,
-            self.hidden.device,
+            device,
         )

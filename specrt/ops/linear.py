@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from specrt import _C
+from specrt.ops import registry
 from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.registry import register
 
@@ -65,7 +66,7 @@ def linear(
     """
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
-    if x.is_cuda:  # x.device.type costs 0.3 microseconds more
+    if registry.is_on_gpu(x):
         if workspace is None and not torch.compiler.is_compiling():
             GemmSettings.current(x.dtype)
         check_gpu_linear(x, weight, bias, residual, out)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from specrt.device import Device
 from specrt.ops.tree_accept import workspace_size
 from specrt.sampling.params import SamplingParams, refusal
 
@@ -62,8 +63,8 @@ class SamplingTable:
     bias_values: torch.Tensor | None
     """``[K]`` float32."""
     workspace: torch.Tensor | None
-    """``[parts, size]`` float32 scratch; None when every sequence is greedy and unedited.
-    One acceptance at a time may use it."""
+    """``[parts, size]`` float32 scratch on the CPU; None where every sequence is greedy and
+    unedited. One acceptance at a time may use it."""
     vocab_size: int
     want_logprobs: bool
     """Whether any sequence asked for log-probabilities."""
@@ -97,10 +98,12 @@ class SamplingRows:
     Args:
         capacity: rows there are.
         vocab_size: V of the logits.
+        device: where kernels read them; None: the CPU.
     """
 
-    def __init__(self, capacity: int, vocab_size: int) -> None:
+    def __init__(self, capacity: int, vocab_size: int, device: Device | None = None) -> None:
         self._vocab_size = vocab_size
+        self._device = device or Device()
         self._rows = torch.zeros(capacity, _ROW_WORDS, dtype=torch.int64)
         self._view = self._rows.numpy()  # the same memory
         self._params = [SamplingParams()] * capacity
@@ -129,10 +132,12 @@ class SamplingRows:
         params = self._params[:count]
         ids, values = self._packed_biases(count)
         needs_scratch = any(not p.is_greedy or p.edits_logits for p in params)
+        needs_scratch = needs_scratch and not self._device.is_gpu
+        there = self._device.there
         return SamplingTable(
-            rows=self._rows[:count],
-            bias_ids=torch.tensor(ids, dtype=torch.int32) if ids else None,
-            bias_values=torch.tensor(values, dtype=torch.float32) if ids else None,
+            rows=there(self._rows[:count]),
+            bias_ids=there(torch.tensor(ids, dtype=torch.int32)) if ids else None,
+            bias_values=there(torch.tensor(values, dtype=torch.float32)) if ids else None,
             workspace=self._scratch(count) if needs_scratch else None,
             vocab_size=self._vocab_size,
             want_logprobs=any(p.logprobs for p in params),

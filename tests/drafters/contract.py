@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 
 from specrt.cache import KVCache
+from specrt.device import Device
 from specrt.draft.base import Budget, Drafter, DraftParams, ShapedDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
@@ -155,7 +156,7 @@ class Watched:
             self.inner.finish(state)
 
     def _check(self, proposal: Proposal, states: Sequence[SequenceState], budget: Budget) -> None:
-        check_proposal(proposal, len(states))
+        check_proposal(proposal, len(states), Device())
         count = proposal.num_nodes
         assert (count >= 1).all() and (count <= budget.max_nodes).all(), "more than it may"
         roots = torch.tensor([state.token_ids[-1] for state in states], dtype=torch.int32)

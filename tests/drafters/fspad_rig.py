@@ -22,7 +22,7 @@ VOCAB = 97
 
 def make_drafter(model: LlamaModel, path: Path, **options: bool) -> FspadDrafter:
     chosen = DrafterOptions(**options)
-    drafter = load_drafter(path, model, None, model._run_step, model._on_move, chosen)
+    drafter = load_drafter(path, model, None, chosen)
     assert isinstance(drafter, FspadDrafter)
     return drafter
 

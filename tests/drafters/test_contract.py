@@ -77,9 +77,7 @@ def _given(name: str, checkpoint: Path, target: str | None) -> contract.Subject:
     factory = getattr(import_module(module), attribute)
     load = factory.load if isinstance(factory, Kind) else factory
     model = make_model(path)
-    asked = DrafterRequest(
-        None, model, None, model._run_step, model._on_move, DrafterOptions(), path
-    )
+    asked = DrafterRequest(None, model, None, DrafterOptions(), path)
     return contract.Subject(name, model, lambda: load(asked))
 
 
@@ -87,9 +85,7 @@ def _named(name: str | Path, target: Path) -> contract.Subject:
     model = make_model(target)
 
     def make() -> Drafter:
-        return kinds.load_drafter(
-            name, model, None, model._run_step, model._on_move, DrafterOptions(), target
-        )
+        return kinds.load_drafter(name, model, None, DrafterOptions(), target)
 
     return contract.Subject(str(name), model, make)
 

@@ -233,8 +233,8 @@ def make_drafter(model: LlamaModel, path: Path, control: ControlOptions | None) 
     config, tensors = read_checkpoint(path, model.config)
     embed, head = model.weights.embed, model.weights.lm_head
     weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
-    layer = DraftLayer(config, weights)
-    return FspadDrafter(layer, model._run_step, model._on_move, control=control)
+    layer = DraftLayer(config, weights, model.device)
+    return FspadDrafter(layer, control=control)
 
 
 @pytest.mark.parametrize("kind", CONTROLLERS)

@@ -53,7 +53,7 @@ def path(target: Path, tmp_path: Path) -> Path:
 
 
 def load(path: Path, model: LlamaModel) -> EesdDrafter:
-    drafter = load_drafter(path, model, None, model._run_step, model._on_move, DrafterOptions())
+    drafter = load_drafter(path, model, None, DrafterOptions())
     assert isinstance(drafter, EesdDrafter)
     return drafter
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.fspad.checkpoint import ARCHS, DraftConfig
 from specrt.draft.fspad.layer import DraftLayer, fold, pack_weights
 from specrt.models.rope import RotaryTable
@@ -60,12 +61,12 @@ def test_the_targets_rotary_table_is_used_where_it_is_the_same(model: ModelConfi
     tensors = random_draft_tensors(config, torch.float32)
     tables = torch.zeros(2, VOCAB, model.hidden_size)
     weights = pack_weights(config, tensors, *tables, torch.float32)
-    theirs = RotaryTable(model, model.head_dim, torch.device("cpu"))
-    layer = DraftLayer(config, weights, theirs)
+    theirs = RotaryTable(model, model.head_dim, Device())
+    layer = DraftLayer(config, weights, rope=theirs)
     assert layer.reserve(300) and not layer.reserve(512) and layer.reserve(513)
     assert layer._cos_sin is theirs.reaching(0)
-    other = RotaryTable(replace(model, rope_theta=5e5), model.head_dim, torch.device("cpu"))
-    layer = DraftLayer(config, weights, other)
+    other = RotaryTable(replace(model, rope_theta=5e5), model.head_dim, Device())
+    layer = DraftLayer(config, weights, rope=other)
     assert layer.reserve(300) and len(other.reaching(0)) == 0
 
 

@@ -16,7 +16,7 @@ from specrt.draft.kind import DrafterOptions
 from specrt.draft.length.control import parse_control
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.models.model import LlamaModel, run_eagerly
+from specrt.models.model import LlamaModel
 from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,
@@ -101,7 +101,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(model: LlamaModel, name: str | Path, controller: str | None = None):  # type: ignore[no-untyped-def]
     options = DrafterOptions(control=None if controller is None else parse_control(controller))
-    return kinds.load_drafter(name, model, None, run_eagerly, lambda: None, options)
+    return kinds.load_drafter(name, model, None, options)
 
 
 # --- ours -----------------------------------------------------------------------------------------

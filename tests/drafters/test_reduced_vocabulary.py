@@ -94,9 +94,9 @@ class Recording(FspadDrafter):
 
 def make_drafter(model: LlamaModel, path: Path, *, fold: bool | None = None) -> Recording:
     options = DrafterOptions(fold=fold)
-    loaded = load_drafter(path, model, None, model._run_step, model._on_move, options)
+    loaded = load_drafter(path, model, None, options)
     assert isinstance(loaded, FspadDrafter)
-    drafter = Recording(loaded.layer, model._run_step, model._on_move)
+    drafter = Recording(loaded.layer)
     drafter.proposed = set()
     return drafter
 

@@ -13,7 +13,6 @@ from specrt.config import ModelConfig
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.length.costs import RoundCost
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.tree import chain_tree
@@ -33,9 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": CONTEXT}
     make_checkpoint("llama", path, **sizes)
     config = ModelConfig.from_directory(path)
-    graphs = GraphCache()
     weights = load_weights(path, config, torch.float32)
-    return LlamaModel(config, weights, graphs.run, graphs.clear)
+    return LlamaModel(config, weights)
 
 
 def make_state(

@@ -60,6 +60,6 @@ def make_drafter(
     """An EESD drafter of given costs for a model in memory; ``options`` are its controller's."""
     config = read_exit(path, model.config)
     weights = load_exit(path, config, model.weights)
-    exit_model = ExitModel(config, weights, model, model._on_move)
+    exit_model = ExitModel(config, weights, model)
     control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
-    return EesdDrafter(exit_model, control, model._run_step, costs=COSTS)
+    return EesdDrafter(exit_model, control, costs=COSTS)

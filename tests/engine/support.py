@@ -10,12 +10,12 @@ from types import MappingProxyType
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Budget, Drafter, EmptyDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
-from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
-from specrt.models.model import LlamaModel, run_eagerly
+from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, stack
 from specrt.types import AcceptResult, Proposal, SequenceState
@@ -40,11 +40,8 @@ def make_model(
     path: Path, dtype: torch.dtype = torch.float32, has_graphs: bool = True
 ) -> LlamaModel:
     config = ModelConfig.from_directory(path)
-    graphs = GraphCache()
     weights = load_weights(path, config, dtype)
-    if not has_graphs:
-        return LlamaModel(config, weights, run_eagerly)
-    return LlamaModel(config, weights, graphs.run, graphs.clear)
+    return LlamaModel(config, weights, Device(is_eager=not has_graphs))
 
 
 def make_engine(model: LlamaModel, drafter: Drafter | None = None, **options: int) -> Engine:

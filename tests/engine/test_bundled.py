@@ -19,7 +19,6 @@ from specrt.draft.length.costs import RoundCost
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.engine import Engine
-from specrt.graph import GraphCache
 from specrt.models.model import LlamaModel
 from specrt.types import Proposal, SequenceState
 
@@ -53,16 +52,14 @@ class EagerLookup(PromptLookupDrafter):
 
 def own_model_drafter(engine: Engine) -> Drafter:
     """The target drafting for itself: slow, but a drafter with a cache and beam trees."""
-    graphs = GraphCache()
-    model = LlamaModel(engine.target.config, engine.target.weights, graphs.run, graphs.clear)
+    model = LlamaModel(engine.target.config, engine.target.weights)
     return SmallModelDrafter(model, depth=3, width=2)
 
 
 def trained_drafter(engine: Engine, name: str, controller: str | None = None) -> Drafter:
-    """A bundled drafter, with graphs of its own."""
-    graphs = GraphCache()
+    """A bundled drafter."""
     options = DrafterOptions(control=None if controller is None else parse_control(controller))
-    return load_drafter(name, engine.target, None, graphs.run, graphs.clear, options)
+    return load_drafter(name, engine.target, None, options)
 
 
 def always_drafts(drafter: Drafter) -> bool:

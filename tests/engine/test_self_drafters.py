@@ -81,8 +81,7 @@ class SelfDrafter(EmptyDrafter):
 
     def launch(self, run: LayerRun, level: int) -> None:
         """By a captured graph, as a drafter would."""
-        key = (self, run, level, self._model.version)
-        self._model._run_step(key, partial(run.launch, level))
+        self._model.device.run((self, run, level), partial(run.launch, level))
 
     def run(self, run: LayerRun, levels: Sequence[Level]) -> None:
         for number, level in enumerate(levels):

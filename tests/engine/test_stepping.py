@@ -180,11 +180,11 @@ def test_pages_are_taken_as_they_are_needed(model: LlamaModel) -> None:
 def test_growing_sequences_seldom_drop_captured_steps(model: LlamaModel) -> None:
     engine = make_engine(model, max_batch=5)
     params = replace(LONG, max_new_tokens=440)
-    before = model.version
+    before = model.device.version
     engine.generate([[n] * (10 * n) for n in range(1, 6)], params)
     assert engine.cache.num_pages >= 32
     # The cache doubles, and so do the rotary table and the rows of the workspace.
-    assert 1 <= model.version - before <= 8
+    assert 1 <= model.device.version - before <= 8
 
 
 def test_unequal_lengths_drop_no_captured_steps(model: LlamaModel) -> None:
@@ -192,7 +192,7 @@ def test_unequal_lengths_drop_no_captured_steps(model: LlamaModel) -> None:
     asked = prompts(9, VOCAB)
     params = [replace(LONG, max_new_tokens=3 * number + 1) for number in range(9)]
     first = texts(engine.generate(asked, params))
-    before = model.version
+    before = model.device.version
     handles = []
     for prompt, one in zip(asked, params, strict=True):
         handles.append(engine.add(prompt, one))
@@ -200,7 +200,7 @@ def test_unequal_lengths_drop_no_captured_steps(model: LlamaModel) -> None:
     results = run_all(engine)
     assert texts(engine.generate(asked[::-1], params[::-1])) == first[::-1]
     assert all(handle in results or len(first[i]) < 9 for i, handle in enumerate(handles))
-    assert model.version == before
+    assert model.device.version == before
 
 
 def test_more_than_the_cache_may_ever_hold_is_refused_at_once(model: LlamaModel) -> None:

@@ -15,7 +15,6 @@ from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.costs import DraftCosts
-from specrt.graph import GraphCache
 from specrt.lab.record import measure_costs, measuring_control, record
 from specrt.lab.replay import simulate
 from specrt.lab.trace import Trace, TraceModels, read_trace, write_trace
@@ -48,15 +47,14 @@ class Exit:
     def __init__(self, folder: Path) -> None:
         target, directory = make_exit_pair(folder)
         config = ModelConfig.from_directory(target)
-        self._graphs = GraphCache()
         weights = load_weights(target, config, torch.float32)
-        self.model = LlamaModel(config, weights, self._graphs.run, self._graphs.clear)
+        self.model = LlamaModel(config, weights)
         loaded = read_exit(directory, config)
         exit_weights = load_exit(directory, loaded, weights)
-        self.exit_model = ExitModel(loaded, exit_weights, self.model, self._graphs.clear)
+        self.exit_model = ExitModel(loaded, exit_weights, self.model)
 
     def drafter(self, options: ControlOptions, costs: DraftCosts | None = COSTS) -> EesdDrafter:
-        return EesdDrafter(self.exit_model, options, self._graphs.run, costs=costs)
+        return EesdDrafter(self.exit_model, options, costs=costs)
 
 
 class Watched:

@@ -7,6 +7,7 @@ the CPU's product.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,23 +22,24 @@ from bench.step_graphs import StepGraphs
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.graph import GraphCache
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.models.step import FINAL_TAP, layer_tap
-from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.ops.conftest import Backend, load_simt
 from tests.trees import trees_of
+
+pytestmark = pytest.mark.usefixtures("stand_in_linear")
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -64,36 +66,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def stand_ins(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the CUDA path of ``linear`` around the CPU's product."""
-    if backend.name == "cuda":
-        return
-    bare = ops.linear
-
-    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        bare(x.float(), weight, out=out)
-
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if x.dtype == torch.float32 or out is None:  # a drafter's, which runs on the CPU
-            return bare(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, product)
-        return out
-
-    monkeypatch.setattr(ops, "linear", linear)
-
-
 def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:
     config = ModelConfig.from_directory(path)
-    weights = place_weights(load_weights(path, config, dtype), torch.device(backend.device))
-    return LlamaModel(config, weights, activation_dtype=dtype)
+    place = Device(backend.device, is_gpu=backend.runs_cuda_source, is_eager=True)
+    weights = place_weights(load_weights(path, config, dtype), place)
+    return LlamaModel(config, weights, place, activation_dtype=dtype)
 
 
 def started(
@@ -168,9 +145,9 @@ def test_no_less_exact_than_transformers(
         (output.taps[FINAL_TAP], "final"),
         (output.taps[layer_tap(0)], "first_layer"),
     ):
-        assert ours.dtype == torch.float32 and ours.device.type == "cpu"
+        assert ours.device == backend.device
         right = getattr(exact, name)
-        error = (ours[0].double() - right).square().mean().sqrt()
+        error = (ours[0].cpu().double() - right).square().mean().sqrt()
         usual = (getattr(theirs, name).double() - right).square().mean().sqrt()
         assert 0 < error <= 2 * usual, name
 
@@ -245,6 +222,27 @@ def test_a_setting_that_changes_is_refused(
         model.forward(tree, batch)
 
 
+def test_a_gpu_that_is_lost_in_the_midst(
+    llama: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kernel that reads what it may not, in a round; the launches after it fail too."""
+    if backend.name != "simt":
+        pytest.skip("a GPU that is lost stays so")
+    model, params = make_model(llama, backend), SETTINGS["greedy"]
+    expected = texts(make_engine(model).generate(PROMPTS, params))
+    monkeypatch.setattr(model.device, "wait", lambda: ops.silu_mul(torch.zeros(1, 2)))
+    engine = make_engine(model, max_batch=2)
+    load_simt().break_device(100)
+    results = engine.generate(PROMPTS, params)
+    for result, answer in zip(results, expected, strict=True):
+        assert result.token_ids == answer[: len(result.token_ids)]
+        assert re.fullmatch("GPU lost: kernel .*: an illegal memory access was enc.*", result.error)
+    assert results[0].token_ids
+    with pytest.raises(RuntimeError, match=r"its GPU was lost .* \(kernel .*: an illegal memory"):
+        engine.generate(PROMPTS, params)
+    engine.close()
+
+
 # --- speculation on is speculation off ------------------------------------------------------------
 
 SETTINGS: Mapping[str, SamplingParams] = {
@@ -274,9 +272,10 @@ def test_speculation_changes_nothing(checkpoint: Path, backend: Backend, setting
 @pytest.mark.gpu
 def test_steps_captured_as_graphs_give_the_same_bits(checkpoint: Path) -> None:
     """Sequences that join and leave make caches grow and attention's workspace move between."""
-    gpu, graphs = Backend("cuda", torch.device("cuda", 0)), StepGraphs()
+    gpu = Backend("cuda", torch.device("cuda", 0))
+    graphs = StepGraphs(gpu.device)
     eager = make_model(checkpoint, gpu)
-    model = LlamaModel(eager.config, eager.weights, on_move=graphs.clear, run_on_gpu=graphs.run)
+    model = LlamaModel(eager.config, eager.weights, graphs)
     params = replace(SETTINGS["greedy"], max_new_tokens=20, logprobs=True)
     expected = make_engine(eager, max_batch=1).generate(PROMPTS, params)
     answers = {tuple(p): one.token_ids for p, one in zip(PROMPTS, expected, strict=True)}
@@ -294,8 +293,7 @@ def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) 
     model, params = make_model(llama, backend), SETTINGS["greedy"]
     expected = texts(make_engine(model).generate(PROMPTS, params))
     make_draft_checkpoint(llama, tmp_path)
-    graphs = GraphCache()
-    drafter = load_drafter(tmp_path, model, None, graphs.run, graphs.clear, DrafterOptions())
+    drafter = load_drafter(tmp_path, model, None, DrafterOptions())
     results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(3, 3, 8))
     assert texts(results) == expected
     assert all(result.stats.num_draft_tokens for result in results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specrt.cache import CacheBatch, CachedSequence
 from specrt.config import ModelConfig
-from specrt.graph import GraphCache
+from specrt.device import Device
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP, layer_tap
@@ -34,8 +34,7 @@ FLOAT32_TOLERANCE = 2e-5
 
 def make_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaModel:
     config = ModelConfig.from_directory(path)
-    graphs = GraphCache()
-    return LlamaModel(config, load_weights(path, config, dtype), graphs.run, graphs.clear)
+    return LlamaModel(config, load_weights(path, config, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -308,13 +307,8 @@ def test_a_cache_that_grows_between_launches(model: LlamaModel) -> None:
 
 
 def test_a_growing_load_drops_graphs_a_logarithm_of_times(model: LlamaModel) -> None:
-    moves, graphs = list[int](), GraphCache(4096)
-
-    def moved() -> None:
-        moves.append(1)
-        graphs.clear()
-
-    growing = LlamaModel(model.config, model.weights, graphs.run, moved)
+    growing = LlamaModel(model.config, model.weights, Device(max_steps=4096))
+    version = growing.device.version
     cache = growing.new_cache(page_size=16)
     batch, tokens = CacheBatch(cache), torch.zeros(8, 64, dtype=torch.int32)
     sequences = list[CachedSequence]()
@@ -328,30 +322,29 @@ def test_a_growing_load_drops_graphs_a_logarithm_of_times(model: LlamaModel) -> 
             path = torch.zeros(size, 1, dtype=torch.int32)
             batch.commit(path, torch.ones(size, dtype=torch.int32))
     assert (cache.num_pages, growing._cos_sin.shape[0]) == (128, 256)
-    assert len(moves) == 6 + 4 + 2  # rows from 16 to 512, pages from 16, positions from 128
+    moves = growing.device.version - version
+    assert moves == 6 + 4 + 2  # rows from 16 to 512, pages from 16, positions from 128
 
 
 def test_the_steps_that_run_are_kept(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was given up and comes again has other buffers than its first graph."""
     monkeypatch.setattr("specrt.models.model._MAX_STEPS", 3)
-    moves, captured, graphs = list[int](), list[int](), GraphCache()
+    captured = list[int]()
 
-    def run(key: Hashable, launch: Callable[[], None]) -> None:
-        def counted() -> None:
+    class Counting(Device):
+        def _first(self, launch: Callable[[], None]) -> Callable[[], None]:
             captured.append(size)
-            launch()
+            return super()._first(launch)
 
-        graphs.run(key, counted)
-
-    other = LlamaModel(model.config, model.weights, run, lambda: moves.append(1))
+    other = LlamaModel(model.config, model.weights, Counting())
     batch = started(model, [PROMPT])
     other.reserve(16, batch.num_positions, 16)
-    moves.clear()
+    version = other.device.version
     for turn, size in enumerate((1, 2, 3, 1, 4, 1, 5, 2, 4, 1)):
         tree = trees_of([random_tree(size, seed=turn)])
         expected = model.forward(tree, batch).logits.clone()
         assert torch.equal(other.forward(tree, batch).logits, expected)
-    assert captured == [1, 2, 3, 4, 5, 2, 4, 1] and not moves
+    assert captured == [1, 2, 3, 4, 5, 2, 4, 1] and other.device.version == version
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -404,16 +397,15 @@ def test_two_caches_do_not_mix(model: LlamaModel) -> None:
             assert torch.equal(model.forward(tree, batch).logits, expected)
 
 
-def test_two_models_of_one_graph_cache_do_not_mix(tmp_path: Path) -> None:
+def test_two_models_of_one_device_do_not_mix(tmp_path: Path) -> None:
     """A drafter of the target's own shape has the same step keys."""
-    graphs = GraphCache()
-    models = []
+    device, models = Device(), []
     for seed in (0, 1):
         path = tmp_path / str(seed)
         make_checkpoint("llama", path, seed=seed)
         config = ModelConfig.from_directory(path)
         weights = load_weights(path, config, torch.float32)
-        models.append(LlamaModel(config, weights, graphs.run, graphs.clear))
+        models.append(LlamaModel(config, weights, device))
     tree = trees_of([random_tree(8, seed=8)])
     expected = [
         make_model(tmp_path / str(seed)).forward(tree, started(m, [PROMPT])).logits.clone()

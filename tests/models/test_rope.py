@@ -10,7 +10,7 @@ import torch
 
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
-from specrt.graph import GraphCache
+from specrt.device import Device
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.rope import RotaryTable, rope_table
@@ -35,7 +35,7 @@ def test_bits_of_a_row_do_not_depend_on_how_a_table_grew(
 ) -> None:
     config = replace(loaded[0], head_dim=head_dim)
     whole = rope_table(head_dim, config.rope_theta, 5000, config.rope_scaling)
-    table, given = RotaryTable(config, head_dim, CPU), []
+    table, given = RotaryTable(config, head_dim, Device()), []
     for wanted, size in ((1, 128), (128, 128), (129, 256), (200, 256), (4097, 8192)):
         rows = table.reaching(wanted)
         assert rows.shape == (size, head_dim)
@@ -50,7 +50,7 @@ def test_bits_of_a_row_do_not_depend_on_how_a_table_grew(
 
 
 def test_no_table_is_longer_than_its_context(loaded: tuple[ModelConfig, Weights]) -> None:
-    table = RotaryTable(replace(loaded[0], max_positions=500), 16, CPU)
+    table = RotaryTable(replace(loaded[0], max_positions=500), 16, Device())
     assert table.limit == 628
     assert len(table.reaching(513)) == len(table.reaching(10**12)) == 628
 
@@ -66,8 +66,7 @@ class Run:
     """A model over one cache, its steps captured."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        graphs = GraphCache()
-        self.model = LlamaModel(config, weights, graphs.run, graphs.clear)
+        self.model = LlamaModel(config, weights)
         self.cache: KVCache = self.model.new_cache()
         self.cache.close(self.cache.open(1000))  # or the pages would move too
 
@@ -86,10 +85,10 @@ def test_steps_captured_before_a_table_grew(loaded: tuple[ModelConfig, Weights])
     config, weights = loaded
     run = Run(config, weights)
     short = run.logits(TEXT[:200])
-    before, version = run.model._cos_sin, run.model.version
+    before, version = run.model._cos_sin, run.model.device.version
     assert len(before) == 512  # of a context of 2**30
     long = run.logits(TEXT)
-    assert len(run.model._cos_sin) == 1024 and run.model.version > version
+    assert len(run.model._cos_sin) == 1024 and run.model.device.version > version
     before.fill_(float("nan"))  # nobody may read it any more
     assert torch.equal(run.logits(TEXT[:200]), short)
     small = replace(config, max_positions=1000)
@@ -105,9 +104,9 @@ def test_models_share_what_is_the_same(loaded: tuple[ModelConfig, Weights]) -> N
     batch = CacheBatch(cache := drafter.new_cache(), [cache.open(90)])
     root = torch.tensor([[5]], dtype=torch.int32)
     expected = drafter.forward(chain_tree(root), batch).logits.clone()
-    version, rows = drafter.version, drafter._cos_sin
+    version, rows = drafter.device.version, drafter._cos_sin
     target.logits(TEXT)
     assert torch.equal(drafter.forward(chain_tree(root), batch).logits, expected)
-    assert drafter.version == version and drafter._cos_sin is rows
+    assert drafter.device.version == version and drafter._cos_sin is rows
     other = replace(config, rope_theta=1e4)
     assert LlamaModel(other, weights, rope=target.model.rope).rope is not target.model.rope

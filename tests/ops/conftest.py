@@ -17,7 +17,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from specrt import _C, ops
 from specrt.ops import registry
+from specrt.ops.linear import linear_in_pieces
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,12 @@ class Backend:
 
 
 class OnAnotherGpu:
-    """A tensor as the extension sees it, by duck type, but on GPU 1: nobody may read its memory."""
+    """A tensor as the extension sees it, by duck type, but on GPU 1: only the shim may read it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
         self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.untyped_storage = tensor.untyped_storage
         self.device = torch.device("cuda", 1)
 
 
@@ -69,6 +72,11 @@ def load_simt() -> ModuleType:
         pytest.fail("the SIMT shim is not built: run `make simt`")
 
 
+def cpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """What stands for cuBLAS' part of ``linear``: the CPU's product of the same rows."""
+    _C.linear(x.float(), weight, None, None, out)
+
+
 def own_functions(module: ModuleType) -> list[str]:
     values = vars(module).items()
     return [name for name, value in values if getattr(value, "__module__", "") == module.__name__]
@@ -80,10 +88,10 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
     simt.set_schedule(seed)
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
+    replace(sys.modules["specrt.ops.linear"], "gpu_product", cpu_product)
     for name, module in list(sys.modules.items()):
-        if name.startswith("specrt.ops.") and any(
-            hasattr(simt, op) for op in own_functions(module)
-        ):
+        has_kernel = any(hasattr(simt, op) for op in own_functions(module))
+        if name.startswith("specrt.ops.") and has_kernel:
             replace(module, "_C", simt)
     return simt
 
@@ -95,6 +103,31 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         seed, arithmetic = settings
         use_simt(seed, monkeypatch.setattr).set_arithmetic(arithmetic)
     return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
+
+
+@pytest.fixture
+def stand_in_linear(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``linear`` of 16-bit rows on the CPU, whose kernel takes float32 alone: the GPU's way around
+    the CPU's product."""
+    if backend.name != "cpu":
+        return
+    bare = ops.linear
+
+    def linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.dtype == torch.float32 or out is None:
+            return bare(x, weight, bias, residual, out)
+        linear_in_pieces(x, weight, bias, residual, out, workspace, cpu_product)
+        return out
+
+    for user in (ops, sys.modules["specrt.ops.feature_sample"]):
+        monkeypatch.setattr(user, "linear", linear)
 
 
 @pytest.fixture(params=["cpu", needs_gpu("cuda", id="cuda")])

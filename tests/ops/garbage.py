@@ -27,7 +27,8 @@ import torch
 
 from specrt.ops.graph import CpuGraph
 from tests.ops.conftest import Backend, use_simt
-from tests.ops.garbage_calls import KERNELS, NUM_VARIANTS, PLANTED, Arguments, Kernel
+from tests.ops.garbage_calls import KERNELS, PLANTED
+from tests.ops.garbage_kernel import NUM_VARIANTS, Arguments, Kernel
 
 CPU = torch.device("cpu")
 POOL = 1 << 16

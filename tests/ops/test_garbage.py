@@ -17,16 +17,8 @@ from specrt.ops.tree_accept import workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from tests.ops.conftest import Backend
 from tests.ops.garbage import CPU, Garbage
-from tests.ops.garbage_calls import (
-    BATCH,
-    KERNELS,
-    NUM_VARIANTS,
-    VOCAB,
-    Arguments,
-    accept_arguments,
-    ints,
-    pages_of,
-)
+from tests.ops.garbage_calls import KERNELS, accept_arguments, pages_of
+from tests.ops.garbage_kernel import BATCH, NUM_VARIANTS, VOCAB, Arguments, ints
 
 Tensor = torch.Tensor
 ROOT = Path(__file__).resolve().parents[2]

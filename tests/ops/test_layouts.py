@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.ops.conftest import Backend
-from tests.ops.garbage_calls import KERNELS, NUM_VARIANTS, Arguments, Kernel
+from tests.ops.garbage_calls import KERNELS
+from tests.ops.garbage_kernel import NUM_VARIANTS, Arguments, Kernel
 
 Tensor = torch.Tensor
 ON_GPUS = [name for name, kernel in KERNELS.items() if kernel.has_cuda_source]
@@ -24,8 +25,13 @@ TAKEN = {
     "tree_settle": {
         "draft_tokens", "parents", "settled_tokens", "settled_parents", "depth", "ancestors",
     },
+    "history_append": {
+        "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
+    },
     "draft_control": {"evidence"},
+    "draft_control_update": set(),
     "feature_sample": {"features", "embed", "out"},
+    "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip
 """Which of a kernel's arguments may be slices; all others are refused by name."""
 CPU = Backend("cpu", torch.device("cpu"))

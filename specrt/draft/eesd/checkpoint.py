@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
+from specrt.device import CPU
 from specrt.draft.fspad.checkpoint import FORMAT_VERSION, write_files
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import layer_shapes
 from specrt.models.loader import Weights, load_weights
-from specrt.models.placement import CPU, choose_head_dim
+from specrt.models.placement import choose_head_dim
 from specrt.types import CheckpointError
 
 KIND = "eesd"

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter, RoundTimes
 from specrt.draft.eesd.model import ExitModel
@@ -28,7 +28,6 @@ from specrt.draft.eesd.round import MAX_DRAFT_NODES, EesdBuffers, EesdKey, EesdP
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
 from specrt.draft.length.costs import DraftCosts
 from specrt.models.layer_run import LowerLayers
-from specrt.models.model import StepRunner, run_eagerly
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
 from specrt.types import AcceptResult, Proposal, SequenceState
@@ -67,7 +66,6 @@ class EesdDrafter:
     Args:
         exit_model: the exit, which knows its target.
         control: how long to draft.
-        run_step: how its steps run.
         is_coupled: rank candidates with the noise the target will draw with, where the temperature
             is above 0. Moves trees, never tokens.
         costs: of a round's parts, in place of measured ones (which differ from run to run).
@@ -77,7 +75,6 @@ class EesdDrafter:
         self,
         exit_model: ExitModel,
         control: ControlOptions | None = None,
-        run_step: StepRunner = run_eagerly,
         *,
         is_coupled: bool = True,
         costs: DraftCosts | None = None,
@@ -86,14 +83,11 @@ class EesdDrafter:
         self.taps: tuple[str, ...] = (exit_model.tap,)
         self.is_coupled = is_coupled
         self.control = DraftControl(control or ControlOptions())
-        self._run_step = run_step
         self._cache = exit_model.new_cache()
         self._drafts: dict[SequenceState, _Draft] = {}
         self._buffers: Recent[EesdKey, EesdBuffers] = Recent(_MAX_ROUNDS)
         # Those that no open proposal has.
         self._controls: defaultdict[tuple[int, bool], list[ControlRound]] = defaultdict(list)
-        self._captured = WeakKeyDictionary[EesdBuffers, set[int]]()
-        self._captured_version = exit_model.version
         self._batch = CacheBatch(self._cache)
         self._meter = CostMeter(exit_model)
         self._given_costs = costs
@@ -105,6 +99,11 @@ class EesdDrafter:
         return self._given_costs or self._meter.costs(batch)
 
     # --- the protocol -------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values."""
+        return self._cache
 
     def check(self, params: DraftParams) -> None:
         """Whether a round's buffers have room for such trees.
@@ -183,7 +182,7 @@ class EesdDrafter:
         control = proposal.control
         if control is not None:
             num_rounds = _REST_FORGOTTEN if is_plain and self._weighs_time else 1
-            control.update(self.control, states, result.accept_length.tolist(), num_rounds)
+            control.update(self.control, states, result.lengths, num_rounds)
             self._controls[len(states), proposal.num_branches == 1].append(control)
         if proposal.times is not None and self._given_costs is None:
             self._meter.observe(proposal.times, observed, perf_counter())
@@ -281,17 +280,10 @@ class EesdDrafter:
         return 1 in control.is_open.tolist()
 
     def _run(self, buffers: EesdBuffers, step: int, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had been captured before."""
-        version = self.exit_model.version
-        if version != self._captured_version:
-            self._captured.clear()  # all are stale
-            self._captured_version = version
-        captured = self._captured.setdefault(buffers, set())
-        is_known = step in captured
-        captured.add(step)
+        """Run a step of ``buffers``; whether it had run before."""
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, buffers, buffers.run.cache, self._cache, step, version), launch)
-        return is_known
+        key = (self, buffers, buffers.run.cache, self._cache, step)
+        return self.exit_model.target.device.run(key, launch)
 
     # --- sequences and buffers ----------------------------------------------------------------
 

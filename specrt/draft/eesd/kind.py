@@ -23,7 +23,7 @@ def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.eesd.model import ExitModel
 
     directory, target, options = request.checkpoint, request.target, request.options
-    if target.device.type != "cpu":
+    if target.device.is_gpu:
         raise ValueError(
             f"drafter: {directory.name} is an EESD drafter, which runs the target's own layers and "
             f"needs device='cpu', got {target.device}; with it run: none, prompt-lookup, recycle, "
@@ -31,8 +31,8 @@ def _load(request: DrafterRequest) -> Drafter:
         )
     config = read_exit(directory, target.config)
     weights = load_exit(directory, config, target.weights)
-    exit_model = ExitModel(config, weights, target, request.on_move)
-    return EesdDrafter(exit_model, options.control, request.run_step, is_coupled=options.is_coupled)
+    exit_model = ExitModel(config, weights, target)
+    return EesdDrafter(exit_model, options.control, is_coupled=options.is_coupled)
 
 
 EESD = Kind("eesd", "an EESD drafter", _load, _matches, has_control=True)

@@ -6,8 +6,6 @@ of it (arXiv 2406.03853, section 3, as far as its text says; the calibration hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from specrt import ops
@@ -25,7 +23,6 @@ class ExitModel:
         config: where it reads.
         weights: the exit's own.
         target: the model whose first N layers it stands on.
-        on_move: called when its buffers move, so that captured graphs are dropped.
     """
 
     def __init__(
@@ -33,7 +30,6 @@ class ExitModel:
         config: ExitConfig,
         weights: ExitWeights,
         target: LlamaModel,
-        on_move: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_layers = config.exit_layer
         """N"""
@@ -43,12 +39,7 @@ class ExitModel:
         """``[2]``: factor of a draft's own log-odds in its confidence."""
         self.target = target
         self._weights = weights
-        self._layer = LlamaModel(config.layer, weights.layer, on_move=on_move, rope=target.rope)
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Differs once captured launches over buffers or caches of either model are stale."""
-        return self.target.version, self._layer.version
+        self._layer = LlamaModel(config.layer, weights.layer, target.device, rope=target.rope)
 
     @property
     def layer_bytes(self) -> int:

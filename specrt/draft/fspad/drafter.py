@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundK
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
 from specrt.draft.length.measured import MeasuredPolicy, TreePolicy, TreeRound
-from specrt.models.model import StepRunner, run_eagerly
 from specrt.models.step import FINAL_TAP
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES, chain
@@ -86,8 +84,6 @@ class FspadDrafter:
 
     Args:
         layer: the layer and its weights.
-        run_step: how its steps run.
-        on_move: called when its cache moves, so that captured graphs are dropped.
         is_coupled: rank candidates with the noise the target will draw with, where the temperature
             is above 0. Moves trees, never tokens.
     """
@@ -97,26 +93,27 @@ class FspadDrafter:
     def __init__(
         self,
         layer: DraftLayer,
-        run_step: StepRunner = run_eagerly,
-        on_move: Callable[[], None] = lambda: None,
         *,
         is_coupled: bool = True,
         control: ControlOptions | None = None,
     ) -> None:
         self.layer = layer
         self.is_coupled = is_coupled
-        self._run_step = run_step
-        self._on_move = on_move
-        self._cache = KVCache(layer.padded, layer.weights.fc.dtype, on_move=self._forget)
+        self._device = layer.device
+        self._cache = KVCache(layer.padded, layer.weights.fc.dtype, device=self._device)
         self._drafts: dict[SequenceState, _Draft] = {}
         self._policy: TreePolicy = (
             MeasuredPolicy() if control is None else ControlledPolicy(control)
         )
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
-        self._captured = WeakKeyDictionary[RoundBuffers, set[Hashable]]()
 
     # --- the protocol -------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values."""
+        return self._cache
 
     def check(self, params: DraftParams) -> None:
         """Whether the draft vocabulary and a round's buffers have room for such trees.
@@ -168,14 +165,14 @@ class FspadDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Keep the features of the accepted path, which the next tree grows from."""
-        lengths, features = result.accept_length.tolist(), taps[FINAL_TAP]
+        lengths, paths, features = result.lengths, result.paths, taps[FINAL_TAP]
         for row, state in enumerate(states):
             path = result.path[row, : max(0, lengths[row] + 1)].long()
             self._drafts[state].add(features[row].index_select(0, path))
         if isinstance(proposal, _Offer):
             is_accepted = np.zeros(proposal.scores.shape)
             for row, length in enumerate(lengths):
-                is_accepted[row, result.path[row, 1 : max(0, length) + 1].numpy() - 1] = 1.0
+                is_accepted[row, paths[row, 1 : max(0, length) + 1] - 1] = 1.0
             proposal.round.observe_outcome(proposal.scores, is_accepted)
 
     def finish(self, state: SequenceState) -> None:
@@ -259,13 +256,9 @@ class FspadDrafter:
         return _Offer(**vars(choice.tree(size)), scores=known, round=plan.round)
 
     def _run(self, buffers: RoundBuffers, step: Hashable, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had been run, and so captured, before."""
-        captured = self._captured.setdefault(buffers, set())
-        is_known = step in captured
-        captured.add(step)
+        """Run a step of ``buffers``; whether it had run before."""
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self._run_step((self, self._cache, buffers, step), launch)
-        return is_known
+        return self._device.run((self, self._cache, buffers, step), launch)
 
     # --- sequences and buffers ----------------------------------------------------------------
 
@@ -282,7 +275,7 @@ class FspadDrafter:
 
     def _reach(self, batch: CacheBatch) -> None:
         """Make the rotary table as long as the pages; steps over a shorter one are stale."""
-        self.layer.reserve(batch.num_positions, self._forget)
+        self.layer.reserve(batch.num_positions)
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -294,10 +287,6 @@ class FspadDrafter:
             max_levels = min(MAX_LEVELS - 1, MAX_NODES // plan.top_k)
             buffers = self._rounds.put(key, RoundBuffers(key, self.layer, max_levels))
         return buffers
-
-    def _forget(self) -> None:
-        self._captured.clear()
-        self._on_move()
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
         """Run pending pairs but the last ``keep``: they leave keys and values, nothing more."""

@@ -26,8 +26,6 @@ def _load(request: DrafterRequest) -> Drafter:
     options = request.options
     return FspadDrafter(
         _draft_layer(request.checkpoint, request.target, options.fold),
-        request.run_step,
-        request.on_move,
         is_coupled=options.is_coupled,
         control=options.control,
     )
@@ -48,7 +46,7 @@ def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) ->
     weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)
-    return DraftLayer(config, fold(weights) if is_folded else weights, target.rope)
+    return DraftLayer(config, fold(weights) if is_folded else weights, rope=target.rope)
 
 
 FSPAD = Kind("fspad", "an FSPAD or EAGLE-1/2 drafter", _load, _matches, has_control=True)

@@ -7,7 +7,7 @@ section 3). H hidden size, I intermediate size, V vocabulary, R rows of the draf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,10 @@ import torch
 from specrt import ops
 from specrt.cache import KVCache
 from specrt.config import ModelConfig
+from specrt.device import CPU, Device
 from specrt.draft.fspad.checkpoint import EMBED, TOKEN_IDS, DraftConfig
 from specrt.models.heads import pad_heads
-from specrt.models.placement import CPU, choose_head_dim
+from specrt.models.placement import choose_head_dim
 from specrt.models.rope import RotaryTable, rotary_table
 
 # Folding replaces streamed weights by rows looked up; worth it where it spares this share of a
@@ -228,31 +229,36 @@ class DraftLayer:
     Args:
         config: the architecture.
         weights: as :func:`pack_weights` or :func:`fold` gives them.
+        device: where the weights are, and how its steps run; None: the CPU.
         rope: the rotary table of the target, used where the layer's would be the same.
     """
 
     def __init__(
-        self, config: DraftConfig, weights: DraftWeights, rope: RotaryTable | None = None
+        self,
+        config: DraftConfig,
+        weights: DraftWeights,
+        device: Device | None = None,
+        rope: RotaryTable | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
+        self.device = device or Device()
         head_dim = weights.o.shape[1] // config.layer.num_heads
         self.padded = replace(config.layer, head_dim=head_dim)
         """The layer as the kernels run it: heads may be padded."""
-        self._rope = rotary_table(config.layer, head_dim, CPU, rope)
+        self._rope = rotary_table(config.layer, head_dim, self.device, rope)
         self._cos_sin = self._rope.reaching(0)
 
-    def reserve(self, num_positions: int, on_move: Callable[[], None] = lambda: None) -> bool:
+    def reserve(self, num_positions: int) -> bool:
         """Make the rotary table long enough; whether it moved.
 
         Args:
             num_positions: that it is to have.
-            on_move: called when it is about to: captured steps over it are stale.
         """
         if min(num_positions, self._rope.limit) <= len(self._cos_sin):
             return False
         longer = self._rope.reaching(num_positions)
-        on_move()  # first: an interrupt must not leave launches over what is gone
+        self.device.forget()  # first: an interrupt must not leave launches over what is gone
         self._cos_sin = longer
         return True
 

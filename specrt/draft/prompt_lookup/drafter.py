@@ -168,7 +168,7 @@ class PromptLookupDrafter:
     ) -> None:
         """Record how far each match held."""
         guesses = proposal.guesses if isinstance(proposal, _Guesses) else ()
-        for guess, accepted in zip(guesses, result.accept_length.tolist(), strict=False):
+        for guess, accepted in zip(guesses, result.lengths, strict=False):
             if guess is not None and accepted >= 0:
                 guess.record.update(accepted, guess.num_proposed)
                 overall = self._overall.setdefault(guess.match, _Record())

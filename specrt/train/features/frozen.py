@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from specrt.config import ModelConfig, checkpoint_directory
+from specrt.device import Device
 from specrt.models.loader import LayerWeights, load_weights
 from specrt.models.rope import RotaryTable
 
@@ -95,7 +96,7 @@ class PackedTarget:
         self._layers = [_Layer(layer, placed) for layer in weights.layers]
         self._embed = weights.embed.to(device, compute)
         self._final_norm = weights.final_norm.to(device)
-        self._rope = RotaryTable(config, config.head_dim, device)
+        self._rope = RotaryTable(config, config.head_dim, Device(device))
 
     @torch.no_grad()  # inference tensors could not be saved for a backward pass
     def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specrt import ops
-from specrt.graph import GraphCache
+from specrt.device import Device
 from specrt.ops.graph import CpuGraph
 
 
@@ -36,16 +36,16 @@ def test_the_cache_launches_once_until_cleared() -> None:
         calls.append(1)
         ops.linear(x, weight, out=out)
 
-    graphs = GraphCache()
+    device = Device()
     for _ in range(3):
-        graphs.run("step", launch)
+        device.run("step", launch)
     assert len(calls) == 1
-    graphs.clear()
-    graphs.run("step", launch)
+    device.forget()
+    device.run("step", launch)
     assert len(calls) == 2
 
 
-def test_the_graphs_that_run_are_kept() -> None:
+def test_the_device_that_run_are_kept() -> None:
     """Beyond the most that are kept, the one goes that was not run for longest."""
     x, out, weight = torch.randn(1, 16), torch.empty(1, 8), torch.randn(8, 16)
     captured = list[str]()
@@ -55,16 +55,16 @@ def test_the_graphs_that_run_are_kept() -> None:
             captured.append(name)
             ops.linear(x, weight, out=out)
 
-        graphs.run(name, launch)
+        device.run(name, launch)
 
-    graphs = GraphCache(max_graphs=3)
+    device = Device(max_steps=3)
     for name in "abcadaebda":
         run(name)
     assert "".join(captured) == "abcdebda"
 
 
 def test_a_failing_launch_captures_nothing() -> None:
-    graphs = GraphCache()
+    device = Device()
     x, out = torch.ones(1, 4), torch.empty(1, 2)
 
     def bad() -> None:
@@ -74,6 +74,6 @@ def test_a_failing_launch_captures_nothing() -> None:
         ops.linear(x, torch.ones(2, 4), out=out)
 
     with pytest.raises(ValueError, match="x: expected"):
-        graphs.run("step", bad)
-    graphs.run("step", good)
+        device.run("step", bad)
+    device.run("step", good)
     assert out.tolist() == [[4.0, 4.0]]
