@@ -7,31 +7,32 @@ namespace {
 
 DraftControlArgs decide_args(const py::args& t) {
     SPECRT_CHECK(t.size() == 17, "draft_control: expected 17 arguments, got ", t.size());
-    return {view_of(t[2], "settings"),
-            view_of(t[3], "costs"),
-            view_of(t[4], "posterior"),
-            view_of(t[5], "slots"),
-            view_of(t[6], "seed"),
-            view_of(t[7], "position"),
-            view_of(t[8], "limit"),
-            view_of(t[9], "is_sampled"),
-            view_of(t[10], "slope", true),
-            view_of(t[11], "score", true),
-            view_of(t[12], "evidence", true),
-            view_of(t[13], "is_open"),
-            view_of(t[14], "drafted"),
-            view_of(t[15], "length"),
-            view_of(t[16], "confidence"),
+    return {device_view_of(t[2], "settings"),
+            device_view_of(t[3], "costs"),
+            device_view_of(t[4], "posterior"),
+            device_view_of(t[5], "slots"),
+            device_view_of(t[6], "seed"),
+            device_view_of(t[7], "position"),
+            device_view_of(t[8], "limit"),
+            device_view_of(t[9], "is_sampled"),
+            device_view_of(t[10], "slope", true),
+            device_view_of(t[11], "score", true),
+            device_view_of(t[12], "evidence", true),
+            device_view_of(t[13], "is_open"),
+            device_view_of(t[14], "drafted"),
+            device_view_of(t[15], "length"),
+            device_view_of(t[16], "confidence"),
             t[0].cast<int64_t>(),
             t[1].cast<int64_t>()};
 }
 
 DraftControlUpdateArgs update_args(const py::args& t) {
     SPECRT_CHECK(t.size() == 10, "draft_control_update: expected 10 arguments, got ", t.size());
-    return {view_of(t[1], "settings"),   view_of(t[2], "costs"),         view_of(t[3], "slots"),
-            view_of(t[4], "limit"),      view_of(t[5], "drafted"),       view_of(t[6], "length"),
-            view_of(t[7], "confidence"), view_of(t[8], "accept_length"), view_of(t[9], "posterior"),
-            t[0].cast<int64_t>()};
+    return {device_view_of(t[1], "settings"),   device_view_of(t[2], "costs"),
+            device_view_of(t[3], "slots"),      device_view_of(t[4], "limit"),
+            device_view_of(t[5], "drafted"),    device_view_of(t[6], "length"),
+            device_view_of(t[7], "confidence"), device_view_of(t[8], "accept_length"),
+            device_view_of(t[9], "posterior"),  t[0].cast<int64_t>()};
 }
 
 }  // namespace

@@ -3,20 +3,45 @@
 #include "bindings/tensor.h"
 
 namespace specrt::bindings {
+namespace {
+
+using ViewOf = TensorView (*)(py::handle, const char*, bool);
+
+FeatureSampleArgs args_of(const py::args& t, ViewOf view) {
+    SPECRT_CHECK(t.size() == 15, "feature_sample: expected 15 arguments, got ", t.size());
+    return {view(t[0], "tokens", false),
+            view(t[1], "source", true),
+            view(t[2], "features", false),
+            view(t[3], "embed", true),
+            view(t[4], "fc", false),
+            view(t[5], "fc_bias", true),
+            view(t[6], "norm", true),
+            view(t[7], "gate", true),
+            view(t[8], "up", true),
+            view(t[9], "down", true),
+            view(t[10], "token_fc", true),
+            view(t[11], "token_gate", true),
+            view(t[13], "workspace", false),
+            view(t[14], "out", false),
+            t[12].cast<float>()};
+}
+
+// Where h and gate begin in a row of the workspace, and its size.
+py::tuple layout(int64_t hidden, int64_t intermediate) {
+    const FeatureSampleLayout at{hidden, intermediate};
+    return py::make_tuple(at.h(), at.gate(), at.size());
+}
+
+}  // namespace
 
 void register_feature_sample(py::module_& m) {
     m.def("feature_sample", [](const py::args& t) {
-        SPECRT_CHECK(t.size() == 15, "feature_sample: expected 15 arguments, got ", t.size());
-        const auto launches = feature_sample(
-            {view_of(t[0], "tokens"), view_of(t[1], "source", true), view_of(t[2], "features"),
-             view_of(t[3], "embed", true), view_of(t[4], "fc"), view_of(t[5], "fc_bias", true),
-             view_of(t[6], "norm", true), view_of(t[7], "gate", true), view_of(t[8], "up", true),
-             view_of(t[9], "down", true), view_of(t[10], "token_fc", true),
-             view_of(t[11], "token_gate", true), view_of(t[13], "workspace"), view_of(t[14], "out"),
-             t[12].cast<float>()});
+        const auto launches = feature_sample(args_of(t, &view_of));
         submit_released(launches.data(), launches.size());
     });
-    m.def("feature_sample_workspace", &feature_sample_workspace);
+    m.def("feature_gather",
+          [](const py::args& t) { submit_released(feature_gather(args_of(t, &device_view_of))); });
+    m.def("feature_sample_layout", &layout);
 }
 
 }  // namespace specrt::bindings

@@ -89,6 +89,10 @@ Launch draft_control(const DraftControlArgs& a) {
     p.max_draft = narrow(a.confidence.shape[1]);
     p.kind = narrow(a.kind);
     p.step = narrow(a.step);
+    const int device = common_device(a.posterior, a.settings, a.costs, a.slots, a.seed, a.position,
+                                     a.limit, a.is_sampled, a.slope, a.score, a.evidence, a.is_open,
+                                     a.drafted, a.length, a.confidence);
+    if (device != kCpu) return make_cuda_launch(draft_control_cuda, p, device);
     return make_launch(draft_control_part_for(active_isa()), p, 1 + batch / 32);
 }
 
@@ -112,6 +116,9 @@ Launch draft_control_update(const DraftControlUpdateArgs& a) {
     p.slots_size = narrow(a.posterior.shape[0]);
     p.max_draft = narrow(a.confidence.shape[1]);
     p.kind = narrow(a.kind);
+    const int device = common_device(a.posterior, a.settings, a.costs, a.slots, a.limit, a.drafted,
+                                     a.length, a.accept_length, a.confidence);
+    if (device != kCpu) return make_cuda_launch(draft_control_update_cuda, p, device);
     // One part: sequences that share a row take turns in the order of the batch.
     return make_launch(draft_control_update_part_for(active_isa()), p, 1);
 }

@@ -36,6 +36,7 @@ struct DraftControlParams {
 };
 
 SPECRT_DECLARE_CPU(draft_control_part)
+SPECRT_DECLARE_CUDA(draft_control_cuda)
 
 struct DraftControlArgs {
     TensorView settings, costs, posterior, slots, seed, position, limit, is_sampled, slope, score,
@@ -58,6 +59,7 @@ struct DraftControlUpdateParams {
 };
 
 SPECRT_DECLARE_CPU(draft_control_update_part)
+SPECRT_DECLARE_CUDA(draft_control_update_cuda)
 
 struct DraftControlUpdateArgs {
     TensorView settings, costs, slots, limit, drafted, length, confidence, accept_length, posterior;
@@ -65,7 +67,7 @@ struct DraftControlUpdateArgs {
 };
 Launch draft_control_update(const DraftControlUpdateArgs& args);
 
-// A row of `posterior` before anything is known; run at once.
+// A row of `posterior` before anything is known; run at once, on the CPU's tensors.
 void draft_control_prior(const TensorView& settings, const TensorView& posterior);
 
 // Variates for tests: out[i] is drawn with seed[i] and position[i], from uniform `index` on.

@@ -68,7 +68,7 @@ Sizes check(const FeatureSampleArgs& a) {
     expect(a.tokens, DType::kInt32, "[M]", -1);
     const int64_t rows = a.tokens.shape[0];
     if (a.source) expect(a.source, DType::kInt32, "[M]", rows);
-    expect(a.features, DType::kFloat32, "[S, H]", -1, -1);
+    expect(a.features, a.features.dtype, "[S, H]", -1, -1);
     const int64_t hidden = a.features.shape[1], enough = a.source ? (rows > 0) : rows;
     SPECRT_CHECK(a.features.shape[0] >= enough, a.features.name, ": expected at least ", enough,
                  " rows, got ", a.features.describe());
@@ -77,9 +77,9 @@ Sizes check(const FeatureSampleArgs& a) {
     const int64_t vocab = check_tables(a, hidden, intermediate);
     SPECRT_CHECK(vocab > 0 || rows == 0, (a.token_fc ? a.token_fc : a.embed).name,
                  ": expected at least one token's row");
-    expect(a.out, DType::kFloat32, "[M, H]", rows, hidden);
-    const int64_t scratch = feature_sample_workspace(hidden, intermediate);
-    expect(a.workspace, DType::kFloat32, "[M, feature_sample_workspace(H, I)]", -1, -1);
+    expect(a.out, a.features.dtype, "[M, H]", rows, hidden);
+    const int64_t scratch = FeatureSampleLayout{hidden, intermediate}.size();
+    expect(a.workspace, a.features.dtype, "[M, feature_sample_workspace(H, I)]", -1, -1);
     SPECRT_CHECK(a.workspace.shape[0] >= rows && a.workspace.shape[1] >= scratch, a.workspace.name,
                  ": expected at least [", rows, ", ", scratch, "], got ", a.workspace.describe());
     return {rows, hidden, intermediate, vocab, static_cast<bool>(a.down)};
@@ -89,30 +89,49 @@ RowSource row_source(const TensorView& t, int64_t to) {
     return {t.data, t.stride[0], t.shape[1], to, t.dtype};
 }
 
-Launch gather(const FeatureSampleArgs& a, const Sizes& n, const FeatureSampleLayout& at) {
+GatherParams gather(const FeatureSampleArgs& a, const Sizes& n) {
+    const FeatureSampleLayout at{n.hidden, n.intermediate};
     GatherParams p{};
     p.tokens = a.tokens.as<int32_t>();
     p.source = a.source.as<int32_t>();
-    p.workspace = a.workspace.as<float>();
+    p.workspace = a.workspace.data;
     p.workspace_stride = a.workspace.stride[0];
     p.num_rows = n.rows;
     p.vocab = n.vocab;
     p.num_features = a.features.shape[0];
-    p.feature = row_source(a.features, at.f());
-    if (!a.token_fc || a.gate) p.by_token[p.num_by_token++] = row_source(a.embed, at.e());
-    if (a.token_fc) p.by_token[p.num_by_token++] = row_source(a.token_fc, at.h());
-    if (a.token_gate) p.by_token[p.num_by_token++] = row_source(a.token_gate, at.gate());
-    const int64_t parts = 1 + n.rows * at.size() / 16384;
+    p.dtype = a.workspace.dtype;
+    p.from[p.num_sources++] = row_source(a.features, at.f());
+    if (!a.token_fc || a.gate) p.from[p.num_sources++] = row_source(a.embed, at.e());
+    if (a.token_fc) p.from[p.num_sources++] = row_source(a.token_fc, at.h());
+    if (a.token_gate) p.from[p.num_sources++] = row_source(a.token_gate, at.gate());
+    return p;
+}
+
+Launch gather_on_cpu(const GatherParams& p, const FeatureSampleLayout& at) {
+    const int64_t parts = 1 + p.num_rows * at.size() / 16384;
     return make_launch(feature_gather_part_for(active_isa()), p, parts);
 }
 
 }  // namespace
 
-int64_t feature_sample_workspace(int64_t hidden, int64_t intermediate) {
-    return FeatureSampleLayout{hidden, intermediate}.size();
+Launch feature_gather(const FeatureSampleArgs& a) {
+    const DType type = a.features.dtype;
+    SPECRT_CHECK(type == DType::kBFloat16 || type == DType::kFloat16,
+                 "features: expected bfloat16 or float16, got ", a.features.describe());
+    for (const TensorView* t :
+         {&a.embed, &a.fc, &a.gate, &a.up, &a.down, &a.token_fc, &a.token_gate})
+        if (*t) expect_dtype_of(a.features, *t);
+    const Sizes n = check(a);
+    const int device =
+        common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate,
+                      a.up, a.down, a.token_fc, a.token_gate, a.workspace, a.out);
+    const GatherParams p = gather(a, n);
+    if (device != kCpu) return make_cuda_launch(feature_gather_cuda, p, device);
+    return gather_on_cpu(p, {n.hidden, n.intermediate});
 }
 
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
+    expect(a.features, DType::kFloat32, "[S, H]", -1, -1);
     const Sizes n = check(a);
     const FeatureSampleLayout at{n.hidden, n.intermediate};
     float* const ws = a.workspace.as<float>();
@@ -126,7 +145,7 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     };
     std::vector<Launch> launches;
     launches.reserve(7);
-    launches.push_back(gather(a, n, at));
+    launches.push_back(gather_on_cpu(gather(a, n), at));
     float* const h = n.has_feature_sampling ? ws + at.h() : out;
     launches.push_back(multiply(a.token_fc ? at.f() : at.e(), a.fc, a.fc_bias.as<float>(),
                                 a.token_fc ? at.h() : -1, h,

@@ -1,28 +1,31 @@
 // A draft model's input: h = W_fc [e ; f] + b_fc, and with feature sampling
-// out = h + W_down (silu(W_gate e) * (W_up rmsnorm(h))). Several launches, run in order.
+// out = h + W_down (silu(W_gate e) * (W_up rmsnorm(h))). Several launches, run in order; of rows of
+// 16 bits the first one alone, for those behind it are other kernels'
+// (specrt/ops/feature_sample.py).
 #pragma once
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/host_device.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
 
 namespace specrt {
 
-// One row's scratch, in floats: e, f (later rmsnorm(h)), h, gate, up. e and f touch, for they are
-// the two halves of one operand.
+// One row's scratch, in values: e, f (later rmsnorm(h)), h, gate, up. e and f touch, for they are
+// the two halves of one operand, and so do gate and up.
 struct FeatureSampleLayout {
     int64_t hidden, intermediate;
-    static constexpr int64_t line(int64_t floats) { return (floats + 15) / 16 * 16; }
+    static constexpr int64_t line(int64_t values) { return (values + 15) / 16 * 16; }
     int64_t e() const { return 0; }
     int64_t f() const { return hidden; }
     int64_t h() const { return line(2 * hidden); }
     int64_t gate() const { return h() + line(hidden); }
-    int64_t up() const { return gate() + line(intermediate); }
-    int64_t size() const { return up() + line(intermediate); }
+    int64_t up() const { return gate() + intermediate; }
+    int64_t size() const { return gate() + line(2 * intermediate); }
 };
 
-// Rows to copy to offset `to` of the workspace's rows, as float32.
+// Rows to copy to offset `to` of the workspace's rows, in the workspace's type.
 struct RowSource {
     const void* rows;
     int64_t stride, width, to;
@@ -32,12 +35,20 @@ struct RowSource {
 struct GatherParams {
     const int32_t* tokens;  // [M], clamped to [0, vocab)
     const int32_t* source;  // [M], clamped to [0, num_features), or nullptr: row m
-    float* workspace;
+    void* workspace;
     int64_t workspace_stride, num_rows, vocab, num_features;
-    RowSource feature;
-    RowSource by_token[3];
-    int num_by_token;
+    RowSource from[4];  // the feature's, then those that a token chooses
+    int num_sources;
+    DType dtype;  // the workspace's; of 16 bits all sources have it too
 };
+
+// The row of p.from[i] that row m takes.
+SPECRT_HD int64_t chosen_row(const GatherParams& p, int i, int64_t m) {
+    if (i == 0 && !p.source) return m;
+    const int64_t row = i == 0 ? p.source[m] : p.tokens[m];
+    const int64_t count = i == 0 ? p.num_features : p.vocab;
+    return row < 0 ? 0 : row < count ? row : count - 1;
+}
 
 struct NormParams {
     const float* x;  // [M, H]
@@ -54,6 +65,7 @@ struct GateParams {
 };
 
 SPECRT_DECLARE_CPU(feature_gather_part)
+SPECRT_DECLARE_CUDA(feature_gather_cuda)
 SPECRT_DECLARE_CPU(feature_norm_part)
 SPECRT_DECLARE_CPU(feature_gate_part)
 
@@ -64,9 +76,11 @@ struct FeatureSampleArgs {
     float eps;
 };
 
+// Of float32 rows, on the CPU.
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a);
 
-// Floats of scratch a row.
-int64_t feature_sample_workspace(int64_t hidden, int64_t intermediate);
+// Of rows of 16 bits, on either device: checks all arguments, and fetches what a row's token and
+// source choose into the workspace (e, f, and from tables h, gate).
+Launch feature_gather(const FeatureSampleArgs& a);
 
 }  // namespace specrt

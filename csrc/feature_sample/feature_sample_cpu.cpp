@@ -11,9 +11,14 @@ void widen(const T* from, float* to, int64_t width) {
     for (; i < width; ++i) to[i] = to_float(from[i]);
 }
 
-void copy_row(const RowSource& from, int64_t row, float* workspace) {
-    float* to = workspace + from.to;
-    const int64_t start = row * from.stride;
+void copy_row(const GatherParams& p, const RowSource& from, int64_t row, int64_t m) {
+    const int64_t start = row * from.stride, end = m * p.workspace_stride + from.to;
+    if (p.dtype != DType::kFloat32) {
+        memcpy(static_cast<bf16*>(p.workspace) + end, static_cast<const bf16*>(from.rows) + start,
+               static_cast<size_t>(from.width) * sizeof(bf16));
+        return;
+    }
+    float* to = static_cast<float*>(p.workspace) + end;
     switch (from.dtype) {
         case DType::kBFloat16:
             return widen(static_cast<const bf16*>(from.rows) + start, to, from.width);
@@ -24,20 +29,12 @@ void copy_row(const RowSource& from, int64_t row, float* workspace) {
     }
 }
 
-inline int64_t clamp(int64_t index, int64_t count) {
-    return index < 0 ? 0 : index < count ? index : count - 1;
-}
-
 }  // namespace
 
 void feature_gather_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const GatherParams*>(params);
-    for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m) {
-        float* row = p.workspace + m * p.workspace_stride;
-        copy_row(p.feature, p.source ? clamp(p.source[m], p.num_features) : m, row);
-        const int64_t token = clamp(p.tokens[m], p.vocab);
-        for (int i = 0; i < p.num_by_token; ++i) copy_row(p.by_token[i], token, row);
-    }
+    for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m)
+        for (int i = 0; i < p.num_sources; ++i) copy_row(p, p.from[i], chosen_row(p, i, m), m);
 }
 
 void feature_norm_part(const void* params, int part, int num_parts) {

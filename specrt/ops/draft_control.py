@@ -12,6 +12,11 @@ from typing import NamedTuple
 import torch
 
 from specrt import _C
+
+# These run at once, on the host and its tensors, whatever stands in for a GPU.
+from specrt._C import beta_draws as _beta_draws
+from specrt._C import draft_control_prior as _draft_control_prior
+from specrt._C import normal_draws as _normal_draws
 from specrt.ops.registry import register
 
 register(
@@ -206,15 +211,19 @@ def draft_control_update(
     )
 
 
-def prior_beliefs(settings: torch.Tensor) -> torch.Tensor:
+def prior_beliefs(settings: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """A row of ``posterior`` before anything is known, ``[beliefs]`` float64.
+
+    Args:
+        settings: on the CPU.
+        device: where the row is to be: made on the CPU, copied there. None: the CPU.
 
     Raises:
         ValueError: ``settings`` does not fit.
     """
     row = torch.empty(POSTERIOR_SIZE, dtype=torch.float64)
-    _C.draft_control_prior(settings, row)
-    return row
+    _draft_control_prior(settings, row)
+    return row.to(device)
 
 
 def normal_draws(
@@ -233,7 +242,7 @@ def normal_draws(
         ValueError: an argument does not fit; it is named.
     """
     out = torch.empty(seed.shape, dtype=torch.float64)
-    _C.normal_draws(seed, position, index, mean, variance, out)
+    _normal_draws(seed, position, index, mean, variance, out)
     return out
 
 
@@ -246,5 +255,5 @@ def beta_draws(
         ValueError: an argument does not fit; ``alpha`` and ``beta`` must be above 0.
     """
     out = torch.empty(seed.shape, dtype=torch.float64)
-    _C.beta_draws(seed, position, index, alpha, beta, out)
+    _beta_draws(seed, position, index, alpha, beta, out)
     return out

@@ -2,23 +2,79 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from specrt import _C
+from specrt.ops.linear import linear
 from specrt.ops.registry import register
+from specrt.ops.rms_norm import rms_norm
+from specrt.ops.silu_mul import silu_mul
 
-register(
-    "feature_sample(Tensor tokens, Tensor? source, Tensor features, Tensor? embed, Tensor fc, "
-    "Tensor? fc_bias, Tensor? norm, Tensor? gate, Tensor? up, Tensor? down, Tensor? token_fc, "
-    "Tensor? token_gate, float eps, Tensor(a!) workspace, Tensor(b!) out) -> ()",
-    _C.feature_sample,
+_INPUTS = (
+    "Tensor tokens, Tensor? source, Tensor features, Tensor? embed, Tensor fc, Tensor? fc_bias, "
+    "Tensor? norm, Tensor? gate, Tensor? up, Tensor? down, Tensor? token_fc, Tensor? token_gate, "
+    "float eps, Tensor(a!) workspace"
 )
+register(f"feature_sample({_INPUTS}, Tensor(b!) out) -> ()", _C.feature_sample)
+register(f"feature_gather({_INPUTS}, Tensor out) -> ()", _C.feature_gather)
+
+
+class FeatureWeights(NamedTuple):
+    """What :func:`feature_sample` multiplies by and looks up."""
+
+    embed: torch.Tensor | None
+    fc: torch.Tensor
+    fc_bias: torch.Tensor | None
+    norm: torch.Tensor | None
+    gate: torch.Tensor | None
+    up: torch.Tensor | None
+    down: torch.Tensor | None
+    token_fc: torch.Tensor | None
+    token_gate: torch.Tensor | None
+
+
+class _Scratch(NamedTuple):
+    """Parts of M rows of a workspace."""
+
+    pair: torch.Tensor
+    """``[M, 2 H]``: e and f."""
+    e: torch.Tensor
+    f: torch.Tensor
+    """Later h's norm."""
+    h: torch.Tensor
+    gate_up: torch.Tensor
+    """``[M, 2 I]``"""
+    gate: torch.Tensor
+    """Later silu(gate) * up."""
+    up: torch.Tensor
+
+    @classmethod
+    def of(cls, workspace: torch.Tensor, hidden: int, wide: int) -> _Scratch:
+        h, gate, _ = _layout(hidden, wide)
+        pair, gate_up = workspace[:, : 2 * hidden], workspace[:, gate : gate + 2 * wide]
+        return cls(
+            pair,
+            pair[:, :hidden],
+            pair[:, hidden:],
+            workspace[:, h : h + hidden],
+            gate_up,
+            gate_up[:, :wide],
+            gate_up[:, wide:],
+        )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _layout(hidden_size: int, intermediate_size: int) -> tuple[int, int, int]:
+    """Where h and gate begin in a row of the workspace, and how long it is."""
+    return _C.feature_sample_layout(hidden_size, intermediate_size)
+
+
 def feature_sample_workspace(hidden_size: int, intermediate_size: int) -> int:
-    """Floats of scratch that ``feature_sample`` needs a row; ``intermediate_size`` 0 for EAGLE."""
-    return _C.feature_sample_workspace(hidden_size, intermediate_size)
+    """Values of scratch that ``feature_sample`` needs a row; ``intermediate_size`` 0 for EAGLE."""
+    _, _, size = _layout(hidden_size, intermediate_size)
+    return int(size)
 
 
 def feature_sample(
@@ -37,6 +93,7 @@ def feature_sample(
     *,
     eps: float,
     workspace: torch.Tensor | None = None,
+    linear_workspace: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Join each token's embedding e with a feature f: ``h = fc @ [e ; f] + fc_bias``.
@@ -50,13 +107,18 @@ def feature_sample(
     embedding's half of ``fc`` times e, plus ``fc_bias``, and ``token_gate``, ``gate @ e``. The
     folded argument is then left out, and ``fc`` is its feature half.
 
+    Of float32 rows (on the CPU) all of it is one call of the extension, and weights and tables are
+    float32, bfloat16 or float16, each as it likes. Rows of 16 bits (on a GPU) are multiplied by
+    :func:`~specrt.ops.linear.linear`: features, weights, tables, ``workspace`` and ``out`` have one
+    type, and what is kept between two launches is rounded to it.
+
     Token ids and source rows out of range are clamped into it, for padding rows may hold anything;
     what such a row gives is of no meaning. Nothing is read out of bounds.
 
     Args:
         tokens: ``[M]`` int32.
         source: ``[M]`` int32, row m's row of ``features``; None for row m.
-        features: ``[S, H]`` float32; rows may be strided.
+        features: ``[S, H]`` float32, on a GPU bfloat16 or float16; rows may be strided.
         embed: ``[V, H]``; rows may be strided. None if neither h nor the gate needs e.
         fc: ``[H, 2 H]``, the embedding's half first; ``[H, H]`` with ``token_fc``.
         fc_bias: ``[H]`` float32; None with ``token_fc``.
@@ -67,11 +129,13 @@ def feature_sample(
         token_fc: ``[V, H]``; rows may be strided.
         token_gate: ``[V, I]``, before silu; rows may be strided.
         eps: added to the mean square; unused by EAGLE.
-        workspace: ``[>= M, >= feature_sample_workspace(H, I)]`` float32, contents of no meaning;
-            made if not given, which a captured graph must not rely on.
-        out: ``[M, H]`` float32; made if not given. Must not overlap any other argument.
+        workspace: ``[>= M, >= feature_sample_workspace(H, I)]`` of the features' type, contents of
+            no meaning; made if not given, which a captured graph must not rely on.
+        linear_workspace: ``linear``'s on a GPU, for its largest matrix here; likewise.
+        out: ``[M, H]`` of the features' type; made if not given. Must not overlap any other
+            argument.
 
-    Weights and tables are float32, bfloat16 or float16, each as it likes; weights are contiguous.
+    Weights are contiguous.
 
     Returns:
         ``out``.
@@ -88,22 +152,60 @@ def feature_sample(
         workspace = features.new_empty(num_rows, size)
     if out is None:
         out = features.new_empty(num_rows, hidden_size)
+    weights = FeatureWeights(embed, fc, fc_bias, norm, gate, up, down, token_fc, token_gate)
+    if features.dtype != torch.float32:
+        feature_gather(tokens, source, features, weights, eps, workspace, out)
+        parts = _Scratch.of(workspace[:num_rows], hidden_size, 0 if up is None else len(up))
+        _multiply(weights, eps, parts, linear_workspace, out)
+        return out
     op = torch.ops.specrt.feature_sample if torch.compiler.is_compiling() else _C.feature_sample
-    op(
-        tokens,
-        source,
-        features,
-        embed,
-        fc,
-        fc_bias,
-        norm,
-        gate,
-        up,
-        down,
-        token_fc,
-        token_gate,
-        eps,
-        workspace,
-        out,
-    )
+    op(tokens, source, features, *weights, eps, workspace, out)
     return out
+
+
+def feature_gather(
+    tokens: torch.Tensor,
+    source: torch.Tensor | None,
+    features: torch.Tensor,
+    weights: FeatureWeights,
+    eps: float,
+    workspace: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The first launch of :func:`feature_sample` of rows of 16 bits; it checks all arguments.
+
+    What a row's token and source choose comes into its row of ``workspace``: e, f, and from tables
+    h and gate.
+
+    Args:
+        tokens, source, features, eps, workspace, out: as for :func:`feature_sample`.
+        weights: its other tensors.
+
+    Raises:
+        ValueError: as :func:`feature_sample`.
+    """
+    op = torch.ops.specrt.feature_gather if torch.compiler.is_compiling() else _C.feature_gather
+    op(tokens, source, features, *weights, eps, workspace, out)
+
+
+def _multiply(
+    w: FeatureWeights,
+    eps: float,
+    at: _Scratch,
+    scratch: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """The launches behind the gather: ``linear``'s, with a norm and an activation between them."""
+    h = out if w.down is None else at.h
+    if w.token_fc is None:
+        linear(at.pair, w.fc, w.fc_bias, out=h, workspace=scratch)
+    else:
+        linear(at.f, w.fc, residual=at.h, out=h, workspace=scratch)
+    if w.norm is None or w.up is None or w.down is None:
+        return
+    rms_norm(h, w.norm, eps, out=at.f)
+    if w.gate is not None:
+        linear(at.e, w.gate, out=at.gate, workspace=scratch)
+    linear(at.f, w.up, out=at.up, workspace=scratch)
+    silu_mul(at.gate_up, out=at.gate)
+    linear(at.gate, w.down, residual=h, out=out, workspace=scratch)

@@ -16,7 +16,7 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Te
     Args:
         gate_up: ``[M, 2 I]`` float32, bfloat16 or float16, gate then up in each row; rows may be
             strided.
-        out: ``[M, I]`` of the same dtype; made if not given.
+        out: ``[M, I]`` of the same dtype; made if not given. May be the gate half itself.
 
     Returns:
         ``out``.

@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.step_graphs import StepGraphs
-from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.device import Device
@@ -31,13 +30,14 @@ from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.models.step import FINAL_TAP, layer_tap
-from specrt.ops.linear import linear_in_pieces
 from specrt.sampling import SamplingParams
 from specrt.tree import TreeBuilder, chain_tree
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
-from tests.ops.conftest import Backend, cpu_product, load_simt
+from tests.ops.conftest import Backend, load_simt
 from tests.trees import trees_of
+
+pytestmark = pytest.mark.usefixtures("stand_in_linear")
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -62,29 +62,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     make_checkpoint("llama", path, **SIZES)
     return path
-
-
-@pytest.fixture(autouse=True)
-def linear_of_16_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, whose kernel takes float32 alone: the GPU's way around its product."""
-    if backend.name != "cpu":
-        return
-    bare = ops.linear
-
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if x.dtype == torch.float32 or out is None:
-            return bare(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, cpu_product)
-        return out
-
-    monkeypatch.setattr(ops, "linear", linear)
 
 
 def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:

@@ -17,8 +17,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from specrt import _C
+from specrt import _C, ops
 from specrt.ops import registry
+from specrt.ops.linear import linear_in_pieces
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,34 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         seed, arithmetic = settings
         use_simt(seed, monkeypatch.setattr).set_arithmetic(arithmetic)
     return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
+
+
+@pytest.fixture
+def stand_in_linear(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, ``linear`` of 16-bit rows: its CUDA path, which is torch's and so nothing that
+    the shim could run, around the CPU's product."""
+    if backend.name == "cuda":
+        return
+    bare = ops.linear
+
+    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        bare(x.float(), weight, out=out)
+
+    def linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.dtype == torch.float32 or out is None:  # a drafter's, which runs on the CPU
+            return bare(x, weight, bias, residual, out)
+        linear_in_pieces(x, weight, bias, residual, out, workspace, product)
+        return out
+
+    for user in (ops, sys.modules["specrt.ops.feature_sample"]):
+        monkeypatch.setattr(user, "linear", linear)
 
 
 @pytest.fixture(params=["cpu", needs_gpu("cuda", id="cuda")])

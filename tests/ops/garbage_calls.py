@@ -13,6 +13,7 @@ import torch
 from specrt import ops
 from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
 from specrt.ops.history_append import report_size
+from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from specrt.ops.tree_accept import workspace_size
 from specrt.ops.tree_build import expand_workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
@@ -313,6 +314,39 @@ def feature_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+def gather_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of 16 bits on every backend: folded tables or not, in rows of 16-byte pieces or not."""
+    g, dtype = generator(variant), (torch.bfloat16, torch.float16)[variant % 2]
+    size, wide = (16, 11)[variant // 3], 24
+    is_folded = variant % 3 == 0
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    return {
+        "tokens": ints(4, 0, 69),
+        "source": ints(1, 4, 0) if variant % 3 else None,
+        "features": matrix(5, size),
+        "embed": None if is_folded else matrix(VOCAB, size),
+        "fc": matrix(size, size if is_folded else 2 * size),
+        "norm": torch.ones(size),
+        "gate": None if is_folded else matrix(wide, size),
+        "up": matrix(wide, size),
+        "down": matrix(size, wide),
+        "token_fc": matrix(VOCAB, size) if is_folded else None,
+        "token_gate": matrix(VOCAB, wide) if is_folded else None,
+        "workspace": torch.zeros(BATCH, ops.feature_sample_workspace(size, wide), dtype=dtype),
+        "out": torch.zeros(BATCH, size, dtype=dtype),
+    }
+
+
+def gather(a: Arguments) -> None:
+    """The rest of feature sampling reads no ids."""
+    rest = {name: a[name] for name in ("tokens", "source", "features", "workspace", "out")}
+    tensors = {name: a.get(name) for name in FeatureWeights._fields}
+    feature_gather(**rest, weights=FeatureWeights(**tensors), eps=1e-5)
+
+
 COUNTS = ("block_table", "kv_len", "first_node", "num_nodes")
 CACHES = {"k_cache": 0, "v_cache": 0}
 KERNELS = {
@@ -398,6 +432,7 @@ KERNELS = {
         ),
         shared=("settings", "costs", "slope"),
         results=("is_open", "drafted", "length", "confidence"),
+        has_cuda_source=True,
     ),
     "draft_control_update": Kernel(
         learn_arguments,
@@ -405,12 +440,20 @@ KERNELS = {
         own=("posterior", "slots", "limit", "drafted", "length", "confidence", "accept_length"),
         shared=("settings", "costs"),
         results=("posterior",),
+        has_cuda_source=True,
     ),
     "feature_sample": Kernel(
         feature_arguments,
         lambda a: ops.feature_sample(**a),
         own=("tokens", "source"),
         results=("out",),
+    ),
+    "feature_gather": Kernel(
+        gather_arguments,
+        gather,
+        own=("tokens", "source"),
+        results=("workspace",),
+        has_cuda_source=True,
     ),
 }  # fmt: skip
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from specrt import _C
 from specrt.ops import feature_sample, feature_sample_workspace, rms_norm
+from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from specrt.ops.graph import CpuGraph
+from tests.ops.conftest import OnAnotherGpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
@@ -274,7 +276,8 @@ EAGLE = dict.fromkeys(("norm", "gate", "up", "down"))
         ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"^tokens: expected \[M\] .* int32"),
         ({"source": torch.zeros(2, dtype=torch.int32)}, r"^source: expected \[M\] = \[3\] int32"),
         ({"features": torch.zeros(2, 8)}, r"^features: expected at least 3 rows, got \[2, 8\]"),
-        ({"features": torch.zeros(3, 8).bfloat16()}, r"^features: expected \[S, H\]"),
+        ({"features": torch.zeros(3, 8).double()}, "^features: expected bfloat16 or float16"),
+        ({"features": torch.zeros(3, 8).half()}, "^embed: expected float16 like features"),
         ({"embed": torch.zeros(5, 7)}, r"^embed: expected \[V, H\] = \[5, 8\]"),
         ({"embed": torch.zeros(5, 8).double()}, "^embed: expected float32, bfloat16 or float16"),
         ({"embed": torch.zeros(0, 8)}, "^embed: expected at least one token's row"),
@@ -299,8 +302,8 @@ EAGLE = dict.fromkeys(("norm", "gate", "up", "down"))
         ({"token_gate": torch.zeros(5, 6)}, "^gate: expected None, token_gate replaces it"),
         ({**FOLD_GATE, "token_gate": torch.zeros(4, 6)}, r"^token_gate: expected \[V, I\] = \[5,"),
         ({**EAGLE, "token_gate": torch.zeros(5, 6)}, "^norm: expected"),
-        ({"workspace": torch.zeros(2, 99)}, r"^workspace: expected at least \[3, 64\], got \[2,"),
-        ({"workspace": torch.zeros(3, 63)}, r"^workspace: expected at least \[3, 64\]"),
+        ({"workspace": torch.zeros(2, 99)}, r"^workspace: expected at least \[3, 48\], got \[2,"),
+        ({"workspace": torch.zeros(3, 47)}, r"^workspace: expected at least \[3, 48\]"),
         ({"out": torch.zeros(3, 9)}, r"^out: expected \[M, H\] = \[3, 8\]"),
         ({"fc": torch.zeros(8, 16, device="meta")}, "^fc: expected a CPU or CUDA tensor"),
     ],
@@ -316,6 +319,28 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     feature_sample(**arguments)
     with pytest.raises(ValueError, match=message):
         feature_sample(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("name", ["fc", "down", "norm", "embed"])
+def test_tensors_on_two_devices_are_named(name: str) -> None:
+    """By the gather, which takes a GPU's too."""
+    tensors = {
+        n: None if t is None else t.bfloat16() if t.dim() == 2 else t
+        for n, t in vars(Weights.random(8, 6)).items()
+    }
+    tensors[name] = OnAnotherGpu(tensors[name])  # type: ignore[assignment]
+    message = f"^{name}: expected a tensor on cpu as features is, got one on cuda:1"
+    rows = torch.zeros(3, 48, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=message):
+        feature_gather(
+            torch.zeros(3, dtype=torch.int32),
+            None,
+            rows[:, :8],
+            FeatureWeights(**tensors),  # type: ignore[arg-type]
+            EPS,
+            rows,
+            rows[:, 8:16],
+        )
 
 
 def test_compiles() -> None:

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from specrt.draft.length.costs import DraftCosts
+from specrt.draft.length.inputs import HostInputs
 from specrt.ops import draft_control, draft_control_update
 from specrt.ops.draft_control import (
     MAX_DRAFT,
     NUM_BINS,
-    NUM_COSTS,
     Beliefs,
     ControlKind,
     ControlSettings,
@@ -33,7 +33,8 @@ from specrt.ops.draft_control import (
 )
 from specrt.types import SequenceState
 
-_DISCOUNT_PLACE = ControlSettings._fields.index("discount")
+DISCOUNT_PLACE = ControlSettings._fields.index("discount")
+"""Of the discount, in a row of settings."""
 
 CONTROLLERS = tuple(kind.name.lower().replace("_", "-") for kind in ControlKind)
 """Names of the rules."""
@@ -162,6 +163,24 @@ class Posterior:
     given that it was itself."""
     next_beta: tuple[float, ...]
 
+    @classmethod
+    def of(cls, beliefs: Sequence[float], gain_var: float) -> Posterior:
+        """From a row as the kernels keep it."""
+        own = Beliefs(*beliefs[: -2 * NUM_BINS])
+        return cls(
+            alpha=own.alpha,
+            beta=own.beta,
+            bias_mean=own.bias_shift / own.bias_precision,
+            bias_var=1.0 / own.bias_precision,
+            threshold=own.threshold,
+            gain_mean=own.gain_sum / own.gain_weight,
+            gain_var=gain_var / own.gain_weight,
+            tokens_per_ms=own.tokens / own.time if own.time else math.nan,
+            idle=int(own.idle),
+            next_alpha=tuple(beliefs[-2 * NUM_BINS : -NUM_BINS]),
+            next_beta=tuple(beliefs[-NUM_BINS:]),
+        )
+
 
 class DraftControl:
     """The posteriors of a drafter's sequences.
@@ -189,21 +208,7 @@ class DraftControl:
 
     def posterior(self, state: SequenceState) -> Posterior:
         """What is believed of ``state`` now."""
-        values = self._rows[state].tolist()
-        own = Beliefs(*values[: -2 * NUM_BINS])
-        return Posterior(
-            alpha=own.alpha,
-            beta=own.beta,
-            bias_mean=own.bias_shift / own.bias_precision,
-            bias_var=1.0 / own.bias_precision,
-            threshold=own.threshold,
-            gain_mean=own.gain_sum / own.gain_weight,
-            gain_var=self._gain_var / own.gain_weight,
-            tokens_per_ms=own.tokens / own.time if own.time else math.nan,
-            idle=int(own.idle),
-            next_alpha=tuple(values[-2 * NUM_BINS : -NUM_BINS]),
-            next_beta=tuple(values[-NUM_BINS:]),
-        )
+        return Posterior.of(self._rows[state].tolist(), self._gain_var)
 
     def new_round(self, batch: int, slope: torch.Tensor | None = None) -> ControlRound:
         """Buffers for rounds of ``batch`` sequences.
@@ -232,22 +237,15 @@ class ControlRound:
         shares, cap = control.options.shares, control.options.max_draft
         self._kind, self._settings, self._slope = int(control.kind), control.settings.clone(), slope
         self._setting_values = self._settings.numpy()
-        self._discount = float(self._setting_values[_DISCOUNT_PLACE])
-        self._max_draft = cap
-        self._costs = torch.zeros(NUM_COSTS, dtype=torch.float64)
+        self._discount = float(self._setting_values[DISCOUNT_PLACE])
         self._posterior = prior_beliefs(control.settings).repeat(1 if shares else batch, 1)
-        slots = torch.zeros(batch) if shares else torch.arange(batch)
-        self._slots = slots.int()
-        self._seed = torch.zeros(batch, dtype=torch.int64)
-        ints = torch.zeros(7, batch, dtype=torch.int32)
-        self._position, self._limit, self._is_sampled, self._accept_length = ints[:4]
-        self._is_open, self._drafted, self._length = ints[4:]
+        self._inputs = HostInputs(batch, cap)
+        self._inputs.slots[:] = 0 if shares else range(batch)
+        ints = torch.zeros(4, batch, dtype=torch.int32)
+        self._accept_length, self._is_open, self._drafted, self._length = ints
         self._confidence = torch.full((batch, cap), math.nan)
         # The same memory through numpy, where small writes cost a tenth of torch's.
-        self._cost_values, self._beliefs = self._costs.numpy(), self._posterior.numpy()
-        self._seeds, self._positions = self._seed.numpy(), self._position.numpy()
-        self._limits, self._modes = self._limit.numpy(), self._is_sampled.numpy()
-        self._accepted = self._accept_length.numpy()
+        self._beliefs, self._accepted = self._posterior.numpy(), self._accept_length.numpy()
         self.is_open = self._is_open.numpy()
         """``[B]`` int32: 1 = draft another token for this sequence."""
         self.drafted = self._drafted.numpy()
@@ -273,19 +271,11 @@ class ControlRound:
             positions: numbers that no other round of the same seed has; None: the lengths.
         """
         control.read(states, self._beliefs)
-        self.price(costs)
-        for row, state in enumerate(states):
-            seed = state.seed % 2**64
-            self._seeds[row] = seed - 2**64 if seed >= 2**63 else seed
-            self._positions[row] = len(state.token_ids) if positions is None else positions[row]
-            # The bonus token takes the last place.
-            self._limits[row] = max(0, min(self._max_draft, state.num_left - 1))
-            self._modes[row] = state.temperature > 0.0
+        self._inputs.stage(states, costs, positions)
 
     def price(self, costs: DraftCosts) -> None:
         """Replace the costs."""
-        times = (costs.fixed, costs.step, costs.lower, costs.verify, costs.row)
-        self._cost_values[:] = times
+        self._inputs.price(costs)
 
     def decide(
         self, step: int, score: torch.Tensor | None = None, evidence: torch.Tensor | None = None
@@ -300,17 +290,18 @@ class ControlRound:
         Raises:
             ValueError: an argument does not fit.
         """
+        at = self._inputs.tensors
         draft_control(
             self._kind,
             step,
             self._settings,
-            self._costs,
+            at.costs,
             self._posterior,
-            self._slots,
-            self._seed,
-            self._position,
-            self._limit,
-            self._is_sampled,
+            at.slots,
+            at.seed,
+            at.position,
+            at.limit,
+            at.is_sampled,
             self._slope,
             score,
             evidence,
@@ -335,15 +326,16 @@ class ControlRound:
             accept_lengths: accepted drafted tokens of each; -1 = failed, nothing is learned.
             num_rounds: how many rounds' forgetting this one stands for.
         """
-        self._setting_values[_DISCOUNT_PLACE] = self._discount**num_rounds
+        self._setting_values[DISCOUNT_PLACE] = self._discount**num_rounds
         control.read(states, self._beliefs)
         self._accepted[:] = accept_lengths
+        at = self._inputs.tensors
         draft_control_update(
             self._kind,
             self._settings,
-            self._costs,
-            self._slots,
-            self._limit,
+            at.costs,
+            at.slots,
+            at.limit,
             self._drafted,
             self._length,
             self._confidence,
