@@ -1,6 +1,7 @@
 #include "tree_accept/tree_accept.h"
 
 #include "bindings/tensor.h"
+#include "core/mass.h"
 
 namespace specrt::bindings {
 namespace {
@@ -31,6 +32,25 @@ void bind_gumbel(uint64_t seed, uint64_t position, uint32_t purpose, py::handle 
         view.as<float>()[i] = gumbel_from(philox(seed, position, what, static_cast<uint32_t>(i)));
 }
 
+// x: [n] float32, exps: [n] float32, masses: [n] int64.
+void bind_exponentials(py::handle x, py::handle exps, py::handle masses) {
+    submit_released(
+        exponentials(view_of(x, "x"), view_of(exps, "exps"), view_of(masses, "masses")));
+}
+
+// The same by core/philox.h and core/mass.h, one by one.
+void bind_scalar_exponentials(py::handle x, py::handle exps, py::handle masses) {
+    const TensorView from = view_of(x, "x"), to = view_of(exps, "exps");
+    const TensorView mass = view_of(masses, "masses");
+    expect(from, DType::kFloat32, "[n]", -1);
+    expect(to, DType::kFloat32, "[n]", from.shape[0]);
+    expect(mass, DType::kInt64, "[n]", from.shape[0]);
+    for (int64_t i = 0; i < from.shape[0]; ++i) {
+        to.as<float>()[i] = exp_of(from.as<float>()[i]);
+        mass.as<uint64_t>()[i] = mass_of(from.as<float>()[i]);
+    }
+}
+
 py::tuple bind_philox4x32(py::tuple counter, py::tuple key) {
     PhiloxWords c;
     for (int i = 0; i < 4; ++i) c.word[i] = counter[i].cast<uint32_t>();
@@ -54,6 +74,12 @@ void register_tree_accept(py::module_& m) {
     m.def("uniform_from", &uniform_from);
     m.def("gumbel_from", &gumbel_from);
     m.def("exp_of", &exp_of);
+    m.def("mass_of", &mass_of);
+    m.def("log_of_mass", &log_of_mass);
+    m.def("nucleus_mass", &nucleus_mass);
+    m.def("light_mass", &light_mass);
+    m.def("exponentials", &bind_exponentials);
+    m.def("scalar_exponentials", &bind_scalar_exponentials);
 }
 
 }  // namespace specrt::bindings

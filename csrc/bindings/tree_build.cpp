@@ -8,33 +8,38 @@ namespace {
 TreeExpandArgs expand_args(const py::args& t) {
     SPECRT_CHECK(t.size() == 18, "tree_expand: expected 18 arguments, got ", t.size());
     TreeExpandArgs a{};
-    a.logits = view_of(t[0], "logits");
-    a.scores = view_of(t[1], "scores");
-    a.candidates = view_of(t[2], "candidates");
-    a.ancestors = view_of(t[3], "ancestors");
-    a.token_map = view_of(t[4], "token_map", true);
-    a.sampling = view_of(t[5], "sampling", true);
-    a.position = view_of(t[6], "position", true);
+    a.logits = device_view_of(t[0], "logits");
+    a.scores = device_view_of(t[1], "scores");
+    a.candidates = device_view_of(t[2], "candidates");
+    a.ancestors = device_view_of(t[3], "ancestors");
+    a.token_map = device_view_of(t[4], "token_map", true);
+    a.sampling = device_view_of(t[5], "sampling", true);
+    a.position = device_view_of(t[6], "position", true);
     a.noise_scale_temperature = t[7].cast<float>();
     a.level = t[8].cast<int64_t>();
-    a.workspace = view_of(t[9], "workspace");
-    a.pool_tokens = view_of(t[10], "pool_tokens");
-    a.pool_parents = view_of(t[11], "pool_parents");
-    a.pool_scores = view_of(t[12], "pool_scores");
-    a.frontier_tokens = view_of(t[13], "frontier_tokens");
-    a.frontier_scores = view_of(t[14], "frontier_scores");
-    a.frontier_candidates = view_of(t[15], "frontier_candidates");
-    a.frontier_source = view_of(t[16], "frontier_source");
-    a.frontier_ancestors = view_of(t[17], "frontier_ancestors");
+    a.workspace = device_view_of(t[9], "workspace");
+    a.pool_tokens = device_view_of(t[10], "pool_tokens");
+    a.pool_parents = device_view_of(t[11], "pool_parents");
+    a.pool_scores = device_view_of(t[12], "pool_scores");
+    a.frontier_tokens = device_view_of(t[13], "frontier_tokens");
+    a.frontier_scores = device_view_of(t[14], "frontier_scores");
+    a.frontier_candidates = device_view_of(t[15], "frontier_candidates");
+    a.frontier_source = device_view_of(t[16], "frontier_source");
+    a.frontier_ancestors = device_view_of(t[17], "frontier_ancestors");
     return a;
 }
 
 TreeRerankArgs rerank_args(const py::args& t) {
     SPECRT_CHECK(t.size() == 9, "tree_rerank: expected 9 arguments, got ", t.size());
-    return {
-        view_of(t[0], "pool_tokens"), view_of(t[1], "pool_parents"), view_of(t[2], "pool_scores"),
-        view_of(t[4], "roots"),       view_of(t[5], "draft_tokens"), view_of(t[6], "parents"),
-        view_of(t[7], "num_nodes"),   view_of(t[8], "node_scores"),  t[3].cast<int64_t>()};
+    return {device_view_of(t[0], "pool_tokens"),
+            device_view_of(t[1], "pool_parents"),
+            device_view_of(t[2], "pool_scores"),
+            device_view_of(t[4], "roots"),
+            device_view_of(t[5], "draft_tokens"),
+            device_view_of(t[6], "parents"),
+            device_view_of(t[7], "num_nodes"),
+            device_view_of(t[8], "node_scores"),
+            t[3].cast<int64_t>()};
 }
 
 }  // namespace
@@ -43,10 +48,11 @@ void register_tree_build(py::module_& m) {
     m.def("tree_expand", [](const py::args& t) {
         const TreeExpand launches = tree_expand(expand_args(t));
         submit_released(launches.children);
-        submit_released(launches.frontier);
+        if (launches.frontier.fn) submit_released(launches.frontier);
     });
     m.def("tree_rerank", [](const py::args& t) { submit_released(tree_rerank(rerank_args(t))); });
     m.def("tree_expand_workspace", &tree_expand_workspace);
+    m.def("tree_expand_gpu_workspace", &tree_expand_gpu_workspace);
 }
 
 }  // namespace specrt::bindings

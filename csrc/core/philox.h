@@ -75,7 +75,10 @@ SPECRT_HD uint32_t philox(uint64_t seed, uint64_t position, Purpose purpose, uin
                                   static_cast<uint32_t>(position >> 32)}};
     const PhiloxWords out =
         philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    return out.word[index / 16u % 4u];
+    // Not by number: an array that is indexed has to lie in memory.
+    const uint32_t low = index & 16u ? out.word[1] : out.word[0];
+    const uint32_t high = index & 16u ? out.word[3] : out.word[2];
+    return index & 32u ? high : low;
 }
 
 // Strictly inside (0, 1): 23 bits and a half, so neither end is ever rounded to.
@@ -118,28 +121,31 @@ SPECRT_HD float log_of(float x) {
     return fused_mul_add(n, 0.693359375f, 2.0f * s + tail);
 }
 
-// e^x within 2 ulp where it is a normal number; 0 below, +inf above, NaN for NaN.
+// Where e^x is a normal number.
+constexpr float kExpLow = -87.33654f, kExpHigh = 88.72283f;
+
+// e^x within 2 ulp where it is a normal number; 0 below, +inf above, NaN for NaN. The lanes' exp of
+// core/simd.h takes the same steps: the same bits for every float.
 SPECRT_HD float exp_of(float x) {
-    if (x != x) return x;
-    if (x < -87.33654f) return 0.0f;
-    x = x < 89.0f ? x : 89.0f;  // is +inf already
-    // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer.
-    const float n = fused_mul_add(x, 1.44269504f, 12582912.0f) - 12582912.0f;
+    if (x < kExpLow) return 0.0f;
+    if (!(x <= kExpHigh)) return x * 3.4028235e38f;  // +inf, or a quiet NaN
+    // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const float magic = fused_mul_add(x, 1.44269504f, 12582912.0f), n = magic - 12582912.0f;
     const float r = fused_mul_add(n, 2.12194440e-4f, fused_mul_add(n, -0.693359375f, x));
     float series = fused_mul_add(r, 1.9875691500e-4f, 1.3981999507e-3f);
     series = fused_mul_add(series, r, 8.3334519073e-3f);
     series = fused_mul_add(series, r, 4.1665795894e-2f);
     series = fused_mul_add(series, r, 1.6666665459e-1f);
     series = fused_mul_add(series, r, 5.0000001201e-1f);
-    const float mantissa = fused_mul_add(series, r * r, r) + 1.0f;
-    // 2^n in two factors: n may be 128.
-    const int32_t half = static_cast<int32_t>(n) / 2, rest = static_cast<int32_t>(n) - half;
-    const uint32_t u = static_cast<uint32_t>(half + 127) << 23;
-    const uint32_t v = static_cast<uint32_t>(rest + 127) << 23;
-    float first, second;
-    memcpy(&first, &u, 4);
-    memcpy(&second, &v, 4);
-    return mantissa * first * second;
+    const float mantissa = fused_mul_add(series, r * r, r + 1.0f);
+    // Times 2^n, in the exponent's bits: n is 128 only where the mantissa is below 1.
+    uint32_t bits, shift;
+    memcpy(&bits, &mantissa, 4);
+    memcpy(&shift, &magic, 4);
+    bits += shift << 23;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
 }
 
 // No Gumbel noise is above 33 ln 2 = 22.874, for the smallest tail is 2^-33.

@@ -1,4 +1,4 @@
-// Sums over a warp and a block, in an order that depends on the block's size alone.
+// Sums over a warp and a block, in an order that depends on the block's size alone; votes; tickets.
 #pragma once
 #include "core/launch.cuh"
 
@@ -22,6 +22,23 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     if (lane == 0) scratch[warp] = x;
     __syncthreads();
     return warp_sum(lane < num_warps ? scratch[lane] : 0.0f);
+}
+
+// How many of the threads before this one say yes, and of the block altogether. `words` has one for
+// each warp, and may be used again after the next __syncthreads().
+struct Votes {
+    int before, total;
+};
+__device__ __forceinline__ Votes block_votes(bool is_yes, unsigned* words) {
+    const unsigned lane = threadIdx.x % 32, mine = __ballot_sync(kFullWarp, is_yes);
+    if (lane == 0) words[threadIdx.x / 32] = mine;
+    __syncthreads();
+    Votes votes{__popc(mine & ((1u << lane) - 1)), 0};
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
+        if (warp < threadIdx.x / 32) votes.before += __popc(words[warp]);
+        votes.total += __popc(words[warp]);
+    }
+    return votes;
 }
 
 // A ticket's thread speaks for its block: the barrier before brings it all that the block wrote,

@@ -1,8 +1,7 @@
-// One pass over a row of logits: its maximum, its blocks' maxima, and whether it can be used at
-// all.
+// Passes over a row of logits: its maximum, its blocks' maxima, whether it can be used at all; and
+// its mass.
 #pragma once
-#include "core/philox.h"
-#include "core/simd.h"
+#include "core/mass_lanes.h"
 
 namespace specrt::SPECRT_ISA {
 
@@ -52,24 +51,26 @@ inline RowMax scan_row(const float* src, float* dst, float divisor, int64_t voca
     return row;
 }
 
-// The sum of exp(row - top), 256 values at a time in the lanes' tree.
-inline double sum_exp(const float* row, int64_t vocab, float top) {
-    const V16 t = splat(top);
-    double sum = 0.0;
-    for (int64_t start = 0; start < vocab; start += 256) {
-        V16 part = zero();
+// The mass of the values from `cut` up, relative to `top`. With the blocks' maxima, blocks that add
+// nothing are not read.
+inline uint64_t total_mass(const float* row, const float* block_max, int64_t vocab, float top,
+                           float cut = -kInf) {
+    const V16 t = splat(top), c = splat(cut);
+    MassSum sum;
+    int num_added = 0;
+    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
+        if (block_max && (block_max[block] < cut || block_max[block] - top < -28.0f)) continue;
+        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
         int64_t i = start;
-        for (; i + 16 <= vocab && i < start + 256; i += 16)
-            part = add(part, exp(sub(load(row + i), t)));
-        sum += static_cast<double>(reduce_add(part));
-        if (i < vocab && i < start + 256) {
-            float rest[16];
-            const int n = static_cast<int>(vocab - i);
-            store(exp(sub(load_first(row + i, n), t)), rest);
-            for (int j = 0; j < n; ++j) sum += static_cast<double>(rest[j]);
+        for (; i + 16 <= end; i += 16) {
+            const V16 x = load(row + i);
+            sum.add(split_mass(zero_where_less(mass_exp(sub(x, t)), x, c)));
         }
+        for (; i < end; ++i) sum.total += row[i] < cut ? 0 : mass_of(row[i] - top);
+        if (++num_added % 32 == 0) sum.flush();  // 128 steps
     }
-    return sum;
+    sum.flush();
+    return sum.total;
 }
 
 }  // namespace specrt::SPECRT_ISA

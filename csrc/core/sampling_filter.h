@@ -12,7 +12,7 @@ struct FilterParams {
 };
 
 struct FilterScratch {
-    float* weights;    // [V]
+    uint64_t* masses;  // [V]
     float* values;     // [2 V]: a top-k buffer needs twice k
     float* block_max;  // [blocks], as scan_row left it
     int32_t* ids;      // [V]
@@ -83,55 +83,55 @@ inline float kth_largest(const float* row, const float* block_max, int64_t vocab
     return smallest(buffer, k);
 }
 
-// weights = exp(row - top) over the kept set, 0 elsewhere; returns the sum.
-inline double fill_weights(const float* row, int64_t vocab, float top, const Filter& filter,
-                           float* weights) {
-    const V16 t = splat(top);
-    int64_t i = 0;
-    for (; i + 16 <= vocab; i += 16) store(exp(sub(load(row + i), t)), weights + i);
-    if (i < vocab) {
-        const int n = static_cast<int>(vocab - i);
-        store_first(exp(sub(load_first(row + i, n), t)), weights + i, n);
-    }
-    double sum = 0.0;
+// Masses over the kept set, 0 elsewhere; returns the sum.
+inline uint64_t fill_masses(const float* row, int64_t vocab, float top, const Filter& filter,
+                            uint64_t* masses) {
+    store_masses(row, vocab, top, masses);
+    uint64_t total = 0;
     for (int64_t v = 0; v < vocab; ++v) {
-        if (!filter.keeps(row[v], v)) weights[v] = 0.0f;
-        sum += static_cast<double>(weights[v]);
+        masses[v] = filter.keeps(row[v], v) ? masses[v] : 0;
+        total += masses[v];
     }
-    return sum;
+    return total;
 }
 
 struct Candidates {
-    float* values;  // logits: by weights those would tie that exp did not keep apart
+    float* values;  // logits: by masses those would tie that exp did not keep apart
     int32_t* ids;
+    uint64_t* masses;
 
     bool before(int64_t a, float value, int32_t id) const {
         return values[a] > value || (values[a] == value && ids[a] < id);
     }
     void swap(int64_t a, int64_t b) {
-        swap_floats(values + a, values + b);
-        const int32_t t = ids[a];
+        const float value = values[a];
+        const int32_t id = ids[a];
+        const uint64_t mass = masses[a];
+        values[a] = values[b];
         ids[a] = ids[b];
-        ids[b] = t;
+        masses[a] = masses[b];
+        values[b] = value;
+        ids[b] = id;
+        masses[b] = mass;
     }
 };
 
 // The last token whose predecessors (larger logit, or equal and smaller id) hold less than `mass`.
-inline Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double mass) {
+inline Filter nucleus_cut(Candidates c, int64_t n, uint64_t mass) {
     // The answer's rank is in [lo, hi); `before` is the mass ranked below lo. A quickselect, whose
     // sides of the pivot are weighed and not counted.
     int64_t lo = 0, hi = n;
-    double before = 0.0;
+    uint64_t before = 0;
     while (hi - lo > 1) {
         const int64_t mid = lo + (hi - lo) / 2;
         c.swap(mid, hi - 1);
         const float value = c.values[hi - 1];
         const int32_t id = c.ids[hi - 1];
         int64_t split = lo;
-        double left = 0.0;
+        uint64_t left = 0;
         for (int64_t i = lo; i < hi - 1; ++i) {
             if (!c.before(i, value, id)) continue;
-            left += static_cast<double>(weights[c.ids[i]]);
+            left += c.masses[i];
             c.swap(i, split++);
         }
         c.swap(split, hi - 1);  // the pivot, at its rank
@@ -141,9 +141,9 @@ inline Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double 
             before += left;
             if (split > lo) {
                 lo = split;
-            } else if (before + static_cast<double>(weights[id]) < mass) {
+            } else if (before + c.masses[split] < mass) {
                 // The pivot ranks first: the next is in.
-                before += static_cast<double>(weights[id]);
+                before += c.masses[split];
                 lo = split + 1;
             } else {
                 hi = split + 1;
@@ -155,17 +155,20 @@ inline Filter nucleus_cut(Candidates c, int64_t n, const float* weights, double 
 
 inline Filter apply_top_p(const float* row, int64_t vocab, float top, double top_p, Filter filter,
                           const FilterScratch& w) {
-    const double sum = fill_weights(row, vocab, top, filter, w.weights);
-    // Tokens lighter than this weigh at most 1 - top_p together: none of them is kept.
-    const float light =
-        static_cast<float>((1.0 - top_p) * sum / static_cast<double>(vocab) * 0.999);
+    const uint64_t total = total_mass(row, w.block_max, vocab, top, filter.cut);
+    const float light = logit_of_mass(light_mass(top_p, total, vocab));
     int64_t n = 0;
-    for (int64_t v = 0; v < vocab; ++v) {
-        if (!(w.weights[v] > light)) continue;
-        w.values[n] = row[v];
-        w.ids[n++] = static_cast<int32_t>(v);
+    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
+        if (w.block_max[block] < filter.cut || w.block_max[block] - top < light) continue;
+        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
+        for (int64_t v = start; v < end; ++v) {
+            if (row[v] < filter.cut || row[v] - top < light) continue;
+            w.values[n] = row[v];
+            w.ids[n++] = static_cast<int32_t>(v);
+        }
     }
-    return nucleus_cut({w.values, w.ids}, n, w.weights, top_p * sum);
+    store_masses(w.values, n, top, w.masses);
+    return nucleus_cut({w.values, w.ids, w.masses}, n, nucleus_mass(top_p, total));
 }
 
 inline Filter make_filter(const float* row, int64_t vocab, float top, const FilterParams& s,

@@ -20,6 +20,8 @@
 #include <immintrin.h>
 #endif
 
+#include "core/philox.h"
+
 namespace specrt {
 
 struct bf16 {
@@ -144,10 +146,34 @@ inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), value.v,
                                  _mm512_setzero_ps())};
 }
-// value * 2^n, n the integer held in the low mantissa bits of `magic` (see exp below).
+// +inf where x > bound > 1, NaN where x is NaN.
+inline V16 overflow_where_above(V16 value, V16 x, V16 bound) {
+    const __mmask16 is_above = _mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLE_UQ);
+    return {_mm512_mask_mul_ps(value.v, is_above, x.v, _mm512_set1_ps(3.4028235e38f))};
+}
+// value * 2^n, n the integer held in the low mantissa bits of `magic` (see exp_of).
 inline V16 scale_pow2(V16 value, V16 magic) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
+}
+// Sixteen 32-bit integers; sums wrap.
+struct I16 {
+    __m512i v;
+};
+inline I16 zero_ints() {
+    return {_mm512_setzero_si512()};
+}
+inline I16 truncate(V16 a) {  // |a| < 2^31
+    return {_mm512_cvttps_epi32(a.v)};
+}
+inline V16 to_float(I16 a) {
+    return {_mm512_cvtepi32_ps(a.v)};
+}
+inline I16 add(I16 a, I16 b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+inline void store(I16 a, uint32_t* p) {
+    _mm512_storeu_si512(p, a.v);
 }
 inline __m128 fold_to_4(V16 a) {
     const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
@@ -231,12 +257,39 @@ inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, bound.lo, _CMP_LT_OQ), value.lo),
             _mm256_andnot_ps(_mm256_cmp_ps(x.hi, bound.hi, _CMP_LT_OQ), value.hi)};
 }
+inline __m256 overflow_where_above(__m256 value, __m256 x, __m256 bound) {
+    const __m256 is_above = _mm256_cmp_ps(x, bound, _CMP_NLE_UQ);
+    return _mm256_blendv_ps(value, _mm256_mul_ps(x, _mm256_set1_ps(3.4028235e38f)), is_above);
+}
+inline V16 overflow_where_above(V16 value, V16 x, V16 bound) {
+    return {overflow_where_above(value.lo, x.lo, bound.lo),
+            overflow_where_above(value.hi, x.hi, bound.hi)};
+}
 inline __m256 scale_pow2(__m256 value, __m256 magic) {
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(magic), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), n));
 }
 inline V16 scale_pow2(V16 value, V16 magic) {
     return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
+}
+struct I16 {
+    __m256i lo, hi;
+};
+inline I16 zero_ints() {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+inline I16 truncate(V16 a) {
+    return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)};
+}
+inline V16 to_float(I16 a) {
+    return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+inline I16 add(I16 a, I16 b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline void store(I16 a, uint32_t* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
 inline __m128 fold_to_4(V16 a) {
     const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
@@ -298,9 +351,33 @@ inline V16 min(V16 a, V16 b) {
 inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return lanes([&](int i) { return x.v[i] < bound.v[i] ? 0.0f : value.v[i]; });
 }
+inline V16 overflow_where_above(V16 value, V16 x, V16 bound) {
+    return lanes([&](int i) { return x.v[i] <= bound.v[i] ? value.v[i] : x.v[i] * 3.4028235e38f; });
+}
 inline V16 scale_pow2(V16 value, V16 magic) {
     return lanes(
         [&](int i) { return from_bits(to_bits(value.v[i]) + (to_bits(magic.v[i]) << 23)); });
+}
+struct I16 {
+    uint32_t v[16];
+};
+inline I16 zero_ints() {
+    return {};
+}
+inline I16 truncate(V16 a) {
+    I16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = static_cast<uint32_t>(static_cast<int32_t>(a.v[i]));
+    return r;
+}
+inline V16 to_float(I16 a) {
+    return lanes([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });
+}
+inline I16 add(I16 a, I16 b) {
+    for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+    return a;
+}
+inline void store(I16 a, uint32_t* p) {
+    std::memcpy(p, a.v, sizeof a.v);
 }
 inline void prefetch(const void* p) {
     __builtin_prefetch(p);
@@ -398,15 +475,12 @@ inline void store_first(V16 a, T* p, int n) {
     for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
 }
 
-// e^x: 2^n * e^r, |r| <= ln2/2, degree-6 polynomial, within 2 ulp; 0 below -87.3, NaN stays NaN.
-inline V16 exp(V16 x) {
-    const V16 low = splat(-87.33654f);
-    const V16 clamped = min(splat(88.37626f), max(low, x));
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+// exp_of (core/philox.h) where kExpLow <= x <= kExpHigh, anything elsewhere.
+inline V16 exp_within(V16 x) {
     const V16 round = splat(12582912.0f);
-    const V16 magic = fma(clamped, splat(1.44269504f), round);
+    const V16 magic = fma(x, splat(1.44269504f), round);
     const V16 n = sub(magic, round);
-    V16 r = fma(n, splat(-0.693359375f), clamped);
+    V16 r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
     V16 y = splat(1.9875691500e-4f);
     y = fma(y, r, splat(1.3981999507e-3f));
@@ -415,7 +489,13 @@ inline V16 exp(V16 x) {
     y = fma(y, r, splat(1.6666665459e-1f));
     y = fma(y, r, splat(5.0000001201e-1f));
     y = fma(y, mul(r, r), add(r, splat(1.0f)));
-    return zero_where_less(scale_pow2(y, magic), x, low);
+    return scale_pow2(y, magic);
+}
+
+// exp_of, lane by lane.
+inline V16 exp(V16 x) {
+    const V16 value = zero_where_less(exp_within(x), x, splat(kExpLow));
+    return overflow_where_above(value, x, splat(kExpHigh));
 }
 
 }  // namespace SPECRT_ISA

@@ -97,6 +97,11 @@ inline void expect_contiguous(const TensorView& t) {
     }
 }
 
+inline void expect_aligned(const TensorView& t, int64_t bytes) {
+    SPECRT_CHECK(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes) == 0, t.name,
+                 ": expected to start at a multiple of ", bytes, " bytes");
+}
+
 // That no element of one lies in the stretch of memory that the other spans, from its first to its
 // last element. Views that interleave are refused too: what lies between is not worth telling.
 inline void expect_apart(const TensorView& t, const TensorView& other) {

@@ -32,6 +32,7 @@ void check_shapes(const TreeAcceptArgs& a) {
         expect_contiguous(*t);
     if (a.logprobs) expect_contiguous(a.logprobs);
     if (a.workspace) expect_contiguous(a.workspace);
+    if (a.workspace) expect_aligned(a.workspace, sizeof(uint64_t));
 }
 
 }  // namespace
@@ -90,6 +91,14 @@ Launch processed_logits(const TreeAcceptArgs& a, const TensorView& out) {
     std::memcpy(&p, launch.params, sizeof p);
     p.logprobs = out.as<float>();
     return make_launch(processed_logits_part_for(active_isa()), p, launch.max_parts);
+}
+
+Launch exponentials(const TensorView& x, const TensorView& exps, const TensorView& masses) {
+    expect(x, DType::kFloat32, "[n]", -1);
+    expect(exps, DType::kFloat32, "[n]", x.shape[0]);
+    expect(masses, DType::kInt64, "[n]", x.shape[0]);
+    const ExponentialsParams p{x.as<float>(), exps.as<float>(), masses.as<uint64_t>(), x.shape[0]};
+    return make_launch(exponentials_part_for(active_isa()), p, 1);
 }
 
 }  // namespace specrt

@@ -42,12 +42,21 @@ struct TreeAcceptParams {
 
 // Floats of scratch a part needs, unless every sequence is greedy without bias or penalties.
 constexpr int64_t tree_accept_workspace(int64_t vocab) {
-    return 8 * ((vocab + 63) / 64 * 64);
+    return 9 * ((vocab + 63) / 64 * 64);
 }
 
 SPECRT_DECLARE_CPU(tree_accept_part)
 // For tests: logprobs is [B, V] and gets the root's processed logits, -inf where filtered out.
 SPECRT_DECLARE_CPU(processed_logits_part)
+
+// For tests: core/simd.h's exponentials, and core/mass_lanes.h's masses, of any floats.
+struct ExponentialsParams {
+    const float* x;    // [n]
+    float* exps;       // [n]
+    uint64_t* masses;  // [n]
+    int64_t count;
+};
+SPECRT_DECLARE_CPU(exponentials_part)
 
 struct TreeAcceptArgs {
     TensorView draft_tokens, parents, num_nodes, draft_probs, logits, sampling, bias_ids,
@@ -55,5 +64,6 @@ struct TreeAcceptArgs {
 };
 Launch tree_accept(const TreeAcceptArgs& args);
 Launch processed_logits(const TreeAcceptArgs& args, const TensorView& out);
+Launch exponentials(const TensorView& x, const TensorView& exps, const TensorView& masses);
 
 }  // namespace specrt

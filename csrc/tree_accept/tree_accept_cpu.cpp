@@ -11,23 +11,24 @@ const float kNoLogprob = __builtin_nanf("");  // -1 would be a plausible log-pro
 // One part's scratch, in pieces of S floats (V rounded up to whole blocks of 64); what is not
 // touched costs no memory:
 //
-//     0           1         2        3        4           5     6        7       8 S
-//     | processed | weights |      values     | block_max | ids | counts | seen  |
+//     0           1        2        3        4        5           6     7        8      9 S
+//     | processed |      masses     |      values     | block_max | ids | counts | seen |
 struct Workspace {
-    float *processed, *weights, *values, *block_max;
+    float *processed, *values, *block_max;
+    uint64_t* masses;
     int32_t *ids, *counts, *seen;
 
     Workspace(float* base, int64_t vocab) {
         const int64_t size = (vocab + 63) / 64 * 64;
         processed = base;
-        weights = base + size;
-        values = base + 2 * size;  // 2 * size long: a top-k buffer needs twice k
-        block_max = base + 4 * size;
-        ids = reinterpret_cast<int32_t*>(base + 5 * size);
-        counts = reinterpret_cast<int32_t*>(base + 6 * size);
-        seen = reinterpret_cast<int32_t*>(base + 7 * size);
+        masses = reinterpret_cast<uint64_t*>(base + size);
+        values = base + 3 * size;  // 2 * size long: a top-k buffer needs twice k
+        block_max = base + 5 * size;
+        ids = reinterpret_cast<int32_t*>(base + 6 * size);
+        counts = reinterpret_cast<int32_t*>(base + 7 * size);
+        seen = reinterpret_cast<int32_t*>(base + 8 * size);
     }
-    FilterScratch filter_scratch() const { return {weights, values, block_max, ids}; }
+    FilterScratch filter_scratch() const { return {masses, values, block_max, ids}; }
 };
 
 // --- processing: transformers' order -------------------------------------------------------------
@@ -111,45 +112,31 @@ int32_t draw_seeded(const float* row, int64_t vocab, const RowMax& top, const Fi
     return search.token;
 }
 
-// The first token at which the running sum passes u * sum; never one of weight 0.
-int32_t draw_by_mass(const float* weights, int64_t vocab, double sum, float u) {
-    const double target = static_cast<double>(u) * sum;
-    double running = 0.0;
-    int32_t last = kBadRow;
+// The first token whose inclusive prefix sum is above floor(u * total), which is below the total.
+int32_t draw_by_mass(const uint64_t* masses, int64_t vocab, uint64_t total, float u) {
+    const uint64_t drawn = drawn_mass(u, total);
+    uint64_t sum = 0;
     for (int64_t v = 0; v < vocab; ++v) {
-        if (!(weights[v] > 0.0f)) continue;
-        last = static_cast<int32_t>(v);
-        running += static_cast<double>(weights[v]);
-        if (running > target) return last;
+        sum += masses[v];
+        if (sum > drawn) return static_cast<int32_t>(v);
     }
-    return last;  // rounding left the sum short
+    return kBadRow;
 }
 
-// The law as a drafter may report it: NaN and negatives are 0, rounding above 1 is cut.
-double clean_prob(float q) {
-    return q > 0.0f ? (q < 1.0f ? static_cast<double>(q) : 1.0) : 0.0;
-}
-
-// weights / sum <- normalize(relu(weights / sum - q)); false, and nothing changed, if that is empty
-// (then the laws are equal up to rounding, and the weights as they are serve as well).
-bool subtract_draft(float* weights, double* sum, const float* q, int64_t vocab) {
-    double total = 0.0;
-    for (int64_t v = 0; v < vocab; ++v) {
-        const double r = static_cast<double>(weights[v]) / *sum - clean_prob(q[v]);
-        total += r > 0.0 ? static_cast<double>(static_cast<float>(r)) : 0.0;
-    }
-    if (!(total > 0.0)) return false;
-    for (int64_t v = 0; v < vocab; ++v) {
-        const double r = static_cast<double>(weights[v]) / *sum - clean_prob(q[v]);
-        weights[v] = r > 0.0 ? static_cast<float>(r) : 0.0f;
-    }
-    *sum = total;
+// masses <- relu(masses / total - q); false, and nothing changed, if that is empty (then the laws
+// are equal up to rounding, and the masses as they are serve as well).
+bool subtract_draft(uint64_t* masses, uint64_t* total, const float* q, int64_t vocab) {
+    uint64_t after = 0;
+    for (int64_t v = 0; v < vocab; ++v) after += residual_mass(masses[v], *total, q[v]);
+    if (after == 0) return false;
+    for (int64_t v = 0; v < vocab; ++v) masses[v] = residual_mass(masses[v], *total, q[v]);
+    *total = after;
     return true;
 }
 
 float logprob_of(const float* row, int64_t vocab, int32_t token) {
     const float top = scan_row(row, nullptr, 1.0f, vocab, nullptr).value;
-    return row[token] - top - log_of(static_cast<float>(sum_exp(row, vocab, top)));
+    return row[token] - top - log_of_mass(total_mass(row, nullptr, vocab, top));
 }
 
 // --- one sequence --------------------------------------------------------------------------------
@@ -243,7 +230,7 @@ struct Walk {
     // Rejection over the children in order; returns the token, and the child that holds it or -1.
     int32_t draw_by_rejection(int64_t node, int64_t depth, const float* row, float top,
                               const Filter& filter, int64_t* child) {
-        double sum = fill_weights(row, p.vocab, top, filter, w.weights);
+        uint64_t total = fill_masses(row, p.vocab, top, filter, w.masses);
         const float* q = p.draft_probs + b * p.probs_stride[0] + node * p.probs_stride[1];
         uint32_t sibling = 0;
         for (int64_t j = node + 1; j < num_nodes; ++j) {
@@ -253,15 +240,13 @@ struct Walk {
                 uniform_from(philox(s.seed, position(depth), Purpose::kAccept, sibling++));
             // A child its own law excludes was not drawn from it: subtracting would bias.
             if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
-            // Strict: probability 0 is never accepted, however small u is.
-            if (static_cast<double>(u) * clean_prob(q[x]) <
-                static_cast<double>(w.weights[x]) / sum) {
+            if (accepts(u, q[x], w.masses[x], total)) {
                 *child = j;
                 return x;
             }
-            subtract_draft(w.weights, &sum, q, p.vocab);
+            subtract_draft(w.masses, &total, q, p.vocab);
         }
-        return draw_by_mass(w.weights, p.vocab, sum,
+        return draw_by_mass(w.masses, p.vocab, total,
                             uniform_from(philox(s.seed, position(depth), Purpose::kResidual, 0)));
     }
 
@@ -332,6 +317,15 @@ void processed_logits_part(const void* params, int part, int num_parts) {
     float* scratch = p.workspace + part * tree_accept_workspace(p.vocab);
     for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
         Walk(p, b, scratch).write_processed(p.logprobs + b * p.vocab);
+}
+
+void exponentials_part(const void* params, int, int) {
+    const auto& p = *static_cast<const ExponentialsParams*>(params);
+    store_masses(p.x, p.count, 0.0f, p.masses);
+    int64_t i = 0;
+    for (; i + 16 <= p.count; i += 16) store(exp(load(p.x + i)), p.exps + i);
+    const int rest = static_cast<int>(p.count - i);
+    if (rest > 0) store_first(exp(load_first(p.x + i, rest)), p.exps + i, rest);
 }
 
 }  // namespace specrt::SPECRT_ISA

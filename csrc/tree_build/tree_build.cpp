@@ -85,6 +85,7 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.frontier_source = a.frontier_source.as<int32_t>();
     p.frontier_ancestors = a.frontier_ancestors.as<int64_t>();
     p.workspace = a.workspace.as<float>();
+    p.workspace_size = a.workspace.shape[0];
     p.logits_stride[0] = a.logits.stride[0];
     p.logits_stride[1] = a.logits.stride[1];
     p.batch = narrow(a.logits.shape[0]);
@@ -95,6 +96,41 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.words = narrow(a.ancestors.shape[2]);
     p.level = narrow(a.level);
     return p;
+}
+
+int device_of(const TreeExpandArgs& a) {
+    return common_device(a.logits, a.scores, a.candidates, a.ancestors, a.token_map, a.sampling,
+                         a.position, a.workspace, a.pool_tokens, a.pool_parents, a.pool_scores,
+                         a.frontier_tokens, a.frontier_scores, a.frontier_candidates,
+                         a.frontier_source, a.frontier_ancestors);
+}
+
+TreeExpand launch_on_gpu(const TreeExpandArgs& a, const TreeExpandParams& p, int device) {
+    expect(a.workspace, DType::kFloat32, "[floats]", -1);
+    const int64_t needed = tree_expand_gpu_workspace(p.batch, p.width, p.rows, p.top_k);
+    SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
+                 " floats for this shape, got ", a.workspace.describe());
+    expect_aligned(a.workspace, sizeof(uint64_t));
+    return {make_cuda_launch(tree_expand_cuda, p, device), Launch{}};
+}
+
+TreeExpand launch_on_cpu(const TreeExpandArgs& a, const TreeExpandParams& p) {
+    expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_expand_workspace(p.rows));
+    expect_contiguous(a.workspace);
+    expect_aligned(a.workspace, sizeof(uint64_t));
+    SPECRT_CHECK(a.workspace.shape[0] >= 1, "workspace: expected at least one part, got ",
+                 a.workspace.describe());
+    // A part owns one workspace row. One thread is done with 16k logits before a second could have
+    // started.
+    const int64_t batch = p.batch, rows = batch * p.width;
+    int64_t parts = rows;
+    if (parts > 1 + rows * p.rows / 16384) parts = 1 + rows * p.rows / 16384;
+    if (parts > a.workspace.shape[0]) parts = a.workspace.shape[0];
+    const int64_t frontier_parts = 1 + rows * p.top_k / 8192;
+    const Isa isa = active_isa();
+    return {make_launch(tree_expand_children_part_for(isa), p, parts),
+            make_launch(tree_expand_frontier_part_for(isa), p,
+                        frontier_parts < batch ? frontier_parts : batch)};
 }
 
 }  // namespace
@@ -111,22 +147,9 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, pool_end(a.level, top_k));
     check_noise(a, batch);
     if (a.token_map) expect(a.token_map, DType::kInt32, "[R]", rows);
-    expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_expand_workspace(rows));
-    expect_contiguous(a.workspace);
-    SPECRT_CHECK(a.workspace.shape[0] >= 1, "workspace: expected at least one part, got ",
-                 a.workspace.describe());
-
+    const int device = device_of(a);
     const TreeExpandParams p = params_of(a, top_k);
-    // A part owns one workspace row. One thread is done with 16k logits before a second could have
-    // started.
-    int64_t parts = batch * width;
-    if (parts > 1 + parts * rows / 16384) parts = 1 + parts * rows / 16384;
-    if (parts > a.workspace.shape[0]) parts = a.workspace.shape[0];
-    const int64_t frontier_parts = 1 + batch * width * top_k / 8192;
-    const Isa isa = active_isa();
-    return {make_launch(tree_expand_children_part_for(isa), p, parts),
-            make_launch(tree_expand_frontier_part_for(isa), p,
-                        frontier_parts < batch ? frontier_parts : batch)};
+    return device == kCpu ? launch_on_cpu(a, p) : launch_on_gpu(a, p, device);
 }
 
 Launch tree_rerank(const TreeRerankArgs& a) {
@@ -155,6 +178,9 @@ Launch tree_rerank(const TreeRerankArgs& a) {
     p.nodes = narrow(nodes);
     p.pool_size = narrow(a.pool_tokens.shape[1]);
     p.num_candidates = narrow(a.num_candidates);
+    const int device = common_device(a.draft_tokens, a.pool_tokens, a.pool_parents, a.pool_scores,
+                                     a.roots, a.parents, a.num_nodes, a.node_scores);
+    if (device != kCpu) return make_cuda_launch(tree_rerank_cuda, p, device);
     const int64_t parts = 1 + batch * a.num_candidates / 8192;
     return make_launch(tree_rerank_part_for(active_isa()), p, parts < batch ? parts : batch);
 }

@@ -40,7 +40,8 @@ struct TreeExpandParams {
     int32_t* frontier_candidates;
     int32_t* frontier_source;
     int64_t* frontier_ancestors;  // [B, K, W]
-    float* workspace;             // [parts, tree_expand_workspace(R)]
+    float* workspace;             // [parts, tree_expand_workspace(R)]; on a GPU [workspace_size]
+    int64_t workspace_size;
     int64_t logits_stride[2];
     float noise_scale_temperature;
     int32_t batch, width, rows, top_k, pool_size, words, level;  // width: F, rows: R
@@ -48,11 +49,32 @@ struct TreeExpandParams {
 
 // Floats of scratch a part needs.
 constexpr int64_t tree_expand_workspace(int64_t rows) {
-    return 6 * ((rows + 63) / 64 * 64);
+    return 7 * ((rows + 63) / 64 * 64);
+}
+
+// A GPU's workspace, in words of 4 bytes. Tickets, which are 0 between launches, are counted from
+// its end, so that a smaller batch or level than it was made for finds them where they were.
+//
+//     | row 0: best keys, masses, list, maxima, filter | row 1 | ...        ... | tickets |
+constexpr int64_t kSliceTokens = 4096;  // of a row, for one block of threads
+constexpr int64_t kMostListed = 4096;   // tokens of a row that its filter finds in a list
+
+constexpr int64_t expand_slices(int64_t rows) {
+    return (rows + kSliceTokens - 1) / kSliceTokens;
+}
+constexpr int64_t expand_row_words(int64_t rows, int64_t top_k) {
+    const int64_t slices = expand_slices(rows);
+    const int64_t words = 2 * slices * (top_k + 1) + 2 * kMostListed + 65 * slices + 3;
+    return (words + 1) / 2 * 2;  // 64-bit numbers are at multiples of their size
+}
+constexpr int64_t tree_expand_gpu_workspace(int64_t batch, int64_t width, int64_t rows,
+                                            int64_t top_k) {
+    return batch * width * expand_row_words(rows, top_k) + batch * (2 * top_k + 1);
 }
 
 SPECRT_DECLARE_CPU(tree_expand_children_part)
 SPECRT_DECLARE_CPU(tree_expand_frontier_part)
+SPECRT_DECLARE_CUDA(tree_expand_cuda)
 
 struct TreeExpandArgs {
     TensorView logits, scores, candidates, ancestors, token_map, sampling, position, pool_tokens,
@@ -62,7 +84,8 @@ struct TreeExpandArgs {
     int64_t level;
 };
 struct TreeExpand {
-    Launch children, frontier;  // to be submitted in this order
+    Launch children;
+    Launch frontier;  // on a CPU, after the children; a GPU's only launch is `children`
 };
 TreeExpand tree_expand(const TreeExpandArgs& args);
 
@@ -79,6 +102,7 @@ struct TreeRerankParams {
 };
 
 SPECRT_DECLARE_CPU(tree_rerank_part)
+SPECRT_DECLARE_CUDA(tree_rerank_cuda)
 
 struct TreeRerankArgs {
     TensorView pool_tokens, pool_parents, pool_scores, roots, draft_tokens, parents, num_nodes,

@@ -1,5 +1,6 @@
 #include "core/noise_bits.h"
 #include "core/sampling_filter.h"
+#include "core/score_key.h"
 #include "tree_build/tree_build.h"
 
 namespace specrt::SPECRT_ISA {
@@ -8,24 +9,6 @@ namespace {
 const float kNaN = __builtin_nanf("");
 
 // --- best first, ties by index
-// Score and index as one number whose order is the order wanted: the float's bits made monotone
-// (NaN lowest), then the complement of the index.
-uint64_t key_of(float score, int32_t index) {
-    const uint32_t u = to_bits(score + 0.0f);  // -0 becomes 0: they tie
-    const uint32_t high = score != score ? 0 : u >> 31 ? ~u : u | 0x80000000u;
-    return static_cast<uint64_t>(high) << 32 | ~static_cast<uint32_t>(index);
-}
-
-int32_t index_of(uint64_t key) {
-    return static_cast<int32_t>(~static_cast<uint32_t>(key));
-}
-
-float score_of(uint64_t key) {
-    const uint32_t high = static_cast<uint32_t>(key >> 32);
-    if (high == 0) return kNaN;
-    return from_bits(high >> 31 ? high ^ 0x80000000u : ~high);
-}
-
 // The best `capacity` of what was offered, best first.
 struct Best {
     static constexpr int kMax = kMaxTopK > kMaxNodes ? kMaxTopK : kMaxNodes;
@@ -61,19 +44,20 @@ struct Best {
 // --- children
 // One part's scratch, in pieces of S floats (R rounded up to whole blocks of 64):
 //
-//     0           1         2        3        4           5     6 S
-//     | processed | weights |      values     | block_max | ids |
+//     0           1        2        3        4        5           6     7 S
+//     | processed |      masses     |      values     | block_max | ids |
 struct Scratch {
-    float *processed, *weights, *values, *block_max;
+    float *processed, *values, *block_max;
+    uint64_t* masses;
     int32_t* ids;
 
     Scratch(float* base, int64_t rows) {
         const int64_t size = (rows + 63) / 64 * 64;
         processed = base;
-        weights = base + size;
-        values = base + 2 * size;
-        block_max = base + 4 * size;
-        ids = reinterpret_cast<int32_t*>(base + 5 * size);
+        masses = reinterpret_cast<uint64_t*>(base + size);
+        values = base + 3 * size;
+        block_max = base + 5 * size;
+        ids = reinterpret_cast<int32_t*>(base + 6 * size);
     }
 };
 
@@ -108,7 +92,7 @@ struct Expansion {
             for (int64_t i = start; i < end; ++i)
                 if (row[i] >= best->bound && row[i] > -kInf) best->offer(row[i], i);
         }
-        const float log_sum = log_of(static_cast<float>(sum_exp(row, p.rows, top.value)));
+        const float log_sum = log_of_mass(total_mass(row, w.block_max, p.rows, top.value));
         for (int j = 0; j < best->count; ++j) {
             const float x = row[index_of(best->keys[j])] - top.value - log_sum;
             increments[j] = x < 0.0f ? x : 0.0f;
@@ -146,7 +130,7 @@ struct Expansion {
     void rank_coupled(const float* row, const RowMax& top, Best* best, float* increments) const {
         const FilterParams params{s->top_k, s->top_p < 0.0 ? 0.0 : s->top_p, s->min_p};
         const Filter filter =
-            make_filter(row, p.rows, top.value, params, {w.weights, w.values, w.block_max, w.ids});
+            make_filter(row, p.rows, top.value, params, {w.masses, w.values, w.block_max, w.ids});
         const uint64_t position = static_cast<uint64_t>(p.position[b] + int64_t{p.level});
         visit(row, top.block, top.value, filter, position, best);  // a good first bound
         for (int64_t block = 0; block * kBlock < p.rows; ++block)
@@ -157,17 +141,12 @@ struct Expansion {
     // log-softmax of w / tau over the children; w relative to the best, so no tau overflows it.
     void normalize(const Best& best, float* increments) const {
         if (best.count == 0) return;
-        float weights[Best::kMax + 16] = {};
         const float first = score_of(best.keys[0]);
         for (int j = 0; j < best.count; ++j)
             increments[j] = (score_of(best.keys[j]) - first) / p.noise_scale_temperature;
-        double sum = 0.0;
-        for (int j = 0; j < best.count; j += 16) {
-            const int n = best.count - j < 16 ? best.count - j : 16;
-            store(exp(load_first(increments + j, n)), weights + j);
-            for (int i = 0; i < n; ++i) sum += static_cast<double>(weights[j + i]);
-        }
-        const float log_sum = log_of(static_cast<float>(sum));
+        uint64_t total = 0;
+        for (int j = 0; j < best.count; ++j) total += mass_of(increments[j]);
+        const float log_sum = log_of_mass(total);
         for (int j = 0; j < best.count; ++j) {
             const float x = increments[j] - log_sum;
             increments[j] = x < 0.0f ? x : 0.0f;

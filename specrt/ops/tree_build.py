@@ -34,6 +34,21 @@ def expand_workspace_size(num_rows: int) -> int:
     return _C.tree_expand_workspace(num_rows)
 
 
+def expand_gpu_workspace_size(batch: int, width: int, num_rows: int, top_k: int) -> int:
+    """Floats of ``workspace`` that ``tree_expand`` needs on a GPU, for all threads together.
+
+    It is zero before the first call, and its tickets are zero again after each. One made for the
+    largest sizes serves all smaller ones; of two calls at the same time each has its own.
+
+    Args:
+        batch: B.
+        width: F of the widest level, which is ``top_k`` but for the root's.
+        num_rows: R.
+        top_k: K.
+    """
+    return int(_C.tree_expand_gpu_workspace(batch, width, num_rows, top_k))
+
+
 def tree_expand(
     logits: torch.Tensor,
     scores: torch.Tensor,
@@ -80,7 +95,8 @@ def tree_expand(
             ``sampling`` is.
         level: 0 for the root's children. Level ``l >= 1`` writes pool entries from
             ``K + (l - 1) * K * K`` on, one group of K a frontier node.
-        workspace: ``[parts, expand_workspace_size(R)]`` float32; one part is used by one thread.
+        workspace: ``[parts, expand_workspace_size(R)]`` float32; one part is used by one thread. On
+            a GPU at least ``[expand_gpu_workspace_size(B, F, R, K)]``, of zeros when it was made.
         pool_tokens: ``[B, C]`` int32, written.
         pool_parents: ``[B, C]`` int32, written: pool indices, -1 for the root.
         pool_scores: ``[B, C]`` float32, written.

@@ -15,7 +15,7 @@ from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
 from specrt.ops.history_append import report_size
 from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from specrt.ops.tree_accept import workspace_size
-from specrt.ops.tree_build import expand_workspace_size
+from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from tests.ops.conftest import Backend
 from tests.ops.garbage_kernel import (
@@ -159,6 +159,9 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
     g, size, width = generator(variant), TOP_K + 2 * TOP_K**2, (BATCH, TOP_K)
     zeros = torch.zeros(4, *width, dtype=torch.int32)
     token_map = torch.randperm(2 * VOCAB, generator=g)[:VOCAB].int()
+    workspace = torch.zeros(1, expand_workspace_size(VOCAB))
+    if backend.runs_cuda_source:
+        workspace = torch.zeros(expand_gpu_workspace_size(BATCH, TOP_K, VOCAB, TOP_K))
     return (coupling() if variant % 2 else dict.fromkeys(coupling())) | {
         "logits": torch.randn(*width, VOCAB, generator=g),
         "scores": -torch.rand(width, generator=g),
@@ -166,7 +169,7 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
         "ancestors": torch.ones(*width, 1, dtype=torch.int64),
         "token_map": token_map if variant % 3 else None,
         "level": 2,
-        "workspace": torch.zeros(1, expand_workspace_size(VOCAB)),
+        "workspace": workspace,
         "pool_tokens": torch.zeros(BATCH, size, dtype=torch.int32),
         "pool_parents": torch.zeros(BATCH, size, dtype=torch.int32),
         "pool_scores": torch.zeros(BATCH, size),
@@ -394,17 +397,19 @@ KERNELS = {
         expand_arguments,
         lambda a: ops.tree_expand(**a),
         own=("sampling", "position", "scores", "candidates", "ancestors"),
-        shared=("token_map",),
+        shared=("token_map", "workspace"),
         results=(
             "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",
             "frontier_candidates", "frontier_source", "frontier_ancestors",
         ),
+        has_cuda_source=True,
     ),
     "tree_rerank": Kernel(
         rerank_arguments,
         lambda a: ops.tree_rerank(**a),
         own=("pool_tokens", "pool_parents", "pool_scores", "roots"),
         results=("draft_tokens", "parents", "num_nodes", "node_scores"),
+        has_cuda_source=True,
     ),
     "tree_settle": Kernel(
         settle_arguments,

@@ -121,7 +121,9 @@ def check_slices(kernel: Kernel, variant: int, backend: Backend) -> set[str]:
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_slices_of_wider_tensors(backend: Backend, name: str) -> None:
-    assert check_slices(KERNELS[name], 1, backend) == TAKEN[name]
+    # A workspace of one part is contiguous wherever it lies.
+    taken = check_slices(KERNELS[name], 1, backend) - {"workspace"}
+    assert taken == TAKEN.get(name, set())
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in ON_GPUS])

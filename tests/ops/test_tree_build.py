@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from specrt import _C
 from specrt.ops import gumbel_noise, tree_expand, tree_rerank
 from specrt.ops.graph import CpuGraph
-from specrt.ops.tree_build import expand_workspace_size
+from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.sampling import SamplingParams, sampling_row
+from tests.ops.conftest import Backend
 from tests.ops.test_tree_accept import i32, make_tree, processed, run
 from tests.oracles import tree_build as rules
 
 INF, NAN = math.inf, math.nan
+CPU = Backend("cpu", torch.device("cpu"))
 Tensor = torch.Tensor
 POISON = -77
 
@@ -38,6 +40,13 @@ class Frontier:
         ancestors = torch.full((batch + 1, width, words), POISON, dtype=torch.int64)
         ancestors[batch] = 0  # what lies behind must stay without a bit
         return cls(ints[0], torch.full((batch, width), NAN), ints[1], ints[2], ancestors[:batch])
+
+    def to(self, device: torch.device) -> Frontier:
+        behind = self.ancestors._base
+        assert behind is not None
+        ints = [t.to(device) for t in (self.tokens, self.candidates, self.source)]
+        ancestors = behind.to(device)[: len(behind) - 1]
+        return Frontier(ints[0], self.scores.to(device), ints[1], ints[2], ancestors)
 
     @classmethod
     def root(cls, batch: int, words: int = 2) -> Frontier:
@@ -58,6 +67,9 @@ class Pool:
     def empty(cls, batch: int, size: int) -> Pool:
         ints = torch.full((2, batch, size), POISON, dtype=torch.int32)
         return cls(ints[0], ints[1], torch.full((batch, size), NAN))
+
+    def to(self, device: torch.device) -> Pool:
+        return Pool(self.tokens.to(device), self.parents.to(device), self.scores.to(device))
 
 
 class Coupling(NamedTuple):
@@ -91,6 +103,13 @@ class Coupling(NamedTuple):
 UNCOUPLED = Coupling(None, None)
 
 
+def scratch_of(backend: Backend, batch: int, rows: int, top_k: int) -> Tensor:
+    if backend.runs_cuda_source:
+        size = expand_gpu_workspace_size(batch, top_k, rows, top_k)
+        return torch.zeros(size, device=backend.device)
+    return torch.full((2, expand_workspace_size(rows)), NAN)
+
+
 def expand(
     logits, above, level, pool, below, noise=UNCOUPLED, token_map=None, scratch=None, **kw
 ) -> None:
@@ -103,16 +122,24 @@ def expand(
     )  # fmt: skip
 
 
-def grow(levels: list[Tensor], top_k: int, words=2, **kw) -> tuple[Pool, list[Frontier]]:
+def grow(
+    levels: list[Tensor], top_k: int, words=2, backend=CPU, noise=UNCOUPLED, token_map=None, **kw
+) -> tuple[Pool, list[Frontier]]:
     """``levels[l]`` is ``[B, F, R]``."""
-    batch = levels[0].shape[0]
-    pool = Pool.empty(batch, top_k + len(levels) * top_k * top_k)
-    frontiers = [Frontier.root(batch, words)]
+    device, (batch, _, rows) = backend.device, levels[0].shape
+    pool = Pool.empty(batch, top_k + len(levels) * top_k * top_k).to(device)
+    frontiers = [Frontier.root(batch, words).to(device)]
+    there = Coupling(*(t if t is None else t.to(device) for t in noise))
+    names = None if token_map is None else token_map.to(device)
+    scratch = scratch_of(backend, batch, rows, top_k)
     for level, logits in enumerate(levels):
-        below = Frontier.empty(batch, top_k, words)
-        expand(logits, frontiers[-1], level, pool, below, **kw)
+        below = Frontier.empty(batch, top_k, words).to(device)
+        expand(
+            logits.to(device), frontiers[-1], level, pool, below, there, names, scratch, **kw
+        )
         frontiers.append(below)
-    return pool, frontiers[1:]
+    host = CPU.device
+    return pool.to(host), [frontier.to(host) for frontier in frontiers[1:]]
 
 
 def random_levels(batch, top_k, rows, depth, seed=0, scale=3.0) -> list[Tensor]:
@@ -172,24 +199,25 @@ def assert_growth(levels, top_k, rank, token_map=None, words=2, **kw) -> None:
     ],
 )
 @pytest.mark.parametrize("is_mapped", [False, True])
-def test_expand_equals_the_oracle(batch, top_k, rows, depth, is_mapped) -> None:
+def test_expand_equals_the_oracle(backend: Backend, batch, top_k, rows, depth, is_mapped) -> None:
     levels = random_levels(batch, top_k, rows, depth, seed=rows)
     generator = torch.Generator().manual_seed(1)
     token_map = torch.randperm(9 * rows, generator=generator)[:rows].int() if is_mapped else None
     assert_growth(
-        levels, top_k, lambda b, level, row: rules.ranking(row.tolist(), top_k), token_map
-    )
+        levels, top_k, lambda b, level, row: rules.ranking(row.tolist(), top_k), token_map,
+        backend=backend,
+    )  # fmt: skip
 
 
-def test_equal_nodes_tie_by_pool_index() -> None:
+def test_equal_nodes_tie_by_pool_index(backend: Backend) -> None:
     """Every node has the same four logits, so that whole groups of children tie."""
     levels = [torch.zeros(2, 1, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)]
     for level in levels:
         level[:, :, ::2] = -0.0
-    assert_growth(levels, 3, lambda b, level, row: rules.ranking(row.tolist(), 3))
+    assert_growth(levels, 3, lambda b, level, row: rules.ranking(row.tolist(), 3), backend=backend)
 
 
-def test_masked_and_broken_logits() -> None:
+def test_masked_and_broken_logits(backend: Backend) -> None:
     levels = random_levels(6, 5, 70, 3)
     for level in levels:
         level[0, :, 3:] = -INF  # fewer tokens than K
@@ -199,21 +227,25 @@ def test_masked_and_broken_logits() -> None:
         level[4, :, :64] = -INF
     for level in levels[1:]:
         level[5, 1, 64], level[5, 3, 2] = NAN, INF
-    assert_growth(levels, 5, lambda b, level, row: rules.ranking(row.tolist(), 5))
+    assert_growth(
+        levels, 5, lambda b, level, row: rules.ranking(row.tolist(), 5), backend=backend
+    )
 
 
-def test_scores_do_not_drop_on_large_logits() -> None:
+def test_scores_do_not_drop_on_large_logits(backend: Backend) -> None:
     logits = torch.zeros(1, 1, 300)
     logits[..., 7] = 3e38
     logits[..., 9] = -3e38
-    pool, _ = grow([logits], 2)
+    pool, _ = grow([logits], 2, backend=backend)
     assert pool.tokens[0, :2].tolist() == [7, 0] and pool.scores[0, 0] == 0.0
 
 
-def test_strided_logits_and_one_word_of_ancestors() -> None:
+def test_strided_logits_and_one_word_of_ancestors(backend: Backend) -> None:
     levels = [level.repeat(1, 2, 1)[:, ::2] for level in random_levels(2, 30, 200, 4)]
     rank = rules.ranking
-    assert_growth(levels, 30, lambda b, level, row: rank(row.tolist(), 30), words=1)
+    assert_growth(
+        levels, 30, lambda b, level, row: rank(row.tolist(), 30), words=1, backend=backend
+    )
 
 
 # --- coupled ranking ------------------------------
@@ -240,7 +272,7 @@ def noisy(row: Tensor, p: SamplingParams, position: int, tokens: Tensor | None =
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("is_mapped", [False, True])
 @pytest.mark.parametrize("rows", [40, 1003])
-def test_coupled_ranking_equals_the_oracle(rows: int, is_mapped: bool, scale: float) -> None:
+def test_coupled_ranking_equals_the_oracle(backend: Backend, rows: int, is_mapped: bool, scale: float) -> None:
     batch, top_k = len(SEEDED), 8
     levels = random_levels(batch, top_k, rows, 3, seed=rows)
     generator = torch.Generator().manual_seed(1)
@@ -254,28 +286,30 @@ def test_coupled_ranking_equals_the_oracle(rows: int, is_mapped: bool, scale: fl
         return rules.ranking(row.tolist(), top_k, scale)
 
     noise = Coupling.of(SEEDED, POSITIONS)
-    assert_growth(levels, top_k, rank, token_map, noise=noise, noise_scale_temperature=scale)
+    assert_growth(
+        levels, top_k, rank, token_map, noise=noise, noise_scale_temperature=scale, backend=backend
+    )
 
 
 @pytest.mark.parametrize("params", SEEDED, ids=lambda p: str(FILTERS[SEEDED.index(p)]))
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_the_first_child_is_the_targets_token(params: SamplingParams, scale: float) -> None:
+def test_the_first_child_is_the_targets_token(backend: Backend, params: SamplingParams, scale: float) -> None:
     """A drafter with the target's logits drafts exactly what the target then draws."""
     batch, rows, prompt_len = 40, 5003, 9
     logits = torch.randn(batch, 1, rows, generator=torch.Generator().manual_seed(2)) * scale
     several = [replace(params, seed=seed) for seed in range(batch)]
-    pool, _ = grow([logits], 4, noise=Coupling.of(several, [prompt_len] * batch))
+    pool, _ = grow([logits], 4, backend=backend, noise=Coupling.of(several, [prompt_len] * batch))
     history = [[0] * prompt_len] * batch
     target = run(make_tree([[0]] * batch, [[-1]] * batch), logits, several, history)
     assert pool.tokens[:, 0].tolist() == target.tokens[:, 0].tolist()
 
 
-def test_broken_rows_and_filters_under_coupling() -> None:
+def test_broken_rows_and_filters_under_coupling(backend: Backend) -> None:
     logits = random_levels(6, 4, 90, 1)[0]
     logits[0, 0, 89], logits[1, 0, 0], logits[2] = NAN, INF, -INF
     noise = Coupling.of([SamplingParams(temperature=1.0, seed=1)] * 6, [3] * 6)
     noise.min_p[3], noise.top_p[4], noise.temperature[5] = 50.0, -3.0, INF
-    pool, frontiers = grow([logits], 4, noise=noise)
+    pool, frontiers = grow([logits], 4, backend=backend, noise=noise)
     assert pool.scores[:3, :4].isnan().all()
     assert (pool.scores[3, :4] == -INF).all()  # min_p > 1 keeps nothing
     assert pool.scores[4, :4].tolist() == [0.0] + [-INF] * 3
@@ -299,16 +333,21 @@ class Kept:
         count = torch.full((batch,), POISON, dtype=torch.int32)
         return cls(ints[0], ints[1], count, torch.full((batch, size), NAN))
 
+    def to(self, device: torch.device) -> Kept:
+        return Kept(*(t.to(device) for t in self.tensors()))
+
     def tensors(self) -> list[Tensor]:
         return [getattr(self, f.name) for f in fields(self)]
 
 
-def rerank(pool: Pool, count: int, size: int, roots=None) -> Kept:
-    batch = pool.tokens.shape[0]
-    kept = Kept.empty(batch, size)
+def rerank(pool: Pool, count: int, size: int, roots=None, backend=CPU) -> Kept:
+    batch, device = pool.tokens.shape[0], backend.device
+    kept, pool = Kept.empty(batch, size).to(device), pool.to(device)
     roots = i32(range(100, 100 + batch)) if roots is None else roots
-    tree_rerank(pool.tokens, pool.parents, pool.scores, count, roots, *kept.tensors())
-    return kept
+    tree_rerank(
+        pool.tokens, pool.parents, pool.scores, count, roots.to(device), *kept.tensors()
+    )
+    return kept.to(CPU.device)
 
 
 def assert_kept(kept: Kept, b: int, want: rules.Tree) -> None:
@@ -321,13 +360,13 @@ def assert_kept(kept: Kept, b: int, want: rules.Tree) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 60, 64, 65, 128])
-def test_rerank_equals_the_oracle(size: int) -> None:
+def test_rerank_equals_the_oracle(backend: Backend, size: int) -> None:
     levels = random_levels(3, 6, 50, 4, seed=size)
     levels[0][1, 0, 2:] = -INF
     levels[1][2, 0] = NAN
-    pool, _ = grow(levels, 6)
+    pool, _ = grow(levels, 6, backend=backend)
     count = 6 + 3 * 36
-    kept = rerank(pool, count, size)
+    kept = rerank(pool, count, size, backend=backend)
     for b in range(3):
         columns = [t[b, :count].tolist() for t in (pool.tokens, pool.parents, pool.scores)]
         assert_kept(kept, b, rules.rerank(*columns, 100 + b, size))
@@ -360,13 +399,13 @@ def test_rerank_keeps_the_best_as_a_connected_tree(pool: Pool, size: int) -> Non
     assert all(kept.parents[0, j] < j for j in range(used))
 
 
-def test_rerank_survives_a_pool_that_is_no_tree() -> None:
+def test_rerank_survives_a_pool_that_is_no_tree(backend: Backend) -> None:
     """Parents that were not taken, out of range or later: the node is dropped."""
     scores = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0]])
     pool = Pool(i32([[0, 1, 2, 3, 4]]), i32([[-1, 3, 10**9, 1, 0]]), scores)
-    kept = rerank(pool, 5, 4)
+    kept = rerank(pool, 5, 4, backend=backend)
     assert kept.num_nodes == 2 and kept.draft_tokens.tolist() == [[100, 0, 0, 0]]
-    assert rerank(pool, 5, 6).parents.tolist() == [[-1, 0, 1, 0, 0, 0]]
+    assert rerank(pool, 5, 6, backend=backend).parents.tolist() == [[-1, 0, 1, 0, 0, 0]]
 
 
 # --- both ------------------------------
