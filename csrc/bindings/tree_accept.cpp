@@ -13,14 +13,14 @@ Purpose purpose_of(uint32_t purpose) {
 
 TreeAcceptArgs args_of(const py::args& t) {
     SPECRT_CHECK(t.size() == 15, "tree_accept: expected 15 arguments, got ", t.size());
-    return {view_of(t[0], "draft_tokens"),    view_of(t[1], "parents"),
-            view_of(t[2], "num_nodes"),       view_of(t[3], "draft_probs", true),
-            view_of(t[4], "logits"),          view_of(t[5], "sampling"),
-            view_of(t[6], "bias_ids", true),  view_of(t[7], "bias_values", true),
-            view_of(t[8], "history"),         view_of(t[9], "history_len"),
-            view_of(t[11], "path"),           view_of(t[12], "accept_length"),
-            view_of(t[13], "tokens"),         view_of(t[14], "logprobs", true),
-            view_of(t[10], "workspace", true)};
+    return {device_view_of(t[0], "draft_tokens"),    device_view_of(t[1], "parents"),
+            device_view_of(t[2], "num_nodes"),       device_view_of(t[3], "draft_probs", true),
+            device_view_of(t[4], "logits"),          device_view_of(t[5], "sampling"),
+            device_view_of(t[6], "bias_ids", true),  device_view_of(t[7], "bias_values", true),
+            device_view_of(t[8], "history"),         device_view_of(t[9], "history_len"),
+            device_view_of(t[11], "path"),           device_view_of(t[12], "accept_length"),
+            device_view_of(t[13], "tokens"),         device_view_of(t[14], "logprobs", true),
+            device_view_of(t[10], "workspace", true)};
 }
 
 // noise: [n] float32, filled for indices 0..n-1.
@@ -66,6 +66,7 @@ void register_tree_accept(py::module_& m) {
         submit_released(processed_logits(args_of(t), view_of(out, "out")));
     });
     m.def("tree_accept_workspace", &tree_accept_workspace);
+    m.def("tree_accept_gpu_workspace", &tree_accept_gpu_workspace);
     m.def("gumbel_noise", &bind_gumbel);
     m.def("philox", [](uint64_t seed, uint64_t position, uint32_t purpose, uint32_t index) {
         return philox(seed, position, purpose_of(purpose), index);

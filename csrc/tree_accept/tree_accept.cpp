@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "tree_accept/workspace.h"
+
 namespace specrt {
 namespace {
 
@@ -21,8 +23,8 @@ void check_shapes(const TreeAcceptArgs& a) {
     expect(a.accept_length, DType::kInt32, "[B]", batch);
     if (a.draft_probs) expect(a.draft_probs, DType::kFloat32, "[B, N, V]", batch, nodes, vocab);
     if (a.logprobs) expect(a.logprobs, DType::kFloat32, "[B, N]", batch, nodes);
-    if (a.workspace)
-        expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_accept_workspace(vocab));
+    SPECRT_CHECK(vocab < (int64_t{1} << 31) / nodes, "logits: expected a vocabulary below 2^31 / ",
+                 nodes, ", got ", a.logits.describe());
     if (a.bias_ids) {
         expect(a.bias_ids, DType::kInt32, "[K]", -1);
         expect(a.bias_values, DType::kFloat32, "[K]", a.bias_ids.shape[0]);
@@ -31,50 +33,94 @@ void check_shapes(const TreeAcceptArgs& a) {
                                 &a.history_len, &a.path, &a.tokens, &a.accept_length})
         expect_contiguous(*t);
     if (a.logprobs) expect_contiguous(a.logprobs);
-    if (a.workspace) expect_contiguous(a.workspace);
-    if (a.workspace) expect_aligned(a.workspace, sizeof(uint64_t));
 }
 
-}  // namespace
+int64_t num_biases(const TreeAcceptArgs& a) {
+    return a.bias_ids ? a.bias_ids.shape[0] : 0;
+}
 
-Launch tree_accept(const TreeAcceptArgs& a) {
-    check_shapes(a);
-    const int64_t batch = a.logits.shape[0], vocab = a.logits.shape[2];
+// Reads the sampling rows: on a CPU alone.
+void check_for_cpu(const TreeAcceptArgs& a) {
+    if (a.workspace) {
+        const int64_t size = tree_accept_workspace(a.logits.shape[2]);
+        expect(a.workspace, DType::kFloat32, "[parts, size]", -1, size);
+        expect_contiguous(a.workspace);
+        expect_aligned(a.workspace, sizeof(uint64_t));
+    }
     const auto* rows = a.sampling.as<SamplingRow>();
-    const int64_t num_bias = a.bias_ids ? a.bias_ids.shape[0] : 0;
     bool needs_workspace = false;
-    for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t b = 0; b < a.logits.shape[0]; ++b) {
         needs_workspace = needs_workspace || !is_plain_greedy(rows[b]);
         SPECRT_CHECK(0 <= rows[b].bias_begin && rows[b].bias_begin <= rows[b].bias_end &&
-                         rows[b].bias_end <= num_bias,
+                         rows[b].bias_end <= num_biases(a),
                      "sampling: row ", b, " points outside the packed logit_bias");
     }
     SPECRT_CHECK(!needs_workspace || (a.workspace && a.workspace.shape[0] >= 1),
                  "workspace: needed unless every sequence is greedy without bias and penalties");
-    TreeAcceptParams p{a.draft_tokens.as<int32_t>(),
-                       a.parents.as<int32_t>(),
-                       a.num_nodes.as<int32_t>(),
-                       a.draft_probs.as<float>(),
-                       a.logits.as<float>(),
-                       rows,
-                       a.bias_ids.as<int32_t>(),
-                       a.bias_values.as<float>(),
-                       a.history.as<int32_t>(),
-                       a.history_len.as<int32_t>(),
-                       a.path.as<int32_t>(),
-                       a.accept_length.as<int32_t>(),
-                       a.tokens.as<int32_t>(),
-                       a.logprobs.as<float>(),
-                       a.workspace.as<float>(),
-                       {a.logits.stride[0], a.logits.stride[1]},
-                       {a.draft_probs.stride[0], a.draft_probs.stride[1]},
-                       a.history.stride[0],
-                       batch,
-                       a.logits.shape[1],
-                       vocab,
-                       a.logits.shape[1],
-                       a.history.shape[1],
-                       num_bias};
+}
+
+void check_for_gpu(const TreeAcceptArgs& a) {
+    const int64_t batch = a.logits.shape[0], nodes = a.logits.shape[1], vocab = a.logits.shape[2];
+    SPECRT_CHECK(nodes <= kMostAcceptNodes, "logits: expected at most ", kMostAcceptNodes,
+                 " nodes on a GPU, got ", a.logits.describe());
+    const int64_t blocks = batch * nodes * split_rows(batch * nodes, vocab).num_slices;
+    SPECRT_CHECK(blocks < int64_t{1} << 31, "logits: too many rows for one launch, got ",
+                 a.logits.describe());
+    const int64_t size = tree_accept_gpu_workspace(batch, nodes, vocab, !!a.draft_probs);
+    SPECRT_CHECK(a.workspace, "workspace: needed on a GPU, [", size, "] float32");
+    expect(a.workspace, DType::kFloat32, "[size]", -1);
+    SPECRT_CHECK(a.workspace.shape[0] >= size, "workspace: expected at least ", size,
+                 " elements, got ", a.workspace.describe());
+    expect_aligned(a.workspace, 16);
+}
+
+TreeAcceptParams params_of(const TreeAcceptArgs& a) {
+    return {a.draft_tokens.as<int32_t>(),
+            a.parents.as<int32_t>(),
+            a.num_nodes.as<int32_t>(),
+            a.draft_probs.as<float>(),
+            a.logits.as<float>(),
+            a.sampling.as<SamplingRow>(),
+            a.bias_ids.as<int32_t>(),
+            a.bias_values.as<float>(),
+            a.history.as<int32_t>(),
+            a.history_len.as<int32_t>(),
+            a.path.as<int32_t>(),
+            a.accept_length.as<int32_t>(),
+            a.tokens.as<int32_t>(),
+            a.logprobs.as<float>(),
+            a.workspace.as<float>(),
+            {a.logits.stride[0], a.logits.stride[1]},
+            {a.draft_probs.stride[0], a.draft_probs.stride[1]},
+            a.history.stride[0],
+            a.logits.shape[0],
+            a.logits.shape[1],
+            a.logits.shape[2],
+            a.logits.shape[1],
+            a.history.shape[1],
+            num_biases(a)};
+}
+
+}  // namespace
+
+int64_t tree_accept_gpu_workspace(int64_t batch, int64_t nodes, int64_t vocab,
+                                  bool has_draft_probs) {
+    return (accept_workspace(nullptr, batch, nodes, vocab, has_draft_probs).num_bytes + 3) / 4;
+}
+
+Launch tree_accept(const TreeAcceptArgs& a) {
+    check_shapes(a);
+    const int device =
+        common_device(a.logits, a.draft_tokens, a.parents, a.num_nodes, a.draft_probs, a.sampling,
+                      a.bias_ids, a.bias_values, a.history, a.history_len, a.workspace, a.path,
+                      a.accept_length, a.tokens, a.logprobs);
+    if (device != kCpu) {
+        check_for_gpu(a);
+        return make_cuda_launch(tree_accept_cuda, params_of(a), device);
+    }
+    check_for_cpu(a);
+    const TreeAcceptParams p = params_of(a);
+    const int64_t batch = p.batch, vocab = p.vocab;
     // A part is whole sequences, and owns one workspace row. One thread is done with 16k logits
     // before a second could have started.
     int64_t parts = batch < 1 + batch * vocab / 16384 ? batch : 1 + batch * vocab / 16384;
@@ -83,6 +129,8 @@ Launch tree_accept(const TreeAcceptArgs& a) {
 }
 
 Launch processed_logits(const TreeAcceptArgs& a, const TensorView& out) {
+    SPECRT_CHECK(a.logits.device == kCpu, "logits: expected a CPU tensor, got one on ",
+                 name_of_device(a.logits.device));
     Launch launch = tree_accept(a);
     SPECRT_CHECK(a.workspace, "workspace: needed");
     expect(out, DType::kFloat32, "[B, V]", a.logits.shape[0], a.logits.shape[2]);

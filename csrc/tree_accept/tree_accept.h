@@ -2,8 +2,8 @@
 //
 // Per sequence, from the root down: draw the target's token at the node (greedy, or seeded by the
 // token's absolute position); descend into the child that holds it, else stop: it is the bonus
-// token. With draft_probs and temperature > 0: rejection with residuals over the children. Only
-// the logits of nodes on the path are read.
+// token. With draft_probs and temperature > 0: rejection with residuals over the children. On a
+// CPU only the logits of nodes on the path are read; a GPU draws for all nodes at once.
 #pragma once
 #include "core/dispatch.h"
 #include "core/philox.h"
@@ -35,7 +35,7 @@ struct TreeAcceptParams {
     int32_t* accept_length;       // [B]
     int32_t* tokens;              // [B, P]
     float* logprobs;              // [B, P] or nullptr
-    float* workspace;             // [parts, tree_accept_workspace(V)] or nullptr
+    float* workspace;             // [parts, tree_accept_workspace(V)] or nullptr; GPU: never
     int64_t logits_stride[2], probs_stride[2], history_stride;
     int64_t batch, nodes, vocab, path_size, history_size, num_bias;
 };
@@ -45,7 +45,12 @@ constexpr int64_t tree_accept_workspace(int64_t vocab) {
     return 9 * ((vocab + 63) / 64 * 64);
 }
 
+// Floats of a launch's workspace on a GPU, of any contents but for the first call's: zeros.
+int64_t tree_accept_gpu_workspace(int64_t batch, int64_t nodes, int64_t vocab,
+                                  bool has_draft_probs);
+
 SPECRT_DECLARE_CPU(tree_accept_part)
+SPECRT_DECLARE_CUDA(tree_accept_cuda)
 // For tests: logprobs is [B, V] and gets the root's processed logits, -inf where filtered out.
 SPECRT_DECLARE_CPU(processed_logits_part)
 

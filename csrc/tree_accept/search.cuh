@@ -1,0 +1,158 @@
+// What a block looks for in a row: the largest value, the best score with noise, sums, the place
+// where a running sum passes a target. Whole numbers and maxima: the order of threads cannot show.
+#pragma once
+#include "tree_accept/row.cuh"
+
+namespace specrt {
+
+constexpr int kAcceptWarps = kAcceptThreads / 32;
+
+__device__ __forceinline__ uint64_t warp_largest(uint64_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const uint64_t other = __shfl_xor_sync(kFullWarp, x, step);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+__device__ __forceinline__ uint64_t warp_total(uint64_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+    return x;
+}
+
+// The block's largest, or sum, to all threads. `words` has one for each warp, and may be used again
+// after the next __syncthreads(). All threads of the block must call.
+__device__ __forceinline__ uint64_t block_largest(uint64_t x, uint64_t* words) {
+    x = warp_largest(x);
+    if (threadIdx.x % 32 == 0) words[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_largest(words[threadIdx.x % kAcceptWarps]);
+}
+
+__device__ __forceinline__ uint64_t block_total(uint64_t x, uint64_t* words) {
+    x = warp_total(x);
+    if (threadIdx.x % 32 == 0) words[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_total(threadIdx.x % 32 < kAcceptWarps ? words[threadIdx.x % 32] : 0);
+}
+
+// The sum over all threads before this one.
+__device__ __forceinline__ uint64_t block_sum_before(uint64_t x, uint64_t* words) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint64_t sum = x;
+#pragma unroll
+    for (unsigned step = 1; step < 32; step *= 2) {
+        const uint64_t other = __shfl_up_sync(kFullWarp, sum, step);
+        if (lane >= step) sum += other;
+    }
+    if (lane == 31) words[warp] = sum;
+    __syncthreads();
+    for (unsigned w = 0; w < warp; ++w) sum += words[w];
+    return sum - x;
+}
+
+// Where a running sum of weights, kEach a thread, first comes to a target of at least 1.
+struct Place {
+    int at;           // -1: nowhere
+    uint64_t before;  // the sum of what comes before
+};
+
+struct PlaceRoom {
+    uint64_t words[kAcceptWarps];
+    Place place;
+};
+
+template <int kEach>
+__device__ __forceinline__ Place find_place(const uint64_t (&weights)[kEach], uint64_t target,
+                                            PlaceRoom* room) {
+    uint64_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) sum += weights[i];
+    __syncthreads();  // the place before may still be read
+    if (threadIdx.x == 0) room->place = {-1, 0};
+    uint64_t before = block_sum_before(sum, room->words);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        if (before < target && target - before <= weights[i])
+            room->place = {static_cast<int>(threadIdx.x) * kEach + i, before};
+        before += weights[i];
+    }
+    __syncthreads();
+    return room->place;
+}
+
+// --- largest value
+// A thread meets its tokens in the order of their ids, so of equals the first one stays.
+struct MaxSearch {
+    float best = -kInf;
+    int32_t token = 0;
+    bool is_bad = false;
+
+    __device__ void visit(const Tile& tile) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float x = tile.x[r][i];
+                is_bad = is_bad || !(x < kInf);
+                if (!(x > best)) continue;
+                best = x;
+                token = tile.id(r, i);
+            }
+    }
+};
+
+// --- best score with noise
+// All threads share the best score yet, and what cannot come near it is passed over: float addition
+// is monotone, so a value below `best` under an upper bound of its noise is below it under the
+// noise itself. Whatever a thread sees of `best`, the winner is the same.
+struct NoiseSearch {
+    uint64_t seed, position;
+    uint64_t* best;  // shared; 0 as long as there is none
+
+    __device__ float bound() const {
+        return score_of(*const_cast<const volatile uint64_t*>(best));  // NaN: nothing is below it
+    }
+    __device__ void offer(float score, int32_t token) {
+        const uint64_t key = key_of(score, token);
+        if (key > *const_cast<const volatile uint64_t*>(best))
+            atomicMax(reinterpret_cast<unsigned long long*>(best),
+                      static_cast<unsigned long long>(key));
+    }
+    __device__ void visit_one(float x, int32_t token) {
+        if (x == -kInf || x + kMaxGumbel < bound()) return;
+        const uint32_t index = static_cast<uint32_t>(token);
+        offer(x + gumbel_from(philox(seed, position, Purpose::kTarget, index)), token);
+    }
+    // Four tokens of one counter.
+    __device__ void visit_four(const Tile& tile, int i) {
+        const float top =
+            fmaxf(fmaxf(tile.x[0][i], tile.x[1][i]), fmaxf(tile.x[2][i], tile.x[3][i]));
+        const float least = bound();
+        if (top == -kInf || top + kMaxGumbel < least) return;
+        const uint32_t index = static_cast<uint32_t>(tile.id(0, i));
+        const PhiloxWords counter = {
+            {index / 64u * 16u + index % 16u, static_cast<uint32_t>(Purpose::kTarget),
+             static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)}};
+        const PhiloxWords bits =
+            philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+        const uint32_t lowest =
+            min(min(bits.word[0], bits.word[1]), min(bits.word[2], bits.word[3]));
+        const float most = gumbel_bound(lowest);
+        if (top + most < least) return;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const float x = tile.x[r][i];
+            if (x == -kInf || x + most < least) continue;
+            offer(x + gumbel_from(bits.word[r]), tile.id(r, i));
+        }
+    }
+    __device__ void visit(const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) visit_four(tile, i);
+    }
+};
+
+}  // namespace specrt
