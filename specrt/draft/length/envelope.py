@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from specrt.tree import MAX_NODES
-
 ENVELOPES = (1, 8, 16, 32, 64)
 """Tree sizes that are verified on a GPU, where further rows cost next to nothing."""
+
+_MAX_LEVELS = 32  # of a tree within them
 
 
 class RankBelief:
@@ -29,8 +29,8 @@ class RankBelief:
 
     def __init__(self) -> None:
         # How often accepted, and how often there was a choice.
-        self._ranks = np.zeros((2, MAX_NODES))
-        self._levels = np.zeros((2, MAX_NODES))
+        self._ranks = np.zeros((2, ENVELOPES[-1]))
+        self._levels = np.zeros((2, _MAX_LEVELS))
         self._learn()
 
     def reach(self, scores: np.ndarray, level: int) -> float:
