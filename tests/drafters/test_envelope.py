@@ -43,7 +43,7 @@ class World:
         if choice is not None:
             masses: list[float] = []
             unseen = np.full((self.batch, 4), np.nan)
-            for levels in range(1, LEVELS + 1):  # noqa: B007
+            for levels in range(1, LEVELS + 1):
                 masses.append(choice.mass(unseen, levels - 1))
                 if not choice.expands(masses, self.batch, self.cost):
                     break
