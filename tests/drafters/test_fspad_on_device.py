@@ -22,6 +22,7 @@ from specrt.draft.fspad.checkpoint import (
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, Rows
 from specrt.draft.length.control import ControlOptions
+from specrt.draft.length.envelope import ENVELOPES
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
@@ -45,7 +46,7 @@ SIZES: dict[str, Any] = {
 PROMPTS = [[(7 * i * i + i) % VOCAB for i in range(n)] for n in (70, 1, 9)]
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True)
-SHAPE = DraftParams(depth=3, top_k=4, total_tokens=20)
+SHAPE = DraftParams(depth=3, top_k=4, total_tokens=14)
 
 
 @pytest.fixture(scope="module")
@@ -82,41 +83,82 @@ def make_model(path: Path, device: Device) -> LlamaModel:
 
 # --- text -----------------------------------------------------------------------------------------
 
-CASES: list[tuple[str, SamplingParams, DraftParams | None, dict[str, Any]]] = [
-    ("fspad", GREEDY, SHAPE, {}),
-    ("fspad", SAMPLED, SHAPE, {}),
-    ("fspad", GREEDY, None, {}),
-    ("fspad", SAMPLED, None, {"control": ControlOptions("beta-ts", prior=(9.0, 1.0))}),
-    ("fspad", SAMPLED, SHAPE, {"fold": True}),
-    ("eagle2", SAMPLED, SHAPE, {}),
-    ("eagle2", GREEDY, SHAPE, {"fold": True}),
-    ("reduced", SAMPLED, SHAPE, {}),
+SETTINGS = {"greedy": GREEDY, "seed": SAMPLED}
+BY_CHANCE = ControlOptions("beta-ts", prior=(9.0, 1.0))
+Case = tuple[str, str, DraftParams | None, dict[str, Any]]
+CASES: list[Case] = [
+    ("fspad", "seed", SHAPE, {}),
+    ("fspad", "greedy", None, {}),
+    ("fspad", "seed", None, {"control": BY_CHANCE, "fold": True}),
+    ("eagle2", "greedy", SHAPE, {"fold": False}),
+    ("reduced", "seed", SHAPE, {"fold": False}),
+]
+MORE_CASES: list[Case] = [
+    (arch, setting, shape, {"fold": is_folded})
+    for arch in ARCHS
+    for setting in SETTINGS
+    for shape in (SHAPE, None)
+    for is_folded in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("name", "params", "shape", "options"), CASES)
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[list[int]]]:
+    """Plain decoding's on the device, by setting; the same in every simulation."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "shape", "options"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
+)
 def test_bits_do_not_change(
     target: Path,
     drafters: Mapping[str, Path],
+    answers: dict[str, list[list[int]]],
     gpu: SimulatedGpu,
     name: str,
-    params: SamplingParams,
+    setting: str,
     shape: DraftParams | None,
     options: dict[str, Any],
 ) -> None:
-    """Of plain decoding on the same device; sequences of unequal lengths join and leave."""
+    """Sequences of unequal lengths join and leave."""
     model = make_model(target, gpu)
-    each = [replace(params, max_new_tokens=count) for count in (9, 14, 6)]
-    expected = texts(make_engine(model, max_batch=1).generate(PROMPTS, each))
+    params = [replace(SETTINGS[setting], max_new_tokens=count) for count in (7, 10, 4)]
+    if setting not in answers:
+        engine = make_engine(model, max_batch=1)
+        answers[setting] = texts(engine.generate(PROMPTS, params))
     drafter = make_drafter(model, drafters[name], **options)
-    results = make_engine(model, drafter, max_batch=2).generate(PROMPTS, each, shape)
-    assert texts(results) == expected
+    results = make_engine(model, drafter, max_batch=2).generate(PROMPTS, params, shape)
+    assert texts(results) == answers[setting]
     assert all(result.stats.num_draft_tokens for result in results)
     assert sum(result.stats.num_accepted_tokens for result in results)
     assert drafter.cache.num_held_pages == 0
 
 
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_tables_are_shared_and_matrices_have_the_targets_dtype(
+    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu
+) -> None:
+    model = make_model(target, gpu)
+    for name, is_folded in (("fspad", True), ("reduced", False)):
+        weights = make_drafter(model, drafters[name], fold=is_folded).layer.weights
+        tensors = {key: t for key, t in vars(weights).items() if t is not None}
+        assert all(gpu.holds(tensor) for tensor in tensors.values())
+        matrices = {key: t for key, t in tensors.items() if t.dim() == 2}
+        assert {t.dtype for t in matrices.values()} == {torch.bfloat16}
+        assert weights.embed is model.weights.embed
+        assert (weights.head is model.weights.lm_head) == (name == "fspad")
+        assert (weights.token_gate is not None) == is_folded
+
+
 # --- trees ----------------------------------------------------------------------------------------
+
+
+def fields(tree: Proposal) -> tuple[torch.Tensor, ...]:
+    return tree.draft_tokens, tree.parents, tree.num_nodes
 
 
 class Scripted:
@@ -157,9 +199,7 @@ def test_trees_are_those_of_the_cpu(
             rig.begin(states[-1])
         for shape in ({"depth": 4, "top_k": 5, "total_tokens": 24}, {"depth": 1, "top_k": 9}):
             tree = drafter.propose(states, budget(**shape))
-            outcomes.append(
-                [device.read(t).clone() for t in (tree.draft_tokens, tree.parents, tree.num_nodes)]
-            )
+            outcomes.append([device.read(t).clone() for t in fields(tree)])
             path = device.there(torch.zeros(3, 1, dtype=torch.int32))
             result = AcceptResult(path, torch.zeros(3, dtype=torch.int32), path)
             zeros = device.zeros(3, 1, 64, dtype=drafter.layer.activation_dtype)
@@ -172,29 +212,90 @@ def test_trees_are_those_of_the_cpu(
     assert outcomes[0][2].tolist() == [24, 24, 24]
 
 
+def test_pairs_of_undrafted_rounds_are_caught_up(
+    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu
+) -> None:
+    model, shape = make_model(target, gpu), budget(depth=2, top_k=3, total_tokens=9)
+    rig = Rig(model, make_drafter(model, drafters["fspad"]), PROMPTS[0])
+    drafter, state = rig.drafter, rig.state(4)
+    rig.begin(state)
+    path = gpu.there(torch.zeros(1, 1, dtype=torch.int32))
+    for length in range(4, 24):
+        root = drafter.propose([state], budget(depth=0))
+        result = AcceptResult(path, torch.zeros(1, dtype=torch.int32), path)
+        taps = {FINAL_TAP: rig.features[None, length - 1 : length]}
+        drafter.observe([state], root, result, taps)
+        state.token_ids.append(rig.ids[length])
+    before = gpu.num_reads
+    trees = [drafter.propose([state], shape), rig.fresh(24, shape)]
+    assert gpu.num_reads == before
+    ours, theirs = ([gpu.read(t).tolist() for t in fields(tree)] for tree in trees)
+    assert ours == theirs
+
+
 # --- what a round takes ---------------------------------------------------------------------------
 
 
-def test_a_round_reads_once_and_says_what_the_host_knows_at_once(
-    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, simt = make_model(target, gpu), load_simt()
-    drafter, rounds = make_drafter(model, drafters["fspad"]), []
-    bare_propose, bare_upload, uploads = drafter.propose, gpu.upload, []
+class Counted:
+    """What a drafter's proposals take, as they are made."""
 
-    def upload(host: torch.Tensor, out: torch.Tensor) -> None:
-        uploads.append(host.shape)
-        bare_upload(host, out)
+    def __init__(
+        self, drafter: FspadDrafter, gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self._drafter, self._gpu, self._propose = drafter, gpu, drafter.propose
+        self._upload, self._num_uploads = gpu.upload, 0
+        self.rounds: list[tuple[int, int, int, int]] = []
+        """Of each: reads before it, its launches, its uploads, the most pairs of a sequence."""
+        self.sizes: set[int] = set()
+        monkeypatch.setattr(drafter, "propose", self.propose)
+        monkeypatch.setattr(gpu, "upload", self.upload)
 
-    def propose(states: Sequence[SequenceState], budget: Budget) -> Proposal:
-        reads, launches, sent = gpu.num_reads, simt.num_launches(), len(uploads)
-        pending = max(len(drafter._drafts[state].pending) for state in states)
-        proposal = bare_propose(states, budget)
-        rounds.append((reads, simt.num_launches() - launches, len(uploads) - sent, pending))
+    def upload(self, host: torch.Tensor, out: torch.Tensor) -> None:
+        self._num_uploads += 1
+        self._upload(host, out)
+
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
+        simt, reads = load_simt(), self._gpu.num_reads
+        launches, uploads = simt.num_launches(), self._num_uploads
+        pairs = max(len(self._drafter._drafts[state].pending) for state in states)
+        proposal = self._propose(states, budget)
+        made = simt.num_launches() - launches, self._num_uploads - uploads
+        self.rounds.append((reads, *made, pairs))
+        self.sizes.add(proposal.draft_tokens.shape[1])
         return proposal
 
-    monkeypatch.setattr(drafter, "propose", propose)
-    monkeypatch.setattr(gpu, "upload", upload)
+
+FIRST_STEP = 9
+"""Launches of the accepted pairs' step: gather, norm and activation of feature sampling; append,
+attention, norm and activation of the layer; expand's two."""
+
+
+def test_a_round_is_read_once_and_told_once(
+    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launches are those of three levels, commit and choice; products are torch's."""
+    model = make_model(target, gpu)
+    drafter = make_drafter(model, drafters["fspad"], fold=False)
+    counted = Counted(drafter, gpu, monkeypatch)
     engine = make_engine(model, drafter, max_batch=3, prefill_chunk=1024)
-    engine.generate(PROMPTS, GREEDY, SHAPE)
-    print(rounds)
+    engine.generate(PROMPTS[:2], GREEDY, SHAPE)
+    drafted = counted.rounds[1:-3]  # features come with the first; the end is near at last
+    assert len(drafted) > 5
+    reads = [each[0] for each in counted.rounds]
+    assert reads == list(range(reads[0], reads[0] + len(reads)))
+    for _, launches, _, pairs in drafted:
+        assert launches == 3 * FIRST_STEP + 2 + (pairs > 1)
+    assert {uploads for _, _, uploads, _ in drafted[1:]} == {1}
+
+
+def test_sizes_are_envelopes_that_were_decided_before(
+    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(target, gpu)
+    drafter = make_drafter(model, drafters["fspad"])
+    counted = Counted(drafter, gpu, monkeypatch)
+    engine = make_engine(model, drafter, prefill_chunk=1024)
+    engine.generate(PROMPTS[1], replace(GREEDY, max_new_tokens=16))
+    assert len(counted.sizes) > 1 and counted.sizes <= set(ENVELOPES)
+    reads = [each[0] for each in counted.rounds]
+    assert reads == list(range(reads[0], reads[0] + len(reads)))
