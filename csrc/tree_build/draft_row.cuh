@@ -14,14 +14,13 @@ static_assert(kTokens * kBlocks == kSliceTokens);
 // One row's part of the workspace. What a kernel reads there, one before it has written, or blocks
 // of its own that drew earlier tickets; indices are clamped all the same.
 struct RowScratch {
-    unsigned long long* keys;    // [slices, K] the best of each slice, 0 where there are fewer
-    unsigned long long* masses;  // [slices]
-    unsigned long long* listed;  // [kMostListed] what the filter may keep
-    uint32_t* block_max;         // [slices, kBlocks] ordered bits; NaN above all
-    uint32_t* slice_max;         // [slices] the same
-    float* cut;                  // what the filter keeps: above it, and of its equals the ids up to
-    int32_t* cut_id;             // this one
-    uint32_t* num_listed;
+    unsigned long long* keys;     // [slices, K] the best of each slice, 0 where there are fewer
+    unsigned long long* masses;   // [slices]
+    unsigned long long* weights;  // [kDistances] of a row that samples
+    uint32_t* block_max;          // [slices, kBlocks] ordered bits; NaN above all
+    uint32_t* slice_max;          // [slices] the same
+    float* cut;       // what the filter keeps: above it, and of its equals the ids up to
+    int32_t* cut_id;  // this one
     unsigned *rank_ticket, *filter_ticket;
 };
 
@@ -35,12 +34,11 @@ __device__ __forceinline__ RowScratch row_scratch(const TreeExpandParams& p, int
     RowScratch s;
     s.keys = reinterpret_cast<unsigned long long*>(words + row * expand_row_words(p.rows, p.top_k));
     s.masses = s.keys + slices * p.top_k;
-    s.listed = s.masses + slices;
-    s.block_max = reinterpret_cast<uint32_t*>(s.listed + kMostListed);
+    s.weights = s.masses + slices;
+    s.block_max = reinterpret_cast<uint32_t*>(s.weights + kDistances);
     s.slice_max = s.block_max + slices * kBlocks;
     s.cut = reinterpret_cast<float*>(s.slice_max + slices);
     s.cut_id = reinterpret_cast<int32_t*>(s.cut + 1);
-    s.num_listed = s.slice_max + slices + 2;
     s.rank_ticket = words + p.workspace_size - 1 - row;
     s.filter_ticket = s.rank_ticket - int64_t{p.batch} * p.top_k;
     return s;

@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p
         top = max(top, block_max);
     }
     if (lane == 0) tops[warp] = top;
+    if (slice == 0) scratch.weights[threadIdx.x] = 0;  // for the filter
     __syncthreads();
     if (threadIdx.x >= 32) return;
     top = __reduce_max_sync(kFullWarp, lane < kWarps ? tops[lane] : 0u);
     if (lane == 0) scratch.slice_max[slice] = top;
-    if (lane == 0 && slice == 0) *scratch.num_listed = 0;
 }
 
 struct RankShared {

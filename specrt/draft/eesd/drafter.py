@@ -20,7 +20,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter, RoundTimes
 from specrt.draft.eesd.model import ExitModel
@@ -99,6 +99,11 @@ class EesdDrafter:
         return self._given_costs or self._meter.costs(batch)
 
     # --- the protocol -------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values."""
+        return self._cache
 
     def check(self, params: DraftParams) -> None:
         """Whether a round's buffers have room for such trees.
