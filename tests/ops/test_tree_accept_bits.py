@@ -1,4 +1,4 @@
-"""Acceptance on a GPU gives the CPU's bits: everything that rows may ask for, mixed in one batch."""
+"""Acceptance on a GPU gives the CPU's bits: all that rows may ask for, mixed in one batch."""
 
 from __future__ import annotations
 
