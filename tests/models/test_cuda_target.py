@@ -66,7 +66,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_model(path: Path, backend: Backend, dtype: torch.dtype = torch.bfloat16) -> LlamaModel:
     config = ModelConfig.from_directory(path)
-    place = Device(backend.device, is_gpu=backend.runs_cuda_source)
+    place = Device(backend.device, is_gpu=backend.runs_cuda_source, is_eager=True)
     weights = place_weights(load_weights(path, config, dtype), place)
     return LlamaModel(config, weights, place, activation_dtype=dtype)
 

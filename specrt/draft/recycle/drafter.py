@@ -72,7 +72,7 @@ class RecycleDrafter:
         is_fixed = budget.params != DraftParams()
         if not is_fixed and not self._policy.begin():
             return chain(torch.from_numpy(roots))
-        tree = self._grow(states, roots, _template_of(budget))
+        tree = self._grow(states, roots, template_of(budget))
         most = tree.draft_tokens.shape[1]
         if is_fixed or most == 1:
             return tree
@@ -93,12 +93,9 @@ class RecycleDrafter:
             ValueError: the logits are of another vocabulary.
         """
         logits = taps[LOGITS_TAP]
-        if logits.shape[2] != self._vocab_size:
-            raise ValueError(
-                f"recycle: expected logits of {self._vocab_size} tokens, got {logits.shape[2]}"
-            )
+        check_logits(logits, self._vocab_size)
         size = min(logits.shape[1], proposal.draft_tokens.shape[1])
-        is_accepted = _accepted(result, size)
+        is_accepted = accepted_nodes(result, size)
         tokens = proposal.draft_tokens[:, :size].numpy()
         ids = likeliest(logits[:, :size].reshape(-1, self._vocab_size)).reshape(*tokens.shape, -1)
         num_nodes, lengths = proposal.num_nodes.tolist(), result.lengths
@@ -144,7 +141,17 @@ class RecycleDrafter:
         )
 
 
-def _accepted(result: AcceptResult, size: int) -> npt.NDArray[np.bool_]:
+def check_logits(logits: torch.Tensor, vocab_size: int) -> None:
+    """Whether they are a target's of so many tokens.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if logits.shape[2] != vocab_size:
+        raise ValueError(f"recycle: expected logits of {vocab_size} tokens, got {logits.shape[2]}")
+
+
+def accepted_nodes(result: AcceptResult, size: int) -> npt.NDArray[np.bool_]:
     """``[B, size]``: which nodes are on the accepted path."""
     paths = result.paths
     is_accepted = np.zeros((len(paths), size), dtype=bool)
@@ -153,11 +160,17 @@ def _accepted(result: AcceptResult, size: int) -> npt.NDArray[np.bool_]:
     return is_accepted
 
 
-def _template_of(budget: Budget) -> Template:
+def template_of(budget: Budget, reach: int = MAX_NODES) -> Template:
+    """The largest tree of a budget.
+
+    Args:
+        budget: of the round.
+        reach: how deep a node may still be of use.
+    """
     params = budget.params
     size = min(budget.max_nodes, params.total_tokens or _MAX_NODES)
     depth = _MAX_DEPTH if params.depth is None else params.depth
-    return make_template(size, depth, params.top_k or MAX_NODES)
+    return make_template(size, max(0, min(depth, reach)), params.top_k or MAX_NODES)
 
 
 def _first(tree: _Recycled, size: int) -> _Recycled:

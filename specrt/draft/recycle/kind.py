@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.recycle.drafter import RecycleDrafter
+    from specrt.draft.recycle.on_device import DeviceRecycleDrafter
 
-    return RecycleDrafter(request.target.config.vocab_size)
+    vocab_size, device = request.target.config.vocab_size, request.target.device
+    return DeviceRecycleDrafter(vocab_size, device) if device.is_gpu else RecycleDrafter(vocab_size)
 
 
 RECYCLE = Kind("recycle", "what the target found likely behind the same tokens before", _load)

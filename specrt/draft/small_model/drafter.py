@@ -18,13 +18,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from specrt import ops
 from specrt.cache import CacheBatch, CachedSequence
+from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams
 from specrt.models.model import LlamaModel
-from specrt.tree import MAX_NODES, Settler, chain, chain_tree
+from specrt.tree import MAX_NODES, ChainTrees, Settler, chain
 from specrt.types import AcceptResult, DraftTree, Proposal, SequenceState
 
 
@@ -50,13 +51,14 @@ class _GrowingTree:
     Args:
         roots: ``[B]`` int32.
         shape: how large they become.
+        device: where they lie, and the roots.
     """
 
-    def __init__(self, roots: torch.Tensor, shape: _Shape) -> None:
+    def __init__(self, roots: torch.Tensor, shape: _Shape, device: Device) -> None:
         size = roots.shape[0]
-        self._nodes = torch.zeros(2, size, 1 + shape.depth * shape.width, dtype=torch.int32)
+        self._nodes = device.zeros(2, size, 1 + shape.depth * shape.width, dtype=torch.int32)
         self._nodes[0, :, 0] = roots
-        self._counts = torch.ones(size, dtype=torch.int32)
+        self._counts = torch.ones_like(roots)
         self.num_nodes = self.width = 1
         """All nodes, and those of the last level."""
 
@@ -114,7 +116,9 @@ class SmallModelDrafter:
         self._vocab_size = vocab_size or own
         self._num_shared = min(own, self._vocab_size)
         self._check_width("width", width)
-        self._settler = Settler(self._vocab_size)
+        self._device = model.device
+        self._settler = Settler(self._vocab_size, self._device)
+        self._chains = ChainTrees(self._device)
         self._cached: dict[SequenceState, CachedSequence] = {}
         self._batch = CacheBatch(self._cache)
 
@@ -141,14 +145,13 @@ class SmallModelDrafter:
 
         A sequence that has outgrown this model's context proposes nothing.
         """
-        roots = torch.tensor([state.token_ids[-1] for state in states], dtype=torch.int32)
         rows = [row for row, state in enumerate(states) if self._reach(state) > 0]
         drafting = [states[row] for row in rows]
         shape = self._shape(drafting, budget)
         if shape.depth < 1:
-            return chain(roots[:, None])
-        proposal = self._grow(drafting, roots[rows], shape)
-        return proposal if len(rows) == len(states) else _spread(proposal, rows, roots)
+            return chain(_roots(states)[:, None])
+        proposal = self._grow(drafting, self._device.there(_roots(drafting)), shape)
+        return proposal if len(rows) == len(states) else _spread(proposal, rows, len(states))
 
     def observe(
         self,
@@ -198,11 +201,12 @@ class SmallModelDrafter:
     ) -> Proposal:
         batch = self._batch_of(states, shape)
         logits = self._catch_up(states, batch)
-        tree, level, laws = _GrowingTree(roots, shape), None, list[torch.Tensor]()
+        tree, level = _GrowingTree(roots, shape, self._device), None
+        laws = list[torch.Tensor]()
         for depth in range(1, shape.depth + 1):
             if self._is_sampled:
                 laws.append(_laws(logits, states))
-                level = _drawn(laws[-1], states, depth)
+                level = self._drawn(laws[-1], states, depth)
             else:
                 level = _best(logits, level, shape.width)
             tree.add(level)
@@ -210,8 +214,8 @@ class SmallModelDrafter:
                 logits = self._expand(tree, roots, batch)
         # The root's row stands where the sequence goes on; now that nothing hangs below it, it is
         # part of the sequence.
-        one = torch.ones(len(states), dtype=torch.int32)
-        batch.commit(torch.zeros(len(states), 1, dtype=torch.int32), one)
+        batch.move(torch.zeros_like(roots[:, None]), torch.ones_like(roots))
+        batch.advance([1] * len(states))
         return replace(tree.proposal(), draft_probs=self._draft_probs(laws))
 
     def _batch_of(self, states: Sequence[SequenceState], shape: _Shape) -> CacheBatch:
@@ -244,15 +248,17 @@ class SmallModelDrafter:
             self._known(state.token_ids[cached.length :])
             for state, cached in zip(states, batch.sequences, strict=True)
         ]
-        counts = torch.tensor([len(tokens) for tokens in pending], dtype=torch.int32)
-        padded = torch.zeros(len(states), int(counts.max()), dtype=torch.int32)
-        for row, tokens in enumerate(pending):
-            padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        tree = replace(chain_tree(padded), num_nodes=counts)
+        counts = [len(tokens) for tokens in pending]
+        width = max(counts)
+        rows = [[*known, *[0] * (width - len(known)), len(known)] for known in pending]
+        staged = self._device.there(torch.tensor(rows, dtype=torch.int32))
+        padded, num_nodes = staged[:, :width].contiguous(), staged[:, width].contiguous()
+        tree = replace(self._chains.of(padded), num_nodes=num_nodes)
         logits = self._model.forward(tree, batch).logits
-        path = torch.arange(padded.shape[1], dtype=torch.int32)
-        batch.commit(path.expand(len(states), -1).contiguous(), counts - 1)
-        return logits[torch.arange(len(states)), counts.long() - 1][:, None, : self._num_shared]
+        batch.move(tree.depth, num_nodes - 1)  # a chain's node i has depth i
+        batch.advance([count - 1 for count in counts])
+        last = torch.stack([logits[row, count - 1] for row, count in enumerate(counts)])
+        return last[:, None, : self._num_shared]
 
     def _expand(self, tree: _GrowingTree, roots: torch.Tensor, batch: CacheBatch) -> torch.Tensor:
         """Logits ``[B, K, S]`` behind the last level's nodes, of the S ids that are shared."""
@@ -283,6 +289,22 @@ class SmallModelDrafter:
         probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
         return pad(probs, (0, self._vocab_size - self._num_shared))
 
+    def _drawn(self, law: torch.Tensor, states: Sequence[SequenceState], depth: int) -> _Level:
+        """One token for each sequence, drawn from ``law [B, S]`` by counter."""
+        noise = [
+            ops.gumbel_noise(
+                state.seed, len(state.token_ids) + depth - 1, law.shape[-1], ops.Purpose.DRAFT
+            )
+            for state in states
+        ]
+        there = self._device.there(torch.stack(noise))
+        tokens = (law.log() + there).argmax(dim=-1, keepdim=True)
+        return _Level(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float))
+
+
+def _roots(states: Sequence[SequenceState]) -> torch.Tensor:
+    return torch.tensor([state.token_ids[-1] for state in states], dtype=torch.int32)
+
 
 def _best(logits: torch.Tensor, above: _Level | None, width: int) -> _Level:
     """The ``width`` best children over all nodes of the level above."""
@@ -295,18 +317,6 @@ def _best(logits: torch.Tensor, above: _Level | None, width: int) -> _Level:
     return _Level(index % vocab, index // vocab, best.values.gather(-1, order))
 
 
-def _drawn(law: torch.Tensor, states: Sequence[SequenceState], depth: int) -> _Level:
-    """One token for each sequence, drawn from ``law [B, S]`` by counter."""
-    noise = [
-        ops.gumbel_noise(
-            state.seed, len(state.token_ids) + depth - 1, law.shape[-1], ops.Purpose.DRAFT
-        )
-        for state in states
-    ]
-    tokens = (law.log() + torch.stack(noise)).argmax(dim=-1, keepdim=True)
-    return _Level(tokens, torch.zeros_like(tokens), torch.zeros(tokens.shape))
-
-
 def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor:
     """The law each sequence's next draft is drawn from, ``[B, S]``; one-hot where greedy."""
     rows = []
@@ -314,22 +324,22 @@ def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor
         if state.temperature > 0:
             rows.append(torch.softmax(row / state.temperature, dim=-1))
         else:
-            rows.append(one_hot(row.argmax(), row.shape[-1]).float())
+            rows.append(torch.zeros_like(row).scatter_(0, row.argmax(dim=0, keepdim=True), 1.0))
     return torch.stack(rows)
 
 
-def _spread(proposal: Proposal, rows: list[int], roots: torch.Tensor) -> Proposal:
+def _spread(proposal: Proposal, rows: list[int], batch: int) -> Proposal:
     """``proposal`` as those rows of a larger batch whose other trees are the root alone."""
 
     def among_all(part: torch.Tensor) -> torch.Tensor:
-        whole = part.new_zeros(len(roots), *part.shape[1:])
-        whole[rows] = part
+        whole = part.new_zeros(batch, *part.shape[1:])
+        for place, row in enumerate(rows):
+            whole[row].copy_(part[place])
         return whole
 
-    tokens, probs = among_all(proposal.draft_tokens), proposal.draft_probs
-    tokens[:, 0] = roots
+    probs = proposal.draft_probs
     return Proposal(
-        tokens,
+        among_all(proposal.draft_tokens),
         among_all(proposal.parents),
         among_all(proposal.num_nodes).clamp(min=1),
         None if probs is None else among_all(probs),
