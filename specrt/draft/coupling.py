@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 
 from specrt.types import SequenceState
+
+ROW_WORDS = 8
+"""int64 words of a row of sampling."""
 
 
 class Coupling(NamedTuple):
@@ -20,14 +24,26 @@ class Coupling(NamedTuple):
 
     @classmethod
     def make(cls, batch: int) -> Coupling:
-        """Empty buffers."""
-        rows = torch.zeros(batch, 8, dtype=torch.int64)
+        """Empty buffers on the host."""
+        rows = torch.zeros(batch, ROW_WORDS, dtype=torch.int64)
         return cls(rows, torch.zeros(batch, dtype=torch.int32))
 
     def stage(self, states: Sequence[SequenceState]) -> None:
-        """Copy the sequences' sampling in; the root's child takes position ``len(token_ids)``."""
-        rows, position = self.sampling.numpy(), self.position.numpy()
-        for index, state in enumerate(states):
-            assert state.sampling_row is not None, "a sequence without its row of sampling"
-            rows[index] = state.sampling_row.numpy()
-            position[index] = len(state.token_ids)
+        """Copy the sequences' sampling into buffers on the host."""
+        write_sampling(states, self.sampling.numpy(), self.position.numpy())
+
+
+def write_sampling(
+    states: Sequence[SequenceState], sampling: npt.NDArray[Any], position: npt.NDArray[Any]
+) -> None:
+    """Write what a :class:`Coupling` holds; a root's child takes position ``len(token_ids)``.
+
+    Args:
+        states: B sequences.
+        sampling: ``[B, 8]`` int64, written.
+        position: ``[B]`` int32, written.
+    """
+    for index, state in enumerate(states):
+        assert state.sampling_row is not None, "a sequence without its row of sampling"
+        sampling[index] = state.sampling_row.numpy()
+        position[index] = len(state.token_ids)

@@ -159,12 +159,13 @@ class GpuScratch:
         self.attention = device.zeros(0)
         """A workspace of ``tree_attention`` for the largest step that came up."""
 
-    def prepare(self, key: StepKey, page_size: int) -> None:
-        """Make room for a step's attention.
+    def prepare(self, batch: int, num_nodes: int, num_positions: int) -> None:
+        """Make room for the attention of N rows of each of B sequences.
 
         Args:
-            key: the step's.
-            page_size: tokens.
+            batch: B.
+            num_nodes: N.
+            num_positions: slots of a sequence's pages.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.
@@ -172,12 +173,12 @@ class GpuScratch:
         self._settings.require_unchanged()
         config = self._config
         size = ops.tree_attention_workspace(
-            key.batch,
+            batch,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            key.num_nodes,
-            key.table_width * page_size,
+            num_nodes,
+            num_positions,
             self._device.place,
         )
         if size > self.attention.numel():

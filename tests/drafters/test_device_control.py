@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specrt import _C
+from specrt.device import Device
 from specrt.draft.length import device_control
 from specrt.draft.length.control import CONTROLLERS, ControlOptions, DraftControl, Posterior
 from specrt.draft.length.costs import DraftCosts
@@ -26,6 +27,10 @@ T = TypeVar("T")
 COSTS = DraftCosts(fixed=0.02, step=0.08, lower=0.05, verify=0.95, row=0.03)
 STEPS = 5
 CPU = torch.device("cpu")
+
+
+def place(backend: Backend) -> Device:
+    return Device(backend.device, is_gpu=backend.runs_cuda_source)
 
 
 def by_the_extension(work: Callable[[], T]) -> T:
@@ -104,12 +109,12 @@ def test_it_says_what_the_hosts_says(
     monkeypatch.setattr(device_control, "_FIRST_ROWS", 2)
     options = ControlOptions(kind, max_draft=STEPS, is_shared=is_shared)
     expected = by_the_extension(lambda: play(DraftControl(options), CPU, 30))
-    assert play(DeviceControl(options, backend.device), backend.device, 30) == expected
+    assert play(DeviceControl(options, place(backend)), backend.device, 30) == expected
     assert len({tuple(lengths) for lengths, *_ in expected}) > 5
 
 
 def test_caps_bound_what_is_drafted(backend: Backend) -> None:
-    control = DeviceControl(ControlOptions("fixed", max_draft=4, draft_len=4), backend.device)
+    control = DeviceControl(ControlOptions("fixed", max_draft=4, draft_len=4), place(backend))
     states = [sequence(seed) for seed in range(4)]
     for state in states:
         control.start(state)
@@ -123,7 +128,7 @@ def test_caps_bound_what_is_drafted(backend: Backend) -> None:
 
 
 def test_a_row_is_new_for_who_takes_it(backend: Backend) -> None:
-    control = DeviceControl(ControlOptions("beta-ts"), backend.device)
+    control = DeviceControl(ControlOptions("beta-ts"), place(backend))
     first, second = sequence(), sequence(1)
     control.start(first)
     prior, row = control.posterior(first), control.slots_of([first])
@@ -152,7 +157,7 @@ def learned(control: DeviceControl, state: SequenceState, device: torch.device) 
 
 def test_who_has_left_is_not_learned_of(backend: Backend) -> None:
     """Another one may have its row by then."""
-    control = DeviceControl(ControlOptions("beta-ts"), backend.device)
+    control = DeviceControl(ControlOptions("beta-ts"), place(backend))
     state = sequence()
     control.start(state)
     round_ = control.new_round(1)
@@ -177,7 +182,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_round_is_one_copy_and_its_launches(backend: Backend) -> None:
-    control = DeviceControl(ControlOptions("cost-aware", max_draft=3), backend.device)
+    control = DeviceControl(ControlOptions("cost-aware", max_draft=3), place(backend))
     states = [sequence(seed) for seed in range(3)]
     for state in states:
         control.start(state)
@@ -199,7 +204,7 @@ def test_a_round_is_one_copy_and_its_launches(backend: Backend) -> None:
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu(backend: Backend) -> None:
     options = ControlOptions("adaptive-threshold", max_draft=3)
-    control = DeviceControl(options, backend.device)
+    control = DeviceControl(options, place(backend))
     score = torch.zeros(2, device=backend.device)
     accept_length = torch.ones(2, dtype=torch.int32, device=backend.device)
     round_ = control.new_round(2)

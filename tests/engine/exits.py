@@ -59,7 +59,7 @@ def make_drafter(
 ) -> EesdDrafter:
     """An EESD drafter of given costs for a model in memory; ``options`` are its controller's."""
     config = read_exit(path, model.config)
-    weights = load_exit(path, config, model.weights)
+    weights = load_exit(path, config, model.weights, model.device)
     exit_model = ExitModel(config, weights, model)
     control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
     return EesdDrafter(exit_model, control, costs=COSTS)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specrt.cache import may_be_reused
+from specrt.device import Device
 from specrt.draft.length.control import CONTROLLERS, DISCOUNT_PLACE, ControlOptions, Posterior
 from specrt.draft.length.costs import DraftCosts
 from specrt.draft.length.inputs import HostInputs, RoundInputs
@@ -31,12 +31,13 @@ class DeviceControl:
         device: where to.
     """
 
-    def __init__(self, options: ControlOptions, device: torch.device) -> None:
+    def __init__(self, options: ControlOptions, device: Device) -> None:
         self.options = options
+        self.device = device
         self.kind = ControlKind(CONTROLLERS.index(options.kind))
         settings = options.settings()
-        self.settings, self._gain_var = settings.tensor().to(device), settings.gain_var
-        self._prior = prior_beliefs(settings.tensor(), device)
+        self.settings, self._gain_var = device.moved(settings.tensor()), settings.gain_var
+        self._prior = device.moved(prior_beliefs(settings.tensor()))
         self.beliefs = self._prior.repeat(1 if options.shares else _FIRST_ROWS, 1)
         """``[P, beliefs]`` float64. Where more sequences are open than it has rows it is replaced
         by a longer one: launches captured before are over one that nobody learns in any more."""
@@ -68,7 +69,8 @@ class DeviceControl:
 
     def posterior(self, state: SequenceState) -> Posterior:
         """What is believed of ``state`` now. Waits for the device."""
-        return Posterior.of(self.beliefs[self._slots[state]].tolist(), self._gain_var)
+        row = self.device.read(self.beliefs[self._slots[state]])
+        return Posterior.of(row.tolist(), self._gain_var)
 
     def new_round(self, batch: int, slope: torch.Tensor | None = None) -> DeviceControlRound:
         """Buffers for rounds of ``batch`` sequences.
@@ -92,20 +94,22 @@ class DeviceControlRound:
     """One round of a batch. Addresses are fixed, and :meth:`decide` is nothing but a launch."""
 
     def __init__(self, control: DeviceControl, batch: int, slope: torch.Tensor | None) -> None:
-        device, cap = control.beliefs.device, control.options.max_draft
+        self._device, cap = control.device, control.options.max_draft
         self._kind, self._slope = int(control.kind), slope
         self._settings, self._num_rounds = control.settings.clone(), 1
         self._discount = control.options.settings().discount
         self._beliefs = control.beliefs
-        self._host, self._inputs = HostInputs(batch, cap), RoundInputs.make(batch, device)
-        ints = torch.zeros(3, batch, dtype=torch.int32, device=device)
+        self._host = HostInputs(batch, cap)
+        whole = self._device.zeros(*self._host.tensors.whole.shape, dtype=torch.int64)
+        self._inputs = RoundInputs.of(whole, batch)
+        ints = self._device.zeros(3, batch, dtype=torch.int32)
         self.is_open = ints[0]
         """``[B]`` int32: 1 = draft another token for this sequence."""
         self.drafted = ints[1]
         """``[B]`` int32: tokens drafted that somebody wanted."""
         self.length = ints[2]
         """``[B]`` int32: tokens to verify; one less than drafted where the last was dropped."""
-        self.confidence = torch.full((batch, cap), torch.nan, device=device)
+        self.confidence = self._device.zeros(batch, cap).fill_(torch.nan)
         """``[B, max_draft]`` float32; NaN where nothing was drafted."""
 
     def stage(
@@ -127,8 +131,7 @@ class DeviceControlRound:
         """
         self._host.slots[:] = control.slots_of(states)
         self._host.stage(states, costs, positions, caps)
-        there = self._inputs.whole
-        there.copy_(may_be_reused(self._host.tensors.whole, there.device), non_blocking=True)
+        self._device.upload(self._host.tensors.whole, self._inputs.whole)
         self._beliefs = control.beliefs
 
     def decide(

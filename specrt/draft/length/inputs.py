@@ -26,10 +26,8 @@ class RoundInputs(NamedTuple):
     is_sampled: torch.Tensor
 
     @classmethod
-    def make(cls, batch: int, device: torch.device | None = None) -> RoundInputs:
-        """Zeros."""
-        # Two int32 in an int64.
-        whole = torch.zeros(NUM_COSTS + 3 * batch, dtype=torch.int64, device=device)
+    def of(cls, whole: torch.Tensor, batch: int) -> RoundInputs:
+        """Views of ``[5 + 3 * B]`` int64, where two int32 are in one."""
         costs, seed, ints = whole.split([NUM_COSTS, batch, 2 * batch])
         return cls(whole, costs.view(torch.float64), seed, *ints.view(torch.int32).split(batch))
 
@@ -43,7 +41,8 @@ class HostInputs:
     """
 
     def __init__(self, batch: int, max_draft: int) -> None:
-        self.tensors = there = RoundInputs.make(batch)
+        whole = torch.zeros(NUM_COSTS + 3 * batch, dtype=torch.int64)
+        self.tensors = there = RoundInputs.of(whole, batch)
         self._max_draft = max_draft
         # The same memory through numpy, where small writes cost a tenth of torch's.
         self._costs, self._seeds = there.costs.numpy(), there.seed.numpy()
