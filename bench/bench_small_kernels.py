@@ -18,6 +18,7 @@ from bench import gpu, limits
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt import ops
 from specrt.models.rope import rope_table
+from specrt.ops.history_append import report_size
 from specrt.sampling import SamplingParams, SamplingTable
 
 ROWS = (1, 8, 64)
@@ -157,6 +158,7 @@ def least_work() -> dict[str, Callable[[], object]]:
     table = rope_table(16, 10000.0, PREFIX + 1)
     tokens, path, length, chosen = (ints(0)[None] for _ in range(4))
     parents, below = ints(-1)[None], ints(0)[None]
+    of_one, record = (length[0], chosen[0]), torch.zeros(1, report_size(1, False)).int()
     logits = torch.zeros(1, 1, 1)
     sampling = SamplingTable.build([SamplingParams()], [1], 1).rows
     return {
@@ -190,6 +192,9 @@ def least_work() -> dict[str, Callable[[], object]]:
         "kv_commit": lambda: ops.kv_commit(cache.kv, cache.table, depth, zero, cache.kv_len),
         "tree_settle": lambda: ops.tree_settle(
             tokens, parents, count, empty, count, 1, path, chosen, below, ancestors, length[0]
+        ),
+        "history_append": lambda: ops.history_append(
+            count, depth, path, zero, tokens, None, parents, zero, below, empty, *of_one, record
         ),
         "feature_sample": lambda: ops.feature_sample(
             zero, None, one, None, one, token_fc=one, eps=1e-6, workspace=scratch, out=joined

@@ -7,7 +7,7 @@ from typing import Any
 
 BF16 = 2
 FLOAT = INT = 4
-WORD = 8
+WORD = DOUBLE = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,35 @@ def kv_commit(model: Model, rows: int) -> Work:
 def tree_settle(model: Model, rows: int) -> Work:
     """Tokens and parents read and written, depth and ancestors written; one tree, of any model."""
     return Work(rows * (5 * INT + (rows + 63) // 64 * WORD))
+
+
+def history_append(model: Model, rows: int) -> Work:
+    """Depth, path and tokens read; tokens to the history and both to a report; of any model."""
+    return Work(rows * 6 * INT)
+
+
+def feature_sample(model: Model, rows: int) -> Work:
+    """Weights read once; of each row embedding and feature in, the result out."""
+    hidden, wide = model.hidden_size, model.intermediate_size
+    weights = 2 * hidden**2 + 3 * hidden * wide
+    return Work((weights + 3 * rows * hidden) * BF16, 2 * rows * weights)
+
+
+def feature_sample_folded(model: Model, rows: int) -> Work:
+    """The embedding's half of ``fc`` and the gate are rows of tables."""
+    hidden, wide = model.hidden_size, model.intermediate_size
+    weights = hidden**2 + 2 * hidden * wide
+    return Work((weights + rows * (3 * hidden + wide)) * BF16, 2 * rows * weights)
+
+
+def draft_control(model: Model, rows: int) -> Work:
+    """A posterior of 26 doubles, ten numbers and eight confidences a sequence; of any model."""
+    return Work(rows * (26 * DOUBLE + 10 * INT + 8 * FLOAT))
+
+
+def draft_control_update(model: Model, rows: int) -> Work:
+    """The posterior written too."""
+    return Work(rows * (2 * 26 * DOUBLE + 5 * INT + 8 * FLOAT))
 
 
 def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:

@@ -15,16 +15,21 @@ import torch
 import torch.nn.functional as F
 
 from bench import limits
+from bench.draft_sets import DraftControl, DraftControlUpdate, FeatureSample
 from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
 from bench.limits import Model
 from specrt import ops
 from specrt.models.rope import rope_table
+from specrt.ops.history_append import report_size
 
 ROWS = (60, 8192, 1, 8, 128)
 NODES = (8, 60, 1, 127)
 """Of a tree, and so of a path at the most, each of which moves by one slot here."""
+PAIRS = (10, 60, 1, 128)
+"""Rows that a level of a draft tree joins."""
+SEQUENCES = (1, 8, 64)
 PAGE_SIZE = 64
 PREFIX = 192
 """Committed slots before the rows; whole pages."""
@@ -219,6 +224,62 @@ class TreeSettle:
         return torch.stack([part.sum(1) for part in bits.split(64, dim=1)], dim=1)
 
 
+class HistoryAppend:
+    """torch: which tokens are taken as a mask, and one scatter; reports are joined."""
+
+    def __init__(self, rows: int, place: Place, lengths: Tensors) -> None:
+        self._entry = torch.arange(rows, device=place.device)
+        node = place.ints(*range(rows))[None]
+        self._count, self._accepted = place.ints(rows), place.ints(rows - 1)
+        self._depth, self._path, self._tokens = node, node.clone(), 3 * node
+        self._stop_ids, self._max_len = place.ints(-1, 1, 2, 3 * rows)[None], place.ints(4 * PREFIX)
+        self._length, self._torch_length = lengths
+        self._history, self._torch_history = (place.ints(*[-77] * 4 * PREFIX)[None] for _ in "ab")
+        self._root, self._torch_root = place.ints(-77), place.ints(-77)
+        self._num_path = place.ints(-77)
+        self._report = place.ints(*[-77] * report_size(rows, False))[None]
+
+    def ours(self) -> Tensors:
+        out = self._history, self._length, self._root, self._num_path, self._report
+        ops.history_append(
+            self._count,
+            self._depth,
+            self._path,
+            self._accepted,
+            self._tokens,
+            None,
+            self._stop_ids,
+            self._max_len,
+            *out,
+        )
+        return out
+
+    def torchs(self) -> Tensors:
+        tokens, history, entry = self._tokens[0], self._torch_history, self._entry
+        is_stop = (tokens[:, None] == self._stop_ids).any(1)
+        is_told, room = entry <= self._accepted, self._max_len - self._torch_length
+        takes = is_told & (entry < room) & (is_stop.cumsum(0) - is_stop.int() == 0)
+        taken = takes.sum(dtype=torch.int32)[None]
+        slot = (self._torch_length + entry).long().clamp(max=history.shape[1] - 1)
+        history[0, slot] = torch.where(takes, tokens, history[0, slot])
+        self._torch_length += taken
+        last = tokens[(taken - 1).clamp(min=0).long()]
+        self._torch_root.copy_(torch.where(taken > 0, last, self._torch_root))
+        ending = (takes & is_stop).any() + 2 * (taken == room)
+        deepest = (self._depth[0] * (entry < self._count)).max()[None]
+        header = [
+            self._count,
+            deepest,
+            self._accepted,
+            taken,
+            ending,
+            *[torch.zeros_like(taken)] * 3,
+        ]
+        told = [torch.where(is_told, row[0], -1) for row in (self._tokens, self._path)]
+        report = torch.cat([*header, *told]).int()[None]
+        return history, self._torch_length, self._torch_root, taken, report
+
+
 Sets = tuple[list[InputSet], Launch | None]
 
 
@@ -226,6 +287,13 @@ def commits(model: Model, rows: int, num_sets: int, place: Place) -> Sets:
     """One cache; the sets are one commit after the other."""
     caches = CommitCaches(model, rows, num_sets, place)
     return [KvCommit(caches, PREFIX + i * rows, rows) for i in range(num_sets)], caches.reset
+
+
+def appends(model: Model, rows: int, num_sets: int, place: Place) -> Sets:
+    """Sets that share the tensor of their lengths alone, so that one launch resets all."""
+    lengths = torch.full((2, num_sets, 1), PREFIX, dtype=torch.int32, device=place.device)
+    sets = [HistoryAppend(rows, place, tuple(lengths[:, i])) for i in range(num_sets)]
+    return sets, lambda: lengths.fill_(PREFIX)
 
 
 def separate(kind: Callable[[Model, int, Place], InputSet]) -> Callable[..., Sets]:
@@ -252,6 +320,15 @@ KERNELS = {
     "rope_append": Kernel(separate(RopeAppend), limits.rope_append),
     "kv_commit": Kernel(commits, limits.kv_commit, NODES),
     "tree_settle": Kernel(separate(TreeSettle), limits.tree_settle, NODES),
+    "history_append": Kernel(appends, limits.history_append, NODES),
+    "feature_sample": Kernel(separate(FeatureSample), limits.feature_sample, PAIRS),
+    "feature_sample_folded": Kernel(
+        separate(FeatureSample.folded), limits.feature_sample_folded, PAIRS
+    ),
+    "draft_control": Kernel(separate(DraftControl), limits.draft_control, SEQUENCES),
+    "draft_control_update": Kernel(
+        separate(DraftControlUpdate), limits.draft_control_update, SEQUENCES
+    ),
 }
 
 

@@ -8,10 +8,12 @@ import torch
 
 from specrt.device import Device
 from specrt.ops.history_append import HEADER_SIZE, ReportWord
-from specrt.ops.tree_accept import tree_accept
+from specrt.ops.tree_accept import gpu_workspace_size, tree_accept
+from specrt.reuse import Recent
 from specrt.sampling import SamplingTable
 from specrt.types import AcceptResult, DraftTree, RoundReport
 
+_MAX_SHAPES = 32  # of rounds on a GPU, whose scratch is kept
 _LAW_TOLERANCE = 1e-4  # of a law's sum: float32's rounding, but not bfloat16's
 
 
@@ -99,7 +101,7 @@ class Accepting:
     def __init__(self, vocab_size: int, device: Device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._workspace: torch.Tensor | None = None
+        self._scratches: Recent[tuple[int, int, bool], torch.Tensor] = Recent(_MAX_SHAPES)
 
     def accept(
         self,
@@ -117,18 +119,20 @@ class Accepting:
             history,
             history_len,
             want_logprobs=sampling.want_logprobs,
-            workspace=self._scratch(*tree.draft_tokens.shape) if self._device.is_gpu else None,
+            workspace=self._scratch(tree) if self._device.is_gpu else None,
         )
 
-    def _scratch(self, batch: int, num_nodes: int) -> torch.Tensor:
-        """Of all shapes that came up, the largest one's."""
-        from specrt.ops.tree_accept import gpu_workspace_size
-
-        size = gpu_workspace_size(batch, num_nodes, self._vocab_size)
-        if self._workspace is None or self._workspace.numel() < size:
-            self._device.forget()  # first: an interrupt must not leave launches over what is gone
-            self._workspace = self._device.zeros(size)
-        return self._workspace
+    def _scratch(self, tree: DraftTree) -> torch.Tensor:
+        """A shape's own: what one call leaves in it is what the next of that shape needs."""
+        shape = (*tree.draft_tokens.shape, tree.draft_probs is not None)
+        scratch = self._scratches.get(shape)
+        if scratch is None:
+            batch, num_nodes, has_probs = shape
+            size = gpu_workspace_size(
+                batch, num_nodes, self._vocab_size, has_draft_probs=has_probs
+            )
+            scratch = self._scratches.put(shape, self._device.zeros(size))
+        return scratch
 
 
 def read_report(rows: npt.NDArray[np.int32], size: int) -> RoundReport:

@@ -7,10 +7,11 @@ namespace {
 int32_t first_stop_of(const HistoryAppendParams& p, int64_t seq, int32_t most) {
     const int32_t* tokens = p.tokens + seq * p.tokens_stride;
     const int32_t* stop_ids = p.stop_ids + seq * p.stop_ids_stride;
-    for (int32_t i = 0; i < most; ++i)
-        for (int32_t s = 0; s < p.stops; ++s)
-            if (is_stop(tokens[i], stop_ids[s])) return i;
-    return most;
+    int32_t first = most;
+    for (int32_t s = 0; s < p.stops; ++s)
+        for (int32_t i = 0; i < first; ++i)
+            if (is_stop(tokens[i], stop_ids[s])) first = i;
+    return first;
 }
 
 int32_t deepest_of(const HistoryAppendParams& p, int64_t seq, int32_t num_nodes) {

@@ -101,7 +101,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def stand_in_linear(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, whose kernel takes float32 alone: the GPU's way around its product."""
+    """``linear`` of 16-bit rows on the CPU, whose kernel takes float32 alone: the GPU's way around
+    the CPU's product."""
     if backend.name != "cpu":
         return
     bare = ops.linear

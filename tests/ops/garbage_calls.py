@@ -12,8 +12,8 @@ import torch
 
 from specrt import ops
 from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
-from specrt.ops.history_append import report_size
 from specrt.ops.feature_sample import FeatureWeights, feature_gather
+from specrt.ops.history_append import report_size
 from specrt.ops.tree_accept import workspace_size
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.sampling import SamplingParams, SamplingTable

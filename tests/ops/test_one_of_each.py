@@ -11,10 +11,11 @@ from specrt import ops
 from tests.ops.conftest import Backend
 
 
+@pytest.mark.usefixtures("stand_in_linear")
 def test_one_of_each(backend: Backend) -> None:
     torch.manual_seed(0)
     place = Place(str(backend.device))
-    assert one_of_each.run_small_kernels(place) == 5 * 3 * 3
+    assert one_of_each.run_small_kernels(place) == 10 * 3 * 3
     if backend.runs_cuda_source:
         assert one_of_each.run_tree_attention(place) == 3 * 3
 

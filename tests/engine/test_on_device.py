@@ -1,0 +1,134 @@
+"""Whole rounds on a simulated GPU: all stages where the target is, one read a round, the same text.
+
+What the CPU's engine says is another model's word: activations have 16 bits on a GPU. So texts are
+held against plain decoding on the same device, and laws against the CPU's kernels in tests/ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specrt.config import ModelConfig
+from specrt.draft.base import Drafter, DraftParams
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.recycle.on_device import DeviceRecycleDrafter
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.engine.engine import Engine
+from specrt.models.loader import Weights, load_weights
+from specrt.models.model import LlamaModel
+from specrt.models.placement import place_weights
+from specrt.sampling import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.engine.support import RandomTreeDrafter, make_engine, texts
+from tests.ops.conftest import load_simt
+from tests.simulated_gpu import SimulatedGpu, simulated_gpu
+
+VOCAB = 97
+SIZES = {
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "dtype": torch.bfloat16,
+}
+PROMPTS = [[5, 9, 5, 9, 5] * 3, [3], [(11 * i * i + 3 * i) % VOCAB for i in range(70)], [7, 8] * 4]
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+MIXED = [
+    replace(GREEDY, logprobs=True),
+    replace(GREEDY, temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.2),
+    replace(GREEDY, temperature=1.0, top_k=7, min_p=0.01, seed=6, logit_bias={11: 3.0, 12: -2.0}),
+    replace(GREEDY, temperature=1.3, seed=7, frequency_penalty=0.4, presence_penalty=0.3),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Weights]:
+    path: Path = tmp_path_factory.mktemp("target")
+    make_checkpoint("llama", path, **SIZES)
+    config = ModelConfig.from_directory(path)
+    return config, load_weights(path, config, torch.bfloat16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
+    simt = load_simt()
+    simt.set_schedule(1)
+    with simulated_gpu(simt, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def model(loaded: tuple[ModelConfig, Weights], gpu: SimulatedGpu) -> LlamaModel:
+    config, weights = loaded
+    return LlamaModel(config, place_weights(weights, gpu), gpu)
+
+
+def hitting(model: LlamaModel, answers: list[list[int]]) -> RandomTreeDrafter:
+    """Random trees with the right tokens here and there, from the host."""
+    known = {tuple(p): answer for p, answer in zip(PROMPTS, answers, strict=True)}
+    return RandomTreeDrafter(known, VOCAB, 12)
+
+
+DRAFTERS: Mapping[str, Callable[[LlamaModel, list[list[int]]], Drafter]] = {
+    "trees": hitting,
+    "prompt-lookup": lambda model, _: PromptLookupDrafter(),
+    "recycle": lambda model, _: DeviceRecycleDrafter(VOCAB, model.device),
+    "small model": lambda model, _: SmallModelDrafter(model, depth=3, width=2),
+}
+
+
+def generated(engine: Engine, params: list[SamplingParams], draft: DraftParams | None) -> list:
+    """Texts and log-probabilities; sequences join and leave along the way."""
+    results = engine.generate(PROMPTS, params, draft=draft)
+    assert not [result.error for result in results if result.error]
+    return [(result.token_ids, result.logprobs) for result in results]
+
+
+@pytest.mark.parametrize("params", [[GREEDY] * 4, MIXED], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_drafting_changes_nothing(
+    model: LlamaModel, name: str, params: list[SamplingParams]
+) -> None:
+    params = [replace(p, max_new_tokens=6 + 3 * i) for i, p in enumerate(params)]
+    expected = generated(make_engine(model, max_batch=1), params, None)
+    drafter = DRAFTERS[name](model, [ids for ids, _ in expected])
+    engine = make_engine(model, drafter, max_batch=3, max_nodes=16)
+    shape = DraftParams(depth=3, top_k=2) if name == "recycle" else None
+    results = engine.generate(PROMPTS, params, draft=shape)
+    assert [(one.token_ids, one.logprobs) for one in results] == expected
+    assert sum(one.stats.num_draft_tokens for one in results)
+    if name in ("trees", "small model"):
+        assert sum(one.stats.num_accepted_tokens for one in results)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_the_host_reads_once_a_round(model: LlamaModel, name: str) -> None:
+    answers = texts(make_engine(model).generate(PROMPTS, GREEDY))
+    engine = make_engine(model, DRAFTERS[name](model, answers), max_batch=4, prefill_chunk=1024)
+    for prompt in PROMPTS:
+        engine.add(prompt, GREEDY)
+    while not engine.is_idle:
+        before = model.device.num_reads
+        engine.step()
+        assert model.device.num_reads - before <= 1
+
+
+def test_outputs_end_where_they_should(model: LlamaModel) -> None:
+    """At a stop token, a stop string, and the limit, in the middle of accepted paths."""
+    plain = make_engine(model)
+    answers = texts(plain.generate(PROMPTS, GREEDY))
+    stops = [
+        replace(GREEDY, stop_token_ids=[answers[0][4]]),
+        replace(GREEDY, stop=[chr(32 + answers[1][5])]),
+        replace(GREEDY, max_new_tokens=2),
+        GREEDY,
+    ]
+    expected = plain.generate(PROMPTS, stops)
+    results = make_engine(model, hitting(model, answers)).generate(PROMPTS, stops)
+    assert texts(results) == texts(expected)
+    assert [one.finish_reason for one in results] == [one.finish_reason for one in expected]
+    assert len(results[0].token_ids) <= 5 and len(results[2].token_ids) == 2
