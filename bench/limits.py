@@ -8,6 +8,9 @@ from typing import Any
 BF16 = 2
 FLOAT = INT = 4
 WORD = DOUBLE = 8
+WORD = 8
+TREE_TOP_K, TREE_DEPTH = 10, 6
+"""Of the pool that a tree is chosen from: children of a node, levels below the root's children."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,12 @@ class Model:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int = 1000
 
 
 MODELS = {
-    "Llama-3-8B": Model(4096, 14336, 32, 32, 8, 128),
-    "Vicuna-7B": Model(4096, 11008, 32, 32, 32, 128),
+    "Llama-3-8B": Model(4096, 14336, 32, 32, 8, 128, 128_256),
+    "Vicuna-7B": Model(4096, 11008, 32, 32, 32, 128, 32_000),
 }
 
 
@@ -110,6 +114,21 @@ def draft_control(model: Model, rows: int) -> Work:
 def draft_control_update(model: Model, rows: int) -> Work:
     """The posterior written too."""
     return Work(rows * (2 * 26 * DOUBLE + 5 * INT + 8 * FLOAT))
+
+
+def tree_expand(model: Model, rows: int) -> Work:
+    """Logits of ``rows`` nodes read once, as many children of each written."""
+    return Work(rows * model.vocab_size * FLOAT + rows * rows * (2 * INT + FLOAT))
+
+
+def pool_size() -> int:
+    """Candidates that a tree is chosen from."""
+    return TREE_TOP_K + TREE_DEPTH * TREE_TOP_K**2
+
+
+def tree_rerank(model: Model, rows: int) -> Work:
+    """All scores read, tokens, parents and scores of ``rows`` nodes read and written."""
+    return Work(pool_size() * FLOAT + 2 * rows * (2 * INT + FLOAT))
 
 
 def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:

@@ -22,6 +22,7 @@ from bench.gpu import OURS, Contender, Device
 from bench.gpu_report import Measured, WrongResultError, run_bench
 from bench.harness import Row, parser, ratio_to, start
 from specrt import ops
+from specrt.models.row_check import Linear, differing_rows, spread_rows
 from specrt.ops.linear import GEMM_ROWS, gpu_product
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,52 +64,6 @@ SHAPES = (
 # --- bits -------------------------------------------------------------------------------------
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-"""``[M, K]`` to ``[M, N]`` float32, M up to 128; valid until the next call."""
-
-
-class Linear:
-    """``linear`` by one matrix, always with the same workspace, as a target runs it."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
-        size = ops.linear_workspace(*weight.shape)
-        self._workspace = torch.empty(size, dtype=torch.uint8, device=weight.device)
-        self._out = torch.empty(GEMM_ROWS, len(weight), device=weight.device)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._out[: len(x)]
-        return ops.linear(x, self._weight, out=out, workspace=self._workspace)
-
-    def leave_behind(self, byte: int) -> None:
-        """What the rows that are not given hold."""
-        self._workspace.fill_(byte)
-
-
-def differing_rows(
-    product: Product, x: torch.Tensor, leave_behind: Callable[[int], None] = lambda byte: None
-) -> dict[str, int]:
-    """How many of 128 rows have other bits at other places, among fewer, or alone.
-
-    Args:
-        product: what is looked at.
-        x: ``[128, K]``
-        leave_behind: told a byte to fill the product's memory with, before a row is alone.
-    """
-    expected = product(x).view(torch.int32).clone()
-    differs = torch.zeros(3, len(x), dtype=torch.bool, device=x.device)
-    for i in range(len(x)):
-        shifted = product(x.roll(i, 0)).view(torch.int32)
-        differs[0] |= (shifted.roll(-i, 0) != expected).any(dim=1)
-        fewer = product(x[: i + 1]).view(torch.int32)
-        differs[1, : i + 1] |= (fewer != expected[: i + 1]).any(dim=1)
-        leave_behind(0xFF)  # NaN in every type
-        alone = product(x[i : i + 1]).view(torch.int32)
-        differs[2, i] = (alone[0] != expected[i]).any()
-    names = "at other places", "among fewer", "alone"
-    return dict(zip(names, differs.sum(dim=1).tolist(), strict=True))
-
-
 def random_inputs(
     shape: Shape, dtype: torch.dtype, device: str, num_weights: int = 1
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -116,15 +71,15 @@ def random_inputs(
 
     Activations differ widely in size, so that sums in another order do differ.
     """
-    generator = torch.Generator(device).manual_seed(shape.num_outputs + shape.num_inputs)
-
-    def normal(rows: int, dtype: torch.dtype) -> torch.Tensor:
-        empty = torch.empty(rows, shape.num_inputs, dtype=dtype, device=device)
-        return empty.normal_(generator=generator)
-
-    weights = [normal(shape.num_outputs, dtype) for _ in range(num_weights)]
-    x = normal(GEMM_ROWS, dtype if device == "cuda" else torch.float32)
-    return x * normal(GEMM_ROWS, x.dtype).exp2(), weights
+    seed = shape.num_outputs + shape.num_inputs
+    generator = torch.Generator(device).manual_seed(seed)
+    size = shape.num_outputs, shape.num_inputs
+    weights = [
+        torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
+        for _ in range(num_weights)
+    ]
+    activation = dtype if device == "cuda" else torch.float32
+    return spread_rows(shape.num_inputs, activation, device, seed), weights
 
 
 # --- cases ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from bench import limits
 from bench.draft_sets import DraftControl, DraftControlUpdate, FeatureSample
+from bench.draft_trees_cuda import TreeExpand, TreeRerank
 from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
@@ -30,6 +31,8 @@ NODES = (8, 60, 1, 127)
 PAIRS = (10, 60, 1, 128)
 """Rows that a level of a draft tree joins."""
 SEQUENCES = (1, 8, 64)
+CHILDREN = (10, 4)
+"""Of a frontier's node, and nodes of a frontier."""
 PAGE_SIZE = 64
 PREFIX = 192
 """Committed slots before the rows; whole pages."""
@@ -329,6 +332,8 @@ KERNELS = {
     "draft_control_update": Kernel(
         separate(DraftControlUpdate), limits.draft_control_update, SEQUENCES
     ),
+    "tree_expand": Kernel(separate(TreeExpand), limits.tree_expand, CHILDREN),
+    "tree_rerank": Kernel(separate(TreeRerank), limits.tree_rerank, NODES[1:]),
 }
 
 

@@ -128,9 +128,7 @@ class Accepting:
         scratch = self._scratches.get(shape)
         if scratch is None:
             batch, num_nodes, has_probs = shape
-            size = gpu_workspace_size(
-                batch, num_nodes, self._vocab_size, has_draft_probs=has_probs
-            )
+            size = gpu_workspace_size(batch, num_nodes, self._vocab_size, has_draft_probs=has_probs)
             scratch = self._scratches.put(shape, self._device.zeros(size))
         return scratch
 

@@ -139,6 +139,16 @@ class KVCache:
         # Ctrl-C comes behind a call: there is none between these, and no page is lost.
         sequence.pages, self._returned = [], free
 
+    def fix(self, num_pages: int) -> None:
+        """Have so many pages for sequences, at once and for good, or as many as there are already.
+
+        Raises:
+            MemoryError: there is no room for them.
+        """
+        self.max_pages = max(num_pages, self.num_pages)
+        if num_pages > self.num_pages:
+            self._grow(num_pages)
+
     def retire(self) -> None:
         """Give the memory back for good, if no sequence holds a page of it."""
         if self.num_held_pages == 0 and not self._is_retired:

@@ -7,6 +7,7 @@ host: what is launched or uploaded is done later, in order, and nobody waits for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import Any
@@ -102,6 +103,14 @@ class Device:
         host.copy_(tensor, non_blocking=True)
         self.wait()
         return host
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes that are free there, and all there are; ``sys.maxsize`` where nobody can say, as
+        on the CPU. What torch keeps of a GPU's for later is given up before."""
+        if self.place.type != "cuda":
+            return sys.maxsize, sys.maxsize
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.place)
 
     # --- work ---------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -19,12 +20,21 @@ from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
+from specrt.engine.core import EngineLimits
 from specrt.engine.engine import Engine
+from specrt.engine.memory import size_check
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.results import GenerationResult
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
-from specrt.models.placement import choose_dtype, choose_head_dim, parse_device, place_weights
+from specrt.models.placement import (
+    check_sizes,
+    choose_dtype,
+    choose_head_dim,
+    parse_device,
+    place_weights,
+)
+from specrt.models.row_check import check_rows
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
@@ -81,7 +91,8 @@ def load(
         max_nodes: the largest tree that is verified, root included, 1..128.
         prefill_chunk: tokens of prompts that are run between two rounds of those that decode.
         max_cached_tokens: tokens whose keys and values are held, of all sequences; where they run
-            out, who came last gives way and is computed again later. None: as memory allows.
+            out, who came last gives way and is computed again later. None: as memory allows; on a
+            GPU what is free when the engine is made.
         max_waiting: requests that may wait for a place; None: any number.
         progress: show a bar on a terminal while loading.
         fold: FSPAD and EAGLE: replace the weights that are functions of the token by tables; None
@@ -94,14 +105,16 @@ def load(
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
         ValueError: an argument out of range; a device that is not there or that this build has no
-            kernels for; a model or drafter that the device's kernels do not run.
+            kernels for; a model or drafter that the device's kernels do not run; a GPU of a kind
+            not seen before, on which rows of a product turn out to depend on one another.
         TypeError: ``target`` is no path, or ``drafter`` lacks a method.
-        MemoryError: no room for the weights.
+        MemoryError: no room for the weights; on a GPU, for them and the least cache that is of use.
     """
     if not isinstance(target, str | os.PathLike):
         raise TypeError(f"target: expected a directory or {BUILTIN!r}, got {target!r}")
     if not (drafter is None or isinstance(drafter, str | os.PathLike)):
         check_drafter(drafter, "drafter")
+    limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
@@ -109,11 +122,16 @@ def load(
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     head_dim = choose_head_dim(config, place)
+    padded = replace(config, head_dim=head_dim)
+    check_sizes(padded, limits.max_nodes, place)
     tokenizer = load_tokenizer(path, config.vocab_size)
     there = Device(place)
-    weights = place_weights(
-        load_weights(path, config, target_dtype, progress=progress, head_dim=head_dim), there
+    has_room = size_check(padded, target_dtype, limits, there)
+    loaded = load_weights(
+        path, config, target_dtype, progress=progress, head_dim=head_dim, check_size=has_room
     )
+    weights = place_weights(loaded, there)
+    check_rows(weights)
     model = LlamaModel(config, weights, there)
     if drafter == AUTO:
         drafter = default_drafter(target, place)
@@ -123,16 +141,7 @@ def load(
         drafter = load_drafter(drafter, model, chosen, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")
-    return Engine(
-        model,
-        drafter,
-        tokenizer,
-        max_batch=max_batch,
-        max_nodes=max_nodes,
-        prefill_chunk=prefill_chunk,
-        max_cached_tokens=max_cached_tokens,
-        max_waiting=max_waiting,
-    )
+    return Engine(model, drafter, tokenizer, **asdict(limits))
 
 
 def default_drafter(target: str | os.PathLike[str], device: str | torch.device = "cpu") -> str:

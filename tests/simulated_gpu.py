@@ -127,10 +127,8 @@ class _Kernels:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             held = [self._gpu.holds(tensor) for tensor in tensors]
-            if not tensors and on_gpu is not None:  # a size, which only a build for GPUs knows
-                return on_gpu(*args, **kwargs)
-            if not any(held):
-                return on_cpu(*args, **kwargs)
+            if not any(held):  # without tensors: sizes, which may be a GPU's
+                return (on_cpu if tensors else on_gpu or on_cpu)(*args, **kwargs)
             assert all(held), f"{name}: tensors of the GPU and of the host"
             assert on_gpu is not None, f"{name}: has no CUDA kernel"
             return on_gpu(*args, **kwargs)

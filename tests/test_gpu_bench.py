@@ -211,7 +211,7 @@ def test_a_gpu_may_fail_at_any_point(
         saved = folder / "small_kernels_cuda.json"
         num_rows = len(json.loads(saved.read_text())["rows"]) if saved.exists() else 0
         before = max(0, point - 4) // 2  # facts, ceilings, clocks; memory and measuring a case
-        assert num_rows == (before if stays_broken or point < 4 else 11)
+        assert num_rows == (before if stays_broken or point < 4 else 7)
 
 
 @pytest.mark.parametrize("module", [bench_small_kernels, bench_tree_attention])

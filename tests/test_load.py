@@ -14,11 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 import specrt
 from specrt import loading
+from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.engine import Engine
+from specrt.models.checkpoint import Checkpoint
+from specrt.models.loader import Weights
 from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,
@@ -154,12 +157,14 @@ def test_every_drafter_says_the_same(target: Path, drafter: Path) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """What "cuda" names meanwhile: a device without memory, enough for all but running."""
+    """What "cuda" names meanwhile: a device whose memory nobody can read, enough for all but
+    running."""
     meta = torch.device("meta")
     asked = loading.parse_device
     monkeypatch.setattr(
         loading, "parse_device", lambda name: meta if name == "cuda" else asked(name)
     )
+    monkeypatch.setattr(Device, "free_memory", lambda device: (1 << 30, 2 << 30))
     # From a GPU the drafter's copies of the target's tables would come back.
     read = torch.Tensor.cpu
     monkeypatch.setattr(
@@ -176,8 +181,13 @@ def wide_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_target_on_a_gpu(wide_target: Path, gpu: torch.device) -> None:
+def test_a_target_on_a_gpu(
+    wide_target: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[Weights] = []
+    monkeypatch.setattr(loading, "check_rows", looked_at.append)
     engine = specrt.load(wide_target, device="cuda")
+    assert looked_at == [engine.target.weights]
     assert engine.target.device == engine.cache.device == gpu
     assert engine.target.dtype == engine.target.activation_dtype == torch.bfloat16
     assert engine.cache.kv.dtype == torch.bfloat16
@@ -196,6 +206,36 @@ def test_heads_that_no_gpu_kernel_takes(
     make_checkpoint("llama", tmp_path, head_dim=130)
     for paths in ((tmp_path,), (wide_target, tmp_path)):
         with pytest.raises(ValueError, match="head_dim: .* the model has 130; device='cpu'"):
+            specrt.load(*paths, device="cuda")
+
+
+def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
+    wide_target: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a tensor was read"))
+    words = r"no room on meta: needed .* \(weights .* \+ KV cache 1\.01 GiB .*, free 1\.00 GiB of 2"
+    pages = (1 << 30) // (2 * 3 * 64 * 2 * 64 * 2)  # of three layers' two heads
+    with pytest.raises(MemoryError, match=words):
+        specrt.load(wide_target, device="cuda", max_cached_tokens=64 * pages + 6000)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (
+            {"intermediate_size": 100},
+            r"\.0\.mlp\.down_proj\.weight: .* eights .* \[64, 100\]",
+        ),
+        ({"hidden_size": 60}, r"\.0\.self_attn\.q_proj\.weight: .* got \[256, 60\]; device="),
+    ],
+)
+def test_rows_that_do_not_begin_at_16_bytes(
+    sizes: dict[str, int], words: str, target: Path, gpu: torch.device, tmp_path: Path
+) -> None:
+    make_target(tmp_path)
+    make_checkpoint("llama", tmp_path, head_dim=64, **sizes)
+    for paths in ((tmp_path,), (target, tmp_path)):
+        with pytest.raises(ValueError, match=words):
             specrt.load(*paths, device="cuda")
 
 

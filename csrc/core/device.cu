@@ -4,18 +4,9 @@
 namespace specrt {
 namespace {
 
-#if defined(SPECRT_SIMT)
-
-struct CurrentDevice {
-    explicit CurrentDevice(int) {}
-};
-
-#else
-
 class CurrentDevice {
   public:
-    explicit CurrentDevice(int device) {
-        cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+    explicit CurrentDevice(int device) : before_(current_device()) {
         if (device != before_) cuda_check(cudaSetDevice(device), "cudaSetDevice");
         is_changed_ = device != before_;
     }
@@ -26,11 +17,9 @@ class CurrentDevice {
     CurrentDevice& operator=(const CurrentDevice&) = delete;
 
   private:
-    int before_ = 0;
+    int before_;
     bool is_changed_ = false;
 };
-
-#endif
 
 }  // namespace
 

@@ -74,28 +74,6 @@ struct DeviceLimits {
 // much again.
 constexpr size_t kStaticShared = 1024;
 
-#if defined(SPECRT_SIMT)
-
-inline DeviceLimits device_limits(int) {
-    return {simt::num_sms(), simt::max_shared_bytes(), /*arch=*/0};
-}
-
-inline int current_device() {
-    return 0;
-}
-
-template <auto kKernel>
-void allow_shared(size_t, const char*) {}  // the shim's launch looks at the size
-
-template <typename... Params, typename... Args>
-void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
-                   CudaStream, const Args&... args) {
-    simt::launch(name, shape.grid, shape.block, shape.shared_bytes,
-                 [&] { kernel(static_cast<Params>(args)...); });
-}
-
-#else
-
 inline void cuda_check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
     std::string text = std::string(what) + ": " + cudaGetErrorString(status);
@@ -111,6 +89,24 @@ inline int current_device() {
     cuda_check(cudaGetDevice(&device), "cudaGetDevice");
     return device;
 }
+
+#if defined(SPECRT_SIMT)
+
+inline DeviceLimits device_limits(int) {
+    return {simt::num_sms(), simt::max_shared_bytes(), /*arch=*/0};
+}
+
+template <auto kKernel>
+void allow_shared(size_t, const char*) {}  // the shim's launch looks at the size
+
+template <typename... Params, typename... Args>
+void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
+                   CudaStream stream, const Args&... args) {
+    simt::launch(name, shape.grid, shape.block, shape.shared_bytes, stream,
+                 [&] { kernel(static_cast<Params>(args)...); });
+}
+
+#else
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
     int value = 0;

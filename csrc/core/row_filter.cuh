@@ -27,7 +27,8 @@ __device__ __forceinline__ void add_weight(unsigned long long* weights, bool is_
     unsigned todo = __ballot_sync(kFullWarp, is_in);
     while (todo != 0) {
         const int leader = __ffs(static_cast<int>(todo)) - 1;
-        const bool is_same = is_in && digit == __shfl_sync(kFullWarp, digit, leader);
+        const uint32_t led = __shfl_sync(kFullWarp, digit, leader);
+        const bool is_same = is_in && digit == led;
         const unsigned low = is_same ? static_cast<unsigned>(weight & 0xfffffu) : 0u;
         const unsigned high = is_same ? static_cast<unsigned>(weight >> 20) : 0u;
         const uint64_t sum = (uint64_t{__reduce_add_sync(kFullWarp, high)} << 20) +

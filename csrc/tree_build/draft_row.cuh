@@ -71,7 +71,10 @@ struct DraftRow {
     __device__ __forceinline__ float raw(int64_t i) const {
         return i < rows ? logits[i] : -INFINITY;
     }
-    __device__ __forceinline__ float processed(float logit) const { return logit / temperature; }
+    // Of what raw(i) was. (What lies past the end stays -inf: infinite temperatures make it NaN.)
+    __device__ __forceinline__ float processed(float logit, int64_t i) const {
+        return sampling && i < rows ? logit / temperature : logit;
+    }
 };
 
 // Of a maximum that scan_slices left: NaN or +inf somewhere, or nothing but -inf.

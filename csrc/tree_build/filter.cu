@@ -53,7 +53,7 @@ __device__ __forceinline__ uint64_t list_slice(const DraftRow& row, const RowScr
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int64_t token = first + 16 * r;
-            x[r] = row.processed(x[r]);
+            x[r] = row.processed(x[r], token);
             list_token(scratch, token < row.rows && possible.has(x[r]),
                        key_of(x[r], static_cast<int32_t>(token)));
             if (possible.is_by_mass) mass += mass_of(x[r] - possible.top);
@@ -74,7 +74,8 @@ __device__ __forceinline__ RowFilter filter_row(const FilterRules& rules, const 
         const auto all = [&](auto see) {
             const int64_t end = row.rows + 31;  // whole warps
             for (int64_t i = threadIdx.x; i / 32 < end / 32; i += kRowThreads)
-                see(i < row.rows ? key_of(row.processed(row.raw(i)), static_cast<int32_t>(i)) : 0);
+                see(i < row.rows ? key_of(row.processed(row.raw(i), i), static_cast<int32_t>(i))
+                                 : 0);
         };
         return make_filter(rules, all, top, mass, &shared->select);
     }

@@ -22,8 +22,7 @@ constexpr int kPerWarp = kBlocks / kWarps;
 constexpr float kMinGumbel = -3.2f;  // the least is -ln(33 ln 2) = -3.13
 
 // NaN above all.
-__device__ __forceinline__ uint32_t scanned_bits(const DraftRow& row, float logit) {
-    const float x = row.sampling ? row.processed(logit) : logit;
+__device__ __forceinline__ uint32_t scanned_bits(float x) {
     return x != x ? ~0u : ordered_bits(x);
 }
 
@@ -33,14 +32,16 @@ __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p
     const RowScratch scratch = row_scratch(p, blockIdx.x / slices);
     const DraftRow row(p, blockIdx.x / slices);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t first = slice * kSliceTokens + warp * kPerWarp * kTokens + lane;
     float x[2 * kPerWarp];  // all on their way at once
 #pragma unroll
-    for (int i = 0; i < 2 * kPerWarp; ++i)
-        x[i] = row.raw(slice * kSliceTokens + warp * kPerWarp * kTokens + 32 * i + lane);
+    for (int i = 0; i < 2 * kPerWarp; ++i) x[i] = row.raw(first + 32 * i);
     uint32_t top = 0;
 #pragma unroll
     for (int i = 0; i < kPerWarp; ++i) {
-        const uint32_t most = max(scanned_bits(row, x[2 * i]), scanned_bits(row, x[2 * i + 1]));
+        const float low = row.processed(x[2 * i], first + 64 * i);
+        const float high = row.processed(x[2 * i + 1], first + 64 * i + 32);
+        const uint32_t most = max(scanned_bits(low), scanned_bits(high));
         const uint32_t block_max = __reduce_max_sync(kFullWarp, most);
         if (lane == 0) scratch.block_max[slice * kBlocks + warp * kPerWarp + i] = block_max;
         top = max(top, block_max);
@@ -142,7 +143,7 @@ __device__ __forceinline__ void offer_noisy(const TreeExpandParams& p, const Dra
 #pragma unroll
         for (int r = 0; r < 4; ++r) x[r] = row.raw(first + 16 * r);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) x[r] = row.processed(x[r]);
+        for (int r = 0; r < 4; ++r) x[r] = row.processed(x[r], first + 16 * r);
         make_room(best, p.top_k, &bound);
         noise.offer(x, first, bound, best);
     }

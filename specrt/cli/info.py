@@ -31,12 +31,13 @@ def collect() -> dict[str, Any]:
             "compiler": build.compiler,
             "cuda": build.cuda,
             "cuda_archs": build.cuda_archs,
+            "needs": build.least_driver,
         },
         "cpu": cpu_model(),
         "instruction_sets": list(build.cpu_isas),
         "active_instruction_set": build.active_isa,
         "threads": torch.get_num_threads(),
-        "gpus": _gpus(),
+        **_nvidia(),
         "bundled": _bundled(target_path().parent),
     }
 
@@ -47,7 +48,9 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         print(json.dumps(facts))
         return
     build = facts["build"]
-    cuda = f"{build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "not built"
+    cuda, driver = "not built", facts["driver"] or "none found"
+    if build["cuda"]:
+        cuda = f"{build['cuda']} for {build['cuda_archs']}; they need {build['needs']}"
     sets = (
         f"{name} (active)" if name == facts["active_instruction_set"] else name
         for name in facts["instruction_sets"]
@@ -63,6 +66,7 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         "CPU": facts["cpu"],
         "instruction sets": ", ".join(sets),
         "threads": str(facts["threads"]),
+        "driver": driver,
         "GPUs": "\n".join(facts["gpus"]) or "none found",
         "bundled models": "\n".join(bundled) or "none",
     }
@@ -90,23 +94,30 @@ def _package_version(name: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
-    """Names and memory of the GPUs; empty without a driver."""
+def _nvidia() -> dict[str, Any]:
+    """The driver's release and the CUDA it is of; names and memory of the GPUs."""
+    nothing: dict[str, Any] = {"driver": None, "gpus": []}
     try:
         import pynvml
     except ImportError:
-        return []
+        return nothing
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        return nothing
     try:
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return [_gpu(pynvml, handle) for handle in handles]
+        gpus = [_gpu(pynvml, handle) for handle in handles]
+        return {"driver": _driver(pynvml), "gpus": gpus}
     except pynvml.NVMLError:
-        return []
+        return nothing
     finally:
         pynvml.nvmlShutdown()
+
+
+def _driver(pynvml: Any) -> str:
+    cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+    return f"{pynvml.nvmlSystemGetDriverVersion()} of CUDA {cuda // 1000}.{cuda % 1000 // 10}"
 
 
 def _gpu(pynvml: Any, handle: Any) -> str:

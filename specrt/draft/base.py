@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from specrt.cache import KVCache
 from specrt.draft.length.costs import RoundCost
 from specrt.models.layer_run import LowerLayers
 from specrt.tree import MAX_NODES, chain
@@ -122,6 +123,16 @@ class ShapedDrafter(Protocol):
         Raises:
             ValueError: ``params`` is out of this drafter's range; names the field.
         """
+
+
+@runtime_checkable
+class CachingDrafter(Protocol):
+    """What a drafter has besides if it keeps keys and values of its own, in pages."""
+
+    @property
+    def cache(self) -> KVCache:
+        """Where; on the target's device an engine sizes it along with the target's, page by
+        page."""
 
 
 class EmptyDrafter:

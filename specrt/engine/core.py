@@ -9,11 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 from specrt.accept import Accepting
 from specrt.cache import CacheBatch
 from specrt.draft.base import Drafter
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
+from specrt.engine.fault import DeviceWatch
+from specrt.engine.memory import make_cache
 from specrt.engine.request import Request
 from specrt.engine.results import StreamChunk
 from specrt.engine.round import Round, Stages, run_round
@@ -71,11 +75,7 @@ class EngineCore:
     def __init__(self, target: LlamaModel, drafter: Drafter, limits: EngineLimits) -> None:
         self._target = target
         self._limits = limits
-        page_size = 64
-        most = limits.max_cached_tokens
-        self.cache = target.new_cache(
-            page_size, max_pages=None if most is None else -(-most // page_size)
-        )
+        self.cache = make_cache(target, drafter, limits)
         vocab_size = target.config.vocab_size
         self._drafting = Drafting(drafter, target, limits.max_nodes)
         self._batch = Batch(self.cache, limits.max_batch, vocab_size)
@@ -83,20 +83,38 @@ class EngineCore:
         self._stages = Stages(target, self.cache, settler, Accepting(vocab_size, target.device))
         self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)
         self._must_start_over = False
+        self.device = DeviceWatch(target.device.wait)
+
+    def add(self, request: Request) -> None:
+        """A request waits for its turn.
+
+        Raises:
+            QueueFullError: no further one may wait.
+            RuntimeError: the device is lost.
+        """
+        self.device.require()
+        self.scheduler.add(request)
 
     def step(self) -> None:
         """Run a piece of the prompts of those that wait for it, and a round of those that decode.
 
         What comes of it is delivered request by request. If it is interrupted or fails as a whole,
-        no request is lost: all wait again and are taken up from their tokens.
+        no request is lost: all wait again and are taken up from their tokens. If the device is
+        lost, all end and are told why, and there are no further steps.
         """
+        if self.device.fault is not None:
+            self._fail_all()  # who came in between, or whom an interrupt kept from hearing of it
+            return
         if self._must_start_over:  # interrupted in the midst of it
             self._start_over()
         try:
             self._prefill()
             if len(self._batch):
                 self._round()
-        except BaseException:
+        except BaseException as error:
+            if self.device.is_lost(error):
+                self._fail_all()
+                return
             self._must_start_over = True
             self._start_over()
             raise
@@ -121,9 +139,13 @@ class EngineCore:
 
     def close(self) -> None:
         """Free everything, at once: nothing here holds on to the target afterwards."""
-        for request in list(self.scheduler):
-            self.remove(request)
-        self.cache.retire()
+        try:
+            for request in list(self.scheduler):
+                self.remove(request)
+            self.cache.retire()
+        except Exception as error:
+            if not self.device.is_lost(error):  # or its memory is gone anyway
+                raise
         del self._target, self._stages, self._drafting, self._batch, self.scheduler, self.cache
 
     # --- pages --------------------------------------------------------------------------------
@@ -165,7 +187,8 @@ class EngineCore:
         with ExitStack() as releases:
             releases.callback(self._close, request)
             releases.callback(self._drafting.finish, request)
-            self._batch.leave(request)
+            if self.device.fault is None:  # or nothing can be written to the batch's tables
+                self._batch.leave(request)
             self._drafting.regroup()
 
     def _close(self, request: Request) -> None:
@@ -218,6 +241,8 @@ class EngineCore:
         try:
             self._extend(request, first, first + count)
         except Exception as error:
+            if self.device.is_lost(error):
+                raise
             self._fail(request, f"{type(error).__name__}: {error}")
             return max(1, count)
         request.stats.prefill_ms += 1e3 * (perf_counter() - started)
@@ -244,7 +269,7 @@ class EngineCore:
             return
         try:
             done = run_round(self._stages, self._drafting, self._batch)
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             self._shrink(error)
             return
         for row, request in enumerate(list(self._batch.requests)):
@@ -253,7 +278,7 @@ class EngineCore:
             if request.cached is not None:
                 self._preempt(request)
 
-    def _shrink(self, error: MemoryError) -> None:
+    def _shrink(self, error: Exception) -> None:
         """There was no memory for a round of this many: all are taken up again, one fewer."""
         decoding = list(self._batch.requests)
         if len(decoding) == 1:
@@ -288,6 +313,11 @@ class EngineCore:
         assert has_ended or not report.has_ended[row], "an end that the text does not have"
         stats.record(int(report.num_nodes[row]), len(taken) - 1, int(report.deepest[row]))
         return request.chunk(taken, length)
+
+    def _fail_all(self) -> None:
+        """End all requests: their device is lost."""
+        for request in list(self.scheduler):
+            self._fail(request, f"GPU lost: {self.device.fault}")
 
     def _fail(self, request: Request, error: str) -> None:
         """End one request alone, and say why."""

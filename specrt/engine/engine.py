@@ -198,7 +198,7 @@ class Engine:
             ValueError: no prompt or an empty one, one longer than the context, bad sampling
                 options, a ``draft`` that the drafter does not take; names it and what came.
             TypeError: an option that :class:`SamplingParams` does not have.
-            RuntimeError: the engine is closed, or was loaded by another process.
+            RuntimeError: the engine is closed, lost its GPU before, or is another process's.
         """
         self._check_open()
         requests, many = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
@@ -275,14 +275,17 @@ class Engine:
             its result. Streams of the same engine go on as well, and keep what is theirs.
 
         Raises:
-            RuntimeError: the engine is closed, or was loaded by another process.
+            RuntimeError: as :meth:`generate`.
         """
         self._check_open()
+        device = self._core.device
         self._lock.run(partial(self._step, deque()))
         count = len(self._outbox)
         # No call from here on: neither Ctrl-C nor another thread comes in between.
         told = self._outbox[:count]
         del self._outbox[:count]
+        if not told:
+            device.require()
         return told
 
     def abort(self, handle: RequestHandle) -> bool:
@@ -336,7 +339,7 @@ class Engine:
         """
         handle = RequestHandle(next(self._ids), self._owner)
         request = self._intake.request(asked, handle, is_streamed, box)
-        self._core.scheduler.add(request)
+        self._core.add(request)
         return request
 
     # --- turns --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ their names, a tied head stored alone or twice, and buffers that are computed an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -82,6 +83,13 @@ def expected_shapes(config: ModelConfig, has_tables: bool = True) -> dict[str, t
         for name, shape in layer.items():
             shapes[f"model.layers.{index}.{name}"] = shape
     return shapes
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, has_tables: bool = True) -> int:
+    """Bytes of a model's weights: matrices of ``dtype``, norms and biases in float32."""
+    sizes = {1: torch.float32.itemsize, 2: dtype.itemsize}
+    shapes = expected_shapes(config, has_tables).values()
+    return sum(math.prod(shape) * sizes[len(shape)] for shape in shapes)
 
 
 def use_standard_names(checkpoint: Checkpoint, *, is_head_tied: bool) -> None:

@@ -20,7 +20,15 @@ import torch
 from specrt.config import ModelConfig
 from specrt.models.checkpoint import Checkpoint, TensorInfo
 from specrt.models.heads import pad_heads
-from specrt.models.layouts import EMBED, HEAD, dtype_name, expected_shapes, fit, layer_matrices
+from specrt.models.layouts import (
+    EMBED,
+    HEAD,
+    dtype_name,
+    expected_shapes,
+    fit,
+    layer_matrices,
+    weight_bytes,
+)
 from specrt.types import CheckpointError
 
 ALIGNMENT = 64
@@ -89,6 +97,7 @@ def load_weights(
     tables: tuple[torch.Tensor, torch.Tensor] | None = None,
     others: Collection[str] = (),
     head_dim: int | None = None,
+    check_size: Callable[[int], None] = lambda num_bytes: None,
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, into one arena.
 
@@ -102,6 +111,8 @@ def load_weights(
         others: keys that the checkpoint has beside the model's; they are left to the caller.
         head_dim: the head size that kernels shall run (:mod:`specrt.models.heads`); None: the
             model's own.
+        check_size: told the bytes of what is about to be loaded, before any of it is read; may
+            raise.
 
     Raises:
         ValueError: ``dtype`` is another one.
@@ -112,6 +123,8 @@ def load_weights(
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     checkpoint = Checkpoint(path)
     config = fit(checkpoint, config, dtype, has_tables=tables is None, others=others)
+    padded = replace(config, head_dim=head_dim or config.head_dim)
+    check_size(weight_bytes(padded, dtype, has_tables=tables is None))
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
         return _Loader(checkpoint, config, dtype, tables, head_dim).load(advance)
 

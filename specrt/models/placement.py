@@ -8,6 +8,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import CPU, Device
+from specrt.models.layouts import layer_shapes
 from specrt.models.loader import LayerWeights, Weights
 from specrt.ops.build import build_info
 from specrt.ops.gemm_settings import GemmSettings
@@ -20,6 +21,8 @@ CPU_HEAD_DIMS = range(16, 256 + 1, 16)
 """Head sizes that it runs on the CPU."""
 
 _LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores; older ones have no kernels
+_MOST_LOGITS = 1 << 31  # of a sequence's nodes: kernels count them in 32 bits
+_COLUMNS = 8  # of 16 bits, that are loaded at once
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -51,14 +54,24 @@ def _unknown(device: str | torch.device) -> ValueError:
 
 
 def _checked_gpu(device: torch.device) -> torch.device:
-    if build_info().cuda is None:
+    build = build_info()
+    if build.cuda is None:
         raise ValueError(
             f"device: expected 'cpu', got {str(device)!r}: this build of specrt has no CUDA "
             "kernels; installing it again where nvcc is, with SPECRT_CUDA=ON, builds them"
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise ValueError(f"device: expected 'cpu', got {str(device)!r}: torch sees no CUDA GPU")
+        raise ValueError(
+            f"device: expected 'cpu', got {str(device)!r}: torch sees no CUDA GPU"
+            f"{_why_no_gpu()} (these kernels need {build.least_driver})"
+        )
+    driver = driver_version()
+    if driver is not None and driver[0] < int(build.cuda.split(".")[0]):
+        raise ValueError(
+            f"device: expected 'cpu', got {str(device)!r}: the driver is of CUDA {driver[0]}."
+            f"{driver[1]}, the kernels were built by {build.cuda} and need {build.least_driver}"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:
         known = "only cuda:0 is" if count == 1 else f"cuda:0 .. cuda:{count - 1} are"
@@ -70,6 +83,21 @@ def _checked_gpu(device: torch.device) -> torch.device:
             f"device: expected a GPU of compute capability {least} or above, cuda:{index} has {has}"
         )
     return torch.device("cuda", index)
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The CUDA that the NVIDIA driver is of, as torch reports it; None: it does not."""
+    version: int = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return (version // 1000, version % 1000 // 10) if version > 0 else None
+
+
+def _why_no_gpu() -> str:
+    """What torch says when it is made to look."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a driver too old or none; a torch without
+        return f": {str(error).partition('. ')[0]}"
+    return ""
 
 
 def choose_dtype(
@@ -118,6 +146,33 @@ def choose_head_dim(config: ModelConfig, device: torch.device) -> int:
         f"{sizes[-1]}, the model has {config.head_dim}"
         + ("; device='cpu' runs it" if config.head_dim <= CPU_HEAD_DIMS[-1] else "")
     )
+
+
+def check_sizes(config: ModelConfig, max_nodes: int, device: torch.device) -> None:
+    """Refuse a model of sizes that a GPU's kernels do not take, before anything of it is read.
+
+    Args:
+        config: the model's, heads as they run.
+        max_nodes: the largest tree.
+        device: as :func:`parse_device` gives it; a CPU takes any.
+
+    Raises:
+        ValueError: its logits cannot be counted in 31 bits, or rows of a matrix do not begin at
+            multiples of 16 bytes.
+    """
+    if device.type == "cpu":
+        return
+    if config.vocab_size > _MOST_LOGITS // max_nodes:
+        raise ValueError(
+            f"vocab_size: expected at most 2^31 / max_nodes = {_MOST_LOGITS // max_nodes} on CUDA, "
+            f"the model has {config.vocab_size}; a smaller max_nodes, or device='cpu', runs it"
+        )
+    for name, shape in layer_shapes(config).items():
+        if len(shape) == 2 and shape[1] % _COLUMNS:
+            raise ValueError(
+                f"model.layers.0.{name}: expected columns in eights on CUDA (rows begin at "
+                f"multiples of 16 bytes), got {list(shape)}; device='cpu' runs it"
+            )
 
 
 def place_weights(weights: Weights, device: Device) -> Weights:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from specrt import _C
 
+_DRIVERS = {11: 450, 12: 525, 13: 580}
+"""By the toolkit's major version: the first release of the driver that is of it."""
+
 
 @dataclass(frozen=True)
 class BuildInfo:
@@ -21,6 +24,18 @@ class BuildInfo:
     """Instruction sets this CPU has and the extension has kernels for."""
     active_isa: str
     """The one that runs: the best, or what ``SPECRT_ISA`` asks for."""
+
+    @property
+    def least_driver(self) -> str | None:
+        """The oldest NVIDIA driver that its CUDA kernels run with; None if there are none.
+
+        Within a major version of the toolkit any driver of that version will do.
+        """
+        if self.cuda is None:
+            return None
+        major = int(self.cuda.split(".")[0])
+        release = _DRIVERS.get(major)
+        return f"a driver of CUDA {major}" + (f", release {release} or newer" if release else "")
 
 
 def build_info() -> BuildInfo:

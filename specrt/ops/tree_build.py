@@ -46,7 +46,7 @@ def expand_gpu_workspace_size(batch: int, width: int, num_rows: int, top_k: int)
         num_rows: R.
         top_k: K.
     """
-    return int(_C.tree_expand_gpu_workspace(batch, width, num_rows, top_k))
+    return _C.tree_expand_gpu_workspace(batch, width, num_rows, top_k)
 
 
 def tree_expand(

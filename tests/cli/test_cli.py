@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import specrt
 from specrt.cli import app as commands
 from specrt.cli import main
+from specrt.ops import build
 from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_draft_checkpoint
 
@@ -104,6 +107,29 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     for shown in (specrt.__version__, facts["torch"], facts["active_instruction_set"]):
         assert shown in out
+
+
+def test_info_says_which_driver_there_is_and_which_is_needed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: "a GPU",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=80 << 30),
+        nvmlSystemGetDriverVersion=lambda: "550.54.15",
+        nvmlSystemGetCudaDriverVersion=lambda: 12040,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    info = replace(build.build_info(), cuda="13.0", cuda_archs="80;90a")
+    monkeypatch.setattr(build, "build_info", lambda: info)
+    _, out, _ = run(capsys, "info")
+    shown = " ".join(out.split())  # in lines of the terminal's width
+    assert "driver 550.54.15 of CUDA 12.4" in shown and "a GPU, 80 GiB" in shown
+    assert "13.0 for 80;90a; they need a driver of CUDA 13, release 580 or newer" in shown
 
 
 def test_sampling_options_are_those_of_sampling_params() -> None:

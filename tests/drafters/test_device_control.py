@@ -20,16 +20,16 @@ from specrt.draft.length.costs import DraftCosts
 from specrt.draft.length.device_control import DeviceControl
 from specrt.types import SequenceState
 from tests.ops.conftest import Backend, backend, load_simt, pytest_generate_tests
+from tests.simulated_gpu import simulated_gpu
 
 __all__ = ["backend", "pytest_generate_tests"]
 
 T = TypeVar("T")
 COSTS = DraftCosts(fixed=0.02, step=0.08, lower=0.05, verify=0.95, row=0.03)
 STEPS = 5
-CPU = torch.device("cpu")
 
 
-def place(backend: Backend) -> Device:
+def device_of(backend: Backend) -> Device:
     return Device(backend.device, is_gpu=backend.runs_cuda_source)
 
 
@@ -75,29 +75,38 @@ class Script:
 
 
 def play(
-    control: DraftControl | DeviceControl, device: torch.device, num_rounds: int
+    control: DraftControl | DeviceControl, device: Device, num_rounds: int
 ) -> list[tuple[list[int], list[int], list[str]]]:
     """Lengths and drafted tokens of each round, and what is believed after it."""
     script, said = Script(random.Random(5)), []
-    slope = torch.tensor([0.9, 1.1], device=device)
+    slope = device.there(torch.tensor([0.9, 1.1]))
     for number in range(num_rounds):
         script.change(control)
         states = script.batch()
         scores, evidence, accepted = script.scores(len(states))
+        scores, evidence = device.there(scores), device.there(evidence)
         round_: Any = control.new_round(len(states), slope)
+        num_reads = device.num_reads
         round_.stage(control, states, COSTS, [number] * len(states))
         round_.decide(0)
         for step in range(1, STEPS + 1):
-            round_.decide(step, scores[step - 1].to(device), evidence[step - 1].to(device))
-        lengths, drafted = round_.length.tolist(), round_.drafted.tolist()
+            round_.decide(step, scores[step - 1], evidence[step - 1])
+        assert device.num_reads == num_reads
+        lengths, drafted = (said_of(values, device) for values in (round_.length, round_.drafted))
         accepted = [min(count, most) for count, most in zip(accepted, lengths, strict=True)]
         told: Any = accepted
         if isinstance(control, DeviceControl):
-            told = torch.tensor(accepted, dtype=torch.int32, device=device)
+            told = device.there(torch.tensor(accepted, dtype=torch.int32))
         round_.update(control, states, told, 1 + number % 3)
         # As text: NaN equals itself.
         said.append((lengths, drafted, [str(control.posterior(s)) for s in script.states]))
     return said
+
+
+def said_of(values: Any, device: Device) -> list[int]:
+    """What stands in a host's array or a device's tensor."""
+    found = device.read(values) if isinstance(values, torch.Tensor) else values
+    return [int(value) for value in found.tolist()]
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -108,13 +117,26 @@ def test_it_says_what_the_hosts_says(
     """With a table that has to grow."""
     monkeypatch.setattr(device_control, "_FIRST_ROWS", 2)
     options = ControlOptions(kind, max_draft=STEPS, is_shared=is_shared)
-    expected = by_the_extension(lambda: play(DraftControl(options), CPU, 30))
-    assert play(DeviceControl(options, place(backend)), backend.device, 30) == expected
+    expected = by_the_extension(lambda: play(DraftControl(options), Device(), 30))
+    device = device_of(backend)
+    assert play(DeviceControl(options, device), device, 30) == expected
     assert len({tuple(lengths) for lengths, *_ in expected}) > 5
+    assert device.version == (0 if is_shared else 2)  # of captured steps, over a table that moved
+
+
+@pytest.mark.parametrize("kind", ["adaptive-threshold", "cost-aware"])
+def test_memories_are_not_mixed_and_nothing_waits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_control, "_FIRST_ROWS", 2)
+    options = ControlOptions(kind, max_draft=STEPS)
+    expected = play(DraftControl(options), Device(), 12)
+    with simulated_gpu(load_simt(), monkeypatch) as gpu:
+        assert play(DeviceControl(options, gpu), gpu, 12) == expected
 
 
 def test_caps_bound_what_is_drafted(backend: Backend) -> None:
-    control = DeviceControl(ControlOptions("fixed", max_draft=4, draft_len=4), place(backend))
+    control = DeviceControl(ControlOptions("fixed", max_draft=4, draft_len=4), device_of(backend))
     states = [sequence(seed) for seed in range(4)]
     for state in states:
         control.start(state)
@@ -128,7 +150,7 @@ def test_caps_bound_what_is_drafted(backend: Backend) -> None:
 
 
 def test_a_row_is_new_for_who_takes_it(backend: Backend) -> None:
-    control = DeviceControl(ControlOptions("beta-ts"), place(backend))
+    control = DeviceControl(ControlOptions("beta-ts"), device_of(backend))
     first, second = sequence(), sequence(1)
     control.start(first)
     prior, row = control.posterior(first), control.slots_of([first])
@@ -157,7 +179,7 @@ def learned(control: DeviceControl, state: SequenceState, device: torch.device) 
 
 def test_who_has_left_is_not_learned_of(backend: Backend) -> None:
     """Another one may have its row by then."""
-    control = DeviceControl(ControlOptions("beta-ts"), place(backend))
+    control = DeviceControl(ControlOptions("beta-ts"), device_of(backend))
     state = sequence()
     control.start(state)
     round_ = control.new_round(1)
@@ -182,7 +204,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_round_is_one_copy_and_its_launches(backend: Backend) -> None:
-    control = DeviceControl(ControlOptions("cost-aware", max_draft=3), place(backend))
+    control = DeviceControl(ControlOptions("cost-aware", max_draft=3), device_of(backend))
     states = [sequence(seed) for seed in range(3)]
     for state in states:
         control.start(state)
@@ -204,7 +226,7 @@ def test_a_round_is_one_copy_and_its_launches(backend: Backend) -> None:
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu(backend: Backend) -> None:
     options = ControlOptions("adaptive-threshold", max_draft=3)
-    control = DeviceControl(options, place(backend))
+    control = DeviceControl(options, device_of(backend))
     score = torch.zeros(2, device=backend.device)
     accept_length = torch.ones(2, dtype=torch.int32, device=backend.device)
     round_ = control.new_round(2)

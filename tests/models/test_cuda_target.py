@@ -7,6 +7,7 @@ the CPU's product.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.step_graphs import StepGraphs
+from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.device import Device
@@ -218,6 +220,27 @@ def test_a_setting_that_changes_is_refused(
     monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 1 << 17, raising=False)
     with pytest.raises(ValueError, match="matrix products were .*before loading"):
         model.forward(tree, batch)
+
+
+def test_a_gpu_that_is_lost_in_the_midst(
+    llama: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kernel that reads what it may not, in a round; the launches after it fail too."""
+    if backend.name != "simt":
+        pytest.skip("a GPU that is lost stays so")
+    model, params = make_model(llama, backend), SETTINGS["greedy"]
+    expected = texts(make_engine(model).generate(PROMPTS, params))
+    monkeypatch.setattr(model.device, "wait", lambda: ops.silu_mul(torch.zeros(1, 2)))
+    engine = make_engine(model, max_batch=2)
+    load_simt().break_device(100)
+    results = engine.generate(PROMPTS, params)
+    for result, answer in zip(results, expected, strict=True):
+        assert result.token_ids == answer[: len(result.token_ids)]
+        assert re.fullmatch("GPU lost: kernel .*: an illegal memory access was enc.*", result.error)
+    assert results[0].token_ids
+    with pytest.raises(RuntimeError, match=r"its GPU was lost .* \(kernel .*: an illegal memory"):
+        engine.generate(PROMPTS, params)
+    engine.close()
 
 
 # --- speculation on is speculation off ------------------------------------------------------------

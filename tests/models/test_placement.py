@@ -18,6 +18,7 @@ from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import (
     CPU,
+    check_sizes,
     choose_dtype,
     choose_head_dim,
     parse_device,
@@ -47,8 +48,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes torch and the build say that there are so many GPUs."""
 
     def pretend(
-        count: int, cuda: str | None = "13.0", capability: tuple[int, int] = (9, 0)
+        count: int,
+        cuda: str | None = "13.0",
+        capability: tuple[int, int] = (9, 0),
+        driver: int = 13000,
+        why: str = "none found",
     ) -> None:
+        def init() -> None:
+            raise RuntimeError(why)
+
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
         build = replace(placement.build_info(), cuda=cuda)
         monkeypatch.setattr(placement, "build_info", lambda: build)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -65,6 +75,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize("device", ["cpu", "auto", torch.device("cpu")], ids=str)
 def test_the_cpu(device: str | torch.device) -> None:
     assert parse_device(device) == torch.device("cpu")
+
+
+def test_drivers_newer_than_the_kernels_and_of_their_kind(gpus: Callable[..., None]) -> None:
+    for cuda, driver in (("12.8", 12000), ("12.8", 13010), ("13.2", 13000), ("13.0", -1)):
+        gpus(1, cuda=cuda, driver=driver)
+        assert parse_device("cuda").type == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +113,17 @@ def test_no_device(gpus: Callable[..., None], device: Any) -> None:
         ({"count": 1}, "cuda:1", "only cuda:0 is there, got 'cuda:1'"),
         ({"count": 3}, "cuda:3", r"cuda:0 \.\. cuda:2 are there, got 'cuda:3'"),
         ({"count": 1, "capability": (7, 5)}, "cuda", "8.0 or above, cuda:0 has 7.5"),
+        (
+            {"count": 1, "driver": 12040},
+            "cuda",
+            r"the driver is of CUDA 12\.4, .* by 13\.0 and need",
+        ),
+        ({"count": 1, "driver": 12080}, "cuda", "a driver of CUDA 13, release 580 or newer"),
+        (
+            {"count": 0, "why": "The driver is too old (found version 1). Get"},
+            "cuda",
+            r"no CUDA GPU: The driver is too old \(found version 1\) \(.* need .* release 580",
+        ),
     ],
 )
 def test_no_usable_gpu(
@@ -170,6 +197,21 @@ def test_a_setting_under_which_rows_would_differ(
     with pytest.raises(ValueError, match="TunableOp: expected off"):
         choose_dtype(config, None, torch.device("cuda", 0))
     assert choose_dtype(config, None, torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("max_nodes", "most"), [(64, 33554432), (60, 35791394), (128, 16777216)])
+def test_vocabularies_whose_logits_are_too_many(
+    checkpoint: Path, max_nodes: int, most: int
+) -> None:
+    config, gpu = ModelConfig.from_directory(checkpoint), torch.device("cuda", 0)
+    check_sizes(replace(config, vocab_size=most), max_nodes, gpu)
+    large = replace(config, vocab_size=most + 1)
+    words = (
+        rf"vocab_size: expected at most 2\^31 / max_nodes = {most} .*, the model has {most + 1};"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_sizes(large, max_nodes, gpu)
+    check_sizes(large, max_nodes, CPU)
 
 
 # --- weights on their way -------------------------------------------------------------------------

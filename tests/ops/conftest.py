@@ -35,11 +35,12 @@ class Backend:
 
 
 class OnAnotherGpu:
-    """A tensor as the extension sees it, by duck type, but on GPU 1: nobody may read its memory."""
+    """A tensor as the extension sees it, by duck type, but on GPU 1: only the shim may read it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.data_ptr, self.stride = tensor.data_ptr, tensor.stride
         self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.untyped_storage = tensor.untyped_storage
         self.device = torch.device("cuda", 1)
 
 
@@ -76,6 +77,11 @@ def cpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
     _C.linear(x.float(), weight, None, None, out)
 
 
+def own_functions(module: ModuleType) -> list[str]:
+    values = vars(module).items()
+    return [name for name, value in values if getattr(value, "__module__", "") == module.__name__]
+
+
 def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr) -> ModuleType:
     """Let the shim's kernels stand in for the extension's; ``replace`` sets attributes."""
     simt = load_simt()
@@ -83,9 +89,9 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
     replace(sys.modules["specrt.ops.linear"], "gpu_product", cpu_product)
-    for module_name, module in list(sys.modules.items()):
-        package, _, kernel = module_name.rpartition(".")
-        if package == "specrt.ops" and hasattr(simt, kernel):
+    for name, module in list(sys.modules.items()):
+        has_kernel = any(hasattr(simt, op) for op in own_functions(module))
+        if name.startswith("specrt.ops.") and has_kernel:
             replace(module, "_C", simt)
     return simt
 

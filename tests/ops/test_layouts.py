@@ -31,7 +31,7 @@ TAKEN = {
     "draft_control": {"evidence"},
     "draft_control_update": set(),
     "feature_sample": {"features", "embed", "out"},
-    "feature_gather": {"features", "embed", "workspace", "out"},
+    "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip
 """Which of a kernel's arguments may be slices; all others are refused by name."""
 CPU = Backend("cpu", torch.device("cpu"))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.linear_rows import SHAPES, Linear, Shape, differing_rows, random_inputs
+from bench.linear_rows import SHAPES, Shape, random_inputs
 from specrt import ops
+from specrt.models.row_check import Linear, differing_rows
 from specrt.ops.linear import (
     GEMM_ROWS,
     Product,

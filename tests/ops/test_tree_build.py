@@ -134,9 +134,7 @@ def grow(
     scratch = scratch_of(backend, batch, rows, top_k)
     for level, logits in enumerate(levels):
         below = Frontier.empty(batch, top_k, words).to(device)
-        expand(
-            logits.to(device), frontiers[-1], level, pool, below, there, names, scratch, **kw
-        )
+        expand(logits.to(device), frontiers[-1], level, pool, below, there, names, scratch, **kw)
         frontiers.append(below)
     host = CPU.device
     return pool.to(host), [frontier.to(host) for frontier in frontiers[1:]]
@@ -227,9 +225,7 @@ def test_masked_and_broken_logits(backend: Backend) -> None:
         level[4, :, :64] = -INF
     for level in levels[1:]:
         level[5, 1, 64], level[5, 3, 2] = NAN, INF
-    assert_growth(
-        levels, 5, lambda b, level, row: rules.ranking(row.tolist(), 5), backend=backend
-    )
+    assert_growth(levels, 5, lambda b, level, row: rules.ranking(row.tolist(), 5), backend=backend)
 
 
 def test_scores_do_not_drop_on_large_logits(backend: Backend) -> None:
@@ -272,7 +268,9 @@ def noisy(row: Tensor, p: SamplingParams, position: int, tokens: Tensor | None =
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("is_mapped", [False, True])
 @pytest.mark.parametrize("rows", [40, 1003])
-def test_coupled_ranking_equals_the_oracle(backend: Backend, rows: int, is_mapped: bool, scale: float) -> None:
+def test_coupled_ranking_equals_the_oracle(
+    backend: Backend, rows: int, is_mapped: bool, scale: float
+) -> None:
     batch, top_k = len(SEEDED), 8
     levels = random_levels(batch, top_k, rows, 3, seed=rows)
     generator = torch.Generator().manual_seed(1)
@@ -293,9 +291,11 @@ def test_coupled_ranking_equals_the_oracle(backend: Backend, rows: int, is_mappe
 
 @pytest.mark.parametrize("params", SEEDED, ids=lambda p: str(FILTERS[SEEDED.index(p)]))
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_the_first_child_is_the_targets_token(backend: Backend, params: SamplingParams, scale: float) -> None:
+def test_the_first_child_is_the_targets_token(
+    backend: Backend, params: SamplingParams, scale: float
+) -> None:
     """A drafter with the target's logits drafts exactly what the target then draws."""
-    batch, rows, prompt_len = 40, 5003, 9
+    batch, rows, prompt_len = 12 if backend.name == "simt" else 40, 5003, 9
     logits = torch.randn(batch, 1, rows, generator=torch.Generator().manual_seed(2)) * scale
     several = [replace(params, seed=seed) for seed in range(batch)]
     pool, _ = grow([logits], 4, backend=backend, noise=Coupling.of(several, [prompt_len] * batch))
@@ -344,9 +344,7 @@ def rerank(pool: Pool, count: int, size: int, roots=None, backend=CPU) -> Kept:
     batch, device = pool.tokens.shape[0], backend.device
     kept, pool = Kept.empty(batch, size).to(device), pool.to(device)
     roots = i32(range(100, 100 + batch)) if roots is None else roots
-    tree_rerank(
-        pool.tokens, pool.parents, pool.scores, count, roots.to(device), *kept.tensors()
-    )
+    tree_rerank(pool.tokens, pool.parents, pool.scores, count, roots.to(device), *kept.tensors())
     return kept.to(CPU.device)
 
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "fault.h"
 #include "scheduler.h"
 
@@ -19,6 +20,7 @@ struct Machine {
     Settings settings;
     uint64_t num_launches = 0;
     std::string last_kernel;
+    int last_device = 0;
     StackPool stacks;
     std::vector<std::unique_ptr<SharedArena>> arenas;
 };
@@ -26,6 +28,17 @@ struct Machine {
 Machine& machine() {
     static Machine the_machine;
     return the_machine;
+}
+
+// A device that is broken answers nothing; a stream is of one device, and only there.
+void check_device(const std::string& name, Machine& m, void* stream) {
+    const auto require = [&](bool holds, const std::string& text) {
+        if (!holds) throw std::runtime_error("kernel " + name + ": " + text);
+    };
+    require(is_stream_of(stream, m.last_device), "launched on another device's stream while " +
+                                                     std::to_string(m.last_device) + " is current");
+    require(m.settings.num_good > 0, m.settings.fault);
+    --m.settings.num_good;
 }
 
 void check_limits(const std::string& name, const dim3& grid, const dim3& block,
@@ -87,11 +100,17 @@ std::string last_kernel() {
     return machine().last_kernel;
 }
 
+int last_device() {
+    return machine().last_device;
+}
+
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
-            std::function<void()> body) {
+            void* stream, std::function<void()> body) {
     Machine& m = machine();
     std::lock_guard<std::mutex> lock(m.turn);
     m.last_kernel = name;
+    (void)cudaGetDevice(&m.last_device);
+    check_device(name, m, stream);
     check_limits(name, grid, block, shared_bytes);
     Scheduler current({name, grid, block, shared_bytes, &body}, m.settings, m.stacks, m.arenas);
     const Session session(current);

@@ -19,12 +19,15 @@ struct Settings {
     int num_sms = 8;
     size_t shared_bytes = 232448;  // a block's, at most: an H100's
     Arithmetic arithmetic = Arithmetic::kIeee;
+    uint64_t num_good = UINT64_MAX;  // launches until the device breaks, and none runs any more
+    std::string fault;               // why, as CUDA says it
 };
 
 Settings settings();
 void set_settings(const Settings& settings);
 uint64_t num_launches();  // that ended well, since the process began
 std::string last_kernel();
+int last_device();  // the current one when it began
 
 inline int num_sms() {
     return settings().num_sms;
@@ -36,6 +39,6 @@ inline size_t max_shared_bytes() {
 // Runs `body` once for each thread of the grid. Throws std::runtime_error, which names kernel,
 // block and thread; the next launch works again. Launches of several OS threads take turns.
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
-            std::function<void()> body);
+            void* stream, std::function<void()> body);
 
 }  // namespace simt

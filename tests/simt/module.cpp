@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "device.h"
 #include "guarded_copies.h"
 #include "launch.h"
 #include "probes/probe.h"
@@ -68,7 +69,25 @@ void set_device(int num_sms, size_t shared_bytes) {
     simt::Settings settings = simt::settings();
     settings.num_sms = num_sms;
     settings.shared_bytes = shared_bytes;
+    settings.num_good = UINT64_MAX;
     simt::set_settings(settings);
+}
+
+void break_device(uint64_t num_good, const std::string& fault) {
+    simt::Settings settings = simt::settings();
+    settings.num_good = num_good;
+    settings.fault = fault;
+    simt::set_settings(settings);
+}
+
+void set_current_device(int device) {
+    SPECRT_CHECK(cudaSetDevice(device) == cudaSuccess, "device: expected 0 or 1, got ", device);
+}
+
+int current_device() {
+    int device = 0;
+    (void)cudaGetDevice(&device);
+    return device;
 }
 
 void set_arithmetic(const std::string& name) {
@@ -99,7 +118,12 @@ PYBIND11_MODULE(_simt, m) {
           py::arg("strict") = true);
     m.def("set_device", &set_device, py::arg("num_sms") = 8, py::arg("shared_bytes") = 232448);
     m.def("set_arithmetic", &set_arithmetic, py::arg("name") = "ieee");
+    m.def("break_device", &break_device, py::arg("num_good") = 0,
+          py::arg("fault") = "an illegal memory access was encountered");
+    m.def("set_current_device", &set_current_device, py::arg("device"));
+    m.def("current_device", &current_device);
     m.def("num_launches", &simt::num_launches);
+    m.def("last_device", &simt::last_device);
 }
 
 }  // namespace specrt::bindings

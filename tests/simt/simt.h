@@ -4,6 +4,7 @@
 #include "async_copy.h"
 #include "atomics.h"
 #include "cuda_types.h"
+#include "device.h"
 #include "float16.h"
 #include "launch.h"
 #include "matrix.h"

@@ -35,12 +35,12 @@ class DeviceControl:
         self.options = options
         self.device = device
         self.kind = ControlKind(CONTROLLERS.index(options.kind))
-        settings = options.settings()
-        self.settings, self._gain_var = device.moved(settings.tensor()), settings.gain_var
-        self._prior = device.moved(prior_beliefs(settings.tensor()))
+        settings, self._gain_var = options.settings().tensor(), options.settings().gain_var
+        self.settings = device.there(settings)
+        self._prior = device.there(prior_beliefs(settings))
         self.beliefs = self._prior.repeat(1 if options.shares else _FIRST_ROWS, 1)
-        """``[P, beliefs]`` float64. Where more sequences are open than it has rows it is replaced
-        by a longer one: launches captured before are over one that nobody learns in any more."""
+        """``[P, beliefs]`` float64. Where more sequences are open than it has rows a longer one
+        takes its place, and the device forgets its captured steps."""
         self._slots: dict[SequenceState, int] = {}
         self._free = list(range(len(self.beliefs)))[::-1]
 
@@ -85,6 +85,7 @@ class DeviceControl:
     def _take_row(self) -> int:
         if not self._free:
             size = len(self.beliefs)
+            self.device.forget()
             self.beliefs = torch.cat([self.beliefs, self._prior.repeat(size, 1)])
             self._free = list(range(size, 2 * size))[::-1]
         return self._free.pop()
@@ -94,22 +95,20 @@ class DeviceControlRound:
     """One round of a batch. Addresses are fixed, and :meth:`decide` is nothing but a launch."""
 
     def __init__(self, control: DeviceControl, batch: int, slope: torch.Tensor | None) -> None:
-        self._device, cap = control.device, control.options.max_draft
+        device, cap = control.device, control.options.max_draft
         self._kind, self._slope = int(control.kind), slope
         self._settings, self._num_rounds = control.settings.clone(), 1
         self._discount = control.options.settings().discount
         self._beliefs = control.beliefs
-        self._host = HostInputs(batch, cap)
-        whole = self._device.zeros(*self._host.tensors.whole.shape, dtype=torch.int64)
-        self._inputs = RoundInputs.of(whole, batch)
-        ints = self._device.zeros(3, batch, dtype=torch.int32)
+        self._host, self._inputs = HostInputs(batch, cap), RoundInputs.make(batch, device)
+        ints = device.zeros(3, batch, dtype=torch.int32)
         self.is_open = ints[0]
         """``[B]`` int32: 1 = draft another token for this sequence."""
         self.drafted = ints[1]
         """``[B]`` int32: tokens drafted that somebody wanted."""
         self.length = ints[2]
         """``[B]`` int32: tokens to verify; one less than drafted where the last was dropped."""
-        self.confidence = self._device.zeros(batch, cap).fill_(torch.nan)
+        self.confidence = device.empty(batch, cap).fill_(torch.nan)
         """``[B, max_draft]`` float32; NaN where nothing was drafted."""
 
     def stage(
@@ -131,7 +130,7 @@ class DeviceControlRound:
         """
         self._host.slots[:] = control.slots_of(states)
         self._host.stage(states, costs, positions, caps)
-        self._device.upload(self._host.tensors.whole, self._inputs.whole)
+        control.device.upload(self._host.tensors.whole, self._inputs.whole)
         self._beliefs = control.beliefs
 
     def decide(

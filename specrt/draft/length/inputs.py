@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from specrt.device import Device
 from specrt.draft.length.costs import DraftCosts
 from specrt.ops.draft_control import NUM_COSTS
 from specrt.types import SequenceState
@@ -26,8 +27,10 @@ class RoundInputs(NamedTuple):
     is_sampled: torch.Tensor
 
     @classmethod
-    def of(cls, whole: torch.Tensor, batch: int) -> RoundInputs:
-        """Views of ``[5 + 3 * B]`` int64, where two int32 are in one."""
+    def make(cls, batch: int, device: Device) -> RoundInputs:
+        """Zeros there."""
+        # Two int32 in an int64.
+        whole = device.zeros(NUM_COSTS + 3 * batch, dtype=torch.int64)
         costs, seed, ints = whole.split([NUM_COSTS, batch, 2 * batch])
         return cls(whole, costs.view(torch.float64), seed, *ints.view(torch.int32).split(batch))
 
@@ -41,8 +44,7 @@ class HostInputs:
     """
 
     def __init__(self, batch: int, max_draft: int) -> None:
-        whole = torch.zeros(NUM_COSTS + 3 * batch, dtype=torch.int64)
-        self.tensors = there = RoundInputs.of(whole, batch)
+        self.tensors = there = RoundInputs.make(batch, Device())
         self._max_draft = max_draft
         # The same memory through numpy, where small writes cost a tenth of torch's.
         self._costs, self._seeds = there.costs.numpy(), there.seed.numpy()

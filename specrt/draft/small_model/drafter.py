@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import pad
 
 from specrt import ops
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams
 from specrt.models.model import LlamaModel
@@ -121,6 +121,11 @@ class SmallModelDrafter:
         self._chains = ChainTrees(self._device)
         self._cached: dict[SequenceState, CachedSequence] = {}
         self._batch = CacheBatch(self._cache)
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values."""
+        return self._cache
 
     def check(self, params: DraftParams) -> None:
         """Whether it can draft trees so wide.

@@ -17,13 +17,16 @@ def _matches(directory: Path) -> bool:
 
 
 def _load(request: DrafterRequest) -> Drafter:
+    from dataclasses import replace
+
     from specrt.config import ModelConfig
     from specrt.draft.fspad.official import open_drafter, refuse_other_kinds
     from specrt.draft.small_model.drafter import SmallModelDrafter
     from specrt.draft.small_model.vocabulary import check_vocabulary
     from specrt.models.loader import load_weights
     from specrt.models.model import LlamaModel
-    from specrt.models.placement import choose_dtype, choose_head_dim, place_weights
+    from specrt.models.placement import check_sizes, choose_dtype, choose_head_dim, place_weights
+    from specrt.tree import MAX_NODES
 
     directory, target = request.checkpoint, request.target
     refuse_other_kinds(open_drafter(directory))
@@ -31,6 +34,7 @@ def _load(request: DrafterRequest) -> Drafter:
     check_vocabulary(directory, config.vocab_size, request.target_path, vocab_size)
     chosen = choose_dtype(config, request.dtype, target.device.place)
     head_dim = choose_head_dim(config, target.device.place)
+    check_sizes(replace(config, head_dim=head_dim), MAX_NODES, target.device.place)
     loaded = load_weights(directory, config, chosen, head_dim=head_dim)
     weights = place_weights(loaded, target.device)
     model = LlamaModel(config, weights, target.device, rope=target.rope)

@@ -104,6 +104,14 @@ __global__ void read_null(float* out) {
 }
 PROBE(read_null, p.tensor<float>("out"))
 
+// On the stream of a GPU, whichever is current.
+__global__ void count_launch(float* out) {
+    *out += 1;
+}
+const Registration registered_on_stream_of("on_stream_of", [](const Probe& p) {
+    SPECRT_LAUNCH(count_launch, p.shape, simt::stream_of(p.numbers[0]), p.tensor<float>("out"));
+});
+
 __global__ void overflow_stack(float* out, int depth) {
     volatile char frame[4096];
     frame[depth % 4096] = 1;

@@ -1,0 +1,108 @@
+"""Draft trees on a GPU: a level's children and frontier, and the best of all, against torch."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.gpu import Place
+from bench.limits import TREE_DEPTH, TREE_TOP_K, Model, pool_size
+from specrt import ops
+from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def _ints(place: Place, *shape: int) -> torch.Tensor:
+    return torch.full(shape, -77, dtype=torch.int32, device=place.device)
+
+
+def _floats(place: Place, *shape: int) -> torch.Tensor:
+    return torch.full(shape, float("nan"), device=place.device)
+
+
+class TreeExpand:
+    """``rows`` children of each of as many nodes, ranked plainly; one sequence.
+
+    torch: log_softmax, the best of each row, the best of those.
+    """
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        self._logits = 3 * torch.randn(1, rows, model.vocab_size, device=place.device)
+        self._top_k = rows
+        words = torch.zeros(1, rows, 2, dtype=torch.int64, device=place.device)
+        size = rows + rows * rows
+        self._read = torch.zeros(1, rows, device=place.device), _ints(place, 1, rows), words
+        self._pool = _ints(place, 1, size), _ints(place, 1, size), _floats(place, 1, size)
+        self._scores = _floats(place, 1, rows)
+        self._workspace = self._scratch(model, place)
+        self._written = (
+            _ints(place, 1, rows),
+            self._scores,
+            _ints(place, 1, rows),
+            _ints(place, 1, rows),
+            torch.zeros_like(words),
+        )
+
+    def _scratch(self, model: Model, place: Place) -> torch.Tensor:
+        if place.device == "cpu":
+            return torch.zeros(1, expand_workspace_size(model.vocab_size))
+        size = expand_gpu_workspace_size(1, self._top_k, model.vocab_size, self._top_k)
+        return torch.zeros(size, device=place.device)
+
+    def ours(self) -> Tensors:
+        """One level below the root's children."""
+        level = 0 if self._top_k == 1 else 1
+        ops.tree_expand(
+            self._logits, *self._read, None, None, None, level, self._workspace, *self._pool,
+            *self._written,
+        )  # fmt: skip
+        return (self._scores,)
+
+    def torchs(self) -> Tensors:
+        best = self._logits[0].log_softmax(-1).topk(self._top_k).values
+        return ((best + self._read[0][0, :, None]).view(-1).topk(self._top_k).values[None],)
+
+
+class TreeRerank:
+    """``rows`` nodes of a pool of six levels below the root's children; one sequence.
+
+    torch: the best scores, and their parents by a table of what was taken.
+    """
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        k, size = TREE_TOP_K, pool_size()
+        parent = torch.arange(-k, size - k, device=place.device).div(k, rounding_mode="floor")
+        parent = parent.clamp(min=-1)
+        steps, scores = torch.rand(size, device=place.device), _floats(place, size)
+        for level in range(TREE_DEPTH + 1):
+            end = k + level * k * k
+            start = 0 if level == 0 else end - k * k
+            above = scores[parent[start:end]] if level > 0 else 0.0
+            scores[start:end] = above - steps[start:end]
+        self._num_kept = min(rows - 1, size)
+        self._tokens = torch.arange(size, dtype=torch.int32, device=place.device)[None]
+        self._parent, self._scores = parent.int()[None], scores[None]
+        self._root = place.ints(7)
+        self._out = (
+            _ints(place, 1, rows), _ints(place, 1, rows), _ints(place, 1), _floats(place, 1, rows),
+        )  # fmt: skip
+
+    def ours(self) -> Tensors:
+        ops.tree_rerank(
+            self._tokens, self._parent, self._scores, self._scores.shape[1], self._root, *self._out
+        )
+        return self._out[0], self._out[1], self._out[3]
+
+    def torchs(self) -> Tensors:
+        best = self._scores[0].topk(self._num_kept)
+        nodes = torch.arange(1, self._num_kept + 1, dtype=torch.int32, device=self._root.device)
+        place = torch.zeros_like(self._tokens[0]).index_copy_(0, best.indices, nodes)
+        above = self._parent[0, best.indices].long()
+        parents = torch.where(above < 0, 0, place[above.clamp(min=0)])
+        return (
+            torch.cat([self._root, self._tokens[0, best.indices]])[None],
+            torch.cat([torch.full_like(self._root, -1), parents])[None],
+            torch.cat([torch.zeros_like(best.values[:1]), best.values])[None]
+            if self._num_kept
+            else torch.zeros_like(self._out[3]),
+        )

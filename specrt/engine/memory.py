@@ -1,0 +1,176 @@
+"""A GPU's memory: what a target needs of it, and how many pages of keys and values get the rest.
+
+There a cache is a pool of a fixed size: captured launches hold its address, and growing would need
+old and new pages at once. So it is sized when an engine is made, by what is free then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Protocol
+
+import torch
+
+from specrt.cache import KVCache
+from specrt.config import ModelConfig
+from specrt.device import Device
+from specrt.draft.base import CachingDrafter, Drafter
+from specrt.models.model import LlamaModel
+from specrt.models.step import GpuScratch, Workspace
+from specrt.reuse import power_of_two
+from specrt.tree import MAX_NODES
+
+PAGE_SIZE = 64
+"""Tokens of a page of an engine's cache."""
+MARGIN = 512 << 20
+"""Bytes left to CUDA's libraries and graphs, to attention's and acceptance's workspaces and to
+tables that grow with the texts."""
+
+_NOWHERE = Device(torch.device("meta"))
+
+
+class Limits(Protocol):
+    """What of :class:`~specrt.engine.core.EngineLimits` takes memory."""
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences of a step."""
+
+    @property
+    def max_nodes(self) -> int:
+        """Rows of each."""
+
+    @property
+    def max_cached_tokens(self) -> int | None:
+        """Tokens whose keys and values are held; None: as many as there is room for."""
+
+
+def size_check(
+    config: ModelConfig, dtype: torch.dtype, limits: Limits, device: Device
+) -> Callable[[int], None]:
+    """What tells, of the bytes of a target's weights, whether an engine fits on a device.
+
+    It needs room for the weights, for what steps compute in, and for the pages of
+    ``max_cached_tokens``, or of the least that is of use: one tree of ``max_nodes`` and a page of
+    text before it.
+
+    Args:
+        config: the target's, heads as its kernels run them.
+        dtype: of its weights and cache.
+        limits: the engine's.
+        device: where to; on the CPU memory is known by trying.
+
+    Returns:
+        A function that raises MemoryError, naming what is needed and what is free.
+    """
+
+    def check(weights: int) -> None:
+        if not device.is_gpu:
+            return
+        pages = (_least_pages(limits) + 1) * _page_bytes(config, dtype)  # with that for scratch
+        parts = {"weights": weights, "KV cache": pages}
+        parts["workspace"] = workspace_bytes(config, dtype, limits)
+        free, total = device.free_memory()
+        if sum(parts.values()) > free:
+            raise _no_room(parts, (free, total), limits, device)
+
+    return check
+
+
+def make_cache(target: LlamaModel, drafter: Drafter, limits: Limits) -> KVCache:
+    """The cache of an engine: on a GPU all of its pages, as many as are asked for or fit.
+
+    With ``max_cached_tokens`` they are exactly that. Else they are what the free memory holds
+    besides :func:`workspace_bytes` and as many pages of the drafter's own cache, and no more than
+    ``max_batch`` sequences of the longest text could use.
+
+    Raises:
+        MemoryError: there is no room for ``max_cached_tokens``, or for the least that is of use.
+    """
+    cache = target.new_cache(PAGE_SIZE, max_pages=_asked_pages(limits))
+    if target.device.is_gpu:
+        _fix(cache, target, drafter, limits)
+    return cache
+
+
+def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> int:
+    """Bytes that steps of an engine compute in on a GPU.
+
+    Activations and logits of ``max_batch * max_nodes`` rows, and the rotary table, twice, for
+    larger buffers are made before the smaller ones go; the workspace of ``linear``; and
+    :data:`MARGIN`.
+    """
+    logit_rows = power_of_two(limits.max_batch * limits.max_nodes)
+    rows = max(logit_rows, MAX_NODES)  # a piece of a prompt
+    work = Workspace.make(config, rows, logit_rows, dtype, _NOWHERE)
+    tensors = [getattr(work, field.name) for field in fields(work)]
+    buffers = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
+    rope = (config.max_positions + MAX_NODES) * config.head_dim * torch.float32.itemsize
+    return 2 * (buffers + rope) + GpuScratch(config, dtype, _NOWHERE).linear.nbytes + MARGIN
+
+
+def _fix(cache: KVCache, target: LlamaModel, drafter: Drafter, limits: Limits) -> None:
+    config = replace(target.config, head_dim=cache.kv.shape[-1])
+    drafts = _cache_of(drafter, target.device)
+    each = cache.page_bytes + (0 if drafts is None else drafts.page_bytes)
+    workspace = workspace_bytes(config, target.dtype, limits)
+    free, total = target.device.free_memory()
+    least, asked = _least_pages(limits), _asked_pages(limits)
+    fitting = (free - workspace) // each - 1
+    if fitting < least:
+        parts = {"KV cache": (least + 1) * each, "workspace": workspace}
+        raise _no_room(parts, (free, total), limits, target.device)
+    longest = cache.num_pages_for(config.max_positions + limits.max_nodes)
+    num_pages = asked or min(fitting, limits.max_batch * longest)
+    cache.fix(num_pages)
+    if drafts is not None:
+        drafts.fix(num_pages)
+    logging.getLogger("specrt").info(
+        "KV cache: room for %d tokens, %s of %s free on %s (of %s)",
+        num_pages * PAGE_SIZE, _size((num_pages + 1) * each), _size(free), target.device,
+        _size(total),
+    )  # fmt: skip
+
+
+def _cache_of(drafter: Drafter, device: Device) -> KVCache | None:
+    """A drafter's own, if it takes memory of the target's device."""
+    cache = drafter.cache if isinstance(drafter, CachingDrafter) else None
+    if not isinstance(cache, KVCache) or not cache.device.is_gpu:
+        return None
+    return cache if cache.device.place == device.place else None
+
+
+def _asked_pages(limits: Limits) -> int | None:
+    most = limits.max_cached_tokens
+    return None if most is None else -(-most // PAGE_SIZE)
+
+
+def _least_pages(limits: Limits) -> int:
+    return _asked_pages(limits) or 1 + -(-limits.max_nodes // PAGE_SIZE)
+
+
+def _page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """As :attr:`KVCache.page_bytes`."""
+    rows = 2 * config.num_layers * PAGE_SIZE * config.num_kv_heads
+    return rows * config.head_dim * dtype.itemsize
+
+
+def _no_room(
+    parts: dict[str, int], memory: tuple[int, int], limits: Limits, device: Device
+) -> MemoryError:
+    """What is said where the sum of ``parts`` is more than is free; ``memory`` is that and all."""
+    named = " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    free, total = map(_size, memory)
+    smaller = "max_batch or max_nodes" if limits.max_cached_tokens is None else "max_cached_tokens"
+    return MemoryError(
+        f"no room on {device}: needed {_size(sum(parts.values()))} ({named}), free {free} of "
+        f"{total}; a smaller {smaller} needs less, device='cpu' nothing of it"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 1 << 30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB"
