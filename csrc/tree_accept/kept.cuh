@@ -44,38 +44,34 @@ __device__ __forceinline__ int bin_of(float x, float top) {
 }
 
 // A warp whose values all lie in one bin adds them up first: in a flat row all threads would wait
-// for one address. All lanes must call.
+// for one address. bin(tile, r, i): -1 where a value does not count. All lanes must call.
 template <typename Bin, typename Weight>
 __device__ __forceinline__ void add_tile(const Tile& tile, MassBins* bins, Bin bin, Weight weight) {
-    int low = kMassBins, high = -1;
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
+    for (int r = 0; r < 4; ++r) {
+        int at[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int b = bin(tile, r, i);
-            if (b < 0) continue;
-            low = min(low, b);
-            high = max(high, b);
-        }
-    low = __reduce_min_sync(kFullWarp, low);
-    high = __reduce_max_sync(kFullWarp, high);
-    uint64_t sum = 0;
-    uint32_t number = 0;
+        for (int i = 0; i < 4; ++i) at[i] = bin(tile, r, i);
+        const int common = __shfl_sync(kFullWarp, at[0], 0);
+        bool is_common = common >= 0;
+        uint64_t sum = 0;
+        uint32_t number = 0;
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
+        for (int i = 0; i < 4; ++i) is_common = is_common && (at[i] == common || at[i] < 0);
+        is_common = __all_sync(kFullWarp, is_common);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int b = bin(tile, r, i);
-            if (b < 0) continue;
-            const uint64_t w = weight(tile.x[r][i]);
-            sum += w;
+            if (at[i] < 0) continue;
+            const uint64_t mass = weight(tile.x[r][i]);
+            sum += mass;
             ++number;
-            if (low != high) bins->add(b, w, 1);
+            if (!is_common) bins->add(at[i], mass, 1);
         }
-    if (low != high) return;
-    sum = warp_total(sum);
-    number = __reduce_add_sync(kFullWarp, number);
-    if (threadIdx.x % 32 == 0) bins->add(low, sum, number);
+        if (!is_common) continue;
+        sum = warp_total(sum);
+        number = __reduce_add_sync(kFullWarp, number);
+        if (threadIdx.x % 32 == 0) bins->add(common, sum, number);
+    }
 }
 
 // --- the kept set
@@ -93,7 +89,7 @@ __device__ __forceinline__ float min_p_cut(float top, float min_p) {
 }
 
 __device__ __forceinline__ Kept with_min_p(Kept kept, const Row& row, float top) {
-    if (!row.has_min_p()) return kept;
+    if (!has_min_p(row.s)) return kept;
     const float cut = min_p_cut(top, row.s.min_p);
     return cut > kept.cut ? Kept{cut, kAnyId} : kept;
 }
@@ -101,43 +97,48 @@ __device__ __forceinline__ Kept with_min_p(Kept kept, const Row& row, float top)
 struct KeptRoom {
     MassBins bins;
     PlaceRoom place;
+    uint64_t least, found, target;  // of select_key
     int flag;
 };
 
 // --- by radix
 // The first key at which the running sum of weights, largest key first, comes to `target`, as far
-// as its bits above `last_shift`; the others are 0. Only keys of at least `least` count.
+// as its bits above `last_shift`; the others are 0. Only keys of at least room->least count. What
+// is asked of every value lies in shared memory, for want of registers.
 template <typename Weight>
 __device__ __forceinline__ uint64_t select_key(const TreeAcceptParams& p, const Row& row,
-                                               const Lineage& tree, uint64_t least, uint64_t target,
-                                               int last_shift, Chunk* chunk, KeptRoom* room,
-                                               Weight weight) {
+                                               const Lineage& tree, uint64_t target, int last_shift,
+                                               Chunk* chunk, KeptRoom* room, Weight weight) {
     const Span whole{0, split_rows(1, p.vocab).num_chunks};
-    uint64_t found = 0;
+    if (threadIdx.x == 0) {
+        room->found = 0;
+        room->target = target;
+    }
     for (int shift = 56; shift >= last_shift; shift -= 8) {
         room->bins.clear();
         const auto bin = [&](const Tile& tile, int r, int i) {
-            const float x = tile.x[r][i];
-            const uint64_t key = key_of(x, tile.id(r, i));
-            const bool is_in = x > -kInf && key >= least &&
-                               (shift == 56 || key >> (shift + 8) == found >> (shift + 8));
-            return is_in ? 255 - static_cast<int>(key >> shift & 255) : -1;
+            const uint64_t key = key_of(tile.x[r][i], tile.id(r, i));
+            const uint64_t rest = key ^ room->found;  // no bits above those asked for
+            const bool is_in = tile.x[r][i] > -kInf && key >= room->least && rest >> shift < 256;
+            return is_in ? 255 - static_cast<int>(rest >> shift) : -1;
         };
         for_tiles(p, row, tree, whole, false, chunk,
                   [&](const Tile& tile) { add_tile(tile, &room->bins, bin, weight); });
         __syncthreads();
         const int mine = static_cast<int>(threadIdx.x);
         const uint64_t weights[1] = {mine < 256 ? room->bins.mass(mine) : 0};
-        const Place place = find_place(weights, target, &room->place);
-        target -= place.before;
-        found |= static_cast<uint64_t>(255 - place.at) << shift;
+        const Place place = find_place(weights, room->target, &room->place);
+        if (threadIdx.x != 0) continue;
+        room->target -= place.before;
+        room->found |= static_cast<uint64_t>(255 - place.at) << shift;
     }
-    return found;
+    __syncthreads();
+    return room->found;
 }
 
 __device__ __forceinline__ uint64_t total_of(const TreeAcceptParams& p, const Row& row,
-                                             const Lineage& tree, const Kept& kept, float top,
-                                             Chunk* chunk, KeptRoom* room) {
+                                             const Lineage& tree, const Kept& kept,
+                                             const RowState& state, Chunk* chunk, KeptRoom* room) {
     uint64_t sum = 0;
     const Span whole{0, split_rows(1, p.vocab).num_chunks};
     for_tiles(p, row, tree, whole, false, chunk, [&](const Tile& tile) {
@@ -145,27 +146,28 @@ __device__ __forceinline__ uint64_t total_of(const TreeAcceptParams& p, const Ro
         for (int r = 0; r < 4; ++r)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (kept.keeps(tile.x[r][i], tile.id(r, i))) sum += mass_of(tile.x[r][i] - top);
+                if (kept.keeps(tile.x[r][i], tile.id(r, i)))
+                    sum += mass_of(tile.x[r][i] - state.top);
     });
     __syncthreads();
     return block_total(sum, room->place.words);
 }
 
-// top_k is that of a row with as many values, or 0.
 __device__ __forceinline__ Kept kept_by_radix(const TreeAcceptParams& p, const Row& row,
-                                              const Lineage& tree, int32_t top_k, float top,
+                                              const Lineage& tree, const RowState& state,
                                               Chunk* chunk, KeptRoom* room) {
     Kept kept;
-    uint64_t least = 0;
-    if (top_k > 0) {
-        least = select_key(p, row, tree, 0, static_cast<uint64_t>(top_k), 32, chunk, room,
-                           [](float) { return uint64_t{1}; });
-        kept.cut = score_of(least);
+    if (threadIdx.x == 0) room->least = 0;
+    if (state.top_k > 0) {
+        const uint64_t key = select_key(p, row, tree, static_cast<uint64_t>(state.top_k), 32, chunk,
+                                        room, [](float) { return uint64_t{1}; });
+        if (threadIdx.x == 0) room->least = key;
+        kept.cut = score_of(key);
     }
-    if (!row.has_top_p()) return kept;
-    const uint64_t total = total_of(p, row, tree, kept, top, chunk, room);
-    const uint64_t key = select_key(p, row, tree, least, nucleus_mass(row.s.top_p, total), 0, chunk,
-                                    room, [&](float x) { return mass_of(x - top); });
+    if (!has_top_p(row.s)) return kept;
+    const uint64_t total = total_of(p, row, tree, kept, state, chunk, room);
+    const uint64_t key = select_key(p, row, tree, nucleus_mass(row.s.top_p, total), 0, chunk, room,
+                                    [&](float x) { return mass_of(x - state.top); });
     return {score_of(key), index_of(key)};
 }
 
@@ -195,12 +197,12 @@ __device__ __forceinline__ void choose_bins(const BinPair& pair, const Row& row,
     const uint64_t total = block_total(pair.masses[0] + pair.masses[1], room->words);
     Place place{-1, 0};
     int first_bin = 0;
-    if (row.has_top_k(vocab))
+    if (has_top_k(row.s, vocab))
         place = find_place(pair.counts, static_cast<uint64_t>(row.s.top_k), room);
     const int32_t top_k = place.at < 0 ? 0 : row.s.top_k;
     if (top_k > 0) {
         place.before = 0;
-    } else if (row.has_top_p()) {
+    } else if (has_top_p(row.s)) {
         place = find_place(pair.masses, nucleus_mass(row.s.top_p, total), room);
         first_bin = place.at;
     }
@@ -237,7 +239,7 @@ __device__ __forceinline__ Kept kept_by_candidates(const uint64_t* keys, const R
         least = static_cast<uint32_t>(keys[state.top_k - 1] >> 32);
         kept.cut = from_ordered_bits(least);
     }
-    if (!row.has_top_p()) return kept;
+    if (!has_top_p(row.s)) return kept;
     uint64_t masses[kEach], sum = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {

@@ -24,6 +24,23 @@ struct Chunk {
     unsigned counts[kChunk];  // bit 0: seen at all; above it the number of output tokens
 };
 
+__device__ __forceinline__ bool has_top_k(const SamplingRow& s, int64_t vocab) {
+    return s.top_k > 0 && s.top_k < vocab;
+}
+__device__ __forceinline__ bool has_top_p(const SamplingRow& s) {
+    return s.top_p < 1.0;
+}
+__device__ __forceinline__ bool has_min_p(const SamplingRow& s) {
+    return s.min_p > 0.0f;
+}
+// Whether masses or counts decide on what is kept.
+__device__ __forceinline__ bool is_weighed(const SamplingRow& s, int64_t vocab) {
+    return s.temperature != 0.0f && (has_top_k(s, vocab) || has_top_p(s));
+}
+__device__ __forceinline__ bool is_filtered(const SamplingRow& s, int64_t vocab) {
+    return is_weighed(s, vocab) || (s.temperature != 0.0f && has_min_p(s));
+}
+
 struct Row {
     SamplingRow s;
     const float* logits;
@@ -32,19 +49,9 @@ struct Row {
     bool is_live;  // the walk may come here: a node whose ancestors are nodes up to the root
     bool is_greedy, counts_tokens, is_edited, rejects;
 
-    __device__ bool has_top_k(int64_t vocab) const { return s.top_k > 0 && s.top_k < vocab; }
-    __device__ bool has_top_p() const { return s.top_p < 1.0; }
-    __device__ bool has_min_p() const { return s.min_p > 0.0f; }
-    // Whether masses or counts decide on what is kept.
-    __device__ bool is_weighed(int64_t vocab) const {
-        return !is_greedy && (has_top_k(vocab) || has_top_p());
-    }
-    __device__ bool is_filtered(int64_t vocab) const {
-        return is_weighed(vocab) || (!is_greedy && has_min_p());
-    }
-    // Whether the first pass draws the token, and not only the maximum.
+    // Whether the first launch draws the token, and not only finds the maximum.
     __device__ bool is_drawn_at_once(int64_t vocab) const {
-        return !is_greedy && !rejects && !is_filtered(vocab);
+        return !is_greedy && !rejects && !is_filtered(s, vocab);
     }
     __device__ uint64_t position(const TreeAcceptParams& p) const {
         return static_cast<uint64_t>(p.history_len[seq]) + static_cast<uint64_t>(depth);
@@ -120,7 +127,7 @@ __device__ __forceinline__ void read_row(const TreeAcceptParams& p, int64_t inde
 }
 
 // --- edits
-__device__ __forceinline__ void count_token(int64_t at, int64_t size, bool is_output,
+__device__ __forceinline__ void count_token(int64_t at, int size, bool is_output,
                                             unsigned* counts) {
     if (at < 0 || at >= size) return;
     if (is_output) {
@@ -131,7 +138,7 @@ __device__ __forceinline__ void count_token(int64_t at, int64_t size, bool is_ou
 }
 
 __device__ __forceinline__ void count_tokens(const TreeAcceptParams& p, const Row& row,
-                                             const Lineage& tree, int64_t begin, int64_t size,
+                                             const Lineage& tree, int64_t begin, int size,
                                              unsigned* counts) {
     const int32_t* history = p.history + row.seq * p.history_stride;
     const int64_t len = p.history_len[row.seq];
@@ -155,10 +162,10 @@ __device__ __forceinline__ float penalised(float x, unsigned count, const Sampli
 // The chunk's logits after bias and penalties. A thread owns the tokens that its number's distance
 // apart, so several biases of one token are added in their order. All threads must call.
 __device__ __forceinline__ void edit_chunk(const TreeAcceptParams& p, const Row& row,
-                                           const Lineage& tree, int64_t begin, int64_t size,
+                                           const Lineage& tree, int64_t begin, int size,
                                            Chunk* chunk) {
     __syncthreads();  // the chunk before may still be read
-    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
         chunk->values[i] = row.logits[begin + i];
         chunk->counts[i] = 0;
     }
@@ -170,7 +177,7 @@ __device__ __forceinline__ void edit_chunk(const TreeAcceptParams& p, const Row&
     __syncthreads();
     if (!row.counts_tokens) return;
     count_tokens(p, row, tree, begin, size, chunk->counts);
-    for (int64_t i = threadIdx.x; i < size; i += blockDim.x)
+    for (int i = threadIdx.x; i < size; i += blockDim.x)
         chunk->values[i] = penalised(chunk->values[i], chunk->counts[i], row.s);
     __syncthreads();
 }
@@ -185,7 +192,7 @@ struct Tile {
     __device__ int32_t id(int r, int i) const { return static_cast<int32_t>(first) + 16 * r + i; }
 };
 
-__device__ __forceinline__ void load_tile(const float* values, int64_t size, int at, bool is_scaled,
+__device__ __forceinline__ void load_tile(const float* values, int size, int at, bool is_scaled,
                                           float temperature, float (&x)[4][4]) {
     const bool is_aligned = reinterpret_cast<uintptr_t>(values) % 16 == 0;
 #pragma unroll
@@ -220,7 +227,8 @@ __device__ __forceinline__ void for_tiles(const TreeAcceptParams& p, const Row& 
     const int at = static_cast<int>(threadIdx.x / 4 * kPhiloxBlock + threadIdx.x % 4 * 4);
     for (int64_t chunk = span.first_chunk; chunk < span.last_chunk; ++chunk) {
         const int64_t begin = chunk * kChunk;
-        const int64_t size = p.vocab - begin < kChunk ? p.vocab - begin : kChunk;
+        const int64_t left = p.vocab - begin;
+        const int size = left < kChunk ? static_cast<int>(left) : kChunk;
         if (is_edited) edit_chunk(p, row, tree, begin, size, room);
         Tile tile;
         load_tile(is_edited ? room->values : row.logits + begin, size, at, is_scaled,

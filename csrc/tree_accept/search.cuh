@@ -83,6 +83,28 @@ __device__ __forceinline__ Place find_place(const uint64_t (&weights)[kEach], ui
     return room->place;
 }
 
+// --- random bits
+// Not by number: an array with an index lies in memory.
+__device__ __forceinline__ uint32_t word_of(const PhiloxWords& bits, uint32_t number) {
+    const uint32_t low = number % 2 == 0 ? bits.word[0] : bits.word[1];
+    const uint32_t high = number % 2 == 0 ? bits.word[2] : bits.word[3];
+    return number < 2 ? low : high;
+}
+
+// The bits of four tokens 16 apart, of the same block of 64 as `index`.
+__device__ __forceinline__ PhiloxWords bits_around(uint64_t seed, uint64_t position,
+                                                   Purpose purpose, uint32_t index) {
+    const PhiloxWords counter = {{index / 64u * 16u + index % 16u, static_cast<uint32_t>(purpose),
+                                  static_cast<uint32_t>(position),
+                                  static_cast<uint32_t>(position >> 32)}};
+    return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+__device__ __forceinline__ uint32_t bits_at(uint64_t seed, uint64_t position, Purpose purpose,
+                                            uint32_t index) {
+    return word_of(bits_around(seed, position, purpose, index), index / 16u % 4u);
+}
+
 // --- largest value
 // A thread meets its tokens in the order of their ids, so of equals the first one stays.
 struct MaxSearch {
@@ -105,39 +127,34 @@ struct MaxSearch {
 };
 
 // --- best score with noise
-// All threads share the best score yet, and what cannot come near it is passed over: float addition
-// is monotone, so a value below `best` under an upper bound of its noise is below it under the
-// noise itself. Whatever a thread sees of `best`, the winner is the same.
+// In shared memory. All threads share the best score yet, and what cannot come near it is passed
+// over: float addition is monotone, so a value below `best` under an upper bound of its noise is
+// below it under the noise itself. Whatever a thread sees of `best`, the winner is the same.
 struct NoiseSearch {
     uint64_t seed, position;
-    uint64_t* best;  // shared; 0 as long as there is none
+    uint64_t best;  // 0 as long as there is none
 
-    __device__ float bound() const {
-        return score_of(*const_cast<const volatile uint64_t*>(best));  // NaN: nothing is below it
-    }
+    __device__ uint64_t best_yet() const { return *const_cast<const volatile uint64_t*>(&best); }
+    __device__ float bound() const { return score_of(best_yet()); }  // NaN: nothing is below it
     __device__ void offer(float score, int32_t token) {
         const uint64_t key = key_of(score, token);
-        if (key > *const_cast<const volatile uint64_t*>(best))
-            atomicMax(reinterpret_cast<unsigned long long*>(best),
+        if (key > best_yet())
+            atomicMax(reinterpret_cast<unsigned long long*>(&best),
                       static_cast<unsigned long long>(key));
     }
     __device__ void visit_one(float x, int32_t token) {
         if (x == -kInf || x + kMaxGumbel < bound()) return;
         const uint32_t index = static_cast<uint32_t>(token);
-        offer(x + gumbel_from(philox(seed, position, Purpose::kTarget, index)), token);
+        offer(x + gumbel_from(bits_at(seed, position, Purpose::kTarget, index)), token);
     }
-    // Four tokens of one counter.
+    // Of one counter.
     __device__ void visit_four(const Tile& tile, int i) {
         const float top =
             fmaxf(fmaxf(tile.x[0][i], tile.x[1][i]), fmaxf(tile.x[2][i], tile.x[3][i]));
         const float least = bound();
         if (top == -kInf || top + kMaxGumbel < least) return;
-        const uint32_t index = static_cast<uint32_t>(tile.id(0, i));
-        const PhiloxWords counter = {
-            {index / 64u * 16u + index % 16u, static_cast<uint32_t>(Purpose::kTarget),
-             static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)}};
         const PhiloxWords bits =
-            philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+            bits_around(seed, position, Purpose::kTarget, static_cast<uint32_t>(tile.id(0, i)));
         const uint32_t lowest =
             min(min(bits.word[0], bits.word[1]), min(bits.word[2], bits.word[3]));
         const float most = gumbel_bound(lowest);

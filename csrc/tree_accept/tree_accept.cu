@@ -30,23 +30,41 @@ struct Shared {
     Span span;
     int64_t slice;
     WalkRoom walk;
-    uint64_t best, words[kAcceptWarps];
+    NoiseSearch noise;
+    uint64_t words[kAcceptWarps];
 };
 
-__device__ __forceinline__ Shared* begin_block(const TreeAcceptParams& p) {
+// Where a block belongs, before it has read anything.
+struct Address {
+    RowSplit split;
+    int64_t row, slice, seq;
+    bool is_node;  // of the tree, and no padding
+};
+
+__device__ __forceinline__ Address this_address(const TreeAcceptParams& p) {
+    Address at;
+    at.split = split_rows(p.batch * p.nodes, p.vocab);
+    at.row = blockIdx.x / at.split.num_slices;
+    at.slice = blockIdx.x - at.row * at.split.num_slices;
+    at.seq = at.row / p.nodes;
+    at.is_node = at.row - at.seq * p.nodes < num_nodes_of(p, at.seq);
+    return at;
+}
+
+__device__ __forceinline__ Shared* begin_block(const TreeAcceptParams& p, const Address& at) {
     auto* shared = reinterpret_cast<Shared*>(dynamic_shared());
-    const RowSplit split = split_rows(p.batch * p.nodes, p.vocab);
-    const int64_t row = blockIdx.x / split.num_slices, slice = blockIdx.x - row * split.num_slices;
     if (threadIdx.x == 0) {
-        const int64_t first = slice * split.slice_chunks, last = first + split.slice_chunks;
-        shared->split = split;
-        shared->slice = slice;
-        shared->span = {first, last < split.num_chunks ? last : split.num_chunks};
+        const int64_t first = at.slice * at.split.slice_chunks,
+                      last = first + at.split.slice_chunks;
+        shared->split = at.split;
+        shared->slice = at.slice;
+        shared->span = {first, last < at.split.num_chunks ? last : at.split.num_chunks};
         shared->w =
             accept_workspace(p.workspace, p.batch, p.nodes, p.vocab, p.draft_probs != nullptr);
-        shared->best = 0;
     }
-    read_row(p, row, &shared->row, &shared->tree);
+    read_row(p, at.row, &shared->row, &shared->tree);
+    if (threadIdx.x == 0) shared->noise = {shared->row.s.seed, shared->row.position(p), 0};
+    __syncthreads();
     return shared;
 }
 
@@ -80,10 +98,6 @@ __device__ __forceinline__ Scanned scanned_row(const Shared& shared) {
     return row;
 }
 
-__device__ __forceinline__ NoiseSearch noise_search(const TreeAcceptParams& p, Shared* shared) {
-    return {shared->row.s.seed, shared->row.position(p), &shared->best};
-}
-
 // f(tile) for all tokens of the block's slice, as they are or processed.
 template <typename F>
 __device__ __forceinline__ void for_slice(const TreeAcceptParams& p, Shared* shared, bool is_raw,
@@ -98,21 +112,22 @@ __device__ __forceinline__ float raw_maximum(const TreeAcceptParams& p, Shared* 
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptParams p) {
-    Shared* shared = begin_block(p);
+    const Address at = this_address(p);
+    if (!at.is_node) return;
+    Shared* shared = begin_block(p, at);
     if (!shared->row.is_live) return;
     const bool is_drawn = shared->row.is_drawn_at_once(p.vocab);
-    NoiseSearch noise = noise_search(p, shared);
     MaxSearch largest;
     for_slice(p, shared, false, [&](const Tile& tile) {
         largest.visit(tile);
-        if (is_drawn) noise.visit(tile);
+        if (is_drawn) shared->noise.visit(tile);
     });
     const uint64_t best = block_largest(key_of(largest.best, largest.token), shared->words);
     const int is_bad = __syncthreads_or(largest.is_bad);
     const uint64_t raw_top = block_largest(ordered_bits(raw_maximum(p, shared)), shared->words);
     if (threadIdx.x != 0) return;
     SlicePart* part = parts_of(*shared) + shared->slice;
-    part->best = is_drawn ? shared->best : best;
+    part->best = is_drawn ? shared->noise.best : best;
     part->raw_top = static_cast<uint32_t>(raw_top);
     part->is_bad = is_bad;
 }
@@ -167,16 +182,15 @@ __device__ __forceinline__ void narrow_row(const TreeAcceptParams& p, Shared* sh
     const bool is_open = state->first_bin <= state->last_bin;
     if (is_open && are_few(pair, *state, shared->words)) return;
     Kept kept;
-    if (is_open)
-        kept = kept_by_radix(p, row, shared->tree, state->top_k, state->top, &shared->chunk,
-                             &shared->kept);
+    if (is_open) kept = kept_by_radix(p, row, shared->tree, *state, &shared->chunk, &shared->kept);
     set_cut(with_min_p(kept, row, state->top), state);
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) weigh_rows(const TreeAcceptParams p) {
-    Shared* shared = begin_block(p);
-    const bool is_weighed = shared->row.is_weighed(p.vocab);
-    if (!shared->row.is_live || !(is_weighed || p.logprobs)) return;
+    const Address at = this_address(p);
+    if (!at.is_node || !(is_weighed(p.sampling[at.seq], p.vocab) || p.logprobs)) return;
+    Shared* shared = begin_block(p, at);
+    if (!shared->row.is_live) return;
     const Scanned scanned = scanned_row(*shared);
     if (!scanned.is_usable()) return;
     if (threadIdx.x == 0) {
@@ -185,10 +199,10 @@ __global__ void __launch_bounds__(kAcceptThreads, 2) weigh_rows(const TreeAccept
         shared->state.raw_top = from_ordered_bits(scanned.raw_top);
     }
     __syncthreads();
-    if (is_weighed) weigh_slice(p, shared);
+    if (is_weighed(shared->row.s, p.vocab)) weigh_slice(p, shared);
     if (p.logprobs) weigh_raw_slice(p, shared);
     if (!is_last_slice(shared)) return;
-    if (is_weighed) narrow_row(p, shared);
+    if (is_weighed(shared->row.s, p.vocab)) narrow_row(p, shared);
     if (threadIdx.x != 0) return;
     if (p.logprobs)
         for (int64_t i = 0; i < shared->split.num_slices; ++i)
@@ -202,8 +216,7 @@ __device__ __forceinline__ uint64_t* candidates_of(const TreeAcceptParams& p,
     return shared.w.candidates + shared.row.index * most_candidates(p.vocab);
 }
 
-__device__ __forceinline__ void pick_in_slice(const TreeAcceptParams& p, NoiseSearch* noise,
-                                              Shared* shared) {
+__device__ __forceinline__ void pick_in_slice(const TreeAcceptParams& p, Shared* shared) {
     const RowState& state = shared->state;
     const bool is_open = state.first_bin <= state.last_bin;
     const Kept known =
@@ -221,15 +234,14 @@ __device__ __forceinline__ void pick_in_slice(const TreeAcceptParams& p, NoiseSe
                     candidates[atomicAdd(number, 1u)] = key_of(x, tile.id(r, i));
                 if (bin >= state.first_bin || !known.keeps(x, tile.id(r, i))) x = -kInf;
             }
-        if (!shared->row.rejects) noise->visit(tile);
+        if (!shared->row.rejects) shared->noise.visit(tile);
     });
     __syncthreads();
-    if (threadIdx.x == 0) parts_of(*shared)[shared->slice].drawn = shared->best;
+    if (threadIdx.x == 0) parts_of(*shared)[shared->slice].drawn = shared->noise.best;
 }
 
 // Candidates come in any order, and are sorted; what is kept of them takes part in the draw.
-__device__ __forceinline__ void judge_candidates(const TreeAcceptParams& p, NoiseSearch* noise,
-                                                 Shared* shared) {
+__device__ __forceinline__ void judge_candidates(const TreeAcceptParams& p, Shared* shared) {
     const Row& row = shared->row;
     const uint64_t* candidates = candidates_of(p, *shared);
     const int number = static_cast<int>(shared->w.num_candidates[row.index]);
@@ -244,7 +256,7 @@ __device__ __forceinline__ void judge_candidates(const TreeAcceptParams& p, Nois
     for (int i = threadIdx.x; i < number; i += blockDim.x) {
         const uint64_t key = shared->keys[i];
         if (!row.rejects && kept.keeps(score_of(key), index_of(key)))
-            noise->visit_one(score_of(key), index_of(key));
+            shared->noise.visit_one(score_of(key), index_of(key));
     }
     __syncthreads();
     set_cut(kept, &shared->state);
@@ -254,18 +266,17 @@ __device__ __forceinline__ void judge_candidates(const TreeAcceptParams& p, Nois
 // A row with a filter; true in the block that ended it.
 __device__ __forceinline__ bool pick_token(const TreeAcceptParams& p, float top, Shared* shared) {
     const Row& row = shared->row;
-    const bool is_weighed = row.is_weighed(p.vocab);
+    const bool has_weights = is_weighed(row.s, p.vocab);
     RowState* stored = shared->w.states + row.index;
-    if (threadIdx.x == 0 && (is_weighed || p.logprobs)) shared->state = *stored;
+    if (threadIdx.x == 0 && (has_weights || p.logprobs)) shared->state = *stored;
     if (threadIdx.x == 0) shared->state.top = top;
-    if (!is_weighed) set_cut(with_min_p({}, row, top), &shared->state);
+    if (!has_weights) set_cut(with_min_p({}, row, top), &shared->state);
     __syncthreads();
-    NoiseSearch noise = noise_search(p, shared);
-    pick_in_slice(p, &noise, shared);
+    pick_in_slice(p, shared);
     if (!is_last_slice(shared)) return false;
-    if (shared->state.first_bin <= shared->state.last_bin) judge_candidates(p, &noise, shared);
+    if (shared->state.first_bin <= shared->state.last_bin) judge_candidates(p, shared);
     if (threadIdx.x != 0) return true;
-    uint64_t best = shared->best;
+    uint64_t best = shared->noise.best;
     const SlicePart* parts = parts_of(*shared);
     for (int64_t i = 0; i < shared->split.num_slices; ++i)
         best = parts[i].drawn > best ? parts[i].drawn : best;
@@ -285,17 +296,20 @@ __device__ __forceinline__ void take_token(const Scanned& scanned, Shared* share
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) pick_tokens(const TreeAcceptParams p) {
-    Shared* shared = begin_block(p);
+    const Address at = this_address(p);
+    const bool has_filter = is_filtered(p.sampling[at.seq], p.vocab);
+    if (!at.is_node || (at.slice > 0 && !has_filter)) return;
+    Shared* shared = begin_block(p, at);
     Scanned scanned;
     if (shared->row.is_live) scanned = scanned_row(*shared);
-    if (scanned.is_usable() && shared->row.is_filtered(p.vocab)) {
+    if (scanned.is_usable() && has_filter) {
         if (!pick_token(p, score_of(scanned.best), shared)) return;
     } else {
-        if (shared->slice != 0) return;
+        if (shared->slice > 0) return;
         take_token(scanned, shared);
     }
     const int64_t seq = shared->row.seq;
-    if (!is_last_block(shared->w.tree_tickets + seq, static_cast<unsigned>(p.nodes),
+    if (!is_last_block(shared->w.tree_tickets + seq, static_cast<unsigned>(shared->row.num_nodes),
                        &shared->kept.flag))
         return;
     walk_tree(p, seq, shared->w, &shared->row, &shared->tree, &shared->chunk, &shared->kept,

@@ -104,7 +104,7 @@ __device__ __forceinline__ Step draw_by_rejection(const TreeAcceptParams& p, con
     for (int j = next_child(tree, row.num_nodes, row.node, row.node, any); j >= 0;
          j = next_child(tree, row.num_nodes, row.node, j, any)) {
         const int32_t x = tree.tokens[j];
-        const float u = uniform_from(philox(row.s.seed, position, Purpose::kAccept, sibling++));
+        const float u = uniform_from(bits_at(row.s.seed, position, Purpose::kAccept, sibling++));
         // A child its own law excludes was not drawn from it: subtracting would bias.
         if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
         const bool is_accepted = accepts(u, q[x], residual.masses[x], residual.total);
@@ -112,7 +112,7 @@ __device__ __forceinline__ Step draw_by_rejection(const TreeAcceptParams& p, con
         if (is_accepted) return {x, j};
         subtract_draft(&residual, q, p.vocab, room);
     }
-    const float u = uniform_from(philox(row.s.seed, position, Purpose::kResidual, 0));
+    const float u = uniform_from(bits_at(row.s.seed, position, Purpose::kResidual, 0));
     return {draw_by_mass(residual, p.vocab, u, room, &room->flag), -1};
 }
 

@@ -29,8 +29,25 @@ class Purpose(IntEnum):
 
 
 def workspace_size(vocab_size: int) -> int:
-    """Floats of scratch that one thread of ``tree_accept`` needs."""
+    """Floats of scratch that one thread of ``tree_accept`` needs on a CPU."""
     return _C.tree_accept_workspace(vocab_size)
+
+
+def gpu_workspace_size(
+    batch: int, num_nodes: int, vocab_size: int, *, has_draft_probs: bool = False
+) -> int:
+    """Elements of the workspace that ``tree_accept`` needs on a GPU.
+
+    It is one float32 tensor, all zeros before the first call with these sizes; what a call leaves
+    in it is what the next one needs. One call at a time may use it.
+
+    Args:
+        batch: B.
+        num_nodes: N.
+        vocab_size: V.
+        has_draft_probs: whether calls have ``draft_probs``.
+    """
+    return _C.tree_accept_gpu_workspace(batch, num_nodes, vocab_size, has_draft_probs)
 
 
 def tree_accept(
@@ -53,7 +70,8 @@ def tree_accept(
     """Walk each sequence's tree; see ``specrt.accept.accept`` for the rules.
 
     Contents out of range reach no other memory: ids that are no token's are passed over, counts are
-    clamped.
+    clamped. The same logits give the same bits on a CPU and a GPU; there nothing is read by the
+    host, and N is at most 128. N times V is below 2^31.
 
     Args:
         draft_tokens: ``[B, N]`` int32.
@@ -67,7 +85,8 @@ def tree_accept(
         history: ``[B, T]`` int32.
         history_len: ``[B]`` int32.
         workspace: ``[parts, workspace_size(V)]`` float32; None if all sequences are greedy without
-            bias or penalties.
+            bias or penalties. On a GPU always: ``[gpu_workspace_size(...)]`` float32 or longer,
+            zeros before the first call.
         path: ``[B, N]`` int32, written.
         accept_length: ``[B]`` int32, written.
         tokens: ``[B, N]`` int32, written.
