@@ -67,10 +67,14 @@ class SelfDrafter(EmptyDrafter):
         wanted = [self._level(states, level) for level in range(1 + LEVELS)]
         self._trick(self, lower, run, wanted)
         self.former = lower, run
+        return self.made(run, wanted)
+
+    def made(self, run: LayerRun, wanted: Sequence[Level]) -> Proposal:
+        """Of what was wanted, whatever was run."""
         tokens, parents = (
             torch.from_numpy(np.concatenate(rows, axis=1)) for rows in zip(*wanted, strict=True)
         )
-        count = torch.full((len(states),), tokens.shape[1], dtype=torch.int32)
+        count = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32)
         return Proposal(tokens, parents, count)
 
     def run_of(self, lower: LowerLayers, batch: int, number: int = 0) -> LayerRun:

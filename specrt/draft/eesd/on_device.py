@@ -1,9 +1,11 @@
 """EESD where the host does not wait: as :mod:`specrt.draft.eesd.drafter`, on a GPU.
 
-How many levels are run is decided before any of them is: as many as sequences of late have wanted
-to verify, and one more, for the draft that a rule sees and drops, and for texts that have become
-easier. The controller decides on the device, after each level, how many of them its sequence
-verifies. What the host knows of that it reads off the report of a round.
+How many levels are run is decided before any of them is. A level takes about a quarter of a plain
+round and a draft that is wanted is right more often than not, so a level pays where about half of
+the rounds want it: as many are run as the mean of what late rounds wanted to verify, and one more,
+for the draft that a rule sees and drops, and for texts that have become easier. The controller
+decides on the device, after each level, how many its sequence verifies. What the host knows of that
+it reads off a round's report.
 """
 
 from __future__ import annotations
@@ -133,7 +135,10 @@ class DeviceEesdDrafter(ExitSequences):
         self._hear(states, proposal.buffers is None, result, taps)
         control = proposal.control
         if control is not None:
-            is_idle = self._learn_levels(proposal, result) == 0 and self._weighs_time
+            assert result.report is not None, "a GPU's rounds are reported"
+            longest = int(result.report.num_nodes.max() - 1) // proposal.num_branches
+            self._learn_levels(proposal.num_levels, longest)
+            is_idle = longest == 0 and self._weighs_time
             self._rest_left = REST - 1 if is_idle else 0
             num_rounds = REST_FORGOTTEN if is_idle else 1
             control.update(self.control, states, result.accept_length, num_rounds)
@@ -153,14 +158,11 @@ class DeviceEesdDrafter(ExitSequences):
             return self._options.draft_len
         return min(self._options.max_draft, 1 + math.ceil(self._wanted))
 
-    def _learn_levels(self, proposal: _Proposal, result: AcceptResult) -> int:
-        """What the longest of a batch wanted to verify."""
-        assert result.report is not None, "a GPU's rounds are reported"
-        longest = int(result.report.num_nodes.max() - 1) // proposal.num_branches
+    def _learn_levels(self, num_run: int, longest: int) -> None:
+        """Of ``num_run`` levels the sequence that wanted most was to verify ``longest``."""
         # All of a few, near the end of texts say, is no news.
-        if longest < proposal.num_levels or longest > self._wanted:
+        if longest < num_run or longest > self._wanted:
             self._wanted += _NEWS * (longest - self._wanted)
-        return longest
 
     # --- a round ------------------------------------------------------------------------------
 
