@@ -16,6 +16,7 @@ import specrt
 from specrt import loading
 from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
+from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
@@ -253,8 +254,10 @@ def test_drafters_on_a_gpu(wide_target: Path, gpu: torch.device, tmp_path: Path)
     assert fspad.layer.weights.embed.device == fspad.layer.weights.head.device == gpu
     assert fspad.cache.kv.device == gpu and fspad.cache.num_pages == engine.cache.num_pages > 0
     make_exit_checkpoint(wide_target, tmp_path / "exit", 1)
-    with pytest.raises(ValueError, match="drafter: exit is an EESD drafter.* a smaller model"):
-        specrt.load(wide_target, tmp_path / "exit", device="cuda")
+    engine = specrt.load(wide_target, tmp_path / "exit", device="cuda")
+    exit_drafter = engine.drafter
+    assert isinstance(exit_drafter, EesdDrafter) and exit_drafter.cache.kv.device == gpu
+    assert exit_drafter.cache.num_pages == engine.cache.num_pages > 0
 
 
 def test_generate_in_one_line(target: Path, drafter: Path) -> None:

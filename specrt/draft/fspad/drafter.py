@@ -116,6 +116,11 @@ class FspadDrafter:
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
 
+    @property
+    def cache(self) -> KVCache:
+        """Of its own keys and values."""
+        return self._cache
+
     # --- the protocol -------------------------------------------------------------------------
 
     def check(self, params: DraftParams) -> None:
