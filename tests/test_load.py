@@ -16,7 +16,7 @@ import specrt
 from specrt import loading
 from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
-from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
@@ -256,7 +256,7 @@ def test_drafters_on_a_gpu(wide_target: Path, gpu: torch.device, tmp_path: Path)
     make_exit_checkpoint(wide_target, tmp_path / "exit", 1)
     engine = specrt.load(wide_target, tmp_path / "exit", device="cuda")
     exit_drafter = engine.drafter
-    assert isinstance(exit_drafter, EesdDrafter) and exit_drafter.cache.kv.device == gpu
+    assert isinstance(exit_drafter, DeviceEesdDrafter) and exit_drafter.cache.kv.device == gpu
     assert exit_drafter.cache.num_pages == engine.cache.num_pages > 0
 
 
