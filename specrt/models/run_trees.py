@@ -235,9 +235,7 @@ class DeviceTrees:
         with torch.inference_mode(False):  # whose tensors' writes are not counted
             self._tokens, self._parents = device.zeros(2, batch, num_nodes, dtype=torch.int32)
             self.depth = device.zeros(batch, num_nodes, dtype=torch.int32)
-            self.ancestors = device.zeros(
-                batch, num_nodes, num_words(num_nodes), dtype=torch.int64
-            )
+            self.ancestors = device.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
         self.roots = self._tokens[:, 0]
         own = _own_bits(num_nodes)
         self._own_bits = device.there(torch.from_numpy(own.view(np.int64)))

@@ -119,8 +119,7 @@ def generated(
     model = drafter.exit_model.target
     engine = make_engine(model, drafter, max_batch=max_batch)
     handles = [
-        engine.add(prompt, params, shape)
-        for prompt, params in zip(PROMPTS, PARAMS, strict=True)
+        engine.add(prompt, params, shape) for prompt, params in zip(PROMPTS, PARAMS, strict=True)
     ]
     results = {}
     while not engine.is_idle:
@@ -161,9 +160,7 @@ def test_chains(model: LlamaModel, loaded: Loaded, taken: list[bool], kind: str)
     ],
     ids=str,
 )
-def test_shapes(
-    model: LlamaModel, loaded: Loaded, taken: list[bool], shape: DraftParams
-) -> None:
+def test_shapes(model: LlamaModel, loaded: Loaded, taken: list[bool], shape: DraftParams) -> None:
     results = generated(make_device_drafter(model, loaded.exit), shape)
     assert texts(results) == loaded.expected
     assert num_accepted(results) > 3

@@ -95,16 +95,12 @@ def runs_wrong_tokens(
     me.run(run, other(wanted, 2))
 
 
-def moves_its_rows(
-    me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]
-) -> None:
+def moves_its_rows(me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]) -> None:
     me.run(run, wanted)
     run.levels[2].rows.depth.fill_(9)
 
 
-def writes_between(
-    me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]
-) -> None:
+def writes_between(me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]) -> None:
     """To level 1, before level 2 is staged."""
     me.run(run, wanted[:2])
     run.staged(3)[0].fill_(7)
