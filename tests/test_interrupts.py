@@ -74,7 +74,7 @@ def test_no_launch_outlives_its_buffers(checkpoint: Path) -> None:
         cache = model.new_cache()
         model.forward(tree, CacheBatch(cache, [cache.open(8)]), taps=("layer.0",))
         work, table, taps = model._workspace, model._cos_sin, model._tap_buffers["layer.0"]
-        was_interrupted = interrupted(lambda: model.reserve(40, 600), number)  # noqa: B023
+        was_interrupted = interrupted(lambda: model.reserve(1, 40, 600), number)  # noqa: B023
         has_moved = model._workspace is not work or model._cos_sin is not table
         if has_moved or model._tap_buffers.get("layer.0") is not taps:
             assert len(model._steps) == len(model.device._steps) == 0, number

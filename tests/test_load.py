@@ -188,7 +188,7 @@ def test_a_target_on_a_gpu(
     monkeypatch.setattr(loading, "check_rows", looked_at.append)
     engine = specrt.load(wide_target, device="cuda")
     assert looked_at == [engine.target.weights]
-    assert engine.target.device == engine.cache.device == gpu
+    assert engine.target.device is engine.cache.device and engine.cache.kv.device == gpu
     assert engine.target.dtype == engine.target.activation_dtype == torch.bfloat16
     assert engine.cache.kv.dtype == torch.bfloat16
     half = specrt.load(wide_target, device="cuda", dtype="fp16").target

@@ -34,14 +34,15 @@ __device__ __forceinline__ void weigh_slice(const FilterRules& rules, const Draf
     shared->weights[threadIdx.x] = 0;
     __syncthreads();
     for (int round = 0; round < 4; ++round) {
-        const int64_t first = first_token(slice, round);
+        const uint32_t first = first_token(slice, round);
         float x[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) x[r] = row.raw(first + 16 * r);
 #pragma unroll
+        for (int r = 0; r < 4; ++r) x[r] = row.processed(x[r], first + 16 * r);
+#pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const int64_t token = first + 16 * r;
-            x[r] = row.processed(x[r], token);
+            const uint32_t token = first + 16 * r;
             const uint64_t weight = rules.has_top_k ? 1 : mass_of(x[r] - top);
             add_weight(shared->weights, token < row.rows && weight > 0, digit_of(x[r], top),
                        weight);
@@ -64,8 +65,8 @@ __device__ __forceinline__ void list_tokens(const DraftRow& row, const RowScratc
         const float block_max = from_ordered_bits(scratch.block_max[base + lane]);
         unsigned todo = __ballot_sync(kFullWarp, digit_of(block_max, top) >= digit);
         for (; todo != 0; todo &= todo - 1) {
-            const int64_t block = base + __ffs(static_cast<int>(todo)) - 1;
-            for (int64_t i = block * kTokens + lane; i < (block + 1) * kTokens; i += 32) {
+            const uint32_t block = base + __ffs(static_cast<int>(todo)) - 1;
+            for (uint32_t i = block * kTokens + lane; i < (block + 1) * kTokens; i += 32) {
                 const float x = row.processed(row.raw(i), i);
                 const bool is_listed = i < row.rows && digit_of(x, top) >= digit;
                 const int at = is_listed ? atomicAdd(&shared->num_listed, 1) : kMostListed;
@@ -89,9 +90,9 @@ __device__ __forceinline__ RowFilter filter_row(const FilterRules& rules, const 
     list_tokens(row, scratch, blocks, top, shared->select.digit, shared);
     const int listed = shared->num_listed;
     const bool is_listed = listed <= kMostListed;
-    const int64_t count = is_listed ? listed : row.rows, whole_warps = (count + 31) / 32 * 32;
+    const uint32_t count = is_listed ? listed : row.rows, whole_warps = (count + 31) / 32 * 32;
     const auto tokens = [&](auto see) {
-        for (int64_t i = threadIdx.x; i < whole_warps; i += kRowThreads) {
+        for (uint32_t i = threadIdx.x; i < whole_warps; i += kRowThreads) {
             uint64_t key = 0;  // past the end: lanes stay together
             if (i < count)
                 key = is_listed ? shared->listed[i]
@@ -102,11 +103,12 @@ __device__ __forceinline__ RowFilter filter_row(const FilterRules& rules, const 
     return make_filter(rules, tokens, top, total, &shared->select);
 }
 
-__global__ void __launch_bounds__(kRowThreads) filter_slices(const TreeExpandParams p) {
+// Three blocks an SM are enough; for more, ptxas would spill registers.
+__global__ void __launch_bounds__(kRowThreads, 3) filter_slices(const TreeExpandParams p) {
     auto* shared = reinterpret_cast<FilterShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const RowScratch scratch = row_scratch(p, blockIdx.x / slices);
-    const DraftRow row(p, blockIdx.x / slices);
+    const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
+    const DraftRow row(p, static_cast<int>(blockIdx.x / slices));
     const uint32_t most = row_max(scratch, slices);
     if (!row.sampling || is_bad(most)) return;
     const float top = from_ordered_bits(most);

@@ -107,7 +107,7 @@ class Batch:
             if self._device.is_gpu:
                 self._device.upload(self._host_room[:used], self.room)
         longest = max(len(request.token_ids) for request in self._requests)
-        self._widen(longest + max(num_nodes))
+        self._widen(longest + max(num_nodes) + 1)  # a history without room for more has ended
 
     def append(self, tree: DraftTree, result: AcceptResult) -> torch.Tensor:
         """Take what was accepted, up to each output's end; nothing but a launch.

@@ -112,12 +112,15 @@ class Drafting:
 
     # --- a round ------------------------------------------------------------------------------
 
-    def propose(self, requests: Sequence[Request], batch: CacheBatch) -> Draft:
+    def propose(
+        self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor
+    ) -> Draft:
         """Trees for a batch.
 
         Args:
             requests: B of them.
             batch: the target's cache of them.
+            roots: ``[B]`` int32, their last tokens, where the target is.
         """
         if self._groups is None:
             self._groups = _groups_of(requests)
@@ -125,7 +128,7 @@ class Drafting:
         merged = None if is_whole else self._merged(len(requests))
         parts = []
         for group in self._groups:
-            lower = LowerLayers(self._target, self._cached(group, batch))
+            lower = self._lower(group, batch, roots)
             proposal = self._ask(group, lower, merged)
             if proposal is None:
                 continue
@@ -150,11 +153,12 @@ class Drafting:
     def _merged(self, batch: int) -> _Merged:
         return _Merged(batch, self._target.config.vocab_size, self._target.device)
 
-    def _cached(self, group: Group, batch: CacheBatch) -> CacheBatch:
-        """The target's cache of a group."""
+    def _lower(self, group: Group, batch: CacheBatch, roots: torch.Tensor) -> LowerLayers:
+        """The target's layers, to be lent for a group."""
         if group.is_whole:
-            return batch
-        return CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
+            return LowerLayers(self._target, batch, roots)
+        some = CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
+        return LowerLayers(self._target, some, torch.stack([roots[row] for row in group.rows]))
 
     def _ask(self, group: Group, lower: LowerLayers, merged: _Merged | None) -> Proposal | None:
         """What the drafter proposes for a group; None if it fails."""
@@ -165,6 +169,7 @@ class Drafting:
             with closing(lower):
                 proposal = self._drafter.propose(group.states, budget)
             check_proposal(proposal, len(group.rows), self._target.device)
+            lower.take_proposal(proposal)
             if merged is not None:  # here: the next call may overwrite what this one gave
                 merged.take(group.rows, proposal)
             given.append(proposal)

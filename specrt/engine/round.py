@@ -55,7 +55,7 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     """
     device = stages.cache.device
     marks = [device.mark()]
-    draft = drafting.propose(batch.requests, batch.cached())
+    draft = drafting.propose(batch.requests, batch.cached(), batch.roots)
     size = _make_room(stages.cache, batch, draft.proposal, drafting.max_nodes)
     tree = stages.settler.settle(draft.proposal, batch.roots, batch.room, size)
     marks.append(device.mark())

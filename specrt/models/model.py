@@ -145,8 +145,6 @@ class LlamaModel:
         first = 0 if run is None else run.shape.num_layers
         key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps, first)
         self._ensure_buffers(key, batch.num_positions)
-        if self._scratch is not None:
-            self._scratch.prepare(key.batch, num_nodes, batch.num_positions)
         step = self._steps.get(key)
         if step is None:
             step = self._steps.put(key, Step(key, self._output(key), self.device))
@@ -184,21 +182,36 @@ class LlamaModel:
 
     # --- buffers ------------------------------------------------------------------------------
 
-    def reserve(self, rows: int, num_positions: int, logit_rows: int = 0) -> None:
-        """Make buffers and rotary table large enough; captured graphs are dropped if they move."""
+    def reserve(
+        self, batch: int, num_nodes: int, num_positions: int, *, has_logits: bool = False
+    ) -> None:
+        """Make buffers and rotary table large enough; captured graphs are dropped if they move.
+
+        Args:
+            batch: B sequences.
+            num_nodes: N rows of each.
+            num_positions: of the sequences' pages.
+            has_logits: whether these rows go through the model's own head.
+
+        Raises:
+            ValueError: on a GPU, a setting of torch's has changed, and a row's bits with it.
+        """
         if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
             longer = self.rope.reaching(num_positions)
             self._forget_buffers()  # first: an interrupt must not leave launches over what is gone
             self._cos_sin = longer
+        rows = batch * num_nodes
+        logit_rows = rows if has_logits else 0
         work = self._workspace.reaching(self._padded, rows, logit_rows, self.device)
         if work is not self._workspace:
             self._forget_buffers()
             self._tap_buffers.clear()
             self._workspace = work
+        if self._scratch is not None:
+            self._scratch.prepare(batch, num_nodes, num_positions)
 
     def _ensure_buffers(self, key: StepKey, num_positions: int) -> None:
-        rows = key.batch * key.num_nodes
-        self.reserve(rows, num_positions, rows if key.has_logits else 0)
+        self.reserve(key.batch, key.num_nodes, num_positions, has_logits=key.has_logits)
         for tap in key.taps:
             if tap == FINAL_TAP or tap in self._tap_buffers:
                 continue
@@ -251,7 +264,8 @@ class LlamaModel:
 
         Args:
             index: which layer.
-            hidden: ``[B * N, H]`` float32, read; the workspace's own rows may be overwritten.
+            hidden: ``[B * N, H]`` of the activations' dtype, read; the workspace's own rows may be
+                overwritten.
             rows: where they stand.
             cache: this model's.
             out: ``[B * N, H]``, written.
@@ -283,7 +297,7 @@ class LlamaModel:
         """Final norm of ``hidden [M, H]`` into ``feature``, and its ``logits [M, V]``."""
         ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
         if logits is not None:
-            self._linear(feature, self.weights.lm_head, out=logits)
+            self.launch_linear(feature, self.weights.lm_head, out=logits)
 
     def _launch(self, key: StepKey, step: Step, cache: KVCache) -> None:
         rows = key.batch * key.num_nodes
@@ -304,7 +318,7 @@ class LlamaModel:
         config, count = self.config, hidden.shape[0]
         normed, qkv = self._workspace.normed[:count], self._workspace.qkv[:count]
         ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
-        self._linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
+        self.launch_linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         heads = Heads(*qkv.view(*rows.depth.shape, sum(sizes), -1).split(sizes, dim=2))
         for part, norm in ((heads.q, layer.q_norm), (heads.k, layer.k_norm)):
@@ -338,7 +352,7 @@ class LlamaModel:
             workspace=None if self._scratch is None else self._scratch.attention,
             append=ops.Append(heads.k, heads.v, rows.depth, self._cos_sin),
         )
-        self._linear(attended, layer.o, layer.o_bias, hidden, out=out)
+        self.launch_linear(attended, layer.o, layer.o_bias, hidden, out=out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
@@ -346,11 +360,11 @@ class LlamaModel:
         normed, gate_up = work.normed[:rows], work.gate_up[:rows]
         activated = work.activated[:rows]
         ops.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps, out=normed)
-        self._linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
+        self.launch_linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
         ops.silu_mul(gate_up, out=activated)
-        self._linear(activated, layer.down, layer.down_bias, hidden, out=out)
+        self.launch_linear(activated, layer.down, layer.down_bias, hidden, out=out)
 
-    def _linear(
+    def launch_linear(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -359,5 +373,6 @@ class LlamaModel:
         *,
         out: torch.Tensor,
     ) -> None:
+        """``ops.linear`` by one of this model's matrices, or a smaller one."""
         workspace = None if self._scratch is None else self._scratch.linear
         ops.linear(x, weight, bias, residual, out, workspace)

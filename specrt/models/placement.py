@@ -179,7 +179,7 @@ def place_weights(weights: Weights, device: Device) -> Weights:
     """``weights`` on ``device``: one copy of the arena, its matrices where they were in it.
 
     Args:
-        weights: with an embedding and a head of their own.
+        weights: with an embedding and a head of their own, or with tables that are there.
         device: where to; the weights themselves are returned if they are there.
 
     Raises:
@@ -196,6 +196,8 @@ def place_weights(weights: Weights, device: Device) -> Weights:
         ) from error
 
     def matrix(tensor: torch.Tensor) -> torch.Tensor:
+        if device.holds(tensor):  # a table of another model
+            return tensor
         start = tensor.data_ptr() - source.data_ptr()
         assert 0 <= start <= source.nbytes - tensor.nbytes, "a view of the arena"
         return arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.drafter import EesdDrafter
@@ -170,7 +171,7 @@ class CountedRows(LlamaModel):
 def test_first_layers_run_once_for_each_token(
     float_model: LlamaModel, folder: Path, exit_layer: int, shape: DraftParams | None
 ) -> None:
-    counted = CountedRows(float_model.config, float_model.weights)
+    counted = CountedRows(float_model.config, float_model.weights, Device(is_eager=True))
     drafter = make_drafter(counted, folder / f"exit-{exit_layer}", "fixed")
     prompt = prompts(6, VOCAB)[-1]
     result = make_engine(counted, drafter).generate(prompt, GREEDY, shape)

@@ -18,6 +18,7 @@ from specrt.draft.eesd.checkpoint import (
 )
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.eesd.model import ExitModel
+from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.costs import DraftCosts
 from specrt.models.model import LlamaModel
@@ -59,7 +60,18 @@ def make_drafter(
 ) -> EesdDrafter:
     """An EESD drafter of given costs for a model in memory; ``options`` are its controller's."""
     config = read_exit(path, model.config)
-    weights = load_exit(path, config, model.weights)
+    weights = load_exit(path, config, model.weights, model.device)
     exit_model = ExitModel(config, weights, model)
     control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
     return EesdDrafter(exit_model, control, costs=COSTS)
+
+
+def make_device_drafter(
+    model: LlamaModel, path: Path, kind: str = "calibration-ts", **options: object
+) -> DeviceEesdDrafter:
+    """As :func:`make_drafter`, on the model's GPU."""
+    config = read_exit(path, model.config)
+    weights = load_exit(path, config, model.weights, model.device)
+    exit_model = ExitModel(config, weights, model)
+    control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
+    return DeviceEesdDrafter(exit_model, control, costs=COSTS)

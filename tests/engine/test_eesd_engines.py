@@ -53,7 +53,7 @@ def test_streams_of_several_engines_take_turns(
 ) -> None:
     """Caches and workspaces grow and buffers are evicted while other streams are in mid-text;
     greedy, sampled and penalised sequences share batches, join and leave."""
-    monkeypatch.setattr("specrt.draft.eesd.drafter._MAX_ROUNDS", max_rounds)
+    monkeypatch.setattr("specrt.draft.eesd.sequences._MAX_ROUNDS", max_rounds)
     plain, model = make_engine(float_model), make_model(folder / "target")
     drafter = make_drafter(model, folder / "exit-2")
     engines = [make_engine(model, drafter, max_batch=size) for size in sizes]

@@ -338,7 +338,7 @@ def test_the_steps_that_run_are_kept(model: LlamaModel, monkeypatch: pytest.Monk
 
     other = LlamaModel(model.config, model.weights, Counting())
     batch = started(model, [PROMPT])
-    other.reserve(16, batch.num_positions, 16)
+    other.reserve(1, 16, batch.num_positions, has_logits=True)
     version = other.device.version
     for turn, size in enumerate((1, 2, 3, 1, 4, 1, 5, 2, 4, 1)):
         tree = trees_of([random_tree(size, seed=turn)])

@@ -300,7 +300,7 @@ def test_what_is_trained_is_what_serves(tmp_path: Path) -> None:
         batch.kv_len,
         batch.block_table,
     )
-    served.reserve(50, batch.num_positions)
+    served.reserve(1, 50, batch.num_positions)
     served.launch_exit(states, rows, cache, hidden, logits, evidence)
     output = module(states[None])
     torch.testing.assert_close(hidden, output.normed[0], rtol=1e-4, atol=1e-4)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
-from specrt.device import CPU
+from specrt.device import Device
 from specrt.draft.fspad.checkpoint import FORMAT_VERSION, write_files
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import layer_shapes
 from specrt.models.loader import Weights, load_weights
-from specrt.models.placement import choose_head_dim
+from specrt.models.placement import choose_head_dim, place_weights
 from specrt.types import CheckpointError
 
 KIND = "eesd"
@@ -82,7 +82,7 @@ class ExitWeights:
     layer: Weights
     """The exit layer and, as its final norm, the exit norm; tables are the target's."""
     calibration: torch.Tensor
-    """``[2, H]`` float32"""
+    """``[2, H]``: float32, on a GPU of the matrices' dtype."""
     calibration_bias: torch.Tensor
     """``[2]`` float32"""
     calibration_slope: torch.Tensor
@@ -146,29 +146,44 @@ def read_exit(path: str | os.PathLike[str], target: ModelConfig) -> ExitConfig:
     return _config(file, data, target)
 
 
-def load_exit(path: str | os.PathLike[str], config: ExitConfig, target: Weights) -> ExitWeights:
-    """Load an exit's tensors, to run with its target's tables.
+def load_exit(
+    path: str | os.PathLike[str],
+    config: ExitConfig,
+    target: Weights,
+    device: Device | None = None,
+) -> ExitWeights:
+    """Load an exit's tensors, to run with its target's tables, where those are.
 
-    Matrices keep the checkpoint's dtype, whatever the target's: a narrower one is read faster, and
-    its rounding moves no token.
+    On the CPU matrices keep the checkpoint's dtype, whatever the target's: a narrower one is read
+    faster, and its rounding moves no token. On a GPU they get the target's, as its activations
+    have it.
 
     Args:
         path: its directory.
         config: as :func:`read_exit` gives it.
         target: the target's weights.
+        device: where these are; None: on the CPU.
 
     Raises:
         CheckpointError: tensors missing, unknown, misshaped or not finite.
         ValueError: heads larger than kernels take.
+        MemoryError: the device has no room for them.
     """
-    dtype, head_dim = config.layer.dtype, choose_head_dim(config.layer, CPU)
-    tables = target.embed, target.lm_head.to(dtype)
+    device = device or Device()
+    dtype = target.lm_head.dtype if device.is_gpu else config.layer.dtype
     layer = load_weights(
-        path, config.layer, dtype, tables=tables, others=CALIBRATION, head_dim=head_dim
+        path,
+        config.layer,
+        dtype,
+        tables=(target.embed, target.lm_head.to(dtype)),
+        others=CALIBRATION,
+        head_dim=choose_head_dim(config.layer, device.place),
     )
     checkpoint, shapes = Checkpoint(path), exit_tensor_shapes(config)
-    calibration = [_vector(checkpoint, key, shapes[key]) for key in CALIBRATION]
-    return ExitWeights(layer, *calibration)
+    matrix, *vectors = (_vector(checkpoint, key, shapes[key]) for key in CALIBRATION)
+    if device.is_gpu:
+        layer, matrix = place_weights(layer, device), matrix.to(dtype)
+    return ExitWeights(layer, *map(device.there, (matrix, *vectors)))
 
 
 def _config(file: Path, data: Mapping[str, Any], target: ModelConfig) -> ExitConfig:

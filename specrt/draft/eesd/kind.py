@@ -21,18 +21,14 @@ def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.eesd.checkpoint import load_exit, read_exit
     from specrt.draft.eesd.drafter import EesdDrafter
     from specrt.draft.eesd.model import ExitModel
+    from specrt.draft.eesd.on_device import DeviceEesdDrafter
 
     directory, target, options = request.checkpoint, request.target, request.options
-    if target.device.is_gpu:
-        raise ValueError(
-            f"drafter: {directory.name} is an EESD drafter, which runs the target's own layers and "
-            f"needs device='cpu', got {target.device}; with it run: none, prompt-lookup, recycle, "
-            "FSPAD and EAGLE (on the CPU), a smaller model"
-        )
     config = read_exit(directory, target.config)
-    weights = load_exit(directory, config, target.weights)
+    weights = load_exit(directory, config, target.weights, target.device)
+    kind = DeviceEesdDrafter if target.device.is_gpu else EesdDrafter
     exit_model = ExitModel(config, weights, target)
-    return EesdDrafter(exit_model, options.control, is_coupled=options.is_coupled)
+    return kind(exit_model, options.control, is_coupled=options.is_coupled)
 
 
 EESD = Kind("eesd", "an EESD drafter", _load, _matches, has_control=True)

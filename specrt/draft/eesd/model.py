@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
 from specrt.models.model import LlamaModel
 from specrt.models.step import StepRows, layer_tap
-from specrt.tree import MAX_NODES, chain_tree
+from specrt.tree import MAX_NODES, ChainTrees
 
 
 class ExitModel:
@@ -40,6 +39,7 @@ class ExitModel:
         self.target = target
         self._weights = weights
         self._layer = LlamaModel(config.layer, weights.layer, target.device, rope=target.rope)
+        self._chains = ChainTrees(target.device)
 
     @property
     def layer_bytes(self) -> int:
@@ -55,9 +55,9 @@ class ExitModel:
         """An empty cache of the exit layer."""
         return self._layer.new_cache()
 
-    def reserve(self, rows: int, num_positions: int) -> None:
-        """Make room for the exit's steps of so many rows, at such positions."""
-        self._layer.reserve(rows, num_positions)
+    def reserve(self, batch: int, num_nodes: int, num_positions: int) -> None:
+        """Make room for the exit's steps of N rows of each of B sequences, at such positions."""
+        self._layer.reserve(batch, num_nodes, num_positions)
 
     def launch_kv(self, states: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
         """The exit layer's keys and values of g, ``states [M, H]``, and nothing more."""
@@ -79,18 +79,21 @@ class ExitModel:
             rows: where the rows stand in ``cache``.
             cache: the exit layer's.
             hidden: ``[M, H]``, scratch: z, then its norm.
-            logits: ``[M, V]``, written.
-            evidence: ``[M, 2]``, written: the calibration head's, of greedy and of coupled drafts.
+            logits: ``[M, V]`` float32, written.
+            evidence: ``[M, 2]`` float32, written: the calibration head's, of greedy and of coupled drafts.
         """
         weights = self._weights
         self._layer.launch_layer(0, states, rows, cache, hidden)
         self._layer.launch_head(hidden, hidden, logits)
-        ops.linear(hidden, weights.calibration, weights.calibration_bias, out=evidence)
+        self._layer.launch_linear(
+            hidden, weights.calibration, weights.calibration_bias, out=evidence
+        )
 
     def absorb(self, states: torch.Tensor, batch: CacheBatch) -> None:
         """Commit keys and values of known tokens: g, ``states [n, H]``, of one sequence."""
         for part in states.split(MAX_NODES):
-            shape = chain_tree(torch.zeros(1, len(part), dtype=torch.int32))
+            tokens = self.target.device.zeros(1, len(part), dtype=torch.int32)  # whatever they are
+            shape = self._chains.of(tokens)
             rows = StepRows(
                 shape.depth,
                 shape.ancestors,
@@ -99,7 +102,7 @@ class ExitModel:
                 batch.kv_len,
                 batch.block_table,
             )
-            self._layer.reserve(len(part), batch.num_positions)
+            self._layer.reserve(1, len(part), batch.num_positions)
             self.launch_kv(part, rows, batch.cache)
-            path = torch.arange(len(part), dtype=torch.int32)[None]
-            batch.commit(path, shape.num_nodes)
+            batch.move(shape.depth, shape.num_nodes)  # a chain's node i has depth i
+            batch.advance([len(part)])

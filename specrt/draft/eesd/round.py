@@ -18,14 +18,15 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.draft.coupling import Coupling
+from specrt.device import Device
+from specrt.draft.coupling import ROW_WORDS, Coupling, write_sampling
 from specrt.draft.eesd.checkpoint import NUM_MODES
-from specrt.draft.eesd.costs import RoundTimes
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.length.control import ControlRound
-from specrt.models.layer_run import LayerRun, LowerLayers, RunShape
+from specrt.draft.staging import Staging
+from specrt.models.layer_run import LayerRun, LowerLayers
+from specrt.models.run_trees import Ints, RunShape
 from specrt.models.step import StepRows
-from specrt.ops.tree_build import expand_workspace_size
+from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import Proposal, SequenceState
 
@@ -82,9 +83,9 @@ class Level:
     """``b * F + f`` of the parent."""
     ancestors: torch.Tensor
     """``[B, K, W]`` int64 bits over drafted nodes."""
-    next_tokens: np.ndarray
-    """``[B, b]``: the next level's, the same memory as ``tokens``."""
-    sources: np.ndarray
+    next_tokens: Ints
+    """``[B, b]``: the next level's, the same memory as ``tokens``; numpy's view on the CPU."""
+    sources: Ints
     """``[B, K]``, the same memory as ``source``."""
 
 
@@ -98,34 +99,35 @@ class EesdBuffers:
     """
 
     def __init__(self, key: EesdKey, exit_model: ExitModel, max_levels: int) -> None:
-        batch, width = key.batch, key.num_branches
-        config = exit_model.target.config
+        batch, width, target = key.batch, key.num_branches, exit_model.target
+        hidden_size, vocab_size = target.config.hidden_size, target.config.vocab_size
         self.key = key
         self._exit = exit_model
+        self._device = device = target.device
         self._is_chain = width == 1
         self._num_children = _CHAIN_CANDIDATES if self._is_chain else width
-        self._num_rows = rows = batch * width
+        rows = batch * width
         sizes = RunShape(batch, key.target_width, width, max_levels, exit_model.num_layers)
-        self.run = LayerRun(exit_model.target, sizes)
-        self._exit_hidden = torch.zeros(rows, config.hidden_size)
-        self._logits = torch.zeros(rows, config.vocab_size)
-        self._kv_len = torch.zeros(batch, dtype=torch.int32)
-        self._table = torch.zeros(batch, key.exit_width, dtype=torch.int32)
-        self._roots = np.zeros((batch, 1), dtype=np.int32)
-        self._root_scores = torch.zeros(batch, 1)
-        self._root_candidates = torch.full((batch, 1), -1, dtype=torch.int32)
-        self._root_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
+        self.run = LayerRun(target, sizes)
+        self._exit_hidden = device.zeros(rows, hidden_size, dtype=target.activation_dtype)
+        self._logits = device.zeros(rows, vocab_size)
+        self._kv_len = device.zeros(batch, dtype=torch.int32)
+        self._table = device.zeros(batch, key.exit_width, dtype=torch.int32)
+        self._root_scores = device.zeros(batch, 1)
+        self._root_candidates = device.zeros(batch, 1, dtype=torch.int32).fill_(-1)
+        self._root_bits = device.zeros(batch, 1, _WORDS, dtype=torch.int64)
         # Positions level by level: a chain's every step ranks the children of a root.
-        self._positions = torch.zeros(max_levels + 1, batch, dtype=torch.int32)
-        self._coupling = Coupling.make(batch) if key.is_coupled else None
+        self._positions = device.zeros(max_levels + 1, batch, dtype=torch.int32)
+        self._steps = device.there(torch.arange(max_levels + 1, dtype=torch.int32)[:, None])
+        sampling = {"sampling": ((batch, ROW_WORDS), torch.int64)}
+        self._staging = Staging(device, {**sampling, "position": ((batch,), torch.int32)})
+        self._coupling = Coupling(**self._staging.there) if key.is_coupled else None
         deep = 0 if self._is_chain else max_levels
         pool = (batch, self._num_children + deep * self._num_children**2)
-        tokens, parents = torch.zeros(2, *pool, dtype=torch.int32)
-        self._pool = tokens, parents, torch.zeros(pool)
-        num_parts = max(1, min(rows, torch.get_num_threads()))
-        self._scratch = torch.empty(num_parts, expand_workspace_size(config.vocab_size))
+        tokens, parents = device.zeros(2, *pool, dtype=torch.int32)
+        self._pool = tokens, parents, device.zeros(*pool)
+        self._scratch = _expand_scratch(batch, width, vocab_size, self._num_children, device)
         self.levels = [self._level(level) for level in range(max_levels + 1)]
-        self._kv_len_view = self._kv_len.numpy()
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
 
@@ -186,35 +188,40 @@ class EesdBuffers:
     ) -> None:
         """Copy in what a round starts from; both caches hold all tokens but the roots."""
         lower.begin(self.run)
-        self._exit.reserve(self._num_rows, drafts.num_positions)
-        self._table.copy_(drafts.block_table)
-        for row, state in enumerate(states):
-            held = drafts.sequences[row].length
-            assert held == len(state.token_ids) - 1, "the exit's cache lags behind the target's"
-            self._kv_len_view[row] = held
-            self._roots[row] = state.token_ids[-1]
+        for width in {1, self.key.num_branches}:
+            self._exit.reserve(self.key.batch, width, drafts.num_positions)
+        for state, cached in zip(states, drafts.sequences, strict=True):
+            is_even = cached.length == len(state.token_ids) - 1
+            assert is_even, "the exit's cache lags behind the target's"
+        torch._foreach_copy_([self._kv_len, self._table], [drafts.kv_len, drafts.block_table])
         if self._coupling is not None:
-            self._coupling.stage(states)
-            levels = torch.arange(len(self.levels), dtype=torch.int32)[:, None]
-            torch.add(levels, self._coupling.position, out=self._positions)
+            host = self._staging.host
+            write_sampling(states, host["sampling"], host["position"])
+            self._staging.send()
+            torch.add(self._steps, self._coupling.position, out=self._positions)
 
     def stage_level(self, level: int) -> None:
-        """Copy in the tokens of a level, and whose children they are."""
-        if level == 0:
-            self.run.stage(self._roots)
-            return
+        """Copy in the tokens of a level below the root, and whose children they are."""
         above, width = self.levels[level - 1], self.key.num_branches
         if self._is_chain:
             parents = None
         elif level == 1:
-            parents = np.zeros_like(above.sources)
+            parents = above.sources * 0
         else:
             parents = 1 + (level - 2) * width + above.sources % width
         self.run.stage(above.next_tokens, parents)
 
     # --- what comes of it ---------------------------------------------------------------------
 
-    def level_score(self, level: int) -> torch.Tensor:
+    def said(self, level: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a controller is told of the drafts behind ``level``: ``[B]`` float32 their score,
+        and ``[B, 2]`` the evidence of a chain."""
+        here = self.levels[level]
+        if self._is_chain:
+            return here.first_score, here.first_evidence
+        return self._level_score(level), None
+
+    def _level_score(self, level: int) -> torch.Tensor:
         """``[B]`` float32: log-probability that the path goes through the children of ``level``,
         given that it reached their parents (whose own share is 1 at the root)."""
         mass = self.levels[level].scores.logsumexp(dim=1)
@@ -225,25 +232,22 @@ class EesdBuffers:
     def chain(self, num_levels: int) -> Chain:
         """What the first ``num_levels`` steps of a chain said."""
         levels = self.levels[:num_levels]
-        return Chain(
-            np.stack([level.tokens.numpy()[:, 0] for level in levels], axis=1),
-            np.stack([level.scores.numpy()[:, 0] for level in levels], axis=1),
-            np.stack([level.evidence.numpy()[:, 0] for level in levels], axis=1),
+        parts = (
+            [level.tokens[:, 0] for level in levels],
+            [level.first_score for level in levels],
+            [level.first_evidence for level in levels],
         )
-
-    def tree(self, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, parents and node counts of ``lengths`` levels below each sequence's root."""
-        counts = [1 + length * self.key.num_branches for length in lengths]
-        return *self.run.staged(max(counts)), torch.from_numpy(np.array(counts, dtype=np.int32))
+        return Chain(*(self._device.read(torch.stack(part, dim=1)).numpy() for part in parts))
 
     # --- buffers ------------------------------------------------------------------------------
 
     def _level(self, level: int) -> Level:
         batch, width = self.key.batch, self.key.num_branches
-        children = (batch, self._num_children)
-        ints = torch.zeros(3, *children, dtype=torch.int32)
-        evidence = torch.zeros(batch, 1 if level == 0 else width, NUM_MODES)
-        scores, rows = torch.zeros(children), self.run.levels[level].rows
+        children, device = (batch, self._num_children), self._device
+        ints = device.zeros(3, *children, dtype=torch.int32)
+        evidence = device.zeros(batch, 1 if level == 0 else width, NUM_MODES)
+        scores, rows = device.zeros(*children), self.run.levels[level].rows
+        next_tokens, sources = ints[0][:, :width], ints[2]
         return Level(
             # Who sees whom is the same in both caches.
             exit_rows=replace(rows, kv_len=self._kv_len, block_table=self._table),
@@ -254,9 +258,9 @@ class EesdBuffers:
             scores=scores,
             candidates=ints[1],
             source=ints[2],
-            ancestors=torch.zeros(*children, _WORDS, dtype=torch.int64),
-            next_tokens=ints[0].numpy()[:, :width],
-            sources=ints[2].numpy(),
+            ancestors=device.zeros(*children, _WORDS, dtype=torch.int64),
+            next_tokens=next_tokens if device.is_gpu else next_tokens.numpy(),
+            sources=sources if device.is_gpu else sources.numpy(),
         )
 
 
@@ -264,10 +268,6 @@ class EesdBuffers:
 class EesdProposal(Proposal):
     """A proposal, and what its drafter wants to find when it hears what came of it."""
 
-    times: RoundTimes | None = None
-    """None where the drafter rests: nothing is measured, and no controller was asked."""
-    control: ControlRound | None = None
-    """What decided on its length, if anybody did."""
     num_branches: int = 1
     buffers: EesdBuffers | None = None
     """What it was drafted in; None of a root alone."""
@@ -277,7 +277,16 @@ class EesdProposal(Proposal):
     @property
     def chain(self) -> Chain | None:
         """What the steps of a chain said, dropped drafts included; None where nothing was drafted,
-        or a tree. To be read before the next proposal is made."""
+        or a tree. To be read before the next proposal is made. (A GPU is waited for.)"""
         if self.buffers is None or self.num_branches != 1:
             return None
         return self.buffers.chain(self.num_levels)
+
+
+def _expand_scratch(
+    batch: int, width: int, num_tokens: int, num_children: int, device: Device
+) -> torch.Tensor:
+    if device.is_gpu:
+        return device.zeros(expand_gpu_workspace_size(batch, width, num_tokens, num_children))
+    num_parts = max(1, min(batch * width, torch.get_num_threads()))
+    return torch.empty(num_parts, expand_workspace_size(num_tokens))
