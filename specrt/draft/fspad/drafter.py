@@ -123,6 +123,11 @@ class FspadDrafter:
 
     # --- the protocol -------------------------------------------------------------------------
 
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values."""
+        return self._cache
+
     def check(self, params: DraftParams) -> None:
         """Whether the draft vocabulary and a round's buffers have room for such trees.
 
@@ -322,7 +327,7 @@ class FspadDrafter:
         while (left := len(draft.pending) - keep) > 0:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
             tokens = there(torch.tensor(state.token_ids[first : first + count], dtype=torch.int32))
-            work = self.layer.activations(count, has_logits=False)
+            work = self.layer.activations(count, 0)
             self._cache.reserve(draft.cached, draft.cached.length + count)
             batch = CacheBatch(self._cache, [draft.cached])
             self.layer.prepare(batch, 1)
