@@ -112,9 +112,7 @@ class Drafting:
 
     # --- a round ------------------------------------------------------------------------------
 
-    def propose(
-        self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor
-    ) -> Draft:
+    def propose(self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor) -> Draft:
         """Trees for a batch.
 
         Args:

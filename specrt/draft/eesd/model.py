@@ -80,7 +80,8 @@ class ExitModel:
             cache: the exit layer's.
             hidden: ``[M, H]``, scratch: z, then its norm.
             logits: ``[M, V]`` float32, written.
-            evidence: ``[M, 2]`` float32, written: the calibration head's, of greedy and of coupled drafts.
+            evidence: ``[M, 2]`` float32, written: the calibration head's, of greedy and of coupled
+                drafts.
         """
         weights = self._weights
         self._layer.launch_layer(0, states, rows, cache, hidden)
