@@ -7,6 +7,7 @@ import torch
 from bench.gpu import Place
 from bench.limits import TREE_DEPTH, TREE_TOP_K, Model, pool_size
 from specrt import ops
+from specrt.ops import registry
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 
 Tensors = tuple[torch.Tensor, ...]
@@ -34,7 +35,7 @@ class TreeExpand:
         self._read = torch.zeros(1, rows, device=place.device), _ints(place, 1, rows), words
         self._pool = _ints(place, 1, size), _ints(place, 1, size), _floats(place, 1, size)
         self._scores = _floats(place, 1, rows)
-        self._workspace = self._scratch(model, place)
+        self._workspace = self._scratch(model)
         self._written = (
             _ints(place, 1, rows),
             self._scores,
@@ -43,11 +44,11 @@ class TreeExpand:
             torch.zeros_like(words),
         )
 
-    def _scratch(self, model: Model, place: Place) -> torch.Tensor:
-        if place.device == "cpu":
+    def _scratch(self, model: Model) -> torch.Tensor:
+        if not registry.is_on_gpu(self._logits):
             return torch.zeros(1, expand_workspace_size(model.vocab_size))
         size = expand_gpu_workspace_size(1, self._top_k, model.vocab_size, self._top_k)
-        return torch.zeros(size, device=place.device)
+        return torch.zeros(size, device=self._logits.device)
 
     def ours(self) -> Tensors:
         """One level below the root's children."""

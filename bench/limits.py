@@ -131,6 +131,11 @@ def tree_rerank(model: Model, rows: int) -> Work:
     return Work(pool_size() * FLOAT + 2 * rows * (2 * INT + FLOAT))
 
 
+def tree_accept(model: Model, rows: int) -> Work:
+    """Logits of ``rows`` nodes read once; tokens and parents, path and tokens."""
+    return Work(rows * (model.vocab_size * FLOAT + 4 * INT))
+
+
 def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:
     """Weights read once, rows in and out, all of 16 bits."""
     num_bytes = (num_outputs * num_inputs + rows * (num_outputs + num_inputs)) * BF16

@@ -21,6 +21,7 @@ from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
 from bench.limits import Model
+from bench.tree_accept_cuda import TreeAccept, TreeAcceptFiltered
 from specrt import ops
 from specrt.models.rope import rope_table
 from specrt.ops.history_append import report_size
@@ -334,6 +335,8 @@ KERNELS = {
     ),
     "tree_expand": Kernel(separate(TreeExpand), limits.tree_expand, CHILDREN),
     "tree_rerank": Kernel(separate(TreeRerank), limits.tree_rerank, NODES[1:]),
+    "tree_accept": Kernel(separate(TreeAccept), limits.tree_accept, NODES),
+    "tree_accept_filtered": Kernel(separate(TreeAcceptFiltered), limits.tree_accept, NODES),
 }
 
 

@@ -140,16 +140,17 @@ def read_report(rows: npt.NDArray[np.int32], size: int) -> RoundReport:
         rows: ``[B, R]``; read where they lie.
         size: N, entries of a path.
     """
-    tokens, path, *logprobs = np.split(rows[:, HEADER_SIZE:], rows[0, HEADER_SIZE:].size // size, 1)
+    first, second = HEADER_SIZE + size, HEADER_SIZE + 2 * size
+    has_logprobs = rows.shape[1] > second
     return RoundReport(
         num_nodes=rows[:, ReportWord.NUM_NODES],
         deepest=rows[:, ReportWord.DEEPEST],
         accept_length=rows[:, ReportWord.ACCEPT_LENGTH],
         num_taken=rows[:, ReportWord.NUM_TAKEN],
         has_ended=rows[:, ReportWord.ENDING] != 0,
-        tokens=tokens,
-        path=path,
-        logprobs=logprobs[0].view(np.float32) if logprobs else None,
+        tokens=rows[:, HEADER_SIZE:first],
+        path=rows[:, first:second],
+        logprobs=rows[:, second:].view(np.float32) if has_logprobs else None,
     )
 
 

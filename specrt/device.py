@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from specrt.ops.graph import CpuGraph
@@ -58,6 +60,10 @@ class Device:
     def __repr__(self) -> str:
         return str(self.place)
 
+    def activation_dtype(self, weights: torch.dtype) -> torch.dtype:
+        """Of the rows that ``linear`` multiplies by matrices of dtype ``weights`` there."""
+        return weights if self.is_gpu else torch.float32
+
     # --- memory -------------------------------------------------------------------------------
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -103,6 +109,14 @@ class Device:
         host.copy_(tensor, non_blocking=True)
         self.wait()
         return host
+
+    def glance(self, tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+        """A float32 ``tensor`` as far as the host sees it without waiting: itself on the CPU, of a
+        GPU's nothing, which is NaN in its shape."""
+        if self.is_gpu:
+            return np.full(tuple(tensor.shape), np.nan, dtype=np.float32)
+        seen: npt.NDArray[np.float32] = tensor.numpy()
+        return seen
 
     def free_memory(self) -> tuple[int, int]:
         """Bytes that are free there, and all there are; ``sys.maxsize`` where nobody can say, as

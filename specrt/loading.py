@@ -75,15 +75,14 @@ def load(
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
-        drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else and
-            on a GPU prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
+        drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else
+            prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
             (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
             ``specrt.drafters``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a
             smaller model of the same tokenizer, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
-            runs, and a smaller model that drafts. FSPAD and EAGLE draft on the CPU from copies of
-            the target's tables; EESD needs a target on the CPU.
+            runs, and with it FSPAD, EAGLE or a smaller model. EESD needs a target on the CPU.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's; on a GPU bfloat16 instead of
             float32), ``"float32"`` (CPU only), ``"bfloat16"`` or ``"float16"``. Activations are
             float32 on the CPU, and of this dtype on a GPU.
@@ -134,7 +133,7 @@ def load(
     check_rows(weights)
     model = LlamaModel(config, weights, there)
     if drafter == AUTO:
-        drafter = default_drafter(target, place)
+        drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule)
@@ -144,10 +143,9 @@ def load(
     return Engine(model, drafter, tokenizer, **asdict(limits))
 
 
-def default_drafter(target: str | os.PathLike[str], device: str | torch.device = "cpu") -> str:
-    """What ``"auto"`` means for a target; a GPU need not wait for a drafter on the CPU."""
-    is_on_gpu = torch.device(device).type != "cpu"
-    return BUNDLED_DEFAULT if target == BUILTIN and not is_on_gpu else DEFAULT
+def default_drafter(target: str | os.PathLike[str]) -> str:
+    """What ``"auto"`` means for a target, wherever it runs."""
+    return BUNDLED_DEFAULT if target == BUILTIN else DEFAULT
 
 
 def _log_defaults(path: Path, config: ModelConfig) -> None:

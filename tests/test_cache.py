@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specrt import cache as cache_module
-from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache, may_be_reused
+from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.tree import chain_tree
@@ -267,23 +267,3 @@ def test_memory_that_is_in_use_is_not_given_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="KV cache: expected one in use"):
         cache.open(1)
     assert cache.num_pages == 0
-
-
-def test_tables_on_their_way_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a GPU may read late is copied into pinned memory first."""
-    table, pinned = torch.arange(3), torch.arange(3)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned)
-    assert may_be_reused(table, torch.device("cuda", 0)) is pinned
-    assert may_be_reused(table, torch.device("cpu")) is table
-
-
-@pytest.mark.gpu
-def test_a_table_that_is_written_again_at_once() -> None:
-    device, busy = torch.device("cuda"), torch.randn(8192, 8192, device="cuda")
-    arrived = []
-    for i in range(100):
-        busy = busy @ busy  # the copies wait behind it
-        table = torch.full((64,), i, dtype=torch.int32)
-        arrived.append(may_be_reused(table, device).to(device, non_blocking=True))
-        table.fill_(-1)
-    assert all(bool((there == i).all()) for i, there in enumerate(arrived))

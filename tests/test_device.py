@@ -1,4 +1,4 @@
-"""Captured steps run what was launched, on the buffers' present contents."""
+"""A device: captured steps run what was launched, on present contents; what goes there."""
 
 from __future__ import annotations
 
@@ -77,3 +77,27 @@ def test_a_failing_launch_captures_nothing() -> None:
         device.run("step", bad)
     device.run("step", good)
     assert out.tolist() == [[4.0, 4.0]]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_tables_on_their_way_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a GPU may read late is copied into pinned memory first."""
+    table, pinned, out = torch.arange(3), torch.arange(3) + 7, torch.zeros(3, dtype=torch.int64)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned)
+    for device, sent in ((Device(torch.device("cuda", 0)), pinned), (Device(), table)):
+        device.upload(table, out)
+        assert torch.equal(out, sent)
+
+
+@pytest.mark.gpu
+def test_a_table_that_is_written_again_at_once() -> None:
+    device, busy = Device(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
+    arrived = []
+    for i in range(100):
+        busy = busy @ busy  # the copies wait behind it
+        table = torch.full((64,), i, dtype=torch.int32)
+        arrived.append(device.there(table))
+        table.fill_(-1)
+    assert all(bool((there == i).all()) for i, there in enumerate(arrived))

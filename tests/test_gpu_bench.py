@@ -59,6 +59,9 @@ def test_bytes_of_the_small_kernels() -> None:
     assert plain.num_bytes - folded.num_bytes == 2 * (4096**2 + (4096 - 10) * 14336)
     assert limits.draft_control(llama, 8).num_bytes == 8 * (26 * 8 + 18 * 4)
     assert limits.draft_control_update(llama, 8).num_bytes == 8 * (2 * 26 * 8 + 13 * 4)
+    assert limits.tree_expand(llama, 10).num_bytes == 10 * 128256 * 4 + 100 * 12
+    assert limits.tree_rerank(llama, 60).num_bytes == 610 * 4 + 2 * 60 * 12
+    assert limits.tree_accept(llama, 60).num_bytes == 60 * (128256 * 4 + 16)
 
 
 def test_figures_of_a_row() -> None:
@@ -85,7 +88,7 @@ def test_cases_begin_with_the_goals() -> None:
     assert len(set(every)) == len(every) == 2 * 3 * 4 * 4
     assert set(quick[:2]) == set(every[:2])
     small = [str(case) for case in small_kernels_cuda.cases(is_quick=False)]
-    assert len(set(small)) == len(small) == 2 * (3 * 5 + 5 * 4 + 2 * 3)
+    assert len(set(small)) == len(small) == 2 * (3 * 5 + 7 * 4 + 2 * 3 + 2 + 3)
     assert small[0] == "rms_norm Llama-3-8B rows 60"
 
 

@@ -164,7 +164,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(
         loading, "parse_device", lambda name: meta if name == "cuda" else asked(name)
     )
-    monkeypatch.setattr(Device, "free_memory", lambda device: (1 << 30, 2 << 30))
+    monkeypatch.setattr(Device, "free_memory", lambda device: (2 << 30, 4 << 30))
     # From a GPU the drafter's copies of the target's tables would come back.
     read = torch.Tensor.cpu
     monkeypatch.setattr(
@@ -188,7 +188,7 @@ def test_a_target_on_a_gpu(
     monkeypatch.setattr(loading, "check_rows", looked_at.append)
     engine = specrt.load(wide_target, device="cuda")
     assert looked_at == [engine.target.weights]
-    assert engine.target.device == engine.cache.device == gpu
+    assert engine.target.device is engine.cache.device and engine.cache.kv.device == gpu
     assert engine.target.dtype == engine.target.activation_dtype == torch.bfloat16
     assert engine.cache.kv.dtype == torch.bfloat16
     half = specrt.load(wide_target, device="cuda", dtype="fp16").target
@@ -213,8 +213,8 @@ def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
     wide_target: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a tensor was read"))
-    words = r"no room on meta: needed .* \(weights .* \+ KV cache 1\.01 GiB .*, free 1\.00 GiB of 2"
-    pages = (1 << 30) // (2 * 3 * 64 * 2 * 64 * 2)  # of three layers' two heads
+    words = r"no room on meta: needed .* \(weights .* \+ KV cache 2\.01 GiB .*, free 2\.00 GiB of 4"
+    pages = (2 << 30) // (2 * 3 * 64 * 2 * 64 * 2)  # of three layers' two heads
     with pytest.raises(MemoryError, match=words):
         specrt.load(wide_target, device="cuda", max_cached_tokens=64 * pages + 6000)
 

@@ -15,7 +15,7 @@ constexpr float kMassOne = 1099511627776.0f;  // 2^40
 // total overflows. Of two logits the larger may have less mass, by one part in 2^23 and only above
 // 0.7 of the maximum's, so the kept set is ordered by logits.
 SPECRT_HD uint64_t mass_of(float x) {
-    return static_cast<uint64_t>(exp_of(x < 0.0f ? x : 0.0f) * kMassOne);
+    return static_cast<uint64_t>(static_cast<int64_t>(exp_of(x < 0.0f ? x : 0.0f) * kMassOne));
 }
 
 // ln of a sum of masses, total >= 1.
@@ -55,22 +55,27 @@ SPECRT_HD uint64_t drawn_mass(float u, uint64_t total) {
 // --- rejection with residuals
 constexpr double kResidualOne = 0x1p56;
 
+// Conversions go by way of signed integers, which every instruction set has.
+SPECRT_HD double ratio_of(uint64_t mass, uint64_t total) {
+    return static_cast<double>(static_cast<int64_t>(mass)) /
+           static_cast<double>(static_cast<int64_t>(total));
+}
+
 // A draft law's probability as it may be reported: NaN and negatives are 0, rounding above 1 is
 // cut.
 SPECRT_HD double clean_prob(float q) {
-    return q > 0.0f ? (q < 1.0f ? static_cast<double>(q) : 1.0) : 0.0;
+    return static_cast<double>(q > 0.0f ? (q < 1.0f ? q : 1.0f) : 0.0f);
 }
 
 // Whether a child of draft probability q is accepted under u. Strict: mass 0 never is.
 SPECRT_HD bool accepts(float u, float q, uint64_t mass, uint64_t total) {
-    return static_cast<double>(u) * clean_prob(q) <
-           static_cast<double>(mass) / static_cast<double>(total);
+    return static_cast<double>(u) * clean_prob(q) < ratio_of(mass, total);
 }
 
 // relu(mass / total - q) in units of 2^-56: what a token weighs once a child was rejected.
 SPECRT_HD uint64_t residual_mass(uint64_t mass, uint64_t total, float q) {
-    const double r = static_cast<double>(mass) / static_cast<double>(total) - clean_prob(q);
-    return r > 0.0 ? static_cast<uint64_t>(r * kResidualOne) : 0;
+    const double r = ratio_of(mass, total) - clean_prob(q);
+    return static_cast<uint64_t>(static_cast<int64_t>((r > 0.0 ? r : 0.0) * kResidualOne));
 }
 
 }  // namespace specrt

@@ -163,14 +163,13 @@ __device__ __forceinline__ RowFilter make_filter(const FilterRules& rules, const
             });
         });
         // Of equal logits as many as it takes, smallest ids first; a key holds the id's complement.
-        const float value = from_ordered_bits(last.value);
-        const uint64_t each = mass_of(value - top);
-        const uint64_t equals = each > 0 ? (target - last.before + each - 1) / each : 1;
-        const Selected id = select_by_weight(shared, equals, [&](auto add) {
-            tokens(
-                [&](uint64_t key) { add(key >> 32 == last.value, static_cast<uint32_t>(key), 1); });
+        const Selected id = select_by_weight(shared, target - last.before, [&](auto add) {
+            tokens([&](uint64_t key) {
+                const bool is_equal = key >> 32 == last.value;
+                add(is_equal, static_cast<uint32_t>(key), is_equal ? mass_above_cut(key) : 0);
+            });
         });
-        filter = {value, index_of(id.value)};
+        filter = {from_ordered_bits(last.value), index_of(id.value)};
     }
     return with_min_p(filter, top, rules.min_p);
 }

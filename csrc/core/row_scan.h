@@ -51,25 +51,20 @@ inline RowMax scan_row(const float* src, float* dst, float divisor, int64_t voca
     return row;
 }
 
-// The mass of the values from `cut` up, relative to `top`. With the blocks' maxima, blocks that add
-// nothing are not read.
-inline uint64_t total_mass(const float* row, const float* block_max, int64_t vocab, float top,
-                           float cut = -kInf) {
-    const V16 t = splat(top), c = splat(cut);
+// The mass of a row whose maximum is `top`. With the blocks' maxima, blocks without any are not
+// read.
+inline uint64_t total_mass(const float* row, const float* block_max, int64_t vocab, float top) {
+    const V16 t = splat(top);
     MassSum sum;
     int num_added = 0;
-    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
-        if (block_max && (block_max[block] < cut || block_max[block] - top < -28.0f)) continue;
-        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
-        int64_t i = start;
-        for (; i + 16 <= end; i += 16) {
-            const V16 x = load(row + i);
-            sum.add(split_mass(zero_where_less(mass_exp(sub(x, t)), x, c)));
-        }
-        for (; i < end; ++i) sum.total += row[i] < cut ? 0 : mass_of(row[i] - top);
-        if (++num_added % 32 == 0) sum.flush();  // 128 steps
+    const int64_t whole = vocab / kBlock * kBlock;
+    for (int64_t start = 0; start < whole; start += kBlock) {
+        if (block_max && block_max[start / kBlock] - top < -28.0f) continue;
+        for (int i = 0; i < kBlock; i += 16) sum.add(sub(load(row + start + i), t));
+        if (++num_added % (kMassSteps / (kBlock / 16)) == 0) sum.flush();
     }
     sum.flush();
+    for (int64_t v = whole; v < vocab; ++v) sum.total += mass_of(row[v] - top);
     return sum.total;
 }
 

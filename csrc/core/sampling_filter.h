@@ -2,6 +2,7 @@
 // of the kept set, for whoever draws from a row and for whoever guesses what will be drawn.
 #pragma once
 #include "core/row_scan.h"
+#include "core/score_key.h"
 
 namespace specrt::SPECRT_ISA {
 
@@ -13,9 +14,8 @@ struct FilterParams {
 
 struct FilterScratch {
     uint64_t* masses;  // [V]
-    float* values;     // [2 V]: a top-k buffer needs twice k
+    uint64_t* keys;    // [V]; as floats, for top-k: it needs a buffer of twice k
     float* block_max;  // [blocks], as scan_row left it
-    int32_t* ids;      // [V]
 };
 
 // The kept set: tokens above `cut`, and of those equal to it the ids up to `cut_id`.
@@ -95,24 +95,34 @@ inline uint64_t fill_masses(const float* row, int64_t vocab, float top, const Fi
     return total;
 }
 
+// By logits: by masses those would tie that exp did not keep apart.
 struct Candidates {
-    float* values;  // logits: by masses those would tie that exp did not keep apart
-    int32_t* ids;
-    uint64_t* masses;
+    uint64_t *keys, *masses;
 
-    bool before(int64_t a, float value, int32_t id) const {
-        return values[a] > value || (values[a] == value && ids[a] < id);
-    }
     void swap(int64_t a, int64_t b) {
-        const float value = values[a];
-        const int32_t id = ids[a];
-        const uint64_t mass = masses[a];
-        values[a] = values[b];
-        ids[a] = ids[b];
+        const uint64_t key = keys[a], mass = masses[a];
+        keys[a] = keys[b];
         masses[a] = masses[b];
-        values[b] = value;
-        ids[b] = id;
+        keys[b] = key;
         masses[b] = mass;
+    }
+
+    // Moves what is before the pivot, the last of lo..hi, to the front and the pivot behind it;
+    // returns the pivot's place and, in `left`, the mass before it. No branch: none of them could
+    // be predicted.
+    int64_t partition(int64_t lo, int64_t hi, uint64_t* left) {
+        const uint64_t pivot = keys[hi - 1];
+        int64_t split = lo;
+        uint64_t sum = 0;
+        for (int64_t i = lo; i < hi - 1; ++i) {
+            const uint64_t is_before = keys[i] > pivot;
+            sum += masses[i] & (0 - is_before);
+            swap(i, split);
+            split += static_cast<int64_t>(is_before);
+        }
+        swap(split, hi - 1);
+        *left = sum;
+        return split;
     }
 };
 
@@ -123,18 +133,9 @@ inline Filter nucleus_cut(Candidates c, int64_t n, uint64_t mass) {
     int64_t lo = 0, hi = n;
     uint64_t before = 0;
     while (hi - lo > 1) {
-        const int64_t mid = lo + (hi - lo) / 2;
-        c.swap(mid, hi - 1);
-        const float value = c.values[hi - 1];
-        const int32_t id = c.ids[hi - 1];
-        int64_t split = lo;
-        uint64_t left = 0;
-        for (int64_t i = lo; i < hi - 1; ++i) {
-            if (!c.before(i, value, id)) continue;
-            left += c.masses[i];
-            c.swap(i, split++);
-        }
-        c.swap(split, hi - 1);  // the pivot, at its rank
+        c.swap(lo + (hi - lo) / 2, hi - 1);
+        uint64_t left;
+        const int64_t split = c.partition(lo, hi, &left);
         if (before + left >= mass) {
             hi = split;  // the pivot is out
         } else {
@@ -150,32 +151,63 @@ inline Filter nucleus_cut(Candidates c, int64_t n, uint64_t mass) {
             }
         }
     }
-    return {c.values[lo], c.ids[lo]};
+    return {score_of(c.keys[lo]), index_of(c.keys[lo])};
+}
+
+// Candidates as they are found, a block's worth at a time to be weighed.
+struct Found {
+    float values[2 * kBlock];
+    int32_t ids[2 * kBlock];
+    int64_t count = 0;
+
+    int64_t move_to(Candidates c, int64_t at, float top) {
+        store_masses(values, count, top, c.masses + at);
+        for (int64_t i = 0; i < count; ++i) c.keys[at + i] = key_of(values[i], ids[i]);
+        at += count;
+        count = 0;
+        return at;
+    }
+};
+
+// The tokens whose logit is `cut` at least and, less `top`, `light`; returns their number.
+inline int64_t collect(const float* row, const float* block_max, int64_t vocab, float top,
+                       float cut, float light, Candidates c) {
+    int64_t n = 0;
+    Found found;
+    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
+        if (block_max[block] < cut || block_max[block] - top < light) continue;
+        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
+        for (int64_t v = start; v < end; ++v) {
+            found.values[found.count] = row[v];
+            found.ids[found.count] = static_cast<int32_t>(v);
+            found.count += (row[v] >= cut) & (row[v] - top >= light);
+        }
+        if (found.count >= kBlock) n = found.move_to(c, n, top);
+    }
+    return found.move_to(c, n, top);
 }
 
 inline Filter apply_top_p(const float* row, int64_t vocab, float top, double top_p, Filter filter,
                           const FilterScratch& w) {
-    const uint64_t total = total_mass(row, w.block_max, vocab, top, filter.cut);
-    const float light = logit_of_mass(light_mass(top_p, total, vocab));
-    int64_t n = 0;
-    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
-        if (w.block_max[block] < filter.cut || w.block_max[block] - top < light) continue;
-        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
-        for (int64_t v = start; v < end; ++v) {
-            if (row[v] < filter.cut || row[v] - top < light) continue;
-            w.values[n] = row[v];
-            w.ids[n++] = static_cast<int32_t>(v);
-        }
+    const Candidates c{w.keys, w.masses};
+    uint64_t total = 0;
+    float light = -kInf;  // behind top_k there are few enough
+    const bool is_whole = filter.cut == -kInf;
+    if (is_whole) {
+        total = total_mass(row, w.block_max, vocab, top);
+        light = logit_of_mass(light_mass(top_p, total, vocab));
     }
-    store_masses(w.values, n, top, w.masses);
-    return nucleus_cut({w.values, w.ids, w.masses}, n, nucleus_mass(top_p, total));
+    const int64_t n = collect(row, w.block_max, vocab, top, filter.cut, light, c);
+    for (int64_t i = 0; i < n && !is_whole; ++i) total += c.masses[i];
+    return nucleus_cut(c, n, nucleus_mass(top_p, total));
 }
 
 inline Filter make_filter(const float* row, int64_t vocab, float top, const FilterParams& s,
                           const FilterScratch& w) {
     Filter filter;
     if (s.top_k > 0 && s.top_k < vocab)
-        filter.cut = kth_largest(row, w.block_max, vocab, s.top_k, w.values);
+        filter.cut =
+            kth_largest(row, w.block_max, vocab, s.top_k, reinterpret_cast<float*>(w.keys));
     if (s.top_p < 1.0) filter = apply_top_p(row, vocab, top, s.top_p, filter, w);
     if (s.min_p > 0.0f) {
         const float cut = top + log_of(s.min_p < 1.2e-38f ? 1.2e-38f : s.min_p);

@@ -156,25 +156,6 @@ inline V16 scale_pow2(V16 value, V16 magic) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
 }
-// Sixteen 32-bit integers; sums wrap.
-struct I16 {
-    __m512i v;
-};
-inline I16 zero_ints() {
-    return {_mm512_setzero_si512()};
-}
-inline I16 truncate(V16 a) {  // |a| < 2^31
-    return {_mm512_cvttps_epi32(a.v)};
-}
-inline V16 to_float(I16 a) {
-    return {_mm512_cvtepi32_ps(a.v)};
-}
-inline I16 add(I16 a, I16 b) {
-    return {_mm512_add_epi32(a.v, b.v)};
-}
-inline void store(I16 a, uint32_t* p) {
-    _mm512_storeu_si512(p, a.v);
-}
 inline __m128 fold_to_4(V16 a) {
     const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
     const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
@@ -272,6 +253,7 @@ inline __m256 scale_pow2(__m256 value, __m256 magic) {
 inline V16 scale_pow2(V16 value, V16 magic) {
     return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
 }
+// Sixteen 32-bit integers, whose sums wrap: not of AVX-512, which sums 64-bit ones.
 struct I16 {
     __m256i lo, hi;
 };
@@ -428,7 +410,7 @@ inline void put_piece(V16& whole, V16 a, int) {
     whole = a;
 }
 
-// --- sums in the fixed tree ---
+// --- sums and maxima in the fixed tree ---
 #if defined(__AVX2__)
 inline void reduce_add4(const V16 a[4], float* out) {
     const __m128 a0 = fold_to_4(a[0]), a1 = fold_to_4(a[1]);
@@ -442,24 +424,33 @@ inline float reduce_add(V16 a) {
     const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
 }
+// A NaN may be lost.
+inline float reduce_max(V16 a) {
+#if defined(__AVX512F__)
+    const __m256i upper = _mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1);
+    const __m256 s8 = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm256_castsi256_ps(upper));
+#else
+    const __m256 s8 = _mm256_max_ps(a.lo, a.hi);
+#endif
+    const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+    const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
 #else
 inline float reduce_add(V16 a) {
     for (int width = 8; width >= 1; width /= 2)
         for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
     return a.v[0];
 }
+inline float reduce_max(V16 a) {
+    for (int width = 8; width >= 1; width /= 2)
+        for (int i = 0; i < width; ++i) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
+    return a.v[0];
+}
 inline void reduce_add4(const V16 a[4], float* out) {
     for (int i = 0; i < 4; ++i) out[i] = reduce_add(a[i]);
 }
 #endif
-
-inline float reduce_max(V16 a) {
-    float lane[16];
-    store(a, lane);
-    float best = lane[0];
-    for (int i = 1; i < 16; ++i) best = lane[i] > best || lane[i] != lane[i] ? lane[i] : best;
-    return best;
-}
 
 // --- tails: n < 16 lanes, the rest zero ---
 template <typename T>
@@ -475,9 +466,12 @@ inline void store_first(V16 a, T* p, int n) {
     for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
 }
 
-// exp_of (core/philox.h) where kExpLow <= x <= kExpHigh, anything elsewhere.
+// exp_of (core/philox.h) times 2^kShift where that is a normal number, anything elsewhere. kShift
+// is even, so ties round as in exp_of.
+template <int kShift = 0>
 inline V16 exp_within(V16 x) {
-    const V16 round = splat(12582912.0f);
+    static_assert(kShift % 2 == 0);
+    const V16 round = splat(12582912.0f + kShift);
     const V16 magic = fma(x, splat(1.44269504f), round);
     const V16 n = sub(magic, round);
     V16 r = fma(n, splat(-0.693359375f), x);

@@ -7,19 +7,24 @@ namespace specrt {
 
 constexpr int kAcceptWarps = kAcceptThreads / 32;
 
+// 32 bits at a time: a warp's reduction is one instruction.
 __device__ __forceinline__ uint64_t warp_largest(uint64_t x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-        const uint64_t other = __shfl_xor_sync(kFullWarp, x, step);
-        x = other > x ? other : x;
-    }
-    return x;
+    const uint32_t mine = static_cast<uint32_t>(x >> 32), low = static_cast<uint32_t>(x);
+    const uint32_t high = __reduce_max_sync(kFullWarp, mine);
+    const uint32_t rest = __reduce_max_sync(kFullWarp, mine == high ? low : 0u);
+    return static_cast<uint64_t>(high) << 32 | rest;
 }
 
+// 27 bits at a time, of which 32 lanes' sum has 32.
 __device__ __forceinline__ uint64_t warp_total(uint64_t x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-    return x;
+    constexpr uint32_t kPart = (1u << 27) - 1;
+    uint64_t sum = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(x) & kPart);
+    sum +=
+        static_cast<uint64_t>(__reduce_add_sync(kFullWarp, static_cast<uint32_t>(x >> 27) & kPart))
+        << 27;
+    return sum +
+           (static_cast<uint64_t>(__reduce_add_sync(kFullWarp, static_cast<uint32_t>(x >> 54)))
+            << 54);
 }
 
 // The block's largest, or sum, to all threads. `words` has one for each warp, and may be used again

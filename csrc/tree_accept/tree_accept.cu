@@ -105,10 +105,12 @@ __device__ __forceinline__ void for_slice(const TreeAcceptParams& p, Shared* sha
     for_tiles(p, shared->row, shared->tree, shared->span, is_raw, &shared->chunk, f);
 }
 
-__device__ __forceinline__ float raw_maximum(const TreeAcceptParams& p, Shared* shared) {
+// In ordered bits; of no meaning without log-probabilities.
+__device__ __forceinline__ uint32_t raw_maximum(const TreeAcceptParams& p, Shared* shared) {
+    if (!p.logprobs) return 0;
     MaxSearch raw;
-    if (p.logprobs) for_slice(p, shared, true, [&](const Tile& tile) { raw.visit(tile); });
-    return raw.best;
+    for_slice(p, shared, true, [&](const Tile& tile) { raw.visit(tile); });
+    return static_cast<uint32_t>(block_largest(ordered_bits(raw.best), shared->words));
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptParams p) {
@@ -124,11 +126,11 @@ __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptP
     });
     const uint64_t best = block_largest(key_of(largest.best, largest.token), shared->words);
     const int is_bad = __syncthreads_or(largest.is_bad);
-    const uint64_t raw_top = block_largest(ordered_bits(raw_maximum(p, shared)), shared->words);
+    const uint32_t raw_top = raw_maximum(p, shared);
     if (threadIdx.x != 0) return;
     SlicePart* part = parts_of(*shared) + shared->slice;
     part->best = is_drawn ? shared->noise.best : best;
-    part->raw_top = static_cast<uint32_t>(raw_top);
+    part->raw_top = raw_top;
     part->is_bad = is_bad;
 }
 

@@ -42,7 +42,7 @@ struct TreeAcceptParams {
 
 // Floats of scratch a part needs, unless every sequence is greedy without bias or penalties.
 constexpr int64_t tree_accept_workspace(int64_t vocab) {
-    return 9 * ((vocab + 63) / 64 * 64);
+    return 8 * ((vocab + 63) / 64 * 64);
 }
 
 // Floats of a launch's workspace on a GPU, of any contents but for the first call's: zeros.

@@ -11,24 +11,23 @@ const float kNoLogprob = __builtin_nanf("");  // -1 would be a plausible log-pro
 // One part's scratch, in pieces of S floats (V rounded up to whole blocks of 64); what is not
 // touched costs no memory:
 //
-//     0           1        2        3        4        5           6     7        8      9 S
-//     | processed |      masses     |      values     | block_max | ids | counts | seen |
+//     0           1        2        3      4      5           6        7      8 S
+//     | processed |      masses     |     keys    | block_max | counts | seen |
 struct Workspace {
-    float *processed, *values, *block_max;
-    uint64_t* masses;
-    int32_t *ids, *counts, *seen;
+    float *processed, *block_max;
+    uint64_t *masses, *keys;
+    int32_t *counts, *seen;
 
     Workspace(float* base, int64_t vocab) {
         const int64_t size = (vocab + 63) / 64 * 64;
         processed = base;
         masses = reinterpret_cast<uint64_t*>(base + size);
-        values = base + 3 * size;  // 2 * size long: a top-k buffer needs twice k
+        keys = reinterpret_cast<uint64_t*>(base + 3 * size);
         block_max = base + 5 * size;
-        ids = reinterpret_cast<int32_t*>(base + 6 * size);
-        counts = reinterpret_cast<int32_t*>(base + 7 * size);
-        seen = reinterpret_cast<int32_t*>(base + 8 * size);
+        counts = reinterpret_cast<int32_t*>(base + 6 * size);
+        seen = reinterpret_cast<int32_t*>(base + 7 * size);
     }
-    FilterScratch filter_scratch() const { return {masses, values, block_max, ids}; }
+    FilterScratch filter_scratch() const { return {masses, keys, block_max}; }
 };
 
 // --- processing: transformers' order -------------------------------------------------------------
@@ -123,20 +122,30 @@ int32_t draw_by_mass(const uint64_t* masses, int64_t vocab, uint64_t total, floa
     return kBadRow;
 }
 
-// masses <- relu(masses / total - q); false, and nothing changed, if that is empty (then the laws
-// are equal up to rounding, and the masses as they are serve as well).
-bool subtract_draft(uint64_t* masses, uint64_t* total, const float* q, int64_t vocab) {
-    uint64_t after = 0;
-    for (int64_t v = 0; v < vocab; ++v) after += residual_mass(masses[v], *total, q[v]);
-    if (after == 0) return false;
-    for (int64_t v = 0; v < vocab; ++v) masses[v] = residual_mass(masses[v], *total, q[v]);
-    *total = after;
-    return true;
-}
+// A law's masses, and room for those of its residual.
+struct Law {
+    uint64_t *masses, *spare, total;
+
+    // The law becomes relu(law - q), normalised; nothing changes if that is empty (then the two are
+    // equal up to rounding, and the masses as they are serve as well).
+    void subtract(const float* q, int64_t vocab) {
+        uint64_t rest = 0;
+        for (int64_t v = 0; v < vocab; ++v) {
+            spare[v] = residual_mass(masses[v], total, q[v]);
+            rest += spare[v];
+        }
+        if (rest == 0) return;
+        uint64_t* former = masses;
+        masses = spare;
+        spare = former;
+        total = rest;
+    }
+};
 
 float logprob_of(const float* row, int64_t vocab, int32_t token) {
-    const float top = scan_row(row, nullptr, 1.0f, vocab, nullptr).value;
-    return row[token] - top - log_of_mass(total_mass(row, nullptr, vocab, top));
+    const RowMax top = scan_row(row, nullptr, 1.0f, vocab, nullptr);
+    if (top.is_bad || top.value == -kInf) return kNoLogprob;  // edits may have mended the row
+    return row[token] - top.value - log_of_mass(total_mass(row, nullptr, vocab, top.value));
 }
 
 // --- one sequence --------------------------------------------------------------------------------
@@ -230,7 +239,7 @@ struct Walk {
     // Rejection over the children in order; returns the token, and the child that holds it or -1.
     int32_t draw_by_rejection(int64_t node, int64_t depth, const float* row, float top,
                               const Filter& filter, int64_t* child) {
-        uint64_t total = fill_masses(row, p.vocab, top, filter, w.masses);
+        Law law{w.masses, w.keys, fill_masses(row, p.vocab, top, filter, w.masses)};
         const float* q = p.draft_probs + b * p.probs_stride[0] + node * p.probs_stride[1];
         uint32_t sibling = 0;
         for (int64_t j = node + 1; j < num_nodes; ++j) {
@@ -240,13 +249,13 @@ struct Walk {
                 uniform_from(philox(s.seed, position(depth), Purpose::kAccept, sibling++));
             // A child its own law excludes was not drawn from it: subtracting would bias.
             if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
-            if (accepts(u, q[x], w.masses[x], total)) {
+            if (accepts(u, q[x], law.masses[x], law.total)) {
                 *child = j;
                 return x;
             }
-            subtract_draft(w.masses, &total, q, p.vocab);
+            law.subtract(q, p.vocab);
         }
-        return draw_by_mass(w.masses, p.vocab, total,
+        return draw_by_mass(law.masses, p.vocab, law.total,
                             uniform_from(philox(s.seed, position(depth), Purpose::kResidual, 0)));
     }
 
@@ -321,7 +330,8 @@ void processed_logits_part(const void* params, int part, int num_parts) {
 
 void exponentials_part(const void* params, int, int) {
     const auto& p = *static_cast<const ExponentialsParams*>(params);
-    store_masses(p.x, p.count, 0.0f, p.masses);
+    for (int64_t j = 0; j < p.count; ++j) p.exps[j] = p.x[j] < 0.0f ? p.x[j] : 0.0f;
+    store_masses(p.exps, p.count, 0.0f, p.masses);
     int64_t i = 0;
     for (; i + 16 <= p.count; i += 16) store(exp(load(p.x + i)), p.exps + i);
     const int rest = static_cast<int>(p.count - i);

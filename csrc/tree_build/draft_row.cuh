@@ -14,14 +14,13 @@ static_assert(kTokens * kBlocks == kSliceTokens);
 // One row's part of the workspace. What a kernel reads there, one before it has written, or blocks
 // of its own that drew earlier tickets; indices are clamped all the same.
 struct RowScratch {
-    unsigned long long* keys;    // [slices, K] the best of each slice, 0 where there are fewer
-    unsigned long long* masses;  // [slices]
-    unsigned long long* listed;  // [kMostListed] what the filter may keep
-    uint32_t* block_max;         // [slices, kBlocks] ordered bits; NaN above all
-    uint32_t* slice_max;         // [slices] the same
-    float* cut;                  // what the filter keeps: above it, and of its equals the ids up to
-    int32_t* cut_id;             // this one
-    uint32_t* num_listed;
+    unsigned long long* keys;     // [slices, K] the best of each slice, 0 where there are fewer
+    unsigned long long* masses;   // [slices]
+    unsigned long long* weights;  // [kDistances] of a row that samples
+    uint32_t* block_max;          // [slices, kBlocks] ordered bits; NaN above all
+    uint32_t* slice_max;          // [slices] the same
+    float* cut;       // what the filter keeps: above it, and of its equals the ids up to
+    int32_t* cut_id;  // this one
     unsigned *rank_ticket, *filter_ticket;
 };
 
@@ -29,18 +28,18 @@ __device__ __forceinline__ int num_slices(const TreeExpandParams& p) {
     return static_cast<int>(expand_slices(p.rows));
 }
 
-__device__ __forceinline__ RowScratch row_scratch(const TreeExpandParams& p, int64_t row) {
+__device__ __forceinline__ RowScratch row_scratch(const TreeExpandParams& p, int row) {
     const int64_t slices = num_slices(p);
     auto* words = reinterpret_cast<uint32_t*>(p.workspace);
     RowScratch s;
-    s.keys = reinterpret_cast<unsigned long long*>(words + row * expand_row_words(p.rows, p.top_k));
+    s.keys = reinterpret_cast<unsigned long long*>(words + int64_t{row} *
+                                                               expand_row_words(p.rows, p.top_k));
     s.masses = s.keys + slices * p.top_k;
-    s.listed = s.masses + slices;
-    s.block_max = reinterpret_cast<uint32_t*>(s.listed + kMostListed);
+    s.weights = s.masses + slices;
+    s.block_max = reinterpret_cast<uint32_t*>(s.weights + kDistances);
     s.slice_max = s.block_max + slices * kBlocks;
     s.cut = reinterpret_cast<float*>(s.slice_max + slices);
     s.cut_id = reinterpret_cast<int32_t*>(s.cut + 1);
-    s.num_listed = s.slice_max + slices + 2;
     s.rank_ticket = words + p.workspace_size - 1 - row;
     s.filter_ticket = s.rank_ticket - int64_t{p.batch} * p.top_k;
     return s;
@@ -55,24 +54,24 @@ struct DraftRow {
     const float* logits;
     const SamplingRow* sampling;  // nullptr: ranked plainly
     float temperature;
-    int32_t rows;
+    uint32_t rows;
 
-    __device__ __forceinline__ DraftRow(const TreeExpandParams& p, int64_t row)
-        : logits(p.logits + row / p.width * p.logits_stride[0] +
-                 row % p.width * p.logits_stride[1]),
+    __device__ __forceinline__ DraftRow(const TreeExpandParams& p, int row)
+        : logits(p.logits + int64_t{row / p.width} * p.logits_stride[0] +
+                 int64_t{row % p.width} * p.logits_stride[1]),
           sampling(p.sampling ? p.sampling + row / p.width : nullptr),
           temperature(1.0f),
-          rows(p.rows) {
+          rows(static_cast<uint32_t>(p.rows)) {
         if (sampling && !(sampling->temperature > 0.0f)) sampling = nullptr;
         if (sampling) temperature = sampling->temperature;
     }
 
     // -inf past the end.
-    __device__ __forceinline__ float raw(int64_t i) const {
+    __device__ __forceinline__ float raw(uint32_t i) const {
         return i < rows ? logits[i] : -INFINITY;
     }
     // Of what raw(i) was. (What lies past the end stays -inf: infinite temperatures make it NaN.)
-    __device__ __forceinline__ float processed(float logit, int64_t i) const {
+    __device__ __forceinline__ float processed(float logit, uint32_t i) const {
         return sampling && i < rows ? logit / temperature : logit;
     }
 };
@@ -123,9 +122,9 @@ __device__ __forceinline__ uint32_t known_best(const RowScratch& scratch, int sl
 
 // The tokens of a thread, in four rounds of four: first_token, and 16, 32 and 48 further, as many
 // as a counter has noise for.
-__device__ __forceinline__ int64_t first_token(int slice, int round) {
-    const int block = kRowThreads / 16 * round + threadIdx.x / 16;
-    return slice * kSliceTokens + block * kTokens + threadIdx.x % 16;
+__device__ __forceinline__ uint32_t first_token(int slice, int round) {
+    const uint32_t block = slice * kBlocks + kRowThreads / 16 * round + threadIdx.x / 16;
+    return block * kTokens + threadIdx.x % 16;
 }
 
 // What of each row that samples is kept, into its scratch; between scan_slices and rank_slices.

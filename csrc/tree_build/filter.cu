@@ -1,119 +1,125 @@
 // Which tokens of a row that samples are kept, before their noise is looked at.
 //
-// Few of a row's tokens can be kept mostly, and which ones is seen without the others: those that
-// top_k tokens are known to exceed cannot, nor those so light that all of their kind weigh less
-// than top_p leaves out, the row's mass being that of its best token at least. All slices put those
-// that can into one list (in any order: what follows adds integers), and whoever comes last of the
-// row filters the list; or the row itself, where the list has no room for them.
+// All slices of a row add up its tokens' weights (1 for top_k, else masses) by how far they lie
+// below the best: 256 distances, an eighth of a logit each. Whoever comes last sees at which of
+// them the cut is, and lists the tokens down to there, of blocks whose maximum reaches it. They are
+// few, mostly, and what is kept is found among them; where the list has no room, as in flat rows,
+// the whole row is gone through instead.
 #include "core/row_filter.cuh"
 #include "tree_build/draft_row.cuh"
 
 namespace specrt {
 namespace {
 
+constexpr int kMostListed = 4096;
+static_assert(kRowThreads == kDistances && kDistances == 256);  // a thread a distance
+
 struct FilterShared {
-    unsigned long long listed[kMostListed];
+    uint64_t listed[kMostListed];
     SelectShared select;
-    KnownShared known;
-    int flag;
+    int num_listed, flag;
 };
 
-// Which tokens may be kept.
-struct Possible {
-    bool is_by_mass;
-    float top, least;  // by mass: logit - top
-    uint32_t ordered;  // else: the logit
-
-    __device__ __forceinline__ bool has(float x) const {
-        return is_by_mass ? x - top >= least : ordered_bits(x) >= ordered;
-    }
-};
-
-// To the end of the row's list, as far as there is room. All lanes must call.
-__device__ __forceinline__ void list_token(const RowScratch& scratch, bool is_listed,
-                                           uint64_t key) {
-    const unsigned lane = threadIdx.x % 32, listed = __ballot_sync(kFullWarp, is_listed);
-    if (listed == 0) return;
-    unsigned first = 0;
-    if (lane == 0) first = atomicAdd(scratch.num_listed, static_cast<unsigned>(__popc(listed)));
-    const int64_t at =
-        int64_t{__shfl_sync(kFullWarp, first, 0)} + __popc(listed & ((1u << lane) - 1));
-    if (is_listed && at < kMostListed) scratch.listed[at] = key;
+// By distance from the best, which has the largest digit. (As subtraction is monotone, of two
+// tokens with different digits the larger has the larger.)
+__device__ __forceinline__ uint32_t digit_of(float x, float top) {
+    const float distance = (top - x) * 8.0f;
+    return distance < kDistances - 1 ? kDistances - 1 - static_cast<uint32_t>(distance) : 0;
 }
 
-// Lists the slice's tokens, and gives this thread's part of its mass.
-__device__ __forceinline__ uint64_t list_slice(const DraftRow& row, const RowScratch& scratch,
-                                               int slice, const Possible& possible) {
-    uint64_t mass = 0;
+// Adds the slice's weights to the row's. All threads of the block must call.
+__device__ __forceinline__ void weigh_slice(const FilterRules& rules, const DraftRow& row,
+                                            const RowScratch& scratch, int slice, float top,
+                                            SelectShared* shared) {
+    shared->weights[threadIdx.x] = 0;
+    __syncthreads();
     for (int round = 0; round < 4; ++round) {
-        const int64_t first = first_token(slice, round);
+        const uint32_t first = first_token(slice, round);
         float x[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) x[r] = row.raw(first + 16 * r);
 #pragma unroll
+        for (int r = 0; r < 4; ++r) x[r] = row.processed(x[r], first + 16 * r);
+#pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const int64_t token = first + 16 * r;
-            x[r] = row.processed(x[r], token);
-            list_token(scratch, token < row.rows && possible.has(x[r]),
-                       key_of(x[r], static_cast<int32_t>(token)));
-            if (possible.is_by_mass) mass += mass_of(x[r] - possible.top);
+            const uint32_t token = first + 16 * r;
+            const uint64_t weight = rules.has_top_k ? 1 : mass_of(x[r] - top);
+            add_weight(shared->weights, token < row.rows && weight > 0, digit_of(x[r], top),
+                       weight);
         }
     }
-    return mass;
-}
-
-__device__ __forceinline__ RowFilter filter_row(const FilterRules& rules, const DraftRow& row,
-                                                const RowScratch& scratch, int slices, float top,
-                                                FilterShared* shared) {
-    uint64_t mass = 0;
-    for (int slice = threadIdx.x; slice < slices; slice += kRowThreads)
-        mass += scratch.masses[slice];
-    mass = block_mass(mass, &shared->select.sum);
-    const int64_t listed = *scratch.num_listed;
-    if (listed > kMostListed) {
-        const auto all = [&](auto see) {
-            const int64_t end = row.rows + 31;  // whole warps
-            for (int64_t i = threadIdx.x; i / 32 < end / 32; i += kRowThreads)
-                see(i < row.rows ? key_of(row.processed(row.raw(i), i), static_cast<int32_t>(i))
-                                 : 0);
-        };
-        return make_filter(rules, all, top, mass, &shared->select);
-    }
-    for (int64_t i = threadIdx.x; i < listed; i += kRowThreads)
-        shared->listed[i] = scratch.listed[i];
     __syncthreads();
-    const auto all = [&](auto see) {
-        for (int64_t i = threadIdx.x; i / 32 < (listed + 31) / 32; i += kRowThreads)
-            see(i < listed ? uint64_t{shared->listed[i]} : 0);
-    };
-    return make_filter(rules, all, top, mass, &shared->select);
+    const unsigned long long weight = shared->weights[threadIdx.x];
+    if (weight > 0) atomicAdd(scratch.weights + threadIdx.x, weight);
 }
 
-__global__ void __launch_bounds__(kRowThreads) filter_slices(const TreeExpandParams p) {
+// Lists the tokens of at least `digit`, as far as there is room. All threads of the block must
+// call.
+__device__ __forceinline__ void list_tokens(const DraftRow& row, const RowScratch& scratch,
+                                            int blocks, float top, uint32_t digit,
+                                            FilterShared* shared) {
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) shared->num_listed = 0;
+    __syncthreads();
+    for (int base = threadIdx.x - lane; base < blocks; base += kRowThreads) {
+        const float block_max = from_ordered_bits(scratch.block_max[base + lane]);
+        unsigned todo = __ballot_sync(kFullWarp, digit_of(block_max, top) >= digit);
+        for (; todo != 0; todo &= todo - 1) {
+            const uint32_t block = base + __ffs(static_cast<int>(todo)) - 1;
+            for (uint32_t i = block * kTokens + lane; i < (block + 1) * kTokens; i += 32) {
+                const float x = row.processed(row.raw(i), i);
+                const bool is_listed = i < row.rows && digit_of(x, top) >= digit;
+                const int at = is_listed ? atomicAdd(&shared->num_listed, 1) : kMostListed;
+                if (at < kMostListed) shared->listed[at] = key_of(x, static_cast<int32_t>(i));
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// After all slices have been weighed. All threads of the block must call.
+__device__ __forceinline__ RowFilter filter_row(const FilterRules& rules, const DraftRow& row,
+                                                const RowScratch& scratch, int blocks, float top,
+                                                FilterShared* shared) {
+    const uint64_t weight = scratch.weights[threadIdx.x];
+    shared->select.weights[threadIdx.x] = weight;
+    const uint64_t total = block_mass(weight, &shared->select.sum);
+    const uint64_t target = rules.has_top_k ? rules.top_k : nucleus_mass(rules.top_p, total);
+    if (threadIdx.x < 32) find_digit(&shared->select, target);
+    __syncthreads();
+    list_tokens(row, scratch, blocks, top, shared->select.digit, shared);
+    const int listed = shared->num_listed;
+    const bool is_listed = listed <= kMostListed;
+    const uint32_t count = is_listed ? listed : row.rows, whole_warps = (count + 31) / 32 * 32;
+    const auto tokens = [&](auto see) {
+        for (uint32_t i = threadIdx.x; i < whole_warps; i += kRowThreads) {
+            uint64_t key = 0;  // past the end: lanes stay together
+            if (i < count)
+                key = is_listed ? shared->listed[i]
+                                : key_of(row.processed(row.raw(i), i), static_cast<int32_t>(i));
+            see(key);
+        }
+    };
+    return make_filter(rules, tokens, top, total, &shared->select);
+}
+
+// Three blocks an SM are enough; for more, ptxas would spill registers.
+__global__ void __launch_bounds__(kRowThreads, 3) filter_slices(const TreeExpandParams p) {
     auto* shared = reinterpret_cast<FilterShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const RowScratch scratch = row_scratch(p, blockIdx.x / slices);
-    const DraftRow row(p, blockIdx.x / slices);
+    const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
+    const DraftRow row(p, static_cast<int>(blockIdx.x / slices));
     const uint32_t most = row_max(scratch, slices);
     if (!row.sampling || is_bad(most)) return;
     const float top = from_ordered_bits(most);
     const FilterRules rules(*row.sampling, p.rows);
     RowFilter filter{-INFINITY, INT32_MAX};
-    if (!rules.has_top_k && !rules.has_top_p) {
-        if (slice > 0 || threadIdx.x > 0) return;
-        filter = with_min_p(filter, top, rules.min_p);
-    } else {
-        Possible possible{!rules.has_top_k, top, 0.0f, 0};
-        if (rules.has_top_k)
-            possible.ordered =
-                known_best(scratch, slices, slice, -INFINITY, rules.top_k, &shared->known);
-        else
-            possible.least = logit_of_mass(light_mass(rules.top_p, mass_of(0.0f), p.rows));
-        uint64_t mass = list_slice(row, scratch, slice, possible);
-        mass = block_mass(mass, &shared->select.sum);
-        if (threadIdx.x == 0) scratch.masses[slice] = mass;
+    if (rules.has_top_k || rules.has_top_p) {
+        weigh_slice(rules, row, scratch, slice, top, &shared->select);
         if (!is_last_block(scratch.filter_ticket, slices, &shared->flag)) return;
-        filter = filter_row(rules, row, scratch, slices, top, shared);
+        filter = filter_row(rules, row, scratch, slices * kBlocks, top, shared);
+    } else {
+        filter = with_min_p(filter, top, rules.min_p);  // the same in all slices
     }
     if (threadIdx.x > 0) return;
     *scratch.cut = filter.cut;

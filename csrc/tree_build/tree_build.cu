@@ -29,10 +29,10 @@ __device__ __forceinline__ uint32_t scanned_bits(float x) {
 __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p) {
     SPECRT_SHARED(uint32_t[kWarps], tops);
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const RowScratch scratch = row_scratch(p, blockIdx.x / slices);
-    const DraftRow row(p, blockIdx.x / slices);
+    const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
+    const DraftRow row(p, static_cast<int>(blockIdx.x / slices));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t first = slice * kSliceTokens + warp * kPerWarp * kTokens + lane;
+    const uint32_t first = (slice * kBlocks + warp * kPerWarp) * kTokens + lane;
     float x[2 * kPerWarp];  // all on their way at once
 #pragma unroll
     for (int i = 0; i < 2 * kPerWarp; ++i) x[i] = row.raw(first + 32 * i);
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p
         top = max(top, block_max);
     }
     if (lane == 0) tops[warp] = top;
+    if (slice == 0) scratch.weights[threadIdx.x] = 0;  // for the filter
     __syncthreads();
     if (threadIdx.x >= 32) return;
     top = __reduce_max_sync(kFullWarp, lane < kWarps ? tops[lane] : 0u);
     if (lane == 0) scratch.slice_max[slice] = top;
-    if (lane == 0 && slice == 0) *scratch.num_listed = 0;
 }
 
 struct RankShared {
@@ -76,10 +76,10 @@ struct Noise {
           position(static_cast<uint64_t>(params.position[seq] + int64_t{params.level})),
           filter{*scratch.cut, *scratch.cut_id} {}
 
-    __device__ __forceinline__ PhiloxWords bits(int64_t first) const {
+    __device__ __forceinline__ PhiloxWords bits(uint32_t first) const {
         PhiloxWords words{};
         if (!p.token_map) {
-            const auto counter = static_cast<uint32_t>(first / kTokens * 16 + first % 16);
+            const uint32_t counter = first / kTokens * 16 + first % 16;
             return philox4x32(
                 {{counter, static_cast<uint32_t>(Purpose::kTarget), static_cast<uint32_t>(position),
                   static_cast<uint32_t>(position >> 32)}},
@@ -87,14 +87,14 @@ struct Noise {
         }
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-            if (first + 16 * r < p.rows)
+            if (first + 16 * r < static_cast<uint32_t>(p.rows))
                 words.word[r] = philox(seed, position, Purpose::kTarget,
                                        static_cast<uint32_t>(p.token_map[first + 16 * r]));
         return words;
     }
 
     // Keys of four tokens with their noise.
-    __device__ __forceinline__ void offer(const float* x, int64_t first, uint64_t bound,
+    __device__ __forceinline__ void offer(const float* x, uint32_t first, uint64_t bound,
                                           BestKeys* best) const {
         const float least = bound > 0 ? score_of(bound) : -INFINITY;
         bool is_wanted[4], is_any = false;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void offer_noisy(const TreeExpandParams& p, const Dra
                                             const Noise& noise, int slice, uint64_t bound,
                                             BestKeys* best) {
     for (int round = 0; round < 4; ++round) {
-        const int64_t first = first_token(slice, round);
+        const uint32_t first = first_token(slice, round);
         float x[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) x[r] = row.raw(first + 16 * r);
@@ -213,13 +213,13 @@ __device__ __forceinline__ void fill_children(const TreeExpandParams& p, float i
     __syncthreads();
 }
 
-__device__ __forceinline__ void write_children(const TreeExpandParams& p, int64_t row,
+__device__ __forceinline__ void write_children(const TreeExpandParams& p, int row,
                                                const RankShared& shared) {
     const int j = static_cast<int>(threadIdx.x);
     if (j >= p.top_k) return;
-    const int64_t seq = row / p.width, k = p.top_k;
-    const int64_t base = p.level == 0 ? 0 : k + (p.level - 1) * k * k + row % p.width * k;
-    const int64_t at = seq * p.pool_size + base + j;
+    const int64_t k = p.top_k, f = row % p.width;
+    const int64_t base = p.level == 0 ? 0 : k + (p.level - 1) * k * k + f * k;
+    const int64_t at = int64_t{row / p.width} * p.pool_size + base + j;
     const auto found = static_cast<uint32_t>(index_of(shared.best.keys[j]));
     const int32_t i = static_cast<int32_t>(min(found, static_cast<uint32_t>(p.rows - 1)));
     const float score = p.scores[row] + shared.increments[j];
@@ -239,7 +239,8 @@ __device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t
     const int64_t j = threadIdx.x;
     if (j >= k) return;
     const int32_t i = index_of(best->keys[j]);
-    const int64_t out = seq * k + j, parent = seq * p.width + (i - base) / k;
+    const int parent_place = static_cast<int>(i - base) / p.top_k;
+    const int64_t out = seq * k + j, parent = seq * p.width + parent_place;
     p.frontier_tokens[out] = p.pool_tokens[pool + i];
     p.frontier_scores[out] = scores[i];
     p.frontier_candidates[out] = i;
@@ -252,10 +253,11 @@ __device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t
     }
 }
 
-__global__ void __launch_bounds__(kThreads) rank_slices(const TreeExpandParams p) {
+// Three blocks an SM are enough; for more, ptxas would spill registers.
+__global__ void __launch_bounds__(kThreads, 3) rank_slices(const TreeExpandParams p) {
     auto* shared = reinterpret_cast<RankShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const int64_t number = blockIdx.x / slices, seq = number / p.width;
+    const int number = static_cast<int>(blockIdx.x / slices), seq = number / p.width;
     const RowScratch scratch = row_scratch(p, number);
     const DraftRow row(p, number);
     const uint32_t most = row_max(scratch, slices);

@@ -49,22 +49,22 @@ struct TreeExpandParams {
 
 // Floats of scratch a part needs.
 constexpr int64_t tree_expand_workspace(int64_t rows) {
-    return 7 * ((rows + 63) / 64 * 64);
+    return 6 * ((rows + 63) / 64 * 64);
 }
 
 // A GPU's workspace, in words of 4 bytes. Tickets, which are 0 between launches, are counted from
 // its end, so that a smaller batch or level than it was made for finds them where they were.
 //
-//     | row 0: best keys, masses, list, maxima, filter | row 1 | ...        ... | tickets |
+//     | row 0: best keys, masses, weights, maxima, filter | row 1 | ...        ... | tickets |
 constexpr int64_t kSliceTokens = 4096;  // of a row, for one block of threads
-constexpr int64_t kMostListed = 4096;   // tokens of a row that its filter finds in a list
+constexpr int64_t kDistances = 256;     // from a row's best, for which its filter adds up weights
 
 constexpr int64_t expand_slices(int64_t rows) {
     return (rows + kSliceTokens - 1) / kSliceTokens;
 }
 constexpr int64_t expand_row_words(int64_t rows, int64_t top_k) {
     const int64_t slices = expand_slices(rows);
-    const int64_t words = 2 * slices * (top_k + 1) + 2 * kMostListed + 65 * slices + 3;
+    const int64_t words = 2 * slices * (top_k + 1) + 2 * kDistances + 65 * slices + 2;
     return (words + 1) / 2 * 2;  // 64-bit numbers are at multiples of their size
 }
 constexpr int64_t tree_expand_gpu_workspace(int64_t batch, int64_t width, int64_t rows,

@@ -44,20 +44,18 @@ struct Best {
 // --- children
 // One part's scratch, in pieces of S floats (R rounded up to whole blocks of 64):
 //
-//     0           1        2        3        4        5           6     7 S
-//     | processed |      masses     |      values     | block_max | ids |
+//     0           1        2        3      4      5           6 S
+//     | processed |      masses     |     keys    | block_max |
 struct Scratch {
-    float *processed, *values, *block_max;
-    uint64_t* masses;
-    int32_t* ids;
+    float *processed, *block_max;
+    uint64_t *masses, *keys;
 
     Scratch(float* base, int64_t rows) {
         const int64_t size = (rows + 63) / 64 * 64;
         processed = base;
         masses = reinterpret_cast<uint64_t*>(base + size);
-        values = base + 3 * size;
+        keys = reinterpret_cast<uint64_t*>(base + 3 * size);
         block_max = base + 5 * size;
-        ids = reinterpret_cast<int32_t*>(base + 6 * size);
     }
 };
 
@@ -130,7 +128,7 @@ struct Expansion {
     void rank_coupled(const float* row, const RowMax& top, Best* best, float* increments) const {
         const FilterParams params{s->top_k, s->top_p < 0.0 ? 0.0 : s->top_p, s->min_p};
         const Filter filter =
-            make_filter(row, p.rows, top.value, params, {w.masses, w.values, w.block_max, w.ids});
+            make_filter(row, p.rows, top.value, params, {w.masses, w.keys, w.block_max});
         const uint64_t position = static_cast<uint64_t>(p.position[b] + int64_t{p.level});
         visit(row, top.block, top.value, filter, position, best);  // a good first bound
         for (int64_t block = 0; block * kBlock < p.rows; ++block)

@@ -78,7 +78,7 @@ def demo(
         threads=threads,
         controller=controller,
     )
-    command.run(engine, drafter_name(drafter, BUILTIN, engine), prompt, params)
+    command.run(engine, drafter_name(drafter, BUILTIN), prompt, params)
 
 
 @app.command()
@@ -153,7 +153,7 @@ def bench(
     params = own_sampling(named, common)
     engine = options.load()
     encoded = encode(engine, named, add_special_tokens=add_special_tokens)
-    name = drafter_name(options.drafter, options.target, engine)
+    name = drafter_name(options.drafter, options.target)
     command.run(engine, name, encoded, params, repeats=repeats, is_json=json)
 
 

@@ -88,12 +88,12 @@ def load_engine(
     )
 
 
-def drafter_name(drafter: str, target: str, engine: Engine) -> str:
+def drafter_name(drafter: str, target: str) -> str:
     """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
     from specrt.loading import default_drafter
 
     if drafter == AUTO:
-        return default_drafter(target, engine.target.device.place)
+        return default_drafter(target)
     return Path(drafter).name
 
 

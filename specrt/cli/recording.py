@@ -152,7 +152,7 @@ def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> Tra
     return TraceModels(
         target=target_directory(options.target)[1],
         target_fingerprint=config_fingerprint(engine.target.config),
-        drafter=drafter_name(options.drafter, options.target, engine),
+        drafter=drafter_name(options.drafter, options.target),
         drafter_fingerprint=hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
         exit_layer=drafter.exit_model.num_layers,
         dtype=str(engine.target.weights.lm_head.dtype).removeprefix("torch."),

@@ -39,8 +39,9 @@ class DrafterRequest:
     target: LlamaModel
     """The model it drafts for, on whose device it drafts."""
     dtype: torch.dtype | None
-    """Of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its own: a
-    narrower one is faster, and its rounding moves no token."""
+    """Of a small model's matrices; None takes its checkpoint's. A trained drafter keeps its own on
+    the CPU: a narrower one is faster, and its rounding moves no token. On a GPU it has the
+    target's, whose features it multiplies."""
     options: DrafterOptions
     target_path: Path | None = None
     """The target's directory, whose tokenizer a smaller model must have; None: not known."""

@@ -16,7 +16,7 @@ import torch
 from specrt.cache import CacheBatch
 from specrt.device import Device
 from specrt.draft.base import Budget, Drafter
-from specrt.draft.length.costs import RoundCost
+from specrt.draft.length.costs import GPU_SLOPE, RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
@@ -75,7 +75,7 @@ class Drafting:
         self._target = target
         self.max_nodes = max_nodes
         self._groups: tuple[Group, ...] | None = None
-        self.cost = RoundCost()
+        self.cost = RoundCost(GPU_SLOPE) if target.device.is_gpu else RoundCost()
         """What verifying rows takes."""
         self._to_restart: list[Request] = []
 

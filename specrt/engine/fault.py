@@ -29,7 +29,7 @@ class DeviceWatch:
         if self.fault is None and isinstance(error, Exception):
             try:
                 self._wait()
-            except Exception as answer:  # CUDA's: it is torch's RuntimeError
+            except RuntimeError as answer:  # as torch raises CUDA's errors
                 cause = error if isinstance(error, RuntimeError) else answer
                 self.fault = str(cause).partition("\n")[0] or type(cause).__name__
         return self.fault is not None

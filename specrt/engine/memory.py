@@ -24,9 +24,9 @@ from specrt.tree import MAX_NODES
 
 PAGE_SIZE = 64
 """Tokens of a page of an engine's cache."""
-MARGIN = 512 << 20
-"""Bytes left to CUDA's libraries and graphs, to attention's and acceptance's workspaces and to
-tables that grow with the texts."""
+MARGIN = 1 << 30
+"""Bytes left to CUDA's libraries and graphs, to attention's and acceptance's workspaces (of some 15
+MB for each size of trees), to drafters' buffers and to tables that grow with the texts."""
 
 _NOWHERE = Device(torch.device("meta"))
 

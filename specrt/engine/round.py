@@ -71,9 +71,9 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     seen = device.read(rows).numpy()
     report = read_report(seen, tree.draft_tokens.shape[1])
     cached.advance(report.num_taken.tolist())
-    # Of its own, for a drafter may write to it.
-    theirs = read_report(seen.copy(), tree.draft_tokens.shape[1])
-    drafting.observe(draft, replace(result, report=theirs), output.taps)
+    if draft.parts:  # its report is its own, for a drafter may write to it
+        theirs = read_report(seen.copy(), tree.draft_tokens.shape[1])
+        drafting.observe(draft, replace(result, report=theirs), output.taps)
     draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
     drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
     return Round(report, draft_ms, verify_ms, accept_ms)

@@ -83,13 +83,12 @@ class LlamaModel:
         self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.dtype = weights.embed.dtype
         self.device = device or Device(weights.embed.device)
-        is_on_gpu = self.device.is_gpu
-        self.activation_dtype = activation_dtype or (self.dtype if is_on_gpu else torch.float32)
+        self.activation_dtype = activation_dtype or self.device.activation_dtype(self.dtype)
         self.rope = rotary_table(config, head_dim, self.device, rope)
         self._cos_sin = self.rope.reaching(0)
         self._workspace = Workspace.make(self._padded, 0, 0, self.activation_dtype, self.device)
         self._scratch: GpuScratch | None = None
-        if is_on_gpu:
+        if self.device.is_gpu:
             self._scratch = GpuScratch(self._padded, self.activation_dtype, self.device)
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}

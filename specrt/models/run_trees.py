@@ -163,8 +163,7 @@ class HostTrees:
         self._marks[self._marked[level]] = math.nan
 
     def ids(self, level: int) -> torch.Tensor:
-        ids: torch.Tensor = self._ids[level]
-        return ids
+        return self._ids[level]
 
     def tell_launched(self, level: int) -> None:
         pass
@@ -262,8 +261,7 @@ class DeviceTrees:
         self._num_writes = self._count_writes()
 
     def ids(self, level: int) -> torch.Tensor:
-        ids: torch.Tensor = self._tokens[:, self._shape.place(level)].reshape(-1)
-        return ids
+        return self._tokens[:, self._shape.place(level)].reshape(-1)
 
     def tell_launched(self, level: int) -> None:
         self._is_run[level] = True

@@ -160,12 +160,12 @@ class GpuScratch:
         """A workspace of ``tree_attention`` for the largest step that came up."""
 
     def prepare(self, batch: int, num_nodes: int, num_positions: int) -> None:
-        """Make room for the attention of N rows of each of B sequences.
+        """Make room for a step's attention.
 
         Args:
-            batch: B.
-            num_nodes: N.
-            num_positions: slots of a sequence's pages.
+            batch: its sequences.
+            num_nodes: rows of each.
+            num_positions: that their pages have room for.
 
         Raises:
             ValueError: a setting of torch's has changed, and a row's bits with it.

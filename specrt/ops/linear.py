@@ -122,7 +122,7 @@ def _workspace_views(
     sums_size = GEMM_ROWS * num_outputs * torch.float32.itemsize
     size = sums_size + GEMM_ROWS * num_inputs * x.element_size()
     if workspace is None:
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        workspace = x.new_empty(size, dtype=torch.uint8)
     elif workspace.dtype != torch.uint8 or workspace.numel() < size:
         raise ValueError(
             f"workspace: expected at least [{size}] uint8, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from specrt.types import Proposal, SequenceState
 VOCAB = 97
 
 
-def make_drafter(model: LlamaModel, path: Path, **options: bool) -> FspadDrafter:
+def make_drafter(model: LlamaModel, path: Path, **options: Any) -> FspadDrafter:
     chosen = DrafterOptions(**options)
     drafter = load_drafter(path, model, None, chosen)
     assert isinstance(drafter, FspadDrafter)

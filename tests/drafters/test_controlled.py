@@ -11,7 +11,8 @@ import pytest
 
 from specrt.draft.fspad.checkpoint import read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
-from specrt.draft.fspad.layer import DraftLayer, pack_weights
+from specrt.draft.fspad.layer import DraftLayer
+from specrt.draft.fspad.weights import pack_weights
 from specrt.draft.length.control import CONTROLLERS, ControlOptions, Posterior
 from specrt.draft.length.controlled import ControlledPolicy
 from specrt.draft.length.costs import RoundCost
@@ -54,7 +55,7 @@ class World:
         chances = self.belief ** np.arange(1, 10)[None].repeat(self.batch, axis=0)
         masses: list[float] = []
         for number in range(1, 10):
-            masses.append(choice.mass(np.log(chances[:, number - 1 : number])))
+            masses.append(choice.mass(np.log(chances[:, number - 1 : number]), number - 1))
             if not choice.expands(masses, self.batch, self.cost):
                 break
         time = self.level * ONE_MS
@@ -71,7 +72,7 @@ class World:
             size = choice.size(scores, levels, self.cost)
             holds = self.rng.random((self.batch, NODES)) < self.truth
             is_accepted = (holds.cumprod(axis=1) * (scores > -np.inf))[:, : size - 1]
-            choice.observe_outcome(scores[:, : size - 1], is_accepted)
+            choice.observe_outcome(scores[:, : size - 1], is_accepted, levels)
             tokens += is_accepted.sum() / self.batch
         plain, rows = 1.0 + SLOPE * (self.batch - 1), size * self.batch
         verify = 1.0 + SLOPE * (rows - 1)
@@ -126,7 +127,7 @@ def test_what_is_not_reached_is_not_followed(kind: str, masses: list[float]) -> 
         is_open = choice.expands(masses[:number], 1, cost)
     assert not is_open
     choice.size(np.zeros((1, NODES)), len(masses), cost)
-    choice.observe_outcome(np.zeros((1, NODES)), np.zeros((1, NODES)))
+    choice.observe_outcome(np.zeros((1, NODES)), np.zeros((1, NODES)), len(masses))
     belief = belief_of(policy)
     assert math.isfinite(belief.bias_mean) and math.isfinite(belief.gain_mean)
 
@@ -139,7 +140,7 @@ def test_the_mean_of_the_batch_is_learned() -> None:
     is_accepted = np.zeros((3, 8))
     is_accepted[0, :4] = is_accepted[1, :2] = 1.0
     choice.size(np.zeros((3, 8)), 4, RoundCost())
-    choice.observe_outcome(np.zeros((3, 8)), is_accepted)
+    choice.observe_outcome(np.zeros((3, 8)), is_accepted, 4)
     belief = belief_of(policy)
     assert (belief.alpha - 1e9, belief.beta) == (2.0, 2.0)
 
@@ -158,9 +159,9 @@ def test_outcomes_may_come_after_later_rounds_have_begun() -> None:
             is_accepted[:, :num_levels] = num_levels > 1
             late.append((choice, is_accepted))
             if not is_late:
-                choice.observe_outcome(np.zeros((1, 8)), is_accepted)
+                choice.observe_outcome(np.zeros((1, 8)), is_accepted, num_levels)
         for choice, is_accepted in late if is_late else ():
-            choice.observe_outcome(np.zeros((1, 8)), is_accepted)
+            choice.observe_outcome(np.zeros((1, 8)), is_accepted, 4)
         belief = belief_of(policy)
         return belief.alpha - 1e9, belief.beta - 1.0
 

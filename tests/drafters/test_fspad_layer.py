@@ -10,7 +10,8 @@ import torch
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import ARCHS, DraftConfig
-from specrt.draft.fspad.layer import DraftLayer, fold, pack_weights
+from specrt.draft.fspad.layer import DraftLayer
+from specrt.draft.fspad.weights import fold, pack_weights
 from specrt.models.rope import RotaryTable
 from specrt.train.fspad.module import DraftModel
 from tests.checkpoints import make_checkpoint, random_draft_tensors

@@ -10,7 +10,7 @@ import torch
 from specrt.draft.base import Budget
 from specrt.draft.fspad.checkpoint import ARCHS
 from specrt.draft.length.costs import RoundCost
-from specrt.draft.length.measured import MeasuredPolicy
+from specrt.draft.length.measured import Calibration, MeasuredPolicy
 from specrt.models.model import LlamaModel
 from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
@@ -174,5 +174,7 @@ def test_outcomes_may_come_a_round_late(checkpoint: Path, drafters: dict[str, Pa
             observe_one(rig, proposal, state, len(state.token_ids))
         assert all(int(proposal.num_nodes) > 1 for _, proposal in late)
         assert isinstance(drafter._policy, MeasuredPolicy)
-        learned.append(drafter._policy._calibration._believed.tolist())
-    assert learned[0] == learned[1] != MeasuredPolicy()._calibration._believed.tolist()
+        belief = drafter._policy._belief
+        assert isinstance(belief, Calibration)
+        learned.append(belief._believed.tolist())
+    assert learned[0] == learned[1] != Calibration()._believed.tolist()

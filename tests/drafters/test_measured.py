@@ -89,7 +89,7 @@ def test_nan_promises_nothing() -> None:
     scores = np.full((1, 63), np.nan)
     policy, cost = MeasuredPolicy(), measured()
     assert policy.size(scores, 3, cost) == 1
-    assert policy.mass(scores) == 0.0
+    assert policy.mass(scores, 0) == 0.0
     for masses in ([math.nan], [0.9, math.nan], [math.nan, 0.9]):
         assert not policy.expands(masses, 1, cost)
     # It neither outlives the round nor spoils the sequences beside it.
@@ -97,7 +97,7 @@ def test_nan_promises_nothing() -> None:
     alone = MeasuredPolicy().size(good, 3, cost)
     fresh = MeasuredPolicy()
     assert fresh.size(np.concatenate([scores, good]), 3, cost) > 1
-    fresh.observe_outcome(scores, np.zeros((1, 63)))
+    fresh.observe_outcome(scores, np.zeros((1, 63)), 3)
     assert fresh.size(good, 3, cost) == alone > 1
     assert fresh.expands([0.9], 1, cost)
 
@@ -126,10 +126,11 @@ def test_depth_falls_with_the_price_of_a_level_and_with_doubt() -> None:
         policy, cost = drafting(MeasuredPolicy(), level, level), measured(0.01)
         believed = logs(fall ** np.arange(1, 41)[None])
         for _ in range(600):
-            policy.observe_outcome(believed, accepted * np.exp(believed))
-        masses = [policy.mass(believed[:, :1])]
+            policy.observe_outcome(believed, accepted * np.exp(believed), 40)
+        masses = [policy.mass(believed[:, :1], 0)]
         while len(masses) < 40 and policy.expands(masses, 1, cost):
-            masses.append(policy.mass(believed[:, len(masses) : len(masses) + 1]))
+            level = len(masses)
+            masses.append(policy.mass(believed[:, level : level + 1], level))
         return len(masses)
 
     by_price = [depth(level, 0.8) for level in (0.02, 0.1, 0.3, 2.0)]
@@ -149,7 +150,7 @@ def test_beliefs_are_corrected_by_how_they_turn_out(share: float) -> None:
         probs = falling(rng, 2, 63)
         policy = drafting(MeasuredPolicy(), 0.2, 0.1)
         for _ in range(400):
-            policy.observe_outcome(logs(probs), share * probs)
+            policy.observe_outcome(logs(probs), share * probs, 3)
         size = policy.size(logs(probs), 3, measured(0.02))
         rates = {n: rate(probs, n, 0.4, 0.02, share) for n in ENVELOPES if n <= 64}
         assert rates[size] == pytest.approx(max(rates.values()), rel=5e-3)
@@ -160,7 +161,7 @@ def test_each_class_of_belief_has_its_own_correction() -> None:
     calibration = Calibration()
     scores = logs(np.array([[0.97, 0.5, 0.02]]))
     for _ in range(900):
-        calibration.observe(scores, np.array([[0.97, 0.8, 0.0]]))
+        calibration.observe(scores, np.array([[0.97, 0.8, 0.0]]), 3)
     assert calibration(scores)[0] == pytest.approx([0.97, 0.8, 0.0], abs=1e-3)
     for _ in range(20):
         calibration.forgive()
@@ -172,7 +173,7 @@ def test_a_root_alone_says_nothing_of_beliefs() -> None:
     policy = drafting(MeasuredPolicy(), 0.2, 0.1)
     expected = policy.size(logs(probs), 3, measured(0.02))
     for _ in range(3000):
-        policy.observe_outcome(np.empty((1, 0)), np.empty((1, 0)))
+        policy.observe_outcome(np.empty((1, 0)), np.empty((1, 0)), 3)
     assert policy.size(logs(probs), 3, measured(0.02)) == expected > 1
 
 
@@ -214,9 +215,10 @@ class World:
             self.verify(1)
             return False
         believed = logs(self.belief ** np.arange(1, 9)[None].repeat(self.batch, axis=0))
-        masses = [self.policy.mass(believed[:, :1])]
+        masses = [self.policy.mass(believed[:, :1], 0)]
         while len(masses) < 8 and self.policy.expands(masses, self.batch, self.cost):
-            masses.append(self.policy.mass(believed[:, len(masses) : len(masses) + 1]))
+            level = len(masses)
+            masses.append(self.policy.mass(believed[:, level : level + 1], level))
         levels = len(masses)
         time = self.level * ONE_MS
         self.policy.observe_draft(time, time * (levels - 1), levels - 1)
@@ -225,7 +227,7 @@ class World:
         size = self.policy.size(scores, levels, self.cost)
         holds = rng.random((self.batch, 63)) < self.truth
         is_accepted = (holds.cumprod(axis=1) * (scores > -np.inf))[:, : size - 1]
-        self.policy.observe_outcome(scores[:, : size - 1], is_accepted)
+        self.policy.observe_outcome(scores[:, : size - 1], is_accepted, levels)
         self.verify(size)
         return True
 

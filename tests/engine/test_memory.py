@@ -18,7 +18,9 @@ import torch
 from specrt.cache import KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import Drafter, EmptyDrafter
+from specrt.draft.base import CachingDrafter, Drafter, EmptyDrafter
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.core import EngineLimits
 from specrt.engine.engine import Engine
@@ -28,7 +30,7 @@ from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, make_draft_checkpoint, make_exit_checkpoint
 from tests.engine.support import LetterTokenizer, make_engine, make_model, prompts, texts
 
 META = torch.device("meta")
@@ -108,8 +110,8 @@ def test_a_model_of_8_billion_parameters(wide: Path, give: Give) -> None:
     with pytest.raises(MemoryError) as caught:
         size_check(config, BF16, EngineLimits(max_cached_tokens=8000), GPU)(weights)
     assert str(caught.value) == (
-        "no room on cuda:0: needed 17.13 GiB (weights 14.96 GiB + KV cache 1008.0 MiB + "
-        "workspace 1.19 GiB), free 16.00 GiB of 24.00 GiB; a smaller max_cached_tokens needs less, "
+        "no room on cuda:0: needed 17.63 GiB (weights 14.96 GiB + KV cache 1008.0 MiB + "
+        "workspace 1.69 GiB), free 16.00 GiB of 24.00 GiB; a smaller max_cached_tokens needs less, "
         "device='cpu' nothing of it"
     )
 
@@ -190,6 +192,15 @@ def test_a_drafters_pages_are_counted_too(wide: Path, give: Give) -> None:
     give(rest(model, max_batch=2) + 9 * page_bytes(model) + 5)
     assert engine_there(model, drafter, max_batch=2).cache.num_pages == 3
     assert drafter.cache.num_pages == drafter.cache.max_pages == 3
+
+
+def test_trained_drafters_tell_where_they_cache(checkpoint: Path, tmp_path: Path) -> None:
+    make_draft_checkpoint(checkpoint, tmp_path / "fspad")
+    make_exit_checkpoint(checkpoint, tmp_path / "exit", 1)
+    for name in ("fspad", "exit"):
+        drafter = load_drafter(tmp_path / name, make_model(checkpoint), None, DrafterOptions())
+        assert isinstance(drafter, CachingDrafter) and drafter.cache.page_size == PAGE_SIZE
+    assert not isinstance(EmptyDrafter(), CachingDrafter)
 
 
 @pytest.mark.parametrize("cache", [None, {}, SimpleNamespace(device=Device(META))], ids=str)

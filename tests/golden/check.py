@@ -15,7 +15,8 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.checkpoint import EMBED, read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
-from specrt.draft.fspad.layer import Activations, DraftLayer, Rows, fold, pack_weights
+from specrt.draft.fspad.layer import DraftLayer, Rows
+from specrt.draft.fspad.weights import fold, pack_weights
 from specrt.draft.length.costs import RoundCost
 from specrt.tree import MAX_NODES, chain_tree
 from specrt.types import AcceptResult, Proposal, SequenceState
@@ -94,7 +95,7 @@ def forward(
         piece = slice(start, start + MAX_NODES)
         tree = chain_tree(tokens[None, piece].contiguous())
         count = tree.draft_tokens.shape[1]
-        work = Activations.make(layer.padded, count, layer.weights.head.shape[0])
+        work = layer.activations(count)
         batch = CacheBatch(cache, [sequence])
         first = torch.zeros(1, dtype=torch.int32)
         rows = Rows(tree.depth, batch.kv_len, first, tree.num_nodes, batch.block_table)

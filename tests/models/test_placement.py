@@ -13,7 +13,8 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
-from specrt.models import placement, step
+from specrt.device import Device
+from specrt.models import placement
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import (
@@ -27,13 +28,13 @@ from specrt.models.placement import (
 from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
 from specrt.tree import TreeBuilder
-from specrt.types import VerifyOutput
 from tests.checkpoints import make_checkpoint
 from tests.trees import trees_of
 
 # A device whose memory nobody can read, or copy from: stands for a GPU wherever kernels are not
 # what is tested.
 META = torch.device("meta")
+THERE = Device(META)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_weights_keep_their_places_in_the_arena(tmp_path: Path, is_tied: bool) -
     make_checkpoint("llama", tmp_path, tie_word_embeddings=is_tied, attention_bias=True)
     config = ModelConfig.from_directory(tmp_path)
     here = load_weights(tmp_path, config, torch.bfloat16)
-    there = place_weights(here, META)
+    there = place_weights(here, THERE)
     assert there.arena.device == META and there.arena.shape == here.arena.shape
     assert (there.embed is there.lm_head) is is_tied
     before, after = tensors_of(here), tensors_of(there)
@@ -241,7 +242,7 @@ def test_weights_keep_their_places_in_the_arena(tmp_path: Path, is_tied: bool) -
         if tensor.dim() == 2:
             old = before[name].storage_offset() * before[name].element_size() - start
             assert tensor.storage_offset() * tensor.element_size() == old, name
-    assert place_weights(here, torch.device("cpu")) is here
+    assert place_weights(here, Device()) is here
 
 
 def test_no_room_for_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +252,7 @@ def test_no_room_for_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPat
     weights = load_weights(checkpoint, ModelConfig.from_directory(checkpoint), torch.bfloat16)
     monkeypatch.setattr(torch.Tensor, "to", refuse)
     with pytest.raises(MemoryError, match=r"no memory for \d+ MiB of weights on meta"):
-        place_weights(weights, META)
+        place_weights(weights, THERE)
 
 
 # --- a model whose memory cannot be read ----------------------------------------------------------
@@ -279,37 +280,43 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     return made
 
 
-def model_on_a_gpu(checkpoint: Path, **options: Any) -> LlamaModel:
-    def no_graphs(key: object, launch: object) -> None:
-        raise AssertionError("a GPU's launches in a graph of the CPU")
-
+def model_on_a_gpu(checkpoint: Path, device: Device = THERE) -> LlamaModel:
     config = ModelConfig.from_directory(checkpoint)
-    weights = place_weights(load_weights(checkpoint, config, torch.bfloat16), META)
-    return LlamaModel(config, weights, no_graphs, **options)
+    weights = place_weights(load_weights(checkpoint, config, torch.bfloat16), device)
+    return LlamaModel(config, weights, device)
+
+
+class Capturing(Device):
+    """Keeps what the launches of a step were given the first time."""
+
+    def __init__(self, calls: list[tuple[str, tuple[Any, ...]]]) -> None:
+        super().__init__(META)
+        self.num_launches = 0
+        self._calls = calls
+        self._captured: dict[Any, tuple[torch.Tensor, ...]] = {}
+
+    def run(self, key: Any, launch: Callable[[], None]) -> bool:
+        self._calls.clear()
+        launch()
+        used = tuple(x for _, given in self._calls for x in given if isinstance(x, torch.Tensor))
+        was_known = key in self._captured
+        self.num_launches += was_known
+        before = self._captured.setdefault(key, used)
+        scratch = [given[-2] for name, given in self._calls if name == "tree_attention"]
+        assert any(scratch[0] is x for x in before)
+        return was_known
+
+    def forget(self) -> None:
+        super().forget()
+        self._captured.clear()
 
 
 def test_who_captures_on_a_gpu_hears_of_memory_that_moves(
-    checkpoint: Path,
-    calls: list[tuple[str, tuple[Any, ...]]],
-    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path, calls: list[tuple[str, tuple[Any, ...]]]
 ) -> None:
     """A step that is known still has the memory with which it was captured."""
-    monkeypatch.setattr(step, "on_host", lambda output: output)
-    captured: dict[Any, tuple[torch.Tensor, ...]] = {}
-    launches = 0
-
-    def capture(key: Any, launch: Callable[[], None]) -> None:
-        nonlocal launches
-        calls.clear()
-        launch()
-        used = tuple(x for _, given in calls for x in given if isinstance(x, torch.Tensor))
-        if key in captured:
-            launches += 1
-        before = captured.setdefault(key, used)
-        scratch = [given[-2] for name, given in calls if name == "tree_attention"]
-        assert any(scratch[0] is x for x in before)
-
-    model = model_on_a_gpu(checkpoint, run_on_gpu=capture, on_move=captured.clear)
+    device = Capturing(calls)
+    model = model_on_a_gpu(checkpoint, device)
     cache = model.new_cache()
     sequences = [cache.open(300), cache.open(300)]
     lone, both = CacheBatch(cache, sequences[:1]), CacheBatch(cache, sequences)
@@ -319,14 +326,14 @@ def test_who_captures_on_a_gpu_hears_of_memory_that_moves(
     trees = {lone: trees_of([pair]), both: trees_of([TreeBuilder(3)] * 2)}
     for batch in (lone, both, lone, both, lone):
         model.forward(trees[batch], batch)
-    assert launches == 2
+    assert device.num_launches == 2
 
 
 def test_commits_count_on_the_host(
     checkpoint: Path, calls: list[tuple[str, tuple[Any, ...]]]
 ) -> None:
     config = ModelConfig.from_directory(checkpoint)
-    cache = KVCache(config, torch.bfloat16, 16, device=META)
+    cache = KVCache(config, torch.bfloat16, 16, device=THERE)
     sequences = [cache.open(40), cache.open(40), cache.open(40)]
     sequences[0].length = 3
     batch = CacheBatch(cache, sequences)
@@ -338,26 +345,18 @@ def test_commits_count_on_the_host(
     assert cache.open(100).pages and cache.kv.device == META  # grown where it was
 
 
-def test_a_pass_reads_nothing_back_but_its_output(
-    checkpoint: Path,
-    calls: list[tuple[str, tuple[Any, ...]]],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_pass_reads_nothing_back(
+    checkpoint: Path, calls: list[tuple[str, tuple[Any, ...]]]
 ) -> None:
-    fetched: list[VerifyOutput] = []
-
-    def fetch(output: VerifyOutput) -> VerifyOutput:
-        fetched.append(output)
-        return output
-
-    monkeypatch.setattr(step, "on_host", fetch)
-    model = model_on_a_gpu(checkpoint)
+    device = Device(META)
+    model = model_on_a_gpu(checkpoint, device)
     cache = model.new_cache()
     batch = CacheBatch(cache, [cache.open(300), cache.open(300)])
     tree = TreeBuilder(3)
     tree.add_path([1, 2], 8)
     tree.add_path([4], 8)
-    model.forward(trees_of([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
-    (output,) = fetched
+    output = model.forward(trees_of([tree, tree]), batch, taps=(FINAL_TAP, "layer.0"))
+    assert device.num_reads == 0 and output.logits.is_meta
     assert output.logits.shape == (2, 4, 97) and output.logits.dtype == torch.float32
     assert {tap.dtype for tap in output.taps.values()} == {torch.bfloat16}
     names = [name for name, _ in calls]

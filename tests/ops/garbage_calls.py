@@ -14,7 +14,7 @@ from specrt import ops
 from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
 from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from specrt.ops.history_append import report_size
-from specrt.ops.tree_accept import workspace_size
+from specrt.ops.tree_accept import gpu_workspace_size, workspace_size
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from tests.ops.conftest import Backend
@@ -123,6 +123,9 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
     parents = torch.tensor([random_parents(NODES, g) for _ in range(BATCH)], dtype=torch.int32)
     shape = (BATCH, NODES)
     law = torch.rand(*shape, VOCAB, generator=g).softmax(-1)
+    workspace = None if variant == 5 else torch.zeros(1, workspace_size(VOCAB))
+    if backend.runs_cuda_source:
+        workspace = torch.zeros(gpu_workspace_size(*shape, VOCAB, has_draft_probs=True))
     return {
         "draft_tokens": torch.randint(0, VOCAB, shape, generator=g, dtype=torch.int32),
         "parents": parents,
@@ -134,7 +137,7 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
         "bias_values": table.bias_values,
         "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
         "history_len": ints(9, 8, 1),
-        "workspace": None if variant == 5 else torch.zeros(1, workspace_size(VOCAB)),
+        "workspace": workspace,
         "path": torch.zeros(shape, dtype=torch.int32),
         "accept_length": ints(0, 0, 0),
         "tokens": torch.zeros(shape, dtype=torch.int32),
@@ -392,6 +395,7 @@ KERNELS = {
         own=("draft_tokens", "parents", "num_nodes", "history", "history_len", "sampling"),
         shared=("bias_ids", "bias_values"),
         results=("path", "accept_length", "tokens", "logprobs"),
+        has_cuda_source=True,
     ),
     "tree_expand": Kernel(
         expand_arguments,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from transformers.generation import logits_process as hf
 from specrt import _C
 from specrt.accept import accept
 from specrt.ops import gumbel_noise
-from specrt.ops.tree_accept import workspace_size
+from specrt.ops.tree_accept import gpu_workspace_size, workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import AcceptResult, DraftTree
+from tests.ops.conftest import Backend
 
 INF, NAN = math.inf, math.nan
+CPU = Backend("cpu", torch.device("cpu"))
 
 
 def i32(values: object) -> torch.Tensor:
@@ -34,15 +37,37 @@ def make_tree(tokens, parents, num_nodes=None, draft_probs=None) -> DraftTree:
     return DraftTree(tokens, parents, depth, ancestors, count, draft_probs)
 
 
-def run(tree, logits, params, history=None, prompt_len=None, **kw) -> AcceptResult:
+def on(backend: Backend, tensors: object) -> object:
+    """A tree or a table, where the backend has its tensors."""
+    found = {n: x for n, x in vars(tensors).items() if isinstance(x, torch.Tensor)}
+    return replace(tensors, **{n: x.to(backend.device) for n, x in found.items()})
+
+
+def scratch_on(backend: Backend, shape: torch.Size, has_draft_probs: bool) -> torch.Tensor | None:
+    if not backend.runs_cuda_source:
+        return None
+    return torch.zeros(
+        gpu_workspace_size(*shape, has_draft_probs=has_draft_probs), device=backend.device
+    )
+
+
+def run(
+    tree, logits, params, history=None, prompt_len=None, backend=CPU, scratch=None, **kw
+) -> AcceptResult:
     batch, vocab = logits.shape[0], logits.shape[2]
     params = [params] * batch if isinstance(params, SamplingParams) else params
     history = [[0]] * batch if history is None else history
     width = max(len(h) for h in history)
-    padded = i32([h + [-7] * (width - len(h)) for h in history])
+    padded = i32([h + [-7] * (width - len(h)) for h in history]).to(backend.device)
     lens = [len(h) for h in history]
-    table = SamplingTable.build(params, prompt_len or lens, vocab)
-    return accept(tree, logits, table, padded, i32(lens), **kw)
+    table = on(backend, SamplingTable.build(params, prompt_len or lens, vocab))
+    if scratch is None:
+        scratch = scratch_on(backend, logits.shape, tree.draft_probs is not None)
+    result = accept(
+        on(backend, tree), logits.to(backend.device), table, padded, i32(lens).to(backend.device),
+        workspace=scratch, **kw,
+    )  # fmt: skip
+    return on(CPU, result)
 
 
 def processed(logits, params, history, prompt_len) -> torch.Tensor:
@@ -228,7 +253,9 @@ def test_text_depends_on_the_seed_alone(nodes: int, is_useful: bool) -> None:
     ],
     ids=str,
 )
-def test_penalties_count_ancestors_and_nobody_else(penalty, logit, token, mode: str) -> None:
+def test_penalties_count_ancestors_and_nobody_else(
+    backend: Backend, penalty, logit, token, mode: str
+) -> None:
     """At the end of the path 1, 1: tokens 2 and 3 are siblings of these, and 4 is a child."""
     tokens, parents = [[0, 1, 2, 1, 3, 4]], [[-1, 0, 0, 1, 1, 3]]
     logits = torch.zeros(1, 6, 6)
@@ -237,18 +264,24 @@ def test_penalties_count_ancestors_and_nobody_else(penalty, logit, token, mode: 
     probs = torch.full_like(logits, 1 / 6) if mode == "rejection" else None
     temperature = 0.0 if mode == "greedy" else 0.01  # no noise outweighs 0.4
     params = SamplingParams(temperature=temperature, seed=1, **penalty)
-    result = run(make_tree(tokens, parents, draft_probs=probs), logits, params, [[5, 0]], [1])
+    tree = make_tree(tokens, parents, draft_probs=probs)
+    result = run(tree, logits, params, [[5, 0]], [1], backend)
     assert result.tokens[0, :3].tolist() == [1, 1, token]
     assert result.path[0, :3].tolist() == [0, 1, 3]
 
 
 # --- traps ------------------------------
-def test_greedy_takes_the_lowest_id_on_ties_anywhere_in_the_row() -> None:
-    for vocab in (1, 5, 63, 64, 65, 200, 4099):
-        for first in {0, vocab // 2, vocab - 1}:
-            logits = torch.full((1, 1, vocab), -3.0)
-            logits[0, 0, first:] = 1.0
-            assert run(make_tree([[0]], [[-1]]), logits, SamplingParams()).tokens.item() == first
+@pytest.mark.parametrize("vocab", [1, 5, 63, 64, 65, 200, 4099, 8193])
+def test_greedy_takes_the_lowest_id_on_ties_anywhere_in_the_row(
+    backend: Backend, vocab: int
+) -> None:
+    firsts = sorted({0, vocab // 2, vocab - 1})
+    logits = torch.full((len(firsts), 1, vocab), -3.0)
+    for row, first in zip(logits[:, 0], firsts, strict=True):
+        row[first:] = 0.0
+        row[first + 1 :: 2] = -0.0  # ties with 0
+    tree = make_tree([[0]] * len(firsts), [[-1]] * len(firsts))
+    assert run(tree, logits, SamplingParams(), backend=backend).tokens[:, 0].tolist() == firsts
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -275,31 +308,34 @@ def test_a_bad_row_ends_its_sequence_only(bad, vocab: int, temperature: float) -
     assert torch.equal(run(tree, off_path, params).tokens, good.tokens)
 
 
-def test_masked_tokens_are_fine() -> None:
-    logits = torch.full((1, 1, 100), -INF)
-    logits[0, 0, 97] = -50.0
-    for params in (SamplingParams(), SamplingParams(temperature=1.0, seed=2, top_k=5, top_p=0.5)):
-        assert run(make_tree([[0]], [[-1]]), logits, params).tokens.item() == 97
+def test_masked_tokens_are_fine(backend: Backend) -> None:
+    logits = torch.full((3, 1, 100), -INF)
+    logits[:, 0, 97] = -50.0
+    filters = {"top_k": 5, "top_p": 0.5}, {"top_k": 5}
+    params = [SamplingParams(), *(SamplingParams(temperature=1.0, seed=2, **f) for f in filters)]
+    tree = make_tree([[0]] * 3, [[-1]] * 3)
+    assert run(tree, logits, params, backend=backend).tokens[:, 0].tolist() == [97] * 3
 
 
-def test_unequal_paths_duplicates_and_padding_in_one_batch() -> None:
+def test_unequal_paths_duplicates_and_padding_in_one_batch(backend: Backend) -> None:
     logits = torch.zeros(3, 4, 8)
     for node, token in enumerate([1, 2, 3, 4]):
         logits[:, node, token] = 5.0
     tree = make_tree(
         [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 1, 2]], [[-1, 0, 1, 2]] * 2 + [[-1, 0, 0, 1]], [4, 2, 4]
     )
-    result = run(tree, logits, SamplingParams(), want_logprobs=True)
+    result = run(tree, logits, SamplingParams(), backend=backend, want_logprobs=True)
     assert result.accept_length.tolist() == [3, 1, 2]
     assert result.path.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1], [0, 1, 3, -1]]
     assert result.tokens.tolist() == [[1, 2, 3, 4], [1, 2, -1, -1], [1, 2, 4, -1]]
     assert torch.equal(result.logprobs.isnan(), result.tokens < 0)
 
 
-def test_logprobs_are_of_the_unprocessed_law() -> None:
+def test_logprobs_are_of_the_unprocessed_law(backend: Backend) -> None:
     logits = torch.randn(1, 1, 1003, generator=torch.Generator().manual_seed(5)) * 4
     params = SamplingParams(temperature=0.5, seed=1, top_k=10, logit_bias={1: 40.0})
-    result = run(make_tree([[0]], [[-1]]), logits, params, want_logprobs=True)
+    tree = make_tree([[0]], [[-1]])
+    result = run(tree, logits, params, backend=backend, want_logprobs=True)
     assert result.tokens.item() == 1
     want = logits[0, 0].double().log_softmax(0)[1].item()
     assert result.logprobs.item() == pytest.approx(want, rel=1e-6)
@@ -353,12 +389,13 @@ def test_pruning_does_not_change_the_draw(scale: float) -> None:
         assert got.tokens.item() == (row + gumbel_noise(seed, 1, 5003)).argmax().item()
 
 
-def test_errors_name_the_argument() -> None:
+def test_errors_name_the_argument(backend: Backend) -> None:
     tree, logits = make_tree([[0]], [[-1]]), torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match="logits: expected"):
-        run(tree, logits.double(), SamplingParams())
+        run(tree, logits.double(), SamplingParams(), backend=backend)
     with pytest.raises(ValueError, match="draft_tokens: expected"):
-        run(make_tree([[0, 1]], [[-1, 0]]), logits, SamplingParams())
-    table = SamplingTable.build([SamplingParams()] * 2, [1, 1], 8)
+        run(make_tree([[0, 1]], [[-1, 0]]), logits, SamplingParams(), backend=backend)
+    table = on(backend, SamplingTable.build([SamplingParams()] * 2, [1, 1], 8))
+    ones = i32([1]).to(backend.device)
     with pytest.raises(ValueError, match=r"sampling: expected \[B, 8\]"):
-        accept(tree, logits, table, i32([[0]]), i32([1]))
+        accept(on(backend, tree), logits.to(backend.device), table, ones[None], ones)

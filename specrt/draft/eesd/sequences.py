@@ -9,7 +9,7 @@ from weakref import ref
 
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.eesd.costs import CostMeter
 from specrt.draft.eesd.model import ExitModel
@@ -77,6 +77,11 @@ class ExitSequences:
         self._given_costs = costs
         self._rest_left = 0
         self._weighs_time = costs is None and control.kind == "cost-aware"
+
+    @property
+    def cache(self) -> KVCache:
+        """Of the exit's keys and values."""
+        return self._cache
 
     def costs(self, batch: int = 1) -> DraftCosts:
         """Milliseconds of a round's parts, as given or as measured so far."""

@@ -5,8 +5,10 @@ pairs (feature f_t, token e_{t+1}), then level by level over the best ``top_k`` 
 most probable nodes of all levels (arXiv 2408.15562, section 3; EAGLE-2, arXiv 2406.16858). Trees
 are deterministic, so acceptance draws from the target alone.
 
-On the CPU a round is a handful of captured steps (one for the accepted pairs, one a level, one for
-the choice of nodes), so that drafting can stop at any level.
+A round is a handful of steps: one for the accepted pairs, one a level, one for the choice of nodes.
+On the CPU they are captured, and drafting may stop at any level. On a GPU they are launches that
+nobody waits for: the host says what it knows in one copy, sizes follow from earlier rounds, and
+nothing is read.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.device import Device, Mark
 from specrt.draft.base import Budget, DraftParams
-from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
-from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, RoundBuffers, RoundKey
+from specrt.draft.fspad.layer import DraftLayer, Rows
+from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, Choice, RoundBuffers, RoundKey
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
+from specrt.draft.length.envelope import ENVELOPES, RankBelief
 from specrt.draft.length.measured import MeasuredPolicy, TreePolicy, TreeRound
 from specrt.models.step import FINAL_TAP
 from specrt.reuse import Recent
@@ -53,8 +58,9 @@ class _Draft:
     """``[m, H]``: features whose pairs have not been run."""
 
     def add(self, features: torch.Tensor) -> None:
-        """Take features ``[n, H]``, which are valid only now."""
-        self.pending = torch.cat([self.pending, features])
+        """Take features ``[n, H]``, which nobody else writes to."""
+        features = features.to(self.pending.dtype)
+        self.pending = torch.cat([self.pending, features]) if len(self.pending) else features
 
 
 class _Plan(NamedTuple):
@@ -72,8 +78,11 @@ class _Offer(Proposal):
     """A proposal whose size was chosen by what its nodes were believed to be worth."""
 
     scores: np.ndarray = field(kw_only=True)
-    """``[B, N - 1]``, of the drafted nodes."""
+    """``[B, N - 1]``, of the drafted nodes; NaN where the host does not see them."""
+    num_levels: int = field(kw_only=True)
     round: TreeRound = field(kw_only=True)
+    marks: tuple[Mark, Mark, Mark] | None = field(kw_only=True)
+    """Before the steps, behind the first and behind the last level's; None where one was new."""
 
 
 class FspadDrafter:
@@ -86,6 +95,7 @@ class FspadDrafter:
         layer: the layer and its weights.
         is_coupled: rank candidates with the noise the target will draw with, where the temperature
             is above 0. Moves trees, never tokens.
+        control: how long to draft, in place of measured cost.
     """
 
     taps: tuple[str, ...] = (FINAL_TAP,)
@@ -102,9 +112,7 @@ class FspadDrafter:
         self._device = layer.device
         self._cache = KVCache(layer.padded, layer.weights.fc.dtype, device=self._device)
         self._drafts: dict[SequenceState, _Draft] = {}
-        self._policy: TreePolicy = (
-            MeasuredPolicy() if control is None else ControlledPolicy(control)
-        )
+        self._policy = _policy(self._device, control)
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
 
@@ -120,12 +128,12 @@ class FspadDrafter:
 
     def start(self, state: SequenceState) -> None:
         """Open an empty draft cache."""
-        hidden = self.layer.config.layer.hidden_size
-        self._drafts[state] = _Draft(self._cache.open(), torch.empty(0, hidden))
+        hidden, dtype = self.layer.config.layer.hidden_size, self.layer.activation_dtype
+        self._drafts[state] = _Draft(self._cache.open(), self._device.empty(0, hidden, dtype=dtype))
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Run the prompt's pairs but the last, whose output the first tree grows from."""
-        self._drafts[state].add(taps[FINAL_TAP][0])
+        self._drafts[state].add(taps[FINAL_TAP][0].clone())  # valid only now
         self._absorb(state, keep=1)
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
@@ -143,14 +151,17 @@ class FspadDrafter:
             return chain(torch.tensor(roots, dtype=torch.int32))
         batch = self._batch_of(states, plan)
         buffers = self._buffers(states, batch, plan)
-        begun = perf_counter()
+        marks = [self._device.mark()]
         is_known = self._extend(states, batch, buffers)
-        extended = perf_counter()
+        marks.append(self._device.mark())
         num_levels, are_known = self._grow(plan, batch, buffers, budget)
-        if is_known and are_known:
-            levels_ms = 1e3 * (perf_counter() - extended)
-            self._policy.observe_draft(1e3 * (extended - begun), levels_ms, num_levels - 1)
-        return self._choose(buffers, plan, num_levels, budget)
+        marks.append(self._device.mark())
+        choice = self._choose(buffers, plan, num_levels)
+        if plan.round is None:
+            return choice.tree(plan.num_nodes)
+        return self._offer(
+            choice, plan.round, num_levels, budget, tuple(marks) if is_known and are_known else None
+        )
 
     def observe(
         self,
@@ -160,15 +171,12 @@ class FspadDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Keep the features of the accepted path, which the next tree grows from."""
-        lengths, paths, features = result.lengths, result.paths, taps[FINAL_TAP]
+        lengths, features = result.lengths, taps[FINAL_TAP]
         for row, state in enumerate(states):
-            path = result.path[row, : max(0, lengths[row] + 1)].long()
+            path = result.path[row, : max(0, lengths[row] + 1)]
             self._drafts[state].add(features[row].index_select(0, path))
         if isinstance(proposal, _Offer):
-            is_accepted = np.zeros(proposal.scores.shape)
-            for row, length in enumerate(lengths):
-                is_accepted[row, paths[row, 1 : max(0, length) + 1] - 1] = 1.0
-            proposal.round.observe_outcome(proposal.scores, is_accepted)
+            self._learn(proposal, lengths, result.paths)
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
@@ -218,7 +226,8 @@ class FspadDrafter:
         drafts = [self._drafts[state] for state in states]
         most = buffers.stage(states, batch, [draft.pending for draft in drafts])
         is_known = self._run(buffers, -most, lambda: buffers.extend(most, batch))
-        batch.commit(buffers.pair_path, buffers.num_pairs)
+        batch.move(buffers.pair_path, buffers.num_pairs)
+        batch.advance([len(draft.pending) for draft in drafts])
         for draft in drafts:
             draft.pending = draft.pending[:0]
         return is_known
@@ -230,25 +239,48 @@ class FspadDrafter:
         are_known, masses = True, []
         for level in range(1, plan.num_levels + 1):
             if plan.round is not None:
-                masses.append(plan.round.mass(buffers.scores(level - 1)))
+                masses.append(plan.round.mass(buffers.scores(level - 1), level - 1))
                 if not plan.round.expands(masses, buffers.key.batch, budget.cost):
                     return level, are_known
             if level < plan.num_levels:
                 are_known &= self._run(buffers, level, partial(buffers.expand, level, batch))
         return plan.num_levels, are_known
 
-    def _choose(
-        self, buffers: RoundBuffers, plan: _Plan, num_levels: int, budget: Budget
-    ) -> Proposal:
+    def _choose(self, buffers: RoundBuffers, plan: _Plan, num_levels: int) -> Choice:
         choice = buffers.choice(plan.num_nodes)
         key = (plan.num_nodes, num_levels)
         self._run(buffers, key, lambda: buffers.choose(num_levels, choice))
-        if plan.round is None:
-            return choice.tree(plan.num_nodes)
-        scores = choice.node_scores.numpy()[:, 1:]
-        size = plan.round.size(scores, num_levels, budget.cost)
-        known = scores[:, : size - 1].copy()  # the next round may overwrite them
-        return _Offer(**vars(choice.tree(size)), scores=known, round=plan.round)
+        return choice
+
+    def _offer(
+        self,
+        choice: Choice,
+        chosen: TreeRound,
+        num_levels: int,
+        budget: Budget,
+        marks: tuple[Mark, Mark, Mark] | None,
+    ) -> _Offer:
+        scores = self._device.glance(choice.node_scores)[:, 1:]
+        size = chosen.size(scores, num_levels, budget.cost)
+        return _Offer(
+            **vars(choice.tree(size)),
+            scores=scores[:, : size - 1].copy(),  # the next round may overwrite them
+            num_levels=num_levels,
+            round=chosen,
+            marks=marks,
+        )
+
+    def _learn(self, offer: _Offer, lengths: Sequence[int], paths: npt.NDArray[np.int32]) -> None:
+        """Of a round that has been read: what it took, and what came of it."""
+        if offer.marks is not None:
+            extend_ms, levels_ms = (
+                self._device.ms_between(*pair) for pair in pairwise(offer.marks)
+            )
+            self._policy.observe_draft(extend_ms, levels_ms, offer.num_levels - 1)
+        is_accepted = np.zeros(offer.scores.shape)
+        for row, length in enumerate(lengths):
+            is_accepted[row, paths[row, 1 : max(0, length) + 1] - 1] = 1.0
+        offer.round.observe_outcome(offer.scores, is_accepted, offer.num_levels)
 
     def _run(self, buffers: RoundBuffers, step: Hashable, launch: Callable[[], None]) -> bool:
         """Run a step of ``buffers``; whether it had run before."""
@@ -265,12 +297,8 @@ class FspadDrafter:
             rows = draft.cached.length + len(draft.pending) + num_expanded
             self._cache.reserve(draft.cached, rows)
         batch = self._batch.update([draft.cached for draft in drafts])
-        self._reach(batch)
+        self.layer.prepare(batch, plan.top_k)
         return batch
-
-    def _reach(self, batch: CacheBatch) -> None:
-        """Make the rotary table as long as the pages; steps over a shorter one are stale."""
-        self.layer.reserve(batch.num_positions)
 
     def _buffers(
         self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
@@ -285,18 +313,27 @@ class FspadDrafter:
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
         """Run pending pairs but the last ``keep``: they leave keys and values, nothing more."""
-        draft = self._drafts[state]
+        draft, there = self._drafts[state], self._device.there
         while (left := len(draft.pending) - keep) > 0:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
-            tokens = torch.tensor(state.token_ids[first : first + count], dtype=torch.int32)
-            work = Activations.make(self.layer.padded, count, 0)
+            tokens = there(torch.tensor(state.token_ids[first : first + count], dtype=torch.int32))
+            work = self.layer.activations(count, has_logits=False)
             self._cache.reserve(draft.cached, draft.cached.length + count)
             batch = CacheBatch(self._cache, [draft.cached])
-            self._reach(batch)
-            order = torch.arange(count, dtype=torch.int32)[None]
-            num = torch.tensor([count], dtype=torch.int32)
+            self.layer.prepare(batch, 1)
+            order = there(torch.arange(count, dtype=torch.int32)[None])
+            num = there(torch.tensor([count], dtype=torch.int32))
             rows = Rows(order, batch.kv_len, torch.zeros_like(num), num, batch.block_table)
             self.layer.sample_features(tokens, None, draft.pending[:count], work)
             self.layer.append(0, rows, self._cache, work)
-            batch.commit(order, num)
+            batch.move(order, num)
+            batch.advance([count])
             draft.pending = draft.pending[count:]
+
+
+def _policy(device: Device, control: ControlOptions | None) -> TreePolicy:
+    """Who decides on sizes: by a tree's own scores where the host sees them in time."""
+    measured = MeasuredPolicy()
+    if device.is_gpu:
+        measured = MeasuredPolicy(RankBelief(), ENVELOPES)
+    return measured if control is None else ControlledPolicy(control, measured=measured)

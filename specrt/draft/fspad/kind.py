@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,12 @@ from typing import TYPE_CHECKING
 from specrt.draft.kind import DrafterRequest, Kind
 
 if TYPE_CHECKING:
+    import torch
+
     from specrt.draft.base import Drafter
+    from specrt.draft.fspad.checkpoint import DraftConfig
     from specrt.draft.fspad.layer import DraftLayer
+    from specrt.draft.fspad.weights import DraftWeights
     from specrt.models.model import LlamaModel
 
 
@@ -32,21 +37,42 @@ def _load(request: DrafterRequest) -> Drafter:
 
 
 def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
+    from torch import OutOfMemoryError
+
     from specrt.draft.fspad.checkpoint import read_checkpoint
-    from specrt.draft.fspad.layer import DraftLayer, fold, folding_pays, pack_weights
-    from specrt.draft.fspad.official import settle_head
+    from specrt.draft.fspad.layer import DraftLayer
+    from specrt.draft.fspad.official import HEAD, settle_head
 
     config, tensors = read_checkpoint(directory, target.config)
-    # It drafts on the CPU wherever the target is.
-    embed, head = target.weights.embed.cpu(), target.weights.lm_head.cpu()
-    settle_head(directory, tensors, head)
+    if HEAD in tensors:
+        settle_head(directory, tensors, target.device.read(target.weights.lm_head))
     # Rotary positions must reach as far as the target's, whatever a drafter's config says.
     reach = max(config.layer.max_positions, target.config.max_positions)
     config = replace(config, layer=replace(config.layer, max_positions=reach))
-    weights = pack_weights(config, tensors, embed, head, config.layer.dtype)
+    try:
+        weights = _placed(config, tensors, target, is_folded)
+        return DraftLayer(config, weights, target.device, target.rope)
+    except OutOfMemoryError as error:
+        raise MemoryError(f"no memory for the drafter on {target.device}: {directory}") from error
+
+
+def _placed(
+    config: DraftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    target: LlamaModel,
+    is_folded: bool | None,
+) -> DraftWeights:
+    """Weights where the target's are. A GPU's kernels take rows and matrices of one type."""
+    from specrt.draft.fspad.weights import fold, folding_pays, pack_weights
+
+    device, dtype = target.device, config.layer.dtype
+    if device.is_gpu:
+        dtype = target.dtype
+    embed, head = target.weights.embed, target.weights.lm_head
+    weights = pack_weights(config, tensors, embed, head, dtype, device)
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)
-    return DraftLayer(config, fold(weights) if is_folded else weights, rope=target.rope)
+    return fold(weights, device) if is_folded else weights
 
 
 FSPAD = Kind("fspad", "an FSPAD or EAGLE-1/2 drafter", _load, _matches, has_control=True)

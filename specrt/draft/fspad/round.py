@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch
-from specrt.draft.coupling import Coupling
-from specrt.draft.fspad.layer import Activations, DraftLayer, Rows
-from specrt.ops.tree_build import expand_workspace_size
+from specrt.device import Device
+from specrt.draft.coupling import ROW_WORDS, Coupling, write_sampling
+from specrt.draft.fspad.layer import DraftLayer, Rows
+from specrt.draft.staging import Staging
+from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import Proposal, SequenceState
 
@@ -54,14 +57,18 @@ class Frontier:
     """``[B, K, W]`` int64 bits over draft nodes."""
 
     @classmethod
-    def make(cls, batch: int, width: int) -> Frontier:
+    def make(cls, batch: int, width: int, device: Device) -> Frontier:
         """Empty buffers."""
+        tokens, candidates, source = device.zeros(3, batch, width, dtype=torch.int32)
+        bits = device.zeros(batch, width, _WORDS, dtype=torch.int64)
+        return cls(tokens, device.zeros(batch, width), candidates, source, bits)
 
-        def ints() -> torch.Tensor:
-            return torch.zeros(batch, width, dtype=torch.int32)
-
-        bits = torch.zeros(batch, width, _WORDS, dtype=torch.int64)
-        return cls(ints(), torch.zeros(batch, width), ints(), ints(), bits)
+    @classmethod
+    def root(cls, batch: int, device: Device) -> Frontier:
+        """What level 0 grows from: the root, which is no draft node."""
+        one = cls.make(batch, 1, device)
+        one.candidates.fill_(-1)
+        return one
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,10 @@ class Pool:
     scores: torch.Tensor
 
     @classmethod
-    def make(cls, batch: int, size: int) -> Pool:
+    def make(cls, batch: int, size: int, device: Device) -> Pool:
         """Empty buffers ``[B, C]``."""
-        shape = (batch, size)
-        ints = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
-        return cls(*ints, torch.zeros(shape))
+        tokens, parents = device.zeros(2, batch, size, dtype=torch.int32)
+        return cls(tokens, parents, device.zeros(batch, size))
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,11 @@ class Choice:
     """``[B, N]`` float32: log-probability of the path, best first; the root's is 0."""
 
     @classmethod
-    def make(cls, batch: int, num_nodes: int) -> Choice:
+    def make(cls, batch: int, num_nodes: int, device: Device) -> Choice:
         """Empty buffers."""
-        ints = torch.zeros(2, batch, num_nodes, dtype=torch.int32)
-        counts = torch.zeros(batch, dtype=torch.int32)
-        return cls(ints[0], ints[1], counts, torch.zeros(batch, num_nodes))
+        tokens, parents = device.zeros(2, batch, num_nodes, dtype=torch.int32)
+        counts = device.zeros(batch, dtype=torch.int32)
+        return cls(tokens, parents, counts, device.zeros(batch, num_nodes))
 
     def tree(self, size: int) -> Proposal:
         """The best ``size`` nodes, valid until the next round (views, where that is enough)."""
@@ -113,47 +119,54 @@ class RoundBuffers:
 
     Args:
         key: sizes.
-        layer: the drafter's layer.
+        layer: the drafter's layer, on whose device they are.
         max_levels: beyond the root's children.
     """
 
     def __init__(self, key: RoundKey, layer: DraftLayer, max_levels: int) -> None:
-        batch, width = key.batch, key.top_k
+        batch, width, device = key.batch, key.top_k, layer.device
         self.key = key
-        self._layer = layer
-        self._work = Activations.make(
-            layer.padded, batch * max(MAX_PAIRS, width), layer.weights.head.shape[0]
+        self._layer, self._device = layer, device
+        self._work = layer.activations(batch * max(MAX_PAIRS, width))
+        hidden, dtype = layer.padded.hidden_size, layer.activation_dtype
+        self._pair_features = device.zeros(batch * MAX_PAIRS, hidden, dtype=dtype)
+        self._regressed = [device.zeros(batch * width, hidden, dtype=dtype) for _ in range(2)]
+        self._block_table = device.zeros(batch, key.table_width, dtype=torch.int32)
+        self._stage_inputs(key)
+        self._zero, self._one, self._width = device.there(
+            torch.tensor([[0], [1], [width]], dtype=torch.int32).repeat(1, batch)
         )
-        hidden = self._hidden_size = layer.padded.hidden_size
-        self._pair_tokens = torch.zeros(batch * MAX_PAIRS, dtype=torch.int32)
-        self._pair_features = torch.zeros(batch * MAX_PAIRS, hidden)
-        self._regressed = [torch.zeros(batch * width, hidden) for _ in range(2)]
-        self._block_table = torch.zeros(batch, key.table_width, dtype=torch.int32)
-        counts = torch.zeros(4, batch, dtype=torch.int32)
-        self._counts = counts.numpy()
-        self._kv_len, self._kv_len_after, self._num_earlier = counts[0], counts[1], counts[2]
-        self.num_pairs = counts[3]
-        self._one = torch.ones(batch, dtype=torch.int32)
-        self._zero = torch.zeros(batch, dtype=torch.int32)
-        self._width = torch.full((batch,), width, dtype=torch.int32)
         levels = torch.arange(max_levels + 1, dtype=torch.int32) - 1  # what level l's rows stand on
-        self._level_depth = levels[:, None, None].expand(-1, batch, width).contiguous()
-        self._level_first = (levels * width)[:, None].expand(-1, batch).contiguous()
-        depths = torch.arange(MAX_PAIRS - 1, dtype=torch.int32)
-        self._earlier_depth = depths.expand(batch, -1).contiguous()
-        path = torch.arange(MAX_PAIRS, dtype=torch.int32)
-        self.pair_path = path.expand(batch, -1).contiguous()
-        self._last_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
-        self._root_scores = torch.zeros(batch, 1)
-        self._root_candidates = torch.full((batch, 1), -1, dtype=torch.int32)
-        self._root_bits = torch.zeros(batch, 1, _WORDS, dtype=torch.int64)
-        self._roots = torch.zeros(batch, dtype=torch.int32)
-        self._coupling = Coupling.make(batch) if key.is_coupled else None
-        self._frontiers = [Frontier.make(batch, width) for _ in range(2)]
-        self._pool = Pool.make(batch, width + max_levels * width * width)
-        num_parts = max(1, min(batch * width, torch.get_num_threads()))
-        self._scratch = torch.empty(num_parts, expand_workspace_size(layer.weights.head.shape[0]))
+        self._level_depth = device.there(levels[:, None, None].repeat(1, batch, width))
+        self._level_first = device.there((levels * width)[:, None].repeat(1, batch))
+        self.pair_path = device.there(torch.arange(MAX_PAIRS, dtype=torch.int32).repeat(batch, 1))
+        self._root = Frontier.root(batch, device)
+        self._frontiers = [Frontier.make(batch, width, device) for _ in range(2)]
+        self._pool = Pool.make(batch, width + max_levels * width * width, device)
+        self._scratch = _expand_scratch(key, len(layer.weights.head), device)
         self._choices: dict[int, Choice] = {}
+
+    def _stage_inputs(self, key: RoundKey) -> None:
+        batch, ints = key.batch, torch.int32
+        self._staging = Staging(
+            self._device,
+            {
+                "bits": ((batch, 1, _WORDS), torch.int64),
+                "sampling": ((batch, ROW_WORDS), torch.int64),
+                "position": ((batch,), ints),
+                "counts": ((4, batch), ints),
+                "roots": ((batch,), ints),
+                "tokens": ((batch * MAX_PAIRS,), ints),
+            },
+        )
+        there = self._staging.there
+        self._pair_tokens, self._roots, self._last_bits = (
+            there[name] for name in ("tokens", "roots", "bits")
+        )
+        self._kv_len, self._kv_len_after, self._num_earlier, self.num_pairs = there["counts"]
+        self._coupling = None
+        if key.is_coupled:
+            self._coupling = Coupling(there["sampling"], there["position"])
 
     # --- staging ------------------------------------------------------------------------------
 
@@ -163,7 +176,7 @@ class RoundBuffers:
         batch: CacheBatch,
         pending: Sequence[torch.Tensor],
     ) -> int:
-        """Copy in what a round starts from.
+        """Copy in what a round starts from: what the host knows in one piece, and the features.
 
         Args:
             states: B sequences.
@@ -173,25 +186,38 @@ class RoundBuffers:
         Returns:
             The largest m: rows of a sequence in the extending step.
         """
-        most: int = max(len(features) for features in pending)
-        size = self.key.batch
-        tokens = self._pair_tokens[: size * most].numpy()
+        host, size = self._staging.host, self.key.batch
+        counts = [len(features) for features in pending]
+        most = max(counts)
+        tokens = host["tokens"][: size * most]
         earlier = tokens[size:].reshape(size, most - 1)
-        rows = self._pair_features[size : size * most].view(size, most - 1, self._hidden_size)
-        lengths = [cached.length for cached in batch.sequences]
-        for row, (state, features) in enumerate(zip(states, pending, strict=True)):
-            count, first = len(features), lengths[row] + 1
-            tokens[row] = state.token_ids[first + count - 1]
-            earlier[row, : count - 1] = state.token_ids[first : first + count - 1]
-            self._pair_features[row] = features[-1]
-            rows[row, : count - 1] = features[:-1]
-            self._counts[:, row] = lengths[row], lengths[row] + count, count - 1, count
-            self._last_bits[row, 0, 0] = (1 << count) - 1
-            self._roots[row] = state.token_ids[-1]
-        self._block_table.copy_(batch.block_table)
+        for row, (state, cached) in enumerate(zip(states, batch.sequences, strict=True)):
+            length, count = cached.length, counts[row]
+            *above, last = state.token_ids[length + 1 : length + 1 + count]
+            tokens[row], earlier[row, : count - 1] = last, above
+            host["counts"][:, row] = length, length + count, count - 1, count
+            host["bits"][row, 0, 0] = (1 << count) - 1
+            host["roots"][row] = state.token_ids[-1]
         if self._coupling is not None:
-            self._coupling.stage(states)
+            write_sampling(states, host["sampling"], host["position"])
+        self._staging.send()
+        self._take_features(pending, most)
+        self._block_table.copy_(batch.block_table)
         return most
+
+    def _take_features(self, pending: Sequence[torch.Tensor], most: int) -> None:
+        """Where :meth:`extend` wants them, each sequence's last one first. (What is left of rows
+        that none has stays as it is, for nobody sees them.)"""
+        size, places, features = self.key.batch, [], []
+        hidden = self._pair_features.shape[1]
+        rows = self._pair_features[size : size * most].view(size, most - 1, hidden)
+        for row, some in enumerate(pending):
+            places.append(self._pair_features[row])
+            features.append(some[-1])
+            if len(some) > 1:
+                places.append(rows[row, : len(some) - 1])
+                features.append(some[:-1])
+        torch._foreach_copy_(places, features)
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
 
@@ -207,7 +233,7 @@ class RoundBuffers:
             self._pair_tokens[:rows], None, self._pair_features[:rows], work
         )
         if most > 1:
-            depth = self._earlier_depth[:, : most - 1]
+            depth = self.pair_path[:, : most - 1]
             earlier = Rows(depth, self._kv_len, self._zero, self._num_earlier, self._block_table)
             self._layer.append(size, earlier, cache, work)
         last = Rows(
@@ -254,18 +280,14 @@ class RoundBuffers:
 
     def _score(self, level: int, logits: torch.Tensor) -> None:
         """Children of the level's nodes from ``logits [B, F, R]``, and the next frontier."""
-        if level == 0:
-            scores, candidates, bits = self._root_scores, self._root_candidates, self._root_bits
-        else:
-            above = self._frontiers[(level - 1) % 2]
-            scores, candidates, bits = above.scores, above.candidates, above.ancestors
+        above = self._root if level == 0 else self._frontiers[(level - 1) % 2]
         below = self._frontiers[level % 2]
         sampling, position = self._coupling or (None, None)
         ops.tree_expand(
             logits,
-            scores,
-            candidates,
-            bits,
+            above.scores,
+            above.candidates,
+            above.ancestors,
             self._layer.weights.token_ids,
             sampling,
             position,
@@ -287,10 +309,19 @@ class RoundBuffers:
         """Static buffers for a choice of ``num_nodes`` nodes."""
         known = self._choices.get(num_nodes)
         if known is None:
-            known = self._choices[num_nodes] = Choice.make(self.key.batch, num_nodes)
+            made = Choice.make(self.key.batch, num_nodes, self._device)
+            known = self._choices[num_nodes] = made
         return known
 
-    def scores(self, level: int) -> np.ndarray:
-        """``[B, K]`` float32: scores of the frontier that ``level`` made, valid until level + 2."""
-        scores: np.ndarray = self._frontiers[level % 2].scores.numpy()
-        return scores
+    def scores(self, level: int) -> npt.NDArray[np.float32]:
+        """``[B, K]``: scores of the frontier that ``level`` made, valid until level + 2; NaN on a
+        GPU, for which the host does not wait."""
+        return self._device.glance(self._frontiers[level % 2].scores)
+
+
+def _expand_scratch(key: RoundKey, num_rows: int, device: Device) -> torch.Tensor:
+    """A workspace of ``tree_expand``."""
+    if device.is_gpu:
+        return device.zeros(expand_gpu_workspace_size(key.batch, key.top_k, num_rows, key.top_k))
+    num_parts = max(1, min(key.batch * key.top_k, torch.get_num_threads()))
+    return device.empty(num_parts, expand_workspace_size(num_rows))

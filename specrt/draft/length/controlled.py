@@ -14,7 +14,7 @@ import torch
 
 from specrt.draft.length.control import ControlOptions, ControlRound, DraftControl
 from specrt.draft.length.costs import DraftCosts, RoundCost
-from specrt.draft.length.measured import ENVELOPES, MeasuredPolicy, TreeRound
+from specrt.draft.length.measured import MeasuredPolicy, TreeRound
 from specrt.types import SequenceState
 
 _NODES_A_LEVEL = 2
@@ -24,16 +24,19 @@ _UNMEASURED = DraftCosts(fixed=0.0, step=0.12, lower=0.0, verify=1.0, row=0.16)
 class ControlledPolicy:
     """A ``TreePolicy`` that asks a draft controller how many levels to draft.
 
-    Path probabilities are corrected as :class:`MeasuredPolicy` does, and ``cost-aware`` leaves it
+    How likely a path goes on is what :class:`MeasuredPolicy` believes, and ``cost-aware`` leaves it
     the number of nodes too; the other rules verify two nodes a level.
 
     Args:
         options: the rule; ``max_draft`` counts levels.
         seed: of its draws.
+        measured: whose belief; None: one by corrected path probabilities.
     """
 
-    def __init__(self, options: ControlOptions, seed: int = 0) -> None:
-        self._policy = MeasuredPolicy()
+    def __init__(
+        self, options: ControlOptions, seed: int = 0, measured: MeasuredPolicy | None = None
+    ) -> None:
+        self._policy = measured or MeasuredPolicy()
         self._control = DraftControl(options)
         # The batch as one sequence, which has no end.
         self._batch = SequenceState([], 0, 2**31, seed, 0.0)
@@ -61,7 +64,7 @@ class ControlledPolicy:
 
     @property
     def belief(self) -> MeasuredPolicy:
-        """What corrects path probabilities."""
+        """Who knows how likely paths are."""
         return self._policy
 
     def price(self, batch: int, cost: RoundCost) -> DraftCosts:
@@ -83,16 +86,20 @@ class ControlledPolicy:
         """How many nodes to verify: an envelope."""
         most = scores.shape[1] + 1
         if self._control.options.kind != "cost-aware":
-            return _envelope(num_levels, most)
+            return self._envelope(num_levels, most)
         size, _ = self._policy.best_size(scores, num_levels, cost)
         if self._control.posterior(self._batch).idle > 0:
-            size = max(size, _envelope(1, most))  # drafted to learn whether it pays again
+            size = max(size, self._envelope(1, most))  # drafted to learn whether it pays again
         return size
 
     def learn(self, control: ControlRound, accept_length: int) -> None:
         """A round is over, and its buffers are free."""
         control.update(self._control, [self._batch], [accept_length])
         self._free.append(control)
+
+    def _envelope(self, num_levels: int, most: int) -> int:
+        sizes = (*self._policy.envelopes, most)
+        return min(most, next(n for n in sizes if n > _NODES_A_LEVEL * num_levels))
 
 
 class _ControlledRound:
@@ -103,9 +110,9 @@ class _ControlledRound:
         self._control = control
         self._score = torch.zeros(1)
 
-    def mass(self, scores: np.ndarray) -> float:
+    def mass(self, scores: np.ndarray, level: int) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
-        return self._policy.belief.mass(scores)
+        return self._policy.belief.mass(scores, level)
 
     def expands(self, masses: Sequence[float], batch: int, cost: RoundCost) -> bool:
         """Whether the controller wants another level."""
@@ -124,11 +131,7 @@ class _ControlledRound:
         self._control.length[0] = judged if size > 1 else 0
         return size
 
-    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray, num_levels: int) -> None:
         """Which nodes ``[B, N - 1]`` of the verified tree were on the accepted path."""
-        self._policy.belief.observe_outcome(scores, is_accepted)
+        self._policy.belief.observe_outcome(scores, is_accepted, num_levels)
         self._policy.learn(self._control, round(float(is_accepted.sum(axis=1).mean())))
-
-
-def _envelope(num_levels: int, most: int) -> int:
-    return min(most, next(n for n in (*ENVELOPES, most) if n > _NODES_A_LEVEL * num_levels))

@@ -1,9 +1,11 @@
 """How deep to draft and how many nodes to verify: belief against measured time.
 
-A drafter's path probabilities, summed over the nodes of a tree, are the drafted tokens it expects
-to be accepted. Beliefs are corrected by how they turned out so far, times are measured as rounds go
-by; a level or a node is added while it brings tokens faster than the round as a whole. Measured
-times move trees, never tokens.
+What is believed of a tree's nodes, summed over them, are the drafted tokens that are expected to be
+accepted. Where the host sees a drafter's path probabilities it believes these, corrected by how
+they turned out so far (:class:`Calibration`); where it does not, what came of earlier trees
+(:mod:`~specrt.draft.length.envelope`). Times are measured as rounds go by; a level or a node is
+added while it brings tokens faster than the round as a whole. Measured times move trees, never
+tokens.
 """
 
 from __future__ import annotations
@@ -43,6 +45,27 @@ class RunningMean:
         return self.value
 
 
+class Belief(Protocol):
+    """What is expected of nodes, and learned of what came of them.
+
+    Scores are log-probabilities of nodes' paths; NaN where the host does not see them.
+    """
+
+    def reach(self, scores: np.ndarray, level: int) -> float:
+        """Probability that the path goes on into the frontier ``[B, K]`` that ``level`` made (0:
+        the root's children), mean over sequences."""
+
+    def accepted(self, scores: np.ndarray, num_levels: int) -> np.ndarray:
+        """``[N - 1]``: of each node ``[B, N - 1]`` of a tree of so many levels, best first, in how
+        many sequences it will be accepted."""
+
+    def observe(self, scores: np.ndarray, is_accepted: np.ndarray, num_levels: int) -> None:
+        """Take one round's verified nodes ``[B, N - 1]``."""
+
+    def forgive(self) -> None:
+        """Go halfway back to the beginning: without trees to verify nothing restores trust."""
+
+
 class Calibration:
     """How often nodes of a believed probability were on the accepted path.
 
@@ -65,7 +88,16 @@ class Calibration:
         corrected: np.ndarray = np.minimum(1.0, _probability(scores) * known)
         return corrected
 
-    def observe(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+    def reach(self, scores: np.ndarray, level: int) -> float:
+        """As :class:`Belief` says; a path goes on into one of them."""
+        return min(1.0, float(self(scores).sum(axis=1).mean()))
+
+    def accepted(self, scores: np.ndarray, num_levels: int) -> np.ndarray:
+        """As :class:`Belief` says."""
+        summed: np.ndarray = self(scores).sum(axis=0)
+        return summed
+
+    def observe(self, scores: np.ndarray, is_accepted: np.ndarray, num_levels: int) -> None:
         """Take one round's verified nodes."""
         if scores.size == 0:  # a root alone says nothing of beliefs
             return
@@ -88,10 +120,12 @@ def _probability(scores: np.ndarray) -> np.ndarray:
 
 class TreeRound(Protocol):
     """Chooses depth and size of one proposal: ``expands`` is asked after each level, then ``size``;
-    ``observe_outcome`` is told what came of it, maybe after later rounds have begun."""
+    ``observe_outcome`` is told what came of it, maybe after later rounds have begun. Scores are NaN
+    where the host does not see them."""
 
-    def mass(self, scores: np.ndarray) -> float:
-        """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
+    def mass(self, scores: np.ndarray, level: int) -> float:
+        """Probability that the path reaches the frontier ``[B, K]`` that ``level`` made (0: the
+        root's children), mean over sequences."""
 
     def expands(self, masses: list[float], batch: int, cost: RoundCost) -> bool:
         """Whether to draft another level; asked of the last possible one too.
@@ -111,8 +145,14 @@ class TreeRound(Protocol):
             cost: of verifying.
         """
 
-    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
-        """Which nodes ``[B, N - 1]`` of the verified tree were on the accepted path."""
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray, num_levels: int) -> None:
+        """Which nodes ``[B, N - 1]`` of the verified tree, best first, were on the accepted path.
+
+        Args:
+            scores: theirs.
+            is_accepted: 1 or 0.
+            num_levels: that were drafted.
+        """
 
 
 class TreePolicy(Protocol):
@@ -126,11 +166,19 @@ class TreePolicy(Protocol):
 
 
 class MeasuredPolicy:
-    """The :class:`TreePolicy` by belief and measured time; all of its rounds are itself."""
+    """The :class:`TreePolicy` by belief and measured time; all of its rounds are itself.
 
-    def __init__(self) -> None:
+    Args:
+        belief: None: path probabilities, corrected.
+        envelopes: tree sizes that are verified, beside the largest there may be.
+    """
+
+    def __init__(
+        self, belief: Belief | None = None, envelopes: tuple[int, ...] = ENVELOPES
+    ) -> None:
+        self.envelopes = envelopes
+        self._belief: Belief = belief or Calibration()
         self._extend_ms, self._level_ms = RunningMean(), RunningMean()
-        self._calibration = Calibration()
         self._gain = RunningMean()
         self._pause = 0
         self._next_pause = _MIN_PAUSE
@@ -141,9 +189,9 @@ class MeasuredPolicy:
         self._pause = max(0, self._pause - 1)
         return None if is_paused else self
 
-    def mass(self, scores: np.ndarray) -> float:
+    def mass(self, scores: np.ndarray, level: int) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
-        return min(1.0, float(self._calibration(scores).sum(axis=1).mean()))
+        return self._belief.reach(scores, level)
 
     def expands(self, masses: list[float], batch: int, cost: RoundCost) -> bool:
         """Whether another level will pay."""
@@ -166,8 +214,8 @@ class MeasuredPolicy:
     def best_size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> tuple[int, float]:
         """The envelope of the highest rate, and that rate over plain decoding's."""
         batch, most = scores.shape[0], scores.shape[1] + 1
-        expected = np.concatenate([[0.0], self._calibration(scores).sum(axis=0).cumsum()])
-        sizes = [size for size in ENVELOPES if size < most] + [most]
+        expected = np.concatenate([[0.0], self._belief.accepted(scores, num_levels).cumsum()])
+        sizes = [size for size in self.envelopes if size < most] + [most]
         drafting = self._drafting(num_levels, cost)
 
         def rate(size: int) -> float:
@@ -183,9 +231,9 @@ class MeasuredPolicy:
         if num_expanded:
             self._level_ms.add(levels_ms / num_expanded)
 
-    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray) -> None:
+    def observe_outcome(self, scores: np.ndarray, is_accepted: np.ndarray, num_levels: int) -> None:
         """Which nodes ``[B, N - 1]`` of a verified tree were on the accepted path."""
-        self._calibration.observe(scores, is_accepted)
+        self._belief.observe(scores, is_accepted, num_levels)
 
     def extend_cost(self, cost: RoundCost) -> float:
         """Time of the root's children, in rounds of one row."""
@@ -213,4 +261,4 @@ class MeasuredPolicy:
         self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
         # What comes after the pause may be another text: it is judged by itself.
         self._gain = RunningMean()
-        self._calibration.forgive()
+        self._belief.forgive()

@@ -106,7 +106,7 @@ class RecycleDrafter:
             order = np.concatenate([np.flatnonzero(~is_on_path)[::-1], np.flatnonzero(is_on_path)])
             self._tables[state].learn(tokens[row, order], ids[row, order])
         if isinstance(proposal, _Recycled):
-            self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:])
+            self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:], 1)
 
     def finish(self, state: SequenceState) -> None:
         """Forget the sequence, but not what it has learned."""

@@ -154,7 +154,7 @@ class DeviceRecycleDrafter:
                 self._tables[state].learn(tokens[row, rows], ids[row, rows], result.path[row])
         if isinstance(proposal, _Recycled):
             is_accepted = accepted_nodes(result, size)
-            self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:])
+            self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:], 1)
 
     def finish(self, state: SequenceState) -> None:
         """Forget the sequence, but not what it has learned."""

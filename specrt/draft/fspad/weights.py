@@ -1,0 +1,180 @@
+"""The weights of FSPAD, EAGLE-2 and the ablations, arranged as steps stream them; folding.
+
+H hidden size, I intermediate size, V vocabulary, R rows of the draft head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from specrt import ops
+from specrt.device import Device
+from specrt.draft.fspad.checkpoint import EMBED, TOKEN_IDS, DraftConfig
+from specrt.models.heads import pad_heads
+from specrt.models.placement import choose_head_dim
+
+# Folding replaces streamed weights by rows looked up; worth it where it spares this share of a
+# step's bytes and its tables stay within this share of the target's weights.
+_MIN_SPARED = 0.1
+_MAX_TABLES = 0.25
+
+
+@dataclass(frozen=True)
+class DraftWeights:
+    """What a step reads; matrices in the drafter's dtype, vectors float32."""
+
+    embed: torch.Tensor
+    """``[V, H]``: the target's, or the checkpoint's own."""
+    head: torch.Tensor
+    """``[R, H]``: the target's LM head, or the rows of the reduced vocabulary."""
+    token_ids: torch.Tensor | None
+    """``[R]`` int32: the tokens of the head's rows; None where R = V."""
+    fc: torch.Tensor
+    """``[H, 2H]``, folded ``[H, H]``: the feature's half."""
+    fc_bias: torch.Tensor | None
+    """``[H]``; None where folded."""
+    sample_norm: torch.Tensor | None
+    """``[H]``; this and the next three are feature sampling's."""
+    sample_gate: torch.Tensor | None
+    """``[I, H]``; None where folded."""
+    sample_up: torch.Tensor | None
+    """``[I, H]``"""
+    sample_down: torch.Tensor | None
+    """``[H, I]``"""
+    token_fc: torch.Tensor | None
+    """``[V, H]``, where folded: W_fc's embedding half and bias, of each token."""
+    token_gate: torch.Tensor | None
+    """``[V, I]``, where folded: W_gate of each token."""
+    qkv: torch.Tensor
+    """``[(Q + 2K) * d, H]``, d the head size that kernels run."""
+    qkv_bias: torch.Tensor | None
+    """``[(Q + 2K) * d]``; None where the checkpoint has none."""
+    o: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down_predict: torch.Tensor
+    """``[H, I]``: gives p, what the head multiplies."""
+    down_regress: torch.Tensor | None
+    """``[H, I]``: gives r, the next feature; None where one output serves both."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of the folded tables."""
+        return sum(t.nbytes for t in (self.token_fc, self.token_gate) if t is not None)
+
+    @property
+    def step_bytes(self) -> int:
+        """Weights one step streams, the head included."""
+        sampling = (self.fc, self.sample_gate, self.sample_up, self.sample_down)
+        layer = (self.qkv, self.o, self.gate_up, self.down_predict, self.down_regress, self.head)
+        return sum(t.nbytes for t in (*sampling, *layer) if t is not None)
+
+
+def pack_weights(
+    config: DraftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    embed: torch.Tensor,
+    head: torch.Tensor,
+    dtype: torch.dtype,
+    device: Device | None = None,
+) -> DraftWeights:
+    """Arrange a checkpoint's tensors for streaming.
+
+    The target's own tables are shared where their dtype and rows are what the drafter wants.
+
+    Args:
+        config: the architecture.
+        tensors: as :func:`specrt.draft.fspad.checkpoint.read_checkpoint` gives them.
+        embed: ``[V, H]``, the target's embedding, on ``device``.
+        head: ``[V, H]``, the target's LM head, on ``device``.
+        dtype: of the matrices; on a GPU the target's.
+        device: where the drafter runs; None: the CPU.
+
+    Raises:
+        ValueError: heads larger than kernels take.
+    """
+    device = device or Device()
+    head_dim, padded = config.layer.head_dim, choose_head_dim(config.layer, device.place)
+
+    def joined(keys: Iterable[str]) -> torch.Tensor:
+        return torch.cat([pad_heads(key, tensors[key], head_dim, padded) for key in keys])
+
+    def matrix(*keys: str) -> torch.Tensor:
+        return device.moved(joined(keys).to(dtype).contiguous())
+
+    def vector(*keys: str) -> torch.Tensor:
+        return device.moved(joined(keys).float().contiguous())
+
+    is_sampled, hidden = config.has_feature_sampling, config.layer.hidden_size
+    fc = "fc.fc" if is_sampled else "fc"
+    bias = tensors.get(f"{fc}.bias", torch.zeros(hidden))
+    attention, mlp = "layers.0.self_attn.", "layers.0.mlp."
+    biases = [f"{attention}{name}_proj.bias" for name in "qkv"]
+    down = matrix(f"{mlp}down_proj.weight")
+    ids = tensors.get(TOKEN_IDS)
+    if ids is not None and len(ids) == len(head):
+        ids = None  # all tokens in their own order
+    if EMBED in tensors:
+        embed = device.moved(tensors[EMBED].to(embed.dtype).contiguous())
+    token_ids = None if ids is None else device.moved(ids.clone())
+    return DraftWeights(
+        embed=embed,
+        # A copy only where it differs: a narrower head is read faster and moves no token.
+        head=(head if token_ids is None else head.index_select(0, token_ids)).to(dtype),
+        token_ids=token_ids,
+        fc=matrix(f"{fc}.weight"),
+        fc_bias=device.moved(bias.float().contiguous()),
+        sample_norm=vector("fc.post_attention_layernorm.weight") if is_sampled else None,
+        sample_gate=matrix("fc.mlp.gate_proj.weight") if is_sampled else None,
+        sample_up=matrix("fc.mlp.up_proj.weight") if is_sampled else None,
+        sample_down=matrix("fc.mlp.down_proj.weight") if is_sampled else None,
+        token_fc=None,
+        token_gate=None,
+        qkv=matrix(*(f"{attention}{name}_proj.weight" for name in "qkv")),
+        qkv_bias=vector(*biases) if config.layer.has_attention_bias else None,
+        o=matrix(f"{attention}o_proj.weight"),
+        post_norm=vector("layers.0.post_attention_layernorm.weight"),
+        gate_up=matrix(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
+        down_predict=down[:hidden],
+        down_regress=down[hidden:] if config.has_split_output else None,
+    )
+
+
+def fold(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
+    """Replace W_gate and the embedding's half of W_fc by tables over the vocabulary.
+
+    Exact up to the rounding of the tables, so drafts may differ in a last bit; outputs cannot.
+
+    Args:
+        weights: as :func:`pack_weights` gives them.
+        device: where they lie; None: the CPU.
+    """
+    dtype, device = weights.fc.dtype, device or Device()
+    embed = weights.embed.to(device.activation_dtype(dtype))
+    hidden = embed.shape[1]
+    token_half = weights.fc[:, :hidden].contiguous()
+    token_fc = ops.linear(embed, token_half, weights.fc_bias).to(dtype)
+    token_gate = None
+    if weights.sample_gate is not None:
+        token_gate = ops.linear(embed, weights.sample_gate).to(dtype)
+    changed = vars(weights) | {
+        "fc": weights.fc[:, hidden:].contiguous(),
+        "fc_bias": None,
+        "sample_gate": None,
+        "token_fc": token_fc,
+        "token_gate": token_gate,
+    }
+    return DraftWeights(**changed)
+
+
+def folding_pays(weights: DraftWeights, target_bytes: int) -> bool:
+    """Whether folding spares enough streaming for the memory its tables take."""
+    vocab, hidden = weights.embed.shape
+    gate_rows = 0 if weights.sample_gate is None else weights.sample_gate.shape[0]
+    size = weights.fc.element_size()
+    spared = (hidden + gate_rows) * hidden * size
+    tables = (hidden + gate_rows) * vocab * size
+    return spared >= _MIN_SPARED * weights.step_bytes and tables <= _MAX_TABLES * target_bytes
