@@ -25,11 +25,7 @@ Ints = npt.NDArray[np.int32] | torch.Tensor
 
 
 class RunShape(NamedTuple):
-    """What a run's buffers are sized for.
-
-    Raises:
-        ValueError: of :meth:`check`, larger trees than there are.
-    """
+    """What a run's buffers are sized for."""
 
     batch: int
     """B"""
@@ -48,7 +44,11 @@ class RunShape(NamedTuple):
         return 1 + self.num_levels * self.width
 
     def check(self) -> None:
-        """Whether there are such trees."""
+        """Whether there are such trees.
+
+        Raises:
+            ValueError: they are larger.
+        """
         if self.num_nodes > MAX_NODES:
             raise ValueError(f"num_levels, width: expected at most {MAX_NODES} nodes, got {self}")
 
@@ -124,7 +124,7 @@ def make_trees(
 
 
 class HostTrees:
-    """Trees on the host.
+    """:class:`RunTrees` on the host.
 
     Launches are replayed from graphs there, and so do not tell: states are NaN until they are run.
 
@@ -154,7 +154,6 @@ class HostTrees:
         self._write_static()
 
     def begin(self) -> None:
-        """As of :class:`RunTrees`, and so those below."""
         self._marks[0] = math.nan
 
     def stage(self, level: int, tokens: Ints, parents: Ints | None) -> None:
@@ -216,7 +215,7 @@ class HostTrees:
 
 
 class DeviceTrees:
-    """Trees on a GPU, of which the host reads nothing.
+    """:class:`RunTrees` on a GPU, of which the host reads nothing.
 
     Whatever a drafter stages becomes a tree: tokens are clamped to the vocabulary, parents to the
     levels above. A tree is what was staged if it was settled from these buffers and only this class
@@ -233,19 +232,20 @@ class DeviceTrees:
         self._shape, self._last_token, self._device = shape, vocab_size - 1, device
         batch, num_nodes = shape.batch, shape.num_nodes
         with torch.inference_mode(False):  # whose tensors' writes are not counted
-            self._tokens, self._parents = device.zeros(2, batch, num_nodes, dtype=torch.int32)
-            self.depth = device.zeros(batch, num_nodes, dtype=torch.int32)
+            self._tokens, self._parents, self.depth = (
+                device.zeros(batch, num_nodes, dtype=torch.int32) for _ in range(3)
+            )
             self.ancestors = device.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
         self.roots = self._tokens[:, 0]
-        own = _own_bits(num_nodes)
-        self._own_bits = device.there(torch.from_numpy(own.view(np.int64)))
-        self._write_static(own)
+        self._own_bits = device.there(torch.from_numpy(_own_bits(num_nodes).view(np.int64)))
         self._is_run = [False] * (1 + shape.num_levels)
         self._num_writes: tuple[int, ...] = ()
         self._is_own = False
 
     def begin(self) -> None:
-        """As of :class:`RunTrees`, and so those below."""
+        # (The roots were written just now.)
+        if not self._is_own or self._num_writes[1:] != self._count_writes()[1:]:
+            self._write_static()
         self._is_run[0], self._is_own = False, True
         self._num_writes = self._count_writes()
 
@@ -283,15 +283,15 @@ class DeviceTrees:
         tokens, parents = self.staged(size)
         return _is_same(proposal.draft_tokens, tokens) and _is_same(proposal.parents, parents)
 
-    def _write_static(self, own: npt.NDArray[np.uint64]) -> None:
+    def _write_static(self) -> None:
         """What no round changes: the root's, and all of a chain's."""
         num_static = self._shape.num_nodes if self._shape.width == 1 else 1
         rows = np.arange(num_static, dtype=np.int32)
-        bits = np.bitwise_or.accumulate(own[:num_static], axis=0).view(np.int64)
+        bits = np.bitwise_or.accumulate(_own_bits(self._shape.num_nodes)[:num_static], axis=0)
         for table, values in (
             (self._parents, rows - 1),
             (self.depth, rows),
-            (self.ancestors, bits),
+            (self.ancestors, bits.view(np.int64)),
         ):
             there = self._device.there(torch.from_numpy(values))
             table[:, :num_static] = there  # of each sequence
@@ -316,8 +316,9 @@ class DeviceTrees:
         return tensor
 
     def _count_writes(self) -> tuple[int, ...]:
-        # Views share a count: tokens and parents, and what is handed out of them.
-        return self._tokens._version, self.depth._version, self.ancestors._version
+        # Views share a count: these, and what is handed out of them.
+        written = self._tokens, self._parents, self.depth, self.ancestors
+        return tuple(tensor._version for tensor in written)
 
     def _are_only_mine(self) -> bool:
         return self._is_own and self._num_writes == self._count_writes()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.config import ModelConfig
 from specrt.draft.base import DraftParams
 from specrt.draft.eesd.on_device import DeviceEesdDrafter
@@ -22,6 +23,7 @@ from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
+from specrt.tree import MAX_NODES
 from tests.checkpoints import make_exit_checkpoint
 from tests.engine.exits import (
     COSTS,
@@ -205,6 +207,41 @@ def test_measured_costs(model: LlamaModel, loaded: Loaded) -> None:
     assert texts(results) == loaded.expected
     assert [one.stats.accept_lengths[:3] for one in results] == [[0, 0, 0]] * 3
     assert measured.costs().plain_ms() not in (COSTS.plain_ms(), 1.0)
+
+
+def rows_of(gpu: SimulatedGpu, cache: KVCache, sequence: CachedSequence) -> torch.Tensor:
+    with gpu.moving():
+        pages = cache.kv[:, :, sequence.pages].flatten(2, 3)
+        return pages[:, :, : sequence.length].clone()
+
+
+def recomputed(gpu: SimulatedGpu, drafter: DeviceEesdDrafter, tokens: list[int]) -> torch.Tensor:
+    """Keys and values ``[1, 2, n, heads, d]`` of the exit for tokens run from scratch."""
+    model, exit_model = drafter.exit_model.target, drafter.exit_model
+    target, drafts = model.new_cache(), exit_model.new_cache()
+    batch = CacheBatch(target, [target.open(len(tokens) + MAX_NODES)])
+    exits = CacheBatch(drafts, [drafts.open(len(tokens) + MAX_NODES)])
+    for _, taps in model.extend(tokens, batch, taps=drafter.taps):
+        exit_model.absorb(taps[exit_model.tap][0], exits)
+    return rows_of(gpu, drafts, exits.sequences[0])
+
+
+@pytest.mark.parametrize("shape", [None, DraftParams(depth=4, top_k=2)], ids=str)
+def test_the_exits_cache_is_what_it_would_be_from_scratch(
+    model: LlamaModel, loaded: Loaded, gpu: SimulatedGpu, shape: DraftParams | None
+) -> None:
+    """After plain rounds and accepted paths, of chains and of branches."""
+    known = make_device_drafter(model, loaded.perfect, "cost-aware")
+    drafter = DeviceEesdDrafter(known.exit_model, ControlOptions("cost-aware"))
+    engine = make_engine(model, drafter)
+    for prompt, params in zip(PROMPTS[1:], PARAMS[1:], strict=True):
+        engine.add(prompt, replace(params, max_new_tokens=20), shape)
+    while not drafter._drafts or any(len(s.token_ids) < s.prompt_len + 9 for s in drafter._drafts):
+        engine.step()
+    drafter._catch_up(list(drafter._drafts))
+    for state, draft in drafter._drafts.items():
+        found = rows_of(gpu, drafter._cache, draft.cached)
+        assert found.equal(recomputed(gpu, drafter, state.token_ids[:-1]))
 
 
 def test_as_many_levels_as_are_wanted(model: LlamaModel, loaded: Loaded) -> None:

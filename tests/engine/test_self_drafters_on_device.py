@@ -68,12 +68,13 @@ class DeviceSelfDrafter(SelfDrafter):
         answers: Mapping[tuple[int, ...], list[int]],
         trick: Trick,
         spoil: Spoil,
+        width: int = WIDTH,
     ) -> None:
-        super().__init__(model, answers, WIDTH, trick)
+        super().__init__(model, answers, width, trick)
         self._spoil = spoil
 
     def made(self, run: LayerRun, wanted: Sequence[Level]) -> Proposal:
-        size = 1 + (len(wanted) - 1) * WIDTH
+        size = 1 + (len(wanted) - 1) * self._width
         tokens, parents = self._spoil(Fields(*run.staged(size)))
         return Proposal(tokens, parents, torch.ones_like(tokens[:, 0]) * size)
 
@@ -249,6 +250,29 @@ def test_a_run_of_an_earlier_round(loaded: Loaded, gpu: SimulatedGpu, taken: lis
     results = make_engine(model, drafter).generate(PROMPTS, PARAMS)
     assert texts(results) == loaded.expected
     assert taken[0] and not any(taken[1:])
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_rows_moved_in_an_earlier_round(
+    loaded: Loaded, gpu: SimulatedGpu, taken: list[bool], width: int
+) -> None:
+    """Of a chain no round writes where its rows stand; all the same they stand right again."""
+
+    def moves_once(
+        me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]
+    ) -> None:
+        me.run(run, wanted)
+        if not taken:
+            run.levels[2].rows.depth.fill_(9)
+            run.levels[3].rows.ancestors.zero_()
+            del wanted[2:]
+
+    model = loaded.on(gpu)
+    answers = {tuple(p): ids for p, ids in zip(PROMPTS, loaded.expected, strict=True)}
+    drafter = DeviceSelfDrafter(model, answers, moves_once, as_it_is, width)
+    results = make_engine(model, drafter).generate(PROMPTS, PARAMS)
+    assert texts(results) == loaded.expected
+    assert not taken[0] and len(taken) > 1 and all(taken[1:])
 
 
 @pytest.mark.parametrize("width", [1, 3])
