@@ -258,9 +258,7 @@ def test_rows_moved_in_an_earlier_round(
 ) -> None:
     """Of a chain no round writes where its rows stand; all the same they stand right again."""
 
-    def moves_once(
-        me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]
-    ) -> None:
+    def moves_once(me: SelfDrafter, lower: LowerLayers, run: LayerRun, wanted: list[Level]) -> None:
         me.run(run, wanted)
         if not taken:
             run.levels[2].rows.depth.fill_(9)
