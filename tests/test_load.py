@@ -16,6 +16,7 @@ import specrt
 from specrt import loading
 from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
+from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
@@ -239,22 +240,24 @@ def test_rows_that_do_not_begin_at_16_bytes(
             specrt.load(*paths, device="cuda")
 
 
-def test_drafters_beside_a_gpu(wide_target: Path, gpu: torch.device, tmp_path: Path) -> None:
+def test_drafters_on_a_gpu(wide_target: Path, gpu: torch.device, tmp_path: Path) -> None:
     assert isinstance(specrt.load(wide_target, device="cuda").drafter, EmptyDrafter)
-    for name, device in (("builtin", "cuda"), (wide_target, "cpu")):
-        assert isinstance(specrt.load(name, "auto", device=device).drafter, PromptLookupDrafter)
-    assert isinstance(specrt.load("builtin", "auto").drafter, FspadDrafter)
+    for device in ("cpu", "cuda"):
+        for name, kind in (("builtin", FspadDrafter), (wide_target, PromptLookupDrafter)):
+            assert isinstance(specrt.load(name, "auto", device=device).drafter, kind)
     small = specrt.load(wide_target, wide_target, device="cuda").drafter
     assert isinstance(small, SmallModelDrafter)
     make_draft_checkpoint(wide_target, tmp_path / "fspad")
-    fspad = specrt.load(wide_target, tmp_path / "fspad", device="cuda").drafter
+    engine = specrt.load(wide_target, tmp_path / "fspad", device="cuda")
+    fspad = engine.drafter
     assert isinstance(fspad, FspadDrafter)
-    assert (
-        fspad.layer.weights.embed.device == fspad.layer.weights.head.device == torch.device("cpu")
-    )
+    assert fspad.layer.weights.embed.device == fspad.layer.weights.head.device == gpu
+    assert fspad.cache.kv.device == gpu and fspad.cache.num_pages == engine.cache.num_pages > 0
     make_exit_checkpoint(wide_target, tmp_path / "exit", 1)
-    with pytest.raises(ValueError, match="drafter: exit is an EESD drafter.* a smaller model"):
-        specrt.load(wide_target, tmp_path / "exit", device="cuda")
+    engine = specrt.load(wide_target, tmp_path / "exit", device="cuda")
+    exit_drafter = engine.drafter
+    assert isinstance(exit_drafter, DeviceEesdDrafter) and exit_drafter.cache.kv.device == gpu
+    assert exit_drafter.cache.num_pages == engine.cache.num_pages > 0
 
 
 def test_generate_in_one_line(target: Path, drafter: Path) -> None:

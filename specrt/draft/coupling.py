@@ -22,16 +22,6 @@ class Coupling(NamedTuple):
     position: torch.Tensor
     """``[B]`` int32: where the root's children stand."""
 
-    @classmethod
-    def make(cls, batch: int) -> Coupling:
-        """Empty buffers on the host."""
-        rows = torch.zeros(batch, ROW_WORDS, dtype=torch.int64)
-        return cls(rows, torch.zeros(batch, dtype=torch.int32))
-
-    def stage(self, states: Sequence[SequenceState]) -> None:
-        """Copy the sequences' sampling into buffers on the host."""
-        write_sampling(states, self.sampling.numpy(), self.position.numpy())
-
 
 def write_sampling(
     states: Sequence[SequenceState], sampling: npt.NDArray[Any], position: npt.NDArray[Any]

@@ -95,7 +95,7 @@ def forward(
         piece = slice(start, start + MAX_NODES)
         tree = chain_tree(tokens[None, piece].contiguous())
         count = tree.draft_tokens.shape[1]
-        work = layer.activations(count)
+        work = layer.activations(count, count)
         batch = CacheBatch(cache, [sequence])
         first = torch.zeros(1, dtype=torch.int32)
         rows = Rows(tree.depth, batch.kv_len, first, tree.num_nodes, batch.block_table)
@@ -104,7 +104,7 @@ def forward(
         out = torch.empty(count, features.shape[1])
         layer.finish(q, tree.ancestors, rows, cache, work, out)
         is_split = layer.weights.down_regress is not None
-        predicted.append(work.predicted.clone() if is_split else out)
+        predicted.append(work.predicted[:count].clone() if is_split else out)
         regressed.append(out)
         batch.commit(tree.depth, tree.num_nodes)
     return torch.cat(predicted), torch.cat(regressed)

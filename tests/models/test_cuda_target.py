@@ -24,6 +24,7 @@ from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams
+from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
@@ -287,13 +288,12 @@ def test_steps_captured_as_graphs_give_the_same_bits(checkpoint: Path) -> None:
     assert len(graphs.take_seconds()) > 20
 
 
-def test_fspad_drafts_on_the_cpu(llama: Path, backend: Backend, tmp_path: Path) -> None:
-    if backend.name == "simt":
-        pytest.skip("the shim takes all tensors for a GPU's, this drafter's too")
+def test_fspad_drafts_where_the_target_is(llama: Path, backend: Backend, tmp_path: Path) -> None:
     model, params = make_model(llama, backend), SETTINGS["greedy"]
     expected = texts(make_engine(model).generate(PROMPTS, params))
     make_draft_checkpoint(llama, tmp_path)
     drafter = load_drafter(tmp_path, model, None, DrafterOptions())
+    assert isinstance(drafter, FspadDrafter) and drafter.layer.device is model.device
     results = make_engine(model, drafter).generate(PROMPTS, params, DraftParams(3, 3, 8))
     assert texts(results) == expected
     assert all(result.stats.num_draft_tokens for result in results)

@@ -116,6 +116,11 @@ class FspadDrafter:
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
 
+    @property
+    def cache(self) -> KVCache:
+        """Of its own keys and values."""
+        return self._cache
+
     # --- the protocol -------------------------------------------------------------------------
 
     def check(self, params: DraftParams) -> None:
@@ -317,7 +322,7 @@ class FspadDrafter:
         while (left := len(draft.pending) - keep) > 0:
             count, first = min(left, MAX_NODES), draft.cached.length + 1
             tokens = there(torch.tensor(state.token_ids[first : first + count], dtype=torch.int32))
-            work = self.layer.activations(count, has_logits=False)
+            work = self.layer.activations(count, 0)
             self._cache.reserve(draft.cached, draft.cached.length + count)
             batch = CacheBatch(self._cache, [draft.cached])
             self.layer.prepare(batch, 1)

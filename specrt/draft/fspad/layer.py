@@ -19,6 +19,7 @@ from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.draft.fspad.weights import DraftWeights
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch
+from specrt.reuse import power_of_two
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Activations:
-    """Scratch and results of a step of at most M rows, of the layer's activations' dtype."""
+    """Scratch and results of a step of at most M rows, of the layer's activations' dtype; of at
+    most L rows there are logits."""
 
     pair: torch.Tensor
     """``[M, H]``: x, what feature sampling made of the pairs."""
@@ -50,13 +52,18 @@ class Activations:
     predicted: torch.Tensor
     """``[M, H]``: p"""
     logits: torch.Tensor
-    """``[M, R]`` float32"""
+    """``[L, R]`` float32"""
 
     @classmethod
     def make(
-        cls, layer: ModelConfig, rows: int, head_rows: int, dtype: torch.dtype, device: Device
+        cls,
+        layer: ModelConfig,
+        sizes: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: Device,
     ) -> Activations:
-        """Buffers for ``rows`` rows of a :attr:`DraftLayer.padded`."""
+        """Buffers of ``sizes`` (M, L, R) for a :attr:`DraftLayer.padded`."""
+        rows, logit_rows, head_rows = sizes
         hidden, wide = layer.hidden_size, layer.intermediate_size
         heads = layer.num_heads + 2 * layer.num_kv_heads
 
@@ -73,8 +80,12 @@ class Activations:
             gate_up=buffer(2 * wide),
             activated=buffer(wide),
             predicted=buffer(hidden),
-            logits=device.empty(rows, head_rows),
+            logits=device.empty(logit_rows, head_rows),
         )
+
+    def has_room(self, rows: int, logit_rows: int) -> bool:
+        """Whether a step of so many rows fits."""
+        return rows <= len(self.pair) and logit_rows <= len(self.logits)
 
 
 class DraftLayer:
@@ -108,11 +119,22 @@ class DraftLayer:
             # Sized for rows of float32, which holds fc's of 16 bits and twice the length.
             shape = replace(self.padded, vocab_size=len(weights.head))
             self._scratch = GpuScratch(shape, self.activation_dtype, self.device)
+        self._work = self._activations(0, 0)
 
-    def activations(self, rows: int, *, has_logits: bool = True) -> Activations:
-        """Buffers for steps of up to ``rows`` rows."""
-        head_rows = len(self.weights.head) if has_logits else 0
-        return Activations.make(self.padded, rows, head_rows, self.activation_dtype, self.device)
+    def activations(self, rows: int, logit_rows: int) -> Activations:
+        """Buffers for steps of so many rows, of which some have logits.
+
+        All steps share them, as one runs at a time. Who was given smaller ones before keeps those.
+        """
+        work = self._work
+        if not work.has_room(rows, logit_rows):
+            more = power_of_two(max(rows, len(work.pair)))
+            self._work = self._activations(more, power_of_two(max(logit_rows, len(work.logits))))
+        return self._work
+
+    def _activations(self, rows: int, logit_rows: int) -> Activations:
+        sizes = rows, logit_rows, len(self.weights.head)
+        return Activations.make(self.padded, sizes, self.activation_dtype, self.device)
 
     def prepare(self, batch: CacheBatch, num_nodes: int) -> None:
         """Make room for what steps over ``batch`` read beside their operands. Never captured.

@@ -127,7 +127,7 @@ class RoundBuffers:
         batch, width, device = key.batch, key.top_k, layer.device
         self.key = key
         self._layer, self._device = layer, device
-        self._work = layer.activations(batch * max(MAX_PAIRS, width))
+        self._work = layer.activations(batch * max(MAX_PAIRS, width), batch * width)
         hidden, dtype = layer.padded.hidden_size, layer.activation_dtype
         self._pair_features = device.zeros(batch * MAX_PAIRS, hidden, dtype=dtype)
         self._regressed = [device.zeros(batch * width, hidden, dtype=dtype) for _ in range(2)]
