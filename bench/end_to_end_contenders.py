@@ -16,10 +16,11 @@ import torch
 
 from bench.contenders import Clock
 from bench.step_graphs import StepGraphs
-from specrt.draft.base import Drafter
+from specrt.draft.base import Drafter, DraftParams
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
+from specrt.types import RoundStats
 
 
 class NoTokenizer:
@@ -46,6 +47,10 @@ class Generated:
     logprobs: list[float] | None = None
     gpu_seconds: float | None = None
     """Of the passes of one round."""
+    parts_ms: tuple[float, float, float] | None = None
+    """Of a round: drafting, verifying, from logits to the report."""
+    reads: float | None = None
+    """Times a round that the host waited for something to read."""
 
     @property
     def round_seconds(self) -> float:
@@ -66,11 +71,18 @@ class Job:
 
 
 class Ours:
-    """This package's engine over a model, with or without graphs."""
+    """This package's engine over a model, with or without graphs; ``draft`` is its trees' shape."""
 
-    def __init__(self, model: LlamaModel, drafter: Drafter, graphs: StepGraphs | None) -> None:
+    def __init__(
+        self,
+        model: LlamaModel,
+        drafter: Drafter,
+        graphs: StepGraphs | None,
+        draft: DraftParams | None = None,
+    ) -> None:
         self._engine = Engine(model, drafter, NoTokenizer(), max_batch=1)  # type: ignore[arg-type]
         self._graphs = graphs
+        self._device, self._draft = model.device, draft
 
     def checked(self, job: Job) -> Generated:
         """Untimed: it loads and records what the timed ones run, and its bits are looked at."""
@@ -86,7 +98,8 @@ class Ours:
         if self._graphs:
             self._graphs.take_seconds()
         times, counts, result = [], [], None
-        for chunk in self._engine.stream([job.prompt], params):
+        reads = self._device.num_reads
+        for chunk in self._engine.stream([job.prompt], params, self._draft):
             times.append(time.perf_counter())
             counts.append(len(chunk.token_ids))
             result = chunk.result
@@ -101,7 +114,15 @@ class Ours:
             len(counts) - 1,
             result.logprobs,
             statistics.median(passes[1 - len(counts) :]) if passes else None,
+            _parts(result.stats),
+            (self._device.num_reads - reads) / len(counts),
         )
+
+
+def _parts(stats: RoundStats) -> tuple[float, float, float]:
+    """Milliseconds of a round."""
+    count = stats.num_rounds
+    return stats.draft_ms / count, stats.verify_ms / count, stats.accept_ms / count
 
 
 class Transformers:

@@ -1,8 +1,9 @@
 """Decoding from end to end on a GPU: a random target of Llama-3-8B's shape, made on the device.
 
-Plain decoding; planted acceptance (``bench.planted``: trees of which as much is accepted as of a
-recorded drafter's, and whose drafting takes no time); prompt lookup; ``transformers`` with a static
-cache on the same memory. All are greedy and go on to the last token. ``steps`` are the target's:
+Plain decoding; whole rounds of drafters of the target's shape, right by chance alone
+(``bench.whole_rounds``); planted acceptance (``bench.planted``: trees of which as much is accepted
+as of a recorded drafter's, and whose drafting takes no time); ``transformers`` with a static cache
+on the same memory. All are greedy and go on to the last token. ``steps`` are the target's:
 ``eager``, as the engine runs them on a GPU, or ``graph``, each pass captured whole, which it does
 not do yet.
 
@@ -10,7 +11,9 @@ Ours must say what plain decoding says, to the bits of its log-probabilities. ``
 rounds elsewhere: the tokens until it differs are only counted. Times are of rounds after the first.
 ``gpu ms`` is a pass in a graph, by events; ``host %`` is the rest of a round: launches, tables and
 logits on their way, accepting, committing. ``% of copy`` is the rate at which a round reads
-weights, keys and values, as a share of a copy's within the device in the same run.
+weights, keys and values, as a share of a copy's within the device in the same run. ``draft``,
+``verify`` and ``accept ms`` are a round's parts by the device's own marks, ``least`` what a copy of
+the bytes that they must read would take, ``reads`` how often a round the host waited to read.
 """
 
 from __future__ import annotations
@@ -42,17 +45,20 @@ from bench.random_target import (
     transformers_twin,
 )
 from bench.step_graphs import StepGraphs
+from bench.whole_rounds import EESD, FSPAD, LOOKUP, MAKERS, RECYCLE, SIZES, whole_round
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, EmptyDrafter
-from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.models.loader import Weights
 from specrt.models.model import LlamaModel
 
-PLAIN, PLANTED, LOOKUP = "plain", "planted", "prompt lookup"
+PLAIN, PLANTED = "plain", "planted"
 TRANSFORMERS, COMPILED = "transformers static", "transformers compiled"
 LABELS = {
     PLANTED: "FSPAD's acceptance, planted; drafting not counted",
+    FSPAD: "FSPAD of random weights",
+    EESD: "EESD, the next layer as exit",
     LOOKUP: "prompt lookup, on a text of noise",
+    RECYCLE: "token recycling, on a text of noise",
 }
 EAGER, GRAPH = "eager", "graph"
 _COMPILE_SECONDS = 150.0
@@ -78,12 +84,15 @@ def cases(is_quick: bool) -> Iterator[Case]:
     """What all are compared with comes first; graphs before eager, which are then told apart."""
     for steps in (GRAPH, EAGER):
         yield Case(PLAIN, steps)
+    for drafter in (FSPAD, EESD):
+        yield Case(drafter, EAGER, SIZES[drafter])
     for nodes in NODES[: 1 if is_quick else None]:
         for steps in (GRAPH, EAGER):
             yield Case(PLANTED, steps, nodes)
     yield Case(TRANSFORMERS)
     if not is_quick:
         yield Case(LOOKUP)  # of too many sizes to capture
+        yield Case(RECYCLE, EAGER, SIZES[RECYCLE])
         yield Case(COMPILED, GRAPH)
 
 
@@ -108,6 +117,8 @@ class Bench:
         self.config = ModelConfig.from_dict(self._hf_config)
         self.gpu_seconds: dict[int, float] = {}
         """What a pass takes on the GPU, by its nodes."""
+        self.least_bytes: dict[Case, tuple[int, int]] = {}
+        """What drafting and verification must read in a round, of whole rounds."""
 
     @cached_property
     def weights(self) -> Weights:
@@ -152,6 +163,10 @@ class Bench:
 
     def ours(self, case: Case) -> Ours:
         """The engine, with a new drafter of the case's."""
+        if case.contender in MAKERS:
+            made = whole_round(case.contender, self._eager_model)
+            self.least_bytes[case] = made.draft_bytes, made.verify_bytes + self._kv_bytes
+            return Ours(self._eager_model, made.drafter, None, made.params)
         if case.steps == EAGER:
             return Ours(self._eager_model, self._drafter(case), None)
         model, graphs = self._graph_model
@@ -161,13 +176,18 @@ class Bench:
         if case.contender == PLANTED:
             trace = recorded_trace(case.nodes)
             return PlantedDrafter(self.expected.token_ids, trace, self.config.vocab_size)
-        return PromptLookupDrafter() if case.contender == LOOKUP else EmptyDrafter()
+        return EmptyDrafter()
+
+    @property
+    def _kv_bytes(self) -> int:
+        """Of the keys and values that are there half way."""
+        length = len(self.job.prompt) + self.job.num_tokens // 2
+        return self.model.num_layers * slot_bytes(self.model) * length
 
     @property
     def round_bytes(self) -> int:
-        """Weights, and the keys and values that are there half way."""
-        length = len(self.job.prompt) + self.job.num_tokens // 2
-        return step_bytes(self.weights) + self.model.num_layers * slot_bytes(self.model) * length
+        """Weights, keys and values."""
+        return step_bytes(self.weights) + self._kv_bytes
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -196,9 +216,10 @@ def one_case(
     timed = bench.plain if case == Case(PLAIN) else ours.timed(bench.job)
     row = _row(case, timed, bench.plain, bench.round_bytes / ceilings.bytes_per_s)
     row |= {"tau": timed.num_timed / timed.num_rounds, "equal": wrong or "all bits"}
+    row |= _parts(case, timed, bench, ceilings.bytes_per_s)
     if timed.gpu_seconds is not None:
         bench.gpu_seconds[case.nodes] = timed.gpu_seconds
-    if case.contender != LOOKUP and case.nodes in bench.gpu_seconds:
+    if case.contender in (PLAIN, PLANTED) and case.nodes in bench.gpu_seconds:
         row["gpu ms"] = 1e3 * bench.gpu_seconds[case.nodes]
         row["host %"] = 100 * (1 - row["gpu ms"] / row["ms a round"])
     if wrong:
@@ -248,6 +269,18 @@ def _row(case: Case, timed: Generated, plain: Generated | None, least_seconds: f
         "gpu ms": None,
         "host %": None,
     }
+
+
+def _parts(case: Case, timed: Generated, bench: Bench, bytes_per_s: float) -> Row:
+    """A round's parts, the least that they can take, and its reads."""
+    draft, verify = bench.least_bytes.get(case, (0, bench.round_bytes))
+    logits = case.nodes * bench.config.vocab_size * 4
+    assert timed.parts_ms is not None
+    row: Row = {}
+    parts = zip(("draft", "verify", "accept"), timed.parts_ms, (draft, verify, logits), strict=True)
+    for name, took, num_bytes in parts:
+        row |= {f"{name} ms": took, f"{name} least": 1e3 * num_bytes / bytes_per_s}
+    return row | {"reads": timed.reads}
 
 
 def _difference(found: Generated, expected: Generated) -> str:

@@ -1,4 +1,5 @@
-"""Every CUDA kernel once on small shapes, each result compared with a torch expression's.
+"""Every CUDA kernel once on small shapes, each result compared with a torch expression's, or with
+the CPU's bits where there are ways that torch has not (``bench.round_bits``).
 
 For tools that make a launch a hundred times as slow (compute-sanitizer), and for a machine without
 pytest. Outputs are poisoned before; shapes have ragged ends in every direction.
@@ -15,6 +16,7 @@ from bench.fake_gpu import FakeGpu
 from bench.gpu import Place
 from bench.gpu_check.judge import READY
 from bench.limits import Model
+from bench.round_bits import run_round_bits
 from bench.tree_attention_cuda import Case
 
 MODELS = (Model(256, 208, 2, 4, 2, 64), Model(1032, 72, 3, 8, 1, 128), Model(80, 40, 1, 2, 2, 80))
@@ -61,6 +63,7 @@ def main() -> None:
     print(READY, flush=True)
     torch.manual_seed(0)
     print(f"small kernels: {run_small_kernels(place)} comparisons", flush=True)
+    print(f"bits of a round: {run_round_bits(place)} calls", flush=True)
     print(f"tree_attention: {run_tree_attention(place)} comparisons", flush=True)
 
 

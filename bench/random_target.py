@@ -19,7 +19,7 @@ from specrt.config import ModelConfig
 from specrt.models.layouts import layer_matrices
 from specrt.models.loader import ALIGNMENT, LayerWeights, Weights
 
-_DEVIATION = 0.02
+DEVIATION = 0.02
 """Of the weights: what models of this family begin their training with."""
 
 
@@ -89,7 +89,7 @@ def random_weights(config: ModelConfig, device: str, dtype: torch.dtype, seed: i
         part[: math.prod(shape) * dtype.itemsize]
         .view(dtype)
         .view(shape)
-        .normal_(0.0, _DEVIATION, generator=generator)
+        .normal_(0.0, DEVIATION, generator=generator)
         for part, shape in zip(arena.split(sizes), shapes, strict=True)
     )
     norm = torch.ones(config.hidden_size, device=device)

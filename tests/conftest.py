@@ -1,14 +1,18 @@
-"""The small target that most tests load; what is marked ``gpu`` is skipped without one."""
+"""The small target that most tests load; GPUs: what is marked ``gpu`` is skipped without one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from specrt.device import Device
 from tests.checkpoints import make_checkpoint
+from tests.ops.conftest import load_simt
+from tests.real_gpu import real_gpu
+from tests.simulated_gpu import simulated_gpu
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -25,3 +29,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("target")
     make_checkpoint("llama", path)
     return path
+
+
+@pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A GPU that lets nobody wait: the simulated one, and the one that is there."""
+    if request.param == "real":
+        with real_gpu() as made:
+            yield made
+        return
+    simt = load_simt()
+    simt.set_schedule(1)
+    with simulated_gpu(simt, monkeypatch) as simulated:
+        yield simulated

@@ -136,6 +136,10 @@ class _Kernels:
         return kernel
 
 
+only_simulated = pytest.mark.parametrize("gpu", ["simulated"], indirect=True)
+"""A test of what no real GPU tells: how many launches of ours there were."""
+
+
 @contextmanager
 def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
     """A simulated GPU for as long as the context lasts."""

@@ -8,6 +8,7 @@ import torch
 from specrt import ops
 from specrt.device import Device
 from specrt.ops.graph import CpuGraph
+from tests.real_gpu import real_gpu
 
 
 def test_a_graph_reads_the_present_contents() -> None:
@@ -101,3 +102,13 @@ def test_a_table_that_is_written_again_at_once() -> None:
         arrived.append(device.there(table))
         table.fill_(-1)
     assert all(bool((there == i).all()) for i, there in enumerate(arrived))
+
+
+@pytest.mark.gpu
+def test_who_waits_for_a_gpu_is_told() -> None:
+    """Or tests of whole engines there would prove nothing."""
+    with real_gpu() as gpu:
+        there = gpu.zeros(3)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            there.sum().item()
+        assert gpu.read(there).tolist() == [0.0] * 3

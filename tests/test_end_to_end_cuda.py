@@ -20,6 +20,7 @@ from bench.end_to_end_cuda import EAGER, GRAPH, PLAIN, PLANTED, TRANSFORMERS, Be
 from bench.fake_gpu import FakeGpu
 from bench.planted import NODES, PlantedDrafter, Trace, recorded_trace
 from bench.step_graphs import StepGraphs
+from bench.whole_rounds import EESD, FSPAD, MAKERS, SIZES, whole_round
 from specrt.models.loader import ALIGNMENT
 from specrt.models.model import LlamaModel
 from tests.fake_cuda import FakeEvent
@@ -120,6 +121,33 @@ def test_a_trace_that_no_tree_fits() -> None:
             PlantedDrafter([], trace, 50)
 
 
+# --- whole rounds -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_drafters_of_the_targets_shape(target: Bench, name: str) -> None:
+    """They say what plain decoding says, and what a round must read."""
+    case = Case(name, nodes=SIZES.get(name, 1))
+    found = target.ours(case).checked(target.job)
+    assert found.token_ids == target.expected.token_ids
+    assert found.logprobs == target.expected.logprobs
+    assert found.reads == 0 and found.parts_ms is not None and min(found.parts_ms) > 0
+    assert target.least_bytes[case][1] <= target.round_bytes
+
+
+def test_bytes_of_whole_rounds(target: Bench) -> None:
+    """In rows of 4 bytes: two layers of a width of 256 and 208, four heads and two, 500 tokens."""
+    made = {
+        name: whole_round(name, LlamaModel(target.config, target.weights)) for name in (FSPAD, EESD)
+    }
+    layer, head = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 208 * 256), 4 * 500 * 256
+    assert made[EESD].draft_bytes == 5 * layer + 4 * (layer + head)
+    assert made[EESD].verify_bytes == layer + head
+    folded, second_output = 4 * (256 * 256 + 2 * 208 * 256), 4 * 208 * 256
+    assert made[FSPAD].draft_bytes == 6 * (layer + second_output + folded + head)
+    assert made[FSPAD].verify_bytes == 2 * layer + head
+
+
 # --- the report -------------------------------------------------------------------------------
 
 
@@ -128,13 +156,15 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = last_line(capsys)
     assert result == json.loads((tmp_path / "end_to_end_cuda.json").read_text())
     assert result["failed"] == [] and result["summary"]["not_measured"] == {}
-    graph, eager, *planted, theirs = result["rows"]
-    assert [row["steps"] for row in result["rows"]] == [GRAPH, EAGER, GRAPH, EAGER, EAGER]
-    assert {row["equal"] for row in (graph, eager, *planted)} == {"all bits"}
+    graph, eager, fspad, eesd, *planted, theirs = result["rows"]
+    steps = [GRAPH, EAGER, EAGER, EAGER, GRAPH, EAGER, EAGER]
+    assert [row["steps"] for row in result["rows"]] == steps
+    assert {row["equal"] for row in (graph, eager, fspad, eesd, *planted)} == {"all bits"}
     assert eager["vs plain"] == eager["tau"] == 1
     assert all("planted; drafting not counted" in row["contender"] for row in planted)
     assert all(row["tau"] > 2 and row["nodes"] == 60 for row in planted)
     assert theirs["contender"] == TRANSFORMERS and theirs["equal"].endswith(" of 12 tokens")
+    assert (fspad["nodes"], eesd["nodes"]) == (60, 5) and eesd["tau"] > 2
     for row in result["rows"]:
         assert row["ms a round"] == pytest.approx(row["ms a token"] * row["tau"])
 
@@ -160,7 +190,8 @@ def test_a_row_that_is_wrong_or_fails_leaves_the_others(
         end_to_end_cuda.run(arguments(), FakeGpu())
     result = last_line(capsys)
     wrong = "1 log-probabilities have other bits"
-    assert [row["equal"] for row in result["rows"]] == ["all bits", wrong, "all bits", "all bits"]
+    others = ["all bits"] * 4
+    assert [row["equal"] for row in result["rows"]] == ["all bits", wrong, *others]
     assert result["failed"][1] == "transformers static eager: no transformers"
 
 
@@ -221,14 +252,15 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         CUDAGraph=FakeGraph,
         Event=FakeEvent,
         graph=capture,
-        synchronize=lambda: events.append("wait"),
+        synchronize=lambda: None,
+        current_stream=lambda place: SimpleNamespace(synchronize=lambda: events.append("wait")),
     )
     monkeypatch.setattr(step_graphs.torch, "cuda", cuda)
     return events
 
 
 def test_a_step_is_captured_the_second_time(fake_cuda: list[str]) -> None:
-    graphs = StepGraphs()
+    graphs = StepGraphs(torch.device("cuda", 0))
     for _ in range(4):
         graphs.run("a", lambda: fake_cuda.append("a"))
     graphs.run("b", lambda: fake_cuda.append("b"))
@@ -236,7 +268,7 @@ def test_a_step_is_captured_the_second_time(fake_cuda: list[str]) -> None:
     assert graphs.take_seconds() == [pytest.approx(3e-3)] * 3
     assert graphs.take_seconds() == []
     fake_cuda.clear()
-    graphs.clear()
+    graphs.forget()
     graphs.run("a", lambda: fake_cuda.append("a"))
     assert fake_cuda == ["wait", "a"]
 
@@ -251,7 +283,8 @@ def test_a_pass_of_the_gpu_is_told_from_the_rest_of_a_round(
             # The prompt's pass and 24 rounds.
             return [9.0, 9.0, *[0.002] * 23]
 
-    ours = Ours(LlamaModel(target.config, target.weights), target._drafter(Case(PLAIN)), Passes())
+    passes = Passes(torch.device("cpu"))
+    ours = Ours(LlamaModel(target.config, target.weights), target._drafter(Case(PLAIN)), passes)
     assert ours.timed(target.job).gpu_seconds == 0.002
     monkeypatch.setattr(target, "ours", lambda case: ours)
     ceilings = FakeGpu().ceilings()

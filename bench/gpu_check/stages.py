@@ -128,6 +128,7 @@ def _variants(machine: Machine, save: Path) -> list[Command]:
 def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
+        _bench(machine, "generate_cuda", save, 75),
         _bench(machine, "end_to_end_cuda", save, 300),
         _sanitizer(machine, "racecheck", 200, is_spare=True),
     ]

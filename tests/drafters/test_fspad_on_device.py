@@ -1,8 +1,8 @@
-"""The one-layer drafters beside their target on a simulated GPU: text, trees, launches, reads."""
+"""One-layer drafters beside their target on a GPU, simulated or real: texts, trees, launches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.drafters.fspad_rig import Rig, budget, make_drafter
 from tests.engine.support import make_engine, texts
 from tests.ops.conftest import load_simt
-from tests.simulated_gpu import SimulatedGpu, simulated_gpu
+from tests.simulated_gpu import only_simulated
 
 VOCAB = 41  # so few that random drafters are right now and then
 SIZES: dict[str, Any] = {
@@ -67,14 +67,6 @@ def drafters(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {path.name: path for path in folder.iterdir()}
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    simt = load_simt()
-    simt.set_schedule(1)
-    with simulated_gpu(simt, monkeypatch) as gpu:
-        yield gpu
-
-
 def make_model(path: Path, device: Device) -> LlamaModel:
     config = ModelConfig.from_directory(path)
     weights = place_weights(load_weights(path, config, torch.bfloat16), device)
@@ -104,7 +96,7 @@ MORE_CASES: list[Case] = [
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[list[int]]]:
-    """Plain decoding's on the device, by setting; the same in every simulation."""
+    """Plain decoding's on the device, by device and setting."""
     return {}
 
 
@@ -116,7 +108,7 @@ def test_bits_do_not_change(
     target: Path,
     drafters: Mapping[str, Path],
     answers: dict[str, list[list[int]]],
-    gpu: SimulatedGpu,
+    gpu: Device,
     name: str,
     setting: str,
     shape: DraftParams | None,
@@ -125,12 +117,13 @@ def test_bits_do_not_change(
     """Sequences of unequal lengths join and leave."""
     model = make_model(target, gpu)
     params = [replace(SETTINGS[setting], max_new_tokens=count) for count in (7, 10, 4)]
-    if setting not in answers:
+    there = f"{gpu} {setting}"
+    if there not in answers:
         engine = make_engine(model, max_batch=1)
-        answers[setting] = texts(engine.generate(PROMPTS, params))
+        answers[there] = texts(engine.generate(PROMPTS, params))
     drafter = make_drafter(model, drafters[name], **options)
     results = make_engine(model, drafter, max_batch=2).generate(PROMPTS, params, shape)
-    assert texts(results) == answers[setting]
+    assert texts(results) == answers[there]
     assert all(result.stats.num_draft_tokens for result in results)
     if shape is not None or name == "fspad":  # the others' own sizes catch nothing by chance
         assert sum(result.stats.num_accepted_tokens for result in results)
@@ -141,7 +134,7 @@ def test_bits_do_not_change(
 
 
 def test_tables_are_shared_and_matrices_have_the_targets_dtype(
-    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu
+    target: Path, drafters: Mapping[str, Path], gpu: Device
 ) -> None:
     model = make_model(target, gpu)
     for name, is_folded in (("fspad", True), ("reduced", False)):
@@ -183,7 +176,7 @@ class Scripted:
 def test_trees_are_those_of_the_cpu(
     target: Path,
     drafters: Mapping[str, Path],
-    gpu: SimulatedGpu,
+    gpu: Device,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
@@ -214,7 +207,7 @@ def test_trees_are_those_of_the_cpu(
 
 
 def test_pairs_of_undrafted_rounds_are_caught_up(
-    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu
+    target: Path, drafters: Mapping[str, Path], gpu: Device
 ) -> None:
     model, shape = make_model(target, gpu), budget(depth=2, top_k=3, total_tokens=9)
     rig = Rig(model, make_drafter(model, drafters["fspad"]), PROMPTS[0])
@@ -240,9 +233,7 @@ def test_pairs_of_undrafted_rounds_are_caught_up(
 class Counted:
     """What a drafter's proposals take, as they are made."""
 
-    def __init__(
-        self, drafter: FspadDrafter, gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def __init__(self, drafter: FspadDrafter, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
         self._drafter, self._gpu, self._propose = drafter, gpu, drafter.propose
         self._upload, self._num_uploads = gpu.upload, 0
         self.rounds: list[tuple[int, int, int, int]] = []
@@ -271,8 +262,9 @@ FIRST_STEP = 9
 attention, norm and activation of the layer; expand's two."""
 
 
+@only_simulated
 def test_a_round_is_read_once_and_told_once(
-    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+    target: Path, drafters: Mapping[str, Path], gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its launches are those of three levels, commit and choice; products are torch's."""
     model = make_model(target, gpu)
@@ -289,8 +281,9 @@ def test_a_round_is_read_once_and_told_once(
     assert {uploads for _, _, uploads, _ in drafted[1:]} == {1}
 
 
+@only_simulated
 def test_sizes_are_envelopes_that_were_decided_before(
-    target: Path, drafters: Mapping[str, Path], gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+    target: Path, drafters: Mapping[str, Path], gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(target, gpu)
     drafter = make_drafter(model, drafters["fspad"])

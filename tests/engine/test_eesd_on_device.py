@@ -1,9 +1,9 @@
-"""EESD on a simulated GPU: nobody waits, drafts are taken up behind layer N, texts stay."""
+"""EESD on a GPU, simulated or real: nobody waits, drafts go on behind layer N, texts stay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import DraftParams
 from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.kind import DrafterOptions
@@ -34,7 +35,8 @@ from tests.engine.exits import (
 )
 from tests.engine.support import make_engine, texts
 from tests.ops.conftest import load_simt
-from tests.simulated_gpu import SimulatedGpu, simulated_gpu
+from tests.real_gpu import RealGpu
+from tests.simulated_gpu import SimulatedGpu, only_simulated
 
 SIZES = {
     "head_dim": 64,
@@ -63,10 +65,10 @@ class Loaded:
     exit: Path
     perfect: Path
     """An exit that is the target's last layer."""
-    expected: list[list[int]]
-    """What plain decoding says on the simulated GPU."""
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    """What plain decoding says, by device."""
 
-    def on(self, gpu: SimulatedGpu) -> LlamaModel:
+    def on(self, gpu: Device) -> LlamaModel:
         return LlamaModel(self.config, place_weights(self.weights, gpu), gpu)
 
 
@@ -77,30 +79,25 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     make_exit_checkpoint(target, folder / "perfect", NUM_LAYERS - 1)
     config = ModelConfig.from_directory(target)
     weights = load_weights(target, config, torch.bfloat16)
-    made = Loaded(config, weights, directory, folder / "perfect", [])
-    load_simt().set_schedule(1)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        simulated_gpu(load_simt(), patch) as gpu,
-    ):
-        results = make_engine(made.on(gpu)).generate(PROMPTS, PARAMS)
-    return replace(made, expected=texts(results))
+    return Loaded(config, weights, directory, folder / "perfect")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    load_simt().set_schedule(1)
-    with simulated_gpu(load_simt(), monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def model(loaded: Loaded, gpu: SimulatedGpu) -> LlamaModel:
+def model(loaded: Loaded, gpu: Device) -> LlamaModel:
     return loaded.on(gpu)
 
 
 @pytest.fixture
-def taken(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def expected(loaded: Loaded, model: LlamaModel) -> list[list[int]]:
+    """Plain decoding's texts there."""
+    there = str(model.device)
+    if there not in loaded.answers:
+        loaded.answers[there] = texts(make_engine(model).generate(PROMPTS, PARAMS))
+    return loaded.answers[there]
+
+
+@pytest.fixture
+def taken(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each round's trees were taken up behind the layers that were run."""
     seen: list[bool] = []
     take = LowerLayers.take
@@ -148,11 +145,13 @@ def num_accepted(results: Sequence[GenerationResult]) -> int:
         for kind in CONTROLLERS
     ],
 )
-def test_chains(model: LlamaModel, loaded: Loaded, taken: list[bool], kind: str) -> None:
+def test_chains(
+    model: LlamaModel, loaded: Loaded, expected: list[list[int]], taken: list[bool], kind: str
+) -> None:
     drafter = make_device_drafter(model, loaded.exit, kind, max_draft=3, draft_len=3)
     drafter._given_costs = CHEAP
     results = generated(drafter)
-    assert texts(results) == loaded.expected
+    assert texts(results) == expected
     assert num_accepted(results) > 3
     assert sum(taken) >= len(taken) - 2  # of a last token, or one alone, nothing is drafted
 
@@ -166,21 +165,27 @@ def test_chains(model: LlamaModel, loaded: Loaded, taken: list[bool], kind: str)
     ],
     ids=str,
 )
-def test_shapes(model: LlamaModel, loaded: Loaded, taken: list[bool], shape: DraftParams) -> None:
+def test_shapes(
+    model: LlamaModel,
+    loaded: Loaded,
+    expected: list[list[int]],
+    taken: list[bool],
+    shape: DraftParams,
+) -> None:
     results = generated(make_device_drafter(model, loaded.exit), shape)
-    assert texts(results) == loaded.expected
+    assert texts(results) == expected
     assert num_accepted(results) > 3
     assert sum(taken) >= len(taken) - 2
 
 
 @pytest.mark.parametrize("shape", [None, DraftParams(depth=4, top_k=2)], ids=str)
 def test_an_exit_that_is_never_wrong(
-    model: LlamaModel, loaded: Loaded, shape: DraftParams | None
+    model: LlamaModel, loaded: Loaded, expected: list[list[int]], shape: DraftParams | None
 ) -> None:
     """Nothing is amiss with caches, positions, noise or states, or it would err."""
     drafter = make_device_drafter(model, loaded.perfect, "fixed", draft_len=4)
     results = generated(drafter, shape)
-    assert texts(results) == loaded.expected
+    assert texts(results) == expected
     assert [one.stats.accept_lengths for one in results[:2]] == [[4], [4, 1]]
 
 
@@ -194,6 +199,7 @@ def test_shapes_of_one_batch(model: LlamaModel, loaded: Loaded, taken: list[bool
     assert taken  # of who is left
 
 
+@only_simulated
 def test_a_pass_begins_behind_the_exit(
     model: LlamaModel, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,23 +219,25 @@ def test_a_pass_begins_behind_the_exit(
     assert {count for has_logits, count in said if not has_logits} == {ALL_LAYERS - 1}
 
 
-def test_measured_costs(model: LlamaModel, loaded: Loaded) -> None:
+def test_measured_costs(model: LlamaModel, loaded: Loaded, expected: list[list[int]]) -> None:
     """Plain rounds come first, whose roots the exit's cache takes afterwards."""
     drafter = make_device_drafter(model, loaded.perfect, "cost-aware")
     measured = DeviceEesdDrafter(drafter.exit_model, ControlOptions("cost-aware"))
     results = generated(measured, max_batch=3)
-    assert texts(results) == loaded.expected
+    assert texts(results) == expected
     assert [one.stats.accept_lengths[:3] for one in results] == [[0, 0, 0]] * 3
     assert measured.costs().plain_ms() not in (COSTS.plain_ms(), 1.0)
 
 
-def rows_of(gpu: SimulatedGpu, cache: KVCache, sequence: CachedSequence) -> torch.Tensor:
+def rows_of(gpu: SimulatedGpu | RealGpu, cache: KVCache, sequence: CachedSequence) -> torch.Tensor:
     with gpu.moving():
         pages = cache.kv[:, :, sequence.pages].flatten(2, 3)
-        return pages[:, :, : sequence.length].clone()
+        return pages[:, :, : sequence.length].to("cpu", copy=True)
 
 
-def recomputed(gpu: SimulatedGpu, drafter: DeviceEesdDrafter, tokens: list[int]) -> torch.Tensor:
+def recomputed(
+    gpu: SimulatedGpu | RealGpu, drafter: DeviceEesdDrafter, tokens: list[int]
+) -> torch.Tensor:
     """Keys and values ``[1, 2, n, heads, d]`` of the exit for tokens run from scratch."""
     model, exit_model = drafter.exit_model.target, drafter.exit_model
     target, drafts = model.new_cache(), exit_model.new_cache()
@@ -242,7 +250,7 @@ def recomputed(gpu: SimulatedGpu, drafter: DeviceEesdDrafter, tokens: list[int])
 
 @pytest.mark.parametrize("shape", [None, DraftParams(depth=4, top_k=2)], ids=str)
 def test_the_exits_cache_is_what_it_would_be_from_scratch(
-    model: LlamaModel, loaded: Loaded, gpu: SimulatedGpu, shape: DraftParams | None
+    model: LlamaModel, loaded: Loaded, gpu: SimulatedGpu | RealGpu, shape: DraftParams | None
 ) -> None:
     """After plain rounds and accepted paths, of chains and of branches."""
     known = make_device_drafter(model, loaded.perfect, "cost-aware")

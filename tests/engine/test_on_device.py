@@ -1,4 +1,4 @@
-"""Whole rounds on a simulated GPU: all stages where the target is, one read a round, the same text.
+"""Whole rounds on a GPU, simulated or real: all stages there, one read a round, the same text.
 
 What the CPU's engine says is another model's word: activations have 16 bits on a GPU. So texts are
 held against plain decoding on the same device, and laws against the CPU's kernels in tests/ops.
@@ -6,7 +6,7 @@ held against plain decoding on the same device, and laws against the CPU's kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
@@ -25,8 +26,6 @@ from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
-from tests.ops.conftest import load_simt
-from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 VOCAB = 97
 SIZES = {
@@ -54,15 +53,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Weigh
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    simt = load_simt()
-    simt.set_schedule(1)
-    with simulated_gpu(simt, monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def model(loaded: tuple[ModelConfig, Weights], gpu: SimulatedGpu) -> LlamaModel:
+def model(loaded: tuple[ModelConfig, Weights], gpu: Device) -> LlamaModel:
     config, weights = loaded
     return LlamaModel(config, place_weights(weights, gpu), gpu)
 

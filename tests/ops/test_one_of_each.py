@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import one_of_each
+from bench import one_of_each, round_bits
 from bench.gpu import Place
 from specrt import ops
 from tests.ops.conftest import Backend
@@ -16,6 +16,7 @@ def test_one_of_each(backend: Backend) -> None:
     torch.manual_seed(0)
     place = Place(str(backend.device))
     assert one_of_each.run_small_kernels(place) == 14 * 3 * 3
+    assert round_bits.run_round_bits(place, is_quick=backend.name == "simt") >= 25
     if backend.runs_cuda_source:
         assert one_of_each.run_tree_attention(place) == 3 * 3
 
@@ -25,3 +26,18 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "silu_mul", lambda x, out: silu_mul(x, out=out).add_(1))
     with pytest.raises(AssertionError, match="not close"):
         one_of_each.run_small_kernels(Place("cpu"))
+
+
+def test_other_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second run, which stands for the host's."""
+    rerank, calls = ops.tree_rerank, []
+
+    def last_bit(*args: torch.Tensor) -> None:
+        rerank(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            args[-1][1, 1].mul_(1 + 2**-22)
+
+    monkeypatch.setattr(ops, "tree_rerank", last_bit)
+    with pytest.raises(RuntimeError, match="draft tree of 131 rows: node_scores has other bits"):
+        round_bits.run_round_bits(Place("cpu"), is_quick=True)

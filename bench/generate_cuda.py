@@ -1,0 +1,124 @@
+"""``specrt generate`` on a GPU with the bundled model: each drafter's text is plain decoding's.
+
+One process a drafter, as a user starts it. Problems that the model was not trained on, greedily,
+with a seed, and with filters and penalties besides; texts and finish reasons must be equal. ``tau``
+is the first problem's: what a GPU's 16-bit activations leave of the drafters' accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import gpu
+from bench.harness import Row, parser, report, start
+from bench.prompts import HELDOUT
+
+PLAIN = "none"
+DRAFTERS = ("eesd", "fspad", "prompt-lookup", "recycle", "eagle2")
+SAMPLING: Sequence[dict[str, Any]] = (
+    {},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 6},
+)
+_SECONDS = 60.0
+"""That one process may take."""
+
+
+def prompt_lines(num_tokens: int) -> str:
+    """A JSON object a line: a problem and how to sample its answer."""
+    problems = [json.loads(line) for line in HELDOUT.read_text().splitlines()[: len(SAMPLING)]]
+    rows = (
+        problem | {"max_new_tokens": num_tokens, **sampling}
+        for problem, sampling in zip(problems, SAMPLING, strict=True)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def generated(drafter: str, device: str, prompts: Path) -> list[dict[str, Any]]:
+    """The results of one run of the command.
+
+    Raises:
+        RuntimeError: it failed; its last words.
+    """
+    argv = [sys.executable, "-m", "specrt", "generate", "--file", str(prompts), "--json"]
+    argv += ["--drafter", drafter, "--device", device]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(" ".join(done.stderr.split())[-400:] or f"exit code {done.returncode}")
+    lines = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    return sorted(map(json.loads, lines), key=lambda result: int(result["index"]))
+
+
+def difference(found: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
+    """In words; empty if there is none."""
+    named = ("token_ids", "text", "finish_reason")
+    for index, (a, b) in enumerate(zip(found, plain, strict=True)):
+        other = [name for name in named if a[name] != b[name]]
+        if other:
+            return f"prompt {index}: {' and '.join(other)} differ from plain decoding's"
+    return ""
+
+
+def rows_of(
+    drafters: Sequence[str], device: str, prompts: Path, failed: list[str], end: float
+) -> Iterator[Row]:
+    """One a drafter; what is wrong goes to ``failed``, and so does what there is no time for."""
+    plain: list[dict[str, Any]] = []
+    for drafter in (PLAIN, *drafters):
+        begun = time.monotonic()
+        if begun > end:
+            failed.append(f"{drafter}: over the budget")
+            continue
+        try:
+            found = generated(drafter, device, prompts)
+        except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+            failed.append(f"{drafter}: {error}")
+            if not plain:
+                return  # nothing to compare with
+            continue
+        plain = plain or found
+        wrong = difference(found, plain)
+        failed += [f"{drafter}: {wrong}"] if wrong else []
+        yield {
+            "drafter": drafter,
+            "equal": wrong or "yes",
+            "tau": found[0]["stats"]["tau"],
+            "seconds": time.monotonic() - begun,
+        }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run all and report; leave with exit code 1 if one failed."""
+    device, num_tokens = ("cpu", 8) if args.dry else ("cuda", 48)
+    end = time.monotonic() + (args.budget or float("inf"))
+    failed: list[str] = []
+    drafters = DRAFTERS[: 1 if args.quick else None]
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        prompts.write_text(prompt_lines(num_tokens))
+        rows = list(rows_of(drafters, device, prompts, failed, end))
+    report("generate_cuda", rows, save=args.save, failed=failed)
+    if failed:
+        raise SystemExit(f"{len(failed)} drafters failed; the first: {failed[0]}")
+
+
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments, has_cpu_side=False)
+    args = start(arguments)
+    if not args.dry:
+        gpu.require_gpu()
+    run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Drafters for whole rounds on a GPU: of the target's shape, and right by chance alone.
+
+What a round takes, part by part, depends on shapes, not on what is accepted. FSPAD's layer has
+random weights; EESD's exit is the target's next layer, where it lies. Each says what its drafting
+reads at the least, and what is left for verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bench.random_target import DEVIATION, step_bytes
+from specrt.draft.base import Drafter, DraftParams
+from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
+from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.model import ExitModel
+from specrt.draft.eesd.on_device import DeviceEesdDrafter
+from specrt.draft.fspad.checkpoint import DraftConfig, tensor_shapes
+from specrt.draft.fspad.drafter import FspadDrafter
+from specrt.draft.fspad.layer import DraftLayer
+from specrt.draft.fspad.weights import fold, folding_pays, pack_weights
+from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.recycle.drafter import RecycleDrafter
+from specrt.draft.recycle.on_device import DeviceRecycleDrafter
+from specrt.models.loader import Weights
+from specrt.models.model import LlamaModel
+
+FSPAD, EESD, LOOKUP, RECYCLE = "FSPAD", "EESD", "prompt lookup", "token recycling"
+_DEPTH, _TOP_K, NODES = 6, 10, 60  # EAGLE-2's
+CHAIN = 4
+
+
+@dataclass(frozen=True)
+class WholeRound:
+    """A drafter, the shape of its trees, and the weights that a round reads."""
+
+    drafter: Drafter
+    params: DraftParams | None
+    draft_bytes: int
+    verify_bytes: int
+
+
+def whole_round(name: str, target: LlamaModel) -> WholeRound:
+    """One of :data:`MAKERS`, new."""
+    return MAKERS[name](target)
+
+
+def _fspad(target: LlamaModel) -> WholeRound:
+    """Folded where serving would fold it."""
+    config = DraftConfig.for_target(target.config, "fspad", name="random")
+    weights, device = target.weights, target.device
+    generator = torch.Generator(device.place).manual_seed(1)
+    tensors = {
+        key: _random(shape, weights.embed, generator)
+        for key, shape in tensor_shapes(config).items()
+    }
+    tables = weights.embed, weights.lm_head
+    packed = pack_weights(config, tensors, *tables, weights.embed.dtype, device)
+    if folding_pays(packed, weights.arena.nbytes):
+        packed = fold(packed, device)
+    drafter = FspadDrafter(DraftLayer(config, packed, device, target.rope))
+    params = DraftParams(depth=_DEPTH, top_k=_TOP_K, total_tokens=NODES)
+    return WholeRound(drafter, params, _DEPTH * packed.step_bytes, step_bytes(weights))
+
+
+def _random(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A matrix; a vector is a norm's or a bias and small enough to be ones."""
+    made = torch.ones(shape, dtype=like.dtype, device=like.device)
+    return made if len(shape) == 1 else made.normal_(0.0, DEVIATION, generator=generator)
+
+
+def _eesd(target: LlamaModel) -> WholeRound:
+    """Behind an eighth of the layers. Of a chain's last node the exit needs no more than its keys
+    and values, so it is one step fewer than there are passes of the first layers."""
+    weights, device = target.weights, target.device
+    number = max(1, target.config.num_layers // 8)
+    size = weights.arena.nbytes - weights.embed.nbytes - weights.lm_head.nbytes
+    layer_bytes, head_bytes = size // target.config.num_layers, weights.lm_head.nbytes
+    layer = Weights(
+        weights.arena[:layer_bytes],  # of an exit's size, which its costs go by
+        weights.embed,
+        weights.layers[number : number + 1],
+        weights.final_norm,
+        weights.lm_head,
+    )
+    hidden = target.config.hidden_size
+    calibration = ExitWeights(
+        layer,
+        device.zeros(2, hidden, dtype=device.activation_dtype(weights.embed.dtype)),
+        device.zeros(2),
+        device.zeros(2).fill_(1.0),
+    )
+    config = ExitConfig.for_target(target.config, number, name="random")
+    exit_model = ExitModel(config, calibration, target)
+    kind = DeviceEesdDrafter if device.is_gpu else EesdDrafter
+    return WholeRound(
+        kind(exit_model),
+        DraftParams(depth=CHAIN, top_k=1, total_tokens=1 + CHAIN),
+        (1 + CHAIN) * number * layer_bytes + CHAIN * (layer_bytes + head_bytes),
+        step_bytes(weights) - number * layer_bytes,
+    )
+
+
+def _lookup(target: LlamaModel) -> WholeRound:
+    return WholeRound(PromptLookupDrafter(), None, 0, step_bytes(target.weights))
+
+
+def _recycle(target: LlamaModel) -> WholeRound:
+    vocab_size, device = target.config.vocab_size, target.device
+    drafter: Drafter = RecycleDrafter(vocab_size)
+    if device.is_gpu:
+        drafter = DeviceRecycleDrafter(vocab_size, device)
+    params = DraftParams(depth=_DEPTH, top_k=_TOP_K, total_tokens=NODES)
+    return WholeRound(drafter, params, 0, step_bytes(target.weights))
+
+
+MAKERS: Mapping[str, Callable[[LlamaModel], WholeRound]] = {
+    FSPAD: _fspad,
+    EESD: _eesd,
+    LOOKUP: _lookup,
+    RECYCLE: _recycle,
+}
+SIZES: Mapping[str, int] = {FSPAD: NODES, EESD: 1 + CHAIN, RECYCLE: NODES}
+"""Nodes of a tree, where they are fixed."""
