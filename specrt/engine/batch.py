@@ -141,7 +141,7 @@ class Batch:
         if len(stops) > self._stops.shape[1]:
             self._stops = self._widened(self._stops, len(stops))
         stops += [_NO_STOP] * (self._stops.shape[1] - len(stops))
-        values = len(tokens), tokens[-1], request.state.max_len, 0
+        values = len(tokens), tokens[-1], request.max_len, 0
         for there, ids in (
             (self._history[row, : len(tokens)], tokens),
             (self._stops[row], stops),
