@@ -256,7 +256,7 @@ class Roomless(DeviceSelfDrafter):
     def make_room(self, lower: LowerLayers, sizes: Sequence[int]) -> None: ...
 
 
-def test_rows_that_had_no_page(loaded: Loaded, gpu: SimulatedGpu, taken: list[bool]) -> None:
+def test_rows_that_had_no_page(loaded: Loaded, gpu: Device, taken: list[bool]) -> None:
     """They went to the scratch page, and verification finds pages for them afterwards."""
     model, prompt = loaded.on(gpu), [(11 * i * i + 3 * i) % VOCAB for i in range(63)]
     expected = texts(make_engine(model).generate([prompt], PARAMS))
