@@ -151,7 +151,7 @@ def test_room_is_what_was_said_last_after_any_interrupt(model: LlamaModel) -> No
     number, was_interrupted = 1, True
     while was_interrupted:
         batch.set_room([1, 2])
-        was_interrupted = interrupted(lambda: batch.set_room([5, 2]), number)  # noqa: B023
+        was_interrupted = interrupted(lambda: batch.set_room([5, 2]), number)
         batch.set_room([5, 2])
         assert model.device.read(batch.room).tolist() == [5, 2], number
         number += 1
