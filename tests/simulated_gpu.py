@@ -27,6 +27,8 @@ from tests.ops.conftest import cpu_product
 
 _WAITING = {
     torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.bincount.default,
     torch.ops.aten.equal.default,
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.masked_select.default,
@@ -34,6 +36,13 @@ _WAITING = {
     torch.ops.aten.repeat_interleave.Tensor,
 }
 """What makes the host wait for a GPU, or makes shapes of what is there."""
+
+_INDEXING = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+}
+"""The same, where an index is a mask."""
 
 
 class SimulatedGpu(Device):
@@ -103,7 +112,10 @@ class _Watch(TorchDispatchMode):
         held = [gpu.holds(tensor) for tensor in given]
         if gpu.is_moving or not any(held):
             return func(*args, **kwargs)
-        assert func not in _WAITING, f"{func}: the host would wait for the GPU"
+        is_masked = func in _INDEXING and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        assert func not in _WAITING and not is_masked, f"{func}: the host would wait for the GPU"
         alien = [x.shape for x, is_held in zip(given, held, strict=True) if not is_held and x.dim()]
         assert not alien, f"{func}: tensors of the GPU and of the host, {alien}"
         out = func(*args, **kwargs)
@@ -151,7 +163,7 @@ def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
             cpu_product(x, weight, out)
 
     monkeypatch.setattr(sys.modules["specrt.ops.linear"], "gpu_product", product)
-    for name in ("tolist", "numpy", "__array__"):
+    for name in ("tolist", "numpy", "__array__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _guarded(gpu, getattr(torch.Tensor, name)))
     with _Watch(gpu):
         yield gpu
@@ -159,7 +171,8 @@ def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 def _guarded(gpu: SimulatedGpu, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert not gpu.holds(tensor), f"{method.__name__}: of a tensor on the GPU"
+        is_copied = method.__name__ == "cpu" and gpu.is_moving
+        assert is_copied or not gpu.holds(tensor), f"{method.__name__}: of a tensor on the GPU"
         return method(tensor, *args, **kwargs)
 
     return call
