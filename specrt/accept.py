@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -133,25 +135,46 @@ class Accepting:
         return scratch
 
 
-def read_report(rows: npt.NDArray[np.int32], size: int) -> RoundReport:
-    """What ``ops.history_append`` reports.
+class Outcome(NamedTuple):
+    """The header of a sequence's report (``ops.history_append``)."""
+
+    num_nodes: int
+    deepest: int
+    accept_length: int
+    num_taken: int
+    ending: int
+
+
+class Read:
+    """What the host has read of a round, for the engine: no drafter has these numbers in hand.
 
     Args:
-        rows: ``[B, R]``; read where they lie.
+        rows: ``[B, R]``, as ``ops.history_append`` reports.
         size: N, entries of a path.
     """
-    first, second = HEADER_SIZE + size, HEADER_SIZE + 2 * size
-    has_logprobs = rows.shape[1] > second
-    return RoundReport(
-        num_nodes=rows[:, ReportWord.NUM_NODES],
-        deepest=rows[:, ReportWord.DEEPEST],
-        accept_length=rows[:, ReportWord.ACCEPT_LENGTH],
-        num_taken=rows[:, ReportWord.NUM_TAKEN],
-        has_ended=rows[:, ReportWord.ENDING] != 0,
-        tokens=rows[:, HEADER_SIZE:first],
-        path=rows[:, first:second],
-        logprobs=rows[:, second:].view(np.float32) if has_logprobs else None,
-    )
+
+    def __init__(self, rows: npt.NDArray[np.int32], size: int) -> None:
+        first, second = HEADER_SIZE + size, HEADER_SIZE + 2 * size
+        self._rows = rows
+        self._path = slice(first, second)
+        words = rows[:, :first].tolist()
+        self.outcomes = [Outcome(*row[: len(Outcome._fields)]) for row in words]
+        self.tokens: list[list[int]] = [row[HEADER_SIZE:] for row in words]
+        """``[B][N]``: accepted tokens, then the bonus token; padded."""
+        self.logprobs: list[list[float]] | None = None
+        """``[B][N]``, if any were asked for."""
+        if rows.shape[1] > second:
+            self.logprobs = rows[:, second:].view(np.float32).tolist()
+
+    def for_drafters(self) -> RoundReport:
+        """Views, which they may write to."""
+        rows = self._rows
+        return RoundReport(
+            num_nodes=rows[:, ReportWord.NUM_NODES],
+            accept_length=rows[:, ReportWord.ACCEPT_LENGTH],
+            num_taken=rows[:, ReportWord.NUM_TAKEN],
+            path=rows[:, self._path],
+        )
 
 
 def _drawn(tree: DraftTree, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:

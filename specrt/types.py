@@ -101,38 +101,24 @@ class VerifyOutput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RoundReport:
-    """What the host learns of a round, sequence by sequence, in one piece."""
+    """What the host has read of a round, as drafters see it."""
 
     num_nodes: npt.NDArray[np.int32]
     """``[B]``, of each tree, its root included."""
-    deepest: npt.NDArray[np.int32]
-    """``[B]``: the largest distance from the root."""
     accept_length: npt.NDArray[np.int32]
-    """``[B]``: accepted draft tokens, whether taken or not; -1 where logits were NaN."""
+    """``[B]``: as :attr:`AcceptResult.accept_length`, and so the last one."""
     num_taken: npt.NDArray[np.int32]
     """``[B]``: tokens that the output goes on with, up to a stop token and the token limit."""
-    has_ended: npt.NDArray[np.bool_]
-    """``[B]``: whether the last of them is such an end, or there is none."""
-    tokens: npt.NDArray[np.int32]
-    """``[B, N]``: accepted tokens, then the bonus token; padded with -1."""
     path: npt.NDArray[np.int32]
-    """``[B, N]``: their nodes, from the root down; padded with -1."""
-    logprobs: npt.NDArray[np.float32] | None
     """``[B, N]``"""
 
     def of(self, rows: Sequence[int]) -> RoundReport:
         """Of some of the sequences, in this order."""
         index = list(rows)
         return RoundReport(
-            self.num_nodes[index],
-            self.deepest[index],
-            self.accept_length[index],
-            self.num_taken[index],
-            self.has_ended[index],
-            self.tokens[index],
+            self.num_nodes[index], self.accept_length[index], self.num_taken[index],
             self.path[index],
-            None if self.logprobs is None else self.logprobs[index],
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ def load_drafter(
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
-        ValueError: a controller for a drafter that takes none; on a GPU, EESD, or a model that its
-            kernels do not run; an installed drafter that is broken.
+        ValueError: a controller for a drafter that takes none; on a GPU, a model that its kernels
+            do not run; an installed drafter that is broken.
     """
     from specrt.draft.base import EmptyDrafter
 

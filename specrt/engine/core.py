@@ -299,20 +299,21 @@ class EngineCore:
             self.remove(request)
 
     def _chunk(self, request: Request, row: int, done: Round) -> StreamChunk:
-        report, stats = done.report, request.stats
+        outcome, stats = done.read.outcomes[row], request.stats
         stats.draft_ms += done.draft_ms
         stats.verify_ms += done.verify_ms
         stats.accept_ms += done.accept_ms
-        length, count = int(report.accept_length[row]), int(report.num_taken[row])
-        if length < 0:
+        if outcome.accept_length < 0:
             position = len(request.token_ids)
             return request.failed(f"logits: NaN or no finite value at position {position}")
-        logprobs = None if report.logprobs is None else report.logprobs[row, :count].tolist()
-        taken = request.append(report.tokens[row, :count].tolist(), logprobs)
+        count, logprobs = outcome.num_taken, done.read.logprobs
+        taken = request.append(
+            done.read.tokens[row][:count], None if logprobs is None else logprobs[row][:count]
+        )
         has_ended = request.end.reason is not None
-        assert has_ended or not report.has_ended[row], "an end that the text does not have"
-        stats.record(int(report.num_nodes[row]), len(taken) - 1, int(report.deepest[row]))
-        return request.chunk(taken, length)
+        assert has_ended or not outcome.ending, "an end that the text does not have"
+        stats.record(outcome.num_nodes, len(taken) - 1, outcome.deepest)
+        return request.chunk(taken, outcome.accept_length)
 
     def _fail_all(self) -> None:
         """End all requests: their device is lost."""

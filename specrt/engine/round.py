@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
-from specrt.accept import Accepting, read_report
+from specrt.accept import Accepting, Read
 from specrt.cache import CachedSequence, KVCache
 from specrt.device import Device
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
 from specrt.models.model import LlamaModel
 from specrt.tree import Settler
-from specrt.types import Proposal, RoundReport
+from specrt.types import AcceptResult, Proposal
 
 
 @dataclass(frozen=True)
 class Round:
     """What came of a round, and what it took."""
 
-    report: RoundReport
+    read: Read
     draft_ms: float
     """Proposing, and settling what was proposed."""
     verify_ms: float
@@ -68,15 +68,16 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     rows = batch.append(tree, result)
     cached.move(result.path, batch.num_path)
     marks.append(device.mark())
-    seen = device.read(rows).numpy()
-    report = read_report(seen, tree.draft_tokens.shape[1])
-    cached.advance(report.num_taken.tolist())
-    if draft.parts:  # its report is its own, for a drafter may write to it
-        theirs = read_report(seen.copy(), tree.draft_tokens.shape[1])
-        drafting.observe(draft, replace(result, report=theirs), output.taps)
+    read = Read(device.read(rows).numpy(), tree.draft_tokens.shape[1])
+    cached.advance([outcome.num_taken for outcome in read.outcomes])
+    if draft.parts:
+        told = AcceptResult(
+            result.path, result.accept_length, result.tokens, report=read.for_drafters()
+        )
+        drafting.observe(draft, told, output.taps)
     draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
     drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
-    return Round(report, draft_ms, verify_ms, accept_ms)
+    return Round(read, draft_ms, verify_ms, accept_ms)
 
 
 def _make_room(cache: KVCache, batch: Batch, proposal: Proposal, most: int) -> int:

@@ -140,7 +140,7 @@ class HostTrees:
         self.ancestors = torch.zeros(batch, num_nodes, num_words(num_nodes), dtype=torch.int64)
         tokens, parents = torch.zeros(2, batch * num_nodes, dtype=torch.int32)
         levels = [shape.rows(level) for level in range(1 + shape.num_levels)]
-        self._ids = [tokens[rows] for rows in levels]
+        self._ids: list[torch.Tensor] = [tokens[rows] for rows in levels]
         self.roots = self._ids[0]
         # The same memory through numpy.
         self._tokens, self._parents, self._marks = tokens.numpy(), parents.numpy(), hidden.numpy()

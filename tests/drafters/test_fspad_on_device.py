@@ -125,8 +125,9 @@ def test_bits_do_not_change(
     results = make_engine(model, drafter, max_batch=2).generate(PROMPTS, params, shape)
     assert texts(results) == answers[there]
     assert all(result.stats.num_draft_tokens for result in results)
-    assert sum(result.stats.num_accepted_tokens for result in results)
-    assert drafter._cache.num_held_pages == 0
+    if shape is not None or name == "fspad":  # the others' own sizes catch nothing by chance
+        assert sum(result.stats.num_accepted_tokens for result in results)
+    assert drafter.cache.num_held_pages == 0
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -112,14 +112,18 @@ def taken(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[bo
 
 
 def generated(
-    drafter: DeviceEesdDrafter, shape: DraftParams | None = None, max_batch: int = 2
+    drafter: DeviceEesdDrafter, *shapes: DraftParams | None, max_batch: int = 2
 ) -> list[GenerationResult]:
-    """By an engine that sequences join and leave, and whose host waits once a step."""
+    """By an engine that sequences join and leave, and whose host waits once a step.
+
+    Args:
+        drafter: drafts.
+        *shapes: of each prompt's trees; one for all, or none.
+    """
+    each = shapes if len(shapes) > 1 else (shapes or (None,)) * len(PROMPTS)
     model = drafter.exit_model.target
     engine = make_engine(model, drafter, max_batch=max_batch)
-    handles = [
-        engine.add(prompt, params, shape) for prompt, params in zip(PROMPTS, PARAMS, strict=True)
-    ]
+    handles = [engine.add(*request) for request in zip(PROMPTS, PARAMS, each, strict=True)]
     results = {}
     while not engine.is_idle:
         before = model.device.num_reads
@@ -183,6 +187,18 @@ def test_an_exit_that_is_never_wrong(
     results = generated(drafter, shape)
     assert texts(results) == expected
     assert [one.stats.accept_lengths for one in results[:2]] == [[4], [4, 1]]
+
+
+def test_shapes_of_one_batch(
+    model: LlamaModel, loaded: Loaded, expected: list[list[int]], taken: list[bool]
+) -> None:
+    """Each is asked for by itself: then the whole batch goes through all layers."""
+    drafter = make_device_drafter(model, loaded.perfect, "fixed", draft_len=2)
+    results = generated(drafter, DraftParams(depth=1), None, None)
+    assert texts(results) == expected
+    assert set(results[0].stats.accept_lengths[:-1]) == {1}
+    assert results[1].stats.accept_lengths[0] == 2
+    assert taken  # of who is left
 
 
 @only_simulated

@@ -61,7 +61,7 @@ class SelfDrafter(EmptyDrafter):
         lower = budget.lower
         assert lower is not None
         size = 1 + LEVELS * self._width
-        assert min(lower.reserve([size] * len(states))) >= size
+        self.make_room(lower, [size] * len(states))
         run = self.run_of(lower, len(states))
         lower.begin(run)
         wanted = [self._level(states, level) for level in range(1 + LEVELS)]
@@ -76,6 +76,9 @@ class SelfDrafter(EmptyDrafter):
         )
         count = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32)
         return Proposal(tokens, parents, count)
+
+    def make_room(self, lower: LowerLayers, sizes: Sequence[int]) -> None:
+        assert min(lower.reserve(sizes)) >= max(sizes)
 
     def run_of(self, lower: LowerLayers, batch: int, number: int = 0) -> LayerRun:
         shape = RunShape(batch, lower.table_width, self._width, LEVELS, num_layers=2)

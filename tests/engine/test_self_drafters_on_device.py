@@ -252,6 +252,22 @@ def test_a_run_of_an_earlier_round(
     assert taken[0] and not any(taken[1:])
 
 
+class Roomless(DeviceSelfDrafter):
+    def make_room(self, lower: LowerLayers, sizes: Sequence[int]) -> None: ...
+
+
+def test_rows_that_had_no_page(loaded: Loaded, gpu: Device, taken: list[bool]) -> None:
+    """They went to the scratch page, and verification finds pages for them afterwards."""
+    model, prompt = loaded.on(gpu), [(11 * i * i + 3 * i) % VOCAB for i in range(63)]
+    expected = texts(make_engine(model).generate([prompt], PARAMS))
+    taken.clear()
+    drafter = Roomless(model, {tuple(prompt): expected[0]}, honest, as_it_is)
+    results = make_engine(model, drafter).generate([prompt], PARAMS)
+    assert texts(results) == expected
+    assert results[0].stats.accept_lengths[0] == LEVELS
+    assert not taken[0] and all(taken[1:]) and len(taken) > 1
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_rows_moved_in_an_earlier_round(
     loaded: Loaded, gpu: Device, expected: list[list[int]], taken: list[bool], width: int

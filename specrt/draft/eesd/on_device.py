@@ -1,8 +1,8 @@
 """EESD where the host does not wait: as :mod:`specrt.draft.eesd.drafter`, on a GPU.
 
-How many levels are run is decided before any of them is. A level takes about a quarter of a plain
-round and a draft that is wanted is right more often than not, so a level pays where about half of
-the rounds want it: as many are run as the mean of what late rounds wanted to verify, and one more,
+How many levels are run is decided before any of them is. A level takes a fifth of a plain round or
+so, and a draft that is wanted is right more often than not: a level pays where nearly half of the
+rounds want it. So as many are run as the mean of what late rounds wanted to verify, and one more,
 for the draft that a rule sees and drops, and for texts that have become easier. The controller
 decides on the device, after each level, how many its sequence verifies. What the host knows of that
 it reads off a round's report.

@@ -123,11 +123,6 @@ class FspadDrafter:
 
     # --- the protocol -------------------------------------------------------------------------
 
-    @property
-    def cache(self) -> KVCache:
-        """Its keys and values."""
-        return self._cache
-
     def check(self, params: DraftParams) -> None:
         """Whether the draft vocabulary and a round's buffers have room for such trees.
 
