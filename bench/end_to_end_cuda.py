@@ -9,11 +9,11 @@ not do yet.
 
 Ours must say what plain decoding says, to the bits of its log-probabilities. ``transformers``
 rounds elsewhere: the tokens until it differs are only counted. Times are of rounds after the first.
-``gpu ms`` is a pass in a graph, by events; ``host %`` is the rest of a round: launches, tables and
-logits on their way, accepting, committing. ``% of copy`` is the rate at which a round reads
-weights, keys and values, as a share of a copy's within the device in the same run. ``draft``,
-``verify`` and ``accept ms`` are a round's parts by the device's own marks, ``least`` what a copy of
-the bytes that they must read would take, ``reads`` how often a round the host waited to read.
+``gpu ms`` is a pass in a graph, by events; ``host %`` is the rest of a round: launches, tables on
+their way, accepting, committing. ``% of copy`` is the rate at which a round reads weights, keys and
+values, as a share of a copy's within the device in the same run. ``draft``, ``verify`` and ``accept
+ms`` are a round's parts by the device's own marks, ``least`` what a copy of the bytes that they
+must read would take, ``reads`` how often a round the host waited to read.
 """
 
 from __future__ import annotations

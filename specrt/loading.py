@@ -82,7 +82,7 @@ def load(
             smaller model of the same tokenizer, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
-            runs, and with it FSPAD, EAGLE, EESD or a smaller model.
+            runs, and with it FSPAD, EAGLE, EESD, token recycling or a smaller model.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's; on a GPU bfloat16 instead of
             float32), ``"float32"`` (CPU only), ``"bfloat16"`` or ``"float16"``. Activations are
             float32 on the CPU, and of this dtype on a GPU.

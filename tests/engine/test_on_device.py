@@ -16,7 +16,6 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
