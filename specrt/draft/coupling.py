@@ -1,4 +1,4 @@
-"""What a drafter needs to rank candidates with the noise the target will draw with."""
+"""What ``ops.tree_expand`` asks of a drafter: scratch, and the noise the target will draw with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import torch
 
+from specrt.device import Device
+from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.types import SequenceState
 
 ROW_WORDS = 8
@@ -37,3 +39,21 @@ def write_sampling(
         assert state.sampling_row is not None, "a sequence without its row of sampling"
         sampling[index] = state.sampling_row.numpy()
         position[index] = len(state.token_ids)
+
+
+def expand_scratch(
+    batch: int, num_nodes: int, num_tokens: int, num_children: int, device: Device
+) -> torch.Tensor:
+    """Its workspace there.
+
+    Args:
+        batch: B sequences.
+        num_nodes: that one call expands of each.
+        num_tokens: of a row of logits.
+        num_children: kept of each sequence.
+        device: where the logits are.
+    """
+    if device.is_gpu:
+        return device.zeros(expand_gpu_workspace_size(batch, num_nodes, num_tokens, num_children))
+    num_parts = max(1, min(batch * num_nodes, torch.get_num_threads()))
+    return device.empty(num_parts, expand_workspace_size(num_tokens))

@@ -10,14 +10,14 @@ import pytest
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
 from specrt.draft.length.costs import GPU_SLOPE, RoundCost
-from specrt.draft.length.envelope import ENVELOPES, RankBelief
+from specrt.draft.length.envelope import GPU_ENVELOPES, RankBelief
 from specrt.draft.length.measured import MeasuredPolicy, TreePolicy
 
 ONE_MS, LEVELS, NODES = 10.0, 9, 64
 
 
 def make_policy() -> MeasuredPolicy:
-    return MeasuredPolicy(RankBelief(), ENVELOPES)
+    return MeasuredPolicy(RankBelief(), GPU_ENVELOPES)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def test_no_path_is_longer_than_there_are_levels() -> None:
 
 def test_only_envelopes_are_verified_and_never_more_than_there_are() -> None:
     sizes = {int(size) for size in World(truth=0.7, row=0.01).play(200)[:, 1]}
-    assert sizes <= set(ENVELOPES) and len(sizes) > 1
+    assert sizes <= set(GPU_ENVELOPES) and len(sizes) > 1
     assert make_policy().size(np.full((1, 19), np.nan), 3, RoundCost()) in {1, 8, 16, 20}
 
 
@@ -151,4 +151,4 @@ def test_a_controller_goes_by_what_came_of_earlier_rounds(kind: str) -> None:
         assert depths == [3.0, 3.0]
     else:
         assert depths[0] > depths[1] + 1
-    assert all(set(world[:, 1].astype(int)) <= set(ENVELOPES) for world in worlds)
+    assert all(set(world[:, 1].astype(int)) <= set(GPU_ENVELOPES) for world in worlds)

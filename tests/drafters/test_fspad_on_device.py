@@ -22,7 +22,7 @@ from specrt.draft.fspad.checkpoint import (
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, Rows
 from specrt.draft.length.control import ControlOptions
-from specrt.draft.length.envelope import ENVELOPES
+from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
@@ -290,6 +290,6 @@ def test_sizes_are_envelopes_that_were_decided_before(
     counted = Counted(drafter, gpu, monkeypatch)
     engine = make_engine(model, drafter, prefill_chunk=1024)
     engine.generate(PROMPTS[1], replace(GREEDY, max_new_tokens=16))
-    assert len(counted.sizes) > 1 and counted.sizes <= set(ENVELOPES)
+    assert len(counted.sizes) > 1 and counted.sizes <= set(GPU_ENVELOPES)
     reads = [each[0] for each in counted.rounds]
     assert reads == list(range(reads[0], reads[0] + len(reads)))

@@ -18,15 +18,13 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.device import Device
-from specrt.draft.coupling import ROW_WORDS, Coupling, write_sampling
+from specrt.draft.coupling import ROW_WORDS, Coupling, expand_scratch, write_sampling
 from specrt.draft.eesd.checkpoint import NUM_MODES
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.staging import Staging
 from specrt.models.layer_run import LayerRun, LowerLayers
 from specrt.models.run_trees import Ints, RunShape
 from specrt.models.step import StepRows
-from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import Proposal, SequenceState
 
@@ -126,7 +124,7 @@ class EesdBuffers:
         pool = (batch, self._num_children + deep * self._num_children**2)
         tokens, parents = device.zeros(2, *pool, dtype=torch.int32)
         self._pool = tokens, parents, device.zeros(*pool)
-        self._scratch = _expand_scratch(batch, width, vocab_size, self._num_children, device)
+        self._scratch = expand_scratch(batch, width, vocab_size, self._num_children, device)
         self.levels = [self._level(level) for level in range(max_levels + 1)]
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
@@ -281,12 +279,3 @@ class EesdProposal(Proposal):
         if self.buffers is None or self.num_branches != 1:
             return None
         return self.buffers.chain(self.num_levels)
-
-
-def _expand_scratch(
-    batch: int, width: int, num_tokens: int, num_children: int, device: Device
-) -> torch.Tensor:
-    if device.is_gpu:
-        return device.zeros(expand_gpu_workspace_size(batch, width, num_tokens, num_children))
-    num_parts = max(1, min(batch * width, torch.get_num_threads()))
-    return torch.empty(num_parts, expand_workspace_size(num_tokens))

@@ -30,7 +30,7 @@ from specrt.draft.fspad.layer import DraftLayer, Rows
 from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, Choice, RoundBuffers, RoundKey
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
-from specrt.draft.length.envelope import ENVELOPES, RankBelief
+from specrt.draft.length.envelope import GPU_ENVELOPES, RankBelief
 from specrt.draft.length.measured import MeasuredPolicy, TreePolicy, TreeRound
 from specrt.models.step import FINAL_TAP
 from specrt.reuse import Recent
@@ -340,5 +340,5 @@ def _policy(device: Device, control: ControlOptions | None) -> TreePolicy:
     """Who decides on sizes: by a tree's own scores where the host sees them in time."""
     measured = MeasuredPolicy()
     if device.is_gpu:
-        measured = MeasuredPolicy(RankBelief(), ENVELOPES)
+        measured = MeasuredPolicy(RankBelief(), GPU_ENVELOPES)
     return measured if control is None else ControlledPolicy(control, measured=measured)

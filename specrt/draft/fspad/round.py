@@ -17,10 +17,9 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.device import Device
-from specrt.draft.coupling import ROW_WORDS, Coupling, write_sampling
+from specrt.draft.coupling import ROW_WORDS, Coupling, expand_scratch, write_sampling
 from specrt.draft.fspad.layer import DraftLayer, Rows
 from specrt.draft.staging import Staging
-from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import Proposal, SequenceState
 
@@ -143,7 +142,7 @@ class RoundBuffers:
         self._root = Frontier.root(batch, device)
         self._frontiers = [Frontier.make(batch, width, device) for _ in range(2)]
         self._pool = Pool.make(batch, width + max_levels * width * width, device)
-        self._scratch = _expand_scratch(key, len(layer.weights.head), device)
+        self._scratch = expand_scratch(batch, width, len(layer.weights.head), width, device)
         self._choices: dict[int, Choice] = {}
 
     def _stage_inputs(self, key: RoundKey) -> None:
@@ -317,11 +316,3 @@ class RoundBuffers:
         """``[B, K]``: scores of the frontier that ``level`` made, valid until level + 2; NaN on a
         GPU, for which the host does not wait."""
         return self._device.glance(self._frontiers[level % 2].scores)
-
-
-def _expand_scratch(key: RoundKey, num_rows: int, device: Device) -> torch.Tensor:
-    """A workspace of ``tree_expand``."""
-    if device.is_gpu:
-        return device.zeros(expand_gpu_workspace_size(key.batch, key.top_k, num_rows, key.top_k))
-    num_parts = max(1, min(key.batch * key.top_k, torch.get_num_threads()))
-    return device.empty(num_parts, expand_workspace_size(num_rows))

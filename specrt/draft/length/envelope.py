@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ENVELOPES = (1, 8, 16, 32, 64)
+GPU_ENVELOPES = (1, 8, 16, 32, 64)
 """Tree sizes that are verified on a GPU, where further rows cost next to nothing."""
 
 _MAX_LEVELS = 32  # of a tree within them
@@ -29,7 +29,7 @@ class RankBelief:
 
     def __init__(self) -> None:
         # How often accepted, and how often there was a choice.
-        self._ranks = np.zeros((2, ENVELOPES[-1]))
+        self._ranks = np.zeros((2, GPU_ENVELOPES[-1]))
         self._levels = np.zeros((2, _MAX_LEVELS))
         self._learn()
 

@@ -18,7 +18,7 @@ import numpy as np
 from specrt.draft.length.costs import RoundCost
 
 ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Tree sizes that are verified: few, because each is recorded once as a graph."""
+"""Tree sizes that are verified: few, because each is captured once as a graph."""
 
 _DECAY = 0.97
 _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
