@@ -336,7 +336,8 @@ def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor
 
 
 def _spread(proposal: Proposal, rows: list[int], roots: torch.Tensor) -> Proposal:
-    """``proposal`` as those rows of a larger batch whose other trees are the root alone."""
+    """``proposal`` as those rows of a larger batch, ``roots [B]``, whose other trees are the root
+    alone."""
 
     def among_all(part: torch.Tensor) -> torch.Tensor:
         whole = part.new_zeros(len(roots), *part.shape[1:])
