@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -30,3 +30,13 @@ def interrupt(after: int) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def interrupted(action: Callable[[], object], number: int) -> bool:
+    """Whether Ctrl-C came, at the place of this number."""
+    try:
+        with interrupt(after=number):
+            action()
+    except KeyboardInterrupt:
+        return True
+    return False

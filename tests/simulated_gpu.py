@@ -9,7 +9,7 @@ mix both memories, to give a kernel the host's tensors, and to wait for a value 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -32,8 +32,14 @@ _WAITING = {
     torch.ops.aten.masked_select.default,
     torch.ops.aten.nonzero.default,
     torch.ops.aten.repeat_interleave.Tensor,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_consecutive.default,
+    torch.ops.aten.unique_dim.default,
+    torch.ops.aten.bincount.default,
 }
 """What makes the host wait for a GPU, or makes shapes of what is there."""
+_INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
+_MASKS = {torch.bool, torch.uint8}
 
 
 class SimulatedGpu(Device):
@@ -103,7 +109,7 @@ class _Watch(TorchDispatchMode):
         held = [gpu.holds(tensor) for tensor in given]
         if gpu.is_moving or not any(held):
             return func(*args, **kwargs)
-        assert func not in _WAITING, f"{func}: the host would wait for the GPU"
+        assert not _waits(func, args), f"{func}: the host would wait for the GPU"
         alien = [x.shape for x, is_held in zip(given, held, strict=True) if not is_held and x.dim()]
         assert not alien, f"{func}: tensors of the GPU and of the host, {alien}"
         out = func(*args, **kwargs)
@@ -111,6 +117,15 @@ class _Watch(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 gpu.hold(tensor)
         return out
+
+
+def _waits(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the host would wait; of indices for masks, whose ones have to be counted."""
+    if func.overloadpacket not in _INDEXING:
+        return func in _WAITING
+    masks = [index for index in args[1] if index is not None and index.dtype in _MASKS]
+    is_fill = len(args) > 2 and args[2].dim() == 0  # which asks for no count
+    return bool(masks) and not is_fill
 
 
 class _Kernels:
@@ -155,8 +170,9 @@ def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
             cpu_product(x, weight, out)
 
     monkeypatch.setattr(sys.modules["specrt.ops.linear"], "gpu_product", product)
-    for name in ("tolist", "numpy", "__array__"):
+    for name in ("tolist", "numpy", "__array__", "__dlpack__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _guarded(gpu, getattr(torch.Tensor, name)))
+    monkeypatch.setattr(torch.Tensor, "to", _staying(gpu, torch.Tensor.to))
     with _Watch(gpu):
         yield gpu
 
@@ -164,6 +180,17 @@ def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def _guarded(gpu: SimulatedGpu, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert not gpu.holds(tensor), f"{method.__name__}: of a tensor on the GPU"
+        return method(tensor, *args, **kwargs)
+
+    return call
+
+
+def _staying(gpu: SimulatedGpu, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``to``, of a dtype: places are for :class:`Device` to name."""
+
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_moved = any(isinstance(x, str | torch.device) for x in (*args, *kwargs.values()))
+        assert gpu.is_moving or not (is_moved and gpu.holds(tensor)), "to: of a tensor on the GPU"
         return method(tensor, *args, **kwargs)
 
     return call

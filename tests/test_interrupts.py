@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,7 @@ from specrt.models.model import LlamaModel
 from specrt.ops.graph import CpuGraph
 from specrt.tree import chain_tree
 from tests.engine.support import make_engine, make_model
-from tests.interrupts import interrupt
-
-
-def interrupted(action: Callable[[], object], number: int) -> bool:
-    """Whether Ctrl-C came, at the place of this number."""
-    try:
-        with interrupt(after=number):
-            action()
-    except KeyboardInterrupt:
-        return True
-    return False
+from tests.interrupts import interrupted
 
 
 def test_capturing_ends_wherever_it_is_interrupted() -> None:

@@ -40,9 +40,8 @@ class Batch:
         self._history = device.zeros(max_batch, _FIRST_TOKENS, dtype=torch.int32)
         self._stops = device.zeros(max_batch, _FEW_STOPS, dtype=torch.int32)
         self._ints = device.zeros(4, max_batch, dtype=torch.int32)
-        self._host_room = torch.zeros(max_batch, dtype=torch.int32)
-        self._room = device.there(self._host_room)
-        self._room_view = self._host_room.numpy()
+        self._room = device.zeros(max_batch, dtype=torch.int32)
+        self._told_room: list[int] = []  # what stands there, as far as it is known
         self._look()
 
     def __len__(self) -> int:
@@ -101,11 +100,10 @@ class Batch:
 
     def set_room(self, num_nodes: Sequence[int]) -> None:
         """Bound the trees of the B rows, and see to it that their tokens have a place."""
-        used = len(self._requests)
-        if self._room_view[:used].tolist() != num_nodes:
-            self._room_view[:used] = num_nodes
-            if self._device.is_gpu:
-                self._device.upload(self._host_room[:used], self.room)
+        if self._told_room != num_nodes:
+            self._told_room = []  # until it stands there, if an interrupt comes in between
+            self._device.upload(torch.tensor(num_nodes, dtype=torch.int32), self.room)
+            self._told_room = list(num_nodes)
         longest = max(len(request.token_ids) for request in self._requests)
         self._widen(longest + max(num_nodes) + 1)  # a history without room for more has ended
 
@@ -143,7 +141,7 @@ class Batch:
         if len(stops) > self._stops.shape[1]:
             self._stops = self._widened(self._stops, len(stops))
         stops += [_NO_STOP] * (self._stops.shape[1] - len(stops))
-        values = len(tokens), tokens[-1], request.state.max_len, 0
+        values = len(tokens), tokens[-1], request.max_len, 0
         for there, ids in (
             (self._history[row, : len(tokens)], tokens),
             (self._stops[row], stops),

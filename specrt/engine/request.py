@@ -55,6 +55,7 @@ class Request:
         self.end = self.new_end()
         self.token_ids = list(self.state.token_ids)  # prompt, then output
         self.prompt_len = len(self.token_ids)
+        self.max_len = self.state.max_len
 
     @property
     def num_to_prefill(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from time import perf_counter
 
 from specrt.accept import Accepting, Read
 from specrt.cache import CachedSequence, KVCache
@@ -25,7 +26,7 @@ class Round:
     """Proposing, and settling what was proposed."""
     verify_ms: float
     accept_ms: float
-    """From logits to the report, which is read once all of it is done."""
+    """From logits to the report, and what the drafter makes of it, by the host's clock."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,17 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     rows = batch.append(tree, result)
     cached.move(result.path, batch.num_path)
     marks.append(device.mark())
-    read = Read(device.read(rows).numpy(), tree.draft_tokens.shape[1])
+    seen = device.read(rows).numpy()
+    known = perf_counter()  # nothing waits for a GPU behind the report, nor for marks there
+    read = Read(seen, tree.draft_tokens.shape[1])
     cached.advance([outcome.num_taken for outcome in read.outcomes])
     if draft.parts:
         told = AcceptResult(
-            result.path, result.accept_length, result.tokens, report=read.for_drafters()
+            result.path, result.accept_length, result.tokens, result.logprobs, read.for_drafters()
         )
         drafting.observe(draft, told, output.taps)
     draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
+    accept_ms += 1e3 * (perf_counter() - known)
     drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
     return Round(read, draft_ms, verify_ms, accept_ms)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,18 @@ from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.engine.batch import Batch
 from specrt.engine.engine import Engine
+from specrt.engine.request import Request
+from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
+from specrt.types import RequestHandle, SequenceState
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
+from tests.interrupts import interrupted
 
 VOCAB = 97
 SIZES = {
@@ -123,3 +129,21 @@ def test_outputs_end_where_they_should(model: LlamaModel) -> None:
     assert texts(results) == texts(expected)
     assert [one.finish_reason for one in results] == [one.finish_reason for one in expected]
     assert len(results[0].token_ids) <= 5 and len(results[2].token_ids) == 2
+
+
+def test_room_is_what_was_said_last_after_any_interrupt(model: LlamaModel) -> None:
+    batch = Batch(model.new_cache(), 2, VOCAB)
+    for prompt in PROMPTS[:2]:
+        state = SequenceState(list(prompt), len(prompt), 99, 0, 0.0)
+        end = partial(OutputEnd, TextTracker(str), stop_ids={}, stop_strings=(), keeps_stop=False)
+        new_end = partial(end, num_left=9, limit_reason="length", is_streamed=False)
+        handle = RequestHandle(0, None)
+        batch.join(Request(handle, GREEDY, DraftParams(), state, new_end, print))
+    number, was_interrupted = 1, True
+    while was_interrupted:
+        batch.set_room([1, 2])
+        was_interrupted = interrupted(lambda: batch.set_room([5, 2]), number)
+        batch.set_room([5, 2])
+        assert model.device.read(batch.room).tolist() == [5, 2], number
+        number += 1
+    assert number > 4

@@ -360,3 +360,21 @@ def test_a_fork_is_refused_in_one_line(model: LlamaModel) -> None:
         assert line.startswith("engine: expected the process that loaded it, got a fork")
         assert "\n" not in line
     assert run_all(engine)[handle].token_ids == alone(model, [1, 2])
+
+
+def test_times_are_of_the_whole_round(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a drafter takes to learn among it: by a clock that only drafters move."""
+    now = [0.0]
+
+    class Slow(EmptyDrafter):
+        def propose(self, states, budget):  # type: ignore[no-untyped-def]
+            now[0] += 2.0
+            return super().propose(states, budget)
+
+        def observe(self, *given):  # type: ignore[no-untyped-def]
+            now[0] += 5.0
+
+    monkeypatch.setattr("specrt.engine.round.perf_counter", lambda: now[0])
+    monkeypatch.setattr(model.device, "mark", lambda: now[0])
+    stats = make_engine(model, Slow()).generate([1, 2], max_new_tokens=3, ignore_eos=True).stats
+    assert (stats.draft_ms, stats.verify_ms, stats.accept_ms) == (6000.0, 0.0, 15000.0)

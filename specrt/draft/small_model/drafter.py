@@ -156,7 +156,9 @@ class SmallModelDrafter:
         if shape.depth < 1:
             return chain(_roots(states)[:, None])
         proposal = self._grow(drafting, self._device.there(_roots(drafting)), shape)
-        return proposal if len(rows) == len(states) else _spread(proposal, rows, len(states))
+        if len(rows) == len(states):
+            return proposal
+        return _spread(proposal, rows, self._device.there(_roots(states)))
 
     def observe(
         self,
@@ -333,18 +335,19 @@ def _laws(logits: torch.Tensor, states: Sequence[SequenceState]) -> torch.Tensor
     return torch.stack(rows)
 
 
-def _spread(proposal: Proposal, rows: list[int], batch: int) -> Proposal:
+def _spread(proposal: Proposal, rows: list[int], roots: torch.Tensor) -> Proposal:
     """``proposal`` as those rows of a larger batch whose other trees are the root alone."""
 
     def among_all(part: torch.Tensor) -> torch.Tensor:
-        whole = part.new_zeros(batch, *part.shape[1:])
+        whole = part.new_zeros(len(roots), *part.shape[1:])
         for place, row in enumerate(rows):
             whole[row].copy_(part[place])
         return whole
 
-    probs = proposal.draft_probs
+    tokens, probs = among_all(proposal.draft_tokens), proposal.draft_probs
+    tokens[:, 0] = roots
     return Proposal(
-        among_all(proposal.draft_tokens),
+        tokens,
         among_all(proposal.parents),
         among_all(proposal.num_nodes).clamp(min=1),
         None if probs is None else among_all(probs),
