@@ -33,7 +33,7 @@ class Device:
     (``CpuGraph``) and launched as one call from then on; on a GPU its launches are made anew.
 
     Args:
-        place: the torch device.
+        place: the torch device; a GPU's with its index, as tensors there have it.
         is_gpu: whether kernels take tensors there for a GPU's; None: as torch does. (A simulated
             GPU has the CPU's memory.)
         is_eager: whether nothing is captured.

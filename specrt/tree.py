@@ -79,7 +79,7 @@ def _chain_shape(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def chain(tokens: torch.Tensor) -> Proposal:
-    """Trees without branches from ``tokens [B, M]`` int32; M = 1 is the empty drafter's tree.
+    """Trees without branches from ``tokens [B, M]`` int32 on the host; M = 1 is the root alone.
 
     A root alone shares its shape with other calls: it is one whatever is written there.
     """
@@ -104,13 +104,26 @@ def check_proposal(proposal: Proposal, batch: int, device: Device) -> None:
     if not isinstance(proposal, Proposal):
         raise TypeError(f"propose: expected a Proposal, got {type(proposal).__name__}")
     tokens, probs = proposal.draft_tokens, proposal.draft_probs
-    there = tokens.device if isinstance(tokens, torch.Tensor) and device.holds(tokens) else CPU
-    _check_field("draft_tokens", tokens, torch.int32, (batch, None), there)
+    _check_field("draft_tokens", tokens, torch.int32, (batch, None))
     size = tokens.shape[1]
-    _check_field("parents", proposal.parents, torch.int32, (batch, size), there)
-    _check_field("num_nodes", proposal.num_nodes, torch.int32, (batch,), there)
+    _check_field("parents", proposal.parents, torch.int32, (batch, size))
+    _check_field("num_nodes", proposal.num_nodes, torch.int32, (batch,))
     if probs is not None:
-        _check_field("draft_probs", probs, torch.float32, (batch, size, None), there)
+        _check_field("draft_probs", probs, torch.float32, (batch, size, None))
+    _check_place(proposal, device)
+
+
+def _check_place(proposal: Proposal, device: Device) -> None:
+    is_there = device.holds(proposal.draft_tokens)
+    where = f"{device}, where draft_tokens is" if is_there else "the CPU"
+    for name in ("draft_tokens", "parents", "num_nodes", "draft_probs"):
+        tensor = getattr(proposal, name)
+        if tensor is None or (
+            device.holds(tensor) == is_there and (is_there or tensor.device == CPU)
+        ):
+            continue
+        got = device if device.holds(tensor) else tensor.device
+        raise ValueError(f"{name}: expected a tensor on {where}, got one on {got}")
 
 
 def _check_field(
@@ -118,7 +131,6 @@ def _check_field(
     tensor: torch.Tensor,
     dtype: torch.dtype,
     shape: tuple[int | None, ...],
-    device: torch.device,
 ) -> None:
     if (
         isinstance(tensor, torch.Tensor)
@@ -129,18 +141,16 @@ def _check_field(
             want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
         )
         and tensor.numel() > 0
-        and tensor.device == device
     ):
         return
     expected = ", ".join("n" if size is None else str(size) for size in shape)
     got = type(tensor).__name__
     if isinstance(tensor, torch.Tensor):
-        got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.layout is not torch.strided:
             got = f"{got}, {tensor.layout}"
     kind = str(dtype).removeprefix("torch.")
-    there = "the CPU" if device == CPU else str(device)
-    raise ValueError(f"{name}: expected [{expected}] {kind} on {there}, got {got}")
+    raise ValueError(f"{name}: expected [{expected}] {kind}, got {got}")
 
 
 class Settler:

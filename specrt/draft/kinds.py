@@ -131,6 +131,8 @@ def check_drafter(drafter: object, origin: str) -> None:
     Raises:
         TypeError: it lacks something; says what, and of which ``origin``.
     """
+    if isinstance(drafter, type):
+        raise TypeError(f"{origin}: expected a drafter, got the class {drafter.__name__} of some")
     lacking = [name for name in _METHODS if not callable(getattr(drafter, name, None))]
     if lacking or not isinstance(getattr(drafter, "taps", None), tuple):
         raise TypeError(

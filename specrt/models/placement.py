@@ -55,12 +55,13 @@ def _unknown(device: str | torch.device) -> ValueError:
 
 def _checked_gpu(device: torch.device) -> torch.device:
     build = build_info()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if build.cuda is None:
         raise ValueError(
             f"device: expected 'cpu', got {str(device)!r}: this build of specrt has no CUDA "
             "kernels; installing it again where nvcc is, with SPECRT_CUDA=ON, builds them"
+            + ("" if count else " (and torch sees no CUDA GPU here)")
         )
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise ValueError(
             f"device: expected 'cpu', got {str(device)!r}: torch sees no CUDA GPU"

@@ -126,7 +126,7 @@ def make_trees(
 class HostTrees:
     """:class:`RunTrees` on the host.
 
-    Launches are replayed from graphs there, and so do not tell: states are NaN until they are run.
+    Launches come from graphs there, and so do not tell: states are NaN until they are run.
 
     Args:
         shape: sizes.

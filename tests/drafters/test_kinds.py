@@ -243,6 +243,8 @@ def test_an_object_that_is_no_drafter(checkpoint: Path) -> None:
 
     with pytest.raises(TypeError, match="got Half without start, prefill, observe, finish"):
         specrt.load(checkpoint, Half(), progress=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a drafter, got the class EmptyDrafter"):
+        specrt.load(checkpoint, EmptyDrafter, progress=False)  # type: ignore[arg-type]
 
 
 def test_a_directory_of_a_kind_that_nobody_has(model: LlamaModel, tmp_path: Path) -> None:

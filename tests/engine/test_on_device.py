@@ -28,10 +28,12 @@ from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
-from specrt.types import RequestHandle, SequenceState
+from specrt.tree import chain, check_proposal
+from specrt.types import Proposal, RequestHandle, SequenceState
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.interrupts import interrupted
+from tests.simulated_gpu import only_simulated
 
 VOCAB = 97
 SIZES = {
@@ -88,7 +90,7 @@ def generated(engine: Engine, params: list[SamplingParams], draft: DraftParams |
 @pytest.mark.parametrize("params", [[GREEDY] * 4, MIXED], ids=["greedy", "mixed"])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_drafting_changes_nothing(
-    model: LlamaModel, name: str, params: list[SamplingParams]
+    model: LlamaModel, name: str, params: list[SamplingParams], caplog: pytest.LogCaptureFixture
 ) -> None:
     params = [replace(p, max_new_tokens=6 + 3 * i) for i, p in enumerate(params)]
     expected = generated(make_engine(model, max_batch=1), params, None)
@@ -97,13 +99,16 @@ def test_drafting_changes_nothing(
     shape = DraftParams(depth=3, top_k=2) if name == "recycle" else None
     results = engine.generate(PROMPTS, params, draft=shape)
     assert [(one.token_ids, one.logprobs) for one in results] == expected
+    assert not caplog.messages  # a drafter that fails goes unheard of otherwise
     assert sum(one.stats.num_draft_tokens for one in results)
     if name in ("trees", "small model"):
         assert sum(one.stats.num_accepted_tokens for one in results)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_the_host_reads_once_a_round(model: LlamaModel, name: str) -> None:
+def test_the_host_reads_once_a_round(
+    model: LlamaModel, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     answers = texts(make_engine(model).generate(PROMPTS, GREEDY))
     engine = make_engine(model, DRAFTERS[name](model, answers), max_batch=4, prefill_chunk=1024)
     for prompt in PROMPTS:
@@ -112,6 +117,7 @@ def test_the_host_reads_once_a_round(model: LlamaModel, name: str) -> None:
         before = model.device.num_reads
         engine.step()
         assert model.device.num_reads - before <= 1
+    assert not caplog.messages
 
 
 def test_outputs_end_where_they_should(model: LlamaModel) -> None:
@@ -147,3 +153,44 @@ def test_room_is_what_was_said_last_after_any_interrupt(model: LlamaModel) -> No
         assert model.device.read(batch.room).tolist() == [5, 2], number
         number += 1
     assert number > 4
+
+
+@only_simulated
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool(x[0] == 0),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: x.long().bincount(),
+        lambda x: torch.equal(x, x),
+        lambda x: x[[0, 1]],
+        lambda x: x + torch.zeros(3),
+    ],
+)
+def test_what_a_gpu_waits_for_or_refuses_fails(
+    gpu: Device, wait: Callable[[torch.Tensor], object]
+) -> None:
+    with pytest.raises(AssertionError, match="GPU"):
+        wait(gpu.zeros(3, dtype=torch.int32))
+
+
+@only_simulated
+def test_a_proposal_lies_in_one_place(gpu: Device) -> None:
+    host = chain(torch.zeros(1, 2, dtype=torch.int32))
+    there = Proposal(*map(gpu.there, (host.draft_tokens, host.parents, host.num_nodes)))
+    for good in (host, there):
+        check_proposal(good, 1, gpu)
+    for name in ("parents", "num_nodes"):
+        mixed = replace(there, **{name: getattr(host, name)})
+        with pytest.raises(ValueError, match=f"{name}: .* on simulated, .*, got one on cpu"):
+            check_proposal(mixed, 1, gpu)
+        mixed = replace(host, **{name: getattr(there, name)})
+        with pytest.raises(ValueError, match=f"{name}: .* on the CPU, got one on simulated"):
+            check_proposal(mixed, 1, gpu)

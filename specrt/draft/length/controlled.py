@@ -57,7 +57,7 @@ class ControlledPolicy:
         return None
 
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
-        """Times of one proposal whose steps were all replayed."""
+        """Times of one proposal, all of whose steps had run before."""
         self._policy.observe_draft(extend_ms, levels_ms, num_expanded)
 
     # --- for its rounds -----------------------------------------------------------------------

@@ -162,7 +162,7 @@ class TreePolicy(Protocol):
         """A round that drafts; None: the root alone."""
 
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
-        """Times of one proposal whose steps were all replayed."""
+        """Times of one proposal, all of whose steps had run before."""
 
 
 class MeasuredPolicy:
@@ -226,7 +226,7 @@ class MeasuredPolicy:
         return best, rate(best) * cost.relative(batch) / batch
 
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
-        """Times of one proposal whose steps were all replayed."""
+        """Times of one proposal, all of whose steps had run before."""
         self._extend_ms.add(extend_ms)
         if num_expanded:
             self._level_ms.add(levels_ms / num_expanded)

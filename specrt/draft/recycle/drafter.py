@@ -36,7 +36,7 @@ _MAX_DEPTH = 12
 
 
 @dataclass(frozen=True, eq=False)
-class _Recycled(Proposal):
+class Recycled(Proposal):
     """A proposal, and what was thought of its nodes."""
 
     scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
@@ -105,7 +105,7 @@ class RecycleDrafter:
             is_on_path = is_accepted[row, : num_nodes[row]]
             order = np.concatenate([np.flatnonzero(~is_on_path)[::-1], np.flatnonzero(is_on_path)])
             self._tables[state].learn(tokens[row, order], ids[row, order])
-        if isinstance(proposal, _Recycled):
+        if isinstance(proposal, Recycled):
             self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:], 1)
 
     def finish(self, state: SequenceState) -> None:
@@ -116,7 +116,7 @@ class RecycleDrafter:
 
     def _grow(
         self, states: Sequence[SequenceState], roots: npt.NDArray[np.int32], template: Template
-    ) -> _Recycled:
+    ) -> Recycled:
         """All nodes of the template whose tokens are known and that an output can reach."""
         tokens = np.full((len(states), len(template.parents)), -1, dtype=np.int32)
         tokens[:, :1] = roots
@@ -133,7 +133,7 @@ class RecycleDrafter:
         parents = np.take_along_axis(places, template.parents[order], axis=1)
         parents[:, 0] = -1
         is_padding = np.arange(order.shape[1]) >= num_nodes[:, None]
-        return _Recycled(
+        return Recycled(
             torch.from_numpy(np.take_along_axis(tokens, order, axis=1)),
             torch.from_numpy(parents),
             torch.from_numpy(num_nodes),
@@ -173,9 +173,9 @@ def template_of(budget: Budget, reach: int = MAX_NODES) -> Template:
     return make_template(size, max(0, min(depth, reach)), params.top_k or MAX_NODES)
 
 
-def _first(tree: _Recycled, size: int) -> _Recycled:
+def _first(tree: Recycled, size: int) -> Recycled:
     """The first ``size`` nodes."""
-    return _Recycled(
+    return Recycled(
         tree.draft_tokens[:, :size].contiguous(),
         tree.parents[:, :size].contiguous(),
         tree.num_nodes.clamp(max=size),

@@ -8,17 +8,15 @@ each rank path how often it was right.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.length.measured import MeasuredPolicy
-from specrt.draft.recycle.drafter import accepted_nodes, check_logits, template_of
+from specrt.draft.recycle.drafter import Recycled, accepted_nodes, check_logits, template_of
 from specrt.draft.recycle.template import NUM_RANKS, Template
 from specrt.models.step import LOGITS_TAP
 from specrt.reuse import Recent
@@ -43,14 +41,6 @@ class _Placed(NamedTuple):
     parents: torch.Tensor
     """``[M]`` int32; the root's is -1."""
     levels: tuple[_Level, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Recycled(Proposal):
-    """A proposal, and what was thought of its nodes."""
-
-    scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    """``[B, M - 1]``: of the drafted nodes."""
 
 
 class _Table:
@@ -128,7 +118,7 @@ class DeviceRecycleDrafter:
         tokens = self._grow(states, self._device.there(roots), template)[:, :size].contiguous()
         parents = self._place(template).parents[:size].expand(len(states), -1).contiguous()
         counts = torch.ones_like(tokens[:, 0]) * size
-        return _Recycled(tokens, parents, counts, scores=scores[:, : size - 1])
+        return Recycled(tokens, parents, counts, scores=scores[:, : size - 1])
 
     def observe(
         self,
@@ -152,7 +142,7 @@ class DeviceRecycleDrafter:
             if result.lengths[row] >= 0:  # else its logits were NaN
                 rows = slice(min(count, size))
                 self._tables[state].learn(tokens[row, rows], ids[row, rows], result.path[row])
-        if isinstance(proposal, _Recycled):
+        if isinstance(proposal, Recycled):
             is_accepted = accepted_nodes(result, size)
             self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:], 1)
 
