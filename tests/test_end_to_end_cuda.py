@@ -21,8 +21,11 @@ from bench.fake_gpu import FakeGpu
 from bench.planted import NODES, PlantedDrafter, Trace, recorded_trace
 from bench.step_graphs import StepGraphs
 from bench.whole_rounds import EESD, FSPAD, MAKERS, SIZES, whole_round
+from specrt.device import Device
+from specrt.draft.base import EmptyDrafter
 from specrt.models.loader import ALIGNMENT
 from specrt.models.model import LlamaModel
+from specrt.models.placement import place_weights
 from tests.fake_cuda import FakeEvent
 
 NAME = "Llama-3-8B"
@@ -133,6 +136,19 @@ def test_drafters_of_the_targets_shape(target: Bench, name: str) -> None:
     assert found.logprobs == target.expected.logprobs
     assert found.reads == 0 and found.parts_ms is not None and min(found.parts_ms) > 0
     assert target.least_bytes[case][1] <= target.round_bytes
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_whole_rounds_on_a_gpu(target: Bench, gpu: Device, name: str) -> None:
+    """With matrices of 16 bits; nobody waits but for each round's report."""
+    weights = random_target.random_weights(target.config, "cpu", torch.bfloat16)
+    model = LlamaModel(target.config, place_weights(weights, gpu), gpu)
+    job = Job(target.job.prompt, num_tokens=5, repeats=1)
+    expected = Ours(model, EmptyDrafter(), None).checked(job)
+    made = whole_round(name, model)
+    found = Ours(model, made.drafter, None, made.params).checked(job)
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    assert expected.reads == found.reads == 1
 
 
 def test_bytes_of_whole_rounds(target: Bench) -> None:

@@ -1,9 +1,9 @@
-"""Engines of any sizes on a simulated GPU, under any load: no drafter changes a text."""
+"""Engines of any sizes on a GPU, simulated or real, under any load: no drafter changes a text."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.base import Budget, Drafter, DraftParams
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
@@ -27,8 +28,6 @@ from tests.checkpoints import make_draft_checkpoint
 from tests.drafters.fspad_rig import make_drafter
 from tests.engine.exits import make_device_drafter, make_exit_pair
 from tests.engine.support import RandomTreeDrafter, make_engine
-from tests.ops.conftest import load_simt
-from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 VOCAB, MOST = 41, 128  # tokens of the longest text: two pages
 SIZES = {
@@ -59,13 +58,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     config = ModelConfig.from_directory(target)
     weights = load_weights(target, config, torch.bfloat16)
     return Loaded(config, weights, directory, folder / "fspad")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    load_simt().set_schedule(1)
-    with simulated_gpu(load_simt(), monkeypatch) as made:
-        yield made
 
 
 # --- who drafts -----------------------------------------------------------------------------------
@@ -227,7 +219,7 @@ MANY = [(name, seed) for seed in range(12) for name in NAMES]
     ("name", "seed"), [*FEW, *(pytest.param(*each, marks=pytest.mark.slow) for each in MANY)]
 )
 def test_texts_are_those_of_plain_decoding(
-    loaded: Loaded, gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch, name: str, seed: int
+    loaded: Loaded, gpu: Device, monkeypatch: pytest.MonkeyPatch, name: str, seed: int
 ) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(batch_module, "_FIRST_TOKENS", rng.choice([1, 256]))
