@@ -8,13 +8,15 @@ each rank path how often it was right.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from specrt.device import Device
+from specrt.device import Device, Mark
 from specrt.draft.base import Budget, DraftParams
+from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.draft.length.measured import MeasuredPolicy
 from specrt.draft.recycle.drafter import Recycled, accepted_nodes, check_logits, template_of
 from specrt.draft.recycle.template import NUM_RANKS, Template
@@ -41,6 +43,14 @@ class _Placed(NamedTuple):
     parents: torch.Tensor
     """``[M]`` int32; the root's is -1."""
     levels: tuple[_Level, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Timed(Recycled):
+    """A proposal, and when it was made."""
+
+    marks: tuple[Mark, Mark] = (None, None)
+    """To be compared once the round is read."""
 
 
 class _Table:
@@ -94,7 +104,7 @@ class DeviceRecycleDrafter:
         self._known = device.zeros(vocab_size + 1, NUM_RANKS, dtype=torch.int32)
         self._tables: dict[SequenceState, _Table] = {}
         self._placed: Recent[Template, _Placed] = Recent(_MAX_TEMPLATES)
-        self._policy = MeasuredPolicy()
+        self._policy = MeasuredPolicy(envelopes=GPU_ENVELOPES)
 
     def start(self, state: SequenceState) -> None:
         """Take a copy of what is known."""
@@ -105,6 +115,7 @@ class DeviceRecycleDrafter:
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Read a tree of each sequence off its table."""
+        begun = self._device.mark()
         roots = torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32)
         reach = max(state.num_left for state in states) - 1
         template = template_of(budget, reach)
@@ -118,7 +129,8 @@ class DeviceRecycleDrafter:
         tokens = self._grow(states, self._device.there(roots), template)[:, :size].contiguous()
         parents = self._place(template).parents[:size].expand(len(states), -1).contiguous()
         counts = torch.ones_like(tokens[:, 0]) * size
-        return Recycled(tokens, parents, counts, scores=scores[:, : size - 1])
+        marks = begun, self._device.mark()
+        return _Timed(tokens, parents, counts, scores=scores[:, : size - 1], marks=marks)
 
     def observe(
         self,
@@ -142,8 +154,9 @@ class DeviceRecycleDrafter:
             if result.lengths[row] >= 0:  # else its logits were NaN
                 rows = slice(min(count, size))
                 self._tables[state].learn(tokens[row, rows], ids[row, rows], result.path[row])
-        if isinstance(proposal, Recycled):
+        if isinstance(proposal, _Timed):
             is_accepted = accepted_nodes(result, size)
+            self._policy.observe_draft(self._device.ms_between(*proposal.marks), 0.0, 0)
             self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:], 1)
 
     def finish(self, state: SequenceState) -> None:
