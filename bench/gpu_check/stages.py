@@ -130,6 +130,7 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
         _bench(machine, "end_to_end_cuda", save, 300),
+        _slow_gpu_tests(machine, 100),
         _sanitizer(machine, "racecheck", 200, is_spare=True),
     ]
 
@@ -220,13 +221,28 @@ def _gpu_tests(machine: Machine, seconds: float) -> Command:
     if machine.absent:
         verdict = judge.without_tests(f"this Python lacks {', '.join(machine.absent)}")
         return _python(machine, "gpu tests", "bench.one_of_each", verdict, seconds)
+    return _tests_marked(machine, "gpu tests", "gpu and not slow", seconds)
+
+
+def _slow_gpu_tests(machine: Machine, seconds: float) -> Command:
+    """More of the same: seeds, loads, drafters."""
+    name = "slow gpu tests"
+    if machine.absent:
+        return _left_out(name, f"this Python lacks {', '.join(machine.absent)}")
+    return _tests_marked(machine, name, "gpu and slow", seconds, is_spare=True)
+
+
+def _tests_marked(
+    machine: Machine, name: str, marks: str, seconds: float, *, is_spare: bool = False
+) -> Command:
     pytest, environment = _pytest(machine, 8)
-    # The shim's own tests need the shim, which is not built here.
-    where = ("-m", "gpu", "tests", "--ignore", "tests/simt")
+    verdict = judge.tests
     if machine.is_dry:
-        argv = (machine.python, "-m", "pytest", "-q", "--collect-only", *where)
-        return Command("gpu tests", argv, judge.collected, seconds, environment)
-    return Command("gpu tests", (*pytest, *where), judge.tests, seconds, environment)
+        pytest = (machine.python, "-m", "pytest", "-q", "--collect-only")
+        verdict = judge.collected
+    # The shim's own tests need the shim, which is not built there.
+    argv = (*pytest, "-m", marks, "tests", "--ignore", "tests/simt")
+    return Command(name, argv, verdict, seconds, environment, is_spare=is_spare)
 
 
 def _resources(machine: Machine) -> Command:
