@@ -4,8 +4,7 @@
 // 1. The row's maximum is known. Counts and masses go to bins by the distance from it: 1024 bins of
 //    1/32, the last of which takes all that weighs nothing.
 // 2. The bin in which top_k ends, or else the one in which top_p does, is found by running sums.
-// Its
-//    tokens (for top_k also those of the bins before) become candidates, and are sorted.
+//    Its tokens (for top_k also those of the bins before) become candidates, and are sorted.
 // 3. Where they are too many, as in flat rows, the cut is found by radix: eight bits of the keys at
 //    a time, as many passes over the row. That needs no memory, and is right for any row.
 #pragma once
@@ -97,14 +96,15 @@ __device__ __forceinline__ Kept with_min_p(Kept kept, const Row& row, float top)
 struct KeptRoom {
     MassBins bins;
     PlaceRoom place;
-    uint64_t least, found, target;  // of select_key
+    uint64_t found, target;  // of select_key
     int flag;
 };
 
 // --- by radix
 // The first key at which the running sum of weights, largest key first, comes to `target`, as far
-// as its bits above `last_shift`; the others are 0. Only keys of at least room->least count. What
-// is asked of every value lies in shared memory, for want of registers.
+// as its bits above `last_shift`; the others are 0. (What top_k left comes first, so what it did
+// not leave is never reached.) What is asked of every value lies in shared memory, for want of
+// registers.
 template <typename Weight>
 __device__ __forceinline__ uint64_t select_key(const TreeAcceptParams& p, const Row& row,
                                                const Lineage& tree, uint64_t target, int last_shift,
@@ -119,7 +119,7 @@ __device__ __forceinline__ uint64_t select_key(const TreeAcceptParams& p, const 
         const auto bin = [&](const Tile& tile, int r, int i) {
             const uint64_t key = key_of(tile.x[r][i], tile.id(r, i));
             const uint64_t rest = key ^ room->found;  // no bits above those asked for
-            const bool is_in = tile.x[r][i] > -kInf && key >= room->least && rest >> shift < 256;
+            const bool is_in = tile.x[r][i] > -kInf && rest >> shift < 256;
             return is_in ? 255 - static_cast<int>(rest >> shift) : -1;
         };
         for_tiles(p, row, tree, whole, false, chunk,
@@ -157,11 +157,9 @@ __device__ __forceinline__ Kept kept_by_radix(const TreeAcceptParams& p, const R
                                               const Lineage& tree, const RowState& state,
                                               Chunk* chunk, KeptRoom* room) {
     Kept kept;
-    if (threadIdx.x == 0) room->least = 0;
     if (state.top_k > 0) {
         const uint64_t key = select_key(p, row, tree, static_cast<uint64_t>(state.top_k), 32, chunk,
                                         room, [](float) { return uint64_t{1}; });
-        if (threadIdx.x == 0) room->least = key;
         kept.cut = score_of(key);
     }
     if (!has_top_p(row.s)) return kept;

@@ -57,7 +57,7 @@ __device__ __forceinline__ Residual target_masses(const TreeAcceptParams& p, con
 }
 
 // normalize(relu(target - q)); nothing changes where that is empty (then the laws are equal up to
-// rounding, and the masses as they are serve as well).
+// rounding, and the masses as they are serve as well). Writes nothing before a barrier.
 __device__ __forceinline__ void subtract_draft(Residual* residual, const float* q, int64_t vocab,
                                                KeptRoom* room) {
     uint64_t sum = 0;
@@ -107,9 +107,7 @@ __device__ __forceinline__ Step draw_by_rejection(const TreeAcceptParams& p, con
         const float u = uniform_from(bits_at(row.s.seed, position, Purpose::kAccept, sibling++));
         // A child its own law excludes was not drawn from it: subtracting would bias.
         if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
-        const bool is_accepted = accepts(u, q[x], residual.masses[x], residual.total);
-        __syncthreads();  // all have read before anyone subtracts
-        if (is_accepted) return {x, j};
+        if (accepts(u, q[x], residual.masses[x], residual.total)) return {x, j};
         subtract_draft(&residual, q, p.vocab, room);
     }
     const float u = uniform_from(bits_at(row.s.seed, position, Purpose::kResidual, 0));
