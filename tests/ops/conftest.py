@@ -90,8 +90,9 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
     replace(registry, "is_on_gpu", lambda tensor: True)
     replace(sys.modules["specrt.ops.linear"], "gpu_product", cpu_product)
     for name, module in list(sys.modules.items()):
-        has_kernel = any(hasattr(simt, op) for op in own_functions(module))
-        if name.startswith("specrt.ops.") and has_kernel:
+        if not name.startswith("specrt.ops."):
+            continue
+        if any(hasattr(simt, op) for op in own_functions(module)):
             replace(module, "_C", simt)
     return simt
 
