@@ -17,7 +17,9 @@ using simt::ldmatrix_x2;
 using simt::ldmatrix_x2_trans;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
+using simt::let_next_start;
 using simt::mma_m16n8k16;
+using simt::wait_for_previous;
 
 #else
 
@@ -80,6 +82,23 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
         "{%8, %9}, {%0, %1, %2, %3};\n"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Programmatic dependent launch (compute capability 9.0 on; before, launches never overlap): one
+// that overlaps may start while the one before it still runs. Until `wait_for_previous` has
+// returned nothing may be read that an earlier launch writes, nor written that one reads or writes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// Lets the next launch start once all blocks of this one have come here or ended. It makes nothing
+// visible: that is for the next one's wait.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
 }
 
 // 2^x to 2 ulp; 2^-inf is 0, 2^0 is 1.

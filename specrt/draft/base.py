@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,8 +11,9 @@ import torch
 from specrt.cache import KVCache
 from specrt.draft.length.costs import RoundCost
 from specrt.models.layer_run import LowerLayers
+from specrt.sampling import SamplingTable
 from specrt.tree import MAX_NODES, chain
-from specrt.types import AcceptResult, Proposal, SequenceState
+from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 
 _RANGES = {"depth": (0, MAX_NODES - 1), "top_k": (1, MAX_NODES), "total_tokens": (1, MAX_NODES)}
 
@@ -133,6 +134,65 @@ class CachingDrafter(Protocol):
     def cache(self) -> KVCache:
         """Where; on the target's device an engine sizes it along with the target's, page by
         page."""
+
+
+@dataclass(frozen=True)
+class BatchTables:
+    """A batch as launches of a round find it, at addresses that stay: B rows on the device."""
+
+    history: torch.Tensor
+    """``[B, T]`` int32: tokens so far; row b holds ``history_len[b]`` of them."""
+    history_len: torch.Tensor
+    """``[B]`` int32"""
+    max_len: torch.Tensor
+    """``[B]`` int32: how long a history may become; one that has ended has no room."""
+    roots: torch.Tensor
+    """``[B]`` int32: the last tokens."""
+    block_table: torch.Tensor
+    """``[B, W]`` int32, of the target's cache."""
+    kv_len: torch.Tensor
+    """``[B]`` int32, of the target's cache."""
+    sampling: SamplingTable
+
+
+@runtime_checkable
+class LaunchedDrafter(Protocol):
+    """What a drafter has besides if its rounds are launches alone, which may be captured.
+
+    The host then is a round behind: while it reads what came of one round, the next is under way.
+    """
+
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> Hashable | None:
+        """What the next round is to be; all of the host's part of it (pages, uploads) is done here.
+
+        Args:
+            states: in the order of the batch's rows, as far as reports have been read. One round
+                may be under way whose tokens, up to ``budget.max_nodes`` a sequence, are not among
+                them. Sequences join, leave and change rows only while none is.
+            budget: ``lower`` is not lent.
+
+        Returns:
+            Equal plans mean the same launches on the same addresses. None: the host is needed, and
+            :meth:`Drafter.propose` is asked instead.
+        """
+
+    def launch_propose(self, plan: Hashable, tables: BatchTables) -> Proposal:
+        """Nothing but ops on static tensors of the device, the proposal's own among them."""
+
+    def launch_observe(
+        self,
+        plan: Hashable,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """As :meth:`launch_propose`, behind the commit: ``tables`` hold what was accepted, and
+        ``tree`` and ``result`` (without a report) say what."""
+
+    def told(self, states: Sequence[SequenceState], plan: Hashable, report: RoundReport) -> None:
+        """What came of a planned round, once the host has read it; before its tokens are appended
+        to the states."""
 
 
 class EmptyDrafter:

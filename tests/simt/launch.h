@@ -36,6 +36,10 @@ inline size_t max_shared_bytes() {
     return settings().shared_bytes;
 }
 
+// Launches follow one another here: each has ended before the next begins.
+inline void wait_for_previous() {}
+inline void let_next_start() {}
+
 // Runs `body` once for each thread of the grid. Throws std::runtime_error, which names kernel,
 // block and thread; the next launch works again. Launches of several OS threads take turns.
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
