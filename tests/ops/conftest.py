@@ -74,7 +74,7 @@ def load_simt() -> ModuleType:
 
 def cpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """What stands for cuBLAS' part of ``linear``: the CPU's product of the same rows."""
-    _C.linear(x.float(), weight, None, None, out)
+    _C.linear(x.float(), weight, None, None, out, None, False, 0, 0)
 
 
 def own_functions(module: ModuleType) -> list[str]:
@@ -124,7 +124,7 @@ def stand_in_linear(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> torch.Tensor:
         if x.dtype == torch.float32 or out is None:
             return bare(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, cpu_product)
+        linear_in_pieces(x, weight, bias, residual, out, None, cpu_product)
         return out
 
     for user in (ops, sys.modules["specrt.ops.feature_sample"]):
