@@ -37,7 +37,7 @@ def product(
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
     residual = None if residual is None else residual.float()
     sums = torch.empty(num_rows, num_outputs)
-    _C.linear(x.float(), weight, bias, residual, sums)
+    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0)
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)

@@ -8,7 +8,7 @@ from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.kv_commit import kv_commit
-from specrt.ops.linear import linear, linear_workspace
+from specrt.ops.linear import LinearPlan, linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
@@ -26,6 +26,7 @@ __all__ = [
     "Append",
     "AttentionPlan",
     "Ending",
+    "LinearPlan",
     "Purpose",
     "ReportWord",
     "draft_control",

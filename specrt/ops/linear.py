@@ -1,6 +1,8 @@
-"""Row-invariant ``y = x W^T``: weights streamed once for all rows."""
+"""Row-invariant ``y = x W^T``: weights are streamed once, for all rows."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -9,9 +11,27 @@ from specrt.ops import registry
 from specrt.ops.registry import register
 
 register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
+    " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages) -> ()",
     _C.linear,
 )
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How a launch of :func:`linear` is laid out on a GPU; the CPU needs no plan.
+
+    Every plan gives the same bits, so it is chosen for speed alone. With both fields 0 it is the
+    one that was measured (``csrc/linear/variants.h``), where none was, by rule.
+    """
+
+    tile_rows: int = 0
+    """Rows of weights that a block of threads takes: 64 or 128. 0: 64 where 128 would give a GPU
+    too few blocks."""
+    num_stages: int = 0
+    """Of 64 columns of weights, on their way to shared memory: 2 to 8, or as many as there is room
+    for. 0: as many as two blocks on an SM have room for; one, where there are no more blocks than
+    SMs, or above 64 rows."""
 
 
 def linear(
@@ -23,43 +43,59 @@ def linear(
     workspace: torch.Tensor | None = None,
     *,
     is_gated: bool = False,
+    plan: LinearPlan | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
 
     A row of the result depends on that row of ``x`` alone, to the bit: not on the number of rows,
-    the threads or the instruction set.
+    the other rows, the threads, the instruction set or the plan. On a GPU the order of sums is that
+    of ``csrc/linear/slices.h``, a function of the weights' shape.
 
     Args:
-        x: ``[M, K]`` float32; on a GPU bfloat16 or float16, as ``weight``. Rows may be strided.
-        weight: ``[N, K]`` float32, bfloat16 or float16, contiguous.
+        x: ``[M, K]`` float32; on a GPU bfloat16 or float16. Rows may be strided; on a GPU they lie
+            at multiples of 16 bytes.
+        weight: ``[N, K]`` contiguous; float32, bfloat16 or float16, on a GPU of ``x``'s dtype, K a
+            multiple of 8. With ``is_gated`` N is a multiple of 16, and rows come by turns: 8 of
+            gate, 8 of up.
         bias: ``[N]`` float32.
-        residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``.
-        out: ``[M, N]`` of ``x``'s dtype, on a GPU also float32; made if not given.
-        workspace: on a GPU, float32 of :func:`linear_workspace` values, zeros before the first
-            use; made if not given.
-        is_gated: on a GPU, ``weight`` holds rows of gate and of up, eights of each in turn, and
-            ``out [M, N / 2]`` is ``silu(gate) * up``.
+        residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``. None with ``is_gated``.
+        out: ``[M, N]``, with ``is_gated`` ``[M, N / 2]``, of ``x``'s dtype, on a GPU also float32;
+            made if not given. Each step before is in float32, and it is rounded once.
+        workspace: on a GPU, float32, at least :func:`linear_workspace`, zeroed when it was made;
+            launches of any matrices may share it, one after another. Made if not given.
+        is_gated: on a GPU, ``silu(gate) * up`` instead of both.
+        plan: on a GPU, another layout of the launch than the one chosen for the shape.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit; the argument is named.
+        ValueError: a shape, dtype, stride or device does not fit, there is no such plan, or
+            ``is_gated`` on the CPU; the argument is named.
     """
-    if registry.is_on_gpu(x):
-        raise NotImplementedError("linear: has no CUDA kernel")
-    if is_gated:
-        raise ValueError("is_gated: expected False on the CPU")
     if out is None:
-        out = x.new_empty(x.shape[0], weight.shape[0])
-    op = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
-    op(x, weight, bias, residual, out)
+        out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
+    if registry.is_on_gpu(x):
+        if workspace is None:
+            floats = linear_workspace(*weight.shape, x.shape[0])
+            workspace = torch.zeros(floats, device=x.device)
+    else:
+        workspace = None
+    choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
+    kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
+    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice)
     return out
 
 
 def linear_workspace(num_outputs: int, num_inputs: int, num_rows: int) -> int:
-    """Float32 values of a workspace on a GPU for weights ``[num_outputs, num_inputs]``."""
-    num_tiles, num_slices = -(-num_outputs // 64), 1
-    while num_tiles * num_slices < 256 and num_inputs // (2 * num_slices) >= 512:
-        num_slices *= 2
-    return 0 if num_slices == 1 else num_tiles * 64 * num_slices * min(num_rows, 256) + 512
+    """Floats of ``workspace`` that :func:`linear` needs on a GPU; often none.
+
+    Args:
+        num_outputs: N.
+        num_inputs: K. A smaller matrix may need more: it is cut into more slices.
+        num_rows: the most M; above 256 it makes no difference.
+
+    Raises:
+        ValueError: there is no such matrix.
+    """
+    return int(_C.linear_workspace(num_outputs, num_inputs, num_rows))
