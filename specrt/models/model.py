@@ -24,9 +24,12 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.models.fair_lock import FairLock
+from specrt.models.gate_up import launch_gated
 from specrt.models.heads import norm_eps
 from specrt.models.layer_run import LowerLayers
+from specrt.models.layouts import matrix_shapes
 from specrt.models.loader import LayerWeights, Weights
+from specrt.models.placement import check_placed
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import (
     FINAL_TAP,
@@ -74,6 +77,10 @@ class LlamaModel:
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
         rope: the rotary table of another model, used where this one's would be the same.
+        others: shapes of further matrices that :meth:`launch_linear` multiplies by.
+
+    Raises:
+        ValueError: the weights do not lie as the device takes them.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class LlamaModel:
         *,
         activation_dtype: torch.dtype | None = None,
         rope: RotaryTable | None = None,
+        others: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.config = config
         self.weights = weights
@@ -92,13 +100,15 @@ class LlamaModel:
         self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.dtype = weights.embed.dtype
         self.device = device or Device(weights.embed.device)
+        check_placed(weights, self.device)
         self.activation_dtype = activation_dtype or self.device.activation_dtype(self.dtype)
         self.rope = rotary_table(config, head_dim, self.device, rope)
         self._cos_sin = self.rope.reaching(0)
         self._workspace = Workspace.make(self._padded, 0, 0, self.activation_dtype, self.device)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
-            self._scratch = GpuScratch(self._padded, self.activation_dtype, self.device)
+            shapes = [*matrix_shapes(self._padded), *others]
+            self._scratch = GpuScratch(self._padded, shapes, self.device)
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -144,8 +154,7 @@ class LlamaModel:
             until the next call.
 
         Raises:
-            ValueError: more than 128 nodes or an unknown tap. On a GPU, a setting of torch's that
-                has changed since the model was made, and bits with it.
+            ValueError: more than 128 nodes or an unknown tap.
         """
         num_nodes = tree.draft_tokens.shape[1]
         if num_nodes > MAX_NODES:
@@ -235,9 +244,6 @@ class LlamaModel:
             num_nodes: N rows of each.
             num_positions: of the sequences' pages.
             has_logits: whether these rows go through the model's own head.
-
-        Raises:
-            ValueError: on a GPU, a setting of torch's has changed, and a row's bits with it.
         """
         if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
             longer = self.rope.reaching(num_positions)
@@ -400,11 +406,17 @@ class LlamaModel:
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
         work, rows = self._workspace, hidden.shape[0]
-        normed, gate_up = work.normed[:rows], work.gate_up[:rows]
-        activated = work.activated[:rows]
+        normed, activated = work.normed[:rows], work.activated[:rows]
         ops.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps, out=normed)
-        self.launch_linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
-        ops.silu_mul(gate_up, out=activated)
+        launch_gated(
+            normed,
+            layer.gate_up,
+            layer.gate_up_bias,
+            work.gate_up[:rows],
+            activated,
+            None if self._scratch is None else self._scratch.linear,
+            is_interleaved=self.weights.is_interleaved,
+        )
         self.launch_linear(activated, layer.down, layer.down_bias, hidden, out=out)
 
     def launch_linear(
@@ -416,6 +428,6 @@ class LlamaModel:
         *,
         out: torch.Tensor,
     ) -> None:
-        """``ops.linear`` by one of this model's matrices, or a smaller one."""
+        """``ops.linear`` by one of this model's matrices, or of the others that it was told of."""
         workspace = None if self._scratch is None else self._scratch.linear
         ops.linear(x, weight, bias, residual, out, workspace)
