@@ -103,9 +103,7 @@ def gpu_scratch(tree: DraftTree, vocab_size: int, device: Device) -> torch.Tenso
     """A workspace of :func:`accept` for trees of this size, on a GPU."""
     batch, num_nodes = tree.draft_tokens.shape
     has_probs = tree.draft_probs is not None
-    return device.zeros(
-        gpu_workspace_size(batch, num_nodes, vocab_size, has_draft_probs=has_probs)
-    )
+    return device.zeros(gpu_workspace_size(batch, num_nodes, vocab_size, has_draft_probs=has_probs))
 
 
 class Accepting:

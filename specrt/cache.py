@@ -236,9 +236,7 @@ class CacheBatch:
         """No row's position reaches this: each is at most the row's place in its pages."""
         return self.block_table.shape[1] * self.cache.page_size
 
-    def update(
-        self, sequences: Sequence[CachedSequence], *, is_ahead: bool = False
-    ) -> CacheBatch:
+    def update(self, sequences: Sequence[CachedSequence], *, is_ahead: bool = False) -> CacheBatch:
         """Make the tables fit ``sequences``, in this order, as they are now.
 
         To be called when others run, when one has been given pages, and when one was extended

@@ -144,9 +144,7 @@ class LaunchedRounds:
             )
             launch_append(tables, tree, result, report)
             tables.cached.launch_move(result.path, tables.num_path)
-            planned.drafter.launch_observe(
-                planned.plan, tables, tree, result, verify.output.taps
-            )
+            planned.drafter.launch_observe(planned.plan, tables, tree, result, verify.output.taps)
 
         return _LaunchedRound(launch, report)
 

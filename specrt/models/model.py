@@ -177,9 +177,7 @@ class LlamaModel:
         self.device.run(steps, lambda: self._launch(key, step.rows, batch.cache))
         return with_logits_tap(step.output, taps)
 
-    def bind(
-        self, tree: DraftTree, batch: CacheBatch, *, taps: tuple[str, ...] = ()
-    ) -> BoundPass:
+    def bind(self, tree: DraftTree, batch: CacheBatch, *, taps: tuple[str, ...] = ()) -> BoundPass:
         """A pass of :meth:`forward` that reads these very tensors each time it is launched.
 
         It stands until the device's steps go stale (:attr:`Device.version`), or the batch's tables

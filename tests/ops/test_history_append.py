@@ -256,9 +256,7 @@ def test_a_stop_token_anywhere(backend: Backend, place: int) -> None:
     [{"stop_ids": [2, -1]}, {"max_len": 5}, {"accept_length": -1}],
     ids=["stop token", "length", "bad logits"],
 )
-def test_a_sequence_that_has_ended_takes_nothing(
-    backend: Backend, end: dict[str, Any]
-) -> None:
+def test_a_sequence_that_has_ended_takes_nothing(backend: Backend, end: dict[str, Any]) -> None:
     """Whatever a round that was launched before the host knew of it brings."""
     batch = Batch.of([PLAIN, replace(PLAIN, **end)]).to(backend.device)
     ops.history_append(*vars(batch).values())
