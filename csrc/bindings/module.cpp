@@ -1,10 +1,9 @@
-// The extension module: build facts, instruction set, graphs, and one register_* per kernel.
+// The extension module: build facts, instruction set, and one register_* per file of this folder.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings/tensor.h"
 #include "core/dispatch.h"
-#include "graph/cpu_graph.h"
 
 namespace specrt::bindings {
 
@@ -20,6 +19,7 @@ void register_history_append(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
+void register_graph(py::module_& m);
 
 namespace {
 
@@ -40,20 +40,6 @@ py::dict build_info() {
     info["cpu_isas"] = isas;
     info["active_isa"] = isa_name(active_isa());
     return info;
-}
-
-void register_graph(py::module_& m) {
-    py::class_<CpuGraph>(m, "CpuGraph")
-        .def(py::init<>())
-        .def("begin", &CpuGraph::begin)
-        .def("end", &CpuGraph::end)
-        .def("replay",
-             [](const CpuGraph& graph) {
-                 const int threads = num_threads();
-                 py::gil_scoped_release release;
-                 graph.replay(threads);
-             })
-        .def_property_readonly("num_launches", &CpuGraph::num_launches);
 }
 
 }  // namespace
