@@ -92,6 +92,11 @@ def history_append(model: Model, rows: int) -> Work:
     return Work(rows * 6 * INT)
 
 
+def embed(model: Model, rows: int) -> Work:
+    """Rows of the table read and written."""
+    return Work(rows * (2 * model.hidden_size * BF16 + INT))
+
+
 def feature_sample(model: Model, rows: int) -> Work:
     """Weights read once; of each row embedding and feature in, the result out."""
     hidden, wide = model.hidden_size, model.intermediate_size

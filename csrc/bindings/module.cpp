@@ -20,6 +20,7 @@ void register_history_append(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
+void register_embed(py::module_& m);
 
 namespace {
 
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);
+    register_embed(m);
 }
 
 }  // namespace specrt::bindings

@@ -5,6 +5,7 @@ fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
 from specrt.ops.draft_control import draft_control, draft_control_update
+from specrt.ops.embed import embed
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.history_append import Ending, ReportWord, history_append
@@ -32,6 +33,7 @@ __all__ = [
     "ReportWord",
     "draft_control",
     "draft_control_update",
+    "embed",
     "feature_sample",
     "feature_sample_workspace",
     "gumbel_noise",

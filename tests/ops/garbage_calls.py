@@ -298,6 +298,18 @@ def learn_arguments(variant: int, backend: Backend) -> Arguments:
 # --- features
 
 
+def embed_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of one type or of two, in rows of 16-byte pieces or not."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    width = (16, 11)[variant // 3]
+    table = torch.randn(VOCAB, width, generator=generator(variant))
+    return {
+        "tokens": ints(4, 0, 69),
+        "table": table.to(dtypes[variant % 3]),
+        "out": torch.zeros(BATCH, width, dtype=dtypes[variant // 2]),
+    }
+
+
 def feature_arguments(variant: int, backend: Backend) -> Arguments:
     g, size = generator(variant), 16
 
@@ -449,6 +461,13 @@ KERNELS = {
         own=("posterior", "slots", "limit", "drafted", "length", "confidence", "accept_length"),
         shared=("settings", "costs"),
         results=("posterior",),
+        has_cuda_source=True,
+    ),
+    "embed": Kernel(
+        embed_arguments,
+        lambda a: ops.embed(**a),
+        own=("tokens",),
+        results=("out",),
         has_cuda_source=True,
     ),
     "feature_sample": Kernel(

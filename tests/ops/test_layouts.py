@@ -30,6 +30,7 @@ TAKEN = {
     },
     "draft_control": {"evidence"},
     "draft_control_update": set(),
+    "embed": {"table", "out"},
     "feature_sample": {"features", "embed", "out"},
     "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip
