@@ -21,6 +21,7 @@ void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
 void register_embed(py::module_& m);
+void register_prompt_lookup(py::module_& m);
 
 namespace {
 
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
     register_feature_sample(m);
     register_draft_control(m);
     register_embed(m);
+    register_prompt_lookup(m);
 }
 
 }  // namespace specrt::bindings

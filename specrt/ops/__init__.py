@@ -11,6 +11,7 @@ from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear, linear_workspace
+from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
@@ -41,6 +42,7 @@ __all__ = [
     "kv_commit",
     "linear",
     "linear_workspace",
+    "prompt_lookup",
     "rms_norm",
     "rope_append",
     "silu_mul",
