@@ -207,6 +207,9 @@ def least_work() -> dict[str, Callable[[], object]]:
         "history_append": lambda: ops.history_append(
             count, depth, path, zero, tokens, None, parents, zero, below, empty, *of_one, record
         ),
+        "prompt_lookup": lambda: ops.prompt_lookup(
+            tokens, zero, zero, 1, 1, 1, 0, path, below, *of_one, record[0, :1]
+        ),
         "feature_sample": lambda: ops.feature_sample(
             zero, None, one, None, one, token_fc=one, eps=1e-6, workspace=scratch, out=joined
         ),

@@ -4,9 +4,10 @@ work in torch."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from bench.gpu import Place
-from bench.limits import Model
+from bench.limits import LOOKUP_HISTORY, Model
 from specrt import ops
 from specrt.ops.history_append import report_size
 
@@ -119,3 +120,44 @@ class HistoryAppend:
         told = [torch.where(is_told, row[0], -1) for row in (self._tokens, self._path)]
         report = torch.cat([*header, *told]).int()[None]
         return history, self._torch_length, self._torch_root, taken, report
+
+
+class PromptLookup:
+    """One continuation, of a text in which few n-grams come again.
+
+    torch: matches of every place at once, and the best of them.
+    """
+
+    _MAX_NGRAM = 4
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        length = LOOKUP_HISTORY
+        self._history = place.ints(*(i * i % 9973 for i in range(length)))[None]
+        self._length, self._max_len = place.ints(length), place.ints(length + rows)
+        self._places = torch.arange(1, length, device=place.device)
+        self._node = place.ints(*range(rows))
+        self._out = tuple(place.ints(*[-77] * rows)[None] for _ in range(2))
+        self._counts = tuple(place.ints(-77) for _ in range(3))
+
+    def ours(self) -> Tensors:
+        depth = len(self._node) - 1
+        lengths = self._length, self._max_len
+        ops.prompt_lookup(
+            self._history, *lengths, self._MAX_NGRAM, 1, 1, depth, *self._out, *self._counts
+        )
+        return (*self._out, self._counts[0])
+
+    def torchs(self) -> Tensors:
+        history, places = self._history[0], self._places
+        length, most = len(history), self._MAX_NGRAM
+        padded = F.pad(history, (most, 0), value=-1)
+        before = [padded[most - k : most - k + length - 1] for k in range(most)]
+        same = torch.stack([row == history[-1 - k] for k, row in enumerate(before)])
+        match = same.cumprod(0).sum(0)
+        end = (match * length + places).argmax() + 1
+        path = history[end + self._node[:-1] % (length - end)]
+        is_found = match.max() > 0
+        tokens = torch.cat([history[-1:], path * is_found])
+        parents = (self._node - 1) * (is_found | (self._node == 0))
+        count = 1 + is_found * (len(self._node) - 1)
+        return tokens[None], parents[None].int(), count.int()[None]

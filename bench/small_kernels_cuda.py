@@ -21,7 +21,7 @@ from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
 from bench.limits import Model
-from bench.round_sets import PREFIX, HistoryAppend, TreeSettle
+from bench.round_sets import PREFIX, HistoryAppend, PromptLookup, TreeSettle
 from bench.tree_accept_cuda import TreeAccept, TreeAcceptFiltered
 from specrt import ops
 from specrt.models.rope import rope_table
@@ -219,6 +219,7 @@ KERNELS = {
     "kv_commit": Kernel(commits, limits.kv_commit, NODES),
     "tree_settle": Kernel(separate(TreeSettle), limits.tree_settle, NODES),
     "history_append": Kernel(appends, limits.history_append, NODES),
+    "prompt_lookup": Kernel(separate(PromptLookup), limits.prompt_lookup, NODES),
     "feature_sample": Kernel(separate(FeatureSample), limits.feature_sample, PAIRS),
     "feature_sample_folded": Kernel(
         separate(FeatureSample.folded), limits.feature_sample_folded, PAIRS

@@ -28,6 +28,7 @@ TAKEN = {
     "history_append": {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
+    "prompt_lookup": {"history", "draft_tokens", "parents"},
     "draft_control": {"evidence"},
     "draft_control_update": set(),
     "embed": {"table", "out"},
