@@ -11,6 +11,8 @@ WORD = DOUBLE = 8
 WORD = 8
 TREE_TOP_K, TREE_DEPTH = 10, 6
 """Of the pool that a tree is chosen from: children of a node, levels below the root's children."""
+LOOKUP_HISTORY = 8192
+"""Tokens that are looked through."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,16 @@ def tree_settle(model: Model, rows: int) -> Work:
 def history_append(model: Model, rows: int) -> Work:
     """Depth, path and tokens read; tokens to the history and both to a report; of any model."""
     return Work(rows * 6 * INT)
+
+
+def embed(model: Model, rows: int) -> Work:
+    """Rows of the table read and written."""
+    return Work(rows * (2 * model.hidden_size * BF16 + INT))
+
+
+def prompt_lookup(model: Model, rows: int) -> Work:
+    """A history that has to be read whole, tokens and parents of ``rows`` nodes; of any model."""
+    return Work((LOOKUP_HISTORY + 2 * rows) * INT)
 
 
 def feature_sample(model: Model, rows: int) -> Work:

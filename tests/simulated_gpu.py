@@ -48,7 +48,7 @@ class SimulatedGpu(Device):
     """A device whose tensors are the CPU's, and marked."""
 
     def __init__(self) -> None:
-        super().__init__(is_gpu=True, is_eager=True)
+        super().__init__(is_gpu=True)
         # Weak references keep a storage's identity, so that no later one is taken for it.
         self._storages: dict[int, StorageWeakRef] = {}
         self.is_moving = False

@@ -20,6 +20,8 @@ void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
 void register_graph(py::module_& m);
+void register_embed(py::module_& m);
+void register_prompt_lookup(py::module_& m);
 
 namespace {
 
@@ -66,6 +68,8 @@ PYBIND11_MODULE(_C, m) {
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);
+    register_embed(m);
+    register_prompt_lookup(m);
 }
 
 }  // namespace specrt::bindings

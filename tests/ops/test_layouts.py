@@ -28,8 +28,10 @@ TAKEN = {
     "history_append": {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
+    "prompt_lookup": {"history", "draft_tokens", "parents"},
     "draft_control": {"evidence"},
     "draft_control_update": set(),
+    "embed": {"table", "out"},
     "feature_sample": {"features", "embed", "out"},
     "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip
