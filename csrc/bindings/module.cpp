@@ -16,6 +16,7 @@ void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
 void register_tree_build(py::module_& m);
 void register_tree_settle(py::module_& m);
+void register_token_recycle(py::module_& m);
 void register_history_append(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
@@ -76,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
     register_tree_accept(m);
     register_tree_build(m);
     register_tree_settle(m);
+    register_token_recycle(m);
     register_history_append(m);
     register_kv_commit(m);
     register_feature_sample(m);

@@ -13,6 +13,7 @@ from specrt.ops.linear import linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
+from specrt.ops.token_recycle import recycle_learn, recycle_learn_workspace, recycle_propose
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
 from specrt.ops.tree_attention import (
     Append,
@@ -39,6 +40,9 @@ __all__ = [
     "kv_commit",
     "linear",
     "linear_workspace",
+    "recycle_learn",
+    "recycle_learn_workspace",
+    "recycle_propose",
     "rms_norm",
     "rope_append",
     "silu_mul",
