@@ -2,7 +2,8 @@
 // parent's is, so each trip to the table makes one level, of all nodes at once. The levels are not
 // told: parents stand before children, so every trip makes at least one node, whatever they hold.
 //
-// Learning: a row is shared by blocks of threads, a slice of 4096 tokens each, and read once.
+// Learning: a row is shared by blocks of threads, a slice of 4096 tokens each, and read from memory
+// once.
 //
 // 1. Each thread has the best key of its own 16 tokens. The R-th of these is what R tokens at
 //    least do not lie below, so of the others only those above it are offered: at most 15 of each
@@ -83,22 +84,18 @@ __device__ __forceinline__ bool counts(const RecycleLearnParams& p, int64_t seq,
 __device__ __forceinline__ void find_best_of_slice(const RecycleLearnParams& p, const float* row,
                                                    int64_t slice, BestKeys* best) {
     const int64_t first = slice * kRecycleSlice + threadIdx.x;
-    float x[kEach];  // all on their way at once
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-        x[i] = first + kThreads * i < p.vocab ? row[first + kThreads * i] : 0.0f;
     const auto key = [&](int i) {
         const int64_t token = first + kThreads * i;
-        return token < p.vocab ? key_of(x[i], static_cast<int32_t>(token)) : 0;
+        return token < p.vocab ? key_of(row[token], static_cast<int32_t>(token)) : 0;
     };
     uint64_t mine = 0;
-#pragma unroll
+#pragma unroll  // all on their way at once
     for (int i = 0; i < kEach; ++i) mine = key(i) > mine ? key(i) : mine;
     clear_keys(best);
     offer_key(best, mine, 0);
     __syncthreads();
     const uint64_t bound = keep_best(best, p.num_kept);
-#pragma unroll
+#pragma unroll 4  // again out of the L1 cache: kept in registers, some would spill
     for (int i = 0; i < kEach; ++i)
         if (key(i) != mine) offer_key(best, key(i), bound);
     __syncthreads();
