@@ -18,6 +18,7 @@ void register_tree_build(py::module_& m);
 void register_tree_settle(py::module_& m);
 void register_token_recycle(py::module_& m);
 void register_history_append(py::module_& m);
+void register_history_tail(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
@@ -79,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
     register_tree_settle(m);
     register_token_recycle(m);
     register_history_append(m);
+    register_history_tail(m);
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);

@@ -8,6 +8,7 @@ from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.history_append import Ending, ReportWord, history_append
+from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
@@ -37,6 +38,7 @@ __all__ = [
     "feature_sample_workspace",
     "gumbel_noise",
     "history_append",
+    "history_tail",
     "kv_commit",
     "linear",
     "linear_workspace",
