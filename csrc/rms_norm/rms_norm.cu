@@ -34,31 +34,6 @@ __device__ __forceinline__ Row<T> row_at(const RmsNormParams& p, unsigned index)
             static_cast<T*>(p.out) + at(p.out_stride)};
 }
 
-// Elements first .. first + kSize - 1 of a row, zeros from `width` on. `is_whole`: 16-byte loads
-// are possible and no vector is cut by the row's end.
-template <int kSize, typename T>
-__device__ __forceinline__ Pack<T, kSize> load_piece(const T* row, int first, int width,
-                                                     bool is_whole) {
-    if (is_whole && first < width) return load_pack<kSize>(row + first);
-    Pack<T, kSize> piece;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e)
-        piece.at[e] = first + e < width ? row[first + e] : from_float<T>(0.0f);
-    return piece;
-}
-
-template <int kSize, typename T>
-__device__ __forceinline__ void store_piece(T* row, int first, int width, bool is_whole,
-                                            const Pack<T, kSize>& piece) {
-    if (is_whole) {
-        if (first < width) store_pack(row + first, piece);
-        return;
-    }
-#pragma unroll
-    for (int e = 0; e < kSize; ++e)
-        if (first + e < width) row[first + e] = piece.at[e];
-}
-
 // A thread's part of a row: kPieces pieces of 16 bytes, piece i at (thread + i * num_threads).
 template <typename T, int kPieces>
 struct Part {

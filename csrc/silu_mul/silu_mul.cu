@@ -1,16 +1,11 @@
 #include "core/pack.cuh"
+#include "core/silu.cuh"
 #include "silu_mul/silu_mul.h"
 
 namespace specrt {
 namespace {
 
 constexpr int kBlock = 256;
-
-// expf (2 ulp) and the IEEE division rather than __expf, whose relative error grows with |x|: some
-// 30 instructions an element, and the memory gives an SM no more than three elements a cycle.
-__device__ __forceinline__ float silu(float x) {
-    return x / (1.0f + expf(-x));
-}
 
 // A thread takes kSize neighbouring elements of a row.
 template <typename T, int kSize>

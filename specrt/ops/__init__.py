@@ -6,11 +6,10 @@ fixed reduction order per row: a row's bits never depend on the other rows.
 
 from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
-from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
-from specrt.ops.linear import linear, linear_workspace
+from specrt.ops.linear import LinearPlan, linear, linear_workspace
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
@@ -29,7 +28,7 @@ __all__ = [
     "Append",
     "AttentionPlan",
     "Ending",
-    "GemmSettings",
+    "LinearPlan",
     "Purpose",
     "ReportWord",
     "draft_control",
