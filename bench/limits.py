@@ -143,6 +143,16 @@ def tree_rerank(model: Model, rows: int) -> Work:
     return Work(pool_size() * FLOAT + 2 * rows * (2 * INT + FLOAT))
 
 
+def recycle_propose(model: Model, rows: int) -> Work:
+    """Of each node its place in a template and a table's entry read, its token written."""
+    return Work(rows * 4 * INT)
+
+
+def recycle_learn(model: Model, rows: int) -> Work:
+    """Logits of ``rows`` nodes read once; eight ids and a mark of each written."""
+    return Work(rows * (model.vocab_size * FLOAT + 9 * INT))
+
+
 def tree_accept(model: Model, rows: int) -> Work:
     """Logits of ``rows`` nodes read once; tokens and parents, path and tokens."""
     return Work(rows * (model.vocab_size * FLOAT + 4 * INT))
