@@ -93,7 +93,7 @@ def linear(
             linear_in_pieces(x, weight, bias, residual, out, workspace, gpu_product)
             return out
         if workspace is None:
-            floats = linear_workspace(*weight.shape, x.shape[0])
+            floats = linear_workspace(weight.shape[0], weight.shape[1], x.shape[0])
             workspace = torch.zeros(floats, device=x.device)
     else:
         workspace = None
