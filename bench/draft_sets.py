@@ -51,8 +51,9 @@ class FeatureSample:
         self._source = place.ints(*(row // 3 for row in range(rows)))
         self._features = place.randn(rows, hidden)
         self._workspace = place.poison(rows, ops.feature_sample_workspace(hidden, wide))
-        size = ops.linear_workspace(max(hidden, wide), max(2 * hidden, wide))
-        self._lent = torch.empty(size, dtype=torch.uint8, device=place.device)
+        shapes = [m.shape for m in (self._fc, self._gate, self._up, self._down) if m is not None]
+        size = max(ops.linear_workspace(*shape, rows) for shape in shapes)
+        self._lent = torch.zeros(size, device=place.device)
         self._out = place.poison(rows, hidden)
 
     @classmethod

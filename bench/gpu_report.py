@@ -14,7 +14,6 @@ from bench import gpu
 from bench.gpu import OURS, Device
 from bench.harness import Row, environment, report, result_of, save_result
 from bench.limits import Ceilings
-from specrt.ops.gemm_settings import gemm_facts
 
 Case = TypeVar("Case")
 Measured = tuple[Row | None, dict[str, str]]
@@ -51,7 +50,7 @@ def run_bench(
     start = time.monotonic()
     try:
         facts, ceilings = device.facts(), device.ceilings()
-        where = environment() | {"gpu": facts | {"busy": device.clocks()}, "gemm": gemm_facts()}
+        where = environment() | {"gpu": facts | {"busy": device.clocks()}}
     except Exception as error:
         raise SystemExit(f"the device does not answer: {gpu.reason(error)}") from None
     rows: list[Row] = []

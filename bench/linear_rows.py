@@ -1,11 +1,11 @@
 """Are the rows of ``linear`` independent of one another on this GPU, and how fast are weights read?
 
 Every matrix of three models, in both 16-bit types. A row's bits must be the same at each of the 128
-places of a product, with every number of rows, and alone beside what others left behind: 128 cyclic
+places of a product, with every number of rows, and alone: 128 cyclic
 shifts of 128 rows bring each row to each place. Results are compared in float32, so that no
 rounding hides a bit. Exit code 1 if one differs.
 
-``us`` is a call of the op on 60 rows, ``product_us`` the bare product of 128 rows inside of it,
+``us`` is a call of the op on 60 rows, ``product_us`` cuBLAS' product of 128 rows,
 ``torch_us`` a product of 60 rows in 16 bits; weights come from memory, not from the cache.
 """
 
@@ -22,8 +22,7 @@ from bench.gpu import OURS, Contender, Device
 from bench.gpu_report import Measured, WrongResultError, run_bench
 from bench.harness import Row, parser, ratio_to, start
 from specrt import ops
-from specrt.models.row_check import Linear, differing_rows, spread_rows
-from specrt.ops.linear import GEMM_ROWS, gpu_product
+from specrt.models.row_check import ROWS, Linear, differing_rows, spread_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TREE_ROWS = 60
@@ -112,11 +111,11 @@ def cases(is_quick: bool) -> Iterator[Case]:
 
 
 def contenders(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, Contender]:
-    """The op, the product inside of it, and torch's product of as many rows as there are."""
+    """The op, cuBLAS' product of 128 rows, and of as many rows as there are."""
     num_outputs = len(weights[0])
-    size = ops.linear_workspace(*weights[0].shape)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    sums = torch.empty(GEMM_ROWS, num_outputs, device=x.device)
+    size = ops.linear_workspace(*weights[0].shape, ROWS)
+    workspace = torch.zeros(size, device=x.device)
+    sums = torch.empty(ROWS, num_outputs, device=x.device)
     tree, out = x[:TREE_ROWS], x.new_empty(TREE_ROWS, num_outputs)
 
     def each(launch: Callable[[torch.Tensor], object]) -> Contender:
@@ -124,9 +123,17 @@ def contenders(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, Conten
 
     return {
         OURS: each(lambda weight: ops.linear(tree, weight, out=out, workspace=workspace)),
-        "product": each(lambda weight: gpu_product(x, weight, sums)),
+        "product": each(lambda weight: _padded_product(x, weight, sums)),
         "torch": each(lambda weight: torch.mm(tree, weight.t(), out=out)),
     }
+
+
+def _padded_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """cuBLAS' of 128 rows, with float32 results."""
+    if x.dtype == torch.float32:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), torch.float32, out=out)
 
 
 def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
@@ -138,19 +145,18 @@ def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: in
     shape, dtype = case.on(device)
     work = limits.linear(shape.num_outputs, shape.num_inputs, TREE_ROWS)
     weight_bytes = shape.num_outputs * shape.num_inputs * dtype.itemsize
-    room = device.free_bytes() - 8 * GEMM_ROWS * (shape.num_outputs + shape.num_inputs) * 4
+    room = device.free_bytes() - 8 * ROWS * (shape.num_outputs + shape.num_inputs) * 4
     num_sets = limits.input_sets(weight_bytes, weight_bytes, l2_bytes, room // 2, _MOST_SETS)
     if num_sets < 1:
         return None, {OURS: f"needs {weight_bytes / 1e9:.1f} GB"}
     x, weights = random_inputs(shape, dtype, device.place.device, num_sets)
-    linear = Linear(weights[0])
-    counts = differing_rows(linear, x, linear.leave_behind)
+    counts = differing_rows(Linear(weights[0]), x)
     differs = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
     timings = device.measure(contenders(x, weights))
     figures = limits.figures(work, timings.graph[OURS], ceilings)
     row = _row(case, differs, timings, figures["% of limit"]) | {"input_sets": num_sets}
     if differs:
-        raise WrongResultError(f"of {GEMM_ROWS} rows differ: {differs}", row)
+        raise WrongResultError(f"of {ROWS} rows differ: {differs}", row)
     return row, timings.failures
 
 

@@ -6,7 +6,7 @@
 // waited for, entries behind the accepted ones too. Which token is the first to stop is a ballot
 // for each 32 of them.
 //
-// Hazard: all lanes read the history's length, which one lane writes: the warp's barrier is
+// Hazard: all lanes read the history's length and its limit, which one lane writes: the warp's barrier is
 // between. (The shim cannot show this: the ballots keep its lanes as much in step.)
 #include "core/reduce.cuh"
 #include "history_append/history_append.h"
@@ -99,7 +99,11 @@ __device__ __forceinline__ void finish_sequence(const HistoryAppendParams& p, in
     const int deepest = deepest_of(depth, lane, a.num_nodes, p.nodes);
     append(p, seq, lane, a, tokens, taken);
     int32_t* row = p.report + seq * p.report_stride;
-    if (lane == 0) write_header(row, a, deepest, taken, ending_of(a, taken, first_stop));
+    const int32_t ending = ending_of(a, taken, first_stop);
+    if (lane == 0) {
+        write_header(row, a, deepest, taken, ending);
+        if (ending != 0) p.max_len[seq] = 0;
+    }
     row += kReportHeaderSize;
     report_entries(row, tokens, lane, a.count, p.nodes, kNoToken);
     report_entries(row + p.nodes, path, lane, a.count, p.nodes, kNoToken);

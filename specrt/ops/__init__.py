@@ -6,7 +6,6 @@ fixed reduction order per row: a row's bits never depend on the other rows.
 
 from specrt.ops.draft_control import draft_control, draft_control_update
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
-from specrt.ops.gemm_settings import GemmSettings
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import LinearPlan, linear, linear_workspace
@@ -27,7 +26,6 @@ __all__ = [
     "Append",
     "AttentionPlan",
     "Ending",
-    "GemmSettings",
     "LinearPlan",
     "Purpose",
     "ReportWord",

@@ -429,7 +429,7 @@ KERNELS = {
             "num_nodes", "depth", "path", "accept_length", "tokens", "logprobs", "stop_ids",
             "max_len", "history", "history_len", "roots",
         ),
-        results=("history", "history_len", "roots", "num_path", "report"),
+        results=("max_len", "history", "history_len", "roots", "num_path", "report"),
         has_cuda_source=True,
     ),
     "draft_control": Kernel(
