@@ -80,10 +80,10 @@ def run_bench(
 
 def blas_facts() -> dict[str, str | bool | None]:
     """What torch's products, which ours are compared with, depend on."""
-    backend = torch.backends.cuda.preferred_blas_library()
+    settings, backend = torch.backends.cuda.matmul, torch.backends.cuda.preferred_blas_library()
     return {
         "library": str(backend).rpartition(".")[2],
-        "reduced_precision": bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "reduced_precision": bool(settings.allow_bf16_reduced_precision_reduction),
         "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
 

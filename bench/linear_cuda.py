@@ -13,7 +13,7 @@ A ``layer`` is the four products of one in a row; ``x one row`` is its time over
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,8 @@ def workspace_for(shapes: Sequence[Shape], rows: int, device: Device) -> torch.T
     """One that is enough for each; the CPU wants none."""
     if device.place.device != "cuda":
         return None
-    sizes = (ops.linear_workspace(s.num_outputs, s.num_inputs, rows) for s in shapes)  # type: ignore[call-arg]
+    size_of: Callable[..., int] = ops.linear_workspace
+    sizes = (size_of(shape.num_outputs, shape.num_inputs, rows) for shape in shapes)
     return torch.zeros(max(sizes), device=device.place.device)
 
 
@@ -171,9 +172,7 @@ def contenders(
     return found
 
 
-def row_of(
-    case: Case, weight_bytes: int, timings: gpu.Timings, ceilings: limits.Ceilings
-) -> Row:
+def row_of(case: Case, weight_bytes: int, timings: gpu.Timings, ceilings: limits.Ceilings) -> Row:
     """Columns of a case."""
     ours = timings.graph[OURS]
 

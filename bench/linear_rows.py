@@ -6,8 +6,7 @@ for: 128 cyclic shifts of 128 rows bring each row to each place. Results are com
 that no rounding hides a bit. gate_up is looked at once more as it is run, gated. Exit code 1 if one
 differs, or is further from cuBLAS' product than rounding explains.
 
-``us`` is 60 rows in a graph, weights from memory; ``python -m bench.bench_linear --device cuda`` has
-the figures.
+``us`` is 60 rows in a graph, weights from memory; ``bench.bench_linear --device cuda`` has more.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ _TOLERANCE = 1e-3
 _SOME = (0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 100, 127)
 """Places at which the layouts that are not in use are looked at: where a padded number of rows ends
 and the next begins."""
-
 
 
 @dataclass(frozen=True)
