@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "core/dispatch.h"
 #include "core/tensor_view.h"
@@ -127,8 +128,11 @@ LaunchShape possible_shape(const LaunchShape& shape, const char*) {
 template <typename... Params, typename... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                    CudaStream stream, const Args&... args) {
+    // By value: a launch that is captured runs later.
     simt::launch(name, shape.grid, shape.block, shape.shared_bytes, shape.overlaps, stream,
-                 [&] { kernel(static_cast<Params>(args)...); });
+                 [kernel, values = std::make_tuple(static_cast<Params>(args)...)] {
+                     std::apply(kernel, values);
+                 });
 }
 
 #else

@@ -9,6 +9,7 @@
 
 #include "device.h"
 #include "fault.h"
+#include "graph.h"
 #include "scheduler.h"
 
 namespace simt {
@@ -110,6 +111,7 @@ int last_device() {
 
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
             bool overlaps, void* stream, std::function<void()> body) {
+    if (is_captured(stream, {name, grid, block, shared_bytes, overlaps, body})) return;
     Machine& m = machine();
     std::lock_guard<std::mutex> lock(m.turn);
     m.last_kernel = name;

@@ -9,6 +9,7 @@
 
 #include "bindings/tensor.h"
 #include "device.h"
+#include "graph.h"
 #include "guarded_copies.h"
 #include "launch.h"
 #include "probes/probe.h"
@@ -121,6 +122,9 @@ PYBIND11_MODULE(_simt, m) {
     m.def("set_arithmetic", &set_arithmetic, py::arg("name") = "ieee");
     m.def("break_device", &break_device, py::arg("num_good") = 0,
           py::arg("fault") = "an illegal memory access was encountered");
+    m.def("fail_next", &simt::fail_next, py::arg("call"));
+    m.def("synchronize", &simt::synchronize);
+    m.def("num_graph_objects", &simt::num_graph_objects);
     m.def("set_current_device", &set_current_device, py::arg("device"));
     m.def("current_device", &current_device);
     m.def("num_launches", &simt::num_launches);
