@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -181,10 +181,27 @@ def test_an_eager_gpu_captures_nothing(gpu: SimulatedGpu) -> None:
 
 
 def test_tests_of_a_gpu_may_insist_on_graphs(gpu: Device) -> None:
-    step, gpu.is_strict = Step(gpu), True  # type: ignore[attr-defined]
-    gpu.run("step", step.with_torch)
-    with pytest.raises(AssertionError, match="cannot be captured: a graph holds none of torch's"):
-        gpu.run("step", step.with_torch)
+    """Nothing but launches is in a graph: no memory is made in it, nothing goes up or down."""
+    gpu.is_strict = True  # type: ignore[attr-defined]
+    step, rows, host = Step(gpu), gpu.zeros(3), torch.zeros(3)
+    forbidden: dict[str, Callable[[], object]] = {
+        "op": lambda: rows.mul_(2),
+        "zeros": lambda: gpu.zeros(3),
+        "empty": lambda: gpu.empty(3),
+        "there": lambda: gpu.there(host),
+        "upload": lambda: gpu.upload(host, rows),
+        "post": lambda: gpu.post(rows),
+        "read": lambda: gpu.read(rows),
+    }
+    for name, call in forbidden.items():
+
+        def launch(call: Callable[[], object] = call) -> None:
+            step.launch()
+            call()
+
+        gpu.run(name, launch)
+        with pytest.raises(AssertionError, match="cannot be captured: a graph holds none of"):
+            gpu.run(name, launch)
 
 
 @pytest.mark.parametrize("is_within", [False, True])
