@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from specrt import _C
 from specrt.device import Device, Posted
 from specrt.ops import registry
-from tests.ops.conftest import cpu_product
+from tests.linear_stand_in import stand_in
 
 _WAITING = {
     torch.ops.aten._local_scalar_dense.default,
@@ -165,8 +165,17 @@ only_simulated = pytest.mark.parametrize("gpu", ["simulated"], indirect=True)
 
 
 @contextmanager
-def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    """A simulated GPU for as long as the context lasts."""
+def simulated_gpu(
+    simt: ModuleType, monkeypatch: pytest.MonkeyPatch, *, has_linear: bool = False
+) -> Iterator[SimulatedGpu]:
+    """A simulated GPU for as long as the context lasts.
+
+    Args:
+        simt: the shim.
+        monkeypatch: undone by the caller's fixture.
+        has_linear: whether ``linear`` is the kernel's source, whose ``mma`` are most of a forward
+            pass's time; else the CPU's product stands in.
+    """
     gpu = SimulatedGpu()
     kernels = _Kernels(gpu, simt)
     for name, module in list(sys.modules.items()):
@@ -174,11 +183,8 @@ def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
             monkeypatch.setattr(module, "_C", kernels)
     monkeypatch.setattr(registry, "is_on_gpu", gpu.holds)
 
-    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        with gpu.moving():
-            cpu_product(x, weight, out)
-
-    monkeypatch.setattr(sys.modules["specrt.ops.linear"], "gpu_product", product)
+    if not has_linear:
+        stand_in(monkeypatch, gpu.holds, gpu.moving)
     for name in ("tolist", "numpy", "__array__", "__dlpack__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _guarded(gpu, getattr(torch.Tensor, name)))
     monkeypatch.setattr(torch.Tensor, "to", _staying(gpu, torch.Tensor.to))

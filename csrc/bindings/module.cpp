@@ -15,11 +15,15 @@ void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
 void register_tree_build(py::module_& m);
 void register_tree_settle(py::module_& m);
+void register_token_recycle(py::module_& m);
 void register_history_append(py::module_& m);
+void register_history_tail(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
 void register_graph(py::module_& m);
+void register_embed(py::module_& m);
+void register_prompt_lookup(py::module_& m);
 
 namespace {
 
@@ -62,10 +66,14 @@ PYBIND11_MODULE(_C, m) {
     register_tree_accept(m);
     register_tree_build(m);
     register_tree_settle(m);
+    register_token_recycle(m);
     register_history_append(m);
+    register_history_tail(m);
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);
+    register_embed(m);
+    register_prompt_lookup(m);
 }
 
 }  // namespace specrt::bindings

@@ -129,7 +129,8 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     if (!simt::is_stream_of(stream, executable->device)) return cudaErrorInvalidDevice;
     for (const simt::CapturedLaunch& one : executable->launches)
-        simt::launch(one.name, one.grid, one.block, one.shared_bytes, stream, one.body);
+        simt::launch(one.name, one.grid, one.block, one.shared_bytes, one.overlaps, stream,
+                     one.body);
     return cudaSuccess;
 }
 

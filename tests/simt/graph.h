@@ -14,6 +14,7 @@ struct CapturedLaunch {
     const char* name;
     dim3 grid, block;
     size_t shared_bytes;
+    bool overlaps;
     std::function<void()> body;
 };
 
