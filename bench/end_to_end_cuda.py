@@ -47,6 +47,7 @@ from bench.random_target import (
 from bench.step_graphs import StepGraphs
 from bench.whole_rounds import EESD, FSPAD, LOOKUP, MAKERS, RECYCLE, SIZES, whole_round
 from specrt.config import ModelConfig
+from specrt.device import Device as Place
 from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.models.loader import Weights
 from specrt.models.model import LlamaModel
@@ -138,7 +139,8 @@ class Bench:
 
     @cached_property
     def _eager_model(self) -> LlamaModel:
-        return LlamaModel(self.config, self.weights)
+        place = Place(self.weights.embed.device, is_eager=True)
+        return LlamaModel(self.config, self.weights, place)
 
     @cached_property
     def _graph_model(self) -> tuple[LlamaModel, StepGraphs | None]:
