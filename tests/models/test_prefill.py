@@ -134,7 +134,7 @@ def test_rows_are_those_of_one_chain_after_another(checkpoint: Path, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_on_a_gpu(llama: Path, backend: Backend, dtype: torch.dtype) -> None:
     if not backend.runs_cuda_source:
-        pytest.skip("as above")
+        pytest.skip("the CPU's has a test of its own")
     place = Device(backend.device, is_gpu=True, is_eager=True)
     model = make_model(llama, place, dtype)
     expected = run(model, ONE_BY_ONE)
@@ -147,7 +147,7 @@ def test_rows_on_a_gpu(llama: Path, backend: Backend, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_on_a_gpu_in_all_ways(checkpoint: Path, backend: Backend, dtype: torch.dtype) -> None:
     if not backend.runs_cuda_source:
-        pytest.skip("as above")
+        pytest.skip("the CPU's has a test of its own")
     model = make_model(checkpoint, Device(backend.device, is_gpu=True, is_eager=True), dtype)
     expected = run(model, ONE_BY_ONE)
     for way in [*WAYS, *(Way(None, calls=[cut]) for cut in (1, 63, 64, 65, 128, 129))]:
@@ -236,13 +236,16 @@ def test_pieces_of_few_sizes(llama: Path, gpu: Device, monkeypatch: pytest.Monke
 
 
 @only_simulated
-def test_launches_of_a_piece(llama: Path, gpu: Device) -> None:
-    """Norms, activation, rotation and attention of the first layer; norm and rotation of the last;
-    rows are committed."""
+def test_one_pass_for_several_chains(llama: Path, gpu: Device) -> None:
+    """As many launches as for one, but for the rotation, which is no part of attention there."""
     model, simt = make_model(llama, gpu, torch.bfloat16), load_simt()
-    before = simt.num_launches()
-    prefilled(model, 149)
-    assert simt.num_launches() - before == 5 + 2 + 1
+    counts = []
+    for num_tokens in (9, 149):
+        before = simt.num_launches()
+        prefilled(model, num_tokens)
+        counts.append(simt.num_launches() - before)
+    whole_layers = SIZES["num_hidden_layers"] - 1
+    assert counts[1] - counts[0] == whole_layers
 
 
 # --- how prompts are cut --------------------------------------------------------------------------
