@@ -11,7 +11,7 @@ logits are float32. Both stay where the model is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -55,6 +55,15 @@ class Heads(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+
+
+class BoundPass(NamedTuple):
+    """A forward pass over given tensors."""
+
+    output: VerifyOutput
+    """What a launch writes."""
+    launch: Callable[[], None]
+    """Nothing but ops on buffers that stay."""
 
 
 class LlamaModel:
@@ -164,8 +173,40 @@ class LlamaModel:
         else:
             run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self.device.run((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
+        steps = self, batch.cache, step
+        self.device.run(steps, lambda: self._launch(key, step.rows, batch.cache))
         return with_logits_tap(step.output, taps)
+
+    def bind(self, tree: DraftTree, batch: CacheBatch, *, taps: tuple[str, ...] = ()) -> BoundPass:
+        """A pass of :meth:`forward` that reads these very tensors each time it is launched.
+
+        It stands until the device's steps go stale (:attr:`Device.version`), or the batch's tables
+        move.
+
+        Args:
+            tree: B trees of N nodes; what it holds may change between launches.
+            batch: likewise.
+            taps: as for :meth:`forward`.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        key = StepKey.of(tree, batch.block_table.shape[1], True, taps, first_layer=0)
+        self._ensure_buffers(key, batch.num_positions)
+        rows = StepRows(
+            depth=tree.depth,
+            ancestors=tree.ancestors,
+            num_nodes=tree.num_nodes,
+            first_node=self.device.zeros(key.batch, dtype=torch.int32),
+            kv_len=batch.kv_len,
+            block_table=batch.block_table,
+        )
+
+        def launch() -> None:
+            self.embed_tokens(tree.draft_tokens.view(-1), self._start(key))
+            self._launch(key, rows, batch.cache)
+
+        return BoundPass(with_logits_tap(self._output(key), taps), launch)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -251,12 +292,8 @@ class LlamaModel:
     # --- launches: on buffers that :meth:`reserve` has made, so that a graph may hold them ----
 
     def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never captured)."""
-        embed = self.weights.embed
-        if embed.dtype == out.dtype:
-            torch.index_select(embed, 0, tokens, out=out)
-        else:
-            out.copy_(embed.index_select(0, tokens))
+        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` of any float type."""
+        ops.embed(tokens, self.weights.embed, out)
 
     def launch_layer(
         self,
@@ -305,19 +342,19 @@ class LlamaModel:
         if logits is not None:
             self.launch_linear(feature, self.weights.lm_head, out=logits)
 
-    def _launch(self, key: StepKey, step: Step, cache: KVCache) -> None:
-        rows = key.batch * key.num_nodes
+    def _launch(self, key: StepKey, rows: StepRows, cache: KVCache) -> None:
+        count = key.batch * key.num_nodes
         work = self._workspace
         hidden = self._start(key)
         for index in range(key.first_layer, self.config.num_layers):
             # A tapped layer's output is read by the next layer where it lies, never written.
             is_tapped = layer_tap(index) in key.taps
-            out = (self._tap_buffers[layer_tap(index)] if is_tapped else work.hidden)[:rows]
-            self.launch_layer(index, hidden, step.rows, cache, out)
+            out = (self._tap_buffers[layer_tap(index)] if is_tapped else work.hidden)[:count]
+            self.launch_layer(index, hidden, rows, cache, out)
             hidden = out
         if key.has_logits or FINAL_TAP in key.taps:
-            logits = work.logits[:rows] if key.has_logits else None
-            self.launch_head(hidden, work.feature[:rows], logits)
+            logits = work.logits[:count] if key.has_logits else None
+            self.launch_head(hidden, work.feature[:count], logits)
 
     def _project(self, layer: LayerWeights, hidden: torch.Tensor, rows: StepRows) -> Heads:
         """Of ``norm(hidden)``; not rotated yet."""
