@@ -63,6 +63,8 @@ def test_bytes_of_the_small_kernels() -> None:
     assert limits.draft_control_update(llama, 8).num_bytes == 8 * (2 * 26 * 8 + 13 * 4)
     assert limits.tree_expand(llama, 10).num_bytes == 10 * 128256 * 4 + 100 * 12
     assert limits.tree_rerank(llama, 60).num_bytes == 610 * 4 + 2 * 60 * 12
+    assert limits.recycle_propose(llama, 64).num_bytes == 64 * 16
+    assert limits.recycle_learn(llama, 60).num_bytes == 60 * (128256 * 4 + 36)
     assert limits.tree_accept(llama, 60).num_bytes == 60 * (128256 * 4 + 16)
 
 
@@ -90,7 +92,7 @@ def test_cases_begin_with_the_goals() -> None:
     assert len(set(every)) == len(every) == 2 * 3 * 4 * 4
     assert set(quick[:2]) == set(every[:2])
     small = [str(case) for case in small_kernels_cuda.cases(is_quick=False)]
-    assert len(set(small)) == len(small) == 2 * (4 * 5 + 8 * 4 + 2 * 3 + 2 + 3)
+    assert len(set(small)) == len(small) == 2 * (4 * 5 + 9 * 4 + 2 * 3 + 2 + 3)
     assert small[0] == "rms_norm Llama-3-8B rows 60"
 
 

@@ -333,6 +333,38 @@ def embed_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+# --- recycled trees
+
+
+def recycle_propose_arguments(variant: int, backend: Backend) -> Arguments:
+    """Each sequence has the slot of its number, and one is nobody's."""
+    g = generator(variant)
+    return {
+        "tables": torch.randint(0, VOCAB, (BATCH + 1, VOCAB, 8), generator=g, dtype=torch.int32),
+        "slots": ints(0, 1, 2),
+        "roots": ints(4, 0, 69),
+        "parents": torch.tensor(random_parents(NODES, g), dtype=torch.int32),
+        "ranks": torch.randint(0, 8, (NODES,), generator=g, dtype=torch.int32),
+        "draft_tokens": torch.zeros(BATCH, NODES, dtype=torch.int32),
+    }
+
+
+def recycle_learn_arguments(variant: int, backend: Backend) -> Arguments:
+    g, shape = generator(variant), (BATCH, NODES)
+    workspace = torch.zeros(ops.recycle_learn_workspace(BATCH * NODES, VOCAB, 8))
+    return {
+        "logits": torch.randn(*shape, VOCAB, generator=g),
+        "draft_tokens": torch.randint(0, VOCAB, shape, generator=g, dtype=torch.int32),
+        "num_nodes": ints(6, 4, 1),
+        "path": torch.tensor([[0, 2, 5], [0, 3, -1], [0, -1, -1]], dtype=torch.int32),
+        "accept_length": ints(2, 1, 0),
+        "slots": ints(0, 1, 2),
+        "tables": torch.zeros(BATCH + 1, VOCAB, 8, dtype=torch.int32),
+        "is_own": torch.zeros(BATCH + 1, VOCAB, dtype=torch.int32),
+        "workspace": workspace if backend.runs_cuda_source else None,
+    }
+
+
 def feature_arguments(variant: int, backend: Backend) -> Arguments:
     g, size = generator(variant), 16
 
@@ -455,6 +487,21 @@ KERNELS = {
         lambda a: ops.tree_settle(**a),
         own=("draft_tokens", "parents", "num_nodes", "roots", "max_nodes"),
         results=("settled_tokens", "settled_parents", "depth", "ancestors", "num_settled"),
+        has_cuda_source=True,
+    ),
+    "recycle_propose": Kernel(
+        recycle_propose_arguments,
+        lambda a: ops.recycle_propose(**a),
+        own=("tables", "slots", "roots"),
+        shared=("parents", "ranks"),
+        results=("draft_tokens",),
+        has_cuda_source=True,
+    ),
+    "recycle_learn": Kernel(
+        recycle_learn_arguments,
+        lambda a: ops.recycle_learn(**a),
+        own=("draft_tokens", "num_nodes", "path", "accept_length", "slots"),
+        results=("tables", "is_own"),
         has_cuda_source=True,
     ),
     "history_append": Kernel(

@@ -25,6 +25,8 @@ TAKEN = {
     "tree_settle": {
         "draft_tokens", "parents", "settled_tokens", "settled_parents", "depth", "ancestors",
     },
+    "recycle_propose": {"draft_tokens"},
+    "recycle_learn": {"logits", "draft_tokens", "path"},
     "history_append": {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
