@@ -79,18 +79,14 @@ class Linear:
         self, weight: torch.Tensor, workspace: torch.Tensor | None, asked: dict[str, Any]
     ) -> None:
         self._weight, self._workspace, self._asked = weight, workspace, asked
-        # A gated product is written in 16 bits alone.
-        is_gated = asked.get("is_gated", False)
-        dtype = weight.dtype if is_gated else torch.float32
-        num_outputs = len(weight) // 2 if is_gated else len(weight)
-        size = MOST_ROWS, num_outputs
-        self._out = torch.empty(size, dtype=dtype, device=weight.device)
+        num_outputs = len(weight) // 2 if asked.get("is_gated") else len(weight)
+        self._out = torch.empty(MOST_ROWS, num_outputs, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self._out.fill_(float("nan"))  # what a launch leaves out must not be the last one's
         out = self._out[: len(x)]
         ops.linear(x, self._weight, out=out, workspace=self._workspace, **self._asked)
-        return out.float()
+        return out
 
 
 def layouts(case: Case, device: Device) -> dict[str, dict[str, Any]]:

@@ -72,8 +72,9 @@ class Targets:
     def of(self, name: str) -> Bench:
         """By its name; the one before is let go of."""
         if self._held is None or self._held[0] != name:
-            self._held = None
-            gc.collect()
+            if self._held is not None:
+                self._held = None
+                gc.collect()
             is_real = self._device.place.device == "cuda"
             vocab_size = SPECS[name].vocab_size if is_real else 500
             job = make_job(self._args, self._device, vocab_size)
