@@ -29,6 +29,21 @@ _ALPHAS, _BETAS = slice(-2 * NUM_BINS, -NUM_BINS), slice(-NUM_BINS, None)
 Tensors = tuple[torch.Tensor, ...]
 
 
+class Embed:
+    """torch: a selection."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        self._table = place.randn(_VOCAB, model.hidden_size)
+        self._tokens = place.ints(*(7 * row % _VOCAB for row in range(rows)))
+        self._out, self._torch_out = (place.poison(rows, model.hidden_size) for _ in range(2))
+
+    def ours(self) -> Tensors:
+        return (ops.embed(self._tokens, self._table, self._out),)
+
+    def torchs(self) -> Tensors:
+        return (torch.index_select(self._table, 0, self._tokens, out=self._torch_out),)
+
+
 class FeatureSample:
     """torch: the formula, with products of its own."""
 
@@ -51,8 +66,9 @@ class FeatureSample:
         self._source = place.ints(*(row // 3 for row in range(rows)))
         self._features = place.randn(rows, hidden)
         self._workspace = place.poison(rows, ops.feature_sample_workspace(hidden, wide))
-        size = ops.linear_workspace(max(hidden, wide), max(2 * hidden, wide))
-        self._lent = torch.empty(size, dtype=torch.uint8, device=place.device)
+        shapes = [m.shape for m in (self._fc, self._gate, self._up, self._down) if m is not None]
+        size = max(ops.linear_workspace(*shape, rows) for shape in shapes)
+        self._lent = torch.zeros(size, device=place.device)
         self._out = place.poison(rows, hidden)
 
     @classmethod

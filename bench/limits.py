@@ -10,6 +10,8 @@ FLOAT = INT = 4
 WORD = DOUBLE = 8
 TREE_TOP_K, TREE_DEPTH = 10, 6
 """Of the pool that a tree is chosen from: children of a node, levels below the root's children."""
+LOOKUP_HISTORY = 8192
+"""Tokens that are looked through."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,16 @@ def history_append(model: Model, rows: int) -> Work:
     return Work(rows * 6 * INT)
 
 
+def embed(model: Model, rows: int) -> Work:
+    """Rows of the table read and written."""
+    return Work(rows * (2 * model.hidden_size * BF16 + INT))
+
+
+def prompt_lookup(model: Model, rows: int) -> Work:
+    """A history that has to be read whole, tokens and parents of ``rows`` nodes; of any model."""
+    return Work((LOOKUP_HISTORY + 2 * rows) * INT)
+
+
 def feature_sample(model: Model, rows: int) -> Work:
     """Weights read once; of each row embedding and feature in, the result out."""
     hidden, wide = model.hidden_size, model.intermediate_size
@@ -133,6 +145,16 @@ def pool_size() -> int:
 def tree_rerank(model: Model, rows: int) -> Work:
     """All scores read, tokens, parents and scores of ``rows`` nodes read and written."""
     return Work(pool_size() * FLOAT + 2 * rows * (2 * INT + FLOAT))
+
+
+def recycle_propose(model: Model, rows: int) -> Work:
+    """Of each node its place in a template and a table's entry read, its token written."""
+    return Work(rows * 4 * INT)
+
+
+def recycle_learn(model: Model, rows: int) -> Work:
+    """Logits of ``rows`` nodes read once; eight ids and a mark of each written."""
+    return Work(rows * (model.vocab_size * FLOAT + 9 * INT))
 
 
 def tree_accept(model: Model, rows: int) -> Work:

@@ -16,6 +16,7 @@ import torch
 
 from bench.limits import Model
 from specrt.config import ModelConfig
+from specrt.models.gate_up import ROWS_IN_TURN
 from specrt.models.layouts import layer_matrices
 from specrt.models.loader import ALIGNMENT, LayerWeights, Weights
 
@@ -97,7 +98,8 @@ def random_weights(config: ModelConfig, device: str, dtype: torch.dtype, seed: i
     per_layer = ([next(matrices) for _ in range(4)] for _ in range(config.num_layers))
     layers = tuple(_layer(norm, four) for four in per_layer)
     lm_head, embed = matrices
-    return Weights(arena, embed, layers, norm, lm_head)
+    # Rows drawn at random may lie in any order.
+    return Weights(arena, embed, layers, norm, lm_head, is_interleaved=device != "cpu")
 
 
 def _aligned(size: int) -> int:
@@ -128,7 +130,7 @@ def step_bytes(weights: Weights) -> int:
 
 
 def transformers_twin(config: Mapping[str, Any], weights: Weights) -> Any:
-    """``transformers``' model on the very memory of ``weights``.
+    """``transformers``' model on the very memory of ``weights``; interleaved rows are copied.
 
     Args:
         config: as :func:`hf_config` gives it.
@@ -161,7 +163,7 @@ def _state(
     }
     for index, layer in enumerate(weights.layers):
         q, k, v = layer.qkv.split([q_rows, kv_rows, kv_rows])
-        gate, up = layer.gate_up.chunk(2)
+        gate, up = _apart(layer.gate_up, weights.is_interleaved)
         names = {
             "input_layernorm": cast(layer.input_norm),
             "post_attention_layernorm": cast(layer.post_norm),
@@ -175,3 +177,12 @@ def _state(
         }
         state |= {f"model.layers.{index}.{name}.weight": part for name, part in names.items()}
     return state
+
+
+def _apart(gate_up: torch.Tensor, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up; views where each has its rows together."""
+    if is_interleaved:
+        in_turn = gate_up.view(-1, 2, ROWS_IN_TURN, gate_up.shape[1])
+        gate_up = in_turn.transpose(0, 1).reshape(gate_up.shape)
+    gate, up = gate_up.chunk(2)
+    return gate, up

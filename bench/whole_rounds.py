@@ -8,7 +8,7 @@ reads at the least, and what is left for verification.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,7 +25,6 @@ from specrt.draft.fspad.weights import fold, folding_pays, pack_weights
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
-from specrt.models.loader import Weights
 from specrt.models.model import LlamaModel
 
 FSPAD, EESD, LOOKUP, RECYCLE = "FSPAD", "EESD", "prompt lookup", "token recycling"
@@ -79,12 +78,10 @@ def _eesd(target: LlamaModel) -> WholeRound:
     number = max(1, target.config.num_layers // 8)
     size = weights.arena.nbytes - weights.embed.nbytes - weights.lm_head.nbytes
     layer_bytes, head_bytes = size // target.config.num_layers, weights.lm_head.nbytes
-    layer = Weights(
-        weights.arena[:layer_bytes],  # of an exit's size, which its costs go by
-        weights.embed,
-        weights.layers[number : number + 1],
-        weights.final_norm,
-        weights.lm_head,
+    layer = replace(
+        weights,
+        arena=weights.arena[:layer_bytes],  # of an exit's size, which its costs go by
+        layers=weights.layers[number : number + 1],
     )
     hidden = target.config.hidden_size
     calibration = ExitWeights(

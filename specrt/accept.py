@@ -28,6 +28,7 @@ def accept(
     *,
     want_logprobs: bool = False,
     workspace: torch.Tensor | None = None,
+    out: AcceptResult | None = None,
 ) -> AcceptResult:
     """Walk each tree from its root; every emitted token follows the target's law exactly.
 
@@ -59,6 +60,7 @@ def accept(
         history_len: ``[B]`` int32.
         want_logprobs: report log-softmax of the *unprocessed* logits at each emitted token.
         workspace: on a GPU (``ops.tree_accept``); None: that of ``sampling``.
+        out: of :func:`empty_result`, to be written; None: a new one.
 
     Returns:
         ``path`` and ``tokens`` ``[B, N]`` int32 padded with -1, ``accept_length`` ``[B]`` int32,
@@ -68,9 +70,7 @@ def accept(
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
     """
-    path, tokens = torch.empty_like(tree.draft_tokens), torch.empty_like(tree.draft_tokens)
-    accept_length = torch.empty_like(tree.num_nodes)
-    logprobs = torch.empty_like(path, dtype=torch.float32) if want_logprobs else None
+    result = out or empty_result(tree, want_logprobs)
     num_nodes, draft_probs = _drawn(tree, logits.shape[-1])
     tree_accept(
         tree.draft_tokens,
@@ -84,12 +84,26 @@ def accept(
         history,
         history_len,
         sampling.workspace if workspace is None else workspace,
-        path,
-        accept_length,
-        tokens,
-        logprobs,
+        result.path,
+        result.accept_length,
+        result.tokens,
+        result.logprobs,
     )
-    return AcceptResult(path, accept_length, tokens, logprobs)
+    return result
+
+
+def empty_result(tree: DraftTree, want_logprobs: bool) -> AcceptResult:
+    """Of :func:`accept` for trees of this size, where they are."""
+    path, tokens = torch.empty_like(tree.draft_tokens), torch.empty_like(tree.draft_tokens)
+    logprobs = torch.empty_like(path, dtype=torch.float32) if want_logprobs else None
+    return AcceptResult(path, torch.empty_like(tree.num_nodes), tokens, logprobs)
+
+
+def gpu_scratch(tree: DraftTree, vocab_size: int, device: Device) -> torch.Tensor:
+    """A workspace of :func:`accept` for trees of this size, on a GPU."""
+    batch, num_nodes = tree.draft_tokens.shape
+    has_probs = tree.draft_probs is not None
+    return device.zeros(gpu_workspace_size(batch, num_nodes, vocab_size, has_draft_probs=has_probs))
 
 
 class Accepting:
@@ -129,9 +143,8 @@ class Accepting:
         shape = (*tree.draft_tokens.shape, tree.draft_probs is not None)
         scratch = self._scratches.get(shape)
         if scratch is None:
-            batch, num_nodes, has_probs = shape
-            size = gpu_workspace_size(batch, num_nodes, self._vocab_size, has_draft_probs=has_probs)
-            scratch = self._scratches.put(shape, self._device.zeros(size))
+            made = gpu_scratch(tree, self._vocab_size, self._device)
+            scratch = self._scratches.put(shape, made)
         return scratch
 
 

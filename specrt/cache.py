@@ -23,6 +23,7 @@ SCRATCH_PAGE = 0
 """No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
 
 _UNKNOWN = -1  # of a row's length
+_NO_SIZE = -1, -1  # of tables of which there are no views
 _NO_PAGES: tuple[list[int], int] = [], 0  # no sequence's
 _FIRST_PAGES = 16  # of a cache that grows for the first time
 _NO_MEMORY = RuntimeError, MemoryError, OverflowError, OSError  # torch, Python, the system
@@ -215,8 +216,9 @@ class CacheBatch:
     """The sequences of one forward pass, as the tables the kernels read.
 
     ``block_table [B, W]`` and ``kv_len [B]``, both int32, lie where the pages do. They are written
-    row by row where something has changed, in memory that moves only for more sequences or another
-    width. Lengths are also counted on the host, so that nobody waits for a GPU to learn them.
+    row by row where something has changed, in memory that moves only for more sequences or a larger
+    width than ever before. Lengths are also counted on the host, so that nobody waits for a GPU to
+    learn them; while a launched commit has not been heard of, the device's are ahead of them.
 
     Args:
         cache: theirs.
@@ -234,29 +236,36 @@ class CacheBatch:
         """No row's position reaches this: each is at most the row's place in its pages."""
         return self.block_table.shape[1] * self.cache.page_size
 
-    def update(self, sequences: Sequence[CachedSequence]) -> CacheBatch:
+    def update(self, sequences: Sequence[CachedSequence], *, is_ahead: bool = False) -> CacheBatch:
         """Make the tables fit ``sequences``, in this order, as they are now.
 
         To be called when others run, when one has been given pages, and when one was extended
         through another batch. W is a power of two, 8 at least, that the longest one fits.
 
+        Args:
+            sequences: whose tables these are from now on.
+            is_ahead: a commit is under way whose counts nobody has told :meth:`advance`; the
+                sequences are those of before, and their lengths are left alone.
+
         Returns:
             This batch.
         """
-        rows, width = self._table.shape
-        wanted = _table_width(max((len(one.pages) for one in sequences), default=0))
-        if len(sequences) > rows or width != wanted:
+        rows, widest = self._table.shape
+        width = _table_width(max((len(one.pages) for one in sequences), default=0))
+        if len(sequences) > rows:
             # Powers of two, so that few different sizes (and captured graphs) come up.
-            self._make_tables(max(rows, power_of_two(len(sequences))), wanted)
+            self._make_tables(power_of_two(len(sequences)), max(width, widest))
+        elif width > widest:
+            self._widen(width)
         for row, sequence in enumerate(sequences):
             pages, count = self._pages[row]
             if pages is not sequence.pages or count != len(pages):
                 self._write_pages(row, sequence.pages)
-            if self._lengths[row] != sequence.length:
+            if self._lengths[row] != sequence.length and not is_ahead:
                 self._write_length(row, sequence.length)
         self.sequences = list(sequences)
-        if len(sequences) != self._size:
-            self._set_views(len(sequences))
+        if (len(sequences), width) != self._size:
+            self._set_views(len(sequences), width)
         return self
 
     def commit(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
@@ -275,15 +284,28 @@ class CacheBatch:
     def move(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """The half of :meth:`commit` that is a launch: on the pages' device, which alone may know
         how many rows there are. :meth:`advance` follows once the host knows it too."""
-        # Rows of which nothing is known while they move: an interrupt may come in between.
+        self.expect_move()
+        self.launch_move(path, num_path)
+
+    def expect_move(self) -> None:
+        """What :meth:`move` is to the host: of rows that move nothing is known, and an interrupt
+        may come in between."""
         self._lengths[: len(self.sequences)] = [_UNKNOWN] * len(self.sequences)
+
+    def launch_move(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
+        """What :meth:`move` is to the device; a captured round has it among its launches."""
         ops.kv_commit(self.cache.kv, self.block_table, path, num_path, self.kv_len, self._tickets)
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """The other half: so many rows of each sequence were moved."""
+    def advance(self, counts: Sequence[int], *, is_ahead: bool = False) -> None:
+        """The other half: so many rows of each sequence were moved.
+
+        Args:
+            counts: of the sequences.
+            is_ahead: another commit is under way.
+        """
         for row, (sequence, count) in enumerate(zip(self.sequences, counts, strict=True)):
             sequence.length += count
-            self._lengths[row] = sequence.length
+            self._lengths[row] = _UNKNOWN if is_ahead else sequence.length
             room = len(sequence.pages) * self.cache.page_size
             assert sequence.length <= room, "rows were committed that lie on the scratch page"
 
@@ -297,12 +319,18 @@ class CacheBatch:
         # All or none of them (Ctrl-C comes behind calls); the size, that views are made of them.
         self._table, self._kv_len, self._all_tickets = table, kv_len, tickets
         # What stands in the rows: pages (the list itself, and how many of it), and kv_len.
-        self._pages, self._lengths, self._size = [_NO_PAGES] * rows, [0] * rows, _UNKNOWN
+        self._pages, self._lengths, self._size = [_NO_PAGES] * rows, [0] * rows, _NO_SIZE
 
-    def _set_views(self, size: int) -> None:
-        self.block_table, self.kv_len = self._table[:size], self._kv_len[:size]
+    def _widen(self, width: int) -> None:
+        """More columns; lengths and tickets stay, as launches that are under way leave them."""
+        table = self.cache.device.zeros(len(self._table), width, dtype=torch.int32)
+        pages = [_NO_PAGES] * len(table)
+        self._pages, self._table, self._size = pages, table, _NO_SIZE
+
+    def _set_views(self, size: int, width: int) -> None:
+        self.block_table, self.kv_len = self._table[:size, :width], self._kv_len[:size]
         self._tickets = self._all_tickets[:size] if self.cache.device.is_gpu else None
-        self._size = size  # asking a tensor takes longer than all else of an update
+        self._size = size, width  # asking a tensor takes longer than all else of an update
 
     def _write_pages(self, row: int, pages: list[int]) -> None:
         self._pages[row] = _NO_PAGES  # until they stand there, if an interrupt comes in between

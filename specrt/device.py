@@ -2,42 +2,83 @@
 
 All that differs between the CPU and a GPU outside of kernels is asked here. A GPU works behind the
 host: what is launched or uploaded is done later, in order, and nobody waits for it but in
-:meth:`Device.read` and :meth:`Device.wait`.
+:meth:`Posted.read` and :meth:`Device.wait`.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from specrt.ops.graph import CpuGraph
+from specrt.ops.graph import CpuGraph, CudaGraph
 from specrt.reuse import Recent
 
 CPU = torch.device("cpu")
 
 Mark = Any
 """A moment in a device's work, as :meth:`Device.mark` gives it."""
+G = TypeVar("G")
+
+_MOST_STEPS = 256
+_MOST_GRAPHS = 64  # on a GPU: each takes memory there, and rounds are few
+
+
+class Posted:
+    """What is on its way to the host.
+
+    Args:
+        host: where it arrives.
+        wait: until it has arrived; None: it is there.
+    """
+
+    def __init__(self, host: torch.Tensor, wait: Callable[[], None] | None = None) -> None:
+        self._host, self._wait = host, wait
+
+    def read(self) -> torch.Tensor:
+        """It, once it is there; what was launched behind it is not waited for."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+        return self._host
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What runs a step again."""
+
+    launch: Callable[[], None]
+    num_bytes: int = 0
+    """Of a GPU's memory."""
+    is_final: bool = True
+    """Whether it stays so: of a GPU's step that ran once a graph is made when it comes again."""
 
 
 class Device:
     """One place where tensors lie and launches run; of one engine, or of several.
 
     A captured step holds addresses: whoever builds one keeps its buffers alive and at their place,
-    and calls :meth:`forget` when they move. On the CPU a step is captured the first time it runs
-    (``CpuGraph``) and launched as one call from then on; on a GPU its launches are made anew.
+    and calls :meth:`forget` when they move. A captured step is launched as one call. On the CPU it
+    is captured as it runs for the first time (``CpuGraph``). On a GPU the first time only runs it,
+    which loads its kernels, and the second captures it (``CudaGraph``); where that fails it is
+    launched anew each time, and the log says why.
 
     Args:
         place: the torch device; a GPU's with its index, as tensors there have it.
         is_gpu: whether kernels take tensors there for a GPU's; None: as torch does. (A simulated
             GPU has the CPU's memory.)
         is_eager: whether nothing is captured.
-        max_steps: captured ones that are kept; beyond, the one that was not run for longest goes.
+        max_steps: those that are kept; beyond, the one that was not run for longest goes. None:
+            256, on a GPU 64.
     """
 
     def __init__(
@@ -46,7 +87,7 @@ class Device:
         *,
         is_gpu: bool | None = None,
         is_eager: bool = False,
-        max_steps: int = 256,
+        max_steps: int | None = None,
     ) -> None:
         self.place = place
         self.is_gpu = place.type != "cpu" if is_gpu is None else is_gpu
@@ -54,8 +95,12 @@ class Device:
         """Grows whenever captured launches have gone stale."""
         self.num_reads = 0
         """Times the host has waited for something to read."""
-        self._is_eager = is_eager or self.is_gpu
-        self._steps: Recent[Hashable, Callable[[], None]] = Recent(max_steps)
+        self._is_eager = is_eager
+        self._is_capturing = False
+        self._stream: torch.cuda.Stream | None = None
+        self._refusals = set[str]()  # that the log has named
+        most = max_steps or (_MOST_GRAPHS if self.is_gpu else _MOST_STEPS)
+        self._steps: Recent[Hashable, _Step] = Recent(most)
 
     def __repr__(self) -> str:
         return str(self.place)
@@ -100,15 +145,21 @@ class Device:
         """As :meth:`there`, of weights: once, and too large to be pinned."""
         return host.to(self.place)
 
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` on the host: itself on the CPU, else a copy, once all before it is done."""
+    def post(self, tensor: torch.Tensor) -> Posted:
+        """Start a copy of ``tensor`` to the host: itself on the CPU, which may be written again.
+
+        On a GPU it is made behind what was launched so far, into pinned memory that torch hands
+        out again once nobody holds it: several may be under way, and a steady loop allocates none.
+        """
         if not self.is_gpu:
-            return tensor
-        self.num_reads += 1
+            return Posted(tensor)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         host.copy_(tensor, non_blocking=True)
-        self.wait()
-        return host
+        return Posted(host, partial(self._await, self.mark()))
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` on the host: itself on the CPU, else a copy, once all before it is done."""
+        return self.post(tensor).read()
 
     def glance(self, tensor: torch.Tensor) -> npt.NDArray[np.float32]:
         """A float32 ``tensor`` as far as the host sees it without waiting: itself on the CPU, of a
@@ -139,17 +190,28 @@ class Device:
         Returns:
             Whether it had run before, since :meth:`forget` last.
         """
+        if self._is_capturing:  # a part of the step that is
+            launch()
+            return True
         step = self._steps.get(key)
         if step is None:
             self._steps.put(key, self._first(launch))
             return False
-        step()
+        if not step.is_final:
+            step = self._steps.put(key, self._second(launch))
+        step.launch()
         return True
+
+    @property
+    def graph_bytes(self) -> int:
+        """Of a GPU's memory that captured steps take, as far as what is free there tells."""
+        return sum(step.num_bytes for step in self._steps.values())
 
     def forget(self) -> None:
         """Captured steps are stale: buffers are about to move.
 
         Said before they do: an interrupt in between leaves no launches over memory that is gone.
+        One that a GPU still runs ends first, and is freed then.
         """
         self.version += 1
         self._steps.clear()
@@ -159,12 +221,65 @@ class Device:
         if self.place.type == "cuda":
             torch.cuda.current_stream(self.place).synchronize()
 
-    def _first(self, launch: Callable[[], None]) -> Callable[[], None]:
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Work meanwhile goes to a GPU's stream of its own, in order with what the caller launches
+        before and behind on the stream that was current; within another one, nothing."""
+        if self.place.type != "cuda":
+            yield
+            return
+        caller = torch.cuda.current_stream(self.place)
+        own = self._stream = self._stream or torch.cuda.Stream(self.place)
+        if caller == own:
+            yield
+            return
+        own.wait_stream(caller)
+        try:
+            with torch.cuda.stream(own):
+                yield
+        finally:
+            caller.wait_stream(own)
+
+    def _await(self, mark: Mark) -> None:
+        self.num_reads += 1
+        if self.place.type == "cuda":
+            mark.synchronize()
+
+    def _first(self, launch: Callable[[], None]) -> _Step:
         """Run a step for the first time; what runs it again."""
-        if not self._is_eager:
-            return CpuGraph.capture(launch).launch
-        launch()
-        return launch
+        if self._is_eager or self.is_gpu:
+            launch()
+            return _Step(launch, is_final=self._is_eager)
+        return _Step(self._captured(partial(CpuGraph.capture, launch)).launch)
+
+    def _second(self, launch: Callable[[], None]) -> _Step:
+        """A GPU's graph of a step that ran before, or where there can be none its launches."""
+        try:
+            graph = self._captured(partial(CudaGraph.capture, launch, self.place))
+        except RuntimeError as error:
+            self._warn(str(error))
+            return _Step(launch)
+        logging.getLogger("specrt").debug(
+            "%s: a graph of %d launches, %d bytes", self, graph.num_launches, graph.num_bytes
+        )
+        return _Step(graph.launch, graph.num_bytes)
+
+    def _captured(self, capture: Callable[[], G]) -> G:
+        """What ``capture`` makes; steps that are run meanwhile are parts of it."""
+        try:
+            self._is_capturing = True
+            return capture()
+        finally:
+            self._is_capturing = False
+
+    def _warn(self, reason: str) -> None:
+        """Once for each reason: steps that have one in common are many."""
+        if reason in self._refusals:
+            return
+        self._refusals.add(reason)
+        logging.getLogger("specrt").warning(
+            "%s: a step is launched without a graph, which is slower: %s", self, reason
+        )
 
     # --- time ---------------------------------------------------------------------------------
 

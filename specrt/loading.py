@@ -125,13 +125,12 @@ def load(
     check_sizes(padded, limits.max_nodes, place)
     tokenizer = load_tokenizer(path, config.vocab_size)
     there = Device(place)
+    check_rows(there, target_dtype)
     has_room = size_check(padded, target_dtype, limits, there)
     loaded = load_weights(
         path, config, target_dtype, progress=progress, head_dim=head_dim, check_size=has_room
     )
-    weights = place_weights(loaded, there)
-    check_rows(weights)
-    model = LlamaModel(config, weights, there)
+    model = LlamaModel(config, place_weights(loaded, there), there)
     if drafter == AUTO:
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):

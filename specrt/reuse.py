@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, ValuesView
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -44,6 +44,10 @@ class Recent(Generic[K, V]):
         if len(self._values) > self._most:
             self._values.popitem(last=False)
         return value
+
+    def values(self) -> ValuesView[V]:
+        """Those that are kept."""
+        return self._values.values()
 
     def clear(self) -> None:
         """Keep nothing."""

@@ -188,20 +188,8 @@ class Settler:
             proposal = self._uploaded(proposal)
         tree = self._trees.get((batch, size))
         if tree is None:
-            tree = self._trees[batch, size] = _empty_tree(batch, size, self._device)
-        ops.tree_settle(
-            proposal.draft_tokens.contiguous(),
-            proposal.parents.contiguous(),
-            proposal.num_nodes.contiguous(),
-            roots,
-            max_nodes,
-            self._vocab_size,
-            tree.draft_tokens,
-            tree.parents,
-            tree.depth,
-            tree.ancestors,
-            tree.num_nodes,
-        )
+            tree = self._trees[batch, size] = empty_tree(batch, size, self._device)
+        launch_settle(proposal, roots, max_nodes, self._vocab_size, tree)
         if proposal.draft_probs is None:
             return tree
         return replace(tree, draft_probs=proposal.draft_probs[:, :size].contiguous())
@@ -229,7 +217,32 @@ class Settler:
         )
 
 
-def _empty_tree(batch: int, size: int, device: Device) -> DraftTree:
+def launch_settle(
+    proposal: Proposal,
+    roots: torch.Tensor,
+    max_nodes: torch.Tensor,
+    vocab_size: int,
+    out: DraftTree,
+) -> None:
+    """What :meth:`Settler.settle` launches: ``out`` (:func:`empty_tree`) becomes the trees that a
+    proposal on its device holds."""
+    ops.tree_settle(
+        proposal.draft_tokens.contiguous(),
+        proposal.parents.contiguous(),
+        proposal.num_nodes.contiguous(),
+        roots,
+        max_nodes,
+        vocab_size,
+        out.draft_tokens,
+        out.parents,
+        out.depth,
+        out.ancestors,
+        out.num_nodes,
+    )
+
+
+def empty_tree(batch: int, size: int, device: Device) -> DraftTree:
+    """Trees of ``size`` nodes on a device, to be written."""
     ints = device.zeros(3, batch, size, dtype=torch.int32)
     bits = device.zeros(batch, size, num_words(size), dtype=torch.int64)
     return DraftTree(ints[0], ints[1], ints[2], bits, device.zeros(batch, dtype=torch.int32))

@@ -33,12 +33,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """A GPU that lets nobody wait: the simulated one, and the one that is there."""
+    """A GPU that lets nobody wait: the simulated one, and the one that is there.
+
+    The mark ``runs_linear`` is for the simulated one: products by their own CUDA source.
+    """
     if request.param == "real":
         with real_gpu() as made:
             yield made
         return
-    simt = load_simt()
+    simt, mark = load_simt(), request.node.get_closest_marker("runs_linear")
     simt.set_schedule(1)
-    with simulated_gpu(simt, monkeypatch) as simulated:
+    with simulated_gpu(simt, monkeypatch, has_linear=mark is not None) as simulated:
         yield simulated

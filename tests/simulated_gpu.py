@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specrt import _C
-from specrt.device import Device
+from specrt.device import Device, Posted
 from specrt.ops import registry
-from tests.ops.conftest import cpu_product
+from tests.linear_stand_in import stand_in
 
 _WAITING = {
     torch.ops.aten._local_scalar_dense.default,
@@ -82,11 +82,10 @@ class SimulatedGpu(Device):
         assert not self.holds(host), "moved: from the host"
         return self.hold(host.clone())
 
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        assert self.holds(tensor), "read: of what is there"
-        self.num_reads += 1
+    def post(self, tensor: torch.Tensor) -> Posted:
+        assert self.holds(tensor), "post: of what is there"
         with self.moving():
-            return tensor.clone()
+            return super().post(tensor)
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -138,6 +137,8 @@ class _Kernels:
 
     def __getattr__(self, name: str) -> Any:
         on_cpu, on_gpu = getattr(_C, name, None), getattr(self._simt, name, None)
+        if name == "CudaGraph":
+            return on_gpu
         if on_cpu is None or not callable(on_cpu) or isinstance(on_cpu, type):
             return on_cpu
 
@@ -158,8 +159,17 @@ only_simulated = pytest.mark.parametrize("gpu", ["simulated"], indirect=True)
 
 
 @contextmanager
-def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    """A simulated GPU for as long as the context lasts."""
+def simulated_gpu(
+    simt: ModuleType, monkeypatch: pytest.MonkeyPatch, *, has_linear: bool = False
+) -> Iterator[SimulatedGpu]:
+    """A simulated GPU for as long as the context lasts.
+
+    Args:
+        simt: the shim.
+        monkeypatch: undone by the caller's fixture.
+        has_linear: whether ``linear`` is the kernel's source, whose ``mma`` are most of a forward
+            pass's time; else the CPU's product stands in.
+    """
     gpu = SimulatedGpu()
     kernels = _Kernels(gpu, simt)
     for name, module in list(sys.modules.items()):
@@ -167,11 +177,8 @@ def simulated_gpu(simt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
             monkeypatch.setattr(module, "_C", kernels)
     monkeypatch.setattr(registry, "is_on_gpu", gpu.holds)
 
-    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        with gpu.moving():
-            cpu_product(x, weight, out)
-
-    monkeypatch.setattr(sys.modules["specrt.ops.linear"], "gpu_product", product)
+    if not has_linear:
+        stand_in(monkeypatch, gpu.holds, gpu.moving)
     for name in ("tolist", "numpy", "__array__", "__dlpack__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _guarded(gpu, getattr(torch.Tensor, name)))
     monkeypatch.setattr(torch.Tensor, "to", _staying(gpu, torch.Tensor.to))

@@ -22,7 +22,6 @@ from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.engine import Engine
 from specrt.models.checkpoint import Checkpoint
-from specrt.models.loader import Weights
 from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,
@@ -185,10 +184,10 @@ def wide_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_target_on_a_gpu(
     wide_target: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked_at: list[Weights] = []
-    monkeypatch.setattr(loading, "check_rows", looked_at.append)
+    looked_at = []
+    monkeypatch.setattr(loading, "check_rows", lambda *asked: looked_at.append(asked))
     engine = specrt.load(wide_target, device="cuda")
-    assert looked_at == [engine.target.weights]
+    assert looked_at == [(engine.target.device, torch.bfloat16)]
     assert engine.target.device is engine.cache.device and engine.cache.kv.device == gpu
     assert engine.target.dtype == engine.target.activation_dtype == torch.bfloat16
     assert engine.cache.kv.dtype == torch.bfloat16

@@ -5,12 +5,19 @@
 namespace specrt::bindings {
 
 void register_linear(py::module_& m) {
-    m.def("linear", [](py::handle x, py::handle weight, py::handle bias, py::handle residual,
-                       py::handle out) {
-        submit_released(linear(view_of(x, "x"), view_of(weight, "weight"),
-                               view_of(bias, "bias", true), view_of(residual, "residual", true),
-                               view_of(out, "out")));
-    });
+    m.def("linear_workspace", &linear_workspace);
+    m.def("linear",
+          [](py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle out,
+             py::handle workspace, bool is_gated, int tile_rows, int num_stages) {
+              submit_released(linear({device_view_of(x, "x"),
+                                      device_view_of(weight, "weight"),
+                                      device_view_of(bias, "bias", true),
+                                      device_view_of(residual, "residual", true),
+                                      device_view_of(out, "out"),
+                                      device_view_of(workspace, "workspace", true),
+                                      is_gated,
+                                      {tile_rows, num_stages}}));
+          });
 }
 
 }  // namespace specrt::bindings

@@ -38,6 +38,31 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack) {
     *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
 }
 
+// Elements first .. first + kSize - 1 of a row, zeros from `width` on. `is_whole`: 16-byte loads
+// are possible and no vector is cut by the row's end.
+template <int kSize, typename T>
+__device__ __forceinline__ Pack<T, kSize> load_piece(const T* row, int first, int width,
+                                                     bool is_whole) {
+    if (is_whole && first < width) return load_pack<kSize>(row + first);
+    Pack<T, kSize> piece;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e)
+        piece.at[e] = first + e < width ? row[first + e] : from_float<T>(0.0f);
+    return piece;
+}
+
+template <int kSize, typename T>
+__device__ __forceinline__ void store_piece(T* row, int first, int width, bool is_whole,
+                                            const Pack<T, kSize>& piece) {
+    if (is_whole) {
+        if (first < width) store_pack(row + first, piece);
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < kSize; ++e)
+        if (first + e < width) row[first + e] = piece.at[e];
+}
+
 // Two values of 16 bits as one word, at a multiple of 4 bytes. (memcpy knows nothing of the
 // alignment and moves bytes.)
 template <typename T>

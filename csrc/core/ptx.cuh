@@ -10,6 +10,9 @@ namespace specrt::ptx {
 using simt::cp_async_16;
 using simt::cp_async_commit;
 using simt::cp_async_wait;
+using simt::evict_first;
+using simt::evict_last;
+using simt::evict_normal;
 using simt::exp2_approx;
 using simt::ldmatrix_x1;
 using simt::ldmatrix_x1_trans;
@@ -33,6 +36,28 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
     const int bytes = is_read ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes)
+                 : "memory");
+}
+
+// Policies for lines of the L2 cache: which are given up first.
+#define SPECRT_POLICY(name)                                                         \
+    __device__ __forceinline__ uint64_t name() {                                    \
+        uint64_t policy;                                                            \
+        asm("createpolicy.fractional.L2::" #name ".b64 %0, 1.0;\n" : "=l"(policy)); \
+        return policy;                                                              \
+    }
+SPECRT_POLICY(evict_first)
+SPECRT_POLICY(evict_normal)
+SPECRT_POLICY(evict_last)
+#undef SPECRT_POLICY
+
+// As above; lines that are read come under `policy`.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool is_read,
+                                            uint64_t policy) {
+    const int bytes = is_read ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "l"(policy)
                  : "memory");
 }
 
@@ -84,8 +109,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Programmatic dependent launch (compute capability 9.0 on; before, launches never overlap): one
-// that overlaps may start while the one before it still runs. Until `wait_for_previous` has
+// Launches that overlap (core/launch.cuh; compute capability 9.0 on). Until `wait_for_previous` has
 // returned nothing may be read that an earlier launch writes, nor written that one reads or writes.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -6,8 +6,9 @@
 // waited for, entries behind the accepted ones too. Which token is the first to stop is a ballot
 // for each 32 of them.
 //
-// Hazard: all lanes read the history's length, which one lane writes: the warp's barrier is
+// Hazard: all lanes read the history's length and its limit, which one lane writes: the warp's barrier is
 // between. (The shim cannot show this: the ballots keep its lanes as much in step.)
+#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "history_append/history_append.h"
 
@@ -99,7 +100,11 @@ __device__ __forceinline__ void finish_sequence(const HistoryAppendParams& p, in
     const int deepest = deepest_of(depth, lane, a.num_nodes, p.nodes);
     append(p, seq, lane, a, tokens, taken);
     int32_t* row = p.report + seq * p.report_stride;
-    if (lane == 0) write_header(row, a, deepest, taken, ending_of(a, taken, first_stop));
+    const int32_t ending = ending_of(a, taken, first_stop);
+    if (lane == 0) {
+        write_header(row, a, deepest, taken, ending);
+        if (ending != 0) p.max_len[seq] = 0;
+    }
     row += kReportHeaderSize;
     report_entries(row, tokens, lane, a.count, p.nodes, kNoToken);
     report_entries(row + p.nodes, path, lane, a.count, p.nodes, kNoToken);
@@ -108,6 +113,8 @@ __device__ __forceinline__ void finish_sequence(const HistoryAppendParams& p, in
 }
 
 __global__ void __launch_bounds__(32) history_append_sequence(const HistoryAppendParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     finish_sequence(p, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
@@ -116,7 +123,7 @@ __global__ void __launch_bounds__(32) history_append_sequence(const HistoryAppen
 void history_append_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const HistoryAppendParams*>(params);
     if (p.batch == 0) return;
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32)};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32), 0, kOverlaps};
     SPECRT_LAUNCH(history_append_sequence, shape, stream, p);
 }
 

@@ -9,6 +9,9 @@
 //
 // The cache takes as many rows as the history tokens: the root's and those of the accepted ones
 // before the last, which is the next root.
+//
+// A sequence that ends has no room from then on: rounds that were launched before anybody knew take
+// nothing.
 #pragma once
 #include "core/dispatch.h"
 #include "core/host_device.h"
@@ -48,7 +51,7 @@ struct HistoryAppendParams {
     const int32_t* tokens;         // [B, N]
     const int32_t* logprobs;       // [B, N], as bits; or nullptr
     const int32_t* stop_ids;       // [B, S]; negative: none
-    const int32_t* max_len;        // [B]
+    int32_t* max_len;              // [B], in and out: 0 once it has ended
     int32_t* history;              // [B, T], in and out
     int32_t* history_len;          // [B], in and out
     int32_t* roots;                // [B], in and out

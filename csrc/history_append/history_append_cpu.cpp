@@ -51,7 +51,9 @@ void append(const HistoryAppendParams& p, int64_t seq) {
         p.history_len[seq] = a.length + taken;
         p.roots[seq] = tokens[taken - 1];
     }
-    report(p, seq, a, taken, ending_of(a, taken, first_stop));
+    const int32_t ending = ending_of(a, taken, first_stop);
+    if (ending != 0) p.max_len[seq] = 0;
+    report(p, seq, a, taken, ending);
 }
 
 }  // namespace

@@ -1,18 +1,109 @@
 #include "linear/linear.h"
 
-namespace specrt {
+#include "linear/slices.h"
 
-Launch linear(const TensorView& x, const TensorView& weight, const TensorView& bias,
-              const TensorView& residual, const TensorView& out) {
-    expect_weight(weight, "[N, K]", -1, -1);
-    const int64_t num_outputs = weight.shape[0], depth = weight.shape[1];
-    expect(x, DType::kFloat32, "[M, K]", -1, depth);
-    expect(out, DType::kFloat32, "[M, N]", x.shape[0], num_outputs);
-    if (bias) expect(bias, DType::kFloat32, "[N]", num_outputs);
-    if (residual) expect(residual, DType::kFloat32, "[M, N]", x.shape[0], num_outputs);
-    return matmul({x.as<float>(), weight.data, bias.as<float>(), residual.as<float>(),
-                   out.as<float>(), x.stride[0], residual.stride[0], out.stride[0], x.shape[0],
-                   num_outputs, depth, weight.dtype});
+namespace specrt {
+namespace product {
+
+int padded(int64_t num_rows) {
+    int columns = 8;
+    while (columns < kMaxColumns && columns < num_rows) columns *= 2;
+    return columns;
+}
+
+}  // namespace product
+
+namespace {
+
+void expect_plan(const LinearPlan& plan) {
+    SPECRT_CHECK(is_valid(plan), "plan: expected tile_rows of 64 or 128 and num_stages from 2 to 8",
+                 ", got ", plan.tile_rows, " and ", plan.num_stages);
+}
+
+void expect_rows_of_16_bytes(const TensorView& t) {
+    expect_aligned(t, 16);
+    SPECRT_CHECK(t.stride[0] * size_of(t.dtype) % 16 == 0 || t.shape[0] <= 1, t.name,
+                 ": expected rows at multiples of 16 bytes on a GPU");
+}
+
+// Zeros before the first launch, and as large as this one needs.
+float* expect_workspace(const LinearArgs& a, int64_t num_outputs, int64_t depth) {
+    const int64_t needed = linear_workspace(num_outputs, depth, a.x.shape[0]);
+    if (needed == 0) return nullptr;
+    SPECRT_CHECK(a.workspace, "workspace: expected a tensor for this shape on a GPU, got None");
+    expect(a.workspace, DType::kFloat32, "[floats]", -1);
+    SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
+                 " floats for this shape, got ", a.workspace.describe());
+    expect_aligned(a.workspace, 16);
+    return a.workspace.as<float>();
+}
+
+LinearParams gpu_params(const LinearArgs& a) {
+    SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
+                 "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
+    expect_dtype_of(a.x, a.weight);
+    expect(a.weight, a.x.dtype, "[N, K]", -1, -1);
+    expect_contiguous(a.weight);
+    const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
+    SPECRT_CHECK(depth > 0 && depth % 8 == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,
+                 "weight: expected K to be a multiple of 8 on a GPU, and N to be at most 4194240, ",
+                 "got ", a.weight.describe());
+    SPECRT_CHECK(!a.is_gated || num_outputs % 16 == 0,
+                 "weight: expected a multiple of 16 rows, gate and up by turns of 8, got ",
+                 a.weight.describe());
+    SPECRT_CHECK(!a.is_gated || !a.residual, "residual: expected None with is_gated");
+    expect(a.x, a.x.dtype, "[M, K]", -1, depth);
+    SPECRT_CHECK(a.x.shape[0] <= INT32_MAX, "x: expected fewer rows, got ", a.x.describe());
+    expect_rows_of_16_bytes(a.x);
+    expect_rows_of_16_bytes(a.weight);
+    const int64_t num_results = a.is_gated ? num_outputs / 2 : num_outputs;
+    const char* wanted = a.is_gated ? "[M, N / 2]" : "[M, N]";
+    const DType out_dtype = a.out.dtype == DType::kFloat32 ? a.out.dtype : a.x.dtype;
+    expect(a.out, out_dtype, wanted, a.x.shape[0], num_results);
+    if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
+    if (a.residual) expect(a.residual, a.x.dtype, "[M, N]", a.x.shape[0], num_outputs);
+    return {a.x.data,           a.weight.data,
+            a.bias.as<float>(), a.residual.data,
+            a.out.data,         expect_workspace(a, num_outputs, depth),
+            a.x.stride[0],      a.residual.stride[0],
+            a.out.stride[0],    a.x.shape[0],
+            num_outputs,        depth,
+            a.x.dtype,          out_dtype,
+            a.is_gated,         a.plan};
+}
+
+Launch on_cpu(const LinearArgs& a) {
+    SPECRT_CHECK(!a.is_gated, "is_gated: expected False on the CPU, where silu_mul follows");
+    expect_weight(a.weight, "[N, K]", -1, -1);
+    const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
+    expect(a.x, DType::kFloat32, "[M, K]", -1, depth);
+    expect(a.out, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
+    if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
+    if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
+    return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
+                   a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
+                   a.x.shape[0], num_outputs, depth, a.weight.dtype});
+}
+
+}  // namespace
+
+int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
+    SPECRT_CHECK(num_outputs >= 0 && depth > 0, "num_inputs: expected a matrix, got [", num_outputs,
+                 ", ", depth, "]");
+    const int64_t slices = product::slices_of(num_outputs, depth).count;
+    if (slices == 1 || num_rows <= 0) return 0;
+    const bool is_most = num_rows >= product::kMostSplitRows;
+    const int64_t rows = is_most ? product::kMostSplitRows : num_rows;
+    const int64_t columns = product::padded(rows);
+    const int64_t pieces = (rows + columns - 1) / columns, tiles = (num_outputs + 127) / 128;
+    return product::kMaxTickets + slices * tiles * 128 * pieces * columns;
+}
+
+Launch linear(const LinearArgs& a) {
+    const int device = common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace);
+    expect_plan(a.plan);
+    if (device == kCpu) return on_cpu(a);
+    return make_cuda_launch(linear_cuda, gpu_params(a), device);
 }
 
 }  // namespace specrt

@@ -1,10 +1,61 @@
-// y = x W^T (+ bias) (+ residual): core's multiplication with its arguments checked.
+// y = x W^T (+ bias) (+ residual), weights streamed once, each row's bits its own. On the CPU it is
+// core's multiplication; on a GPU a kernel for tensor cores, which can also take gate and up
+// together and write silu(gate) * up.
 #pragma once
 #include "core/matmul.h"
 
 namespace specrt {
 
-Launch linear(const TensorView& x, const TensorView& weight, const TensorView& bias,
-              const TensorView& residual, const TensorView& out);
+// How a launch on a GPU is laid out; 0: as was measured (variants.h), else by make_plan's rules.
+// Every choice gives the same bits.
+struct LinearPlan {
+    int32_t tile_rows;   // rows of weights that a block of threads takes: 64 or 128
+    int32_t num_stages;  // of 64 k, under way to shared memory: 2 to 8
+};
+
+constexpr bool is_valid(const LinearPlan& plan) {
+    const int rows = plan.tile_rows, stages = plan.num_stages;
+    return (rows == 0 || rows == 64 || rows == 128) &&
+           (stages == 0 || (stages >= 2 && stages <= 8));
+}
+
+struct LinearArgs {
+    TensorView x, weight, bias, residual, out;
+    TensorView workspace;  // on a GPU: tickets, zero between launches, and scratch
+    bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
+    LinearPlan plan;
+};
+
+struct LinearParams {
+    const void* x;         // [M, K] of `dtype`
+    const void* weight;    // [N, K] contiguous, likewise
+    const float* bias;     // [N] or nullptr
+    const void* residual;  // [M, N] of `dtype`, or nullptr; may be out
+    void* out;             // [M, N], or [M, N / 2] if gated
+    float* workspace;
+    int64_t x_stride, residual_stride, out_stride;
+    int64_t num_rows, num_outputs, depth;
+    DType dtype, out_dtype;
+    bool is_gated;
+    LinearPlan plan;
+};
+
+SPECRT_DECLARE_CUDA(linear_cuda)
+
+namespace product {
+constexpr int kMaxColumns = 128;     // rows of x that a block of threads takes
+constexpr int kMostSplitRows = 256;  // of a launch with slices of K: it bounds the workspace
+// A ticket for each tile of 64 weight rows and piece of 128 rows of x, as fewer than 256 tiles are
+// split; at the workspace's beginning, whatever the shape.
+constexpr int kMaxTickets = 256 * kMostSplitRows / kMaxColumns;
+
+int padded(int64_t num_rows);  // to 8, 16, 32, 64 or 128
+}  // namespace product
+
+// Floats of workspace that launches of up to `num_rows` rows need on a GPU, 256 rows as many as
+// more. Tickets at its beginning are to be zeroed once.
+int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows);
+
+Launch linear(const LinearArgs& args);
 
 }  // namespace specrt

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from specrt.cache import KVCache
+from specrt.cache import CacheBatch, KVCache
 from specrt.draft.length.costs import RoundCost
 from specrt.models.layer_run import LowerLayers
 from specrt.sampling import SamplingTable
@@ -145,14 +145,27 @@ class BatchTables:
     history_len: torch.Tensor
     """``[B]`` int32"""
     max_len: torch.Tensor
-    """``[B]`` int32: how long a history may become; one that has ended has no room."""
+    """``[B]`` int32: how long a history may become; 0 once it has ended."""
     roots: torch.Tensor
     """``[B]`` int32: the last tokens."""
-    block_table: torch.Tensor
-    """``[B, W]`` int32, of the target's cache."""
-    kv_len: torch.Tensor
-    """``[B]`` int32, of the target's cache."""
+    room: torch.Tensor
+    """``[B]`` int32: nodes of a tree that there are pages for."""
+    num_path: torch.Tensor
+    """``[B]`` int32: nodes of the accepted path that are committed."""
+    stop_ids: torch.Tensor
+    """``[B, S]`` int32"""
+    cached: CacheBatch
+    """``block_table [B, W]`` and ``kv_len [B]`` of the target's cache."""
     sampling: SamplingTable
+
+
+class RoundPlan(NamedTuple):
+    """What a launched round is to be: equal plans mean the same launches on the same addresses."""
+
+    num_nodes: int
+    """M of the proposal, its root included."""
+    shape: Hashable = None
+    """What else the drafter needs to know of it."""
 
 
 @runtime_checkable
@@ -162,7 +175,7 @@ class LaunchedDrafter(Protocol):
     The host then is a round behind: while it reads what came of one round, the next is under way.
     """
 
-    def plan(self, states: Sequence[SequenceState], budget: Budget) -> Hashable | None:
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan | None:
         """What the next round is to be; all of the host's part of it (pages, uploads) is done here.
 
         Args:
@@ -172,16 +185,20 @@ class LaunchedDrafter(Protocol):
             budget: ``lower`` is not lent.
 
         Returns:
-            Equal plans mean the same launches on the same addresses. None: the host is needed, and
+            The plan, of at most ``budget.max_nodes``; or None: the host is needed, and
             :meth:`Drafter.propose` is asked instead.
         """
 
-    def launch_propose(self, plan: Hashable, tables: BatchTables) -> Proposal:
-        """Nothing but ops on static tensors of the device, the proposal's own among them."""
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
+        """Nothing but ops on static tensors of the device, the proposal's own among them.
+
+        Trees of ``plan.num_nodes`` nodes, without ``draft_probs``. A sequence that has ended
+        (``max_len`` 0) may be given any.
+        """
 
     def launch_observe(
         self,
-        plan: Hashable,
+        plan: RoundPlan,
         tables: BatchTables,
         tree: DraftTree,
         result: AcceptResult,
@@ -190,9 +207,18 @@ class LaunchedDrafter(Protocol):
         """As :meth:`launch_propose`, behind the commit: ``tables`` hold what was accepted, and
         ``tree`` and ``result`` (without a report) say what."""
 
-    def told(self, states: Sequence[SequenceState], plan: Hashable, report: RoundReport) -> None:
+    def told(
+        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+    ) -> None:
         """What came of a planned round, once the host has read it; before its tokens are appended
-        to the states."""
+        to the states.
+
+        Args:
+            states: as for :meth:`plan`; some may have ended since.
+            plan: what it gave.
+            report: of that round.
+            ms: that the whole round took.
+        """
 
 
 class EmptyDrafter:
@@ -219,6 +245,30 @@ class EmptyDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Nothing is learned."""
+
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
+        """Roots alone."""
+        return RoundPlan(1)
+
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
+        """Nothing of a root is read, so any numbers of this shape will do."""
+        roots = tables.roots[:, None]
+        return Proposal(roots, roots, tables.history_len)
+
+    def launch_observe(
+        self,
+        plan: RoundPlan,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Nothing is learned."""
+
+    def told(
+        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+    ) -> None:
+        """Nothing is counted."""
 
     def finish(self, state: SequenceState) -> None:
         """Nothing to free."""

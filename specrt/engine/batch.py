@@ -8,6 +8,8 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
+from specrt.device import Device
+from specrt.draft.base import BatchTables
 from specrt.engine.request import Request
 from specrt.ops.history_append import report_size
 from specrt.reuse import power_of_two
@@ -57,6 +59,8 @@ class Batch:
     """``[B, T]`` int32: tokens so far."""
     history_len: torch.Tensor
     """``[B]`` int32"""
+    max_len: torch.Tensor
+    """``[B]`` int32: how long each history may become; 0 once it has ended."""
     roots: torch.Tensor
     """``[B]`` int32: the last tokens."""
     room: torch.Tensor
@@ -91,16 +95,36 @@ class Batch:
         self._requests.clear()
         self._look()
 
-    def cached(self) -> CacheBatch:
-        """The pages of the B sequences as they are now."""
+    def cached(self, *, is_ahead: bool = False) -> CacheBatch:
+        """The pages of the B sequences as they are now; ``is_ahead`` as for
+        :meth:`CacheBatch.update`."""
         sequences = []
         for request in self._requests:
             assert request.cached is not None, "a request that decodes has pages"
             sequences.append(request.cached)
-        return self._cached.update(sequences)
+        return self._cached.update(sequences, is_ahead=is_ahead)
 
-    def set_room(self, num_nodes: Sequence[int]) -> None:
-        """Bound the trees of the B rows, and see to it that their tokens have a place."""
+    def tables(self) -> BatchTables:
+        """All that a round's launches read and write of the rows in use."""
+        return BatchTables(
+            history=self.history,
+            history_len=self.history_len,
+            max_len=self.max_len,
+            roots=self.roots,
+            room=self.room,
+            num_path=self.num_path,
+            stop_ids=self._stops[: len(self._requests)],
+            cached=self._cached,
+            sampling=self.sampling,
+        )
+
+    def set_room(self, num_nodes: Sequence[int], *, num_unread: int = 0) -> None:
+        """Bound the trees of the B rows, and see to it that their tokens have a place.
+
+        Args:
+            num_nodes: of each tree, its root included.
+            num_unread: tokens that a round that nobody has read yet may have appended.
+        """
         used = len(self._requests)
         if self._room_view[:used].tolist() != num_nodes:
             self._room_view[:used] = 0  # until it stands there, if an interrupt comes in between
@@ -108,7 +132,8 @@ class Batch:
                 self._device.upload(torch.tensor(num_nodes, dtype=torch.int32), self.room)
             self._room_view[:used] = num_nodes
         longest = max(len(request.token_ids) for request in self._requests)
-        self._widen(longest + max(num_nodes) + 1)  # a history without room for more has ended
+        # One more, for a history without room has ended.
+        self._widen(longest + num_unread + max(num_nodes) + 1)
 
     def append(self, tree: DraftTree, result: AcceptResult) -> torch.Tensor:
         """Take what was accepted, up to each output's end; nothing but a launch.
@@ -116,25 +141,13 @@ class Batch:
         Returns:
             The round's report (``ops.history_append``), ``[B, R]`` int32.
         """
-        batch, size = result.tokens.shape
-        num_words = report_size(size, result.logprobs is not None)
-        report = self._device.empty(batch, num_words, dtype=torch.int32)
-        ops.history_append(
-            tree.num_nodes,
-            tree.depth,
-            result.path,
-            result.accept_length,
-            result.tokens,
-            result.logprobs,
-            self._stops[:batch],
-            self._max_len,
-            self.history,
-            self.history_len,
-            self.roots,
-            self.num_path,
-            report,
-        )
+        report = empty_report(result, self._device)
+        launch_append(self.tables(), tree, result, report)
         return report
+
+    def advance(self, counts: Sequence[int], *, is_ahead: bool) -> None:
+        """So many rows of each sequence were committed (:meth:`CacheBatch.advance`)."""
+        self._cached.advance(counts, is_ahead=is_ahead)
 
     def _write(self, row: int) -> None:
         request = self._requests[row]
@@ -167,6 +180,34 @@ class Batch:
         """The views of the rows in use."""
         used = len(self._requests)
         self.history = self._history[:used]
-        self.history_len, self.roots, self._max_len, self.num_path = self._ints[:, :used]
+        self.history_len, self.roots, self.max_len, self.num_path = self._ints[:, :used]
         self.room = self._room[:used]
         self.sampling = self._sampling.table(used)
+
+
+def empty_report(result: AcceptResult, device: Device) -> torch.Tensor:
+    """Room for the report of a round with this result."""
+    batch, size = result.tokens.shape
+    num_words = report_size(size, result.logprobs is not None)
+    return device.empty(batch, num_words, dtype=torch.int32)
+
+
+def launch_append(
+    tables: BatchTables, tree: DraftTree, result: AcceptResult, report: torch.Tensor
+) -> None:
+    """What was accepted goes behind the histories, and into a report."""
+    ops.history_append(
+        tree.num_nodes,
+        tree.depth,
+        result.path,
+        result.accept_length,
+        result.tokens,
+        result.logprobs,
+        tables.stop_ids,
+        tables.max_len,
+        tables.history,
+        tables.history_len,
+        tables.roots,
+        tables.num_path,
+        report,
+    )

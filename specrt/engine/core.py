@@ -5,6 +5,7 @@ One thread at a time; :class:`specrt.engine.engine.Engine` sees to that, and tal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +18,7 @@ from specrt.draft.base import Drafter
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
+from specrt.engine.launched import LaunchedRounds, Pending
 from specrt.engine.memory import make_cache
 from specrt.engine.request import Request
 from specrt.engine.results import StreamChunk
@@ -81,6 +83,8 @@ class EngineCore:
         self._batch = Batch(self.cache, limits.max_batch, vocab_size)
         settler = Settler(vocab_size, target.device)
         self._stages = Stages(target, self.cache, settler, Accepting(vocab_size, target.device))
+        self._launched = LaunchedRounds(self._stages, self._drafting)
+        self._pending: Pending | None = None  # launched, and not read
         self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)
         self._must_start_over = False
         self.device = DeviceWatch(target.device.wait)
@@ -131,6 +135,7 @@ class EngineCore:
         """
         request.is_over = True
         try:
+            self._catch_up()
             self._release(request)
             self.scheduler.remove(request)
         except BaseException:
@@ -147,6 +152,7 @@ class EngineCore:
             if not self.device.is_lost(error):  # or its memory is gone anyway
                 raise
         del self._target, self._stages, self._drafting, self._batch, self.scheduler, self.cache
+        del self._launched
 
     # --- pages --------------------------------------------------------------------------------
 
@@ -159,18 +165,20 @@ class EngineCore:
 
         Whoever came last gives way, by giving up its pages and being computed again later.
         """
-        while True:
-            held = request.cached
-            assert held is not None, "an admitted request has a place for pages"
+        while request.cached is not None:
             try:
-                self.cache.reserve(held, num_tokens)
+                self.cache.reserve(request.cached, num_tokens)
                 return True
             except MemoryError as error:
                 if not self._make_way(request, error):
                     return False
+        return False
 
     def _make_way(self, request: Request, error: MemoryError) -> bool:
         """Somebody gives memory back; False if it was the request itself."""
+        if self._pending is not None:  # and pages may be free then
+            self._catch_up()
+            return not request.is_over
         admitted = self.scheduler.admitted
         if len(admitted) == 1:
             self._fail(request, str(error))
@@ -199,6 +207,7 @@ class EngineCore:
     def _start_over(self) -> None:
         """After an interrupt nobody knows which of a round's writes were made: what users have been
         told is what there is, and all go on from there."""
+        self._pending = None
         for request in list(self.scheduler):
             if request.is_over:
                 self.remove(request)
@@ -247,6 +256,7 @@ class EngineCore:
             return max(1, count)
         request.stats.prefill_ms += 1e3 * (perf_counter() - started)
         if request.num_to_prefill == 0:
+            self._catch_up()
             self._batch.join(request)
             self._drafting.regroup()
         return max(1, count)
@@ -262,6 +272,9 @@ class EngineCore:
     # --- rounds -------------------------------------------------------------------------------
 
     def _round(self) -> None:
+        if self._launch_round():
+            return
+        self._catch_up()
         for request in list(self._batch.requests):
             if request.cached is not None:  # or it has given way to an older one by now
                 self._reserve(request, request.cached.length + 1)
@@ -272,10 +285,61 @@ class EngineCore:
         except (MemoryError, torch.OutOfMemoryError) as error:
             self._shrink(error)
             return
-        for row, request in enumerate(list(self._batch.requests)):
-            self._advance(request, row, done)
+        self._deliver(list(self._batch.requests), done)
+
+    def _launch_round(self) -> bool:
+        """Launch a round, then read the one before; whether there was one to launch."""
+        decoding = self._batch.requests
+        planned = self._drafting.plan(decoding) if self._target.device.is_gpu else None
+        if planned is None or not self._reserve_ahead(planned.plan.num_nodes):
+            return False
+        before = self._pending
+        try:
+            self._pending = self._launched.launch(planned, self._batch, before)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._shrink(error)
+            return True
+        except Exception as error:
+            if self.device.is_lost(error) or not planned.is_drafted:
+                raise
+            self._drafting.blame(decoding, error)
+            self._start_over()
+            return True
+        if before is not None:
+            self._take(before)
+        return True
+
+    def _reserve_ahead(self, num_nodes: int) -> bool:
+        """Pages for a round and for what the one that is under way may commit; False if there are
+        none left."""
+        unread = 0 if self._pending is None else self._pending.planned.plan.num_nodes
+        try:
+            for request in self._batch.requests:
+                assert request.cached is not None, "a request that decodes has pages"
+                self.cache.reserve(request.cached, request.cached.length + unread + num_nodes)
+        except MemoryError:
+            return False
+        return True
+
+    def _catch_up(self) -> None:
+        """Read the round that is under way, if there is one: the tables may be edited then."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._take(pending)
+
+    def _take(self, pending: Pending) -> None:
+        done = self._launched.read(pending, self._batch, is_ahead=self._pending is not None)
+        self._deliver(pending.requests, done)
+
+    def _deliver(self, requests: Sequence[Request], done: Round) -> None:
+        """Tell all what a round gave them; those that end leave once all have been told."""
+        running = [(row, request) for row, request in enumerate(requests) if not request.is_over]
+        ended = [request for row, request in running if self._advance(request, row, done)]
+        for request in ended:
+            self.remove(request)
         for request in self._drafting.take_restarts():
             if request.cached is not None:
+                self._catch_up()
                 self._preempt(request)
 
     def _shrink(self, error: Exception) -> None:
@@ -287,16 +351,14 @@ class EngineCore:
             self.scheduler.max_batch = len(decoding) - 1
         self._start_over()
 
-    def _advance(self, request: Request, row: int, done: Round) -> None:
-        """Append a sequence's new tokens and tell of it; if it ends, it leaves."""
+    def _advance(self, request: Request, row: int, done: Round) -> bool:
+        """Append a sequence's new tokens and tell of it; whether it has ended."""
         try:
             chunk = self._chunk(request, row, done)
         except Exception as error:  # its tokenizer's, maybe
-            self._fail(request, f"{type(error).__name__}: {error}")
-            return
+            chunk = request.failed(f"{type(error).__name__}: {error}")
         request.tell(chunk)
-        if chunk.result is not None:
-            self.remove(request)
+        return chunk.result is not None
 
     def _chunk(self, request: Request, row: int, done: Round) -> StreamChunk:
         outcome, stats = done.read.outcomes[row], request.stats
@@ -317,6 +379,7 @@ class EngineCore:
 
     def _fail_all(self) -> None:
         """End all requests: their device is lost."""
+        self._pending = None
         for request in list(self.scheduler):
             self._fail(request, f"GPU lost: {self.device.fault}")
 

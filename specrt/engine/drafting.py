@@ -15,15 +15,16 @@ import torch
 
 from specrt.cache import CacheBatch
 from specrt.device import Device
-from specrt.draft.base import Budget, Drafter
+from specrt.draft.base import Budget, Drafter, EmptyDrafter, LaunchedDrafter, RoundPlan
 from specrt.draft.length.costs import GPU_SLOPE, RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
 from specrt.models.step import check_tap
 from specrt.tree import check_proposal
-from specrt.types import AcceptResult, Proposal, SequenceState
+from specrt.types import AcceptResult, Proposal, RoundReport, SequenceState
 
+_UNDRAFTED = EmptyDrafter()
 _MOST_FAILURES = 3
 """After so many of a sequence's rounds have failed, its neighbours' failures or not, it is done."""
 
@@ -53,6 +54,20 @@ class Draft:
     """What the drafter gave, to be handed back to it."""
     lower: LowerLayers | None = None
     """What it was lent, if it was asked for the whole batch at once."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A launched round of a batch, before it is launched."""
+
+    drafter: LaunchedDrafter
+    plan: RoundPlan
+    taps: tuple[str, ...]
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether anybody's drafter has a part in it."""
+        return self.drafter is not _UNDRAFTED
 
 
 class Drafting:
@@ -110,6 +125,37 @@ class Drafting:
             self._warn("finish", error)
         request.is_started = False  # not before: interrupted, it has to be done again
 
+    # --- a round of launches alone ------------------------------------------------------------
+
+    def plan(self, requests: Sequence[Request]) -> Planned | None:
+        """A round that needs no host, if the drafter and what it is asked for are such."""
+        groups = self._grouped(requests)
+        if not groups:
+            return Planned(_UNDRAFTED, RoundPlan(1), ())
+        drafter, group, plans = self._drafter, groups[0], list[RoundPlan | None]()
+        if not isinstance(drafter, LaunchedDrafter) or not group.is_whole:
+            return None
+        if group.requests[0].is_suspect:
+            return None
+        budget = Budget(self.max_nodes, self.cost, group.requests[0].draft)
+        self._try(requests, lambda: plans.append(drafter.plan(group.states, budget)))
+        plan = plans[0] if plans else None
+        if plan is None or not 1 <= plan.num_nodes <= self.max_nodes:
+            return None
+        return Planned(drafter, plan, self._taps)
+
+    def told(
+        self, planned: Planned, requests: Sequence[Request], report: RoundReport, ms: float
+    ) -> None:
+        """Tell the drafter what came of a planned round."""
+        states = [request.state for request in requests]
+        running = [request for request in requests if not request.is_over]
+        self._try(running, lambda: planned.drafter.told(states, planned.plan, report, ms))
+
+    def blame(self, requests: Sequence[Request], error: Exception) -> None:
+        """What the drafter launched has failed."""
+        self._blame(requests, error)
+
     # --- a round ------------------------------------------------------------------------------
 
     def propose(self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor) -> Draft:
@@ -120,12 +166,11 @@ class Drafting:
             batch: the target's cache of them.
             roots: ``[B]`` int32, their last tokens, where the target is.
         """
-        if self._groups is None:
-            self._groups = _groups_of(requests)
-        is_whole = any(group.is_whole for group in self._groups)
+        groups = self._grouped(requests)
+        is_whole = any(group.is_whole for group in groups)
         merged = None if is_whole else self._merged(len(requests))
         parts = []
-        for group in self._groups:
+        for group in groups:
             lower = self._lower(group, batch, roots)
             proposal = self._ask(group, lower, merged)
             if proposal is None:
@@ -147,6 +192,11 @@ class Drafting:
             if is_done and group.requests[0].is_suspect:
                 group.requests[0].is_suspect = False
                 self.regroup()
+
+    def _grouped(self, requests: Sequence[Request]) -> tuple[Group, ...]:
+        if self._groups is None:
+            self._groups = _groups_of(requests)
+        return self._groups
 
     def _merged(self, batch: int) -> _Merged:
         return _Merged(batch, self._target.config.vocab_size, self._target.device)

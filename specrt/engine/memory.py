@@ -17,6 +17,7 @@ from specrt.cache import KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import CachingDrafter, Drafter
+from specrt.models.layouts import matrix_shapes
 from specrt.models.model import LlamaModel
 from specrt.models.step import GpuScratch, Workspace
 from specrt.reuse import power_of_two
@@ -108,7 +109,8 @@ def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> 
     tensors = [getattr(work, field.name) for field in fields(work)]
     buffers = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
     rope = (config.max_positions + MAX_NODES) * config.head_dim * torch.float32.itemsize
-    return 2 * (buffers + rope) + GpuScratch(config, dtype, _NOWHERE).linear.nbytes + MARGIN
+    linear = GpuScratch(config, matrix_shapes(config), _NOWHERE).linear
+    return 2 * (buffers + rope) + linear.nbytes + MARGIN
 
 
 def _fix(cache: KVCache, target: LlamaModel, drafter: Drafter, limits: Limits) -> None:

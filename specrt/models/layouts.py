@@ -43,6 +43,11 @@ def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """Of all matrices that a model multiplies by: those of a layer, and the head."""
+    return [*layer_matrices(config).values(), (config.vocab_size, config.hidden_size)]
+
+
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every key of one decoder layer, under Hugging Face's names without its prefix."""
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size

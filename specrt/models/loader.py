@@ -63,7 +63,7 @@ class LayerWeights:
     post_norm: torch.Tensor
     """``[H]``: the norm before the MLP."""
     gate_up: torch.Tensor
-    """``[2I, H]``: the rows of gate, then up."""
+    """``[2I, H]``: the rows of gate, then up; or interleaved (:attr:`Weights.is_interleaved`)."""
     gate_up_bias: torch.Tensor | None
     """``[2I]``"""
     down: torch.Tensor
@@ -86,6 +86,8 @@ class Weights:
     """``[H]`` float32"""
     lm_head: torch.Tensor
     """``[V, H]``; the very tensor ``embed`` when the head is tied."""
+    is_interleaved: bool = False
+    """Whether rows of gate and up lie in turn (:mod:`specrt.models.gate_up`), as on a GPU."""
 
 
 def load_weights(

@@ -11,7 +11,7 @@ logits are float32. Both stay where the model is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,9 +24,12 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.models.fair_lock import FairLock
+from specrt.models.gate_up import launch_gated
 from specrt.models.heads import norm_eps
 from specrt.models.layer_run import LowerLayers
+from specrt.models.layouts import matrix_shapes
 from specrt.models.loader import LayerWeights, Weights
+from specrt.models.placement import check_placed
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import (
     FINAL_TAP,
@@ -54,6 +57,15 @@ class Heads(NamedTuple):
     v: torch.Tensor
 
 
+class BoundPass(NamedTuple):
+    """A forward pass over given tensors."""
+
+    output: VerifyOutput
+    """What a launch writes."""
+    launch: Callable[[], None]
+    """Nothing but ops on buffers that stay."""
+
+
 class LlamaModel:
     """A target (or a small drafting model): weights, rotary table and reusable buffers.
 
@@ -65,6 +77,10 @@ class LlamaModel:
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
         rope: the rotary table of another model, used where this one's would be the same.
+        others: shapes of further matrices that :meth:`launch_linear` multiplies by.
+
+    Raises:
+        ValueError: the weights do not lie as the device takes them.
     """
 
     def __init__(
@@ -75,6 +91,7 @@ class LlamaModel:
         *,
         activation_dtype: torch.dtype | None = None,
         rope: RotaryTable | None = None,
+        others: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.config = config
         self.weights = weights
@@ -83,13 +100,15 @@ class LlamaModel:
         self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.dtype = weights.embed.dtype
         self.device = device or Device(weights.embed.device)
+        check_placed(weights, self.device)
         self.activation_dtype = activation_dtype or self.device.activation_dtype(self.dtype)
         self.rope = rotary_table(config, head_dim, self.device, rope)
         self._cos_sin = self.rope.reaching(0)
         self._workspace = Workspace.make(self._padded, 0, 0, self.activation_dtype, self.device)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
-            self._scratch = GpuScratch(self._padded, self.activation_dtype, self.device)
+            shapes = [*matrix_shapes(self._padded), *others]
+            self._scratch = GpuScratch(self._padded, shapes, self.device)
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -135,8 +154,7 @@ class LlamaModel:
             until the next call.
 
         Raises:
-            ValueError: more than 128 nodes or an unknown tap. On a GPU, a setting of torch's that
-                has changed since the model was made, and bits with it.
+            ValueError: more than 128 nodes or an unknown tap.
         """
         num_nodes = tree.draft_tokens.shape[1]
         if num_nodes > MAX_NODES:
@@ -155,8 +173,40 @@ class LlamaModel:
         else:
             run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
-        self.device.run((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
+        steps = self, batch.cache, step
+        self.device.run(steps, lambda: self._launch(key, step.rows, batch.cache))
         return with_logits_tap(step.output, taps)
+
+    def bind(self, tree: DraftTree, batch: CacheBatch, *, taps: tuple[str, ...] = ()) -> BoundPass:
+        """A pass of :meth:`forward` that reads these very tensors each time it is launched.
+
+        It stands until the device's steps go stale (:attr:`Device.version`), or the batch's tables
+        move.
+
+        Args:
+            tree: B trees of N nodes; what it holds may change between launches.
+            batch: likewise.
+            taps: as for :meth:`forward`.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        key = StepKey.of(tree, batch.block_table.shape[1], True, taps, first_layer=0)
+        self._ensure_buffers(key, batch.num_positions)
+        rows = StepRows(
+            depth=tree.depth,
+            ancestors=tree.ancestors,
+            num_nodes=tree.num_nodes,
+            first_node=self.device.zeros(key.batch, dtype=torch.int32),
+            kv_len=batch.kv_len,
+            block_table=batch.block_table,
+        )
+
+        def launch() -> None:
+            self.embed_tokens(tree.draft_tokens.view(-1), self._start(key))
+            self._launch(key, rows, batch.cache)
+
+        return BoundPass(with_logits_tap(self._output(key), taps), launch)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -192,9 +242,6 @@ class LlamaModel:
             num_nodes: N rows of each.
             num_positions: of the sequences' pages.
             has_logits: whether these rows go through the model's own head.
-
-        Raises:
-            ValueError: on a GPU, a setting of torch's has changed, and a row's bits with it.
         """
         if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
             longer = self.rope.reaching(num_positions)
@@ -245,12 +292,8 @@ class LlamaModel:
     # --- launches: on buffers that :meth:`reserve` has made, so that a graph may hold them ----
 
     def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never captured)."""
-        embed = self.weights.embed
-        if embed.dtype == out.dtype:
-            torch.index_select(embed, 0, tokens, out=out)
-        else:
-            out.copy_(embed.index_select(0, tokens))
+        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` of any float type."""
+        ops.embed(tokens, self.weights.embed, out)
 
     def launch_layer(
         self,
@@ -299,19 +342,19 @@ class LlamaModel:
         if logits is not None:
             self.launch_linear(feature, self.weights.lm_head, out=logits)
 
-    def _launch(self, key: StepKey, step: Step, cache: KVCache) -> None:
-        rows = key.batch * key.num_nodes
+    def _launch(self, key: StepKey, rows: StepRows, cache: KVCache) -> None:
+        count = key.batch * key.num_nodes
         work = self._workspace
         hidden = self._start(key)
         for index in range(key.first_layer, self.config.num_layers):
             # A tapped layer's output is read by the next layer where it lies, never written.
             is_tapped = layer_tap(index) in key.taps
-            out = (self._tap_buffers[layer_tap(index)] if is_tapped else work.hidden)[:rows]
-            self.launch_layer(index, hidden, step.rows, cache, out)
+            out = (self._tap_buffers[layer_tap(index)] if is_tapped else work.hidden)[:count]
+            self.launch_layer(index, hidden, rows, cache, out)
             hidden = out
         if key.has_logits or FINAL_TAP in key.taps:
-            logits = work.logits[:rows] if key.has_logits else None
-            self.launch_head(hidden, work.feature[:rows], logits)
+            logits = work.logits[:count] if key.has_logits else None
+            self.launch_head(hidden, work.feature[:count], logits)
 
     def _project(self, layer: LayerWeights, hidden: torch.Tensor, rows: StepRows) -> Heads:
         """Of ``norm(hidden)``; not rotated yet."""
@@ -357,11 +400,17 @@ class LlamaModel:
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
         work, rows = self._workspace, hidden.shape[0]
-        normed, gate_up = work.normed[:rows], work.gate_up[:rows]
-        activated = work.activated[:rows]
+        normed, activated = work.normed[:rows], work.activated[:rows]
         ops.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps, out=normed)
-        self.launch_linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
-        ops.silu_mul(gate_up, out=activated)
+        launch_gated(
+            normed,
+            layer.gate_up,
+            layer.gate_up_bias,
+            work.gate_up[:rows],
+            activated,
+            None if self._scratch is None else self._scratch.linear,
+            is_interleaved=self.weights.is_interleaved,
+        )
         self.launch_linear(activated, layer.down, layer.down_bias, hidden, out=out)
 
     def launch_linear(
@@ -373,6 +422,6 @@ class LlamaModel:
         *,
         out: torch.Tensor,
     ) -> None:
-        """``ops.linear`` by one of this model's matrices, or a smaller one."""
+        """``ops.linear`` by one of this model's matrices, or of the others that it was told of."""
         workspace = None if self._scratch is None else self._scratch.linear
         ops.linear(x, weight, bias, residual, out, workspace)

@@ -8,10 +8,10 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import CPU, Device
+from specrt.models.gate_up import interleaved
 from specrt.models.layouts import layer_shapes
 from specrt.models.loader import LayerWeights, Weights
 from specrt.ops.build import build_info
-from specrt.ops.gemm_settings import GemmSettings
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 """What the tensor cores of ``tree_attention`` take."""
@@ -112,8 +112,7 @@ def choose_dtype(
         device: as :func:`parse_device` gives it.
 
     Raises:
-        ValueError: on a GPU, a dtype its kernels do not take, or a setting of torch's under which
-            the rows of a matrix product might depend on one another.
+        ValueError: on a GPU, a dtype its kernels do not take.
     """
     if device.type == "cpu":
         return asked or config.dtype
@@ -123,7 +122,6 @@ def choose_dtype(
             "dtype: expected bfloat16 or float16 on CUDA, which the tensor cores of "
             f"tree_attention take, got {str(dtype).removeprefix('torch.')}"
         )
-    GemmSettings.current(dtype)  # refused before the weights are read, not after
     return dtype
 
 
@@ -159,7 +157,8 @@ def check_sizes(config: ModelConfig, max_nodes: int, device: torch.device) -> No
 
     Raises:
         ValueError: its logits cannot be counted in 31 bits, or rows of a matrix do not begin at
-            multiples of 16 bytes.
+            multiples of 16 bytes. (Columns of ``down`` in eights are rows of gate and up in eights,
+            which are interleaved so.)
     """
     if device.type == "cpu":
         return
@@ -176,31 +175,50 @@ def check_sizes(config: ModelConfig, max_nodes: int, device: torch.device) -> No
             )
 
 
+def check_placed(weights: Weights, device: Device) -> None:
+    """Whether weights lie as a device's kernels take them.
+
+    Raises:
+        ValueError: they are to go through :func:`place_weights`.
+    """
+    if weights.is_interleaved != device.is_gpu:
+        raise ValueError(
+            f"weights: gate and up are {'' if weights.is_interleaved else 'not '}interleaved, "
+            f"expected the layout of {device}, which place_weights gives"
+        )
+
+
 def place_weights(weights: Weights, device: Device) -> Weights:
-    """``weights`` on ``device``: one copy of the arena, its matrices where they were in it.
+    """``weights`` as ``device`` runs them: one copy of the arena, matrices where they were in it.
+
+    On a GPU gate and up are interleaved, each matrix by itself and in its place.
 
     Args:
         weights: with an embedding and a head of their own, or with tables that are there.
-        device: where to; the weights themselves are returned if they are there.
+        device: where to; the weights themselves are returned if they are there, and lie as they
+            should.
 
     Raises:
         MemoryError: the device has no room for them.
+        ValueError: gate and up cannot be interleaved, or are to lie on the CPU and are.
     """
     source = weights.arena
-    if device.holds(source):
+    if device.holds(source) and weights.is_interleaved == device.is_gpu:
         return weights
+    if weights.is_interleaved:
+        raise ValueError(f"weights: expected as loaded, got a GPU's to be placed on {device}")
     try:
-        arena = device.moved(source)
+        arena = source.clone() if device.holds(source) else device.moved(source)
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"no memory for {source.nbytes / 2**20:.0f} MiB of weights on {device}"
         ) from error
 
     def matrix(tensor: torch.Tensor) -> torch.Tensor:
-        if device.holds(tensor):  # a table of another model
-            return tensor
         start = tensor.data_ptr() - source.data_ptr()
-        assert 0 <= start <= source.nbytes - tensor.nbytes, "a view of the arena"
+        if not 0 <= start <= source.nbytes - tensor.nbytes:
+            assert device.holds(tensor), "a view of the arena, or a table of another model there"
+            return tensor
         return arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def vector(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,9 +227,12 @@ def place_weights(weights: Weights, device: Device) -> Weights:
     def layer(there: LayerWeights) -> LayerWeights:
         tensors = {field.name: getattr(there, field.name) for field in fields(there)}
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return replace(
-            there, **{n: matrix(t) if t.dim() == 2 else vector(t) for n, t in given.items()}
-        )
+        placed = {n: matrix(t) if t.dim() == 2 else vector(t) for n, t in given.items()}
+        if device.is_gpu:
+            placed["gate_up"].copy_(interleaved(placed["gate_up"]))
+            if "gate_up_bias" in placed:
+                placed["gate_up_bias"] = interleaved(placed["gate_up_bias"])
+        return replace(there, **placed)
 
     lm_head = matrix(weights.lm_head)
     return Weights(
@@ -220,4 +241,5 @@ def place_weights(weights: Weights, device: Device) -> Weights:
         layers=tuple(map(layer, weights.layers)),
         final_norm=vector(weights.final_norm),
         lm_head=lm_head,
+        is_interleaved=device.is_gpu,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +12,12 @@ from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.ops.gemm_settings import GemmSettings
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
 
 _FEW_ROWS = 16  # that a workspace has room for at least
+_MANY_ROWS = 1 << 20  # beyond some hundreds, a workspace of linear is as large for any number
 
 FINAL_TAP = "final"
 """The feature: the last hidden state after the final norm, what the LM head multiplies."""
@@ -141,21 +142,18 @@ class GpuScratch:
 
     Args:
         config: the model's.
-        dtype: of its activations.
+        matrices: shapes ``[N, K]`` of all that is multiplied by.
         device: where to; the memory there stays at its place unless attention needs more.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: Device) -> None:
-        self._settings = GemmSettings.current(dtype)
+    def __init__(
+        self, config: ModelConfig, matrices: Iterable[tuple[int, int]], device: Device
+    ) -> None:
         self._config = config
         self._device = device
-        q_rows = config.num_heads * config.head_dim
-        qkv_rows = q_rows + 2 * config.num_kv_heads * config.head_dim
-        hidden, inner = config.hidden_size, config.intermediate_size
-        most_outputs = max(qkv_rows, hidden, 2 * inner, config.vocab_size)
-        size = ops.linear_workspace(most_outputs, max(q_rows, hidden, inner))
-        self.linear = device.empty(size, dtype=torch.uint8)
-        """A workspace of ``linear`` for every matrix of the model."""
+        sizes = (ops.linear_workspace(*shape, _MANY_ROWS) for shape in frozenset(matrices))
+        self.linear = device.zeros(max(sizes))
+        """A workspace of ``linear`` for every matrix and any number of rows; it is zeroed once."""
         self.attention = device.zeros(0)
         """A workspace of ``tree_attention`` for the largest step that came up."""
 
@@ -166,11 +164,7 @@ class GpuScratch:
             batch: its sequences.
             num_nodes: rows of each.
             num_positions: that their pages have room for.
-
-        Raises:
-            ValueError: a setting of torch's has changed, and a row's bits with it.
         """
-        self._settings.require_unchanged()
         config = self._config
         size = ops.tree_attention_workspace(
             batch,
@@ -199,6 +193,7 @@ class Workspace:
     qkv: torch.Tensor
     attended: torch.Tensor
     gate_up: torch.Tensor
+    """Before the activation; of no width where one launch gives ``activated``."""
     activated: torch.Tensor
     feature: torch.Tensor
     logits: torch.Tensor
@@ -226,7 +221,7 @@ class Workspace:
             normed=wide(config.hidden_size),
             qkv=wide(heads * config.head_dim),
             attended=wide(config.num_heads * config.head_dim),
-            gate_up=wide(2 * config.intermediate_size),
+            gate_up=wide(0 if device.is_gpu else 2 * config.intermediate_size),
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
             logits=device.empty(logit_rows, config.vocab_size),

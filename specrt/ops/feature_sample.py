@@ -131,7 +131,7 @@ def feature_sample(
         eps: added to the mean square; unused by EAGLE.
         workspace: ``[>= M, >= feature_sample_workspace(H, I)]`` of the features' type, contents of
             no meaning; made if not given, which a captured graph must not rely on.
-        linear_workspace: ``linear``'s on a GPU, for its largest matrix here; likewise.
+        linear_workspace: ``linear``'s on a GPU, for all of its matrices here; likewise.
         out: ``[M, H]`` of the features' type; made if not given. Must not overlap any other
             argument.
 

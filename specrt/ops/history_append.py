@@ -11,8 +11,9 @@ from specrt.ops.registry import register
 
 register(
     "history_append(Tensor num_nodes, Tensor depth, Tensor path, Tensor accept_length, "
-    "Tensor tokens, Tensor? logprobs, Tensor stop_ids, Tensor max_len, Tensor(a!) history, "
-    "Tensor(b!) history_len, Tensor(c!) roots, Tensor(d!) num_path, Tensor(e!) report) -> ()",
+    "Tensor tokens, Tensor? logprobs, Tensor stop_ids, Tensor(a!) max_len, "
+    "Tensor(b!) history, Tensor(c!) history_len, Tensor(d!) roots, Tensor(e!) num_path, "
+    "Tensor(f!) report) -> ()",
     _C.history_append,
 )
 
@@ -79,7 +80,8 @@ def history_append(
         tokens: ``[B, N]`` int32.
         logprobs: ``[B, N]`` float32, or None; reported.
         stop_ids: ``[B, S]`` int32, S any size; negative ones stop nothing.
-        max_len: ``[B]`` int32, tokens that each history may hold.
+        max_len: ``[B]`` int32, tokens that each history may hold; written 0 where a sequence ends,
+            so that no later round appends to it.
         history: ``[B, T]`` int32, written from ``history_len`` on.
         history_len: ``[B]`` int32, advanced by the tokens taken.
         roots: ``[B]`` int32, written: the last token taken; left alone if none was.

@@ -10,6 +10,7 @@ import torch
 
 from specrt.device import Device
 from specrt.ops.tree_accept import workspace_size
+from specrt.reuse import power_of_two
 from specrt.sampling.params import SamplingParams, refusal
 
 # csrc/core/sampling_row.h, SamplingRow.
@@ -106,6 +107,8 @@ class SamplingRows:
         self._device = device or Device()
         self._rows = torch.zeros(capacity, _ROW_WORDS, dtype=torch.int64)
         self._view = self._rows.numpy()  # the same memory
+        self._there = self._device.there(self._rows)
+        self._biases = self._device.zeros(2, 0, dtype=torch.int32)  # ids, and values' bits
         self._params = [SamplingParams()] * capacity
         self._workspace: torch.Tensor | None = None
 
@@ -130,14 +133,15 @@ class SamplingRows:
     def table(self, count: int) -> SamplingTable:
         """The first ``count`` rows, valid until one is written."""
         params = self._params[:count]
-        ids, values = self._packed_biases(count)
+        bias_ids, bias_values = self._biases_there(*self._packed_biases(count))
         needs_scratch = any(not p.is_greedy or p.edits_logits for p in params)
         needs_scratch = needs_scratch and not self._device.is_gpu
-        there = self._device.there
+        if self._device.is_gpu:
+            self._device.upload(self._rows[:count], self._there[:count])
         return SamplingTable(
-            rows=there(self._rows[:count]),
-            bias_ids=there(torch.tensor(ids, dtype=torch.int32)) if ids else None,
-            bias_values=there(torch.tensor(values, dtype=torch.float32)) if ids else None,
+            rows=self._there[:count],
+            bias_ids=bias_ids,
+            bias_values=bias_values,
             workspace=self._scratch(count) if needs_scratch else None,
             vocab_size=self._vocab_size,
             want_logprobs=any(p.logprobs for p in params),
@@ -154,6 +158,20 @@ class SamplingRows:
                 values.append(bias)
             self._view[row, _BIAS_BOUNDS:] = begin, len(ids)
         return ids, values
+
+    def _biases_there(
+        self, ids: Sequence[int], values: Sequence[float]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Where they stay, unless there are more than ever before; rows say which are whose."""
+        if not ids:
+            return None, None
+        if len(ids) > self._biases.shape[1]:
+            self._biases = self._device.zeros(2, power_of_two(len(ids)), dtype=torch.int32)
+        packed = torch.tensor([ids, [0] * len(ids)], dtype=torch.int32)
+        packed[1] = torch.tensor(values, dtype=torch.float32).view(torch.int32)
+        self._device.upload(packed, self._biases[:, : len(ids)])
+        bias_ids, bits = self._biases[:, : len(ids)]
+        return bias_ids, bits.view(torch.float32)
 
     def _scratch(self, count: int) -> torch.Tensor:
         num_parts = max(1, min(count, torch.get_num_threads()))

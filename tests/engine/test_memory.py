@@ -29,6 +29,7 @@ from specrt.models.layouts import weight_bytes
 from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
+from specrt.ops import linear_workspace
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint, make_exit_checkpoint
 from tests.engine.support import LetterTokenizer, make_engine, make_model, prompts, texts
@@ -102,17 +103,18 @@ def test_a_model_of_8_billion_parameters(wide: Path, give: Give) -> None:
     weights = weight_bytes(config, BF16)
     assert weights / 2**30 == pytest.approx(14.96, abs=0.01)
     # 512 rows of logits in float32 and their activations, twice; linear's workspace; the margin.
-    logits, row = 512 * 128256 * 4, (3 * 4096 + 6144 + 4096 + 3 * 14336) * 2
-    rope, linear = (8192 + 128) * 128 * 4, 128 * (128256 + 14336) * 4
+    logits, row = 512 * 128256 * 4, (3 * 4096 + 6144 + 4096 + 14336) * 2
+    rope, linear = (8192 + 128) * 128 * 4, 4 * linear_workspace(6144, 4096, 1 << 20)
     expected = 2 * (logits + 512 * row + rope) + linear + MARGIN
     assert workspace_bytes(config, BF16, EngineLimits()) == expected
+    needed = (weights + (1008 << 20) + expected) / 2**30
     give(16 << 30)
     with pytest.raises(MemoryError) as caught:
         size_check(config, BF16, EngineLimits(max_cached_tokens=8000), GPU)(weights)
     assert str(caught.value) == (
-        "no room on cuda:0: needed 17.63 GiB (weights 14.96 GiB + KV cache 1008.0 MiB + "
-        "workspace 1.69 GiB), free 16.00 GiB of 24.00 GiB; a smaller max_cached_tokens needs less, "
-        "device='cpu' nothing of it"
+        f"no room on cuda:0: needed {needed:.2f} GiB (weights 14.96 GiB + KV cache 1008.0 MiB + "
+        f"workspace {expected / 2**30:.2f} GiB), free 16.00 GiB of 24.00 GiB; a smaller "
+        "max_cached_tokens needs less, device='cpu' nothing of it"
     )
 
 

@@ -1,7 +1,7 @@
 """The target in 16-bit activations: on the CPU's kernels, on the simulated CUDA kernels, on a GPU.
 
-``linear`` has no CUDA kernel of its own to simulate: where there is no GPU its padding runs around
-the CPU's product.
+Where there is no GPU, the CPU's product stands in for ``linear``; ``test_linear_target.py`` runs
+its kernel.
 """
 
 from __future__ import annotations
@@ -154,14 +154,14 @@ def test_no_less_exact_than_transformers(
 
 
 def test_the_cuda_sources_are_what_runs(llama: Path, backend: Backend) -> None:
-    """Attention, two norms and the activation a layer; the last norm."""
+    """The embedding; attention and two norms a layer; the last norm. Products have a stand-in."""
     if backend.name == "cuda":
         pytest.skip("the extension's launches are not counted")
     model = make_model(llama, backend)
     batch, tree, simt = started(model, [PROMPT]), trees_of([TREE]), load_simt()
     before = simt.num_launches()
     model.forward(tree, batch)
-    expected = 4 * SIZES["num_hidden_layers"] + 1 if backend.name == "simt" else 0
+    expected = 3 * SIZES["num_hidden_layers"] + 2 if backend.name == "simt" else 0
     assert simt.num_launches() - before == expected
 
 
@@ -206,21 +206,6 @@ def test_lengths_are_those_the_kernels_see(llama: Path, backend: Backend) -> Non
     batch.commit(path, torch.tensor([3, 1, 0], dtype=torch.int32))
     lengths = [sequence.length for sequence in batch.sequences]
     assert lengths == batch.kv_len.tolist() == [len(PROMPTS[0]) + 3, 2, len(PROMPTS[2])]
-
-
-def test_a_setting_that_changes_is_refused(
-    llama: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Committed keys and values would be of other bits than the rows that come after."""
-    if not backend.runs_cuda_source:
-        pytest.skip("a CPU's products do not ask torch")
-    model, tree = make_model(llama, backend), trees_of([TREE])
-    batch = started(model, [PROMPT])
-    model.forward(tree, batch)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 1 << 17, raising=False)
-    with pytest.raises(ValueError, match="matrix products were .*before loading"):
-        model.forward(tree, batch)
 
 
 def test_a_gpu_that_is_lost_in_the_midst(

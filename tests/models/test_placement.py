@@ -15,6 +15,7 @@ from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.models import placement
+from specrt.models.gate_up import interleaved
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import (
@@ -190,17 +191,6 @@ def test_heads_that_no_kernel_takes(checkpoint: Path) -> None:
             choose_head_dim(larger, device)
 
 
-def test_a_setting_under_which_rows_would_differ(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Said when a dtype is chosen: before the weights are read."""
-    config = ModelConfig.from_directory(checkpoint)
-    monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: True)
-    with pytest.raises(ValueError, match="TunableOp: expected off"):
-        choose_dtype(config, None, torch.device("cuda", 0))
-    assert choose_dtype(config, None, torch.device("cpu")) == torch.bfloat16
-
-
 @pytest.mark.parametrize(("max_nodes", "most"), [(64, 33554432), (60, 35791394), (128, 16777216)])
 def test_vocabularies_whose_logits_are_too_many(
     checkpoint: Path, max_nodes: int, most: int
@@ -246,6 +236,33 @@ def test_weights_keep_their_places_in_the_arena(tmp_path: Path, is_tied: bool) -
     assert place_weights(here, Device()) is here
 
 
+def test_gate_and_up_lie_in_turn_where_a_gpu_is(checkpoint: Path) -> None:
+    """One that has the CPU's memory, so its weights can be read, and are a copy."""
+    config, place = ModelConfig.from_directory(checkpoint), Device(is_gpu=True)
+    here = load_weights(checkpoint, config, torch.bfloat16)
+    bias = torch.arange(2.0 * config.intermediate_size)
+    here = replace(here, layers=tuple(replace(one, gate_up_bias=bias) for one in here.layers))
+    there = place_weights(here, place)
+    assert there.is_interleaved and not here.is_interleaved
+    before, after = tensors_of(here), tensors_of(there)
+    for name, tensor in after.items():
+        is_moved = "gate_up" in name
+        expected = interleaved(before[name]) if is_moved else before[name]
+        assert torch.equal(tensor, expected) and is_moved != torch.equal(tensor, before[name])
+    assert place_weights(there, place) is there
+    with pytest.raises(ValueError, match="weights: expected as loaded, got a GPU's .* on cpu"):
+        place_weights(there, Device())
+
+
+def test_weights_of_another_layout_are_refused(checkpoint: Path) -> None:
+    config, place = ModelConfig.from_directory(checkpoint), Device(is_gpu=True)
+    here = load_weights(checkpoint, config, torch.bfloat16)
+    with pytest.raises(ValueError, match="weights: gate and up are not interleaved, expected"):
+        LlamaModel(config, here, place)
+    with pytest.raises(ValueError, match="weights: gate and up are interleaved, expected the lay"):
+        LlamaModel(config, place_weights(here, place))
+
+
 def test_no_room_for_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
@@ -273,8 +290,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
 
         return kernel
 
-    kernels = "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul", "tree_attention"
-    for name in kernels:
+    kernels = "embed", "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul"
+    for name in (*kernels, "tree_attention"):
         monkeypatch.setattr(ops, name, spy(name))
     monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(ops, "tree_attention_workspace", lambda *shape: 10 * shape[0])
@@ -351,7 +368,7 @@ def test_a_pass_reads_nothing_back(
 ) -> None:
     device = Device(META)
     model = model_on_a_gpu(checkpoint, device)
-    cache = model.new_cache()
+    cache, config = model.new_cache(), model.config
     batch = CacheBatch(cache, [cache.open(300), cache.open(300)])
     tree = TreeBuilder(3)
     tree.add_path([1, 2], 8)
@@ -362,11 +379,12 @@ def test_a_pass_reads_nothing_back(
     assert {tap.dtype for tap in output.taps.values()} == {torch.bfloat16}
     names = [name for name, _ in calls]
     assert names.count("tree_attention") == 3 and names.count("linear") == 13
+    assert "silu_mul" not in names
     # Nothing is allocated by the kernels: their scratch is handed in.
-    for kernel, place, dtype in (
-        ("linear", -1, torch.uint8),
-        ("tree_attention", -2, torch.float32),
+    for kernel, place, size in (
+        ("linear", 5, ops.linear_workspace(97, config.hidden_size, 8)),
+        ("tree_attention", -2, 20),
     ):
         scratches = [given[place] for name, given in calls if name == kernel]
         assert len({id(scratch) for scratch in scratches}) == 1
-        assert scratches[0].dtype == dtype and scratches[0].numel() >= 20
+        assert scratches[0].dtype == torch.float32 and scratches[0].numel() >= size

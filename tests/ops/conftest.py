@@ -17,9 +17,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from specrt import _C, ops
 from specrt.ops import registry
-from specrt.ops.linear import linear_in_pieces
+from tests.linear_stand_in import stand_in
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ def load_simt() -> ModuleType:
         pytest.fail("the SIMT shim is not built: run `make simt`")
 
 
-def cpu_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """What stands for cuBLAS' part of ``linear``: the CPU's product of the same rows."""
-    _C.linear(x.float(), weight, None, None, out)
-
-
 def own_functions(module: ModuleType) -> list[str]:
     values = vars(module).items()
     return [name for name, value in values if getattr(value, "__module__", "") == module.__name__]
@@ -88,7 +82,6 @@ def use_simt(seed: int, replace: Callable[[object, str, object], None] = setattr
     simt.set_schedule(seed)
     simt.set_device()
     replace(registry, "is_on_gpu", lambda tensor: True)
-    replace(sys.modules["specrt.ops.linear"], "gpu_product", cpu_product)
     for name, module in list(sys.modules.items()):
         if not name.startswith("specrt.ops."):
             continue
@@ -108,27 +101,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def stand_in_linear(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``linear`` of 16-bit rows on the CPU, whose kernel takes float32 alone: the GPU's way around
-    the CPU's product."""
-    if backend.name != "cpu":
-        return
-    bare = ops.linear
-
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if x.dtype == torch.float32 or out is None:
-            return bare(x, weight, bias, residual, out)
-        linear_in_pieces(x, weight, bias, residual, out, workspace, cpu_product)
-        return out
-
-    for user in (ops, sys.modules["specrt.ops.feature_sample"]):
-        monkeypatch.setattr(user, "linear", linear)
+    """Where there is no GPU, ``linear`` of 16-bit rows is the CPU's product in a GPU's interface:
+    under the shim the kernel's own time would be most of a test's."""
+    if backend.name != "cuda":
+        stand_in(monkeypatch, lambda x: x.dtype != torch.float32)
 
 
 @pytest.fixture(params=["cpu", needs_gpu("cuda", id="cuda")])

@@ -84,7 +84,7 @@ class Batch:
 
     def appended(self) -> list[Appended]:
         """As the oracle's."""
-        names = "history", "history_len", "roots", "num_path", "report"
+        names = "max_len", "history", "history_len", "roots", "num_path", "report"
         columns = (getattr(self, name).cpu().tolist() for name in names)
         return [Appended(*one) for one in zip(*columns, strict=True)]
 
@@ -99,7 +99,7 @@ def check(rounds: Sequence[Round], backend: Backend) -> list[Appended]:
     for view in (batch.history, batch.report):
         around = torch.cat([view._base[:, :2], view._base[:, -3:]], dim=1)
         assert (around == POISON).all()
-    for name in ("num_nodes", "depth", "path", "accept_length", "tokens", "stop_ids", "max_len"):
+    for name in ("num_nodes", "depth", "path", "accept_length", "tokens", "stop_ids"):
         assert torch.equal(getattr(batch, name).cpu(), getattr(given, name)), name
     return result
 
@@ -251,6 +251,25 @@ def test_a_stop_token_anywhere(backend: Backend, place: int) -> None:
     assert stopped.report[HEADER_SIZE:] == other.report[HEADER_SIZE:]
 
 
+@pytest.mark.parametrize(
+    "end",
+    [{"stop_ids": [2, -1]}, {"max_len": 5}, {"accept_length": -1}],
+    ids=["stop token", "length", "bad logits"],
+)
+def test_a_sequence_that_has_ended_takes_nothing(backend: Backend, end: dict[str, Any]) -> None:
+    """Whatever a round that was launched before the host knew of it brings."""
+    batch = Batch.of([PLAIN, replace(PLAIN, **end)]).to(backend.device)
+    ops.history_append(*vars(batch).values())
+    ended, going_on = batch.appended()[1], batch.appended()[0]
+    batch.accept_length.fill_(1)
+    ops.history_append(*vars(batch).values())
+    other, after = batch.appended()
+    assert other.history_len == going_on.history_len + 2
+    assert after.history == ended.history and after.num_path == 0
+    assert (after.history_len, after.root) == (ended.history_len, ended.root)
+    assert words(after)[ReportWord.NUM_TAKEN] == 0
+
+
 def test_bad_logits_beside_good_ones(backend: Backend) -> None:
     rng = random.Random(1)
     rounds = [random_round(rng, 40, 1, has_logprobs=True) for _ in range(9)]
@@ -381,7 +400,7 @@ def test_an_input_that_is_an_output_is_named() -> None:
     row, rows = torch.zeros(2, dtype=torch.int32), arguments["report"]
     for given, written, memory in (
         ("accept_length", "num_path", (row, row)),
-        ("max_len", "history_len", (row, row)),
+        ("accept_length", "max_len", (row, row)),
         ("tokens", "report", (rows[:, 8:14], rows)),
         ("logprobs", "report", (rows[:, 20:].view(torch.float32), rows)),
         ("stop_ids", "history", (arguments["history"][:, :2], arguments["history"])),

@@ -30,6 +30,7 @@ class Round:
 class Appended:
     """And after it."""
 
+    max_len: int
     history: list[int]
     history_len: int
     root: int
@@ -58,4 +59,4 @@ def append(before: Round) -> Appended:
     for column, padding in ((before.tokens, -1), (before.path, -1), (before.logprobs, NAN_BITS)):
         if column is not None:
             report += [*column[: len(accepted)], *[padding] * (size - len(accepted))]
-    return Appended(history, length, root, taken, report)
+    return Appended(0 if ending else before.max_len, history, length, root, taken, report)

@@ -1,6 +1,7 @@
 // cp.async: 16 bytes from global to shared memory. They land when the thread passes the wait that
 // covers them and not before; meanwhile the destination holds NaN.
 #pragma once
+#include <cstdint>
 #include <vector>
 
 namespace simt {
@@ -24,6 +25,21 @@ class AsyncCopies {
 
 void cp_async_16(void* shared, const void* global, bool is_read = true);
 void cp_async_commit();
+
+// There is no cache whose lines could be given up.
+inline uint64_t evict_first() {
+    return 0;
+}
+inline uint64_t evict_normal() {
+    return 0;
+}
+inline uint64_t evict_last() {
+    return 0;
+}
+inline void cp_async_16(void* shared, const void* global, bool is_read, uint64_t) {
+    cp_async_16(shared, global, is_read);
+}
+
 void wait_for_copies(unsigned num_pending);
 
 template <int kPending>

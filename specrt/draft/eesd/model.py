@@ -38,7 +38,10 @@ class ExitModel:
         """``[2]``: factor of a draft's own log-odds in its confidence."""
         self.target = target
         self._weights = weights
-        self._layer = LlamaModel(config.layer, weights.layer, target.device, rope=target.rope)
+        calibration = weights.calibration.shape[0], weights.calibration.shape[1]
+        self._layer = LlamaModel(
+            config.layer, weights.layer, target.device, rope=target.rope, others=[calibration]
+        )
         self._chains = ChainTrees(target.device)
 
     @property

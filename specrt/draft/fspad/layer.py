@@ -17,6 +17,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.draft.fspad.weights import DraftWeights
+from specrt.models.gate_up import launch_gated
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch
 from specrt.reuse import power_of_two
@@ -48,6 +49,7 @@ class Activations:
     hidden: torch.Tensor
     normed: torch.Tensor
     gate_up: torch.Tensor
+    """Before the activation; of no width where one launch gives ``activated``."""
     activated: torch.Tensor
     predicted: torch.Tensor
     """``[M, H]``: p"""
@@ -77,7 +79,7 @@ class Activations:
             attended=buffer(layer.num_heads * layer.head_dim),
             hidden=buffer(hidden),
             normed=buffer(hidden),
-            gate_up=buffer(2 * wide),
+            gate_up=buffer(0 if device.is_gpu else 2 * wide),
             activated=buffer(wide),
             predicted=buffer(hidden),
             logits=device.empty(logit_rows, head_rows),
@@ -116,9 +118,7 @@ class DraftLayer:
         self._cos_sin = self._rope.reaching(0)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
-            # Sized for rows of float32, which holds fc's of 16 bits and twice the length.
-            shape = replace(self.padded, vocab_size=len(weights.head))
-            self._scratch = GpuScratch(shape, self.activation_dtype, self.device)
+            self._scratch = GpuScratch(self.padded, map(_shape, weights.matrices), self.device)
         self._work = self._activations(0, 0)
 
     def activations(self, rows: int, logit_rows: int) -> Activations:
@@ -142,9 +142,6 @@ class DraftLayer:
         Args:
             batch: the sequences.
             num_nodes: rows of each that attend in one step, at most.
-
-        Raises:
-            ValueError: on a GPU, a setting of torch's that has changed since the layer was made.
         """
         self.reserve(batch.num_positions)
         if self._scratch is not None:
@@ -266,8 +263,16 @@ class DraftLayer:
         )
         self._linear(attended, w.o, residual=work.pair[:num], out=hidden)
         ops.rms_norm(hidden, w.post_norm, layer.rms_norm_eps, out=normed)
-        self._linear(normed, w.gate_up, out=work.gate_up[:num])
-        activated = ops.silu_mul(work.gate_up[:num], out=work.activated[:num])
+        activated = work.activated[:num]
+        launch_gated(
+            normed,
+            w.gate_up,
+            None,
+            work.gate_up[:num],
+            activated,
+            self._linear_workspace,
+            is_interleaved=w.is_interleaved,
+        )
         if w.down_regress is None:
             predicted = regressed
         else:
@@ -292,3 +297,7 @@ class DraftLayer:
         out: torch.Tensor,
     ) -> None:
         ops.linear(x, weight, bias, residual, out=out, workspace=self._linear_workspace)
+
+
+def _shape(matrix: torch.Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]

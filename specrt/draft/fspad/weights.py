@@ -13,6 +13,7 @@ import torch
 from specrt import ops
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import EMBED, TOKEN_IDS, DraftConfig
+from specrt.models.gate_up import interleaved
 from specrt.models.heads import pad_heads
 from specrt.models.placement import choose_head_dim
 
@@ -55,10 +56,13 @@ class DraftWeights:
     o: torch.Tensor
     post_norm: torch.Tensor
     gate_up: torch.Tensor
+    """``[2I, H]``: the rows of gate, then up; interleaved on a GPU."""
     down_predict: torch.Tensor
     """``[H, I]``: gives p, what the head multiplies."""
     down_regress: torch.Tensor | None
     """``[H, I]``: gives r, the next feature; None where one output serves both."""
+    is_interleaved: bool
+    """How ``gate_up`` lies (:mod:`specrt.models.gate_up`)."""
 
     @property
     def table_bytes(self) -> int:
@@ -66,11 +70,16 @@ class DraftWeights:
         return sum(t.nbytes for t in (self.token_fc, self.token_gate) if t is not None)
 
     @property
-    def step_bytes(self) -> int:
-        """Weights one step streams, the head included."""
+    def matrices(self) -> list[torch.Tensor]:
+        """Those that a step streams, the head included."""
         sampling = (self.fc, self.sample_gate, self.sample_up, self.sample_down)
         layer = (self.qkv, self.o, self.gate_up, self.down_predict, self.down_regress, self.head)
-        return sum(t.nbytes for t in (*sampling, *layer) if t is not None)
+        return [matrix for matrix in (*sampling, *layer) if matrix is not None]
+
+    @property
+    def step_bytes(self) -> int:
+        """Weights one step streams, the head included."""
+        return sum(matrix.nbytes for matrix in self.matrices)
 
 
 def pack_weights(
@@ -94,7 +103,8 @@ def pack_weights(
         device: where the drafter runs; None: the CPU.
 
     Raises:
-        ValueError: heads larger than kernels take.
+        ValueError: heads larger than kernels take; on a GPU, rows of matrices that are no multiple
+            of 16 bytes.
     """
     device = device or Device()
     head_dim, padded = config.layer.head_dim, choose_head_dim(config.layer, device.place)
@@ -114,6 +124,7 @@ def pack_weights(
     attention, mlp = "layers.0.self_attn.", "layers.0.mlp."
     biases = [f"{attention}{name}_proj.bias" for name in "qkv"]
     down = matrix(f"{mlp}down_proj.weight")
+    gate_up = matrix(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")
     ids = tensors.get(TOKEN_IDS)
     if ids is not None and len(ids) == len(head):
         ids = None  # all tokens in their own order
@@ -137,9 +148,10 @@ def pack_weights(
         qkv_bias=vector(*biases) if config.layer.has_attention_bias else None,
         o=matrix(f"{attention}o_proj.weight"),
         post_norm=vector("layers.0.post_attention_layernorm.weight"),
-        gate_up=matrix(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
+        gate_up=interleaved(gate_up) if device.is_gpu else gate_up,
         down_predict=down[:hidden],
         down_regress=down[hidden:] if config.has_split_output else None,
+        is_interleaved=device.is_gpu,
     )
 
 

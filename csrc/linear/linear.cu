@@ -1,0 +1,93 @@
+// The host's side: how a launch is laid out, and which kernel (kernel_*.cu) is started.
+#include "core/pack.cuh"
+#include "linear/plan.cuh"
+#include "linear/variants.h"
+
+namespace specrt {
+namespace product {
+
+size_t stage_bytes(const Plan& plan) {
+    return size_t{2} * kDepth * static_cast<size_t>(plan.tile_rows + plan.columns);
+}
+
+// Stages for `per_sm` blocks on an SM. What the system takes of an SM's shared memory for a block
+// is as much as the most that one may ask for leaves out.
+int most_stages(const Plan& plan, size_t per_sm, const DeviceLimits& limits) {
+    const size_t all = (limits.shared_bytes + kStaticShared) / per_sm, lost = 2 * kStaticShared;
+    const size_t stages = all > lost ? (all - lost) / stage_bytes(plan) : 0;
+    return static_cast<int>(stages < kMaxStages ? stages : kMaxStages);
+}
+
+// Rows are read by each tile, from the L2 cache: large tiles halve that, where they leave enough
+// blocks. As many stages as fit beside the blocks that there are for an SM.
+void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, int64_t outputs) {
+    const int64_t others = int64_t{plan.slices.count} * plan.num_pieces;
+    const int64_t large = ceil_div(outputs, 128) * others;
+    const bool is_small =
+        plan.columns <= 32 ? large < 2 * limits.num_sms : 2 * large < limits.num_sms;
+    plan.tile_rows = choice.tile_rows > 0 ? choice.tile_rows : is_small ? 64 : 128;
+    plan.num_tiles = static_cast<int>(ceil_div(outputs, plan.tile_rows));
+    const bool has_pairs = plan.columns <= 64 && plan.num_tiles * others > limits.num_sms;
+    const int alone = most_stages(plan, 1, limits);
+    int stages = has_pairs ? most_stages(plan, 2, limits) : alone;
+    if (choice.num_stages > 0) stages = choice.num_stages < alone ? choice.num_stages : alone;
+    plan.num_stages = stages < kMinStages ? kMinStages : stages;
+    const size_t ring = stage_bytes(plan) * static_cast<size_t>(plan.num_stages);
+    const size_t staged = sizeof(float) * static_cast<size_t>(plan.columns * (plan.tile_rows + 4));
+    plan.shared_bytes = ring > staged ? ring : staged;
+}
+
+bool can_move_16_bytes(const LinearParams& p) {
+    const int64_t results = p.is_gated ? p.num_outputs / 2 : p.num_outputs;
+    return results % 8 == 0 && is_multiple_of_16(p.out) && is_multiple_of_16(p.residual) &&
+           is_multiple_of_16(p.out_stride * size_of(p.out_dtype)) &&
+           is_multiple_of_16(p.residual_stride * size_of(p.dtype));
+}
+
+Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
+    const bool is_free = p.plan.tile_rows == 0 && p.plan.num_stages == 0;
+    const LinearPlan choice =
+        is_free ? measured_choice(kVariants, p.num_outputs, p.depth, p.num_rows, limits.arch)
+                : p.plan;
+    Plan plan{};
+    plan.columns = padded(p.num_rows);
+    plan.num_pieces = static_cast<int>(ceil_div(p.num_rows, plan.columns));
+    plan.slices = slices_of(p.num_outputs, p.depth);
+    plan.is_whole = can_move_16_bytes(p);
+    lay_out(plan, choice, limits, p.num_outputs);
+    return plan;
+}
+
+// The rows from `first` on, at most `count`.
+LinearParams rows_from(const LinearParams& p, int64_t first, int64_t count) {
+    const auto at = [first](const void* rows, int64_t stride, DType dtype) {
+        return rows ? static_cast<const char*>(rows) + first * stride * size_of(dtype) : nullptr;
+    };
+    LinearParams part = p;
+    part.x = at(p.x, p.x_stride, p.dtype);
+    part.residual = at(p.residual, p.residual_stride, p.dtype);
+    part.out = const_cast<char*>(at(p.out, p.out_stride, p.out_dtype));
+    part.num_rows = p.num_rows - first < count ? p.num_rows - first : count;
+    return part;
+}
+
+}  // namespace product
+
+void linear_cuda(const void* params, CudaStream stream) {
+    const auto& p = *static_cast<const LinearParams*>(params);
+    if (p.num_rows * p.num_outputs == 0) return;
+    const DeviceLimits limits = device_limits(current_device());
+    const bool is_split = product::slices_of(p.num_outputs, p.depth).count > 1;
+    const int64_t step = is_split ? int64_t{product::kMostSplitRows} : p.num_rows;
+    for (int64_t first = 0; first < p.num_rows; first += step) {
+        const LinearParams part = product::rows_from(p, first, step);
+        const product::KernelParams k{part, product::make_plan(part, limits)};
+        if (p.dtype == DType::kBFloat16) {
+            product::start<bf16_t>(k, stream);
+        } else {
+            product::start<f16_t>(k, stream);
+        }
+    }
+}
+
+}  // namespace specrt

@@ -1,0 +1,210 @@
+// The products of one tile of weights with one piece of x over one slice of K, by mma.sync, fed by
+// a ring of stages through cp.async.
+//
+// Weights are A, rows of x are B: D[16 weights, 8 rows] += A[16 weights, 16 k] B[16 k, 8 rows].
+// Both lie in memory with k contiguous, as mma wants them, and so the many weights fill the
+// instruction's larger side whatever the number of rows.
+//
+// A stage holds 64 k of each row, 128 bytes, in chunks of 16. Chunk c of row r is at place
+// c ^ r % 8, so that the eight rows that ldmatrix reads at once, and the eight chunks that eight
+// threads write, lie in different banks.
+//
+//     step i        0    1    2    3        stage i % n has k from 64 i on; n = 4 here
+//     wait for      0    1    2    3        its group of cp.async
+//     barrier                               all see it, and nobody reads step i - 1 any more
+//     fetch         3    4    5    6        into the stage that held step i - 1
+//     multiply      0    1    2    3
+#pragma once
+#include "core/pack.cuh"
+#include "core/ptx.cuh"
+#include "linear/plan.cuh"
+
+namespace specrt::product {
+
+// How a block's tile of kTile weights and kColumns rows of x is shared by its warps: four along the
+// weights, and two along 128 rows, so that a thread has no more than 64 sums.
+template <typename T, int kTileRows, int kPadded>
+struct Tiling {
+    using Value = T;
+    static constexpr int kTile = kTileRows, kColumns = kPadded;
+    static constexpr int kSides = kColumns > 64 ? 2 : 1;
+    static constexpr int kThreads = 128 * kSides;
+    static constexpr int kStripes = kTile / 64;                 // of 16 weights, a warp's
+    static constexpr int kGroups = kColumns / kSides / 8;       // of 8 rows of x, a warp's
+    static constexpr int kStage = (kTile + kColumns) * kDepth;  // values: weights, then x
+};
+
+// A thread's sums of stripe s and group g, with i = lane / 4 and j = lane % 4 * 2: of weights i and
+// i + 8 of the stripe with rows j and j + 1 of the group, as C of mma.m16n8k16 is laid out.
+template <typename G>
+using Sums = float[G::kStripes][G::kGroups][4];
+
+// The first of the thread's four: weight within the tile, row of x within the piece.
+template <typename G>
+__device__ __forceinline__ int weight_of(int stripe) {
+    const int warp = threadIdx.x / 32 % 4;
+    return (warp * G::kStripes + stripe) * 16 + threadIdx.x % 32 / 4;
+}
+template <typename G>
+__device__ __forceinline__ int column_of(int group) {
+    const int side = threadIdx.x / 128;
+    return (side * G::kGroups + group) * 8 + threadIdx.x % 4 * 2;
+}
+
+// What a block works on.
+template <typename T>
+struct Work {
+    const T *weights, *rows;    // the tile's first, the piece's first
+    int64_t depth, row_stride;  // from one to the next
+    int num_weights, num_rows;  // that there are; at least one
+    int begin, end;             // of K
+    uint64_t weight_policy, row_policy;
+
+    __device__ int num_steps() const { return (end - begin + kDepth - 1) / kDepth; }
+};
+
+__device__ __forceinline__ int place_of(int row, int chunk) {
+    return row * kDepth + (chunk ^ row % 8) * 8;
+}
+
+// Values k .. k + 63 of the tile's weights; zeros where there are none.
+template <typename G, typename T>
+__device__ __forceinline__ void fetch_weights(const Work<T>& w, T* stage, int k) {
+    const int chunk = threadIdx.x % 8, at = k + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < G::kTile; i += G::kThreads / 8) {
+        const int row = i + threadIdx.x / 8;
+        const bool is_there = at < w.end && row < w.num_weights;
+        const T* from = w.weights + (is_there ? row * w.depth + at : 0);
+        ptx::cp_async_16(stage + place_of(row, chunk), from, is_there, w.weight_policy);
+    }
+}
+
+// The same of the piece's rows of x.
+template <typename G, typename T>
+__device__ __forceinline__ void fetch_rows(const Work<T>& w, T* stage, int k) {
+    const int chunk = threadIdx.x % 8, at = k + chunk * 8;
+    T* to = stage + G::kTile * kDepth;
+#pragma unroll
+    for (int i = 0; i < G::kColumns; i += G::kThreads / 8) {
+        const int row = i + threadIdx.x / 8;
+        if (row >= G::kColumns) break;
+        const bool is_there = at < w.end && row < w.num_rows;
+        const T* from = w.rows + (is_there ? row * w.row_stride + at : 0);
+        ptx::cp_async_16(to + place_of(row, chunk), from, is_there, w.row_policy);
+    }
+}
+
+// The same of the first `count` stages, before weights that are on their way: through registers,
+// as groups of cp.async end in their order only.
+template <typename G, typename T>
+__device__ __forceinline__ void copy_rows(const Work<T>& w, T* ring, int count) {
+    constexpr int kBatch = 8, kChunks = G::kColumns * 8;  // of a stage
+    const int total = count * kChunks;
+    for (int first = threadIdx.x; first < total; first += kBatch * G::kThreads) {
+        Pack<T, 8> chunk[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+            const int i = first + b * G::kThreads, row = i % kChunks / 8;
+            const int at = w.begin + i / kChunks * kDepth + i % 8 * 8;
+            chunk[b] = {};
+            if (i < total && at < w.end && row < w.num_rows)
+                chunk[b] = load_pack<8>(w.rows + row * w.row_stride + at);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+            const int i = first + b * G::kThreads;
+            T* stage = ring + i / kChunks * G::kStage + G::kTile * kDepth;
+            if (i < total) store_shared_pack(stage + place_of(i % kChunks / 8, i % 8), chunk[b]);
+        }
+    }
+}
+
+// Lanes 8 m .. 8 m + 7 address the rows of matrix m, of the four 8 x 8 ones of 16 rows x 16 k:
+//
+//     A             k 0..7  8..15          B, two groups    k 0..7  8..15
+//     weights 0..7    m0     m2            rows 0..7          m0     m1    -> b[0], b[1]
+//     weights 8..15   m1     m3            rows 8..15         m2     m3    -> b[2], b[3]
+template <typename G, typename T>
+__device__ __forceinline__ void multiply_stage(const T* stage, Sums<G>& sums) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const T* weights = stage;
+    const T* rows = stage + G::kTile * kDepth;
+    const int first_weight = warp % 4 * G::kStripes * 16 + lane % 16;
+    const int first_row = warp / 4 * G::kGroups * 8 + lane % 8;
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+        uint32_t a[G::kStripes][4];
+#pragma unroll
+        for (int s = 0; s < G::kStripes; ++s)
+            ptx::ldmatrix_x4(a[s], weights + place_of(first_weight + 16 * s, 2 * k + lane / 16));
+        if constexpr (G::kGroups == 1) {
+            uint32_t b[2];
+            ptx::ldmatrix_x2(b, rows + place_of(first_row, 2 * k + lane / 8 % 2));
+#pragma unroll
+            for (int s = 0; s < G::kStripes; ++s) ptx::mma_m16n8k16(sums[s][0], a[s], b, T{});
+        } else {
+#pragma unroll
+            for (int g = 0; g < G::kGroups; g += 2) {
+                uint32_t b[4];
+                const int row = first_row + 8 * g + lane / 16 * 8;
+                ptx::ldmatrix_x4(b, rows + place_of(row, 2 * k + lane / 8 % 2));
+#pragma unroll
+                for (int s = 0; s < G::kStripes; ++s) {
+                    ptx::mma_m16n8k16(sums[s][g], a[s], {b[0], b[1]}, T{});
+                    ptx::mma_m16n8k16(sums[s][g + 1], a[s], {b[2], b[3]}, T{});
+                }
+            }
+        }
+    }
+}
+
+// Until the oldest stage under way is there.
+__device__ __forceinline__ void wait_for_stage(int num_stages) {
+    switch (num_stages) {
+        case 2:
+            return ptx::cp_async_wait<0>();
+        case 3:
+            return ptx::cp_async_wait<1>();
+        case 4:
+            return ptx::cp_async_wait<2>();
+        case 5:
+            return ptx::cp_async_wait<3>();
+        case 6:
+            return ptx::cp_async_wait<4>();
+        case 7:
+            return ptx::cp_async_wait<5>();
+        default:
+            return ptx::cp_async_wait<6>();
+    }
+}
+
+// Weights are constants: they are on their way before the launch before has ended, which may have
+// written x.
+template <typename G, typename T>
+__device__ __forceinline__ void multiply(const Work<T>& w, T* ring, int num_stages, Sums<G>& sums) {
+    const int num_steps = w.num_steps(), num_ahead = num_stages - 1;
+    for (int i = 0; i < num_ahead; ++i) {
+        if (i < num_steps) fetch_weights<G>(w, ring + i * G::kStage, w.begin + i * kDepth);
+        ptx::cp_async_commit();
+    }
+    ptx::wait_for_previous();
+    copy_rows<G>(w, ring, min(num_ahead, num_steps));
+    int now = 0, next = num_ahead;  // stages
+    for (int i = 0; i < num_steps; ++i) {
+        wait_for_stage(num_stages);
+        __syncthreads();  // step i is there, and step i - 1 no longer read
+        if (i + num_ahead < num_steps) {
+            const int k = w.begin + (i + num_ahead) * kDepth;
+            fetch_weights<G>(w, ring + next * G::kStage, k);
+            fetch_rows<G>(w, ring + next * G::kStage, k);
+        }
+        ptx::cp_async_commit();
+        multiply_stage<G>(ring + now * G::kStage, sums);
+        now = now + 1 < num_stages ? now + 1 : 0;
+        next = next + 1 < num_stages ? next + 1 : 0;
+    }
+    ptx::cp_async_wait<0>();
+}
+
+}  // namespace specrt::product

@@ -1,0 +1,201 @@
+"""Rounds of launches alone, on a GPU, simulated or real: one round late, and the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specrt.config import ModelConfig
+from specrt.device import Device
+from specrt.draft.base import BatchTables, Budget, DraftParams, EmptyDrafter, RoundPlan
+from specrt.engine.engine import Engine
+from specrt.engine.launched import LaunchedRounds
+from specrt.models.loader import Weights, load_weights
+from specrt.models.model import LlamaModel
+from specrt.models.placement import place_weights
+from specrt.sampling import SamplingParams
+from specrt.tree import stack
+from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
+from tests.checkpoints import make_checkpoint
+from tests.engine.support import RandomTreeDrafter, make_engine, texts
+from tests.simulated_gpu import only_simulated
+
+VOCAB = 97
+SIZES = {
+    "num_hidden_layers": 1,
+    "head_dim": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "dtype": torch.bfloat16,
+}
+PROMPTS = [[5, 9, 5, 9, 5] * 3, [3], [(11 * i * i + 3 * i) % VOCAB for i in range(70)], [7, 8] * 4]
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.9, seed=4, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Weights]:
+    path: Path = tmp_path_factory.mktemp("target")
+    make_checkpoint("llama", path, **SIZES)
+    config = ModelConfig.from_directory(path)
+    return config, load_weights(path, config, torch.bfloat16)
+
+
+@pytest.fixture
+def model(loaded: tuple[ModelConfig, Weights], gpu: Device) -> LlamaModel:
+    config, weights = loaded
+    return LlamaModel(config, place_weights(weights, gpu), gpu)
+
+
+class PlannedTrees(RandomTreeDrafter):
+    """Random trees that are planned while a round is under way, so that the tokens in them stand
+    where they may be right only if that round gave as many as was guessed."""
+
+    def __init__(self, model: LlamaModel, answers: Sequence[list[int]], size: int = 6) -> None:
+        known = {tuple(p): answer for p, answer in zip(PROMPTS, answers, strict=True)}
+        super().__init__(known, VOCAB, size, hit_rate=0.9)
+        self._device, self._size = model.device, size
+        self._placed: dict[int, Proposal] = {}
+        self.reports: list[RoundReport] = []
+        self.plans = 0
+
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan | None:
+        if budget.params != DraftParams() or self._rng.random() < 0.1:
+            return None
+        self.plans += 1
+        batch, size = len(states), min(self._size, budget.max_nodes)
+        trees = stack([self._tree(self._further(state), size) for state in states])
+        fields = torch.zeros(2, batch, size, dtype=torch.int32)
+        for place, given in zip(fields, (trees.draft_tokens, trees.parents), strict=True):
+            place[:, : given.shape[1]] = given
+        if batch not in self._placed:
+            tokens, parents = self._device.zeros(2, batch, size, dtype=torch.int32)
+            counts = self._device.zeros(batch, dtype=torch.int32)
+            self._placed[batch] = Proposal(tokens, parents, counts)
+        there = self._placed[batch]
+        for host, out in zip(
+            (*fields, trees.num_nodes), (there.draft_tokens, there.parents, there.num_nodes),
+            strict=True,
+        ):  # fmt: skip
+            self._device.upload(host.clone(), out)
+        return RoundPlan(size, batch)
+
+    def _further(self, state: SequenceState) -> SequenceState:
+        answer = self._answers[tuple(state.token_ids[: state.prompt_len])]
+        said = len(state.token_ids) - state.prompt_len
+        more = answer[said : said + self._rng.randrange(3)]
+        return replace(state, token_ids=state.token_ids + more)
+
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
+        return self._placed[len(tables.roots)]
+
+    def launch_observe(
+        self,
+        plan: RoundPlan,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None: ...
+
+    def told(
+        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+    ) -> None:
+        self.reports.append(report)
+
+
+class OneAfterAnother(EmptyDrafter):
+    """Plain decoding that the host takes part in."""
+
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan | None:  # type: ignore[override]
+        return None
+
+
+def said(engine: Engine, params: Sequence[SamplingParams]) -> list[tuple[object, ...]]:
+    results = engine.generate(PROMPTS, list(params))
+    assert engine.cache.num_held_pages == 0
+    return [(r.token_ids, r.text, r.logprobs, r.finish_reason, r.error) for r in results]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_texts_are_those_of_rounds_one_after_another(
+    model: LlamaModel, sampling: SamplingParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sequences join and leave, end by limits, stop tokens and stop strings, and give way."""
+    params = [replace(sampling, max_new_tokens=5 + 4 * i, logprobs=i == 2) for i in range(4)]
+    plain = said(make_engine(model, OneAfterAnother(), max_batch=1), params)
+    tokens = [one[0] for one in plain]
+    params[0] = replace(params[0], stop_token_ids=[tokens[0][3]])
+    params[3] = replace(params[3], stop=chr(32 + tokens[3][6]))
+    expected = said(make_engine(model, OneAfterAnother(), max_batch=1), params)
+    for sizes in ({"max_batch": 3}, {"max_batch": 4, "max_cached_tokens": 128}):
+        assert said(make_engine(model, **sizes), params) == expected
+        drafter = PlannedTrees(model, [list(ids) for ids in tokens])
+        assert said(make_engine(model, drafter, **sizes), params) == expected
+        assert drafter.plans > 5
+        accepted = sum(int(report.accept_length.clip(0).sum()) for report in drafter.reports)
+        assert accepted > 0
+    assert not caplog.messages
+
+
+def noting(name: str, call: Callable[..., object], events: list[str]) -> Callable[..., object]:
+    def noted(*args: object, **options: object) -> object:
+        events.append(name)
+        return call(*args, **options)
+
+    return noted
+
+
+def test_the_next_round_is_launched_before_one_is_read(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = list[str]()
+    for name in ("launch", "read"):
+        bare: Callable[..., object] = getattr(LaunchedRounds, name)
+
+        monkeypatch.setattr(LaunchedRounds, name, noting(name, bare, events))
+    make_engine(model).generate(PROMPTS[0], GREEDY)
+    # One round more than tokens: it was under way when the last one was read, and gave nothing.
+    num = GREEDY.max_new_tokens
+    assert num is not None
+    assert events == ["launch", *["launch", "read"] * num, "read"]
+
+
+def test_a_round_that_cannot_be_launched_costs_only_its_drafter(
+    model: LlamaModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = texts(make_engine(model).generate(PROMPTS, GREEDY))
+
+    class Broken(PlannedTrees):
+        def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
+            if self.plans > 3:
+                raise ArithmeticError("broken")
+            return super().launch_propose(plan, tables)
+
+    drafter = Broken(model, answers)
+    assert texts(make_engine(model, drafter).generate(PROMPTS, GREEDY)) == answers
+    assert "broken" in caplog.text
+
+
+@only_simulated
+def test_an_abort_and_a_closed_engine_leave_nothing_under_way(model: LlamaModel) -> None:
+    answers = texts(make_engine(model).generate(PROMPTS, GREEDY))
+    engine = make_engine(model, max_batch=4)
+    handles = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
+    chunks = [chunk for _ in range(5) for chunk in engine.step()]
+    assert engine.abort(handles[1]) and not engine.abort(handles[1])
+    while not engine.is_idle:
+        chunks += engine.step()
+    results = {chunk.handle: chunk.result for chunk in chunks if chunk.result is not None}
+    for handle, answer in zip(handles, answers, strict=True):
+        if handle != handles[1]:
+            assert results[handle].token_ids == answer
+    assert engine.cache.num_held_pages == 0
+    engine.add(PROMPTS[2], GREEDY)
+    engine.step(), engine.step()
+    engine.close()

@@ -1,0 +1,81 @@
+"""``linear`` in a GPU's interface by the CPU's product: for tests of what calls it.
+
+Rows of 16 bits, any number of them, each by itself; gated products; float32 results. It costs what
+a product costs on the CPU, where the kernel's source under the shim takes a thousand times that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+
+from specrt import _C, ops
+from specrt.models.gate_up import ROWS_IN_TURN
+
+Tensor = torch.Tensor
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    workspace: Tensor | None = None,
+    *,
+    is_gated: bool = False,
+) -> None:
+    """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
+    num_rows, num_outputs = len(x), len(weight)
+    assert x.dtype == weight.dtype and x.dtype.itemsize == 2, "as a GPU's kernel has it"
+    if workspace is not None:
+        size = ops.linear_workspace(*weight.shape, num_rows)
+        assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
+    residual = None if residual is None else residual.float()
+    sums = torch.empty(num_rows, num_outputs)
+    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0)
+    if is_gated:
+        in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
+        sums = torch.empty(num_rows, num_outputs // 2)
+        _C.silu_mul(in_turn.reshape(num_rows, num_outputs), sums)
+    out.copy_(sums)
+
+
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch,
+    is_for_gpu: Callable[[Tensor], bool],
+    entered: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Let :func:`product` stand for ``linear`` wherever ops and models call it.
+
+    Args:
+        monkeypatch: until it is undone.
+        is_for_gpu: whether a GPU's kernel would take such rows; others go the usual way.
+        entered: a context for the product.
+    """
+    usual = ops.linear
+
+    def linear(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+        *,
+        is_gated: bool = False,
+    ) -> Tensor:
+        if not is_for_gpu(x):
+            return usual(x, weight, bias, residual, out, workspace, is_gated=is_gated)
+        if out is None:
+            out = x.new_empty(len(x), len(weight) // (2 if is_gated else 1))
+        with entered():
+            product(x, weight, bias, residual, out, workspace, is_gated=is_gated)
+        return out
+
+    for user in (ops, sys.modules["specrt.ops.feature_sample"]):
+        monkeypatch.setattr(user, "linear", linear)
