@@ -169,7 +169,9 @@ def one_case(
     if case.nodes == 1:
         theirs = _tried(TRANSFORMERS, lambda: transformers_seconds(bench, device), failures)
     row = _row(case, timed, targets.plain.get(case.model), bench, ceilings)
-    row |= {f"{stage} ms": None if apart is None else apart.stages_ms[stage] for stage in STAGES}
+    row |= {
+        f"{stage} ms": None if apart is None else apart.stages_ms.get(stage) for stage in STAGES
+    }
     row |= _price(both)
     row["transformers ms"] = None if theirs is None else 1e3 * theirs
     row["x transformers"] = None if theirs is None else theirs / timed.token_seconds

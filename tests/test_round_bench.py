@@ -25,9 +25,9 @@ from bench.timed_steps import TimedSteps, TorchGraphs
 from bench.transformers_graph import TransformersStep
 from specrt import ops
 from specrt.device import CPU, Device
-from specrt.draft.base import BatchTables, Budget, LaunchedDrafter
+from specrt.draft.base import BatchTables, Budget, LaunchedDrafter, RoundPlan
 from specrt.draft.length.costs import RoundCost
-from specrt.types import RoundStats, SequenceState
+from specrt.types import SequenceState
 
 NAME = "Llama-3-8B"
 
@@ -141,16 +141,25 @@ def test_a_step_within_a_step_is_counted_once() -> None:
     assert len(device.take_seconds()) == 2
 
 
-def test_marks_of_ops_and_what_is_left_of_the_stages() -> None:
+def test_marks_of_ops() -> None:
     rms_norm, x = ops.rms_norm, torch.randn(2, 8)
-    with round_runs.marked(Device(), ("rms_norm",)) as marks:
+    with round_runs.marked(Device(), {"rms_norm": ops}) as marks:
         ops.rms_norm(x, torch.ones(8), 1e-6)
     ((start, end),) = marks["rms_norm"]
     assert end > start and ops.rms_norm is rms_norm
-    stats = RoundStats(num_rounds=2, draft_ms=4.0, verify_ms=10.0, accept_ms=2.0)
-    found = round_runs.stages_ms(stats, {"tree_settle": 0.5, "kv_commit": 0.25})
+
+
+def test_stages_lie_between_marks() -> None:
+    """In seconds, of two rounds, the second of which is longer in all."""
+    marks = {
+        "tree_settle": [(1.0, 2.0), (31.0, 33.0)],
+        "tree_accept": [(6.0, 7.0), (43.0, 45.0)],
+        "kv_commit": [(9.0, 10.0), (55.0, 57.0)],
+    }
+    found = round_runs.stages_ms(Device(), marks)
     assert list(found) == list(round_runs.STAGES)
-    assert list(found.values()) == [1.5, 0.5, 5.0, 0.75, 0.25]
+    assert list(found.values()) == [21e3, 1.5e3, 7e3, 7.5e3, 1.5e3]
+    assert round_runs.stages_ms(Device(), marks | {"kv_commit": []}) == {}
 
 
 # --- replayed acceptance ----------------------------------------------------------------------
@@ -180,7 +189,7 @@ def test_a_launched_round_proposes_what_an_asked_one_does() -> None:
         for name in ("draft_tokens", "parents", "num_nodes"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         state.token_ids.extend(answer[said : said + accepted + 1])
-    assert len(plans) == 1 and plans != {None}
+    assert plans == {RoundPlan(8)}
 
 
 # --- predicted --------------------------------------------------------------------------------
@@ -198,8 +207,9 @@ def test_bytes_of_a_predicted_pass_are_the_weights() -> None:
 def test_time_of_a_launch() -> None:
     card, work = limits.Ceilings(1e12, 1e14), limits.Work(10**6)
     streamed = Launch("verify", "qkv", work, 2, is_linear=True)
-    assert streamed.seconds(card, overlaps=False) == pytest.approx(2 * (1.3e-6 + 2.5e-6 + 1e-6 / 0.92))
-    assert streamed.seconds(card, overlaps=True) == pytest.approx(2 * (0.4e-6 + 0.3e-6 + 1e-6 / 0.92))
+    apart, together = (streamed.seconds(card, overlaps=overlaps) for overlaps in (False, True))
+    assert apart == pytest.approx(2 * (1.3e-6 + 2.5e-6 + 1e-6 / 0.92))
+    assert together == pytest.approx(2 * (0.4e-6 + 0.3e-6 + 1e-6 / 0.92))
     norm = Launch("verify", "rms_norm", work, is_before_linear=True)
     saved = norm.seconds(card, overlaps=False) - norm.seconds(card, overlaps=True)
     assert saved == pytest.approx(0.9e-6 + 1.5e-6)
