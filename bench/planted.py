@@ -58,11 +58,11 @@ class PlantedDrafter(EmptyDrafter):
         answer: what the target will say after the prompt.
         trace: how many to get right, round by round, over and over.
         vocab_size: more than a tree's nodes.
-        device: the target's, for launched rounds.
+        device: the target's.
     """
 
     def __init__(
-        self, answer: Sequence[int], trace: Trace, vocab_size: int, device: Device | None = None
+        self, answer: Sequence[int], trace: Trace, vocab_size: int, device: Device
     ) -> None:
         if not trace.depth < trace.num_nodes < vocab_size:
             raise ValueError(
@@ -72,7 +72,7 @@ class PlantedDrafter(EmptyDrafter):
         self._answer = answer
         self._trace = trace
         self._vocab_size = vocab_size
-        self._device = device or Device()
+        self._device = device
         self._lengths = iter(())
         self._num_said: int | None = None
         self._ints = self._device.zeros(2 * trace.num_nodes + 1, dtype=torch.int32)

@@ -14,8 +14,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench import bench_round, limits, round_cuda, round_model, round_runs
-from bench.end_to_end_contenders import Job
+from bench import bench_round, limits, random_target, round_cuda, round_model, round_runs
+from bench.end_to_end_contenders import Job, Ours
 from bench.end_to_end_cuda import Bench
 from bench.fake_gpu import FakeGpu
 from bench.planted import PlantedDrafter, Trace
@@ -25,8 +25,10 @@ from bench.timed_steps import TimedSteps, TorchGraphs
 from bench.transformers_graph import TransformersStep
 from specrt import ops
 from specrt.device import CPU, Device
-from specrt.draft.base import BatchTables, Budget, LaunchedDrafter, RoundPlan
+from specrt.draft.base import BatchTables, Budget, EmptyDrafter, LaunchedDrafter, RoundPlan
 from specrt.draft.length.costs import RoundCost
+from specrt.models.model import LlamaModel
+from specrt.models.placement import place_weights
 from specrt.types import SequenceState
 
 NAME = "Llama-3-8B"
@@ -172,7 +174,7 @@ def _state(token_ids: list[int]) -> SequenceState:
 def test_a_launched_round_proposes_what_an_asked_one_does() -> None:
     """Ahead of the reports, for as much is accepted as was planted."""
     answer, trace = list(range(100, 140)), Trace(8, 3, [2, 0, 3])
-    asked, ahead = (PlantedDrafter(answer, trace, 500) for _ in range(2))
+    asked, ahead = (PlantedDrafter(answer, trace, 500, Device()) for _ in range(2))
     assert isinstance(ahead, LaunchedDrafter)
     state = _state([1, 2])
     budget, tables = Budget(64, RoundCost()), cast(BatchTables, None)  # nothing of it is read
@@ -190,6 +192,20 @@ def test_a_launched_round_proposes_what_an_asked_one_does() -> None:
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         state.token_ids.extend(answer[said : said + accepted + 1])
     assert plans == {RoundPlan(8)}
+
+
+def test_replayed_rounds_need_no_host(target: Bench, gpu: Device) -> None:
+    """As much is accepted as was planted, with a round under way."""
+    weights = random_target.random_weights(target.config, "cpu", torch.bfloat16)
+    model = LlamaModel(target.config, place_weights(weights, gpu), gpu)
+    job = Job(target.job.prompt, num_tokens=12, repeats=1)
+    expected = Ours(model, EmptyDrafter(), None).checked(job)
+    trace = Trace(8, 3, [2, 0, 3])
+    drafter = PlantedDrafter(expected.token_ids, trace, target.config.vocab_size, gpu)
+    drafter.propose = None  # type: ignore[assignment, method-assign]
+    found = Ours(model, drafter, None).checked(job)
+    assert found.token_ids == expected.token_ids
+    assert found.num_rounds + 1 == 5 and found.num_timed == 12 - 3  # 3, 1, 4, 3, 1
 
 
 # --- predicted --------------------------------------------------------------------------------
