@@ -236,7 +236,9 @@ class LlamaModel:
         step = self._step(key, batch.num_positions)
         step.stage(piece.tree, piece.tables)
         self.embed_tokens(step.tokens.view(-1), self._start(key))
-        self.device.run((self, batch.cache, step), lambda: self._launch(key, step, batch.cache))
+        self.device.run(
+            (self, batch.cache, step), lambda: self._launch(key, step.rows, batch.cache)
+        )
         return step.output.taps
 
     # --- buffers ------------------------------------------------------------------------------
