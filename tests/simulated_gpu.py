@@ -53,6 +53,9 @@ class SimulatedGpu(Device):
         self._storages: dict[int, StorageWeakRef] = {}
         self.is_moving = False
         """Whether a copy from one memory to the other is under way."""
+        self.is_strict = False
+        """Whether a step that cannot be captured is an error, rather than launched without a graph:
+        as any with ``linear`` in it, which is torch's on a GPU."""
 
     def __repr__(self) -> str:
         return "simulated"
@@ -86,6 +89,9 @@ class SimulatedGpu(Device):
         assert self.holds(tensor), "post: of what is there"
         with self.moving():
             return super().post(tensor)
+
+    def _warn(self, reason: str) -> None:
+        assert not self.is_strict, f"a step cannot be captured: {reason}"
 
     @contextmanager
     def moving(self) -> Iterator[None]:
