@@ -135,6 +135,17 @@ def test_every_plan_for_more_rows(backend: Backend, rows: int) -> None:
             assert torch.equal(run(x, weight, plan=plan), expected), plan
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_bits_under_every_schedule(backend: Backend, simt: object, seed: int) -> None:
+    for shape, rows in (((136, 264), 9), ((72, 1032), 20), ((8, 4104), 129)):
+        x, weight = made(shape, rows, backend)
+        expected = run(x, weight)
+        simt.set_schedule(seed)  # type: ignore[attr-defined]
+        for plan in (ops.LinearPlan(), *PLANS):
+            assert torch.equal(run(x, weight, plan=plan), expected), plan
+
+
 def test_bits_do_not_depend_on_the_gpu(backend: Backend, simt: object) -> None:
     x, weight = made((72, 1032), 20, backend)
     expected = run(x, weight)
