@@ -22,7 +22,7 @@ from specrt import ops
 
 MODELS = (Model(256, 208, 2, 4, 2, 64), Model(1032, 72, 3, 8, 1, 128), Model(80, 40, 1, 2, 2, 80))
 ROWS = (1, 9, 67)
-PRODUCTS = ((72, 104, 1), (33, 40, 9), (200, 72, 17), (48, 1032, 33), (136, 264, 65), (16, 1032, 130))
+PRODUCTS = ((72, 104, 1), (33, 40, 9), (96, 72, 17), (48, 1032, 33), (40, 88, 65), (16, 1032, 129))
 """Weights and rows of x: every number of rows that there is a kernel for, K in slices and not."""
 TREES = ((1, 130, 1), (3, 70, 9), (2, 300, 65))
 """Batch, prefix, nodes."""

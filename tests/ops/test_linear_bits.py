@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -61,10 +59,10 @@ def run(x: Tensor, weight: Tensor, **rest: object) -> Tensor:
 
 
 @pytest.fixture
-def simt(backend: Backend) -> Iterator[object]:
+def simt(backend: Backend) -> object:
     if backend.name != "simt":
         pytest.skip("a GPU cannot be changed, nor is its arithmetic ours")
-    yield load_simt()
+    return load_simt()
 
 
 # One to sixteen slices, of which one is none; rows of weights and K with ragged ends.
@@ -283,6 +281,6 @@ def test_a_workspace_that_does_not_do(backend: Backend) -> None:
             ops.linear(x, weight, workspace=short.to(backend.device))
     residual = torch.zeros(2, 16, dtype=x.dtype, device=x.device)
     gate_up = torch.zeros(16, 1032, dtype=x.dtype, device=x.device)
+    out = torch.empty(2, 8, dtype=x.dtype, device=x.device)
     with pytest.raises(ValueError, match="residual: expected None with is_gated"):
-        out = torch.empty(2, 8, dtype=x.dtype, device=x.device)
         ops.linear(x, gate_up, None, residual, out, is_gated=True)
