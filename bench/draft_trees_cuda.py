@@ -7,6 +7,7 @@ import torch
 from bench.gpu import Place
 from bench.limits import TREE_DEPTH, TREE_TOP_K, Model, pool_size
 from specrt import ops
+from specrt.draft.recycle.template import NUM_RANKS, make_template
 from specrt.ops import registry
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 
@@ -107,3 +108,63 @@ class TreeRerank:
             if self._num_kept
             else torch.zeros_like(self._out[3]),
         )
+
+
+class RecyclePropose:
+    """A template of ``rows`` nodes filled from a table; one sequence. torch: a gather a level."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        template = make_template(rows, 12, 128)
+        size, vocab = rows, model.vocab_size
+        self._table = torch.randint(
+            0, vocab, (1, vocab, NUM_RANKS), dtype=torch.int32, device=place.device
+        )
+        self._slot, self._root = place.ints(0), place.ints(7)
+        self._parents = place.ints(*template.parents[:size].tolist())
+        self._ranks = place.ints(*template.ranks[:size].tolist())
+        self._levels = [torch.from_numpy(level).to(place.device) for level in template.levels]
+        self._out, self._torch_out = _ints(place, 2, 1, size)
+
+    def ours(self) -> Tensors:
+        """One launch."""
+        given = self._table, self._slot, self._root, self._parents, self._ranks
+        ops.recycle_propose(*given, self._out)
+        return (self._out,)
+
+    def torchs(self) -> Tensors:
+        """Two lookups and a write a level."""
+        tokens = self._torch_out[0]
+        tokens[:1] = self._root
+        for level in self._levels:
+            above = tokens[self._parents[level].long()].long()
+            tokens[level] = self._table[0][above, self._ranks[level].long()]
+        return (self._torch_out,)
+
+
+class RecycleLearn:
+    """The best of ``rows`` rows of logits into a table; one sequence. torch: topk and a copy."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        vocab = model.vocab_size
+        self._logits = torch.randn(1, rows, vocab, device=place.device)
+        self._tokens = place.ints(*range(rows))[None]
+        self._count, self._slot, self._accepted = (place.ints(n) for n in (rows, 0, 0))
+        self._path = place.ints(0)[None]
+        self._table, self._torch_table = _ints(place, 2, 1, vocab, NUM_RANKS)
+        self._is_own = _ints(place, 1, vocab)
+        floats = ops.recycle_learn_workspace(rows, vocab, NUM_RANKS)
+        self._workspace = torch.zeros(floats, device=place.device)
+
+    def ours(self) -> Tensors:
+        """One launch."""
+        ops.recycle_learn(
+            self._logits, self._tokens, self._count, self._path, self._accepted, self._slot,
+            self._table, self._is_own, self._workspace,
+        )  # fmt: skip
+        return (self._table,)
+
+    def torchs(self) -> Tensors:
+        """Without asking which of equal tokens counts."""
+        best = self._logits[0].topk(NUM_RANKS, dim=1).indices.int()
+        self._torch_table[0].index_copy_(0, self._tokens[0].long(), best)
+        return (self._torch_table,)

@@ -35,7 +35,8 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        size = ops.linear_workspace(*weight.shape, ROWS)
+        num_outputs, num_inputs = weight.shape
+        size = ops.linear_workspace(num_outputs, num_inputs, ROWS)
         self._workspace = weight.new_zeros(size, dtype=torch.float32)
         self._out = weight.new_empty(ROWS, len(weight), dtype=torch.float32)
 

@@ -248,6 +248,29 @@ def append_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+def lookup_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of few tokens and many, in trees of one word and of two."""
+    slots, nodes = (5, 40, 600)[variant % 3], (6, 128)[variant % 2]
+    tokens = torch.randint(
+        0, (2, VOCAB)[variant // 3], (BATCH, slots), generator=generator(variant)
+    )
+    results = torch.zeros(3, BATCH, dtype=torch.int32)
+    return {
+        "history": tokens.int(),
+        "history_len": ints(slots, slots - 3, 1),
+        "max_len": ints(slots + 9, slots, 700),
+        "max_ngram": variant + 1,
+        "min_ngram": 1 + variant // 4,
+        "num_continuations": (1, 3, 9)[variant // 2],
+        "depth": (4, 30)[variant % 2],
+        "draft_tokens": torch.zeros(BATCH, nodes, dtype=torch.int32),
+        "parents": torch.zeros(BATCH, nodes, dtype=torch.int32),
+        "num_nodes": results[0].clone(),
+        "match_len": results[1].clone(),
+        "longest": results[2].clone(),
+    }
+
+
 # --- draft control
 
 SETTINGS = ControlSettings(
@@ -296,6 +319,50 @@ def learn_arguments(variant: int, backend: Backend) -> Arguments:
 
 
 # --- features
+
+
+def embed_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of one type or of two, in rows of 16-byte pieces or not."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    width = (16, 11)[variant // 3]
+    table = torch.randn(VOCAB, width, generator=generator(variant))
+    return {
+        "tokens": ints(4, 0, 69),
+        "table": table.to(dtypes[variant % 3]),
+        "out": torch.zeros(BATCH, width, dtype=dtypes[variant // 2]),
+    }
+
+
+# --- recycled trees
+
+
+def recycle_propose_arguments(variant: int, backend: Backend) -> Arguments:
+    """Each sequence has the slot of its number, and one is nobody's."""
+    g = generator(variant)
+    return {
+        "tables": torch.randint(0, VOCAB, (BATCH + 1, VOCAB, 8), generator=g, dtype=torch.int32),
+        "slots": ints(0, 1, 2),
+        "roots": ints(4, 0, 69),
+        "parents": torch.tensor(random_parents(NODES, g), dtype=torch.int32),
+        "ranks": torch.randint(0, 8, (NODES,), generator=g, dtype=torch.int32),
+        "draft_tokens": torch.zeros(BATCH, NODES, dtype=torch.int32),
+    }
+
+
+def recycle_learn_arguments(variant: int, backend: Backend) -> Arguments:
+    g, shape = generator(variant), (BATCH, NODES)
+    workspace = torch.zeros(ops.recycle_learn_workspace(BATCH * NODES, VOCAB, 8))
+    return {
+        "logits": torch.randn(*shape, VOCAB, generator=g),
+        "draft_tokens": torch.randint(0, VOCAB, shape, generator=g, dtype=torch.int32),
+        "num_nodes": ints(6, 4, 1),
+        "path": torch.tensor([[0, 2, 5], [0, 3, -1], [0, -1, -1]], dtype=torch.int32),
+        "accept_length": ints(2, 1, 0),
+        "slots": ints(0, 1, 2),
+        "tables": torch.zeros(BATCH + 1, VOCAB, 8, dtype=torch.int32),
+        "is_own": torch.zeros(BATCH + 1, VOCAB, dtype=torch.int32),
+        "workspace": workspace if backend.runs_cuda_source else None,
+    }
 
 
 def feature_arguments(variant: int, backend: Backend) -> Arguments:
@@ -422,6 +489,21 @@ KERNELS = {
         results=("settled_tokens", "settled_parents", "depth", "ancestors", "num_settled"),
         has_cuda_source=True,
     ),
+    "recycle_propose": Kernel(
+        recycle_propose_arguments,
+        lambda a: ops.recycle_propose(**a),
+        own=("tables", "slots", "roots"),
+        shared=("parents", "ranks"),
+        results=("draft_tokens",),
+        has_cuda_source=True,
+    ),
+    "recycle_learn": Kernel(
+        recycle_learn_arguments,
+        lambda a: ops.recycle_learn(**a),
+        own=("draft_tokens", "num_nodes", "path", "accept_length", "slots"),
+        results=("tables", "is_own"),
+        has_cuda_source=True,
+    ),
     "history_append": Kernel(
         append_arguments,
         lambda a: ops.history_append(**a),
@@ -430,6 +512,13 @@ KERNELS = {
             "max_len", "history", "history_len", "roots",
         ),
         results=("max_len", "history", "history_len", "roots", "num_path", "report"),
+        has_cuda_source=True,
+    ),
+    "prompt_lookup": Kernel(
+        lookup_arguments,
+        lambda a: ops.prompt_lookup(**a),
+        own=("history", "history_len", "max_len"),
+        results=("draft_tokens", "parents", "num_nodes", "match_len", "longest"),
         has_cuda_source=True,
     ),
     "draft_control": Kernel(
@@ -449,6 +538,13 @@ KERNELS = {
         own=("posterior", "slots", "limit", "drafted", "length", "confidence", "accept_length"),
         shared=("settings", "costs"),
         results=("posterior",),
+        has_cuda_source=True,
+    ),
+    "embed": Kernel(
+        embed_arguments,
+        lambda a: ops.embed(**a),
+        own=("tokens",),
+        results=("out",),
         has_cuda_source=True,
     ),
     "feature_sample": Kernel(

@@ -25,11 +25,15 @@ TAKEN = {
     "tree_settle": {
         "draft_tokens", "parents", "settled_tokens", "settled_parents", "depth", "ancestors",
     },
+    "recycle_propose": {"draft_tokens"},
+    "recycle_learn": {"logits", "draft_tokens", "path"},
     "history_append": {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
+    "prompt_lookup": {"history", "draft_tokens", "parents"},
     "draft_control": {"evidence"},
     "draft_control_update": set(),
+    "embed": {"table", "out"},
     "feature_sample": {"features", "embed", "out"},
     "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip

@@ -95,7 +95,7 @@ class RecycleDrafter:
         logits = taps[LOGITS_TAP]
         check_logits(logits, self._vocab_size)
         size = min(logits.shape[1], proposal.draft_tokens.shape[1])
-        is_accepted = accepted_nodes(result, size)
+        is_accepted = accepted_nodes(result.paths, size)
         tokens = proposal.draft_tokens[:, :size].numpy()
         ids = likeliest(logits[:, :size].reshape(-1, self._vocab_size)).reshape(*tokens.shape, -1)
         num_nodes, lengths = proposal.num_nodes.tolist(), result.lengths
@@ -151,9 +151,8 @@ def check_logits(logits: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(f"recycle: expected logits of {vocab_size} tokens, got {logits.shape[2]}")
 
 
-def accepted_nodes(result: AcceptResult, size: int) -> npt.NDArray[np.bool_]:
-    """``[B, size]``: which nodes are on the accepted path."""
-    paths = result.paths
+def accepted_nodes(paths: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.bool_]:
+    """``[B, size]``: which nodes are on the accepted ``paths [B, P]``."""
     is_accepted = np.zeros((len(paths), size), dtype=bool)
     rows, places = np.nonzero((paths >= 0) & (paths < size))
     is_accepted[rows, paths[rows, places]] = True

@@ -3,89 +3,91 @@
 A tree has all of its template's nodes. What is not known behind a token is token 0, which costs a
 row and moves no text; so a node has the same place in every tree, and a round's report says of
 each rank path how often it was right.
+
+Drafting is a launch and learning another, so that a whole round may be launches alone: what comes
+of it is then told as late as its report is read, and trees get their sizes from earlier rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from specrt import ops
 from specrt.device import Device, Mark
-from specrt.draft.base import Budget, DraftParams
+from specrt.draft.base import BatchTables, Budget, DraftParams
 from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.draft.length.measured import MeasuredPolicy
-from specrt.draft.recycle.drafter import Recycled, accepted_nodes, check_logits, template_of
+from specrt.draft.recycle.device_tables import DeviceTables, Slots
+from specrt.draft.recycle.drafter import accepted_nodes, check_logits, template_of
 from specrt.draft.recycle.template import NUM_RANKS, Template
 from specrt.models.step import LOGITS_TAP
 from specrt.reuse import Recent
-from specrt.tree import chain
-from specrt.types import AcceptResult, Proposal, SequenceState
+from specrt.tree import MAX_NODES, chain
+from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 
-_MAX_TEMPLATES = 64  # whose indices are kept
-
-
-class _Level(NamedTuple):
-    """The nodes of one depth, as indices on the device."""
-
-    nodes: torch.Tensor
-    """``[n]`` int64"""
-    parents: torch.Tensor
-    ranks: torch.Tensor
+_MAX_KINDS = 64  # of trees whose buffers are kept
 
 
-class _Placed(NamedTuple):
-    """A template on the device."""
+class _Kind(NamedTuple):
+    """What the buffers of a batch's trees follow from."""
 
-    parents: torch.Tensor
-    """``[M]`` int32; the root's is -1."""
-    levels: tuple[_Level, ...]
+    batch: int
+    template: Template
+    num_nodes: int
+    """The first so many of the template."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Timed(Recycled):
-    """A proposal, and when it was made."""
+class _Buffers:
+    """Static tensors of trees of one kind."""
 
-    marks: tuple[Mark, Mark] = (None, None)
-    """To be compared once the round is read."""
+    kind: _Kind
+    tree: Proposal
+    """Only its tokens are written."""
+    ranks: torch.Tensor
+    """``[M]`` int32, of the template."""
+    workspace: torch.Tensor
+    """To learn with."""
+
+    @classmethod
+    def make(cls, kind: _Kind, vocab_size: int, device: Device) -> _Buffers:
+        batch, template, size = kind
+        parents, ranks = device.there(
+            torch.from_numpy(np.stack([template.parents, template.ranks])[:, :size]).int()
+        )
+        tokens = device.zeros(batch, size, dtype=torch.int32)
+        tree = Proposal(tokens, parents.repeat(batch, 1), torch.full_like(tokens[:, 0], size))
+        floats = ops.recycle_learn_workspace(batch * size, vocab_size, NUM_RANKS)
+        return cls(kind, tree, ranks, device.zeros(floats))
+
+    def launch_propose(
+        self, slots: Slots, order: torch.Tensor, roots: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Fill the template: ``tokens [B, M]`` below ``roots [B]``, of the tables ``order [B]``."""
+        parents = self.tree.parents[0]
+        ops.recycle_propose(slots.rows, order, roots, parents, self.ranks, tokens)
 
 
-class _Table:
-    """The likeliest next tokens of each token, and which of them were learned here.
+@dataclass(frozen=True, eq=False)
+class _Drafted(Proposal):
+    """A proposal of a round that is not launched as a whole."""
 
-    Args:
-        rows: ``[V + 1, R]`` int32; the last one takes what is not to be learned.
-    """
+    buffers: _Buffers = field(kw_only=True)
+    marks: tuple[Mark, Mark] = field(kw_only=True)
+    """When it was made, to be compared once the round is read."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
-        self._is_own = torch.zeros_like(rows[:, :1], dtype=torch.bool)
 
-    def learn(self, tokens: torch.Tensor, ids: torch.Tensor, path: torch.Tensor) -> None:
-        """Take what came behind a tree's nodes.
+@dataclass(frozen=True)
+class _Plan:
+    """A launched round; equal ones have the very same buffers and tables."""
 
-        Of several nodes of one token the last on the path counts; where none was, the first.
-
-        Args:
-            tokens: ``[n]`` int32, of the nodes.
-            ids: ``[n, R]`` int32.
-            path: ``[P]`` int32, accepted nodes.
-        """
-        nodes = torch.ones_like(tokens).cumsum(0) - 1
-        is_accepted = (path[:, None] == nodes).any(dim=0)
-        priority = torch.where(is_accepted, nodes + len(tokens), len(tokens) - 1 - nodes)
-        is_same = tokens[:, None] == tokens
-        is_beaten = (is_same & (priority[:, None] < priority)).any(dim=1)
-        places = tokens.long().masked_fill(is_beaten, len(self.rows) - 1)
-        self.rows[:, : ids.shape[1]].index_copy_(0, places, ids)
-        self._is_own.index_fill_(0, places, True)
-
-    def merged_into(self, known: torch.Tensor) -> torch.Tensor:
-        """``known`` with what was learned here."""
-        return torch.where(self._is_own, self.rows, known)
+    buffers: _Buffers
+    slots: Slots
 
 
 class DeviceRecycleDrafter:
@@ -101,14 +103,13 @@ class DeviceRecycleDrafter:
     def __init__(self, vocab_size: int, device: Device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._known = device.zeros(vocab_size + 1, NUM_RANKS, dtype=torch.int32)
-        self._tables: dict[SequenceState, _Table] = {}
-        self._placed: Recent[Template, _Placed] = Recent(_MAX_TEMPLATES)
+        self._tables = DeviceTables(vocab_size, device)
+        self._buffers: Recent[_Kind, _Buffers] = Recent(_MAX_KINDS)
         self._policy = MeasuredPolicy(envelopes=GPU_ENVELOPES)
 
     def start(self, state: SequenceState) -> None:
         """Take a copy of what is known."""
-        self._tables[state] = _Table(self._known.clone())
+        self._tables.open(state)
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """The prompt's rows have no logits."""
@@ -116,21 +117,17 @@ class DeviceRecycleDrafter:
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Read a tree of each sequence off its table."""
         begun = self._device.mark()
-        roots = torch.tensor([[state.token_ids[-1]] for state in states], dtype=torch.int32)
         reach = max(state.num_left for state in states) - 1
-        template = template_of(budget, reach)
-        scores = np.tile(template.scores[1:], (len(states), 1))
-        size = len(template.parents)
-        if budget.params == DraftParams():
-            is_drafted = size > 1 and self._policy.begin() is not None
-            size = self._policy.size(scores, 1, budget.cost) if is_drafted else 1
-        if size == 1:
-            return chain(roots)
-        tokens = self._grow(states, self._device.there(roots), template)[:, :size].contiguous()
-        parents = self._place(template).parents[:size].expand(len(states), -1).contiguous()
-        counts = torch.ones_like(tokens[:, 0]) * size
-        marks = begun, self._device.mark()
-        return _Timed(tokens, parents, counts, scores=scores[:, : size - 1], marks=marks)
+        buffers = self._sized(len(states), budget, reach)
+        roots = [state.token_ids[-1] for state in states]
+        if buffers.kind.num_nodes == 1:
+            return chain(torch.tensor(roots, dtype=torch.int32)[:, None])
+        ints = torch.tensor([self._tables.numbers(states), roots], dtype=torch.int32)
+        order, there = self._device.there(ints)
+        tokens = torch.empty_like(buffers.tree.draft_tokens)  # others may be asked for before it
+        buffers.launch_propose(self._tables.slots, order, there, tokens)
+        fixed, marks = buffers.tree, (begun, self._device.mark())
+        return _Drafted(tokens, fixed.parents, fixed.num_nodes, buffers=buffers, marks=marks)
 
     def observe(
         self,
@@ -144,48 +141,106 @@ class DeviceRecycleDrafter:
         Raises:
             ValueError: the logits are of another vocabulary.
         """
-        logits = taps[LOGITS_TAP]
-        check_logits(logits, self._vocab_size)
-        size = min(logits.shape[1], proposal.draft_tokens.shape[1])
-        tokens = self._device.there(proposal.draft_tokens)
-        ids = logits[:, :size].topk(min(NUM_RANKS, self._vocab_size), dim=2).indices.int()
-        for row, state in enumerate(states):
-            count = size if result.report is None else int(result.report.num_nodes[row])
-            if result.lengths[row] >= 0:  # else its logits were NaN
-                rows = slice(min(count, size))
-                self._tables[state].learn(tokens[row, rows], ids[row, rows], result.path[row])
-        if isinstance(proposal, _Timed):
-            is_accepted = accepted_nodes(result, size)
+        batch, size = len(states), min(taps[LOGITS_TAP].shape[1], proposal.draft_tokens.shape[1])
+        counts = [size] * batch if result.report is None else result.report.num_nodes.tolist()
+        ints = torch.tensor([self._tables.numbers(states), counts], dtype=torch.int32)
+        order, num_nodes = self._device.there(ints)
+        tokens = self._device.there(proposal.draft_tokens)[:, :size]
+        floats = ops.recycle_learn_workspace(batch * size, self._vocab_size, NUM_RANKS)
+        workspace = self._device.zeros(floats)
+        slots = self._tables.slots
+        self._learn(slots, order, taps, tokens, num_nodes, result, workspace)
+        if isinstance(proposal, _Drafted):
             self._policy.observe_draft(self._device.ms_between(*proposal.marks), 0.0, 0)
-            self._policy.observe_outcome(proposal.scores[:, : size - 1], is_accepted[:, 1:], 1)
+            self._judge(proposal.buffers.kind, result.paths)
 
     def finish(self, state: SequenceState) -> None:
         """Forget the sequence, but not what it has learned."""
-        table = self._tables.pop(state, None)
-        if table is not None:
-            self._known = table.merged_into(self._known)
+        self._tables.close(state)
 
-    def _grow(
-        self, states: Sequence[SequenceState], roots: torch.Tensor, template: Template
-    ) -> torch.Tensor:
-        """``[B, M]`` int32: tokens of the template's nodes."""
-        tables = torch.stack([self._tables[state].rows.flatten() for state in states])
-        tokens = roots.expand(-1, len(template.parents)).contiguous()
-        for level in self._place(template).levels:
-            above = tokens.index_select(1, level.parents).long()
-            tokens.index_copy_(1, level.nodes, tables.gather(1, above * NUM_RANKS + level.ranks))
-        return tokens
+    # --- rounds that are launches alone -------------------------------------------------------
 
-    def _place(self, template: Template) -> _Placed:
-        placed = self._placed.get(template)
-        if placed is None:
-            there = self._device.there
-            parents = torch.from_numpy(template.parents).int()
-            parents[0] = -1
-            levels = [
-                _Level(*map(there, map(torch.from_numpy, (nodes, above, ranks))))
-                for nodes in template.levels
-                for above, ranks in [(template.parents[nodes], template.ranks[nodes])]
-            ]
-            placed = self._placed.put(template, _Placed(there(parents), tuple(levels)))
-        return placed
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> Hashable:
+        """How large the trees are; how near an output's end is, which the host learns too late, is
+        not looked at."""
+        return _Plan(self._sized(len(states), budget, MAX_NODES), self._tables.place(states))
+
+    def launch_propose(self, plan: Hashable, tables: BatchTables) -> Proposal:
+        """Read a tree of each sequence off its table."""
+        assert isinstance(plan, _Plan)
+        tree, order = plan.buffers.tree, plan.slots.order[: plan.buffers.kind.batch]
+        if plan.buffers.kind.num_nodes > 1:
+            plan.buffers.launch_propose(plan.slots, order, tables.roots, tree.draft_tokens)
+        return tree
+
+    def launch_observe(
+        self,
+        plan: Hashable,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Learn from every verified row.
+
+        Raises:
+            ValueError: the logits are of another vocabulary.
+        """
+        assert isinstance(plan, _Plan)
+        slots, order = plan.slots, plan.slots.order[: plan.buffers.kind.batch]
+        workspace = plan.buffers.workspace
+        self._learn(slots, order, taps, tree.draft_tokens, tree.num_nodes, result, workspace)
+
+    def told(self, states: Sequence[SequenceState], plan: Hashable, report: RoundReport) -> None:
+        """Learn how far the trees were right. (What their launch took is part of the round's time,
+        by which sizes are judged.)"""
+        assert isinstance(plan, _Plan)
+        self._policy.observe_draft(0.0, 0.0, 0)
+        self._judge(plan.buffers.kind, report.path)
+
+    # --- both ---------------------------------------------------------------------------------
+
+    def _sized(self, batch: int, budget: Budget, reach: int) -> _Buffers:
+        """Of trees as large as pays; of one node where drafting pauses."""
+        template = template_of(budget, reach)
+        size = len(template.parents)
+        if budget.params == DraftParams():
+            scores = np.tile(template.scores[1:], (batch, 1))
+            is_drafted = size > 1 and self._policy.begin() is not None
+            size = self._policy.size(scores, 1, budget.cost) if is_drafted else 1
+        kind = _Kind(batch, template, size)
+        known = self._buffers.get(kind)
+        if known is None:
+            made = _Buffers.make(kind, self._vocab_size, self._device)
+            known = self._buffers.put(kind, made)
+        return known
+
+    def _learn(
+        self,
+        slots: Slots,
+        order: torch.Tensor,
+        taps: Mapping[str, torch.Tensor],
+        tokens: torch.Tensor,
+        num_nodes: torch.Tensor,
+        result: AcceptResult,
+        workspace: torch.Tensor,
+    ) -> None:
+        check_logits(taps[LOGITS_TAP], self._vocab_size)
+        ops.recycle_learn(
+            taps[LOGITS_TAP][:, : tokens.shape[1]],
+            tokens,
+            num_nodes,
+            result.path,
+            result.accept_length,
+            order,
+            slots.rows,
+            slots.is_own,
+            workspace,
+        )
+
+    def _judge(self, kind: _Kind, paths: np.ndarray) -> None:
+        """Take what came of trees of a kind."""
+        if kind.num_nodes > 1:
+            scores = np.tile(kind.template.scores[1 : kind.num_nodes], (kind.batch, 1))
+            is_accepted = accepted_nodes(paths, kind.num_nodes)
+            self._policy.observe_outcome(scores, is_accepted[:, 1:], 1)

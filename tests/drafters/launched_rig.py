@@ -1,0 +1,180 @@
+"""Rounds of a batch as an engine launches them, in small: the host a round behind, or not.
+
+What a drafter launches may be nothing but ops and views, since a graph is to hold it; what it gets
+is told a round late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specrt import ops
+from specrt.accept import Accepting, Read
+from specrt.cache import CacheBatch
+from specrt.draft.base import BatchTables, Budget, Drafter, DraftParams, LaunchedDrafter
+from specrt.draft.length.costs import RoundCost
+from specrt.models.model import LlamaModel
+from specrt.ops.history_append import report_size
+from specrt.sampling import SamplingParams, SamplingRows
+from specrt.tree import Settler
+from specrt.types import AcceptResult, DraftTree, Proposal, SequenceState
+
+_ROOM = 256  # of a history
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Fails at whatever a graph would not hold: torch's own work, allocations among it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        assert is_view, f"{func} in a launched round"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def only_launches() -> Iterator[None]:
+    """Of what is done meanwhile nothing is torch's but views."""
+    with _OnlyViews():
+        yield
+
+
+class Rounds:
+    """B sequences that decode, none of which ends.
+
+    Args:
+        model: the target, on a GPU.
+        drafter: theirs.
+        prompts: of the sequences.
+        params: how each is sampled.
+        draft: the shape of trees.
+        max_nodes: of a tree.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        drafter: Drafter,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        draft: DraftParams | None = None,
+        max_nodes: int = 16,
+    ) -> None:
+        self._model, self.drafter = model, drafter
+        device, vocab_size = model.device, model.config.vocab_size
+        self._budget = Budget(max_nodes, RoundCost(slope=0.0), draft)
+        self._settler = Settler(vocab_size, device)
+        self._accepting = Accepting(vocab_size, device)
+        self.states = [
+            SequenceState(list(p), len(p), _ROOM, s.seed or 0, s.temperature)
+            for p, s in zip(prompts, params, strict=True)
+        ]
+        cache = model.new_cache()
+        self._cached = CacheBatch(cache, [cache.open(_ROOM) for _ in prompts])
+        for state, one in zip(self.states, self._cached.sequences, strict=True):
+            drafter.start(state)
+            for start, taps in model.extend(
+                state.token_ids[:-1], CacheBatch(cache, [one]), taps=drafter.taps
+            ):
+                drafter.prefill(state, start, taps)
+        self._cached.update(self._cached.sequences)
+        history = torch.zeros(len(prompts), _ROOM, dtype=torch.int32)
+        for row, state in enumerate(self.states):
+            history[row, : len(state.token_ids)] = torch.tensor(state.token_ids)
+        lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int32)
+        ends = [p[-1] for p in prompts]
+        rows = SamplingRows(len(prompts), vocab_size, device)
+        for row, (state, one) in enumerate(zip(self.states, params, strict=True)):
+            rows.write(row, one, state.prompt_len)
+        self.tables = BatchTables(
+            device.there(history),
+            device.there(lengths),
+            device.there(torch.full_like(lengths, _ROOM)),
+            device.there(torch.tensor(ends, dtype=torch.int32)),
+            self._cached.block_table,
+            self._cached.kv_len,
+            rows.table(len(prompts)),
+        )
+        self._room = device.there(torch.full_like(lengths, max_nodes))
+        self._stops = device.there(torch.full_like(lengths, -1)[:, None])
+        self._num_path = device.zeros(len(prompts), dtype=torch.int32)
+        self.trees: list[Proposal] = []
+        """What was proposed, round by round, on the host."""
+
+    def launched(self, count: int) -> None:
+        """Run so many rounds, each launched before the one before it was read."""
+        drafter, waiting = self.drafter, None
+        assert isinstance(drafter, LaunchedDrafter)
+        for _ in range(count):
+            plan = drafter.plan(self.states, self._budget)
+            assert plan is not None and plan == plan and isinstance(hash(plan), int)
+            with only_launches():
+                proposal = drafter.launch_propose(plan, self.tables)
+            tree, result, taps, report = self._verify(proposal)
+            with only_launches():
+                drafter.launch_observe(plan, self.tables, tree, result, taps)
+            if waiting is not None:
+                self._tell(*waiting)
+            waiting = plan, report, tree.draft_tokens.shape[1]
+        if waiting is not None:
+            self._tell(*waiting)
+
+    def told_at_once(self, count: int) -> None:
+        """Run so many rounds by ``propose`` and ``observe``."""
+        for _ in range(count):
+            proposal = self.drafter.propose(self.states, self._budget)
+            tree, result, taps, report = self._verify(proposal)
+            read = Read(self._model.device.read(report).numpy(), tree.draft_tokens.shape[1])
+            result = replace(result, report=read.for_drafters())
+            self.drafter.observe(self.states, proposal, result, taps)
+            self._append(read)
+
+    def finish(self) -> None:
+        for state in self.states:
+            self.drafter.finish(state)
+
+    def _verify(
+        self, proposal: Proposal
+    ) -> tuple[DraftTree, AcceptResult, dict[str, torch.Tensor], torch.Tensor]:
+        device, tables = self._model.device, self.tables
+        tree = self._settler.settle(proposal, tables.roots, self._room, self._budget.max_nodes)
+        fields = tree.draft_tokens, tree.parents, tree.num_nodes
+        self.trees.append(Proposal(*map(device.read, fields)))
+        output = self._model.forward(tree, self._cached, taps=self.drafter.taps)
+        result = self._accepting.accept(
+            tree, output.logits, tables.sampling, tables.history, tables.history_len
+        )
+        size = result.tokens.shape
+        report = device.empty(size[0], report_size(size[1], False), dtype=torch.int32)
+        ops.history_append(
+            tree.num_nodes,
+            tree.depth,
+            result.path,
+            result.accept_length,
+            result.tokens,
+            None,
+            self._stops,
+            tables.max_len,
+            tables.history,
+            tables.history_len,
+            tables.roots,
+            self._num_path,
+            report,
+        )
+        self._cached.move(result.path, self._num_path)
+        return tree, result, dict(output.taps), report
+
+    def _tell(self, plan: Any, report: torch.Tensor, size: int) -> None:
+        read = Read(self._model.device.read(report).numpy(), size)
+        assert isinstance(self.drafter, LaunchedDrafter)
+        self.drafter.told(self.states, plan, read.for_drafters())
+        self._append(read)
+
+    def _append(self, read: Read) -> None:
+        for state, outcome, tokens in zip(self.states, read.outcomes, read.tokens, strict=True):
+            state.token_ids.extend(tokens[: outcome.num_taken])
