@@ -88,7 +88,9 @@ def test_bytes_of_a_round(target: Bench) -> None:
 def test_as_much_is_accepted_as_was_planted(target: Bench, nodes: int) -> None:
     model = LlamaModel(target.config, target.weights)
     trace = Trace(nodes, 4, [2, 0, 4, 1, 3])
-    drafter = PlantedDrafter(target.expected.token_ids, trace, target.config.vocab_size)
+    drafter = PlantedDrafter(
+        target.expected.token_ids, trace, target.config.vocab_size, model.device
+    )
     ours = Ours(model, drafter, None)
     seen: list[int] = []
     propose = drafter.propose
@@ -118,7 +120,7 @@ def test_what_was_recorded() -> None:
 def test_a_trace_that_no_tree_fits() -> None:
     for trace in (Trace(5, 5, [1]), Trace(60, 6, [1])):
         with pytest.raises(ValueError, match="trace: expected depth < num_nodes < 50"):
-            PlantedDrafter([], trace, 50)
+            PlantedDrafter([], trace, 50, Device())
 
 
 # --- whole rounds -----------------------------------------------------------------------------

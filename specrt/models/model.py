@@ -30,6 +30,7 @@ from specrt.models.layer_run import LowerLayers
 from specrt.models.layouts import matrix_shapes
 from specrt.models.loader import LayerWeights, Weights
 from specrt.models.placement import check_placed
+from specrt.models.prefill import Piece, Prompts
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import (
     FINAL_TAP,
@@ -43,7 +44,7 @@ from specrt.models.step import (
     with_logits_tap,
 )
 from specrt.reuse import Recent
-from specrt.tree import MAX_NODES, ChainTrees
+from specrt.tree import MAX_NODES
 from specrt.types import DraftTree, VerifyOutput
 
 _MAX_STEPS = 1024  # whose buffers are kept: those of the sizes that came up last
@@ -112,7 +113,7 @@ class LlamaModel:
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
-        self._chains = ChainTrees(self.device)
+        self.prompts = Prompts(self.device)  # how they are cut into pieces
         self.lock = FairLock()  # who has it may use the buffers, and what `forward` gave
 
     def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
@@ -144,7 +145,7 @@ class LlamaModel:
                 are read.
             batch: the B sequences the trees continue.
             taps: hidden states to return: ``"final"``, :func:`layer_tap` names, ``"logits"``.
-            has_logits: False skips the LM head (prefill); logits are then ``[B, 0, V]``.
+            has_logits: False skips the LM head; logits are then ``[B, 0, V]``.
             first_node: ``[B]`` int32; the given nodes are those from this index on of a larger
                 tree whose earlier nodes were run before (their rows still lie past ``kv_len``).
             lower: what the drafter was lent: layers that it ran for this very tree are left out.
@@ -162,10 +163,7 @@ class LlamaModel:
         run = None if lower is None or first_node is not None else lower.take(tree, batch, taps)
         first = 0 if run is None else run.shape.num_layers
         key = StepKey.of(tree, batch.block_table.shape[1], has_logits, taps, first)
-        self._ensure_buffers(key, batch.num_positions)
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps.put(key, Step(key, self._output(key), self.device))
+        step = self._step(key, batch.num_positions)
         step.stage(tree, batch, first_node)
         start = self._start(key)
         if run is None:
@@ -217,18 +215,31 @@ class LlamaModel:
             ids: the tokens that follow what ``batch``, of one sequence, holds; a prompt may come
                 in any number of calls, to the same bits.
             batch: their cache, with pages for them.
-            taps: as for :meth:`forward`.
+            taps: as for :meth:`forward`; there are no logits.
 
         Yields:
-            The index in ``ids`` where a piece starts and its taps ``[1, n, H]``.
+            An index in ``ids`` and the taps ``[1, n, H]`` from there on, n at most 128; all in
+            order. They are valid until the model runs again.
         """
-        tokens = self.device.there(torch.tensor([list(ids)], dtype=torch.int32))
-        for start in range(0, tokens.shape[1], MAX_NODES):
-            tree = self._chains.of(tokens[:, start : start + MAX_NODES])
-            output = self.forward(tree, batch, taps=taps, has_logits=False)
-            batch.move(tree.depth, tree.num_nodes)  # a chain's node i has depth i
-            batch.advance([tree.draft_tokens.shape[1]])
-            yield start, output.taps
+        for piece in self.prompts.pieces(ids, batch):
+            states = self._run_piece(piece, batch, taps)
+            batch.move(piece.path, piece.num_path)
+            batch.advance([piece.cut.count])
+            yield from piece.slices(states)
+
+    def _run_piece(
+        self, piece: Piece, batch: CacheBatch, taps: tuple[str, ...]
+    ) -> Mapping[str, torch.Tensor]:
+        """Taps ``[C, length, H]`` of a piece's chains."""
+        key = StepKey.of(piece.tree, batch.block_table.shape[1], False, taps, 0)
+        key = key._replace(is_chained=piece.cut.num_chains > 1)
+        step = self._step(key, batch.num_positions)
+        step.stage(piece.tree, piece.tables)
+        self.embed_tokens(step.tokens.view(-1), self._start(key))
+        self.device.run(
+            (self, batch.cache, step), lambda: self._launch(key, step.rows, batch.cache)
+        )
+        return step.output.taps
 
     # --- buffers ------------------------------------------------------------------------------
 
@@ -264,6 +275,12 @@ class LlamaModel:
                 continue
             check_tap(tap, self.config.num_layers)
             self._tap_buffers[tap] = torch.empty_like(self._workspace.hidden)
+
+    def _step(self, key: StepKey, num_positions: int) -> Step:
+        """The buffers of a step, and room in those that all share."""
+        self._ensure_buffers(key, num_positions)
+        step = self._steps.get(key)
+        return step or self._steps.put(key, Step(key, self._output(key), self.device))
 
     def _forget_buffers(self) -> None:
         self._steps.clear()
@@ -320,19 +337,7 @@ class LlamaModel:
 
     def launch_kv(self, index: int, hidden: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
         """Append a layer's keys and values of ``hidden [B * N, H]``, and nothing more."""
-        heads = self._project(self.weights.layers[index], hidden, rows)
-        ops.rope_append(
-            heads.q,
-            heads.k,
-            heads.v,
-            rows.depth,
-            rows.kv_len,
-            rows.first_node,
-            rows.num_nodes,
-            rows.block_table,
-            self._cos_sin,
-            *cache.layer(index),
-        )
+        self._append(index, self._project(self.weights.layers[index], hidden, rows), rows, cache)
 
     def launch_head(
         self, hidden: torch.Tensor, feature: torch.Tensor, logits: torch.Tensor | None
@@ -345,8 +350,11 @@ class LlamaModel:
     def _launch(self, key: StepKey, rows: StepRows, cache: KVCache) -> None:
         count = key.batch * key.num_nodes
         work = self._workspace
-        hidden = self._start(key)
-        for index in range(key.first_layer, self.config.num_layers):
+        hidden, last = self._start(key), self.config.num_layers - 1
+        for index in range(key.first_layer, last + 1):
+            if index == last and not key.reads_layer(last):
+                self.launch_kv(last, hidden, rows, cache)
+                return
             # A tapped layer's output is read by the next layer where it lies, never written.
             is_tapped = layer_tap(index) in key.taps
             out = (self._tap_buffers[layer_tap(index)] if is_tapped else work.hidden)[:count]
@@ -370,6 +378,13 @@ class LlamaModel:
                 ops.rms_norm(flat, norm, self._head_eps, out=flat)
         return heads
 
+    def _append(self, index: int, heads: Heads, rows: StepRows, cache: KVCache) -> None:
+        """Rotate queries in place; rotated keys, and values, into the cache."""
+        ops.rope_append(
+            *heads, rows.depth, rows.kv_len, rows.first_node, rows.num_nodes, rows.block_table,
+            self._cos_sin, *cache.layer(index),
+        )  # fmt: skip
+
     def _attention(
         self,
         layer: LayerWeights,
@@ -382,6 +397,10 @@ class LlamaModel:
         """``out = hidden + O(attention(heads))`` for ``inputs`` = (heads, hidden)."""
         config, (heads, hidden) = self.config, inputs
         attended = self._workspace.attended[: hidden.shape[0]]
+        append: ops.Append | None = ops.Append(heads.k, heads.v, rows.depth, self._cos_sin)
+        if rows.is_chained:
+            self._append(index, heads, rows, cache)
+            append = None
         ops.tree_attention(
             heads.q,
             *cache.layer(index),
@@ -393,7 +412,7 @@ class LlamaModel:
             config.head_dim**-0.5,
             out=attended.view(*rows.depth.shape, config.num_heads, -1),
             workspace=None if self._scratch is None else self._scratch.attention,
-            append=ops.Append(heads.k, heads.v, rows.depth, self._cos_sin),
+            append=append,
         )
         self.launch_linear(attended, layer.o, layer.o_bias, hidden, out=out)
 

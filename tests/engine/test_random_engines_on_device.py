@@ -13,7 +13,7 @@ import torch
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Budget, Drafter, DraftParams
-from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine import batch as batch_module
@@ -150,7 +150,7 @@ def drafter_of(
         case "small model":
             return SmallModelDrafter(model, depth=3, width=2)
         case "prompt lookup":
-            return PromptLookupDrafter()
+            return DevicePromptLookupDrafter(model.device)
         case "trees":
             return RandomTreeDrafter(answers, VOCAB, 12)
     return Hostile(model, answers)
