@@ -196,6 +196,7 @@ def least_work() -> dict[str, Callable[[], object]]:
         "history_append": lambda: ops.history_append(
             count, depth, path, zero, tokens, None, parents, zero, below, empty, *of_one, record
         ),
+        "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
         "feature_sample": lambda: ops.feature_sample(
             zero, None, one, None, one, token_fc=one, eps=1e-6, workspace=scratch, out=joined
         ),

@@ -96,13 +96,12 @@ class Rounds:
             device.there(lengths),
             device.there(torch.full_like(lengths, _ROOM)),
             device.there(torch.tensor(ends, dtype=torch.int32)),
-            self._cached.block_table,
-            self._cached.kv_len,
+            device.there(torch.full_like(lengths, max_nodes)),
+            device.zeros(len(prompts), dtype=torch.int32),
+            device.there(torch.full_like(lengths, -1)[:, None]),
+            self._cached,
             rows.table(len(prompts)),
         )
-        self._room = device.there(torch.full_like(lengths, max_nodes))
-        self._stops = device.there(torch.full_like(lengths, -1)[:, None])
-        self._num_path = device.zeros(len(prompts), dtype=torch.int32)
         self.trees: list[Proposal] = []
         """What was proposed, round by round, on the host."""
 
@@ -112,7 +111,7 @@ class Rounds:
         assert isinstance(drafter, LaunchedDrafter)
         for _ in range(count):
             plan = drafter.plan(self.states, self._budget)
-            assert plan is not None and plan == plan and isinstance(hash(plan), int)
+            assert plan is not None
             with only_launches():
                 proposal = drafter.launch_propose(plan, self.tables)
             tree, result, taps, report = self._verify(proposal)
@@ -142,7 +141,7 @@ class Rounds:
         self, proposal: Proposal
     ) -> tuple[DraftTree, AcceptResult, dict[str, torch.Tensor], torch.Tensor]:
         device, tables = self._model.device, self.tables
-        tree = self._settler.settle(proposal, tables.roots, self._room, self._budget.max_nodes)
+        tree = self._settler.settle(proposal, tables.roots, tables.room, self._budget.max_nodes)
         fields = tree.draft_tokens, tree.parents, tree.num_nodes
         self.trees.append(Proposal(*map(device.read, fields)))
         output = self._model.forward(tree, self._cached, taps=self.drafter.taps)
@@ -158,21 +157,21 @@ class Rounds:
             result.accept_length,
             result.tokens,
             None,
-            self._stops,
+            tables.stop_ids,
             tables.max_len,
             tables.history,
             tables.history_len,
             tables.roots,
-            self._num_path,
+            tables.num_path,
             report,
         )
-        self._cached.move(result.path, self._num_path)
+        self._cached.move(result.path, tables.num_path)
         return tree, result, dict(output.taps), report
 
     def _tell(self, plan: Any, report: torch.Tensor, size: int) -> None:
         read = Read(self._model.device.read(report).numpy(), size)
         assert isinstance(self.drafter, LaunchedDrafter)
-        self.drafter.told(self.states, plan, read.for_drafters())
+        self.drafter.told(self.states, plan, read.for_drafters(), 1.0)
         self._append(read)
 
     def _append(self, read: Read) -> None:

@@ -51,7 +51,8 @@ def tables_of(gpu: Device) -> BatchTables:
     """One sequence's; only its root is looked at."""
     ints, table = gpu.zeros(1, dtype=torch.int32), gpu.zeros(1, 1, dtype=torch.int32)
     sampling = SamplingRows(1, VOCAB, gpu).table(1)
-    return BatchTables(table, ints, ints, ints, table, ints, sampling)
+    batch = CacheBatch(KVCache(CONFIG, torch.float32, device=gpu))
+    return BatchTables(table, ints, ints, ints, ints, ints, table, batch, sampling)
 
 
 def same(one: torch.Tensor, other: torch.Tensor, device: Device) -> bool:
@@ -95,7 +96,7 @@ def test_sizes_follow_reports(gpu: Device, is_right: bool) -> None:
         if is_right and sizes[-1] > 1:
             path[0, 1] = 1
         counts = (np.array([n], dtype=np.int32) for n in (sizes[-1], is_right, 1 + is_right))
-        drafter.told([state], plan, RoundReport(*counts, path))
+        drafter.told([state], plan, RoundReport(*counts, path), 1.0)
     assert max(sizes) > 1 and (sizes.count(1) >= 10) == (not is_right)
 
 

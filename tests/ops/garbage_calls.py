@@ -298,6 +298,16 @@ def learn_arguments(variant: int, backend: Backend) -> Arguments:
 # --- features
 
 
+def tail_arguments(variant: int, backend: Backend) -> Arguments:
+    g = generator(variant)
+    return {
+        "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
+        "history_len": ints(9, 3, 1),
+        "tokens": torch.zeros(BATCH, 2 + variant, dtype=torch.int32),
+        "start": ints(0, 0, 0),
+    }
+
+
 # --- recycled trees
 
 
@@ -477,6 +487,13 @@ KERNELS = {
             "max_len", "history", "history_len", "roots",
         ),
         results=("max_len", "history", "history_len", "roots", "num_path", "report"),
+        has_cuda_source=True,
+    ),
+    "history_tail": Kernel(
+        tail_arguments,
+        lambda a: ops.history_tail(**a),
+        own=("history", "history_len"),
+        results=("tokens", "start"),
         has_cuda_source=True,
     ),
     "draft_control": Kernel(
