@@ -6,6 +6,8 @@ memory unless the caches hold them all. Ours runs as the engine runs it, as a ca
 
 Before any timing every row of 1..128 rows is compared with the row computed alone; one bit of
 difference ends the run.
+
+``--device cuda`` has the shapes of large models and cuBLAS beside it: ``linear_cuda.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
+from bench import gpu
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt import ops
 from specrt.ops.graph import CpuGraph
@@ -117,7 +120,15 @@ def bench(shape: str, dtype: str, counts: Sequence[int], rounds: int) -> list[Ro
 
 def main() -> None:
     """Check, measure and report."""
-    args = start(parser(__doc__))
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments)
+    args = start(arguments)
+    if args.device == "cuda":
+        device = gpu.chosen_device(args)
+        from bench import linear_cuda
+
+        linear_cuda.run(args, device)
+        return
     counts = (1, 8) if args.quick else ROWS
     checked = (2, 3, 5, 8, 17, MAX_ROWS) if args.quick else range(1, MAX_ROWS + 1)
     rows = []

@@ -1,9 +1,10 @@
 """The small kernels against plain torch expressions, and what calling any op costs.
 
-The first table times ``rms_norm``, ``rope_append``, ``silu_mul`` and ``kv_commit`` at 1, 8 and 64
-rows (kv_commit: committed rows, one slot further down) of the bundled model's and of Llama-3-8B's
-shape, one Python call each. Rows named ``call:`` are every op on the least work it takes, that is,
-wrapper and binding alone; the goal is 3 µs. ``--device cuda`` is ``small_kernels_cuda.py``.
+The first table times ``rms_norm``, ``rope_append``, ``silu_mul``, ``embed`` and ``kv_commit`` at 1,
+8 and 64 rows (kv_commit: committed rows, one slot further down) of the bundled model's and of
+Llama-3-8B's shape, one Python call each. Rows named ``call:`` are every op on the least work it
+takes, that is, wrapper and binding alone; the goal is 3 µs. ``--device cuda`` is
+``small_kernels_cuda.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from specrt.sampling import SamplingParams, SamplingTable
 
 ROWS = (1, 8, 64)
 PAGE = 64
+_VOCAB = 1024
 PREFIX = 200
 """Committed slots before the rows."""
 
@@ -87,6 +89,13 @@ def silu_mul(shape: Shape, num_rows: int) -> Pair:
     return lambda: ops.silu_mul(gate_up, out=out), lambda: torch.mul(F.silu(gate), up, out=out)
 
 
+def embed(shape: Shape, num_rows: int) -> Pair:
+    """torch: a selection and, where the types differ, a copy."""
+    table = torch.randn(_VOCAB, shape.hidden_size).to(shape.dtype)
+    out, tokens = torch.empty(num_rows, shape.hidden_size), torch.arange(num_rows).int() * 7
+    return lambda: ops.embed(tokens, table, out), lambda: out.copy_(table.index_select(0, tokens))
+
+
 def rope_append(shape: Shape, num_rows: int) -> Pair:
     """torch: rotation of both halves, then two indexed writes into the pages."""
     heads = shape.num_heads + 2 * shape.num_kv_heads
@@ -140,6 +149,7 @@ KERNELS: dict[str, Callable[[Shape, int], Pair]] = {
     "rms_norm": rms_norm,
     "rope_append": rope_append,
     "silu_mul": silu_mul,
+    "embed": embed,
     "kv_commit": kv_commit,
 }
 
@@ -182,6 +192,7 @@ def least_work() -> dict[str, Callable[[], object]]:
         ),
         "linear": lambda: ops.linear(x, weight, out=one),
         "rms_norm": lambda: ops.rms_norm(x, vector, 1e-6, out=normed),
+        "embed": lambda: ops.embed(zero, weight, normed),
         "silu_mul": lambda: ops.silu_mul(pair, out=one),
         "rope_append": lambda: ops.rope_append(
             q, q, q, depth, cache.kv_len, zero, count, cache.table, table, kv[0], kv[1]
@@ -197,6 +208,9 @@ def least_work() -> dict[str, Callable[[], object]]:
             count, depth, path, zero, tokens, None, parents, zero, below, empty, *of_one, record
         ),
         "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
+        "prompt_lookup": lambda: ops.prompt_lookup(
+            tokens, zero, zero, 1, 1, 1, 0, path, below, *of_one, record[0, :1]
+        ),
         "feature_sample": lambda: ops.feature_sample(
             zero, None, one, None, one, token_fc=one, eps=1e-6, workspace=scratch, out=joined
         ),

@@ -29,6 +29,21 @@ _ALPHAS, _BETAS = slice(-2 * NUM_BINS, -NUM_BINS), slice(-NUM_BINS, None)
 Tensors = tuple[torch.Tensor, ...]
 
 
+class Embed:
+    """torch: a selection."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        self._table = place.randn(_VOCAB, model.hidden_size)
+        self._tokens = place.ints(*(7 * row % _VOCAB for row in range(rows)))
+        self._out, self._torch_out = (place.poison(rows, model.hidden_size) for _ in range(2))
+
+    def ours(self) -> Tensors:
+        return (ops.embed(self._tokens, self._table, self._out),)
+
+    def torchs(self) -> Tensors:
+        return (torch.index_select(self._table, 0, self._tokens, out=self._torch_out),)
+
+
 class FeatureSample:
     """torch: the formula, with products of its own."""
 

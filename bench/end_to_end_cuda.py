@@ -110,7 +110,7 @@ class Bench:
 
     def __init__(self, device: Device, name: str, job: Job) -> None:
         self._device = device
-        self.model, self.job = device.models[name], job
+        self.model, self.job = device.targets[name], job
         is_real = device.place.device == "cuda"
         spec = SPECS[name] if is_real else Spec(500, 10000.0, 256)
         self._hf_config = hf_config(self.model, spec)

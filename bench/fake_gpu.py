@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.gpu import Contender, Place, Timings
-from bench.limits import MODELS, Ceilings, Model
+from bench.limits import MODELS, TARGETS, Ceilings, Model
 
 _SMALL = Model(256, 208, 2, 4, 2, 64)
 _LAUNCH = 1e-6
@@ -29,6 +29,7 @@ class FakeGpu:
 
     place = Place("cpu", torch.float32)
     models: Mapping[str, Model] = dict.fromkeys(MODELS, _SMALL)
+    targets: Mapping[str, Model] = dict.fromkeys(TARGETS, _SMALL)
 
     def __init__(self, fail_at: int = 0, *, stays_broken: bool = False) -> None:
         self.num_asked = 0

@@ -18,7 +18,7 @@ import torch
 
 from bench.clocks import clocks as read_clocks
 from bench.harness import RESULTS
-from bench.limits import MODELS, Ceilings, Model
+from bench.limits import MODELS, TARGETS, Ceilings, Model
 
 Launch = Callable[[], object]
 OURS = "ours"
@@ -87,6 +87,10 @@ class Device(Protocol):
     def models(self) -> Mapping[str, Model]:
         """Shapes by the names under which they are reported."""
 
+    @property
+    def targets(self) -> Mapping[str, Model]:
+        """The same, of those whose whole rounds are measured."""
+
     def facts(self) -> dict[str, Any]: ...
     def clocks(self) -> dict[str, Any]: ...
     def ceilings(self) -> Ceilings: ...
@@ -102,6 +106,7 @@ class Gpu:
 
     place = Place()
     models: Mapping[str, Model] = MODELS
+    targets: Mapping[str, Model] = TARGETS
 
     def facts(self) -> dict[str, Any]:
         return facts()

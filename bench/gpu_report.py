@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -50,7 +51,7 @@ def run_bench(
     start = time.monotonic()
     try:
         facts, ceilings = device.facts(), device.ceilings()
-        where = environment() | {"gpu": facts | {"busy": device.clocks()}}
+        where = environment() | {"gpu": facts | {"busy": device.clocks()}, "blas": blas_facts()}
     except Exception as error:
         raise SystemExit(f"the device does not answer: {gpu.reason(error)}") from None
     rows: list[Row] = []
@@ -75,6 +76,16 @@ def run_bench(
         raise SystemExit(f"{len(errors)} cases failed; the first: {errors[0][:400]}")
     if not rows:
         raise SystemExit(f"nothing was measured: {'; '.join(missing)[:400]}")
+
+
+def blas_facts() -> dict[str, str | bool | None]:
+    """What torch's products, which ours are compared with, depend on."""
+    settings, backend = torch.backends.cuda.matmul, torch.backends.cuda.preferred_blas_library()
+    return {
+        "library": str(backend).rpartition(".")[2],
+        "reduced_precision": bool(settings.allow_bf16_reduced_precision_reduction),
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
 
 
 def _tried(measured: Callable[[], Measured], case: str, errors: list[str]) -> Measured:

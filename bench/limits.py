@@ -8,9 +8,10 @@ from typing import Any
 BF16 = 2
 FLOAT = INT = 4
 WORD = DOUBLE = 8
-WORD = 8
 TREE_TOP_K, TREE_DEPTH = 10, 6
 """Of the pool that a tree is chosen from: children of a node, levels below the root's children."""
+LOOKUP_HISTORY = 8192
+"""Tokens that are looked through."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ MODELS = {
     "Llama-3-8B": Model(4096, 14336, 32, 32, 8, 128, 128_256),
     "Vicuna-7B": Model(4096, 11008, 32, 32, 32, 128, 32_000),
 }
+"""Whose kernels are measured one by one."""
+TARGETS = {**MODELS, "Llama-3-70B/4": Model(8192, 7168, 80, 16, 2, 128, 32_064)}
+"""Whose rounds are measured; ``/4``: a quarter of the model, as each of four GPUs has it, without
+what they tell one another."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Ceilings:
         return "memory" if is_memory else "compute"
 
 
+H100 = Ceilings(3.0e12, 790e12)
 H200 = Ceilings(4.3e12, 790e12)
-"""A device-to-device copy and a large bf16 product on random data, on that GPU."""
+"""A device-to-device copy and a large bf16 product on random data, on these GPUs."""
 
 
 def rms_norm(model: Model, rows: int) -> Work:
@@ -90,6 +96,16 @@ def tree_settle(model: Model, rows: int) -> Work:
 def history_append(model: Model, rows: int) -> Work:
     """Depth, path and tokens read; tokens to the history and both to a report; of any model."""
     return Work(rows * 6 * INT)
+
+
+def embed(model: Model, rows: int) -> Work:
+    """Rows of the table read and written."""
+    return Work(rows * (2 * model.hidden_size * BF16 + INT))
+
+
+def prompt_lookup(model: Model, rows: int) -> Work:
+    """A history that has to be read whole, tokens and parents of ``rows`` nodes; of any model."""
+    return Work((LOOKUP_HISTORY + 2 * rows) * INT)
 
 
 def feature_sample(model: Model, rows: int) -> Work:

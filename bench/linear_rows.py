@@ -1,12 +1,12 @@
-"""Are the rows of ``linear`` independent of one another on this GPU, and how fast are weights read?
+"""Are the rows of ``linear`` independent of one another on this GPU, by whatever layout?
 
 Every matrix of three models, in both 16-bit types. A row's bits must be the same at each of the 128
-places of a product, with every number of rows, and alone: 128 cyclic
-shifts of 128 rows bring each row to each place. Results are compared in float32, so that no
-rounding hides a bit. Exit code 1 if one differs.
+places, with every number of rows, and alone; by the layout in use and by each that could be asked
+for: 128 cyclic shifts of 128 rows bring each row to each place. Results are compared in float32, so
+that no rounding hides a bit. gate_up is looked at once more as it is run, gated. Exit code 1 if one
+differs, or is further from cuBLAS' product than rounding explains.
 
-``us`` is a call of the op on 60 rows, ``product_us`` cuBLAS' product of 128 rows,
-``torch_us`` a product of 60 rows in 16 bits; weights come from memory, not from the cache.
+``us`` is 60 rows in a graph, weights from memory; ``bench.bench_linear --device cuda`` has more.
 """
 
 from __future__ import annotations
@@ -14,74 +14,30 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bench import gpu, limits
 from bench.gpu import OURS, Contender, Device
 from bench.gpu_report import Measured, WrongResultError, run_bench
-from bench.harness import Row, parser, ratio_to, start
+from bench.harness import Row, parser, start
+from bench.library_linear import product
+from bench.linear_cuda import workspace_for
+from bench.linear_shapes import GATE_UP, MOST_ROWS, SHAPES, Shape, random_inputs
+from bench.linear_variants import CHOICES
 from specrt import ops
-from specrt.models.row_check import ROWS, Linear, differing_rows, spread_rows
+from specrt.models.row_check import differing_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TREE_ROWS = 60
+IN_USE, GATED = "in use", "gated"
 _MOST_SETS = 8
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One matrix ``[num_outputs, num_inputs]`` of a model."""
-
-    model: str
-    matrix: str
-    num_outputs: int
-    num_inputs: int
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.matrix} {self.num_outputs}x{self.num_inputs}"
-
-
-SHAPES = (
-    Shape("Llama-3-8B", "qkv", 6144, 4096),
-    Shape("Llama-3-8B", "o", 4096, 4096),
-    Shape("Llama-3-8B", "gate_up", 28672, 4096),
-    Shape("Llama-3-8B", "down", 4096, 14336),
-    Shape("Llama-3-8B", "head", 128256, 4096),
-    Shape("Vicuna-7B", "qkv", 12288, 4096),
-    Shape("Vicuna-7B", "gate_up", 22016, 4096),
-    Shape("Vicuna-7B", "down", 4096, 11008),
-    Shape("Vicuna-7B", "head", 32000, 4096),
-    Shape("Llama-3-70B/4", "qkv", 2560, 8192),
-    Shape("Llama-3-70B/4", "o", 8192, 2048),
-    Shape("Llama-3-70B/4", "gate_up", 14336, 8192),
-    Shape("Llama-3-70B/4", "down", 8192, 7168),
-)
-"""``/4``: a quarter of the model, as each of four GPUs has it."""
-
-
-# --- bits -------------------------------------------------------------------------------------
-
-
-def random_inputs(
-    shape: Shape, dtype: torch.dtype, device: str, num_weights: int = 1
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """``[128, K]`` of the activations' type, and weights; a function of the shape.
-
-    Activations differ widely in size, so that sums in another order do differ.
-    """
-    seed = shape.num_outputs + shape.num_inputs
-    generator = torch.Generator(device).manual_seed(seed)
-    size = shape.num_outputs, shape.num_inputs
-    weights = [
-        torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
-        for _ in range(num_weights)
-    ]
-    activation = dtype if device == "cuda" else torch.float32
-    return spread_rows(shape.num_inputs, activation, device, seed), weights
-
-
-# --- cases ------------------------------------------------------------------------------------
+_TOLERANCE = 1e-3
+"""Of the largest of float32 sums in another order."""
+_SOME = (0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 100, 127)
+"""Places at which the layouts that are not in use are looked at: where a padded number of rows ends
+and the next begins."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +52,8 @@ class Case:
 
     def on(self, device: Device) -> tuple[Shape, torch.dtype]:
         """What stands for it on a device; a made-up one has small matrices."""
-        if device.place.device == "cuda":
-            return self.shape, DTYPES[self.dtype]
-        shape = self.shape
-        small = Shape(shape.model, shape.matrix, shape.num_outputs // 256, shape.num_inputs // 64)
-        return small, device.place.dtype
+        is_real = device.place.device == "cuda"
+        return self.shape.on(device), DTYPES[self.dtype] if is_real else device.place.dtype
 
 
 def cases(is_quick: bool) -> Iterator[Case]:
@@ -110,75 +63,127 @@ def cases(is_quick: bool) -> Iterator[Case]:
             yield Case(shape, dtype)
 
 
-def contenders(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, Contender]:
-    """The op, cuBLAS' product of 128 rows, and of as many rows as there are."""
-    num_outputs = len(weights[0])
-    size = ops.linear_workspace(*weights[0].shape, ROWS)
-    workspace = torch.zeros(size, device=x.device)
-    sums = torch.empty(ROWS, num_outputs, device=x.device)
-    tree, out = x[:TREE_ROWS], x.new_empty(TREE_ROWS, num_outputs)
-
-    def each(launch: Callable[[torch.Tensor], object]) -> Contender:
-        return Contender([lambda weight=weight: launch(weight) for weight in weights])
-
-    return {
-        OURS: each(lambda weight: ops.linear(tree, weight, out=out, workspace=workspace)),
-        "product": each(lambda weight: _padded_product(x, weight, sums)),
-        "torch": each(lambda weight: torch.mm(tree, weight.t(), out=out)),
-    }
+# --- bits -------------------------------------------------------------------------------------
 
 
-def _padded_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """cuBLAS' of 128 rows, with float32 results."""
-    if x.dtype == torch.float32:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.mm(x, weight.t(), torch.float32, out=out)
+class Linear:
+    """``linear`` by one matrix, by one layout; a result is valid until the next.
+
+    Args:
+        weight: ``[N, K]``.
+        workspace: enough for 128 rows, zeros before the first use.
+        asked: further arguments of ``ops.linear``.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, workspace: torch.Tensor | None, asked: dict[str, Any]
+    ) -> None:
+        self._weight, self._workspace, self._asked = weight, workspace, asked
+        # A gated product is written in 16 bits alone.
+        is_gated = asked.get("is_gated", False)
+        dtype = weight.dtype if is_gated else torch.float32
+        num_outputs = len(weight) // 2 if is_gated else len(weight)
+        size = MOST_ROWS, num_outputs
+        self._out = torch.empty(size, dtype=dtype, device=weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self._out.fill_(float("nan"))  # what a launch leaves out must not be the last one's
+        out = self._out[: len(x)]
+        ops.linear(x, self._weight, out=out, workspace=self._workspace, **self._asked)
+        return out.float()
+
+
+def layouts(case: Case, device: Device) -> dict[str, dict[str, Any]]:
+    """Arguments that ask for each."""
+    found: dict[str, dict[str, Any]] = {IN_USE: {}}
+    if case.shape.matrix == GATE_UP and device.place.device == "cuda":
+        found[GATED] = {"is_gated": True}
+    return found | {name: plan.arguments for name, plan in CHOICES.items()}
+
+
+def check(case: Case, device: Device, x: torch.Tensor, weight: torch.Tensor) -> list[str]:
+    """What is wrong, in words; a layout that the shape has no room for is none.
+
+    Args:
+        case: which.
+        device: where.
+        x: ``[128, K]``
+        weight: ``[N, K]`` as it is there.
+    """
+    workspace = workspace_for([case.shape.on(device)], MOST_ROWS, device)
+    expected, wrong = None, []
+    for name, asked in layouts(case, device).items():
+        linear = Linear(weight, workspace, asked)
+        try:
+            found = linear(x).clone()
+        except ValueError:
+            if name in CHOICES:
+                continue
+            raise
+        expected = found if expected is None else expected
+        if name in CHOICES and not found.equal(expected):
+            wrong.append(f"{name}: not the bits in use")
+        places = _SOME if name in CHOICES else range(MOST_ROWS)
+        counts = differing_rows(linear, x, places=places)
+        differs = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+        wrong += [f"{name}: {differs}"] if differs else []
+    assert expected is not None, "the layout in use comes first"
+    return wrong + _far_from_library(expected, x, weight)
+
+
+def _far_from_library(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> list[str]:
+    """The library as an oracle, in float32."""
+    library = torch.empty_like(found)
+    product(x, weight.to(x.dtype), library)
+    error = float((found - library).abs().max() / library.abs().max())
+    if error <= _TOLERANCE:
+        return []
+    return [f"{error:.2g} of the largest off the library's"]
+
+
+# --- cases ------------------------------------------------------------------------------------
 
 
 def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
     """Bits first; no row if there is no memory for it.
 
     Raises:
-        WrongResultError: a row's bits depend on the others.
+        WrongResultError: a row's bits depend on the others, or on the layout.
     """
     shape, dtype = case.on(device)
-    work = limits.linear(shape.num_outputs, shape.num_inputs, TREE_ROWS)
-    weight_bytes = shape.num_outputs * shape.num_inputs * dtype.itemsize
-    room = device.free_bytes() - 8 * ROWS * (shape.num_outputs + shape.num_inputs) * 4
+    weight_bytes = shape.num_weights * dtype.itemsize
+    room = device.free_bytes() - 8 * MOST_ROWS * (shape.num_outputs + shape.num_inputs) * 4
     num_sets = limits.input_sets(weight_bytes, weight_bytes, l2_bytes, room // 2, _MOST_SETS)
     if num_sets < 1:
         return None, {OURS: f"needs {weight_bytes / 1e9:.1f} GB"}
     x, weights = random_inputs(shape, dtype, device.place.device, num_sets)
-    counts = differing_rows(Linear(weights[0]), x)
-    differs = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
-    timings = device.measure(contenders(x, weights))
-    figures = limits.figures(work, timings.graph[OURS], ceilings)
-    row = _row(case, differs, timings, figures["% of limit"]) | {"input_sets": num_sets}
-    if differs:
-        raise WrongResultError(f"of {ROWS} rows differ: {differs}", row)
+    wrong = "; ".join(check(case, device, x, weights[0]))
+    workspace = workspace_for([shape], TREE_ROWS, device)
+    out = x.new_empty(TREE_ROWS, shape.num_outputs)
+
+    def launch(weight: torch.Tensor) -> Callable[[], object]:
+        return lambda: ops.linear(x[:TREE_ROWS], weight, out=out, workspace=workspace)
+
+    timings = device.measure({OURS: Contender([launch(weight) for weight in weights])})
+    row = _row(case, wrong, timings.graph[OURS], ceilings)
+    if wrong:
+        raise WrongResultError(f"of {MOST_ROWS} rows differ: {wrong}", row)
     return row, timings.failures
 
 
-def _row(case: Case, differs: str, timings: gpu.Timings, share: float) -> Row:
-    shape, ours = case.shape, timings.graph[OURS]
-    product, torchs = timings.graph.get("product"), timings.graph.get("torch")
-    weight_bytes = shape.num_outputs * shape.num_inputs * limits.BF16
+def _row(case: Case, wrong: str, seconds: float, ceilings: limits.Ceilings) -> Row:
+    shape = case.shape
+    work = limits.linear(shape.num_outputs, shape.num_inputs, TREE_ROWS)
     return {
         "model": shape.model,
         "matrix": shape.matrix,
         "shape": f"{shape.num_outputs}x{shape.num_inputs}",
         "dtype": case.dtype,
-        "equal": not differs,
-        "differ": differs,
-        "us": 1e6 * ours,
-        "GB/s": weight_bytes / ours / 1e9,
-        "% of limit": share,
-        "eager_us": 1e6 * timings.eager[OURS],
-        "product_us": None if product is None else 1e6 * product,
-        "product GB/s": None if product is None else weight_bytes / product / 1e9,
-        "torch_us": None if torchs is None else 1e6 * torchs,
-        "torch/ours": None if torchs is None else ratio_to(torchs, ours),
+        "equal": not wrong,
+        "differ": wrong,
+        "us": 1e6 * seconds,
+        "GB/s": shape.num_weights * limits.BF16 / seconds / 1e9,
+        "% of limit": limits.figures(work, seconds, ceilings)["% of limit"],
     }
 
 

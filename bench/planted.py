@@ -11,17 +11,20 @@ drafter's trees the bundled target accepts on held-out problems, greedily.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+import torch
+
 from bench.draft_contenders import Tree
 from bench.harness import RESULTS, environment, parser, report, result_of, save_result, start
 from bench.prompts import HELDOUT, load_prompts
-from specrt.draft.base import Budget, EmptyDrafter
+from specrt.device import Device
+from specrt.draft.base import BatchTables, Budget, EmptyDrafter
 from specrt.tree import TreeBuilder, stack
-from specrt.types import DraftTree, SequenceState
+from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 
 NODES = (60, 8, 16, 32)
 TRACE = "accept_lengths"
@@ -48,15 +51,19 @@ def recorded_trace(num_nodes: int) -> Trace:
 class PlantedDrafter(EmptyDrafter):
     """Proposes the first so many tokens of what comes, and wrong ones behind and beside them.
 
-    One sequence at a time.
+    One sequence at a time. Its rounds may be launches alone: trees are uploaded as they are
+    planned, by what it knows of the rounds under way, for as much is accepted as was planted.
 
     Args:
         answer: what the target will say after the prompt.
         trace: how many to get right, round by round, over and over.
         vocab_size: more than a tree's nodes.
+        device: the target's, for launched rounds.
     """
 
-    def __init__(self, answer: Sequence[int], trace: Trace, vocab_size: int) -> None:
+    def __init__(
+        self, answer: Sequence[int], trace: Trace, vocab_size: int, device: Device | None = None
+    ) -> None:
         if not trace.depth < trace.num_nodes < vocab_size:
             raise ValueError(
                 f"trace: expected depth < num_nodes < {vocab_size}, got {trace.depth} and "
@@ -65,21 +72,63 @@ class PlantedDrafter(EmptyDrafter):
         self._answer = answer
         self._trace = trace
         self._vocab_size = vocab_size
+        self._device = device or Device()
         self._lengths = iter(())
+        self._num_said: int | None = None
+        self._ints = self._device.zeros(2 * trace.num_nodes + 1, dtype=torch.int32)
 
     def start(self, state: SequenceState) -> None:
         """Begin the trace."""
         self._lengths = cycle(self._trace.accept_lengths)
+        self._num_said = None
 
-    def propose(self, states: Sequence[SequenceState], budget: Budget) -> DraftTree:
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Trees of one size, whatever there is still to say: the last ones reach past the end."""
-        return stack([self._tree(state) for state in states])
+        return stack([self._tree(_num_said(state), self._num_right()) for state in states])
 
-    def _tree(self, state: SequenceState) -> TreeBuilder:
-        trace, said = self._trace, len(state.token_ids) - state.prompt_len
+    # --- rounds of launches alone ---------------------------------------------------------------
+
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> Hashable | None:
+        """Upload the next round's tree; all plans are equal."""
+        (state,) = states
+        if self._num_said is None:
+            self._num_said = _num_said(state)
+        num_right = self._num_right()
+        tree = self._tree(self._num_said, num_right)
+        self._num_said += num_right + 1
+        ints = torch.tensor([*tree.tokens, *tree.parents, len(tree)], dtype=torch.int32)
+        self._device.upload(ints, self._ints)
+        return "planted", self._trace.num_nodes
+
+    def launch_propose(self, plan: Hashable, tables: BatchTables) -> Proposal:
+        """The tree where it was uploaded to."""
+        size = self._trace.num_nodes
+        tokens, parents = self._ints[: 2 * size].view(2, 1, size)
+        return Proposal(tokens, parents, self._ints[2 * size :])
+
+    def launch_observe(
+        self,
+        plan: Hashable,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Nothing is learned."""
+
+    def told(self, states: Sequence[SequenceState], plan: Hashable, report: RoundReport) -> None:
+        """It was known."""
+
+    # --- trees ----------------------------------------------------------------------------------
+
+    def _num_right(self) -> int:
+        return min(next(self._lengths), self._trace.depth)
+
+    def _tree(self, said: int, num_right: int) -> TreeBuilder:
+        """For what comes after ``said`` tokens of the answer; the root's token is the engine's."""
+        trace = self._trace
         coming = [*self._answer[said:], *[0] * trace.depth][: trace.depth]
-        num_right = min(next(self._lengths), trace.depth)
-        tree, path = TreeBuilder(state.token_ids[-1]), [0]
+        tree, path = TreeBuilder(0), [0]
         for level, token in enumerate(coming):
             path.append(tree.add(path[-1], token if level < num_right else self._wrong(token, 0)))
         # Siblings of the path, level by level.
@@ -91,6 +140,10 @@ class PlantedDrafter(EmptyDrafter):
     def _wrong(self, token: int, index: int) -> int:
         """The ``index``-th token that is not ``token``."""
         return (token + 1 + index) % self._vocab_size
+
+
+def _num_said(state: SequenceState) -> int:
+    return len(state.token_ids) - state.prompt_len
 
 
 # --- the recording ----------------------------------------------------------------------------

@@ -63,7 +63,14 @@ def run_round_bits(place: Place, *, is_quick: bool = False) -> int:
     Raises:
         RuntimeError: one has written something else than on the host.
     """
-    calls = [*_accepts(is_quick), *_growths(is_quick), *_controls(), *_gathers(), _append()]
+    calls = [
+        *_accepts(is_quick),
+        *_growths(is_quick),
+        *_controls(),
+        *_gathers(),
+        _append(),
+        _lookup(),
+    ]
     for call in calls:
         ours, theirs = (_outcome(call, device) for device in (place.device, "cpu"))
         for name, a, b in zip(call.written, ours, theirs, strict=True):
@@ -338,3 +345,27 @@ def _append() -> Call:
     }
     written = ("history", "history_len", "roots", "num_path", "report")
     return Call("history_append", lambda a: ops.history_append(**a), arguments, written)
+
+
+def _lookup() -> Call:
+    """Histories of few tokens and of several chunks, one of them full."""
+    batch, slots, nodes = 4, 20_000, 65
+    generator = torch.Generator().manual_seed(2)
+    alphabet = torch.tensor([[2], [3], [40], [5000]])
+    drawn = torch.rand(batch, slots, generator=generator, dtype=torch.float64) * alphabet
+    arguments = {
+        "history": drawn.int(),
+        "history_len": torch.tensor([30, slots, 700, 19_000], dtype=torch.int32),
+        "max_len": torch.tensor([90, slots, 710, slots], dtype=torch.int32),
+        "max_ngram": 9,
+        "min_ngram": 1,
+        "num_continuations": 8,
+        "depth": 30,
+        "draft_tokens": _ints(batch, nodes),
+        "parents": _ints(batch, nodes),
+        "num_nodes": _ints(batch),
+        "match_len": _ints(batch),
+        "longest": _ints(batch),
+    }
+    written = ("draft_tokens", "parents", "num_nodes", "match_len", "longest")
+    return Call("prompt_lookup", lambda a: ops.prompt_lookup(**a), arguments, written)

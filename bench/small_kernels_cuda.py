@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from bench import limits
-from bench.draft_sets import DraftControl, DraftControlUpdate, FeatureSample
+from bench.draft_sets import DraftControl, DraftControlUpdate, Embed, FeatureSample
 from bench.draft_trees_cuda import RecycleLearn, RecyclePropose, TreeExpand, TreeRerank
 from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
 from bench.limits import Model
+from bench.round_sets import PREFIX, HistoryAppend, PromptLookup, TreeSettle
 from bench.tree_accept_cuda import TreeAccept, TreeAcceptFiltered
 from specrt import ops
 from specrt.models.rope import rope_table
-from specrt.ops.history_append import report_size
 
 ROWS = (60, 8192, 1, 8, 128)
 NODES = (8, 60, 1, 127)
@@ -35,8 +35,6 @@ SEQUENCES = (1, 8, 64)
 CHILDREN = (10, 4)
 """Of a frontier's node, and nodes of a frontier."""
 PAGE_SIZE = 64
-PREFIX = 192
-"""Committed slots before the rows; whole pages."""
 EPS = 1e-6
 _TOLERANCE = 5e-2
 """Of a few roundings to bfloat16, which the expressions make and the kernels do not."""
@@ -179,111 +177,6 @@ class KvCommit:
         return c.torch_kv, c.torch_kv_len
 
 
-class TreeSettle:
-    """torch: each node judged by itself, then what is known of ancestors doubled round by round."""
-
-    def __init__(self, model: Model, rows: int, place: Place) -> None:
-        nodes, self._words = range(rows), -(-rows // 64)
-        self._tokens = place.ints(*(3 * node for node in nodes))[None]
-        self._parents = place.ints(*((node - 1) // 3 for node in nodes))[None]
-        self._count, self._root = place.ints(rows), place.ints(7)
-        self._vocab_size = 3 * rows
-        self._node = torch.arange(rows, device=place.device)
-        self._self = torch.eye(rows, dtype=torch.bool, device=place.device)
-        ints = [place.ints(*(-77 for _ in nodes))[None] for _ in range(3)]
-        bits = torch.full((1, rows, self._words), -77, dtype=torch.int64, device=place.device)
-        self._out = (*ints, bits, place.ints(-77))
-
-    def ours(self) -> Tensors:
-        ops.tree_settle(
-            self._tokens,
-            self._parents,
-            self._count,
-            self._root,
-            self._count,
-            self._vocab_size,
-            *self._out,
-        )
-        return self._out
-
-    def torchs(self) -> Tensors:
-        node, tokens, parents = self._node, self._tokens[0], self._parents[0]
-        is_token = (tokens >= 0) & (tokens < self._vocab_size)
-        stands = is_token & (parents < node) & (parents >= 0) & (node < self._count)
-        is_kept = (stands | (node == 0)).cumprod(0).bool()
-        known, up = self._self, parents.clamp(min=0).long() * is_kept
-        for _ in range(len(node).bit_length()):
-            known, up = known | known[up], up[up]
-        known = known & is_kept[:, None]
-        return (
-            torch.where(node == 0, self._root, tokens * is_kept)[None],
-            torch.where(node == 0, -1, parents * is_kept)[None],
-            (known.sum(1) - is_kept.long()).int()[None],
-            self._packed(known)[None],
-            is_kept.sum(dtype=torch.int32)[None],
-        )
-
-    def _packed(self, known: torch.Tensor) -> torch.Tensor:
-        bits = known.long() << (self._node % 64)
-        return torch.stack([part.sum(1) for part in bits.split(64, dim=1)], dim=1)
-
-
-class HistoryAppend:
-    """torch: which tokens are taken as a mask, and one scatter; reports are joined."""
-
-    def __init__(self, rows: int, place: Place, lengths: Tensors) -> None:
-        self._entry = torch.arange(rows, device=place.device)
-        node = place.ints(*range(rows))[None]
-        self._count, self._accepted = place.ints(rows), place.ints(rows - 1)
-        self._depth, self._path, self._tokens = node, node.clone(), 3 * node
-        self._stop_ids, self._max_len = place.ints(-1, 1, 2, 3 * rows)[None], place.ints(4 * PREFIX)
-        self._length, self._torch_length = lengths
-        self._history, self._torch_history = (place.ints(*[-77] * 4 * PREFIX)[None] for _ in "ab")
-        self._root, self._torch_root = place.ints(-77), place.ints(-77)
-        self._num_path = place.ints(-77)
-        self._report = place.ints(*[-77] * report_size(rows, False))[None]
-
-    def ours(self) -> Tensors:
-        out = self._history, self._length, self._root, self._num_path, self._report
-        ops.history_append(
-            self._count,
-            self._depth,
-            self._path,
-            self._accepted,
-            self._tokens,
-            None,
-            self._stop_ids,
-            self._max_len,
-            *out,
-        )
-        return out
-
-    def torchs(self) -> Tensors:
-        tokens, history, entry = self._tokens[0], self._torch_history, self._entry
-        is_stop = (tokens[:, None] == self._stop_ids).any(1)
-        is_told, room = entry <= self._accepted, self._max_len - self._torch_length
-        takes = is_told & (entry < room) & (is_stop.cumsum(0) - is_stop.int() == 0)
-        taken = takes.sum(dtype=torch.int32)[None]
-        slot = (self._torch_length + entry).long().clamp(max=history.shape[1] - 1)
-        history[0, slot] = torch.where(takes, tokens, history[0, slot])
-        self._torch_length += taken
-        last = tokens[(taken - 1).clamp(min=0).long()]
-        self._torch_root.copy_(torch.where(taken > 0, last, self._torch_root))
-        ending = (takes & is_stop).any() + 2 * (taken == room)
-        deepest = (self._depth[0] * (entry < self._count)).max()[None]
-        header = [
-            self._count,
-            deepest,
-            self._accepted,
-            taken,
-            ending,
-            *[torch.zeros_like(taken)] * 3,
-        ]
-        told = [torch.where(is_told, row[0], -1) for row in (self._tokens, self._path)]
-        report = torch.cat([*header, *told]).int()[None]
-        return history, self._torch_length, self._torch_root, taken, report
-
-
 Sets = tuple[list[InputSet], Launch | None]
 
 
@@ -321,10 +214,12 @@ class Kernel:
 KERNELS = {
     "rms_norm": Kernel(separate(RmsNorm), limits.rms_norm),
     "silu_mul": Kernel(separate(SiluMul), limits.silu_mul),
+    "embed": Kernel(separate(Embed), limits.embed),
     "rope_append": Kernel(separate(RopeAppend), limits.rope_append),
     "kv_commit": Kernel(commits, limits.kv_commit, NODES),
     "tree_settle": Kernel(separate(TreeSettle), limits.tree_settle, NODES),
     "history_append": Kernel(appends, limits.history_append, NODES),
+    "prompt_lookup": Kernel(separate(PromptLookup), limits.prompt_lookup, NODES),
     "feature_sample": Kernel(separate(FeatureSample), limits.feature_sample, PAIRS),
     "feature_sample_folded": Kernel(
         separate(FeatureSample.folded), limits.feature_sample_folded, PAIRS

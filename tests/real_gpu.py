@@ -13,7 +13,8 @@ from specrt.device import Device
 
 
 class RealGpu(Device):
-    """GPU 0; torch refuses to wait for it outside of :meth:`read`, :meth:`wait`, :meth:`moved`."""
+    """GPU 0; torch refuses to wait for it outside of :meth:`wait` and :meth:`moved`. (What was
+    posted is waited for by an event, which torch lets pass.)"""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cuda", 0))
@@ -21,10 +22,6 @@ class RealGpu(Device):
     def moved(self, host: torch.Tensor) -> torch.Tensor:
         with self.moving():
             return super().moved(host)
-
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        with self.moving():
-            return super().read(tensor)
 
     def wait(self) -> None:
         with self.moving():

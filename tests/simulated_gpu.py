@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specrt import _C
-from specrt.device import Device
+from specrt.device import Device, Posted
 from specrt.ops import registry
 from tests.linear_stand_in import stand_in
 
@@ -48,7 +48,7 @@ class SimulatedGpu(Device):
     """A device whose tensors are the CPU's, and marked."""
 
     def __init__(self) -> None:
-        super().__init__(is_gpu=True, is_eager=True)
+        super().__init__(is_gpu=True)
         # Weak references keep a storage's identity, so that no later one is taken for it.
         self._storages: dict[int, StorageWeakRef] = {}
         self.is_moving = False
@@ -82,11 +82,10 @@ class SimulatedGpu(Device):
         assert not self.holds(host), "moved: from the host"
         return self.hold(host.clone())
 
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        assert self.holds(tensor), "read: of what is there"
-        self.num_reads += 1
+    def post(self, tensor: torch.Tensor) -> Posted:
+        assert self.holds(tensor), "post: of what is there"
         with self.moving():
-            return tensor.clone()
+            return super().post(tensor)
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -138,6 +137,8 @@ class _Kernels:
 
     def __getattr__(self, name: str) -> Any:
         on_cpu, on_gpu = getattr(_C, name, None), getattr(self._simt, name, None)
+        if name == "CudaGraph":
+            return on_gpu
         if on_cpu is None or not callable(on_cpu) or isinstance(on_cpu, type):
             return on_cpu
 

@@ -52,6 +52,8 @@ def test_bytes_of_the_small_kernels() -> None:
     assert limits.kv_commit(llama, 5).num_bytes == 2 * 5 * 32 * 2 * 8 * 128 * 2
     assert limits.tree_settle(llama, 65).num_bytes == 65 * (5 * 4 + 2 * 8)
     assert limits.history_append(llama, 65).num_bytes == 65 * 6 * 4
+    assert limits.embed(llama, 60).num_bytes == 60 * (2 * 4096 * 2 + 4)
+    assert limits.prompt_lookup(llama, 60).num_bytes == (8192 + 2 * 60) * 4
     plain = limits.feature_sample(llama, 10)
     assert plain.num_bytes == 2 * (2 * 4096**2 + 3 * 4096 * 14336) + 10 * 3 * 4096 * 2
     assert limits.H200.bound_by(plain) == "memory"
@@ -90,7 +92,7 @@ def test_cases_begin_with_the_goals() -> None:
     assert len(set(every)) == len(every) == 2 * 3 * 4 * 4
     assert set(quick[:2]) == set(every[:2])
     small = [str(case) for case in small_kernels_cuda.cases(is_quick=False)]
-    assert len(set(small)) == len(small) == 2 * (3 * 5 + 9 * 4 + 2 * 3 + 2 + 3)
+    assert len(set(small)) == len(small) == 2 * (4 * 5 + 9 * 4 + 2 * 3 + 2 + 3)
     assert small[0] == "rms_norm Llama-3-8B rows 60"
 
 

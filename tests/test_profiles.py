@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import profiles, variants
+from bench import attention_variants, profiles
+from bench.fake_gpu import FakeGpu
 
 
 def row(share: float, nodes: int = 60, prefix: int = 2048) -> dict[str, object]:
@@ -27,7 +28,7 @@ def test_the_furthest_from_their_limit() -> None:
 
 
 def test_cases_are_known_by_the_same_name() -> None:
-    case = next(variants.cases(True, variants.limits.MODELS))
+    case = next(attention_variants.cases(True, FakeGpu()))
     assert profiles.case_name(row(1)) == str(case)
 
 

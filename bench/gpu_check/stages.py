@@ -1,7 +1,8 @@
 """What ``make gpu-check`` runs on which machine, in which order, and for how long at the most.
 
-Stage A is first contact, B measures variants, C is end to end; each is one command that fits into a
-call of some minutes. Where there is no GPU, ``shim`` builds and runs the tests of the CUDA sources.
+Stage A is first contact, B measures variants and ``linear``, C whole rounds and end to end; each is
+one command that fits into a call of some minutes. Where there is no GPU, ``shim`` builds and runs
+the tests of the CUDA sources.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def _variants(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
         _flashinfer(machine),
-        _bench(machine, "variants", save, 300),
+        _bench(machine, "variants", save, 110, "--kernel", "linear", name="linear variants"),
+        _bench(machine, "bench_linear", save, 100, "--device", "cuda"),
+        _bench(machine, "variants", save, 150),
         _profiles(machine, save),
         _bench(machine, "bench_small_kernels", save, 60, "--device", "cuda"),
         _bench(machine, "bench_tree_attention", save, 120, "--device", "cuda"),
@@ -129,7 +132,9 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
-        _bench(machine, "end_to_end_cuda", save, 300),
+        _python(machine, "predicted", "bench.bench_round", judge.bench, 30, *_predict(save)),
+        _bench(machine, "bench_round", save, 170, "--device", "cuda"),
+        _bench(machine, "end_to_end_cuda", save, 120),
         _slow_gpu_tests(machine, 100),
         _sanitizer(machine, "racecheck", 200, is_spare=True),
     ]
@@ -251,11 +256,18 @@ def _resources(machine: Machine) -> Command:
     return _python(machine, "resources", "bench.resources", judge.resources, 30, "--check")
 
 
-def _bench(machine: Machine, module: str, save: Path, seconds: float, *options: str) -> Command:
+def _predict(save: Path) -> tuple[str, ...]:
+    """What a round should take, beside what it does."""
+    return "--predict", "--save", str(save)
+
+
+def _bench(
+    machine: Machine, module: str, save: Path, seconds: float, *options: str, name: str = ""
+) -> Command:
     arguments = [*options, "--save", str(save), "--budget", BUDGET]
     if machine.is_dry and "--quick" not in options:
         arguments.append("--quick")
-    name = module.removeprefix("bench_")
+    name = name or module.removeprefix("bench_")
     command = _python(machine, name, f"bench.{module}", judge.bench, seconds, *arguments)
     needs = "flashinfer" if name == "tree_attention" else ""
     return Command(name, command.argv, command.judge, seconds, needs=needs)

@@ -1,10 +1,9 @@
-// The extension module: build facts, instruction set, graphs, and one register_* per kernel.
+// The extension module: build facts, instruction set, and one register_* per file of this folder.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings/tensor.h"
 #include "core/dispatch.h"
-#include "graph/cpu_graph.h"
 
 namespace specrt::bindings {
 
@@ -22,6 +21,9 @@ void register_history_tail(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
+void register_graph(py::module_& m);
+void register_embed(py::module_& m);
+void register_prompt_lookup(py::module_& m);
 
 namespace {
 
@@ -42,20 +44,6 @@ py::dict build_info() {
     info["cpu_isas"] = isas;
     info["active_isa"] = isa_name(active_isa());
     return info;
-}
-
-void register_graph(py::module_& m) {
-    py::class_<CpuGraph>(m, "CpuGraph")
-        .def(py::init<>())
-        .def("begin", &CpuGraph::begin)
-        .def("end", &CpuGraph::end)
-        .def("replay",
-             [](const CpuGraph& graph) {
-                 const int threads = num_threads();
-                 py::gil_scoped_release release;
-                 graph.replay(threads);
-             })
-        .def_property_readonly("num_launches", &CpuGraph::num_launches);
 }
 
 }  // namespace
@@ -84,6 +72,8 @@ PYBIND11_MODULE(_C, m) {
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);
+    register_embed(m);
+    register_prompt_lookup(m);
 }
 
 }  // namespace specrt::bindings

@@ -33,15 +33,19 @@ void set_stream_source(py::object get_stream);
 
 // Runs launches for the CPU, in order; other Python threads run meanwhile.
 inline void submit_released(const Launch* launches, size_t count) {
+    check_part_of_capture(kCpu);
     const int threads = num_threads();
     py::gil_scoped_release release;
     submit(launches, count, threads);
 }
 
-// Runs a launch for the CPU, or starts one for a GPU.
+// Runs a launch for the CPU, or starts one for a GPU: on torch's stream, or on that which this
+// thread captures.
 inline void submit_released(const Launch& launch) {
     if (launch.device == kCpu) return submit_released(&launch, 1);
-    const CudaStream stream = current_stream(launch.device);
+    check_part_of_capture(launch.device);
+    const bool is_captured = capturing().device == launch.device;
+    const CudaStream stream = is_captured ? capturing().stream : current_stream(launch.device);
     py::gil_scoped_release release;
     run_on_gpu(launch, stream);
 }

@@ -14,4 +14,15 @@ inline void run_on_gpu(const Launch& launch, CudaStream stream) {
 }
 #endif
 
+// What the calling thread captures: its launches for the GPU `device` go to `stream`. Each thread
+// has its own.
+struct Capturing {
+    int device = kCpu;  // which is never captured so
+    CudaStream stream = nullptr;
+};
+Capturing& capturing();
+// Throws std::runtime_error where the calling thread captures another device: a launch would run
+// once, and be missing in the graph.
+void check_part_of_capture(int device);
+
 }  // namespace specrt

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "core/dispatch.h"
 #include "core/tensor_view.h"
@@ -49,9 +50,29 @@ using bf16_t = __nv_bfloat16;
 using f16_t = __half;
 #endif
 
+// Launches that overlap (programmatic dependent launch). Blocks of one that does are started when
+// every block of the launch before it in the stream has called ptx::let_next_start() or ended, so
+// that launch may still run, and so may those before it, each of which was started early. Hence
+//
+// - every thread of the kernel calls ptx::wait_for_previous(), before it ends and before it touches
+//   memory other than constants: before it reads what a launch writes, and before any write, as the
+//   launches before may still read, and draw the same tickets;
+// - that wait is for the launch before alone, until it has ended and its writes are seen. It ended
+//   after its own threads had waited, so the wait covers all launches before. A grid in which nobody
+//   waited might end while an older one still runs: that is why every thread does.
+//
+// The launch before may be others' (torch, cuBLAS): what never lets the next one start does so by
+// ending, and the wait is until its writes are seen. What comes after ours without the attribute
+// begins when ours has ended. Copies, fills and events are waited for before a launch starts.
+//
+// A constant is what nothing in the stream has written since something that all launches after it
+// were ordered behind: a copy, an event, the beginning of a graph, the host's waiting.
+constexpr bool kOverlaps = true;
+
 struct LaunchShape {
     dim3 grid, block;
     size_t shared_bytes = 0;  // dynamic shared memory
+    bool overlaps = false;    // kOverlaps: with the launch before it
 };
 
 // The launch's dynamic shared memory, 16-byte aligned.
@@ -99,11 +120,19 @@ inline DeviceLimits device_limits(int) {
 template <auto kKernel>
 void allow_shared(size_t, const char*) {}  // the shim's launch looks at the size
 
+template <auto kKernel>
+LaunchShape possible_shape(const LaunchShape& shape, const char*) {
+    return shape;
+}
+
 template <typename... Params, typename... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                    CudaStream stream, const Args&... args) {
-    simt::launch(name, shape.grid, shape.block, shape.shared_bytes, stream,
-                 [&] { kernel(static_cast<Params>(args)...); });
+    // By value: a launch that is captured runs later.
+    simt::launch(name, shape.grid, shape.block, shape.shared_bytes, shape.overlaps, stream,
+                 [kernel, values = std::make_tuple(static_cast<Params>(args)...)] {
+                     std::apply(kernel, values);
+                 });
 }
 
 #else
@@ -159,10 +188,38 @@ void allow_shared(size_t bytes, const char* name) {
     allowed.add(device);
 }
 
+// Whether the kernel's code for the current GPU waits for the launch before: that made for compute
+// capability 9.0 or later. Code for 8.0 does not, and a newer GPU may run it, translated; so the
+// code is asked, once on each GPU.
+template <auto kKernel>
+bool can_overlap(const char* name) {
+    static DeviceSet able, unable;
+    const int device = current_device();
+    if (able.has(device)) return true;
+    if (unable.has(device)) return false;
+    cudaFuncAttributes attributes{};
+    cuda_check(cudaFuncGetAttributes(&attributes, kKernel), name);
+    const bool is_able = attributes.ptxVersion >= 90;
+    (is_able ? able : unable).add(device);
+    return is_able;
+}
+
+template <auto kKernel>
+LaunchShape possible_shape(const LaunchShape& shape, const char* name) {
+    LaunchShape possible = shape;
+    possible.overlaps = shape.overlaps && can_overlap<kKernel>(name);
+    return possible;
+}
+
 template <typename... Params, typename... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                    CudaStream stream, const Args&... args) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
+    config.attrs = &overlap;
+    config.numAttrs = shape.overlaps ? 1 : 0;
     config.gridDim = shape.grid;
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shape.shared_bytes;
@@ -179,6 +236,7 @@ inline unsigned ceil_div(int64_t a, int64_t b) {
 }  // namespace specrt
 
 // SPECRT_LAUNCH(kernel<T>, shape, stream, params): asynchronous; throws if it cannot be started.
-#define SPECRT_LAUNCH(kernel, shape, stream, ...)                   \
-    (::specrt::allow_shared<kernel>((shape).shared_bytes, #kernel), \
-     ::specrt::launch_kernel(#kernel, kernel, shape, stream, __VA_ARGS__))
+#define SPECRT_LAUNCH(kernel, shape, stream, ...)                                               \
+    (::specrt::allow_shared<kernel>((shape).shared_bytes, #kernel),                             \
+     ::specrt::launch_kernel(#kernel, kernel, ::specrt::possible_shape<kernel>(shape, #kernel), \
+                             stream, __VA_ARGS__))

@@ -109,8 +109,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Programmatic dependent launch (compute capability 9.0 on; before, launches never overlap): one
-// that overlaps may start while the one before it still runs. Until `wait_for_previous` has
+// Launches that overlap (core/launch.cuh; compute capability 9.0 on). Until `wait_for_previous` has
 // returned nothing may be read that an earlier launch writes, nor written that one reads or writes.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -4,7 +4,7 @@
 // Learning: a thread is one row of the posterior, and goes through the sequences that believe it in
 // the order of the batch, as the CPU does. So a row that several share ends with the CPU's bits,
 // and no two threads ever write one row.
-#include "core/launch.cuh"
+#include "core/ptx.cuh"
 #include "draft_control/round.h"
 
 namespace specrt {
@@ -13,11 +13,15 @@ namespace {
 constexpr int kBlock = 32;
 
 __global__ void __launch_bounds__(kBlock) control_sequences(const DraftControlParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     const int b = static_cast<int>(blockIdx.x * kBlock + threadIdx.x);
     if (b < p.batch) control_sequence(p, b);
 }
 
 __global__ void __launch_bounds__(kBlock) learn_rows(const DraftControlUpdateParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     const int row = static_cast<int>(blockIdx.x * kBlock + threadIdx.x);
     if (row >= p.slots_size) return;
     for (int b = 0; b < p.batch; ++b)
@@ -25,7 +29,7 @@ __global__ void __launch_bounds__(kBlock) learn_rows(const DraftControlUpdatePar
 }
 
 LaunchShape shape_of(int32_t num_threads) {
-    return {dim3(ceil_div(num_threads, kBlock)), dim3(kBlock)};
+    return {dim3(ceil_div(num_threads, kBlock)), dim3(kBlock), 0, kOverlaps};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // A thread moves 16 bytes of a row, or one value where rows are not at multiples of 16 bytes. All
 // tensors have one type of 16 bits, so values are moved as they are, whatever they mean.
 #include "core/pack.cuh"
+#include "core/ptx.cuh"
 #include "feature_sample/feature_sample.h"
 
 namespace specrt {
@@ -13,10 +14,12 @@ constexpr int kBytes = 2;  // of a value
 template <int kSize>
 __global__ void __launch_bounds__(kBlock)
     gather_rows(const GatherParams p, const unsigned blocks_per_row) {
+    ptx::let_next_start();
     const RowSource& from = p.from[blockIdx.y];
     const int64_t m = blockIdx.x / blocks_per_row;
     const int64_t block = blockIdx.x % blocks_per_row;
     const int64_t first = (block * kBlock + threadIdx.x) * kSize;
+    ptx::wait_for_previous();
     if (first >= from.width) return;
     const int64_t row = chosen_row(p, static_cast<int>(blockIdx.y), m);
     const auto* source = static_cast<const uint16_t*>(from.rows) + row * from.stride + first;
@@ -32,7 +35,7 @@ void launch(const GatherParams& p, CudaStream stream) {
     const unsigned blocks_per_row = ceil_div(widest, kBlock * kSize);
     const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row,
                                  static_cast<unsigned>(p.num_sources)),
-                            dim3(kBlock)};
+                            dim3(kBlock), 0, kOverlaps};
     SPECRT_LAUNCH(gather_rows<kSize>, shape, stream, p, blocks_per_row);
 }
 

@@ -8,6 +8,7 @@
 //
 // Hazard: all lanes read the history's length and its limit, which one lane writes: the warp's barrier is
 // between. (The shim cannot show this: the ballots keep its lanes as much in step.)
+#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "history_append/history_append.h"
 
@@ -112,6 +113,8 @@ __device__ __forceinline__ void finish_sequence(const HistoryAppendParams& p, in
 }
 
 __global__ void __launch_bounds__(32) history_append_sequence(const HistoryAppendParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     finish_sequence(p, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(32) history_append_sequence(const HistoryAppen
 void history_append_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const HistoryAppendParams*>(params);
     if (p.batch == 0) return;
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32)};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32), 0, kOverlaps};
     SPECRT_LAUNCH(history_append_sequence, shape, stream, p);
 }
 

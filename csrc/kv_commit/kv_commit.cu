@@ -9,6 +9,7 @@
 // Rows are held by eights: all eight loads are under way before the first store waits for one. The
 // next eight lie at path[j] >= j, behind everything the eight before them wrote.
 #include "core/pack.cuh"
+#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "kv_commit/kv_commit.h"
 
@@ -52,10 +53,12 @@ template <typename Column>
 __global__ void __launch_bounds__(kBlock)
     kv_commit_columns(const KvCommitParams p, const unsigned blocks_per_seq,
                       const unsigned columns) {
+    ptx::let_next_start();
     SPECRT_SHARED(int, flag);
     const int seq = static_cast<int>(blockIdx.x / blocks_per_seq);
     const unsigned number = blockIdx.x % blocks_per_seq * kBlock + threadIdx.x;
     const unsigned plane = number / columns;
+    ptx::wait_for_previous();
     const int length = p.kv_len[seq], wanted = p.num_path[seq];
     const int count = wanted < p.max_path ? wanted : p.max_path;
     int nodes[kBatch];
@@ -78,7 +81,8 @@ void launch(const KvCommitParams& p, CudaStream stream) {
     const int64_t columns = p.row_bytes / static_cast<int64_t>(sizeof(Column));
     const unsigned blocks = ceil_div(p.num_planes * columns, kBlock);
     const unsigned blocks_per_seq = blocks > 0 ? blocks : 1;  // the lengths are advanced anyway
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_seqs) * blocks_per_seq), dim3(kBlock)};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_seqs) * blocks_per_seq), dim3(kBlock),
+                            0, kOverlaps};
     const unsigned per_row = columns > 0 ? static_cast<unsigned>(columns) : 1;
     SPECRT_LAUNCH(kv_commit_columns<Column>, shape, stream, p, blocks_per_seq, per_row);
 }

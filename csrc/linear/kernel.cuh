@@ -68,7 +68,7 @@ void start(const KernelParams& k, CudaStream stream) {
     const LaunchShape shape{
         dim3(static_cast<unsigned>(plan.num_pieces), static_cast<unsigned>(plan.slices.count),
              static_cast<unsigned>(plan.num_tiles)),
-        dim3(Tiling<T, kTile, kColumns>::kThreads), plan.shared_bytes};
+        dim3(Tiling<T, kTile, kColumns>::kThreads), plan.shared_bytes, kOverlaps};
     SPECRT_LAUNCH((linear_kernel<T, kTile, kColumns>), shape, stream, k);
 }
 

@@ -9,6 +9,7 @@
 // Neighbours load neighbouring pieces, so a warp's load is 512 bytes in a row; a thread sums its
 // own pieces in their order, then lanes and warps meet in a tree.
 #include "core/pack.cuh"
+#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "rms_norm/rms_norm.h"
 
@@ -47,14 +48,16 @@ struct Part {
         return (thread + piece * num_threads) * kSize;
     }
 
-    // Weights beside the row, so that nobody waits for them after the sum.
-    __device__ __forceinline__ void load(const Row<T>& row, const float* weights) {
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i)
-            value[i] = load_piece<kSize>(row.x, first(i), width, is_whole);
+    __device__ __forceinline__ void load_weights(const float* weights) {
 #pragma unroll
         for (int i = 0; i < kPieces; ++i)
             weight[i] = load_piece<kSize>(weights, first(i), width, is_whole);
+    }
+
+    __device__ __forceinline__ void load(const T* x) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i)
+            value[i] = load_piece<kSize>(x, first(i), width, is_whole);
     }
 
     __device__ __forceinline__ void add_residual(T* residual) {
@@ -110,6 +113,7 @@ __device__ __forceinline__ float group_sum(float x) {
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kGroupBlock)
     rms_norm_groups(const RmsNormParams p, const bool is_whole) {
+    ptx::let_next_start();
     const unsigned index = blockIdx.x * (kGroupBlock / kLanes) + threadIdx.x / kLanes;
     const bool is_row = index < static_cast<unsigned>(p.num_rows * p.num_slices);
     const Row<T> row = row_at<T>(p, is_row ? index : 0);
@@ -118,7 +122,9 @@ __global__ void __launch_bounds__(kGroupBlock)
     part.num_threads = kLanes;
     part.width = is_row ? static_cast<int>(p.width) : 0;
     part.is_whole = is_whole;
-    part.load(row, p.weight);
+    part.load_weights(p.weight);  // constants, while the launch before may still run
+    ptx::wait_for_previous();
+    part.load(row.x);
     if (row.residual) part.add_residual(row.residual);
     part.store_scaled(row.out, scale_of(p, group_sum<kLanes>(part.sum_of_squares())));
 }
@@ -127,6 +133,7 @@ __global__ void __launch_bounds__(kGroupBlock)
 template <typename T, int kPieces>
 __global__ void __launch_bounds__(kPieces == 1 ? 256 : 512)
     rms_norm_rows(const RmsNormParams p, const bool is_whole) {
+    ptx::let_next_start();
     SPECRT_SHARED(float[32], scratch);
     const Row<T> row = row_at<T>(p, blockIdx.x);
     Part<T, kPieces> part;
@@ -134,7 +141,9 @@ __global__ void __launch_bounds__(kPieces == 1 ? 256 : 512)
     part.num_threads = blockDim.x;
     part.width = static_cast<int>(p.width);
     part.is_whole = is_whole;
-    part.load(row, p.weight);
+    part.load_weights(p.weight);
+    ptx::wait_for_previous();
+    part.load(row.x);
     if (row.residual) part.add_residual(row.residual);
     part.store_scaled(row.out, scale_of(p, block_sum(part.sum_of_squares(), scratch)));
 }
@@ -143,6 +152,8 @@ __global__ void __launch_bounds__(kPieces == 1 ? 256 : 512)
 template <typename T>
 __global__ void __launch_bounds__(kLongBlock)
     rms_norm_long_rows(const RmsNormParams p, const bool is_whole) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     SPECRT_SHARED(float[32], scratch);
     const Row<T> row = row_at<T>(p, blockIdx.x);
     Part<T, 1> part;
@@ -152,14 +163,15 @@ __global__ void __launch_bounds__(kLongBlock)
     const int num_pieces = (part.width - 1) / part.kSize + 1;
     float sum = 0.0f;
     for (part.thread = threadIdx.x; part.thread < num_pieces; part.thread += kLongBlock) {
-        part.load(row, p.weight);
+        part.load(row.x);
         if (row.residual) part.add_residual(row.residual);
         sum += part.sum_of_squares();
     }
     const float scale = scale_of(p, block_sum(sum, scratch));
-    const Row<T> again{row.residual ? row.residual : row.x, nullptr, row.out};
+    const T* again = row.residual ? row.residual : row.x;
     for (part.thread = threadIdx.x; part.thread < num_pieces; part.thread += kLongBlock) {
-        part.load(again, p.weight);
+        part.load(again);
+        part.load_weights(p.weight);
         part.store_scaled(row.out, scale);
     }
 }
@@ -167,7 +179,7 @@ __global__ void __launch_bounds__(kLongBlock)
 template <typename T, int kLanes>
 void launch_groups(const RmsNormParams& p, bool is_whole, CudaStream stream) {
     const LaunchShape shape{dim3(ceil_div(p.num_rows * p.num_slices, kGroupBlock / kLanes)),
-                            dim3(kGroupBlock)};
+                            dim3(kGroupBlock), 0, kOverlaps};
     SPECRT_LAUNCH((rms_norm_groups<T, kLanes>), shape, stream, p, is_whole);
 }
 
@@ -175,7 +187,7 @@ template <typename T, int kPieces>
 void launch_rows(const RmsNormParams& p, bool is_whole, unsigned pieces, CudaStream stream) {
     const unsigned warps = ceil_div(pieces, 32 * kPieces);
     const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows * p.num_slices)),
-                            dim3(32 * warps)};
+                            dim3(32 * warps), 0, kOverlaps};
     SPECRT_LAUNCH((rms_norm_rows<T, kPieces>), shape, stream, p, is_whole);
 }
 
@@ -189,7 +201,7 @@ void launch(const RmsNormParams& p, bool is_whole, CudaStream stream) {
     if (pieces <= 1024) return launch_rows<T, 2>(p, is_whole, pieces, stream);
     if (pieces <= 2048) return launch_rows<T, 4>(p, is_whole, pieces, stream);
     const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows * p.num_slices)),
-                            dim3(kLongBlock)};
+                            dim3(kLongBlock), 0, kOverlaps};
     SPECRT_LAUNCH(rms_norm_long_rows<T>, shape, stream, p, is_whole);
 }
 

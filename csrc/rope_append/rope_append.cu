@@ -8,6 +8,7 @@
 // Queries are rotated in place. That is safe as a pair is one thread's: it has read both before it
 // writes either, and nobody else touches them.
 #include "core/pack.cuh"
+#include "core/ptx.cuh"
 #include "core/rotary.cuh"
 #include "rope_append/rope_append.h"
 
@@ -76,12 +77,14 @@ __device__ __forceinline__ T* head_at(const RopeAppendParams& p, int seq, int ro
 template <typename T, typename C, int kSize>
 __global__ void __launch_bounds__(kBlock)
     rope_append_pairs(const RopeAppendParams p, const unsigned blocks_per_row) {
+    ptx::let_next_start();
     const unsigned index = blockIdx.x / blocks_per_row;
     const int seq = static_cast<int>(index / p.num_rows),
               row = static_cast<int>(index % p.num_rows);
     const int half = p.head_dim / 2, per_head = half / kSize;
     const int unit = static_cast<int>(blockIdx.x % blocks_per_row) * kBlock + threadIdx.x;
     const int head = unit / per_head, first = unit % per_head * kSize;
+    ptx::wait_for_previous();
     if (head >= p.num_heads + 2 * p.num_kv_heads) return;
     T* source = head_at<T>(p, seq, row, head) + first;
     // Every row can be read, so the data is asked for beside the counts that tell whether it
@@ -106,7 +109,7 @@ void launch(const RopeAppendParams& p, CudaStream stream) {
     const int64_t heads = int64_t{p.num_heads} + 2 * p.num_kv_heads;
     const unsigned blocks_per_row = ceil_div(heads * (p.head_dim / 2 / kSize), kBlock);
     const LaunchShape shape{dim3(static_cast<unsigned>(p.num_seqs * p.num_rows) * blocks_per_row),
-                            dim3(kBlock)};
+                            dim3(kBlock), 0, kOverlaps};
     SPECRT_LAUNCH((rope_append_pairs<T, C, kSize>), shape, stream, p, blocks_per_row);
 }
 

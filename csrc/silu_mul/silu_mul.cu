@@ -1,4 +1,5 @@
 #include "core/pack.cuh"
+#include "core/ptx.cuh"
 #include "core/silu.cuh"
 #include "silu_mul/silu_mul.h"
 
@@ -11,9 +12,11 @@ constexpr int kBlock = 256;
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kBlock)
     silu_mul_elements(const SiluMulParams p, const unsigned blocks_per_row) {
+    ptx::let_next_start();
     const int64_t row = blockIdx.x / blocks_per_row;
     const unsigned block = blockIdx.x % blocks_per_row;
     const int64_t first = (int64_t{block} * kBlock + threadIdx.x) * kSize;
+    ptx::wait_for_previous();
     if (first >= p.width) return;
     const T* source = static_cast<const T*>(p.gate_up) + row * p.gate_up_stride + first;
     const Pack<T, kSize> gate = load_pack<kSize>(source), up = load_pack<kSize>(source + p.width);
@@ -27,7 +30,8 @@ __global__ void __launch_bounds__(kBlock)
 template <typename T, int kSize>
 void launch(const SiluMulParams& p, CudaStream stream) {
     const unsigned blocks_per_row = ceil_div(p.width, kBlock * kSize);
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock)};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock),
+                            0, kOverlaps};
     SPECRT_LAUNCH((silu_mul_elements<T, kSize>), shape, stream, p, blocks_per_row);
 }
 

@@ -10,6 +10,7 @@
 //
 // A row that is not concerned leaves a launch at once, so the number of launches is fixed. Blocks
 // meet by tickets (core/reduce.cuh).
+#include "core/ptx.cuh"
 #include "tree_accept/walk.cuh"
 
 namespace specrt {
@@ -114,6 +115,8 @@ __device__ __forceinline__ uint32_t raw_maximum(const TreeAcceptParams& p, Share
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     const Address at = this_address(p);
     if (!at.is_node) return;
     Shared* shared = begin_block(p, at);
@@ -189,6 +192,8 @@ __device__ __forceinline__ void narrow_row(const TreeAcceptParams& p, Shared* sh
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) weigh_rows(const TreeAcceptParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     const Address at = this_address(p);
     if (!at.is_node || !(is_weighed(p.sampling[at.seq], p.vocab) || p.logprobs)) return;
     Shared* shared = begin_block(p, at);
@@ -298,6 +303,8 @@ __device__ __forceinline__ void take_token(const Scanned& scanned, Shared* share
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) pick_tokens(const TreeAcceptParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     const Address at = this_address(p);
     const bool has_filter = is_filtered(p.sampling[at.seq], p.vocab);
     if (!at.is_node || (at.slice > 0 && !has_filter)) return;
@@ -326,7 +333,7 @@ void tree_accept_cuda(const void* params, CudaStream stream) {
     if (rows == 0) return;
     const int64_t blocks = rows * split_rows(rows, p.vocab).num_slices;
     const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kAcceptThreads),
-                            sizeof(Shared)};
+                            sizeof(Shared), kOverlaps};
     SPECRT_LAUNCH(scan_rows, shape, stream, p);
     SPECRT_LAUNCH(weigh_rows, shape, stream, p);
     SPECRT_LAUNCH(pick_tokens, shape, stream, p);

@@ -303,6 +303,8 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
 
 template <typename T, int D, bool kAppends>
 __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelParams k) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     const TreeAttentionParams& p = k.p;
     // The last units, which have few keys or none, come last: what does not fit at once is short.
     const int unit = blockIdx.y, tile = blockIdx.x % k.plan.num_tiles;
@@ -362,7 +364,7 @@ template <typename T, int D>
 void start(const KernelParams& k, CudaStream stream) {
     const TreeAttentionParams& p = k.p;
     const LaunchShape shape{dim3(p.num_kv_heads * k.plan.num_tiles, k.plan.num_units, p.num_seqs),
-                            dim3(32 * k.plan.num_warps), k.plan.shared_bytes};
+                            dim3(32 * k.plan.num_warps), k.plan.shared_bytes, kOverlaps};
     if (p.append.k) {
         SPECRT_LAUNCH((tree_attention_kernel<T, D, true>), shape, stream, k);
     } else {

@@ -5,6 +5,7 @@
 // them the cut is, and lists the tokens down to there, of blocks whose maximum reaches it. They are
 // few, mostly, and what is kept is found among them; where the list has no room, as in flat rows,
 // the whole row is gone through instead.
+#include "core/ptx.cuh"
 #include "core/row_filter.cuh"
 #include "tree_build/draft_row.cuh"
 
@@ -105,6 +106,8 @@ __device__ __forceinline__ RowFilter filter_row(const FilterRules& rules, const 
 
 // Three blocks an SM are enough; for more, ptxas would spill registers.
 __global__ void __launch_bounds__(kRowThreads, 3) filter_slices(const TreeExpandParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     auto* shared = reinterpret_cast<FilterShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
     const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads, 3) filter_slices(const TreeExpand
 void filter_rows(const TreeExpandParams& p, CudaStream stream) {
     const int64_t blocks = int64_t{p.batch} * p.width * expand_slices(p.rows);
     const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kRowThreads),
-                            sizeof(FilterShared)};
+                            sizeof(FilterShared), kOverlaps};
     SPECRT_LAUNCH(filter_slices, shape, stream, p);
 }
 

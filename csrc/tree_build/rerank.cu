@@ -4,6 +4,7 @@
 // walking up, rank by rank: upwards ranks only fall, so the walk ends whatever the pool holds, and
 // a tree of EAGLE-2 is few levels deep.
 #include "core/best_keys.cuh"
+#include "core/ptx.cuh"
 #include "tree_build/tree_build.h"
 
 namespace specrt {
@@ -36,6 +37,8 @@ __device__ __forceinline__ void write_node(const TreeRerankParams& p, int64_t at
 }
 
 __global__ void __launch_bounds__(kThreads) tree_rerank_sequence(const TreeRerankParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     auto* shared = reinterpret_cast<RerankShared*>(dynamic_shared());
     const int64_t seq = blockIdx.x, pool = seq * p.pool_size, tree = seq * p.nodes;
     const int rank = static_cast<int>(threadIdx.x);
@@ -77,7 +80,7 @@ void tree_rerank_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const TreeRerankParams*>(params);
     if (p.batch == 0) return;
     const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(kThreads),
-                            sizeof(RerankShared)};
+                            sizeof(RerankShared), kOverlaps};
     SPECRT_LAUNCH(tree_rerank_sequence, shape, stream, p);
 }
 

@@ -10,6 +10,7 @@
 // What is ordered is ordered as keys (core/score_key.h), what is added is integers: no bit depends
 // on who comes when.
 #include "core/best_keys.cuh"
+#include "core/ptx.cuh"
 #include "core/row_filter.cuh"
 #include "tree_build/draft_row.cuh"
 
@@ -27,6 +28,8 @@ __device__ __forceinline__ uint32_t scanned_bits(float x) {
 }
 
 __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     SPECRT_SHARED(uint32_t[kWarps], tops);
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
     const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
@@ -255,6 +258,8 @@ __device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t
 
 // Three blocks an SM are enough; for more, ptxas would spill registers.
 __global__ void __launch_bounds__(kThreads, 3) rank_slices(const TreeExpandParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     auto* shared = reinterpret_cast<RankShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
     const int number = static_cast<int>(blockIdx.x / slices), seq = number / p.width;
@@ -281,9 +286,10 @@ void tree_expand_cuda(const void* params, CudaStream stream) {
     if (p.batch == 0) return;
     const int64_t blocks = int64_t{p.batch} * p.width * expand_slices(p.rows);
     const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-    SPECRT_LAUNCH(scan_slices, (LaunchShape{grid, block}), stream, p);
+    SPECRT_LAUNCH(scan_slices, (LaunchShape{grid, block, 0, kOverlaps}), stream, p);
     if (p.sampling) filter_rows(p, stream);
-    SPECRT_LAUNCH(rank_slices, (LaunchShape{grid, block, sizeof(RankShared)}), stream, p);
+    SPECRT_LAUNCH(rank_slices, (LaunchShape{grid, block, sizeof(RankShared), kOverlaps}), stream,
+                  p);
 }
 
 }  // namespace specrt

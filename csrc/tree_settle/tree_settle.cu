@@ -23,6 +23,7 @@
 // ancestors between. So a round reads one copy of what is known and writes another, and one barrier
 // a round keeps a fast warp from overwriting what a slow one still reads. (The shim cannot show
 // this: it lets nobody in between two reads of a thread.)
+#include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "tree_settle/tree_settle.h"
 
@@ -85,6 +86,8 @@ __device__ __forceinline__ Node with_ancestors(int node, int parent, int count, 
 }
 
 __global__ void __launch_bounds__(kMaxNodes) tree_settle_sequence(const TreeSettleParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
     auto* shared = reinterpret_cast<Shared*>(dynamic_shared());
     const int64_t seq = blockIdx.x;
     const int node = static_cast<int>(threadIdx.x), most = most_settled(p, seq);
@@ -114,7 +117,7 @@ void tree_settle_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const TreeSettleParams*>(params);
     if (p.batch == 0) return;
     const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32 * ceil_div(p.nodes, 32)),
-                            sizeof(Shared)};
+                            sizeof(Shared), kOverlaps};
     SPECRT_LAUNCH(tree_settle_sequence, shape, stream, p);
 }
 

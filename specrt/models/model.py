@@ -292,12 +292,8 @@ class LlamaModel:
     # --- launches: on buffers that :meth:`reserve` has made, so that a graph may hold them ----
 
     def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` (never captured)."""
-        embed = self.weights.embed
-        if embed.dtype == out.dtype:
-            torch.index_select(embed, 0, tokens, out=out)
-        else:
-            out.copy_(embed.index_select(0, tokens))
+        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` of any float type."""
+        ops.embed(tokens, self.weights.embed, out)
 
     def launch_layer(
         self,

@@ -5,11 +5,13 @@ fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
 from specrt.ops.draft_control import draft_control, draft_control_update
+from specrt.ops.embed import embed
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import LinearPlan, linear, linear_workspace
+from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
@@ -33,6 +35,7 @@ __all__ = [
     "ReportWord",
     "draft_control",
     "draft_control_update",
+    "embed",
     "feature_sample",
     "feature_sample_workspace",
     "gumbel_noise",
@@ -41,6 +44,7 @@ __all__ = [
     "kv_commit",
     "linear",
     "linear_workspace",
+    "prompt_lookup",
     "recycle_learn",
     "recycle_learn_workspace",
     "recycle_propose",

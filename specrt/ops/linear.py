@@ -77,7 +77,7 @@ def linear(
         out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
     if registry.is_on_gpu(x):
         if workspace is None:
-            floats = linear_workspace(*weight.shape, x.shape[0])
+            floats = linear_workspace(weight.shape[0], weight.shape[1], x.shape[0])
             workspace = torch.zeros(floats, device=x.device)
     else:
         workspace = None

@@ -51,11 +51,20 @@ def test_flashinfer_compiles_while_tests_run() -> None:
 
 
 def test_the_last_of_the_end_to_end_stage_takes_what_time_is_left() -> None:
-    names = ["extension", "generate_cuda", "end_to_end_cuda", "slow gpu tests", "racecheck"]
+    names = ["extension", "generate_cuda", "predicted", "round", "end_to_end_cuda"]
+    names += ["slow gpu tests", "racecheck"]
     assert list(commands(WITH_GPU, "C")) == names
     spare = [one.name for one in commands(WITH_GPU, "C").values() if one.is_spare]
     assert spare == ["slow gpu tests", "racecheck"]
     assert "bench.one_of_each" in commands(WITH_GPU, "C")["racecheck"].argv
+
+
+def test_variants_of_linear_come_first() -> None:
+    """Then what ``linear`` takes by the one in use, then other kernels."""
+    found = commands(WITH_GPU, "B")
+    names = ["extension", "flashinfer", "linear variants", "linear", "variants"]
+    assert list(found)[:5] == names
+    assert "bench.variants --kernel linear" in " ".join(found["linear variants"].argv)
 
 
 def test_stages_fit_into_a_call() -> None:

@@ -290,8 +290,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
 
         return kernel
 
-    kernels = "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul", "tree_attention"
-    for name in kernels:
+    kernels = "embed", "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul"
+    for name in (*kernels, "tree_attention"):
         monkeypatch.setattr(ops, name, spy(name))
     monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(ops, "tree_attention_workspace", lambda *shape: 10 * shape[0])

@@ -248,6 +248,29 @@ def append_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+def lookup_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of few tokens and many, in trees of one word and of two."""
+    slots, nodes = (5, 40, 600)[variant % 3], (6, 128)[variant % 2]
+    tokens = torch.randint(
+        0, (2, VOCAB)[variant // 3], (BATCH, slots), generator=generator(variant)
+    )
+    results = torch.zeros(3, BATCH, dtype=torch.int32)
+    return {
+        "history": tokens.int(),
+        "history_len": ints(slots, slots - 3, 1),
+        "max_len": ints(slots + 9, slots, 700),
+        "max_ngram": variant + 1,
+        "min_ngram": 1 + variant // 4,
+        "num_continuations": (1, 3, 9)[variant // 2],
+        "depth": (4, 30)[variant % 2],
+        "draft_tokens": torch.zeros(BATCH, nodes, dtype=torch.int32),
+        "parents": torch.zeros(BATCH, nodes, dtype=torch.int32),
+        "num_nodes": results[0].clone(),
+        "match_len": results[1].clone(),
+        "longest": results[2].clone(),
+    }
+
+
 # --- draft control
 
 SETTINGS = ControlSettings(
@@ -305,6 +328,18 @@ def tail_arguments(variant: int, backend: Backend) -> Arguments:
         "history_len": ints(9, 3, 1),
         "tokens": torch.zeros(BATCH, 2 + variant, dtype=torch.int32),
         "start": ints(0, 0, 0),
+    }
+
+
+def embed_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of one type or of two, in rows of 16-byte pieces or not."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    width = (16, 11)[variant // 3]
+    table = torch.randn(VOCAB, width, generator=generator(variant))
+    return {
+        "tokens": ints(4, 0, 69),
+        "table": table.to(dtypes[variant % 3]),
+        "out": torch.zeros(BATCH, width, dtype=dtypes[variant // 2]),
     }
 
 
@@ -496,6 +531,13 @@ KERNELS = {
         results=("tokens", "start"),
         has_cuda_source=True,
     ),
+    "prompt_lookup": Kernel(
+        lookup_arguments,
+        lambda a: ops.prompt_lookup(**a),
+        own=("history", "history_len", "max_len"),
+        results=("draft_tokens", "parents", "num_nodes", "match_len", "longest"),
+        has_cuda_source=True,
+    ),
     "draft_control": Kernel(
         decide_arguments,
         decide,
@@ -513,6 +555,13 @@ KERNELS = {
         own=("posterior", "slots", "limit", "drafted", "length", "confidence", "accept_length"),
         shared=("settings", "costs"),
         results=("posterior",),
+        has_cuda_source=True,
+    ),
+    "embed": Kernel(
+        embed_arguments,
+        lambda a: ops.embed(**a),
+        own=("tokens",),
+        results=("out",),
         has_cuda_source=True,
     ),
     "feature_sample": Kernel(

@@ -31,8 +31,10 @@ TAKEN = {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
     "history_tail": {"history", "tokens"},
+    "prompt_lookup": {"history", "draft_tokens", "parents"},
     "draft_control": {"evidence"},
     "draft_control_update": set(),
+    "embed": {"table", "out"},
     "feature_sample": {"features", "embed", "out"},
     "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip

@@ -20,6 +20,8 @@ void AsyncCopies::issue(void* shared, const void* global, bool is_read) {
             fail("cp.async: misaligned source, must be a multiple of 16 bytes");
         if (!GuardedCopies::contain(global, 16))
             fail("cp.async: out-of-bounds read " + GuardedCopies::describe(global));
+        // It may be read as soon as now, and so must be there.
+        (void)*static_cast<const volatile unsigned char*>(global);
     }
     std::memset(shared, 0xff, 16);
     copies_.push_back({shared, is_read ? global : nullptr, group_});

@@ -3,7 +3,7 @@
 namespace {
 
 thread_local int current = 0;
-char streams[simt::kNumDevices];  // only their addresses count
+simt::Stream streams[simt::kNumDevices] = {{0}, {1}};
 
 }  // namespace
 
@@ -19,7 +19,19 @@ cudaError_t cudaSetDevice(int device) {
 }
 
 const char* cudaGetErrorString(cudaError_t status) {
-    return status == cudaSuccess ? "no error" : "invalid device ordinal";
+    switch (status) {
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorMemoryAllocation:
+            return "out of memory";
+        case cudaErrorInvalidDevice:
+            return "invalid device ordinal";
+        case cudaErrorIllegalState:
+            return "the operation cannot be performed in the present state";
+        case cudaErrorStreamCaptureInvalidated:
+            return "operation failed due to a previous error during capture";
+    }
+    return "unknown error";
 }
 
 namespace simt {
@@ -29,7 +41,7 @@ void* stream_of(int device) {
 }
 
 bool is_stream_of(void* stream, int device) {
-    return !stream || stream == &streams[device];
+    return !stream || static_cast<Stream*>(stream)->device == device;
 }
 
 }  // namespace simt

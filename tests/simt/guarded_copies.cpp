@@ -3,8 +3,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 
@@ -15,6 +17,14 @@ namespace simt {
 namespace {
 
 constexpr size_t kGuardBytes = 4 << 20;  // each side; address space, not memory
+
+// Arguments that are constants of every op: no launch writes them, so a launch that overlaps may
+// read them before its wait.
+constexpr const char* kConstants[] = {"weight", "bias", "cos_sin"};
+
+bool is_constant_name(const std::string& name) {
+    return std::find(std::begin(kConstants), std::end(kConstants), name) != std::end(kConstants);
+}
 
 thread_local GuardedCopies* current_copies = nullptr;
 
@@ -64,11 +74,35 @@ unsigned char* GuardedCopies::copy_of(void* host, size_t bytes, const char* name
     for (Copy& copy : copies_) {
         if (copy.host != host || copy.bytes != bytes) continue;
         copy.names += std::string(" = ") + name;
+        if (copy.is_constant && !is_constant_name(name)) {
+            copy.is_constant = false;
+            copy.protect(PROT_READ | PROT_WRITE);
+        }
         return copy.begin;
     }
     copies_.push_back(map(host, bytes));
-    copies_.back().names = name;
-    return copies_.back().begin;
+    Copy& copy = copies_.back();
+    copy.names = name;
+    copy.is_constant = is_constant_name(name);
+    if (copy.is_constant) copy.protect(PROT_READ);
+    return copy.begin;
+}
+
+void GuardedCopies::Copy::protect(int protection) const {
+    if (num_paged && mprotect(page, num_paged, protection) != 0)
+        throw std::runtime_error("simt: cannot protect a tensor's copy");
+}
+
+void GuardedCopies::withhold() {
+    if (!current_copies) return;
+    for (const Copy& copy : current_copies->copies_)
+        if (!copy.is_constant) copy.protect(PROT_NONE);
+}
+
+void GuardedCopies::give_back() {
+    if (!current_copies) return;
+    for (const Copy& copy : current_copies->copies_)
+        if (!copy.is_constant) copy.protect(PROT_READ | PROT_WRITE);
 }
 
 void GuardedCopies::write_back() {
@@ -98,14 +132,29 @@ std::string GuardedCopies::describe(const void* address) {
     return current_copies ? current_copies->describe_here(address) : "at an unmapped address";
 }
 
+std::string GuardedCopies::text_of(const Copy& copy) const {
+    return "buffer #" + std::to_string(&copy - copies_.data()) + " (" + copy.names + ", " +
+           std::to_string(copy.bytes) + " bytes)";
+}
+
+std::string GuardedCopies::describe_forbidden(const void* address) {
+    if (!current_copies) return "";
+    const auto* byte = static_cast<const unsigned char*>(address);
+    for (const Copy& copy : current_copies->copies_) {
+        if (byte < copy.begin || byte >= copy.begin + copy.bytes) continue;
+        const std::string where =
+            "at byte " + std::to_string(byte - copy.begin) + " of " + current_copies->text_of(copy);
+        return where + (copy.is_constant ? ", a constant" : " before wait_for_previous()");
+    }
+    return "";
+}
+
 std::string GuardedCopies::describe_here(const void* address) const {
     if (reinterpret_cast<uintptr_t>(address) < 4096) return "through a null pointer";
     const auto* byte = static_cast<const unsigned char*>(address);
-    for (size_t i = 0; i < copies_.size(); ++i) {
-        const Copy& copy = copies_[i];
+    for (const Copy& copy : copies_) {
         if (byte < copy.mapping || byte >= copy.mapping + copy.num_mapped) continue;
-        const std::string buffer = " of buffer #" + std::to_string(i) + " (" + copy.names + ", " +
-                                   std::to_string(copy.bytes) + " bytes)";
+        const std::string buffer = " of " + text_of(copy);
         if (byte < copy.begin)
             return std::to_string(copy.begin - byte) + " bytes before the start" + buffer;
         const std::ptrdiff_t past = byte - copy.begin - static_cast<std::ptrdiff_t>(copy.bytes);

@@ -25,9 +25,15 @@ class GuardedCopies {
     // Throws std::runtime_error if something was written around a copy.
     void write_back();
 
+    // Until given back the current copies cannot be touched, but constants can be read.
+    static void withhold();
+    static void give_back();
+
     // Of the current copies; where a thread has none, everything is contained.
     static bool contain(const void* begin, size_t bytes);
     static std::string describe(const void* address);
+    // Of an address in a copy, why it cannot be touched; else empty.
+    static std::string describe_forbidden(const void* address);
 
   private:
     struct Copy {
@@ -36,12 +42,25 @@ class GuardedCopies {
         std::string names;
         unsigned char *mapping, *page, *begin;
         size_t num_mapped, num_paged;
+        bool is_constant;  // as its arguments' names say: read-only
+
+        void protect(int protection) const;
     };
     static Copy map(void* host, size_t bytes);
     std::string describe_here(const void* address) const;
+    std::string text_of(const Copy& copy) const;
 
     std::vector<Copy> copies_;
     GuardedCopies* previous_;
+};
+
+// As long as it lives.
+class WithheldCopies {
+  public:
+    WithheldCopies() { GuardedCopies::withhold(); }
+    ~WithheldCopies() { GuardedCopies::give_back(); }
+    WithheldCopies(const WithheldCopies&) = delete;
+    WithheldCopies& operator=(const WithheldCopies&) = delete;
 };
 
 }  // namespace simt

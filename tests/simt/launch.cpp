@@ -9,6 +9,7 @@
 
 #include "device.h"
 #include "fault.h"
+#include "graph.h"
 #include "scheduler.h"
 
 namespace simt {
@@ -18,7 +19,7 @@ namespace {
 struct Machine {
     std::mutex turn;
     Settings settings;
-    uint64_t num_launches = 0;
+    uint64_t num_launches = 0, num_overlapping = 0;
     std::string last_kernel;
     int last_device = 0;
     StackPool stacks;
@@ -96,6 +97,10 @@ uint64_t num_launches() {
     return machine().num_launches;
 }
 
+uint64_t num_overlapping() {
+    return machine().num_overlapping;
+}
+
 std::string last_kernel() {
     return machine().last_kernel;
 }
@@ -105,17 +110,20 @@ int last_device() {
 }
 
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
-            void* stream, std::function<void()> body) {
+            bool overlaps, void* stream, std::function<void()> body) {
+    if (is_captured(stream, {name, grid, block, shared_bytes, overlaps, body})) return;
     Machine& m = machine();
     std::lock_guard<std::mutex> lock(m.turn);
     m.last_kernel = name;
     (void)cudaGetDevice(&m.last_device);
     check_device(name, m, stream);
     check_limits(name, grid, block, shared_bytes);
-    Scheduler current({name, grid, block, shared_bytes, &body}, m.settings, m.stacks, m.arenas);
+    Scheduler current({name, grid, block, shared_bytes, overlaps, &body}, m.settings, m.stacks,
+                      m.arenas);
     const Session session(current);
     current.run();
     ++m.num_launches;
+    m.num_overlapping += overlaps;
 }
 
 }  // namespace simt

@@ -25,7 +25,8 @@ struct Settings {
 
 Settings settings();
 void set_settings(const Settings& settings);
-uint64_t num_launches();  // that ended well, since the process began
+uint64_t num_launches();     // that ended well, since the process began
+uint64_t num_overlapping();  // those of them that overlap
 std::string last_kernel();
 int last_device();  // the current one when it began
 
@@ -36,13 +37,10 @@ inline size_t max_shared_bytes() {
     return settings().shared_bytes;
 }
 
-// Launches follow one another here: each has ended before the next begins.
-inline void wait_for_previous() {}
-inline void let_next_start() {}
-
-// Runs `body` once for each thread of the grid. Throws std::runtime_error, which names kernel,
-// block and thread; the next launch works again. Launches of several OS threads take turns.
+// Runs `body` once for each thread of the grid. One that `overlaps` is held to its wait: see
+// Scheduler::run_to_wait. Throws std::runtime_error, which names kernel, block and thread; the next
+// launch works again. Launches of several OS threads take turns.
 void launch(const char* name, const dim3& grid, const dim3& block, size_t shared_bytes,
-            void* stream, std::function<void()> body);
+            bool overlaps, void* stream, std::function<void()> body);
 
 }  // namespace simt

@@ -9,6 +9,7 @@
 
 #include "bindings/tensor.h"
 #include "device.h"
+#include "graph.h"
 #include "guarded_copies.h"
 #include "launch.h"
 #include "probes/probe.h"
@@ -41,12 +42,12 @@ using Tensors = std::map<std::string, py::object>;
 
 void run_probe(const std::string& name, const Tensors& tensors, const std::vector<int>& numbers,
                const std::vector<unsigned>& grid, const std::vector<unsigned>& block,
-               size_t shared_bytes) {
+               size_t shared_bytes, bool overlaps) {
     const auto sizes = [](std::vector<unsigned> d) {
         d.resize(3, 1);
         return dim3(d[0], d[1], d[2]);
     };
-    probes::Probe probe{{sizes(grid), sizes(block), shared_bytes}, {}, numbers};
+    probes::Probe probe{{sizes(grid), sizes(block), shared_bytes, overlaps}, {}, numbers};
     for (const auto& [argument, tensor] : tensors)
         probe.tensors[argument] = device_view_of(tensor, argument.c_str()).data;
     const probes::ProbeFn run = probes::find(name);
@@ -112,7 +113,8 @@ PYBIND11_MODULE(_simt, m) {
 #undef SIMT_KERNEL
     m.def("run_probe", &run_probe, py::arg("name"), py::arg("tensors"),
           py::arg("numbers") = std::vector<int>{}, py::arg("grid") = std::vector<unsigned>{1},
-          py::arg("block") = std::vector<unsigned>{32}, py::arg("shared_bytes") = 0);
+          py::arg("block") = std::vector<unsigned>{32}, py::arg("shared_bytes") = 0,
+          py::arg("overlaps") = false);
     guard_kernels(m);
     m.def("set_schedule", &set_schedule, py::arg("seed"), py::arg("resident_blocks") = 3,
           py::arg("strict") = true);
@@ -120,9 +122,13 @@ PYBIND11_MODULE(_simt, m) {
     m.def("set_arithmetic", &set_arithmetic, py::arg("name") = "ieee");
     m.def("break_device", &break_device, py::arg("num_good") = 0,
           py::arg("fault") = "an illegal memory access was encountered");
+    m.def("fail_next", &simt::fail_next, py::arg("call"));
+    m.def("synchronize", &simt::synchronize);
+    m.def("num_graph_objects", &simt::num_graph_objects);
     m.def("set_current_device", &set_current_device, py::arg("device"));
     m.def("current_device", &current_device);
     m.def("num_launches", &simt::num_launches);
+    m.def("num_overlapping", &simt::num_overlapping);
     m.def("last_device", &simt::last_device);
 }
 

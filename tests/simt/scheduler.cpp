@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "fault.h"
 #include "guarded_copies.h"
@@ -92,6 +93,13 @@ void Scheduler::run() {
     running.block_dim = spec_.block;
     running.grid_dim = spec_.grid;
     for (Block& block : blocks_) admit(block);
+    run_to_wait();
+    run_ready();
+    for (const Block& block : blocks_)
+        if (block.num_exited < block.threads.size()) fail_deadlock();
+}
+
+void Scheduler::run_ready() {
     while (Thread* next = pick()) {
         running.thread = next;
         running.thread_index = next->index;
@@ -101,8 +109,6 @@ void Scheduler::run() {
         check_after_switch();
         if (finished_) retire(*finished_);
     }
-    for (const Block& block : blocks_)
-        if (block.num_exited < block.threads.size()) fail_deadlock();
 }
 
 void Scheduler::check_after_switch() {
@@ -127,6 +133,7 @@ void Scheduler::admit(Block& block) {
         thread.lane = i % 32;
         thread.warp = &block.warps[i / 32];
         thread.block = &block;
+        thread.has_waited = false;
     }
     for (unsigned w = 0; w < warps_per_block_; ++w) {
         Warp& warp = block.warps[w];
@@ -134,7 +141,7 @@ void Scheduler::admit(Block& block) {
         warp.threads = &block.threads[w * 32];
         warp.slot = static_cast<unsigned>(slot) * warps_per_block_ + w;
         warp.alive = lanes == 32 ? ~0u : (1u << lanes) - 1;
-        warp.ready = warp.at_barrier = warp.meeting = warp.exited = 0;
+        warp.ready = warp.at_barrier = warp.at_wait = warp.meeting = warp.exited = 0;
         warp.priority = policy_.is_by_block ? block_priority + random_.below(256) : random_.next();
         warp.last_lane = 31;
         make_ready(warp, warp.alive);
@@ -147,7 +154,37 @@ void Scheduler::retire(Block& block) {
     if (!overwritten.empty())
         throw std::runtime_error("kernel " + std::string(spec_.name) + ", block " +
                                  text_of(block.index) + ": " + overwritten);
-    if (num_admitted_ < order_.size()) admit(block);
+    if (num_admitted_ == order_.size()) return;
+    const ReadySet others = spec_.overlaps ? ready_.take() : ReadySet();
+    admit(block);
+    if (!spec_.overlaps) return;
+    run_to_wait();
+    ready_.insert(others);
+}
+
+// --- The launch before --------------------------------------------------------------------------
+
+// What a launch that overlaps does while the one before it still runs: its new blocks, the only
+// ready ones, come as far as they can without what that one may read or write. Others, which are
+// past their wait, stand still meanwhile.
+void Scheduler::run_to_wait() {
+    if (!spec_.overlaps) return;
+    is_early_ = true;
+    {
+        const WithheldCopies withheld;
+        run_ready();
+    }
+    is_early_ = false;
+    for (Block& block : blocks_)
+        for (Warp& warp : block.warps) make_ready(warp, std::exchange(warp.at_wait, 0));
+}
+
+void Scheduler::wait_for_previous() {
+    Thread& me = *running.thread;
+    me.has_waited = true;
+    if (!is_early_) return;
+    me.warp->at_wait |= 1u << me.lane;
+    switch_out(me);
 }
 
 // --- Who runs next ------------------------------------------------------------------------------
@@ -336,6 +373,8 @@ void Scheduler::exit_thread(Thread& me) {
     Block& block = *me.block;
     Warp& warp = *me.warp;
     const uint32_t bit = 1u << me.lane;
+    if (spec_.overlaps && !me.has_waited)
+        fail(me, "this thread ends without wait_for_previous(), in a launch that overlaps");
     if (is_strict_ && block.num_arrived)
         fail(me, "divergent barrier: this thread exited, but thread " +
                      text_of(block.first_arrived->index) + " of the block waits at " +
@@ -407,6 +446,8 @@ std::string Scheduler::describe_fault() const {
     if (stacks_.is_guard(fault_.address)) return "stack overflow";
     if (fault_.thread->block->shared->is_near(fault_.address))
         return "out-of-bounds " + verb + " far outside of the block's shared memory";
+    const std::string forbidden = GuardedCopies::describe_forbidden(fault_.address);
+    if (!forbidden.empty()) return verb + " " + forbidden;
     return "out-of-bounds " + verb + " " + GuardedCopies::describe(fault_.address);
 }
 

@@ -29,7 +29,8 @@ struct Thread {
     unsigned lane = 0;
     Warp* warp = nullptr;
     Block* block = nullptr;
-    Site site;  // of the barrier it came to last
+    Site site;                // of the barrier it came to last
+    bool has_waited = false;  // for the launch before
     AsyncCopies copies;
 };
 
@@ -47,7 +48,7 @@ struct Meeting {
 struct Warp {
     Thread* threads = nullptr;  // of lane 0
     unsigned slot = 0;          // in the scheduler's set of ready warps
-    uint32_t alive = 0, ready = 0, at_barrier = 0, meeting = 0, exited = 0;
+    uint32_t alive = 0, ready = 0, at_barrier = 0, at_wait = 0, meeting = 0, exited = 0;
     uint32_t priority = 0;
     unsigned last_lane = 31;
     Meeting at[32];
@@ -106,6 +107,14 @@ class ReadySet {
     void resize(size_t count) { words_.assign((count + 63) / 64, 0); }
     void insert(unsigned i) { words_[i / 64] |= uint64_t{1} << i % 64; }
     void erase(unsigned i) { words_[i / 64] &= ~(uint64_t{1} << i % 64); }
+    void insert(const ReadySet& others) {
+        for (size_t i = 0; i < words_.size(); ++i) words_[i] |= others.words_[i];
+    }
+    ReadySet take() {  // leaves none
+        ReadySet taken = *this;
+        resize(words_.size() * 64);
+        return taken;
+    }
     int next(unsigned from) const;  // the first at or after `from`, going around; -1: empty
 
   private:
@@ -116,6 +125,7 @@ struct LaunchSpec {
     const char* name;
     dim3 grid, block;
     size_t shared_bytes;
+    bool overlaps;
     const std::function<void()>* body;
 };
 
@@ -129,6 +139,7 @@ class Scheduler {
     BarrierResult barrier(bool vote, Site site);
     void meet(const char* what, uint32_t mask, Meeting::Combine combine, const void* in, void* out);
     void preempt();
+    void wait_for_previous();
     [[noreturn]] void finish_fiber();
 
     Arithmetic arithmetic() const { return arithmetic_; }
@@ -138,6 +149,8 @@ class Scheduler {
     void abandon_fiber(void* address, bool is_write);
 
   private:
+    void run_ready();
+    void run_to_wait();
     Thread* pick();
     Warp* choose_warp();
     void make_ready(Warp& warp, uint32_t lanes);
@@ -168,6 +181,7 @@ class Scheduler {
     ReadySet ready_;
     unsigned slot_ = 0;  // of the warp that runs
     uint64_t num_preempted_ = 0;
+    bool is_early_ = false;  // the launch before may still run
     void* main_ = nullptr;
     Block* finished_ = nullptr;
     std::string failure_;
@@ -187,6 +201,10 @@ std::string text_of(const uint3& index);
 inline void preempt() {
     scheduler->preempt();
 }
+inline void wait_for_previous() {
+    scheduler->wait_for_previous();
+}
+inline void let_next_start() {}  // when the next launch starts is run_to_wait's choice
 inline void barrier(const char* file, int line) {
     scheduler->barrier(false, {file, line});
 }

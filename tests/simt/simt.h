@@ -6,6 +6,7 @@
 #include "cuda_types.h"
 #include "device.h"
 #include "float16.h"
+#include "graph.h"
 #include "launch.h"
 #include "matrix.h"
 #include "scheduler.h"

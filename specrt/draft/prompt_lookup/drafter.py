@@ -204,8 +204,8 @@ class PromptLookupDrafter:
         tree, num_proposed = _grow(tokens, starts, _Shape(depth, shape.num_continuations, most))
         return tree, _Guess(match, record, num_proposed)
 
-    def _largest(self, budget: Budget, num_left: int) -> _Shape:
-        """What a tree may be; the bonus token takes the last place."""
+    def _largest(self, budget: Budget, num_left: int = MAX_NODES + 1) -> _Shape:
+        """What a tree may be; the bonus token takes the last place of ``num_left``."""
         params = budget.params
         depth = self._max_depth if params.depth is None else params.depth
         most = min(budget.max_nodes, params.total_tokens or MAX_NODES)

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+    from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 
-    return PromptLookupDrafter()
+    device = request.target.device
+    return DevicePromptLookupDrafter(device) if device.is_gpu else PromptLookupDrafter()
 
 
 PROMPT_LOOKUP = Kind("prompt-lookup", "what followed the same words before", _load)

@@ -1,0 +1,54 @@
+"""Whole rounds of plain decoding and of trees on a GPU, measured or predicted.
+
+``--device cuda``: random targets of the shapes of Llama-3-8B, Vicuna-7B and a quarter of
+Llama-3-70B, made on the device. Plain decoding, and trees whose acceptance is *replayed* from a
+recorded trace, so that a speed-up says what a drafter of that acceptance could win at the most.
+``gpu ms``: the captured steps of a round by events; ``host gap %``: the rest of the round. ``% of
+limit``: what a copy of the bytes that it must read takes, measured in the same run. Stages are
+those of a round launched one by one. ``price %`` is what exactness costs: ours against cuBLAS at
+the true number of rows in its place, both in the same graph, in turn. transformers: its forward
+pass over a static cache, a replayed graph too.
+
+``--predict`` needs no GPU: stages from bytes, FLOP and launches, on an H100 and an H200; no figure
+of it is measured.
+"""
+
+from __future__ import annotations
+
+from bench import gpu, limits, round_model
+from bench.harness import parser, report, start
+from bench.planted import recorded_trace
+from bench.random_target import SPECS
+
+
+def predict(model: str | None, prefix: int) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Rows and verdicts for one model, or all of them."""
+    models = {name: limits.TARGETS[name] for name in SPECS if model in (None, name)}
+    lengths = recorded_trace(round_model.TREE_NODES).accept_lengths
+    rows = round_model.prediction(models, prefix, 1 + sum(lengths) / len(lengths))
+    return rows, round_model.verdicts(rows)
+
+
+def main() -> None:
+    """The command."""
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments)
+    arguments.set_defaults(device="cuda")
+    arguments.add_argument("--predict", action="store_true", help="without a GPU; not measured")
+    arguments.add_argument("--model", choices=list(SPECS), help="one shape; default: all")
+    arguments.add_argument("--prefix", type=int, default=2048, help="tokens of the prompt")
+    args = start(arguments)
+    if args.predict:
+        rows, said = predict(args.model, args.prefix)
+        report("round_predicted", rows, save=args.save, summary=said)
+        return
+    if args.device != "cuda":
+        raise SystemExit("bench_round: --device cuda or --predict; a CPU's are bench_loop's")
+    device = gpu.chosen_device(args)
+    from bench import round_cuda
+
+    round_cuda.run(args, device)
+
+
+if __name__ == "__main__":
+    main()

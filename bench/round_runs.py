@@ -1,0 +1,191 @@
+"""Rounds of an engine over a model in memory, timed as a whole, on the GPU, and stage by stage."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from bench.end_to_end_contenders import Job, NoTokenizer
+from bench.timed_steps import TimedSteps
+from specrt import ops
+from specrt.device import Device, Mark
+from specrt.draft.base import Drafter
+from specrt.engine.engine import Engine
+from specrt.models.model import LlamaModel
+from specrt.sampling import SamplingParams
+from specrt.types import RoundStats
+
+STAGES = ("propose", "settle", "verify", "accept", "commit")
+_SPARE_TOKENS = 256
+"""Of the cache, for trees past the last token."""
+Marks = dict[str, list[tuple[Mark, Mark]]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Of a prompt's rounds, all but the first, which waits for the prompt's pass."""
+
+    token_ids: Sequence[int]
+    num_tokens: int
+    num_rounds: int
+    seconds: float
+    gpu_seconds: float | None
+    """Of the captured steps of a round; None if none was launched."""
+    stages_ms: Mapping[str, float]
+    """By the device's marks, where stages are apart."""
+
+    @property
+    def round_seconds(self) -> float:
+        return self.seconds / self.num_rounds
+
+    @property
+    def token_seconds(self) -> float:
+        return self.seconds / self.num_tokens
+
+    @property
+    def gap(self) -> float | None:
+        """The share of a round in which the GPU waits for the host."""
+        return None if self.gpu_seconds is None else 1 - self.gpu_seconds / self.round_seconds
+
+
+class Rounds:
+    """An engine that answers one prompt at a time.
+
+    Args:
+        model: the target, on a device that times its steps.
+        drafter: new.
+        job: what is generated.
+        around: what a run happens in, as another ``linear``.
+        is_apart: whether stages are marked; only where nothing is captured, for a mark in a graph
+            tells no time.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        drafter: Drafter,
+        job: Job,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        is_apart: bool = False,
+    ) -> None:
+        assert isinstance(model.device, TimedSteps), "a model whose steps are timed"
+        self._device, self._job, self._around = model.device, job, around
+        self._marked = ("tree_settle", "kv_commit") if is_apart else ()
+        room = len(job.prompt) + job.num_tokens + _SPARE_TOKENS
+        tokenizer: Any = NoTokenizer()
+        with around():
+            self._engine = Engine(model, drafter, tokenizer, max_batch=1, max_cached_tokens=room)
+
+    def run(self) -> Timed:
+        """Answer the prompt once; the first time loads and captures what later ones launch."""
+        params = SamplingParams(max_new_tokens=self._job.num_tokens, ignore_eos=True)
+        times, counts, result = [], [], None
+        with self._around(), marked(self._device, self._marked) as marks:
+            for chunk in self._engine.stream([self._job.prompt], params):
+                if not times:
+                    self._device.take_seconds()  # the prompt's
+                    marks.update({name: [] for name in marks})
+                times.append(time.perf_counter())
+                counts.append(len(chunk.token_ids))
+                result = chunk.result
+        assert result is not None, "the last chunk has the result"
+        if result.error is not None:
+            raise RuntimeError(result.error)
+        steps, num_rounds = self._device.take_seconds(), len(counts) - 1
+        return Timed(
+            result.token_ids,
+            sum(counts[1:]),
+            num_rounds,
+            times[-1] - times[0],
+            _a_round(steps, num_rounds),
+            stages_ms(result.stats, _medians(self._device, marks)) if marks else {},
+        )
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self._engine.close()
+
+
+def in_turn(contenders: Mapping[str, Rounds], repeats: int) -> dict[str, Timed]:
+    """The median run of each, A B A B, after one of each that does not count."""
+    for one in contenders.values():
+        one.run()
+    runs: dict[str, list[Timed]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, one in contenders.items():
+            runs[name].append(one.run())
+    return {
+        name: sorted(found, key=lambda run: run.seconds)[len(found) // 2]
+        for name, found in runs.items()
+    }
+
+
+def _a_round(steps: Sequence[float], num_rounds: int) -> float | None:
+    """Of a round's steps; one more or less than whole rounds may be among them."""
+    if not steps:
+        return None
+    return sum(steps) / len(steps) * max(1, round(len(steps) / num_rounds))
+
+
+# --- stages -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def marked(device: Device, names: Sequence[str]) -> Iterator[Marks]:
+    """Meanwhile calls of these ops are marked before and behind.
+
+    Args:
+        device: that they are launched on.
+        names: of functions of ``specrt.ops``.
+    """
+    marks: Marks = {name: [] for name in names}
+
+    def marking(name: str) -> Callable[..., object]:
+        op = getattr(ops, name)
+
+        def launch(*args: Any, **kwargs: Any) -> object:
+            start = device.mark()
+            found = op(*args, **kwargs)
+            marks[name].append((start, device.mark()))
+            return found
+
+        return launch
+
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(patch.object(ops, name, marking(name)))
+        yield marks
+
+
+def _medians(device: Device, marks: Marks) -> dict[str, float]:
+    """Milliseconds of a call, of the ops that were called."""
+    return {
+        name: statistics.median(device.ms_between(*pair) for pair in pairs)
+        for name, pairs in marks.items()
+        if pairs
+    }
+
+
+def stages_ms(stats: RoundStats, ops_ms: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a round's stages.
+
+    Args:
+        stats: the rounds', whose marks lie before and behind proposing and settling, verifying,
+            and accepting and committing.
+        ops_ms: of ``tree_settle`` and ``kv_commit``, which are a stage each.
+    """
+    count = max(1, stats.num_rounds)
+    settle, commit = ops_ms.get("tree_settle", 0.0), ops_ms.get("kv_commit", 0.0)
+    return {
+        "propose": max(0.0, stats.draft_ms / count - settle),
+        "settle": settle,
+        "verify": stats.verify_ms / count,
+        "accept": max(0.0, stats.accept_ms / count - commit),
+        "commit": commit,
+    }

@@ -1,0 +1,62 @@
+#include "core/pack.cuh"
+#include "core/ptx.cuh"
+#include "embed/embed.h"
+
+namespace specrt {
+namespace {
+
+constexpr int kBlock = 256;
+
+// A thread takes kSize neighbouring elements of a row: 16 bytes of the narrower type.
+template <typename From, typename To, int kSize>
+__global__ void __launch_bounds__(kBlock)
+    embed_elements(const EmbedParams p, const unsigned blocks_per_row) {
+    ptx::let_next_start();
+    const int64_t row = blockIdx.x / blocks_per_row;
+    const unsigned block = blockIdx.x % blocks_per_row;
+    const int64_t first = (int64_t{block} * kBlock + threadIdx.x) * kSize;
+    ptx::wait_for_previous();
+    if (first >= p.width) return;
+    const auto source = load_pack<kSize>(static_cast<const From*>(p.table) +
+                                         source_row(p, row) * p.table_stride + first);
+    To* out = static_cast<To*>(p.out) + row * p.out_stride + first;
+    if constexpr (std::is_same_v<From, To>) {  // NaN too to the bit
+        store_pack(out, source);
+    } else {
+        Pack<To, kSize> converted;
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) converted.at[e] = from_float<To>(to_float(source.at[e]));
+        store_pack(out, converted);
+    }
+}
+
+template <typename From, typename To, int kSize>
+void launch(const EmbedParams& p, CudaStream stream) {
+    const unsigned blocks_per_row = ceil_div(p.width, kBlock * kSize);
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock)};
+    SPECRT_LAUNCH((embed_elements<From, To, kSize>), shape, stream, p, blocks_per_row);
+}
+
+bool can_move_pieces(const EmbedParams& p, int64_t size) {
+    const int64_t from = size_of(p.table_dtype), to = size_of(p.out_dtype);
+    return p.width % size == 0 && is_multiple_of_16(p.table) && is_multiple_of_16(p.out) &&
+           is_multiple_of_16(p.table_stride * from) && is_multiple_of_16(p.out_stride * to);
+}
+
+}  // namespace
+
+void embed_cuda(const void* params, CudaStream stream) {
+    const auto& p = *static_cast<const EmbedParams*>(params);
+    if (p.num_rows * p.width == 0) return;
+    with_float_type(p.table_dtype, [&](auto from) {
+        with_float_type(p.out_dtype, [&](auto to) {
+            using From = decltype(from);
+            using To = decltype(to);
+            constexpr int kSize = 16 / (sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
+            if (can_move_pieces(p, kSize)) return launch<From, To, kSize>(p, stream);
+            launch<From, To, 1>(p, stream);
+        });
+    });
+}
+
+}  // namespace specrt

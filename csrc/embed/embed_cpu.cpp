@@ -1,0 +1,39 @@
+#include "core/rows.h"
+#include "embed/embed.h"
+
+namespace specrt::SPECRT_ISA {
+namespace {
+
+template <typename From, typename To>
+void convert(const From* source, To* out, int64_t width) {
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) store(load(source + i), out + i);
+    for (; i < width; ++i) from_float(to_float(source[i]), out + i);
+}
+
+template <typename T>
+void convert(const T* source, T* out, int64_t width) {
+    __builtin_memcpy(out, source, static_cast<size_t>(width) * sizeof(T));
+}
+
+template <typename From, typename To>
+void one_span(const EmbedParams& p, int64_t row, int64_t begin, int64_t end) {
+    convert(static_cast<const From*>(p.table) + source_row(p, row) * p.table_stride + begin,
+            static_cast<To*>(p.out) + row * p.out_stride + begin, end - begin);
+}
+
+}  // namespace
+
+void embed_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const EmbedParams*>(params);
+    with_float_type(p.table_dtype, [&](auto from) {
+        with_float_type(p.out_dtype, [&](auto to) {
+            for_spans(p.num_rows, p.width, part, num_parts,
+                      [&](int64_t row, int64_t begin, int64_t end) {
+                          one_span<decltype(from), decltype(to)>(p, row, begin, end);
+                      });
+        });
+    });
+}
+
+}  // namespace specrt::SPECRT_ISA

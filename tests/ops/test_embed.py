@@ -1,0 +1,156 @@
+"""Rows of a table by token, in the table's type or another, against torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from specrt import _C, ops
+from tests.ops.conftest import Backend, OnAnotherGpu
+
+Tensor = torch.Tensor
+SIMT_SCHEDULES = (0, 1)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PAIRS = [(one, other) for one in DTYPES for other in DTYPES]
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+
+
+def i32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def table_of(vocab: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of values that 16 bits do not hold, ties of the rounding among them."""
+    g = torch.Generator().manual_seed(width)
+    table = torch.randn(vocab, width, generator=g)
+    table[:, ::3] = 1 + 2**-9 + torch.randint(0, 2, table[:, ::3].shape, generator=g) * 2**-8
+    return table.to(dtype)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def in_wider(tensor: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """A poisoned tensor, and the given one in the middle of its rows."""
+    wider = tensor.new_full((tensor.shape[0], tensor.shape[1] + 2 * pad), float("nan"))
+    wider[:, pad:-pad] = tensor
+    return wider, wider[:, pad:-pad]
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), PAIRS)
+@pytest.mark.parametrize("width", [1, 8, 37, 64, 2056])
+def test_rows_are_torchs(
+    backend: Backend, width: int, dtype: torch.dtype, wanted: torch.dtype
+) -> None:
+    table, tokens = table_of(7, width, dtype), i32(3, 0, 6, 3, 5)
+    expected = table.index_select(0, tokens).to(wanted)
+    out = torch.full((5, width), float("nan"), dtype=wanted, device=backend.device)
+    got = ops.embed(tokens.to(backend.device), table.to(backend.device), out)
+    assert got is out and torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pad", [1, 8])
+def test_strided_rows_and_nothing_around_them(
+    backend: Backend, pad: int, dtype: torch.dtype
+) -> None:
+    table = table_of(5, 48, dtype).to(backend.device)
+    tokens = i32(4, 1, 1).to(backend.device)
+    for wanted in DTYPES:
+        expected = table.index_select(0, tokens).to(wanted)
+        wider, out = in_wider(expected * 0, pad)
+        ops.embed(tokens, in_wider(table, pad)[1], out)
+        assert torch.equal(out, expected)
+        assert int(wider.isnan().sum()) == 2 * pad * len(tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_copied_to_the_bit(backend: Backend, dtype: torch.dtype) -> None:
+    """Where no type changes; any NaN too."""
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    info, g = torch.iinfo(words), torch.Generator().manual_seed(0)
+    table = torch.randint(info.min, info.max, (9, 64), generator=g, dtype=words).view(dtype)
+    tokens = torch.arange(9, dtype=torch.int32).flip(0)
+    got = ops.embed(tokens.to(backend.device), table.to(backend.device))
+    assert torch.equal(bits(got.cpu()), bits(table.flip(0)))
+
+
+@pytest.mark.parametrize("width", [64, 5])
+def test_what_is_no_token_is_the_nearest(backend: Backend, width: int) -> None:
+    table, tokens = table_of(6, width), i32(INT_MIN, -1, 0, 5, 6, INT_MAX)
+    got = ops.embed(tokens.to(backend.device), table.to(backend.device))
+    assert torch.equal(got.cpu(), table[[0, 0, 0, 5, 5, 5]])
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), PAIRS)
+def test_instruction_sets_and_threads(dtype: torch.dtype, wanted: torch.dtype) -> None:
+    table, tokens = table_of(70, 1003, dtype), torch.arange(70, dtype=torch.int32).flip(0)
+    expected = table.flip(0).to(wanted)
+    isa, threads = _C.active_isa(), torch.get_num_threads()
+    try:
+        for name in _C.build_info()["cpu_isas"]:
+            _C.set_isa(name)
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(ops.embed(tokens, table, expected * 0), expected), (name, count)
+    finally:
+        _C.set_isa(isa)
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 3, 8), (0, 0, 8), (3, 2, 0)])
+def test_nothing_to_do(backend: Backend, rows: int, vocab: int, width: int) -> None:
+    there = backend.device
+    tokens = torch.zeros(rows, dtype=torch.int32, device=there)
+    out = ops.embed(tokens, torch.zeros(vocab, width, device=there))
+    assert out.shape == (rows, width)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(2)}, r"tokens: expected \[M\] = \[\*\] int32, got \[2\] float32"),
+        ({"tokens": torch.zeros(2).long()}, r"tokens: expected \[M\]"),
+        ({"tokens": i32(0, 0, 0)}, r"out: expected \[M, H\] = \[3, 8\]"),
+        ({"table": torch.zeros(8)}, r"table: expected \[V, H\]"),
+        ({"table": torch.zeros(4, 8).double()}, "table: expected float32, bfloat16 or float16"),
+        ({"table": torch.zeros(0, 8)}, r"table: expected 1 to 2\^31 - 1 rows, got \[0, 8\]"),
+        ({"table": torch.zeros(4, 7)}, r"out: expected \[M, H\] = \[2, 7\]"),
+        ({"table": torch.zeros(8, 4).t()}, "table: the last dimension must be contiguous"),
+        ({"out": torch.zeros(2, 8).int()}, "out: expected float32, bfloat16 or float16"),
+        ({"out": torch.zeros(8, 2).t()}, "out: the last dimension must be contiguous"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    backend: Backend, change: dict[str, Tensor], message: str
+) -> None:
+    given = {"tokens": i32(0, 1), "table": torch.zeros(4, 8), "out": torch.zeros(2, 8)}
+    arguments = {name: value.to(backend.device) for name, value in (given | change).items()}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ops.embed(**arguments)
+
+
+def test_shared_memory_is_named(backend: Backend) -> None:
+    memory = torch.zeros(6, 8, device=backend.device)
+    with pytest.raises(ValueError, match="^table: expected memory that is not out's"):
+        ops.embed(i32(0, 1).to(backend.device), memory[:4], memory[3:5])
+
+
+@pytest.mark.parametrize("name", ["table", "out"])
+def test_tensors_on_two_devices_are_named(name: str) -> None:
+    arguments: dict[str, Any] = {
+        "tokens": i32(0, 1), "table": torch.zeros(4, 8), "out": torch.zeros(2, 8)
+    }  # fmt: skip
+    arguments[name] = OnAnotherGpu(arguments[name])
+    message = f"^{name}: expected a tensor on cpu as tokens is, got one on cuda:1"
+    with pytest.raises(ValueError, match=message):
+        ops.embed(**arguments)
+
+
+def test_under_torch_compile(device: torch.device) -> None:
+    table, tokens = table_of(6, 16).to(device), i32(4, 2).to(device)
+    function = torch.compile(ops.embed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(tokens, table), ops.embed(tokens, table))
