@@ -47,6 +47,7 @@ from bench.random_target import (
 from bench.step_graphs import StepGraphs
 from bench.whole_rounds import EESD, FSPAD, LOOKUP, MAKERS, RECYCLE, SIZES, whole_round
 from specrt.config import ModelConfig
+from specrt.device import Device as Place
 from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.models.loader import Weights
 from specrt.models.model import LlamaModel
@@ -138,7 +139,8 @@ class Bench:
 
     @cached_property
     def _eager_model(self) -> LlamaModel:
-        return LlamaModel(self.config, self.weights)
+        place = Place(self.weights.embed.device, is_eager=True)
+        return LlamaModel(self.config, self.weights, place)
 
     @cached_property
     def _graph_model(self) -> tuple[LlamaModel, StepGraphs | None]:
@@ -168,14 +170,14 @@ class Bench:
             self.least_bytes[case] = made.draft_bytes, made.verify_bytes + self._kv_bytes
             return Ours(self._eager_model, made.drafter, None, made.params)
         if case.steps == EAGER:
-            return Ours(self._eager_model, self._drafter(case), None)
+            return Ours(self._eager_model, self._drafter(case, self._eager_model), None)
         model, graphs = self._graph_model
-        return Ours(model, self._drafter(case), graphs)
+        return Ours(model, self._drafter(case, model), graphs)
 
-    def _drafter(self, case: Case) -> Drafter:
+    def _drafter(self, case: Case, model: LlamaModel) -> Drafter:
         if case.contender == PLANTED:
-            trace = recorded_trace(case.nodes)
-            return PlantedDrafter(self.expected.token_ids, trace, self.config.vocab_size)
+            trace, vocab_size = recorded_trace(case.nodes), self.config.vocab_size
+            return PlantedDrafter(self.expected.token_ids, trace, vocab_size, model.device)
         return EmptyDrafter()
 
     @property

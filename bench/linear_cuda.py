@@ -13,7 +13,7 @@ A ``layer`` is the four products of one in a row; ``x one row`` is its time over
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,8 +119,7 @@ def workspace_for(shapes: Sequence[Shape], rows: int, device: Device) -> torch.T
     """One that is enough for each; the CPU wants none."""
     if device.place.device != "cuda":
         return None
-    size_of: Callable[..., int] = ops.linear_workspace
-    sizes = (size_of(shape.num_outputs, shape.num_inputs, rows) for shape in shapes)
+    sizes = (ops.linear_workspace(s.num_outputs, s.num_inputs, rows) for s in shapes)
     return torch.zeros(max(sizes), device=device.place.device)
 
 

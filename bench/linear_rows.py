@@ -25,7 +25,7 @@ from bench.harness import Row, parser, start
 from bench.library_linear import product
 from bench.linear_cuda import workspace_for
 from bench.linear_shapes import GATE_UP, MOST_ROWS, SHAPES, Shape, random_inputs
-from bench.linear_variants import CHOICES
+from bench.linear_variants import PLANS
 from specrt import ops
 from specrt.models.row_check import differing_rows
 
@@ -79,18 +79,14 @@ class Linear:
         self, weight: torch.Tensor, workspace: torch.Tensor | None, asked: dict[str, Any]
     ) -> None:
         self._weight, self._workspace, self._asked = weight, workspace, asked
-        # A gated product is written in 16 bits alone.
-        is_gated = asked.get("is_gated", False)
-        dtype = weight.dtype if is_gated else torch.float32
-        num_outputs = len(weight) // 2 if is_gated else len(weight)
-        size = MOST_ROWS, num_outputs
-        self._out = torch.empty(size, dtype=dtype, device=weight.device)
+        num_outputs = len(weight) // 2 if asked.get("is_gated") else len(weight)
+        self._out = torch.empty(MOST_ROWS, num_outputs, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self._out.fill_(float("nan"))  # what a launch leaves out must not be the last one's
         out = self._out[: len(x)]
         ops.linear(x, self._weight, out=out, workspace=self._workspace, **self._asked)
-        return out.float()
+        return out
 
 
 def layouts(case: Case, device: Device) -> dict[str, dict[str, Any]]:
@@ -98,7 +94,7 @@ def layouts(case: Case, device: Device) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {IN_USE: {}}
     if case.shape.matrix == GATE_UP and device.place.device == "cuda":
         found[GATED] = {"is_gated": True}
-    return found | {name: plan.arguments for name, plan in CHOICES.items()}
+    return found | {name: {"plan": plan} for name, plan in PLANS.items()}
 
 
 def check(case: Case, device: Device, x: torch.Tensor, weight: torch.Tensor) -> list[str]:
@@ -117,13 +113,13 @@ def check(case: Case, device: Device, x: torch.Tensor, weight: torch.Tensor) -> 
         try:
             found = linear(x).clone()
         except ValueError:
-            if name in CHOICES:
+            if name in PLANS:
                 continue
             raise
         expected = found if expected is None else expected
-        if name in CHOICES and not found.equal(expected):
+        if name in PLANS and not found.equal(expected):
             wrong.append(f"{name}: not the bits in use")
-        places = _SOME if name in CHOICES else range(MOST_ROWS)
+        places = _SOME if name in PLANS else range(MOST_ROWS)
         counts = differing_rows(linear, x, places=places)
         differs = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
         wrong += [f"{name}: {differs}"] if differs else []

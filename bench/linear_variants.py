@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,25 +20,14 @@ from bench.linear_cuda import workspace_for
 from bench.linear_shapes import GATE_UP, SHAPES, Shape, bytes_of, random_inputs
 from bench.variant_table import AGAIN, IN_USE, Tabled, judged
 from specrt import ops
+from specrt.ops.linear import LinearPlan
 
 PADDED = (8, 64, 16, 32, 128)
 """Numbers of rows that a kernel is compiled for: the rows of plain decoding and of a tree first."""
 _MOST_SETS = 8
 
 
-class Plan(NamedTuple):
-    """Rows of weights of a block, and stages under way (``csrc/linear/linear.h: LinearPlan``)."""
-
-    tile_rows: int
-    num_stages: int
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What asks ``ops.linear`` for it; the rules' own plan needs no asking."""
-        return {"plan": ops.LinearPlan(*self)} if hasattr(ops, "LinearPlan") else {}
-
-
-def name_of(plan: Plan) -> str:
+def name_of(plan: LinearPlan) -> str:
     """As it stands in a result."""
     return f"{plan.tile_rows} rows, {plan.num_stages} stages"
 
@@ -49,10 +38,11 @@ def key_of(row: Row) -> tuple[int, ...]:
     return num_outputs, num_inputs, row["rows"]
 
 
-CHOICES = {
+PLANS = {
     name_of(plan): plan
-    for plan in (Plan(tile, stages) for tile in (64, 128) for stages in (3, 4, 6, 8))
+    for plan in (LinearPlan(tile, stages) for tile in (64, 128) for stages in (3, 4, 6, 8))
 }
+CHOICES = {name: (plan.tile_rows, plan.num_stages) for name, plan in PLANS.items()}
 TABLED = Tabled("linear", "linear_variants", CHOICES, key_of, num_exact=2)
 
 
@@ -93,14 +83,14 @@ class Launches:
         num_outputs = shape.num_outputs // 2 if is_gated else shape.num_outputs
         self.out = place.poison(case.rows, num_outputs)
 
-    def by(self, plan: Plan | None) -> Contender:
+    def by(self, plan: LinearPlan | None) -> Contender:
         """The launches by a plan; None: by the one in use."""
-        asked = self._gated | ({} if plan is None else plan.arguments)
-        return Contender([self._launch(weight, asked) for weight in self._weights])
+        asked = {"out": self.out, "workspace": self._workspace, "plan": plan, **self._gated}
 
-    def _launch(self, weight: torch.Tensor, asked: dict[str, Any]) -> Callable[[], object]:
-        x, out, workspace = self._x, self.out, self._workspace
-        return lambda: ops.linear(x, weight, out=out, workspace=workspace, **asked)
+        def launch(weight: torch.Tensor) -> Callable[[], object]:
+            return lambda: ops.linear(self._x, weight, **asked)
+
+        return Contender([launch(weight) for weight in self._weights])
 
 
 def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
@@ -135,7 +125,7 @@ def same_bits(launches: Launches) -> tuple[dict[str, Contender], dict[str, str]]
     made = {IN_USE: launches.by(None), AGAIN: launches.by(None)}
     made[IN_USE].launches[0]()
     expected, refused = launches.out.clone(), {}
-    for name, plan in CHOICES.items():
+    for name, plan in PLANS.items():
         launches.out.fill_(float("nan"))  # what the one before wrote must not count
         contender = launches.by(plan)
         try:

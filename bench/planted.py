@@ -11,7 +11,7 @@ drafter's trees the bundled target accepts on held-out problems, greedily.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -22,9 +22,9 @@ from bench.draft_contenders import Tree
 from bench.harness import RESULTS, environment, parser, report, result_of, save_result, start
 from bench.prompts import HELDOUT, load_prompts
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, EmptyDrafter
+from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RoundPlan
 from specrt.tree import TreeBuilder, stack
-from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
+from specrt.types import Proposal, SequenceState
 
 NODES = (60, 8, 16, 32)
 TRACE = "accept_lengths"
@@ -58,11 +58,11 @@ class PlantedDrafter(EmptyDrafter):
         answer: what the target will say after the prompt.
         trace: how many to get right, round by round, over and over.
         vocab_size: more than a tree's nodes.
-        device: the target's, for launched rounds.
+        device: the target's.
     """
 
     def __init__(
-        self, answer: Sequence[int], trace: Trace, vocab_size: int, device: Device | None = None
+        self, answer: Sequence[int], trace: Trace, vocab_size: int, device: Device
     ) -> None:
         if not trace.depth < trace.num_nodes < vocab_size:
             raise ValueError(
@@ -72,7 +72,7 @@ class PlantedDrafter(EmptyDrafter):
         self._answer = answer
         self._trace = trace
         self._vocab_size = vocab_size
-        self._device = device or Device()
+        self._device = device
         self._lengths = iter(())
         self._num_said: int | None = None
         self._ints = self._device.zeros(2 * trace.num_nodes + 1, dtype=torch.int32)
@@ -88,7 +88,7 @@ class PlantedDrafter(EmptyDrafter):
 
     # --- rounds of launches alone ---------------------------------------------------------------
 
-    def plan(self, states: Sequence[SequenceState], budget: Budget) -> Hashable | None:
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
         """Upload the next round's tree; all plans are equal."""
         (state,) = states
         if self._num_said is None:
@@ -98,26 +98,13 @@ class PlantedDrafter(EmptyDrafter):
         self._num_said += num_right + 1
         ints = torch.tensor([*tree.tokens, *tree.parents, len(tree)], dtype=torch.int32)
         self._device.upload(ints, self._ints)
-        return "planted", self._trace.num_nodes
+        return RoundPlan(self._trace.num_nodes)
 
-    def launch_propose(self, plan: Hashable, tables: BatchTables) -> Proposal:
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
         """The tree where it was uploaded to."""
         size = self._trace.num_nodes
         tokens, parents = self._ints[: 2 * size].view(2, 1, size)
         return Proposal(tokens, parents, self._ints[2 * size :])
-
-    def launch_observe(
-        self,
-        plan: Hashable,
-        tables: BatchTables,
-        tree: DraftTree,
-        result: AcceptResult,
-        taps: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Nothing is learned."""
-
-    def told(self, states: Sequence[SequenceState], plan: Hashable, report: RoundReport) -> None:
-        """It was known."""
 
     # --- trees ----------------------------------------------------------------------------------
 

@@ -72,8 +72,9 @@ class Targets:
     def of(self, name: str) -> Bench:
         """By its name; the one before is let go of."""
         if self._held is None or self._held[0] != name:
-            self._held = None
-            gc.collect()
+            if self._held is not None:
+                self._held = None
+                gc.collect()
             is_real = self._device.place.device == "cuda"
             vocab_size = SPECS[name].vocab_size if is_real else 500
             job = make_job(self._args, self._device, vocab_size)
@@ -168,7 +169,9 @@ def one_case(
     if case.nodes == 1:
         theirs = _tried(TRANSFORMERS, lambda: transformers_seconds(bench, device), failures)
     row = _row(case, timed, targets.plain.get(case.model), bench, ceilings)
-    row |= {f"{stage} ms": None if apart is None else apart.stages_ms[stage] for stage in STAGES}
+    row |= {
+        f"{stage} ms": None if apart is None else apart.stages_ms.get(stage) for stage in STAGES
+    }
     row |= _price(both)
     row["transformers ms"] = None if theirs is None else 1e3 * theirs
     row["x transformers"] = None if theirs is None else theirs / timed.token_seconds

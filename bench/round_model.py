@@ -165,7 +165,7 @@ def prompt_row(name: str, model: Model, num_tokens: int, piece: int) -> Row:
     """
     num_pieces = -(-num_tokens // piece)
     launches = [
-        replace(launch, count=num_pieces * launch.count)
+        launch if launch.kernel == "head" else replace(launch, count=num_pieces * launch.count)
         for launch in pass_launches(model, piece, num_tokens // 2, 1)
     ]
     row = _row(name, piece, f"prompt of {num_tokens}", launches)

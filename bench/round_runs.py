@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from bench.end_to_end_contenders import Job, NoTokenizer
 from bench.timed_steps import TimedSteps
-from specrt import ops
+from specrt import accept, ops
 from specrt.device import Device, Mark
 from specrt.draft.base import Drafter
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
-from specrt.types import RoundStats
 
 STAGES = ("propose", "settle", "verify", "accept", "commit")
 _SPARE_TOKENS = 256
 """Of the cache, for trees past the last token."""
+MARKED: Mapping[str, ModuleType] = {"tree_settle": ops, "tree_accept": accept, "kv_commit": ops}
+"""Ops that a stage begins with, and where they are looked up."""
 Marks = dict[str, list[tuple[Mark, Mark]]]
 
 
@@ -76,7 +78,7 @@ class Rounds:
     ) -> None:
         assert isinstance(model.device, TimedSteps), "a model whose steps are timed"
         self._device, self._job, self._around = model.device, job, around
-        self._marked = ("tree_settle", "kv_commit") if is_apart else ()
+        self._marked = MARKED if is_apart else {}
         room = len(job.prompt) + job.num_tokens + _SPARE_TOKENS
         tokenizer: Any = NoTokenizer()
         with around():
@@ -85,11 +87,12 @@ class Rounds:
     def run(self) -> Timed:
         """Answer the prompt once; the first time loads and captures what later ones launch."""
         params = SamplingParams(max_new_tokens=self._job.num_tokens, ignore_eos=True)
-        times, counts, result = [], [], None
+        times, counts, result, num_before = [], [], None, 0
+        self._device.take_seconds()
         with self._around(), marked(self._device, self._marked) as marks:
             for chunk in self._engine.stream([self._job.prompt], params):
                 if not times:
-                    self._device.take_seconds()  # the prompt's
+                    num_before = self._device.num_timed  # the prompt's and the first round's
                     marks.update({name: [] for name in marks})
                 times.append(time.perf_counter())
                 counts.append(len(chunk.token_ids))
@@ -97,14 +100,14 @@ class Rounds:
         assert result is not None, "the last chunk has the result"
         if result.error is not None:
             raise RuntimeError(result.error)
-        steps, num_rounds = self._device.take_seconds(), len(counts) - 1
+        steps, num_rounds = self._device.take_seconds()[num_before:], len(counts) - 1
         return Timed(
             result.token_ids,
             sum(counts[1:]),
             num_rounds,
             times[-1] - times[0],
             _a_round(steps, num_rounds),
-            stages_ms(result.stats, _medians(self._device, marks)) if marks else {},
+            stages_ms(self._device, marks),
         )
 
     def close(self) -> None:
@@ -137,18 +140,16 @@ def _a_round(steps: Sequence[float], num_rounds: int) -> float | None:
 
 
 @contextmanager
-def marked(device: Device, names: Sequence[str]) -> Iterator[Marks]:
-    """Meanwhile calls of these ops are marked before and behind.
+def marked(device: Device, names: Mapping[str, ModuleType]) -> Iterator[Marks]:
+    """Meanwhile calls of these functions are marked before and behind.
 
     Args:
-        device: that they are launched on.
-        names: of functions of ``specrt.ops``.
+        device: that they launch on.
+        names: of functions, with the modules in which their callers look them up.
     """
     marks: Marks = {name: [] for name in names}
 
-    def marking(name: str) -> Callable[..., object]:
-        op = getattr(ops, name)
-
+    def marking(name: str, op: Callable[..., object]) -> Callable[..., object]:
         def launch(*args: Any, **kwargs: Any) -> object:
             start = device.mark()
             found = op(*args, **kwargs)
@@ -158,34 +159,32 @@ def marked(device: Device, names: Sequence[str]) -> Iterator[Marks]:
         return launch
 
     with ExitStack() as patches:
-        for name in names:
-            patches.enter_context(patch.object(ops, name, marking(name)))
+        for name, module in names.items():
+            patches.enter_context(patch.object(module, name, marking(name, getattr(module, name))))
         yield marks
 
 
-def _medians(device: Device, marks: Marks) -> dict[str, float]:
-    """Milliseconds of a call, of the ops that were called."""
-    return {
-        name: statistics.median(device.ms_between(*pair) for pair in pairs)
-        for name, pairs in marks.items()
-        if pairs
-    }
+def stages_ms(device: Device, marks: Marks) -> dict[str, float]:
+    """Milliseconds of a round's stages, each a median.
 
-
-def stages_ms(stats: RoundStats, ops_ms: Mapping[str, float]) -> dict[str, float]:
-    """Milliseconds of a round's stages.
+    Proposing is what lies between a commit and the next settling: the drafter's launches, and what
+    the host takes meanwhile.
 
     Args:
-        stats: the rounds', whose marks lie before and behind proposing and settling, verifying,
-            and accepting and committing.
-        ops_ms: of ``tree_settle`` and ``kv_commit``, which are a stage each.
+        device: that gave the marks.
+        marks: of :data:`MARKED`; empty if a stage was not called.
     """
-    count = max(1, stats.num_rounds)
-    settle, commit = ops_ms.get("tree_settle", 0.0), ops_ms.get("kv_commit", 0.0)
+    if not all(marks.get(name) for name in MARKED):
+        return {}
+    settled, accepted, committed = (marks[name] for name in MARKED)
+
+    def median(pairs: Iterable[tuple[Mark, Mark]]) -> float:
+        return statistics.median([device.ms_between(*pair) for pair in pairs] or [0.0])
+
     return {
-        "propose": max(0.0, stats.draft_ms / count - settle),
-        "settle": settle,
-        "verify": stats.verify_ms / count,
-        "accept": max(0.0, stats.accept_ms / count - commit),
-        "commit": commit,
+        "propose": median((a[1], b[0]) for a, b in zip(committed, settled[1:], strict=False)),
+        "settle": median(settled),
+        "verify": median((a[1], b[0]) for a, b in zip(settled, accepted, strict=False)),
+        "accept": median((a[0], b[0]) for a, b in zip(accepted, committed, strict=False)),
+        "commit": median(committed),
     }

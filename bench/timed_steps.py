@@ -39,6 +39,11 @@ class TimedSteps(Device):
     def _run(self, key: Hashable, launch: Callable[[], None]) -> bool:
         return super().run(key, launch)
 
+    @property
+    def num_timed(self) -> int:
+        """Steps since the last :meth:`take_seconds`; nobody waits."""
+        return len(self._marks)
+
     def take_seconds(self) -> list[float]:
         """What each step since the last call took there."""
         if self.place.type == "cuda":

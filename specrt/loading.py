@@ -69,6 +69,7 @@ def load(
     fold: bool | None = None,
     coupled: bool = True,
     controller: str | ControlOptions | None = None,
+    eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter.
 
@@ -100,6 +101,7 @@ def load(
         controller: trained drafters: how long to draft, by name (``"fixed-4"``, ``"threshold"``,
             ``"adaptive-threshold"``, ``"beta-ts"``, ``"calibration-ts"``, ``"cost-aware"``) or with
             all its settings; None: EESD by ``"cost-aware"``, the others by measured cost.
+        eager: capture no steps: the same text, launch by launch, which is slower.
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
@@ -124,7 +126,7 @@ def load(
     padded = replace(config, head_dim=head_dim)
     check_sizes(padded, limits.max_nodes, place)
     tokenizer = load_tokenizer(path, config.vocab_size)
-    there = Device(place)
+    there = Device(place, is_eager=eager)
     check_rows(there, target_dtype)
     has_room = size_check(padded, target_dtype, limits, there)
     loaded = load_weights(

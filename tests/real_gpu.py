@@ -18,6 +18,11 @@ class RealGpu(Device):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cuda", 0))
+        self.is_strict = True
+        """As of :class:`~tests.simulated_gpu.SimulatedGpu`."""
+
+    def _warn(self, reason: str) -> None:
+        assert not self.is_strict, f"a step cannot be captured: {reason}"
 
     def moved(self, host: torch.Tensor) -> torch.Tensor:
         with self.moving():

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import end_to_end_contenders, end_to_end_cuda, random_target, step_graphs
+from bench import end_to_end_contenders, end_to_end_cuda, random_target
 from bench.end_to_end_contenders import Job, Ours
 from bench.end_to_end_cuda import EAGER, GRAPH, PLAIN, PLANTED, TRANSFORMERS, Bench, Case
 from bench.fake_gpu import FakeGpu
 from bench.planted import NODES, PlantedDrafter, Trace, recorded_trace
 from bench.step_graphs import StepGraphs
 from bench.whole_rounds import EESD, FSPAD, MAKERS, SIZES, whole_round
+from specrt import ops
 from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
 from specrt.models.loader import ALIGNMENT
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
-from tests.fake_cuda import FakeEvent
 
 NAME = "Llama-3-8B"
 
@@ -91,7 +88,9 @@ def test_bytes_of_a_round(target: Bench) -> None:
 def test_as_much_is_accepted_as_was_planted(target: Bench, nodes: int) -> None:
     model = LlamaModel(target.config, target.weights)
     trace = Trace(nodes, 4, [2, 0, 4, 1, 3])
-    drafter = PlantedDrafter(target.expected.token_ids, trace, target.config.vocab_size)
+    drafter = PlantedDrafter(
+        target.expected.token_ids, trace, target.config.vocab_size, model.device
+    )
     ours = Ours(model, drafter, None)
     seen: list[int] = []
     propose = drafter.propose
@@ -121,7 +120,7 @@ def test_what_was_recorded() -> None:
 def test_a_trace_that_no_tree_fits() -> None:
     for trace in (Trace(5, 5, [1]), Trace(60, 6, [1])):
         with pytest.raises(ValueError, match="trace: expected depth < num_nodes < 50"):
-            PlantedDrafter([], trace, 50)
+            PlantedDrafter([], trace, 50, Device())
 
 
 # --- whole rounds -----------------------------------------------------------------------------
@@ -242,51 +241,18 @@ def test_what_there_is_no_room_or_time_for(monkeypatch: pytest.MonkeyPatch) -> N
 # --- steps as graphs --------------------------------------------------------------------------
 
 
-class FakeGraph:
-    """What was launched while it was captured, launched again."""
+def test_a_steps_passes_are_timed_but_its_first() -> None:
+    x, weight, out = torch.ones(1, 4), torch.ones(4), torch.empty(1, 4)
 
-    def __init__(self) -> None:
-        self.launch: Any = None
-        self.replays = 0
+    def launch() -> None:
+        ops.rms_norm(x, weight, 1e-6, out=out)
 
-    def replay(self) -> None:
-        self.replays += 1
-        FakeEvent.now += 3.0
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    events: list[str] = []
-
-    @contextmanager
-    def capture(graph: FakeGraph) -> Iterator[None]:
-        events.append("begin")
-        yield
-        events.append("end")
-
-    cuda = SimpleNamespace(
-        CUDAGraph=FakeGraph,
-        Event=FakeEvent,
-        graph=capture,
-        synchronize=lambda: None,
-        current_stream=lambda place: SimpleNamespace(synchronize=lambda: events.append("wait")),
-    )
-    monkeypatch.setattr(step_graphs.torch, "cuda", cuda)
-    return events
-
-
-def test_a_step_is_captured_the_second_time(fake_cuda: list[str]) -> None:
-    graphs = StepGraphs(torch.device("cuda", 0))
-    for _ in range(4):
-        graphs.run("a", lambda: fake_cuda.append("a"))
-    graphs.run("b", lambda: fake_cuda.append("b"))
-    assert fake_cuda == ["a", "begin", "a", "end", "b"]
-    assert graphs.take_seconds() == [pytest.approx(3e-3)] * 3
-    assert graphs.take_seconds() == []
-    fake_cuda.clear()
+    graphs = StepGraphs(torch.device("cpu"))
+    for name in "aaaab":
+        graphs.run(name, launch)
+    assert len(graphs.take_seconds()) == 3 and graphs.take_seconds() == []
     graphs.forget()
-    graphs.run("a", lambda: fake_cuda.append("a"))
-    assert fake_cuda == ["wait", "a"]
+    assert not graphs.run("a", launch) and graphs.take_seconds() == []
 
 
 def test_a_pass_of_the_gpu_is_told_from_the_rest_of_a_round(

@@ -14,6 +14,7 @@ import torch
 from bench import linear_rows, linear_shapes, linear_variants
 from bench.fake_gpu import FakeGpu
 from specrt import ops
+from specrt.ops.linear import LinearPlan
 
 
 def arguments(save: Path | None = None, *, budget: float | None = None) -> Any:
@@ -57,19 +58,12 @@ def test_wrong_bits_are_kept_and_counted(
             out[100:].add_(1)
         elif fault == "far":
             out.mul_(1.01)
-        elif fault == "plan" and rest["which"] == "128 rows, 4 stages":
+        elif fault == "plan" and rest.get("plan") == LinearPlan(128, 4):
             out.mul_(1.0001)
         return out
 
-    def named(self: linear_variants.Plan) -> dict[str, Any]:
-        return {"which": linear_variants.name_of(self)}
-
-    def of_any(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> torch.Tensor:
-        return faulty(x, weight, **{"which": "", **rest})
-
-    monkeypatch.setattr(linear_variants.Plan, "arguments", property(named))
-    monkeypatch.setattr(linear_rows, "CHOICES", _SOME_CHOICES)
-    monkeypatch.setattr(ops, "linear", of_any)
+    monkeypatch.setattr(linear_rows, "PLANS", _SOME_PLANS)
+    monkeypatch.setattr(ops, "linear", faulty)
     with pytest.raises(SystemExit, match="4 cases failed; the first: Llama-3-8B o 4096x4096 bf"):
         linear_rows.run(arguments(), FakeGpu())
     result = last_line(capsys)
@@ -81,8 +75,8 @@ def test_wrong_bits_are_kept_and_counted(
     assert len(result["failed"]) == 4 and "of 128 rows differ" in result["failed"][0]
 
 
-_SOME_CHOICES = {
-    name: linear_variants.CHOICES[name] for name in ("64 rows, 3 stages", "128 rows, 4 stages")
+_SOME_PLANS = {
+    name: linear_variants.PLANS[name] for name in ("64 rows, 3 stages", "128 rows, 4 stages")
 }
 
 

@@ -22,9 +22,10 @@ from bench.gpu_report import run_bench
 from bench.variant_table import AGAIN, IN_USE
 from specrt import ops
 from specrt.ops import AttentionPlan
+from specrt.ops.linear import LinearPlan
 
 FAST = attention_variants.name_of(AttentionPlan(8, 2))
-FAST_LINEAR = linear_variants.name_of(linear_variants.Plan(128, 4))
+FAST_LINEAR = linear_variants.name_of(LinearPlan(128, 4))
 
 
 @pytest.mark.parametrize(

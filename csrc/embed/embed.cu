@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kBlock)
 template <typename From, typename To, int kSize>
 void launch(const EmbedParams& p, CudaStream stream) {
     const unsigned blocks_per_row = ceil_div(p.width, kBlock * kSize);
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock)};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock),
+                            0, kOverlaps};
     SPECRT_LAUNCH((embed_elements<From, To, kSize>), shape, stream, p, blocks_per_row);
 }
 

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(32) history_tail_sequence(const HistoryTailPar
 void history_tail_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const HistoryTailParams*>(params);
     if (p.batch == 0) return;
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32)};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32), 0, kOverlaps};
     SPECRT_LAUNCH(history_tail_sequence, shape, stream, p);
 }
 

@@ -34,8 +34,8 @@ __device__ __forceinline__ Work<T> work_of(const KernelParams& k) {
 template <typename T, int kTile, int kColumns>
 __global__ void __launch_bounds__(Tiling<T, kTile, kColumns>::kThreads, kColumns > 64 ? 1 : 2)
     linear_kernel(const KernelParams k) {
-    using G = Tiling<T, kTile, kColumns>;
     ptx::let_next_start();
+    using G = Tiling<T, kTile, kColumns>;
     const LinearParams& p = k.p;
     const Plan& plan = k.plan;
     T* ring = reinterpret_cast<T*>(dynamic_shared());

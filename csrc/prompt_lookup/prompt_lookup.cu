@@ -193,7 +193,7 @@ void prompt_lookup_cuda(const void* params, CudaStream stream) {
     // One chunk, if the longest history fits.
     const unsigned warps = ceil_div(p.slots > 0 ? p.slots : 1, 32 * kEach);
     const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)),
-                            dim3(warps < kMaxBlock / 32 ? 32 * warps : kMaxBlock)};
+                            dim3(warps < kMaxBlock / 32 ? 32 * warps : kMaxBlock), 0, kOverlaps};
     SPECRT_LAUNCH(prompt_lookup_sequence, shape, stream, p);
 }
 

@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kThreads) recycle_learn_rows(const RecycleLear
 void recycle_propose_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const RecycleProposeParams*>(params);
     if (p.batch == 0) return;
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32 * ceil_div(p.nodes, 32))};
+    const LaunchShape shape{dim3(static_cast<unsigned>(p.batch)), dim3(32 * ceil_div(p.nodes, 32)),
+                            0, kOverlaps};
     SPECRT_LAUNCH(recycle_propose_tree, shape, stream, p);
 }
 
@@ -141,7 +142,7 @@ void recycle_learn_cuda(const void* params, CudaStream stream) {
     if (p.batch == 0) return;
     const int64_t blocks = int64_t{p.batch} * p.nodes * recycle_slices(p.vocab);
     const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                            sizeof(LearnShared)};
+                            sizeof(LearnShared), kOverlaps};
     SPECRT_LAUNCH(recycle_learn_rows, shape, stream, p);
 }
 

@@ -32,6 +32,12 @@ Controller = Annotated[
 MaxNodes = Annotated[
     int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
 ]
+Eager = Annotated[
+    bool,
+    typer.Option(
+        "--eager", help="Capture no steps: slower, to the same text.", rich_help_panel=RUNTIME
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class EngineOptions:
     device: Device = "cpu"
     dtype: Dtype = "auto"
     max_nodes: MaxNodes = 64
+    eager: Eager = False
     threads: Threads = None
 
     def load(self, *, max_batch: int = 8) -> Engine:
@@ -61,11 +68,12 @@ def load_engine(
     max_nodes: int = 64,
     max_batch: int = 8,
     controller: str | ControlOptions | None = None,
+    eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, device, dtype, max_nodes, max_batch, controller: as for :func:`specrt.load`.
+        target, device, dtype, max_nodes, max_batch, controller, eager: as for :func:`specrt.load`.
         drafter: ``"none"``, or as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
@@ -85,6 +93,7 @@ def load_engine(
         max_nodes=max_nodes,
         max_batch=max_batch,
         controller=controller,
+        eager=eager,
     )
 
 

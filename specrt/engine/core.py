@@ -112,9 +112,10 @@ class EngineCore:
         if self._must_start_over:  # interrupted in the midst of it
             self._start_over()
         try:
-            self._prefill()
-            if len(self._batch):
-                self._round()
+            with self._target.device.working():
+                self._prefill()
+                if len(self._batch):
+                    self._round()
         except BaseException as error:
             if self.device.is_lost(error):
                 self._fail_all()

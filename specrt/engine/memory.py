@@ -19,6 +19,7 @@ from specrt.device import Device
 from specrt.draft.base import CachingDrafter, Drafter
 from specrt.models.layouts import matrix_shapes
 from specrt.models.model import LlamaModel
+from specrt.models.prefill import GPU_PIECE
 from specrt.models.step import GpuScratch, Workspace
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES
@@ -27,7 +28,8 @@ PAGE_SIZE = 64
 """Tokens of a page of an engine's cache."""
 MARGIN = 1 << 30
 """Bytes left to CUDA's libraries and graphs, to attention's and acceptance's workspaces (of some 15
-MB for each size of trees), to drafters' buffers and to tables that grow with the texts."""
+MB for each size of trees, 128 MB for pieces of prompts), to drafters' buffers and to tables that
+grow with the texts."""
 
 _NOWHERE = Device(torch.device("meta"))
 
@@ -42,6 +44,10 @@ class Limits(Protocol):
     @property
     def max_nodes(self) -> int:
         """Rows of each."""
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of prompts between two rounds."""
 
     @property
     def max_cached_tokens(self) -> int | None:
@@ -99,12 +105,13 @@ def make_cache(target: LlamaModel, drafter: Drafter, limits: Limits) -> KVCache:
 def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> int:
     """Bytes that steps of an engine compute in on a GPU.
 
-    Activations and logits of ``max_batch * max_nodes`` rows, and the rotary table, twice, for
-    larger buffers are made before the smaller ones go; the workspace of ``linear``; and
-    :data:`MARGIN`.
+    Activations of ``max_batch * max_nodes`` rows or a piece of a prompt, logits of the former, and
+    the rotary table, twice, for larger buffers are made before the smaller ones go; the workspace
+    of ``linear``; and :data:`MARGIN`.
     """
     logit_rows = power_of_two(limits.max_batch * limits.max_nodes)
-    rows = max(logit_rows, MAX_NODES)  # a piece of a prompt
+    piece = min(GPU_PIECE, limits.prefill_chunk)  # of a prompt
+    rows = max(logit_rows, power_of_two(piece), MAX_NODES)
     work = Workspace.make(config, rows, logit_rows, dtype, _NOWHERE)
     tensors = [getattr(work, field.name) for field in fields(work)]
     buffers = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))

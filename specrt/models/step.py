@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.reuse import power_of_two
@@ -51,6 +50,8 @@ class StepKey(NamedTuple):
     taps: tuple[str, ...]
     first_layer: int
     """The layer it starts at; above 0 it starts from hidden states, not from tokens."""
+    is_chained: bool = False
+    """As :attr:`StepRows.is_chained`."""
 
     @classmethod
     def of(
@@ -65,6 +66,10 @@ class StepKey(NamedTuple):
         states = tuple(tap for tap in taps if tap != LOGITS_TAP)
         size, num_nodes = tree.draft_tokens.shape
         return cls(size, num_nodes, table_width, has_logits, states, first_layer)
+
+    def reads_layer(self, last: int) -> bool:
+        """Whether somebody reads what the last layer, of this number, gives."""
+        return self.has_logits or FINAL_TAP in self.taps or layer_tap(last) in self.taps
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,21 @@ class StepRows:
     """``[B]`` int32"""
     block_table: torch.Tensor
     """``[B, max_pages]`` int32"""
+    is_chained: bool = False
+    """Whether the B are one sequence, each going on where the one before it ends: then all keys and
+    values are in the cache before any row looks there."""
+
+
+class Tables(Protocol):
+    """Where sequences' rows lie, as a :class:`~specrt.cache.CacheBatch` has it."""
+
+    @property
+    def kv_len(self) -> torch.Tensor:
+        """``[B]`` int32"""
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """``[B, max_pages]`` int32"""
 
 
 class Step:
@@ -102,11 +122,15 @@ class Step:
         num_nodes, first_node, kv_len, self._no_first = counts
         self._bits = device.zeros(*shape, num_words(MAX_NODES), dtype=torch.int64)
         table = device.zeros(key.batch, key.table_width, dtype=torch.int32)
-        self.rows = StepRows(depth, self._bits, num_nodes, first_node, kv_len, table)
+        self.rows = StepRows(
+            depth, self._bits, num_nodes, first_node, kv_len, table, key.is_chained
+        )
         self._num_words = 0
         self._copies = [self.tokens, depth, num_nodes, first_node, kv_len, table, self._bits]
 
-    def stage(self, tree: DraftTree, batch: CacheBatch, first_node: torch.Tensor | None) -> None:
+    def stage(
+        self, tree: DraftTree, tables: Tables, first_node: torch.Tensor | None = None
+    ) -> None:
         """Copy a round's tree and cache tables in: all of them, for a drafter may write the same
         tensors again."""
         if tree.ancestors.shape[-1] != self._num_words:
@@ -123,8 +147,8 @@ class Step:
                 tree.depth,
                 tree.num_nodes,
                 first_node,
-                batch.kv_len,
-                batch.block_table,
+                tables.kv_len,
+                tables.block_table,
                 tree.ancestors,
             ],
         )

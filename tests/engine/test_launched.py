@@ -12,6 +12,7 @@ import torch
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import BatchTables, Budget, DraftParams, EmptyDrafter, RoundPlan
+from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.launched import LaunchedRounds
 from specrt.models.loader import Weights, load_weights
@@ -140,6 +141,8 @@ def test_texts_are_those_of_rounds_one_after_another(
         assert drafter.plans > 5
         accepted = sum(int(report.accept_length.clip(0).sum()) for report in drafter.reports)
         assert accepted > 0
+        lookup = DevicePromptLookupDrafter(model.device)
+        assert said(make_engine(model, lookup, **sizes), params) == expected
     assert not caplog.messages
 
 

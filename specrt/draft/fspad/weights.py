@@ -168,6 +168,7 @@ def fold(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
     embed = weights.embed.to(device.activation_dtype(dtype))
     hidden = embed.shape[1]
     token_half = weights.fc[:, :hidden].contiguous()
+    device.wait()  # on a GPU linear reads ahead of what was launched last: weights are constants
     token_fc = ops.linear(embed, token_half, weights.fc_bias).to(dtype)
     token_gate = None
     if weights.sample_gate is not None:

@@ -22,7 +22,7 @@ import torch
 
 from specrt import ops
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, DraftParams
+from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan
 from specrt.draft.length.costs import RoundCost
 from specrt.draft.length.envelope import GPU_ENVELOPES, RankBelief
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
@@ -47,9 +47,9 @@ class LookupShape:
 
 
 @dataclass(frozen=True, eq=False)
-class LookupPlan:
-    """A shape and its buffers: equal to itself alone, as addresses are. What a graph is captured
-    for has it as part of its key, and so keeps the buffers."""
+class PlacedLookup:
+    """A shape and its buffers: equal to itself alone, as addresses are. A captured round has it in
+    its plan, and so keeps the buffers."""
 
     shape: LookupShape
     proposal: Proposal
@@ -117,9 +117,9 @@ class DevicePromptLookupDrafter(PromptLookupDrafter):
         super().__init__(max_ngram, min_ngram, max_depth, num_continuations)
         self._device = device
         self._policy = WidthPolicy()
-        self._plans: Recent[LookupShape, LookupPlan] = Recent(_MAX_PLANS)
+        self._plans: Recent[LookupShape, PlacedLookup] = Recent(_MAX_PLANS)
 
-    def plan(self, states: Sequence[SequenceState], budget: Budget) -> LookupPlan:
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
         """Choose the next trees' width, and have buffers for it."""
         largest, is_measured = self._largest(budget), budget.params == DraftParams()
         size = min(largest.num_nodes, 1 + largest.depth * largest.num_continuations)
@@ -129,11 +129,13 @@ class DevicePromptLookupDrafter(PromptLookupDrafter):
         shape = LookupShape(
             len(states), size, largest.depth, largest.num_continuations, is_measured
         )
-        return self._plans.get(shape) or self._plans.put(shape, self._made(shape))
+        placed = self._plans.get(shape) or self._plans.put(shape, self._made(shape))
+        return RoundPlan(size, placed)
 
-    def launch_propose(self, plan: LookupPlan, tables: BatchTables) -> Proposal:
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
         """Look the batch's trees up; a root alone needs no launch."""
-        shape, proposal = plan.shape, plan.proposal
+        placed = _placed(plan)
+        shape, proposal = placed.shape, placed.proposal
         if shape.num_nodes > 1:
             ops.prompt_lookup(
                 tables.history,
@@ -146,14 +148,14 @@ class DevicePromptLookupDrafter(PromptLookupDrafter):
                 proposal.draft_tokens,
                 proposal.parents,
                 proposal.num_nodes,
-                plan.match_len,
-                plan.longest,
+                placed.match_len,
+                placed.longest,
             )
         return proposal
 
     def launch_observe(
         self,
-        plan: LookupPlan,
+        plan: RoundPlan,
         tables: BatchTables,
         tree: DraftTree,
         result: AcceptResult,
@@ -161,22 +163,30 @@ class DevicePromptLookupDrafter(PromptLookupDrafter):
     ) -> None:
         """The history is all that is kept."""
 
-    def told(self, states: Sequence[SequenceState], plan: LookupPlan, report: RoundReport) -> None:
-        """Learn which ranks were right, of sequences that had room for one."""
+    def told(
+        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+    ) -> None:
+        """Learn which ranks were right, of sequences that went on and had room for one."""
+        shape = _placed(plan).shape
         rows = [
             row
             for row, state in enumerate(states)
-            if state.num_left > 1 and report.accept_length[row] >= 0
+            if state.num_left > 1 and report.num_taken[row] > 0
         ]
-        if not (plan.shape.is_measured and rows):
-            return
-        ranks = np.arange(1, plan.shape.num_nodes)
-        is_accepted = (report.path[rows][:, :, None] == ranks).any(axis=1)
-        self._policy.observe(is_accepted, plan.shape.depth)
+        if shape.is_measured and rows:
+            ranks = np.arange(1, shape.num_nodes)
+            is_accepted = (report.path[rows][:, :, None] == ranks).any(axis=1)
+            self._policy.observe(is_accepted, shape.depth)
 
-    def _made(self, shape: LookupShape) -> LookupPlan:
+    def _made(self, shape: LookupShape) -> PlacedLookup:
         """Roots alone, until something is looked up."""
         tokens, parents = self._device.zeros(2, shape.batch, shape.num_nodes, dtype=torch.int32)
         num_nodes, match_len, longest = self._device.zeros(3, shape.batch, dtype=torch.int32)
+        parents.fill_(-1)
         num_nodes.fill_(1)
-        return LookupPlan(shape, Proposal(tokens, parents, num_nodes), match_len, longest)
+        return PlacedLookup(shape, Proposal(tokens, parents, num_nodes), match_len, longest)
+
+
+def _placed(plan: RoundPlan) -> PlacedLookup:
+    assert isinstance(plan.shape, PlacedLookup)
+    return plan.shape
