@@ -10,8 +10,6 @@ from specrt import ops
 from specrt.models.gate_up import interleaved, launch_gated
 from tests.ops.conftest import Backend
 
-pytestmark = pytest.mark.usefixtures("stand_in_linear")
-
 
 def test_eights_of_rows_in_turn() -> None:
     rows = torch.arange(48)
@@ -29,6 +27,7 @@ def test_rows_that_are_not_eights(size: int) -> None:
         interleaved(torch.zeros(2 * size, 16))
 
 
+@pytest.mark.usefixtures("stand_in_linear")
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_in_turn_or_not_is_one_function(backend: Backend, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
