@@ -44,7 +44,7 @@ from bench.random_target import (
     step_bytes,
     transformers_twin,
 )
-from bench.step_graphs import StepGraphs
+from bench.timed_steps import TimedSteps
 from bench.whole_rounds import EESD, FSPAD, LOOKUP, MAKERS, RECYCLE, SIZES, whole_round
 from specrt.config import ModelConfig
 from specrt.device import Device as Place
@@ -143,9 +143,9 @@ class Bench:
         return LlamaModel(self.config, self.weights, place)
 
     @cached_property
-    def _graph_model(self) -> tuple[LlamaModel, StepGraphs | None]:
+    def _graph_model(self) -> tuple[LlamaModel, TimedSteps | None]:
         if self._device.place.device == "cuda":
-            graphs = StepGraphs(self.weights.embed.device)
+            graphs = TimedSteps(self.weights.embed.device)
             return LlamaModel(self.config, self.weights, graphs), graphs
         return LlamaModel(self.config, self.weights), None
 
