@@ -207,6 +207,7 @@ def least_work() -> dict[str, Callable[[], object]]:
         "history_append": lambda: ops.history_append(
             count, depth, path, zero, tokens, None, parents, zero, below, empty, *of_one, record
         ),
+        "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
         "prompt_lookup": lambda: ops.prompt_lookup(
             tokens, zero, zero, 1, 1, 1, 0, path, below, *of_one, record[0, :1]
         ),

@@ -18,9 +18,12 @@ from bench.gpu_check.judge import READY
 from bench.limits import Model
 from bench.round_bits import run_round_bits
 from bench.tree_attention_cuda import Case
+from specrt import ops
 
 MODELS = (Model(256, 208, 2, 4, 2, 64), Model(1032, 72, 3, 8, 1, 128), Model(80, 40, 1, 2, 2, 80))
 ROWS = (1, 9, 67)
+PRODUCTS = ((72, 104, 1), (33, 40, 9), (96, 72, 17), (48, 1032, 33), (40, 88, 65), (16, 1032, 129))
+"""Weights and rows of x: every number of rows that there is a kernel for, K in slices and not."""
 TREES = ((1, 130, 1), (3, 70, 9), (2, 300, 65))
 """Batch, prefix, nodes."""
 
@@ -52,6 +55,29 @@ def run_tree_attention(place: Place) -> int:
     return done
 
 
+def run_linear(place: Place) -> int:
+    """The same for products, in both types; gated ones where weights are rows of gate and up."""
+    done = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for num_outputs, num_inputs, rows in PRODUCTS:
+            x, weight, residual = (
+                torch.randn(*size, device=place.device).to(dtype)
+                for size in ((rows, num_inputs), (num_outputs, num_inputs), (rows, num_outputs))
+            )
+            bias = torch.randn(num_outputs, device=place.device)
+            sums = x.float() @ weight.float().T + bias
+            out = torch.full_like(residual, float("nan"))
+            ops.linear(x, weight, bias, residual, out)
+            torch.testing.assert_close(out, (sums + residual).to(dtype))
+            if num_outputs % 16 == 0:
+                gate, up = sums.unflatten(1, (-1, 2, 8)).unbind(2)
+                out = ops.linear(x, weight, bias, is_gated=True)
+                expected = (torch.nn.functional.silu(gate) * up).flatten(1)
+                torch.testing.assert_close(out, expected.to(dtype))
+            done += 1
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="the CPU's kernels instead of a GPU's")
@@ -64,6 +90,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"small kernels: {run_small_kernels(place)} comparisons", flush=True)
     print(f"bits of a round: {run_round_bits(place)} calls", flush=True)
+    print(f"linear: {run_linear(place)} comparisons", flush=True)
     print(f"tree_attention: {run_tree_attention(place)} comparisons", flush=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -48,14 +48,14 @@ def product(
 def stand_in(
     monkeypatch: pytest.MonkeyPatch,
     is_for_gpu: Callable[[Tensor], bool],
-    entered: Callable[[], AbstractContextManager[None]] = nullcontext,
+    run: Callable[[Callable[[], None]], None] = lambda call: call(),
 ) -> None:
     """Let :func:`product` stand for ``linear`` wherever ops and models call it.
 
     Args:
         monkeypatch: until it is undone.
         is_for_gpu: whether a GPU's kernel would take such rows; others go the usual way.
-        entered: a context for the product.
+        run: runs a product; where launches are captured, later.
     """
     usual = ops.linear
 
@@ -73,8 +73,7 @@ def stand_in(
             return usual(x, weight, bias, residual, out, workspace, is_gated=is_gated)
         if out is None:
             out = x.new_empty(len(x), len(weight) // (2 if is_gated else 1))
-        with entered():
-            product(x, weight, bias, residual, out, workspace, is_gated=is_gated)
+        run(partial(product, x, weight, bias, residual, out, workspace, is_gated=is_gated))
         return out
 
     for user in (ops, sys.modules["specrt.ops.feature_sample"]):

@@ -18,7 +18,7 @@ class RealGpu(Device):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cuda", 0))
-        self.is_strict = False
+        self.is_strict = True
         """As of :class:`~tests.simulated_gpu.SimulatedGpu`."""
 
     def _warn(self, reason: str) -> None:

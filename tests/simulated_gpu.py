@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -53,9 +54,9 @@ class SimulatedGpu(Device):
         self._storages: dict[int, StorageWeakRef] = {}
         self.is_moving = False
         """Whether a copy from one memory to the other is under way."""
-        self.is_strict = False
-        """Whether a step that cannot be captured is an error, rather than launched without a graph:
-        as any with ``linear`` in it, which is torch's on a GPU."""
+        self.is_strict = True
+        """Whether a step that cannot be captured is an error, rather than launched without a graph.
+        """
 
     def __repr__(self) -> str:
         return "simulated"
@@ -184,12 +185,22 @@ def simulated_gpu(
     monkeypatch.setattr(registry, "is_on_gpu", gpu.holds)
 
     if not has_linear:
-        stand_in(monkeypatch, gpu.holds, gpu.moving)
+        stand_in(monkeypatch, gpu.holds, partial(_call_host, gpu, simt))
     for name in ("tolist", "numpy", "__array__", "__dlpack__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _guarded(gpu, getattr(torch.Tensor, name)))
     monkeypatch.setattr(torch.Tensor, "to", _staying(gpu, torch.Tensor.to))
     with _Watch(gpu):
         yield gpu
+
+
+def _call_host(gpu: SimulatedGpu, simt: ModuleType, call: Callable[[], None]) -> None:
+    """Run what stands in for a kernel, in the order of launches; if they are captured, later."""
+
+    def moving() -> None:
+        with gpu.moving():
+            call()
+
+    simt.call_host(moving)
 
 
 def _guarded(gpu: SimulatedGpu, method: Callable[..., Any]) -> Callable[..., Any]:

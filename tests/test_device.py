@@ -182,7 +182,6 @@ def test_an_eager_gpu_captures_nothing(gpu: SimulatedGpu) -> None:
 
 def test_tests_of_a_gpu_may_insist_on_graphs(gpu: Device) -> None:
     """Nothing but launches is in a graph: no memory is made in it, nothing goes up or down."""
-    gpu.is_strict = True  # type: ignore[attr-defined]
     step, rows, host = Step(gpu), gpu.zeros(3), torch.zeros(3)
     forbidden: dict[str, Callable[[], object]] = {
         "op": lambda: rows.mul_(2),

@@ -31,7 +31,8 @@ ONLY = {"device": {"ops", "reuse"}}
 PUBLIC_API = {"cli", "serve", "train", "__main__"}  # may use `specrt.load` and its like
 
 NO_KERNEL = {"core", "graph", "bindings"}
-BENCHED_TOGETHER = {"rms_norm", "rope_append", "silu_mul", "kv_commit", "embed"}  # small_kernels
+# In bench_small_kernels.py.
+BENCHED_TOGETHER = {"rms_norm", "rope_append", "silu_mul", "kv_commit", "embed", "history_tail"}
 PYTHON_HEADER = re.compile(r"^(pybind11/|torch/|ATen/|c10/|Python\.h)")
 
 

@@ -1,6 +1,5 @@
-#include "core/device.h"
-
 #include "core/current_device.cuh"
+#include "core/device.h"
 
 namespace specrt {
 

@@ -1,11 +1,10 @@
-#include "graph/cuda_graph.h"
-
 #include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "core/current_device.cuh"
+#include "graph/cuda_graph.h"
 
 namespace specrt {
 namespace {

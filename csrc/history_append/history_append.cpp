@@ -26,8 +26,8 @@ void check_shapes(const HistoryAppendArgs& a) {
 }
 
 void check_apart(const HistoryAppendArgs& a) {
-    for (const TensorView* in : {&a.num_nodes, &a.depth, &a.path, &a.accept_length, &a.tokens,
-                                 &a.logprobs, &a.stop_ids})
+    for (const TensorView* in :
+         {&a.num_nodes, &a.depth, &a.path, &a.accept_length, &a.tokens, &a.logprobs, &a.stop_ids})
         for (const TensorView* out :
              {&a.max_len, &a.history, &a.history_len, &a.roots, &a.num_path, &a.report})
             if (*in) expect_apart(*in, *out);

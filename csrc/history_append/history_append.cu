@@ -6,8 +6,8 @@
 // waited for, entries behind the accepted ones too. Which token is the first to stop is a ballot
 // for each 32 of them.
 //
-// Hazard: all lanes read the history's length and its limit, which one lane writes: the warp's barrier is
-// between. (The shim cannot show this: the ballots keep its lanes as much in step.)
+// Hazard: all lanes read the history's length and its limit, which one lane writes: the warp's
+// barrier is between. (The shim cannot show this: the ballots keep its lanes as much in step.)
 #include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "history_append/history_append.h"

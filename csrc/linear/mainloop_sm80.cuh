@@ -67,32 +67,28 @@ __device__ __forceinline__ int place_of(int row, int chunk) {
     return row * kDepth + (chunk ^ row % 8) * 8;
 }
 
-// Values k .. k + 63 of the tile's weights; zeros where there are none.
+// Values k .. k + 63 of kRows rows, of which `num_rows` are there; zeros for the others and past
+// the slice's end, where nothing is read.
+template <typename G, int kRows, typename T>
+__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int num_rows, int k, int end,
+                                      T* to, uint64_t policy) {
+    constexpr int kAtOnce = G::kThreads / 8;
+    const int chunk = threadIdx.x % 8, first = threadIdx.x / 8, at = k + chunk * 8;
+    if (kRows < kAtOnce && first >= kRows) return;
+    const T* from = rows + first * stride + at;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kAtOnce, from += kAtOnce * stride)
+        ptx::cp_async_16(to + place_of(first + i, chunk), from, at < end && first + i < num_rows,
+                         policy);
+}
 template <typename G, typename T>
 __device__ __forceinline__ void fetch_weights(const Work<T>& w, T* stage, int k) {
-    const int chunk = threadIdx.x % 8, at = k + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < G::kTile; i += G::kThreads / 8) {
-        const int row = i + threadIdx.x / 8;
-        const bool is_there = at < w.end && row < w.num_weights;
-        const T* from = w.weights + (is_there ? row * w.depth + at : 0);
-        ptx::cp_async_16(stage + place_of(row, chunk), from, is_there, w.weight_policy);
-    }
+    fetch<G, G::kTile>(w.weights, w.depth, w.num_weights, k, w.end, stage, w.weight_policy);
 }
-
-// The same of the piece's rows of x.
 template <typename G, typename T>
 __device__ __forceinline__ void fetch_rows(const Work<T>& w, T* stage, int k) {
-    const int chunk = threadIdx.x % 8, at = k + chunk * 8;
     T* to = stage + G::kTile * kDepth;
-#pragma unroll
-    for (int i = 0; i < G::kColumns; i += G::kThreads / 8) {
-        const int row = i + threadIdx.x / 8;
-        if (row >= G::kColumns) break;
-        const bool is_there = at < w.end && row < w.num_rows;
-        const T* from = w.rows + (is_there ? row * w.row_stride + at : 0);
-        ptx::cp_async_16(to + place_of(row, chunk), from, is_there, w.row_policy);
-    }
+    fetch<G, G::kColumns>(w.rows, w.row_stride, w.num_rows, k, w.end, to, w.row_policy);
 }
 
 // The same of the first `count` stages, before weights that are on their way: through registers,

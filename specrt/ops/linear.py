@@ -49,7 +49,8 @@ def linear(
 
     A row of the result depends on that row of ``x`` alone, to the bit: not on the number of rows,
     the other rows, the threads, the instruction set or the plan. On a GPU the order of sums is that
-    of ``csrc/linear/slices.h``, a function of the weights' shape.
+    of ``csrc/linear/slices.h``, a function of the weights' shape; weights and bias are constants
+    there, read before launches before this one have ended (``csrc/core/launch.cuh``).
 
     Args:
         x: ``[M, K]`` float32; on a GPU bfloat16 or float16. Rows may be strided; on a GPU they lie

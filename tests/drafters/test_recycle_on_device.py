@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import BatchTables, Budget, DraftParams, LaunchedDrafter
@@ -47,11 +48,13 @@ def rounds(model: LlamaModel, draft: DraftParams = SHAPE) -> Rounds:
     return Rounds(model, drafter, PROMPTS, PARAMS, draft)
 
 
-def tables_of(gpu: Device) -> BatchTables:
+def tables_of(gpu: Device, target: Path) -> BatchTables:
     """One sequence's; only its root is looked at."""
     ints, table = gpu.zeros(1, dtype=torch.int32), gpu.zeros(1, 1, dtype=torch.int32)
     sampling = SamplingRows(1, VOCAB, gpu).table(1)
-    return BatchTables(table, ints, ints, ints, table, ints, sampling)
+    config = ModelConfig.from_directory(target)
+    batch = CacheBatch(KVCache(config, torch.float32, device=gpu))
+    return BatchTables(table, ints, ints, ints, ints, ints, table, batch, sampling)
 
 
 def same(one: torch.Tensor, other: torch.Tensor, device: Device) -> bool:
@@ -59,7 +62,7 @@ def same(one: torch.Tensor, other: torch.Tensor, device: Device) -> bool:
 
 
 def test_launched_rounds_draft_and_learn_what_others_do(model: LlamaModel) -> None:
-    launched, at_once, plain = (rounds(model), rounds(model), rounds(model, DraftParams(depth=0)))
+    launched, at_once, plain = rounds(model), rounds(model), rounds(model)
     assert isinstance(launched.drafter, LaunchedDrafter)
     launched.launched(5)
     at_once.told_at_once(5)
@@ -74,13 +77,13 @@ def test_launched_rounds_draft_and_learn_what_others_do(model: LlamaModel) -> No
         assert same(*(getattr(one, name) for one in tables), model.device)
     said = [len(text) - len(prompt) for text, prompt in zip(texts, PROMPTS, strict=True)]
     assert max(said) > 5  # some were right
-    plain.launched(max(said))
+    plain.undrafted(max(said))
     for text, state in zip(texts, plain.states, strict=True):
         assert state.token_ids[: len(text)] == text
 
 
 @pytest.mark.parametrize("is_right", [False, True])
-def test_sizes_follow_reports(gpu: Device, is_right: bool) -> None:
+def test_sizes_follow_reports(gpu: Device, target: Path, is_right: bool) -> None:
     """Trees of which nothing is right get smaller, until there is none but now and then."""
     drafter = DeviceRecycleDrafter(VOCAB, gpu)
     state = SequenceState([1], 1, 99, 0, 0.0)
@@ -88,14 +91,14 @@ def test_sizes_follow_reports(gpu: Device, is_right: bool) -> None:
     sizes = []
     for _ in range(40):
         plan = drafter.plan([state], Budget(64, RoundCost(slope=0.02)))
-        tree = drafter.launch_propose(plan, tables_of(gpu))
+        tree = drafter.launch_propose(plan, tables_of(gpu, target))
         sizes.append(tree.draft_tokens.shape[1])
         path = np.full((1, sizes[-1]), -1, dtype=np.int32)
         path[0, 0] = 0
         if is_right and sizes[-1] > 1:
             path[0, 1] = 1
         counts = (np.array([n], dtype=np.int32) for n in (sizes[-1], is_right, 1 + is_right))
-        drafter.told([state], plan, RoundReport(*counts, path))
+        drafter.told([state], plan, RoundReport(*counts, path), 1.0)
     assert max(sizes) > 1 and (sizes.count(1) >= 10) == (not is_right)
 
 

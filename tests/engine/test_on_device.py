@@ -19,7 +19,7 @@ from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
-from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
 from specrt.engine.batch import Batch
 from specrt.engine.engine import Engine
 from specrt.engine.request import Request
@@ -76,7 +76,7 @@ DRAFTERS: Mapping[str, Callable[[LlamaModel, list[list[int]]], Drafter]] = {
     "trees": hitting,
     "prompt-lookup": lambda model, _: DevicePromptLookupDrafter(model.device),
     "recycle": lambda model, _: DeviceRecycleDrafter(VOCAB, model.device),
-    "small model": lambda model, _: SmallModelDrafter(model, depth=3, width=2),
+    "small model": lambda model, _: DeviceSmallModelDrafter(model, depth=3, width=2),
 }
 
 

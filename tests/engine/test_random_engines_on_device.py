@@ -15,7 +15,7 @@ from specrt.device import Device
 from specrt.draft.base import Budget, Drafter, DraftParams
 from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
-from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
 from specrt.engine import batch as batch_module
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
@@ -148,7 +148,7 @@ def drafter_of(
         case "recycle":
             return DeviceRecycleDrafter(VOCAB, model.device)
         case "small model":
-            return SmallModelDrafter(model, depth=3, width=2)
+            return DeviceSmallModelDrafter(model, depth=3, width=2)
         case "prompt lookup":
             return DevicePromptLookupDrafter(model.device)
         case "trees":

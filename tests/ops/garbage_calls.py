@@ -321,6 +321,16 @@ def learn_arguments(variant: int, backend: Backend) -> Arguments:
 # --- features
 
 
+def tail_arguments(variant: int, backend: Backend) -> Arguments:
+    g = generator(variant)
+    return {
+        "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
+        "history_len": ints(9, 3, 1),
+        "tokens": torch.zeros(BATCH, 2 + variant, dtype=torch.int32),
+        "start": ints(0, 0, 0),
+    }
+
+
 def embed_arguments(variant: int, backend: Backend) -> Arguments:
     """Of one type or of two, in rows of 16-byte pieces or not."""
     dtypes = torch.float32, torch.bfloat16, torch.float16
@@ -512,6 +522,13 @@ KERNELS = {
             "max_len", "history", "history_len", "roots",
         ),
         results=("max_len", "history", "history_len", "roots", "num_path", "report"),
+        has_cuda_source=True,
+    ),
+    "history_tail": Kernel(
+        tail_arguments,
+        lambda a: ops.history_tail(**a),
+        own=("history", "history_len"),
+        results=("tokens", "start"),
         has_cuda_source=True,
     ),
     "prompt_lookup": Kernel(

@@ -30,6 +30,7 @@ TAKEN = {
     "history_append": {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
+    "history_tail": {"history", "tokens"},
     "prompt_lookup": {"history", "draft_tokens", "parents"},
     "draft_control": {"evidence"},
     "draft_control_update": set(),

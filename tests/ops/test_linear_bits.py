@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -61,10 +59,10 @@ def run(x: Tensor, weight: Tensor, **rest: object) -> Tensor:
 
 
 @pytest.fixture
-def simt(backend: Backend) -> Iterator[object]:
+def simt(backend: Backend) -> object:
     if backend.name != "simt":
         pytest.skip("a GPU cannot be changed, nor is its arithmetic ours")
-    yield load_simt()
+    return load_simt()
 
 
 # One to sixteen slices, of which one is none; rows of weights and K with ragged ends.
@@ -132,6 +130,17 @@ def test_every_plan_for_more_rows(backend: Backend, rows: int) -> None:
         x, weight = made(shape, rows, backend)
         expected = run(x, weight)
         for plan in PLANS:
+            assert torch.equal(run(x, weight, plan=plan), expected), plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_bits_under_every_schedule(backend: Backend, simt: object, seed: int) -> None:
+    for shape, rows in (((136, 264), 9), ((72, 1032), 20), ((8, 4104), 129)):
+        x, weight = made(shape, rows, backend)
+        expected = run(x, weight)
+        simt.set_schedule(seed)  # type: ignore[attr-defined]
+        for plan in (ops.LinearPlan(), *PLANS):
             assert torch.equal(run(x, weight, plan=plan), expected), plan
 
 
@@ -272,6 +281,6 @@ def test_a_workspace_that_does_not_do(backend: Backend) -> None:
             ops.linear(x, weight, workspace=short.to(backend.device))
     residual = torch.zeros(2, 16, dtype=x.dtype, device=x.device)
     gate_up = torch.zeros(16, 1032, dtype=x.dtype, device=x.device)
+    out = torch.empty(2, 8, dtype=x.dtype, device=x.device)
     with pytest.raises(ValueError, match="residual: expected None with is_gated"):
-        out = torch.empty(2, 8, dtype=x.dtype, device=x.device)
         ops.linear(x, gate_up, None, residual, out, is_gated=True)

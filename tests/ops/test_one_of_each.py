@@ -21,6 +21,12 @@ def test_one_of_each(backend: Backend) -> None:
         assert one_of_each.run_tree_attention(place) == 3 * 3
 
 
+def test_one_of_linear(backend: Backend) -> None:
+    if backend.runs_cuda_source:
+        torch.manual_seed(0)
+        assert one_of_each.run_linear(Place(str(backend.device))) == 2 * 6
+
+
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     silu_mul = ops.silu_mul
     monkeypatch.setattr(ops, "silu_mul", lambda x, out: silu_mul(x, out=out).add_(1))

@@ -45,7 +45,7 @@ bool is_captured(void* stream, const CapturedLaunch& launch) {
     Graph* graph = stream ? static_cast<Stream*>(stream)->captured : nullptr;
     if (!graph) return false;
     if (!graph->is_valid)
-        throw std::runtime_error("kernel " + std::string(launch.name) + ": " +
+        throw std::runtime_error("kernel " + std::string(launch.name ? launch.name : "") + ": " +
                                  cudaGetErrorString(cudaErrorStreamCaptureInvalidated));
     graph->launches.push_back(launch);
     return true;
@@ -128,9 +128,13 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     if (!simt::is_stream_of(stream, executable->device)) return cudaErrorInvalidDevice;
-    for (const simt::CapturedLaunch& one : executable->launches)
-        simt::launch(one.name, one.grid, one.block, one.shared_bytes, one.overlaps, stream,
-                     one.body);
+    for (const simt::CapturedLaunch& one : executable->launches) {
+        if (one.name)
+            simt::launch(one.name, one.grid, one.block, one.shared_bytes, one.overlaps, stream,
+                         one.body);
+        else
+            one.body();  // a call of the host's (host_call.h)
+    }
     return cudaSuccess;
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "device.h"
 #include "graph.h"
 #include "guarded_copies.h"
+#include "host_call.h"
 #include "launch.h"
 #include "probes/probe.h"
 
@@ -53,6 +55,20 @@ void run_probe(const std::string& name, const Tensors& tensors, const std::vecto
     const probes::ProbeFn run = probes::find(name);
     py::gil_scoped_release release;
     run(probe);
+}
+
+// Calls `function` in the order of this thread's launches: at once, or as part of a graph. It is
+// kept and dropped by threads that do not hold Python's lock.
+void call_host(const py::function& function) {
+    const auto drop = [](py::function* kept) {
+        py::gil_scoped_acquire held;
+        delete kept;
+    };
+    const std::shared_ptr<py::function> kept(new py::function(function), drop);
+    simt::call_host(capturing().stream, [kept] {
+        py::gil_scoped_acquire held;
+        (*kept)();
+    });
 }
 
 void set_schedule(uint64_t seed, unsigned resident_blocks, bool strict) {
@@ -123,6 +139,7 @@ PYBIND11_MODULE(_simt, m) {
     m.def("break_device", &break_device, py::arg("num_good") = 0,
           py::arg("fault") = "an illegal memory access was encountered");
     m.def("fail_next", &simt::fail_next, py::arg("call"));
+    m.def("call_host", &call_host, py::arg("function"));
     m.def("synchronize", &simt::synchronize);
     m.def("num_graph_objects", &simt::num_graph_objects);
     m.def("set_current_device", &set_current_device, py::arg("device"));

@@ -1,4 +1,5 @@
-// Which line of csrc/tree_attention/variants.h holds for a shape: decided while compiling.
+// Which line of a kernel's variants.h holds for a shape: decided while compiling.
+#include "linear/variants.h"
 #include "tree_attention/variants.h"
 
 namespace specrt::attention {
@@ -31,3 +32,32 @@ static_assert(!are_valid({{90, 128, 64, 8, kAny, {4, 17}}}), "more blocks than m
 
 }  // namespace
 }  // namespace specrt::attention
+
+namespace specrt::product {
+namespace {
+
+constexpr std::initializer_list<Variant> kLines = {
+    {90, 4096, 14336, 8, {64, 8}},
+    {90, 4096, 14336, 64, {128, 4}},
+    {90, 4096, 4096, kAny, {128, 0}},
+};
+
+constexpr bool is_chosen(int64_t outputs, int64_t depth, int64_t rows, int arch, int tile_rows,
+                         int num_stages) {
+    const LinearPlan choice = measured_choice(kLines, outputs, depth, rows, arch);
+    return choice.tile_rows == tile_rows && choice.num_stages == num_stages;
+}
+
+static_assert(is_chosen(4096, 14336, 8, 90, 64, 8), "the first that holds");
+static_assert(is_chosen(4096, 14336, 9, 90, 128, 4), "too many rows for the first");
+static_assert(is_chosen(4096, 14336, 65, 90, 0, 0), "too many rows");
+static_assert(is_chosen(4096, 4096, 5000, 90, 128, 0), "any number of rows");
+static_assert(is_chosen(4096, 4096, 1, 80, 0, 0), "another GPU");
+static_assert(is_chosen(4096, 4104, 1, 90, 0, 0), "another matrix");
+
+static_assert(are_valid(kLines));
+static_assert(!are_valid({{90, 4096, 4096, 8, {32, 4}}}), "no tile of so many rows");
+static_assert(!are_valid({{90, 4096, 4096, 8, {64, 9}}}), "more stages than there are");
+
+}  // namespace
+}  // namespace specrt::product

@@ -10,7 +10,7 @@ of it is then told as late as its report is read, and trees get their sizes from
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 
 from specrt import ops
 from specrt.device import Device, Mark
-from specrt.draft.base import BatchTables, Budget, DraftParams
+from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan
 from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.draft.length.measured import MeasuredPolicy
 from specrt.draft.recycle.device_tables import DeviceTables, Slots
@@ -83,8 +83,8 @@ class _Drafted(Proposal):
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A launched round; equal ones have the very same buffers and tables."""
+class _Shape:
+    """Of a launched round; equal ones have the very same buffers and tables."""
 
     buffers: _Buffers
     slots: Slots
@@ -160,22 +160,22 @@ class DeviceRecycleDrafter:
 
     # --- rounds that are launches alone -------------------------------------------------------
 
-    def plan(self, states: Sequence[SequenceState], budget: Budget) -> Hashable:
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
         """How large the trees are; how near an output's end is, which the host learns too late, is
         not looked at."""
-        return _Plan(self._sized(len(states), budget, MAX_NODES), self._tables.place(states))
+        buffers = self._sized(len(states), budget, MAX_NODES)
+        return RoundPlan(buffers.kind.num_nodes, _Shape(buffers, self._tables.place(states)))
 
-    def launch_propose(self, plan: Hashable, tables: BatchTables) -> Proposal:
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
         """Read a tree of each sequence off its table."""
-        assert isinstance(plan, _Plan)
-        tree, order = plan.buffers.tree, plan.slots.order[: plan.buffers.kind.batch]
-        if plan.buffers.kind.num_nodes > 1:
-            plan.buffers.launch_propose(plan.slots, order, tables.roots, tree.draft_tokens)
-        return tree
+        buffers, slots, order = _parts(plan)
+        if plan.num_nodes > 1:
+            buffers.launch_propose(slots, order, tables.roots, buffers.tree.draft_tokens)
+        return buffers.tree
 
     def launch_observe(
         self,
-        plan: Hashable,
+        plan: RoundPlan,
         tables: BatchTables,
         tree: DraftTree,
         result: AcceptResult,
@@ -186,17 +186,17 @@ class DeviceRecycleDrafter:
         Raises:
             ValueError: the logits are of another vocabulary.
         """
-        assert isinstance(plan, _Plan)
-        slots, order = plan.slots, plan.slots.order[: plan.buffers.kind.batch]
-        workspace = plan.buffers.workspace
-        self._learn(slots, order, taps, tree.draft_tokens, tree.num_nodes, result, workspace)
+        buffers, slots, order = _parts(plan)
+        given = tree.draft_tokens, tree.num_nodes, result, buffers.workspace
+        self._learn(slots, order, taps, *given)
 
-    def told(self, states: Sequence[SequenceState], plan: Hashable, report: RoundReport) -> None:
+    def told(
+        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+    ) -> None:
         """Learn how far the trees were right. (What their launch took is part of the round's time,
         by which sizes are judged.)"""
-        assert isinstance(plan, _Plan)
         self._policy.observe_draft(0.0, 0.0, 0)
-        self._judge(plan.buffers.kind, report.path)
+        self._judge(_parts(plan)[0].kind, report.path)
 
     # --- both ---------------------------------------------------------------------------------
 
@@ -244,3 +244,10 @@ class DeviceRecycleDrafter:
             scores = np.tile(kind.template.scores[1 : kind.num_nodes], (kind.batch, 1))
             is_accepted = accepted_nodes(paths, kind.num_nodes)
             self._policy.observe_outcome(scores, is_accepted[:, 1:], 1)
+
+
+def _parts(plan: RoundPlan) -> tuple[_Buffers, Slots, torch.Tensor]:
+    """A plan's buffers, and the tables in the order of the batch's rows."""
+    assert isinstance(plan.shape, _Shape)
+    buffers, slots = plan.shape.buffers, plan.shape.slots
+    return buffers, slots, slots.order[: buffers.kind.batch]

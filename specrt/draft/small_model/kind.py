@@ -22,6 +22,7 @@ def _load(request: DrafterRequest) -> Drafter:
     from specrt.config import ModelConfig
     from specrt.draft.fspad.official import open_drafter, refuse_other_kinds
     from specrt.draft.small_model.drafter import SmallModelDrafter
+    from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
     from specrt.draft.small_model.vocabulary import check_vocabulary
     from specrt.models.loader import load_weights
     from specrt.models.model import LlamaModel
@@ -38,7 +39,8 @@ def _load(request: DrafterRequest) -> Drafter:
     loaded = load_weights(directory, config, chosen, head_dim=head_dim)
     weights = place_weights(loaded, target.device)
     model = LlamaModel(config, weights, target.device, rope=target.rope)
-    return SmallModelDrafter(model, vocab_size=vocab_size)
+    chosen_kind = DeviceSmallModelDrafter if target.device.is_gpu else SmallModelDrafter
+    return chosen_kind(model, vocab_size=vocab_size)
 
 
 SMALL_MODEL = Kind("small-model", "a smaller model of the same tokenizer", _load, _matches)
