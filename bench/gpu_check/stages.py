@@ -132,7 +132,7 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
-        _python(machine, "predicted", "bench.bench_round", judge.bench, 30, *_predict(save)),
+        _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
         _bench(machine, "bench_round", save, 160, "--device", "cuda"),
         _bench(machine, "bench_prefill", save, 40, "--device", "cuda"),
         _bench(machine, "end_to_end_cuda", save, 120),
