@@ -3,15 +3,16 @@
 Plain decoding; whole rounds of drafters of the target's shape, right by chance alone
 (``bench.whole_rounds``); planted acceptance (``bench.planted``: trees of which as much is accepted
 as of a recorded drafter's, and whose drafting takes no time); ``transformers`` with a static cache
-on the same memory. All are greedy and go on to the last token. ``steps`` are
-``graph``, as the engine runs them on a GPU, or ``eager``, launched one by one.
+on the same memory. All are greedy and go on to the last token. ``steps`` are ``graph``, as the
+engine runs them on a GPU, or ``eager``, launched one by one.
 
 Ours must say what plain decoding says, to the bits of its log-probabilities. ``transformers``
 rounds elsewhere: the tokens until it differs are only counted. Times are of rounds after the first.
-``gpu ms`` is a graph's time, by events; ``host %`` is the rest of a round. ``% of copy`` is the rate at which a round reads weights, keys and
-values, as a share of a copy's within the device in the same run. ``draft``, ``verify`` and ``accept
-ms`` are a round's parts by the device's own marks, ``least`` what a copy of the bytes that they
-must read would take, ``reads`` how often a round the host waited to read.
+``gpu ms`` is a graph's time, by events; ``host %`` is the rest of a round. ``% of copy`` is the
+rate at which a round reads weights, keys and values, as a share of a copy's within the device in
+the same run. ``draft``, ``verify`` and ``accept ms`` are a round's parts by the device's own marks,
+``least`` what a copy of the bytes that they must read would take, ``reads`` how often a round the
+host waited to read.
 """
 
 from __future__ import annotations
