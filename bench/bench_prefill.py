@@ -104,6 +104,7 @@ class Target:
             "TFLOP/s": self.flop / seconds / 1e12,
             "ratio": least_seconds / seconds,
             "equal": equal,
+            "x transformers": None,
         }
 
 
@@ -145,7 +146,7 @@ class Bench:
         """Of a real model's shape; of a small one where nothing is real."""
         is_real = device.place.device == "cuda"
         spec = SPECS[name] if is_real else Spec(500, 10000.0, 512)
-        described = hf_config(device.models[name], spec)
+        described = hf_config(device.targets[name], spec)
         config = ModelConfig.from_dict(described)
         weights = random_weights(config, device.place.device, device.place.dtype)
         return cls(Target(config, weights, num_tokens), described, weights)
@@ -166,13 +167,18 @@ class Bench:
     def least_seconds(self) -> float:
         return self.seconds(lambda: self.target.run(LEAST))
 
-    def theirs(self) -> Row:
-        """``transformers``' pass over the whole prompt, which leaves keys and values too."""
+    @cached_property
+    def their_seconds(self) -> float:
+        """Of ``transformers``' pass over the whole prompt, which leaves keys and values too."""
         twin, ids = transformers_twin(self.hf_config, self.weights), torch.tensor([self.target.ids])
         there = ids.to(self.weights.embed.device)
         with torch.no_grad():
-            seconds = self.seconds(lambda: twin(there, use_cache=True, logits_to_keep=1))
-        return self.target.row(len(self.target.ids), seconds, self.least_seconds, TRANSFORMERS)
+            return self.seconds(lambda: twin(there, use_cache=True, logits_to_keep=1))
+
+    def theirs(self) -> Row:
+        """The row of ``transformers``."""
+        size = len(self.target.ids)
+        return self.target.row(size, self.their_seconds, self.least_seconds, TRANSFORMERS)
 
 
 def one_case(
@@ -187,11 +193,15 @@ def one_case(
         if find_spec("transformers") is None:
             return None, {TRANSFORMERS: "not installed"}
         return bench.theirs(), {}
-    taken = bench.seconds(lambda: bench.target.run(case))
+    taken, failures = bench.seconds(lambda: bench.target.run(case)), dict[str, str]()
     row = bench.target.row(case, taken, bench.least_seconds)
+    try:
+        row["x transformers"] = taken / bench.their_seconds
+    except Exception as error:
+        failures[TRANSFORMERS] = gpu.reason(error)
     if row["equal"] != "all bits":
         raise WrongResultError("other keys and values than by 128 rows a piece", row)
-    return row, {}
+    return row, failures
 
 
 def cases(is_quick: bool) -> Iterator[int | str]:

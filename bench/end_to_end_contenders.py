@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.contenders import Clock
-from bench.step_graphs import StepGraphs
+from bench.timed_steps import TimedSteps
 from specrt.draft.base import Drafter, DraftParams
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
@@ -77,7 +77,7 @@ class Ours:
         self,
         model: LlamaModel,
         drafter: Drafter,
-        graphs: StepGraphs | None,
+        graphs: TimedSteps | None,
         draft: DraftParams | None = None,
     ) -> None:
         self._engine = Engine(model, drafter, NoTokenizer(), max_batch=1)  # type: ignore[arg-type]

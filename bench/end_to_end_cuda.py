@@ -3,17 +3,16 @@
 Plain decoding; whole rounds of drafters of the target's shape, right by chance alone
 (``bench.whole_rounds``); planted acceptance (``bench.planted``: trees of which as much is accepted
 as of a recorded drafter's, and whose drafting takes no time); ``transformers`` with a static cache
-on the same memory. All are greedy and go on to the last token. ``steps`` are the target's:
-``eager``, as the engine runs them on a GPU, or ``graph``, each pass captured whole, which it does
-not do yet.
+on the same memory. All are greedy and go on to the last token. ``steps`` are ``graph``, as the
+engine runs them on a GPU, or ``eager``, launched one by one.
 
 Ours must say what plain decoding says, to the bits of its log-probabilities. ``transformers``
 rounds elsewhere: the tokens until it differs are only counted. Times are of rounds after the first.
-``gpu ms`` is a pass in a graph, by events; ``host %`` is the rest of a round: launches, tables on
-their way, accepting, committing. ``% of copy`` is the rate at which a round reads weights, keys and
-values, as a share of a copy's within the device in the same run. ``draft``, ``verify`` and ``accept
-ms`` are a round's parts by the device's own marks, ``least`` what a copy of the bytes that they
-must read would take, ``reads`` how often a round the host waited to read.
+``gpu ms`` is a graph's time, by events; ``host %`` is the rest of a round. ``% of copy`` is the
+rate at which a round reads weights, keys and values, as a share of a copy's within the device in
+the same run. ``draft``, ``verify`` and ``accept ms`` are a round's parts by the device's own marks,
+``least`` what a copy of the bytes that they must read would take, ``reads`` how often a round the
+host waited to read.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from bench.random_target import (
     step_bytes,
     transformers_twin,
 )
-from bench.step_graphs import StepGraphs
+from bench.timed_steps import TimedSteps
 from bench.whole_rounds import EESD, FSPAD, LOOKUP, MAKERS, RECYCLE, SIZES, whole_round
 from specrt.config import ModelConfig
 from specrt.device import Device as Place
@@ -143,9 +142,9 @@ class Bench:
         return LlamaModel(self.config, self.weights, place)
 
     @cached_property
-    def _graph_model(self) -> tuple[LlamaModel, StepGraphs | None]:
+    def _graph_model(self) -> tuple[LlamaModel, TimedSteps | None]:
         if self._device.place.device == "cuda":
-            graphs = StepGraphs(self.weights.embed.device)
+            graphs = TimedSteps(self.weights.embed.device)
             return LlamaModel(self.config, self.weights, graphs), graphs
         return LlamaModel(self.config, self.weights), None
 

@@ -16,7 +16,7 @@ from bench.limits import H200
 
 Row = Mapping[str, Any]
 SMALL, ATTENTION = "small_kernels_cuda", "tree_attention_cuda"
-LINEAR, ROUND = "linear_cuda", "round_cuda"
+LINEAR, ROUND, PREFILL = "linear_cuda", "round_cuda", "prefill_cuda"
 LARGE_MB = 50
 """A matrix that is read long enough for the memory's rate to show."""
 
@@ -115,6 +115,7 @@ def _of_rounds() -> Iterator[Goal]:
     yield Goal(ROUND, where, "ms a token", 4.0, is_streaming=True)
     yield Goal(ROUND, where, "host gap %", 2.0)
     yield Goal(ROUND, {}, "price %", 5.0, among=lambda row: True)
+    yield Goal(PREFILL, {"contender": "ours", "rows": 512}, "x transformers", 2.5)
 
 
 GOALS = (*_all(), *_of_linear(), *_of_rounds())
@@ -128,7 +129,7 @@ def lines(folder: Path, since: str) -> list[str]:
         since: ISO date and time; older results are another run's and are not looked at.
     """
     found = []
-    for file in (SMALL, ATTENTION, LINEAR, ROUND):
+    for file in (SMALL, ATTENTION, LINEAR, ROUND, PREFILL):
         rows, bytes_per_s = _result(folder / f"{file}.json", since)
         for goal in GOALS:
             if goal.file == file and (line := goal.line(rows, bytes_per_s)):

@@ -46,8 +46,7 @@ class TimedSteps(Device):
 
     def take_seconds(self) -> list[float]:
         """What each step since the last call took there."""
-        if self.place.type == "cuda":
-            torch.cuda.synchronize(self.place)
+        self.wait()
         marks, self._marks = self._marks, []
         return [self.ms_between(start, end) / 1e3 for start, end in marks]
 

@@ -30,7 +30,7 @@ Mark = Any
 G = TypeVar("G")
 
 _MOST_STEPS = 256
-_MOST_GRAPHS = 64  # on a GPU: each takes memory there, and rounds are few
+_MOST_GRAPHS = 128  # on a GPU: each takes memory there, and sizes are few
 
 
 class Posted:
@@ -78,7 +78,7 @@ class Device:
             GPU has the CPU's memory.)
         is_eager: whether nothing is captured.
         max_steps: those that are kept; beyond, the one that was not run for longest goes. None:
-            256, on a GPU 64.
+            256, on a GPU 128.
     """
 
     def __init__(

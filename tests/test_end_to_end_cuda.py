@@ -13,10 +13,10 @@ import torch
 
 from bench import end_to_end_contenders, end_to_end_cuda, random_target
 from bench.end_to_end_contenders import Job, Ours
-from bench.end_to_end_cuda import EAGER, GRAPH, PLAIN, PLANTED, TRANSFORMERS, Bench, Case
+from bench.end_to_end_cuda import EAGER, GRAPH, PLANTED, TRANSFORMERS, Bench, Case
 from bench.fake_gpu import FakeGpu
 from bench.planted import NODES, PlantedDrafter, Trace, recorded_trace
-from bench.step_graphs import StepGraphs
+from bench.timed_steps import TimedSteps
 from bench.whole_rounds import EESD, FSPAD, MAKERS, SIZES, whole_round
 from specrt import ops
 from specrt.device import Device
@@ -147,7 +147,10 @@ def test_whole_rounds_on_a_gpu(target: Bench, gpu: Device, name: str) -> None:
     made = whole_round(name, model)
     found = Ours(model, made.drafter, None, made.params).checked(job)
     assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
-    assert expected.reads == found.reads == 1
+    # A round that is launched before the last one was read is read too.
+    for one in (expected, found):
+        rounds = one.num_rounds + 1
+        assert one.reads in (1, (rounds + 1) / rounds)
 
 
 def test_bytes_of_whole_rounds(target: Bench) -> None:
@@ -247,7 +250,7 @@ def test_a_steps_passes_are_timed_but_its_first() -> None:
     def launch() -> None:
         ops.rms_norm(x, weight, 1e-6, out=out)
 
-    graphs = StepGraphs(torch.device("cpu"))
+    graphs = TimedSteps(torch.device("cpu"))
     for name in "aaaab":
         graphs.run(name, launch)
     assert len(graphs.take_seconds()) == 3 and graphs.take_seconds() == []
@@ -260,13 +263,13 @@ def test_a_pass_of_the_gpu_is_told_from_the_rest_of_a_round(
 ) -> None:
     """Of a run's passes those of the rounds after the first count."""
 
-    class Passes(StepGraphs):
+    class Passes(TimedSteps):
         def take_seconds(self) -> list[float]:
             # The prompt's pass and 24 rounds.
             return [9.0, 9.0, *[0.002] * 23]
 
     passes = Passes(torch.device("cpu"))
-    ours = Ours(LlamaModel(target.config, target.weights), target._drafter(Case(PLAIN)), passes)
+    ours = Ours(LlamaModel(target.config, target.weights), EmptyDrafter(), passes)
     assert ours.timed(target.job).gpu_seconds == 0.002
     monkeypatch.setattr(target, "ours", lambda case: ours)
     ceilings = FakeGpu().ceilings()

@@ -26,6 +26,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = result["rows"]
     assert (ours["rows"], ours["equal"]) == (512, "all bits")
     assert (theirs["contender"], theirs["rows"], theirs["equal"]) == ("transformers", 300, None)
+    assert ours["x transformers"] == pytest.approx(ours["ms"] / theirs["ms"])
     for row in (ours, theirs):
         assert row["tokens/s"] == pytest.approx(300 / (row["ms"] / 1e3))
 

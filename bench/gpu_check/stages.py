@@ -132,8 +132,9 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
-        _python(machine, "predicted", "bench.bench_round", judge.bench, 30, *_predict(save)),
-        _bench(machine, "bench_round", save, 170, "--device", "cuda"),
+        _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
+        _bench(machine, "bench_round", save, 160, "--device", "cuda"),
+        _bench(machine, "bench_prefill", save, 40, "--device", "cuda"),
         _bench(machine, "end_to_end_cuda", save, 120),
         _slow_gpu_tests(machine, 100),
         _sanitizer(machine, "racecheck", 200, is_spare=True),

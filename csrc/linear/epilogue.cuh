@@ -59,7 +59,8 @@ __device__ __forceinline__ float4 sum_of(const float4& a, const float4& b) {
 template <typename G, int kMost>
 __device__ __forceinline__ void merge_parts(const Parts<G>& parts, int count, float* staged) {
     constexpr int kFragments = Parts<G>::kFragments;
-    constexpr int kBatch = kFragments < 16 / kMost ? kFragments : 16 / kMost;
+    constexpr int kLoads = kMost > 4 ? 16 : 32;  // under way, as registers allow
+    constexpr int kBatch = kFragments < kLoads / kMost ? kFragments : kLoads / kMost;
 #pragma unroll 1
     for (int first = 0; first < kFragments; first += kBatch) {
         float4 part[kBatch][kMost];

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 
@@ -247,7 +246,8 @@ class EngineCore:
         assert held is not None, "an admitted request has a place for pages"
         if not self._reserve(request, held.length + count):
             return 1
-        started, first = perf_counter(), held.length
+        device, first = self._target.device, held.length
+        started = device.mark()
         try:
             self._extend(request, first, first + count)
         except Exception as error:
@@ -255,7 +255,7 @@ class EngineCore:
                 raise
             self._fail(request, f"{type(error).__name__}: {error}")
             return max(1, count)
-        request.stats.prefill_ms += 1e3 * (perf_counter() - started)
+        request.prefills.append((started, device.mark()))
         if request.num_to_prefill == 0:
             self._catch_up()
             self._batch.join(request)
@@ -268,7 +268,6 @@ class EngineCore:
         ids, taps = request.token_ids[first:end], self._drafting.taps([request])
         for start, piece in self._target.extend(ids, batch, taps=taps):
             self._drafting.prefill(request, first + start, piece)
-        self._target.device.wait()  # or the first round would be charged for it
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -362,7 +361,10 @@ class EngineCore:
         return chunk.result is not None
 
     def _chunk(self, request: Request, row: int, done: Round) -> StreamChunk:
-        outcome, stats = done.read.outcomes[row], request.stats
+        outcome, stats, device = done.read.outcomes[row], request.stats, self._target.device
+        # All that came before a round is done where the round is.
+        stats.prefill_ms += sum(device.ms_between(*marks) for marks in request.prefills)
+        request.prefills.clear()
         stats.draft_ms += done.draft_ms
         stats.verify_ms += done.verify_ms
         stats.accept_ms += done.accept_ms

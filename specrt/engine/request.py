@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from specrt.cache import CachedSequence
+from specrt.device import Mark
 from specrt.draft.base import DraftParams
 from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.engine.stop import FinishReason, OutputEnd
@@ -43,6 +44,8 @@ class Request:
     is_suspect: bool = False
     """The drafter failed while it was asked for several: this one is asked for alone, to find out
     which."""
+    prefills: list[tuple[Mark, Mark]] = field(default_factory=list)
+    """When pieces of its prompt were run, of those that no round has come behind yet."""
     logprobs: list[float] = field(default_factory=list)
     stats: RoundStats = field(default_factory=RoundStats)
     error: str | None = None

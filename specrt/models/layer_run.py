@@ -39,10 +39,10 @@ class LayerRun:
     """Static buffers for the first N layers over growing trees, and the launches over them.
 
     What a drafter does for each level: :meth:`stage` (but for the root's, which is staged when a
-    run begins), then :meth:`launch`, or the launch of a graph that captured it. (On a GPU a graph's
-    launches do not count: nothing would tell that they were made.) Rows of the target's cache are
-    written past ``kv_len``, each at its node's place. A run is for one cache, the first that it is
-    begun for: a graph holds its addresses.
+    run begins), then :meth:`launch`, or the launch of a graph that captured it and
+    :meth:`tell_launched`. Rows of the target's cache are written past ``kv_len``, each at its
+    node's place. A run is for one cache, the first that it is begun for: a graph holds its
+    addresses.
 
     Args:
         model: the target.
@@ -115,6 +115,10 @@ class LayerRun:
         for index in range(self.shape.num_layers):
             self.model.launch_layer(index, hidden, here.rows, self.cache, here.hidden)
             hidden = here.hidden
+        self.tell_launched(level)
+
+    def tell_launched(self, level: int) -> None:
+        """A level's launches were made, by a graph of them: on a GPU nothing else would tell."""
         self._trees.tell_launched(level)
 
     def staged(self, num_nodes: int) -> tuple[torch.Tensor, torch.Tensor]:

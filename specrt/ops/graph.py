@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -68,10 +69,22 @@ class CudaGraph:
         """
 
         def launched() -> None:
-            with _LaunchesAlone():  # type: ignore[no-untyped-call]
+            with _LaunchesAlone(), _uncollected():  # type: ignore[no-untyped-call]
                 launch()
 
         return cls(_C.CudaGraph(launched, place.index or 0))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is collected meanwhile: what is freed may be CUDA's, which would end the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _LaunchesAlone(TorchDispatchMode):

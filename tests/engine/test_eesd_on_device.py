@@ -55,8 +55,8 @@ PARAMS = [
 FAST_KINDS = "calibration-ts", "cost-aware"
 CHEAP = DraftCosts(fixed=0.0, step=0.01, lower=0.01, verify=0.9, row=0.01)
 UPPER_LAYERS = 3 * (NUM_LAYERS - EXIT_LAYER) + 1
-"""Launches of a pass behind the exit: attention and two norms a layer; the last norm.
-Products have a stand-in."""
+"""Launches of a pass behind the exit: attention and two norms a layer; the last norm. (``linear``
+is stood in for.)"""
 
 
 @dataclass(frozen=True)

@@ -115,4 +115,4 @@ def test_on_a_gpu(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     check(folder, name, gpu, monkeypatch)
-    assert not caplog.messages
+    assert not [message for message in caplog.messages if "undrafted" in message]

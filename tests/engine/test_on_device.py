@@ -115,8 +115,9 @@ def test_the_host_reads_once_a_round(
         engine.add(prompt, GREEDY)
     while not engine.is_idle:
         before = model.device.num_reads
-        engine.step()
-        assert model.device.num_reads - before <= 1
+        ends = sum(chunk.result is not None for chunk in engine.step())
+        # Where one ends, the round that is under way is read too.
+        assert model.device.num_reads - before <= 1 + (ends > 0)
     assert not caplog.messages
 
 

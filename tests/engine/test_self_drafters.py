@@ -90,6 +90,7 @@ class SelfDrafter(EmptyDrafter):
     def launch(self, run: LayerRun, level: int) -> None:
         """By a captured graph, as a drafter would."""
         self._model.device.run((self, run, level), partial(run.launch, level))
+        run.tell_launched(level)
 
     def run(self, run: LayerRun, levels: Sequence[Level]) -> None:
         for number, level in enumerate(levels):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.step_graphs import StepGraphs
+from bench.timed_steps import TimedSteps
 from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
@@ -259,7 +259,7 @@ def test_speculation_changes_nothing(checkpoint: Path, backend: Backend, setting
 def test_steps_captured_as_graphs_give_the_same_bits(checkpoint: Path) -> None:
     """Sequences that join and leave make caches grow and attention's workspace move between."""
     gpu = Backend("cuda", torch.device("cuda", 0))
-    graphs = StepGraphs(gpu.device)
+    graphs = TimedSteps(gpu.device)
     eager = make_model(checkpoint, gpu)
     model = LlamaModel(eager.config, eager.weights, graphs)
     params = replace(SETTINGS["greedy"], max_new_tokens=20, logprobs=True)

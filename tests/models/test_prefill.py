@@ -217,8 +217,14 @@ def test_nothing_is_made_that_nobody_reads(
         assert (heads, layers) == expected, taps
 
 
-def test_pieces_of_few_sizes(llama: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else each length would be a step of its own, to be captured."""
+def test_pieces_of_few_sizes(
+    llama: Path,
+    gpu: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else each length would be a step of its own, to be captured; and this one is, without a word
+    of warning."""
     model, keys, bare = make_model(llama, gpu, torch.bfloat16), list[Hashable](), gpu.run
 
     def run_step(key: Hashable, launch: Any) -> bool:
@@ -233,6 +239,7 @@ def test_pieces_of_few_sizes(llama: Path, gpu: Device, monkeypatch: pytest.Monke
         for _ in model.extend(TEXT[:count], batch.update([sequence])):
             pass
     assert len(keys) == 3 and len(set(keys)) == 1  # two chains of 80 rows
+    assert not caplog.messages
 
 
 @only_simulated

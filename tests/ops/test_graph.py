@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from threading import Thread
 from types import ModuleType
@@ -21,12 +22,23 @@ ROWS, WIDTH = 3, 64
 GPU = torch.device("cuda", 0)
 
 
+class Shim:
+    """The shim's module, of whose graphs only those made from here on count."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._num_before = module, module.num_graph_objects()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def num_graph_objects(self) -> int:
+        return self._module.num_graph_objects() - self._num_before
+
+
 @pytest.fixture
-def simt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The shim's kernels, and none of its graphs left from before or behind."""
-    module = use_simt(1, monkeypatch.setattr)
-    assert module.num_graph_objects() == 0
-    return module
+def simt(monkeypatch: pytest.MonkeyPatch) -> Shim:
+    gc.collect()  # what other tests have left
+    return Shim(use_simt(1, monkeypatch.setattr))
 
 
 class Norms:
@@ -93,7 +105,7 @@ def test_launches_of_another_thread_are_let_alone(backend: Backend) -> None:
 # --- what a GPU's graph refuses -------------------------------------------------------------------
 
 
-def test_what_is_raised_leaves_nothing(simt: ModuleType) -> None:
+def test_what_is_raised_leaves_nothing(simt: Shim) -> None:
     norms = Norms(torch.device("cpu"))
     for error in (ValueError("no"), KeyboardInterrupt(), MemoryError()):
 
@@ -107,7 +119,7 @@ def test_what_is_raised_leaves_nothing(simt: ModuleType) -> None:
         assert torch.equal(norms.fill(1), norms.fill(1))  # runs at once
 
 
-def test_an_interrupt_leaves_nothing(simt: ModuleType) -> None:
+def test_an_interrupt_leaves_nothing(simt: Shim) -> None:
     norms, number = Norms(torch.device("cpu")), 1
     while interrupted(lambda: CudaGraph.capture(norms.launch, GPU), number):
         assert simt.num_graph_objects() == 0
@@ -116,7 +128,7 @@ def test_an_interrupt_leaves_nothing(simt: ModuleType) -> None:
     assert number > 4
 
 
-def test_ops_of_torch_would_be_missing(simt: ModuleType) -> None:
+def test_ops_of_torch_would_be_missing(simt: Shim) -> None:
     x, norms = torch.ones(4, 4), Norms(torch.device("cpu"))
     forbidden: dict[str, Callable[[], Any]] = {
         "aten.add.Tensor": lambda: x + 1,
@@ -142,7 +154,7 @@ def test_ops_of_torch_would_be_missing(simt: ModuleType) -> None:
     assert CudaGraph.capture(views, GPU).num_launches == 2
 
 
-def test_a_capture_that_a_foreign_call_ended(simt: ModuleType) -> None:
+def test_a_capture_that_a_foreign_call_ended(simt: Shim) -> None:
     norms = Norms(torch.device("cpu"))
 
     def before() -> None:
@@ -164,7 +176,7 @@ def test_a_capture_that_a_foreign_call_ended(simt: ModuleType) -> None:
     "call",
     ["cudaStreamCreate", "cudaStreamBeginCapture", "cudaGraphInstantiate", "cudaGraphUpload"],
 )
-def test_no_memory(simt: ModuleType, call: str) -> None:
+def test_no_memory(simt: Shim, call: str) -> None:
     norms = Norms(torch.device("cpu"))
     simt.fail_next(call)
     with pytest.raises(RuntimeError, match=f"{call}: out of memory"):
@@ -173,7 +185,7 @@ def test_no_memory(simt: ModuleType, call: str) -> None:
     assert CudaGraph.capture(norms.launch, GPU).num_launches == 2
 
 
-def test_one_capture_at_a_time(simt: ModuleType) -> None:
+def test_one_capture_at_a_time(simt: Shim) -> None:
     norms = Norms(torch.device("cpu"))
     graph = CudaGraph.capture(norms.launch, GPU)
     with pytest.raises(RuntimeError, match="this thread is already capturing"):
@@ -187,7 +199,7 @@ def test_one_capture_at_a_time(simt: ModuleType) -> None:
 # --- devices, memory, faults ----------------------------------------------------------------------
 
 
-def test_a_graph_is_of_one_device(simt: ModuleType) -> None:
+def test_a_graph_is_of_one_device(simt: Shim) -> None:
     norms = Norms(torch.device("cpu"))
     expected = norms.fill(0)
 
@@ -205,14 +217,14 @@ def test_a_graph_is_of_one_device(simt: ModuleType) -> None:
     assert torch.equal(norms.out, expected)
 
 
-def test_memory_is_told_where_it_can_be(simt: ModuleType) -> None:
+def test_memory_is_told_where_it_can_be(simt: Shim) -> None:
     norms = Norms(torch.device("cpu"))
     assert CudaGraph.capture(norms.launch, GPU).num_bytes == 2 * 1024
     simt.fail_next("cudaMemGetInfo")
     assert CudaGraph.capture(norms.launch, GPU).num_bytes == 0
 
 
-def test_a_device_that_is_lost(simt: ModuleType) -> None:
+def test_a_device_that_is_lost(simt: Shim) -> None:
     norms = Norms(torch.device("cpu"))
     norms.fill(0)
     graph = CudaGraph.capture(norms.launch, GPU)

@@ -162,10 +162,12 @@ class ExitSequences:
         return self._weighs_time and not plan.is_fixed and self._meter.is_plain_due()
 
     def _run(self, buffers: EesdBuffers, step: int, launch: Callable[[], None]) -> bool:
-        """Run a step of ``buffers``; whether it had run before."""
+        """Run a step of ``buffers``, that of level ``abs(step)``; whether it had run before."""
         # A graph holds addresses of all of these; as part of its key they outlive it.
         key = (self, buffers, buffers.run.cache, self._cache, step)
-        return self._device.run(key, launch)
+        had_run = self._device.run(key, launch)
+        buffers.run.tell_launched(abs(step))
+        return had_run
 
     def _hear(
         self,
