@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import one_of_each, round_bits
+from bench.fake_gpu import FakeGpu
 from bench.gpu import Place
 from specrt import ops
 from tests.ops.conftest import Backend
@@ -25,6 +26,11 @@ def test_one_of_linear(backend: Backend) -> None:
     if backend.runs_cuda_source:
         torch.manual_seed(0)
         assert one_of_each.run_linear(Place(str(backend.device))) == 2 * 6
+
+
+def test_linear_without_a_gpu() -> None:
+    torch.manual_seed(0)
+    assert one_of_each.run_linear(FakeGpu.place) == 6
 
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
