@@ -120,26 +120,31 @@ def said(engine: Engine, params: Sequence[SamplingParams]) -> list[tuple[object,
     return [(r.token_ids, r.text, r.logprobs, r.finish_reason, r.error) for r in results]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("sampling", "sizes"),
+    [(GREEDY, {"max_batch": 3}), (SAMPLED, {"max_batch": 4, "max_cached_tokens": 128})],
+    ids=["greedy", "sampled"],
+)
 def test_texts_are_those_of_rounds_one_after_another(
-    model: LlamaModel, sampling: SamplingParams, caplog: pytest.LogCaptureFixture
+    model: LlamaModel,
+    sampling: SamplingParams,
+    sizes: dict[str, int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Sequences join and leave, end by limits, stop tokens and stop strings, and give way."""
-    params = [replace(sampling, max_new_tokens=5 + 4 * i, logprobs=i == 2) for i in range(4)]
+    params = [replace(sampling, max_new_tokens=4 + 3 * i, logprobs=i == 2) for i in range(4)]
     plain = said(make_engine(model, OneAfterAnother(), max_batch=1), params)
     tokens = [one[0] for one in plain]
-    params[0] = replace(params[0], stop_token_ids=[tokens[0][3]])
-    params[3] = replace(params[3], stop=chr(32 + tokens[3][6]))
+    params[0] = replace(params[0], stop_token_ids=[tokens[0][2]])
+    params[3] = replace(params[3], stop=chr(32 + tokens[3][5]))
     expected = said(make_engine(model, OneAfterAnother(), max_batch=1), params)
-    for sizes in ({"max_batch": 3}, {"max_batch": 4, "max_cached_tokens": 128}):
-        assert said(make_engine(model, **sizes), params) == expected
-        drafter = PlannedTrees(model, [list(ids) for ids in tokens])
-        assert said(make_engine(model, drafter, **sizes), params) == expected
-        assert drafter.plans > 5
-        accepted = sum(int(report.accept_length.clip(0).sum()) for report in drafter.reports)
-        assert accepted > 0
-        lookup = DevicePromptLookupDrafter(model.device)
-        assert said(make_engine(model, lookup, **sizes), params) == expected
+    assert said(make_engine(model, **sizes), params) == expected
+    drafter = PlannedTrees(model, [list(ids) for ids in tokens])
+    assert said(make_engine(model, drafter, **sizes), params) == expected
+    assert drafter.plans > 5
+    assert sum(int(report.accept_length.clip(0).sum()) for report in drafter.reports) > 0
+    lookup = DevicePromptLookupDrafter(model.device)
+    assert said(make_engine(model, lookup, **sizes), params) == expected
     assert not caplog.messages
 
 
@@ -164,6 +169,24 @@ def test_the_next_round_is_launched_before_one_is_read(
     num = GREEDY.max_new_tokens
     assert num is not None
     assert events == ["launch", *["launch", "read"] * num, "read"]
+
+
+@only_simulated
+def test_a_plain_round_is_one_graph(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Made when a round of these sizes comes for the second time, and launched from then on."""
+    caplog.set_level("DEBUG", "specrt")
+    engine = make_engine(model)
+    engine.add(PROMPTS[1], GREEDY)
+    caplog.clear()
+    engine.step()
+    assert not caplog.messages
+    engine.step()
+    (made,) = caplog.messages
+    # Settle, embed, a layer of 7, norm and head, accept in 3, append and commit.
+    assert "a graph of 16 launches" in made
+    while not engine.is_idle:
+        engine.step()
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("num_good", [0, 1], ids=["as it is", "captured"])
