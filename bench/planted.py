@@ -11,7 +11,7 @@ drafter's trees the bundled target accepts on held-out problems, greedily.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -24,7 +24,7 @@ from bench.prompts import HELDOUT, load_prompts
 from specrt.device import Device
 from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RoundPlan
 from specrt.tree import TreeBuilder, stack
-from specrt.types import Proposal, SequenceState
+from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 
 NODES = (60, 8, 16, 32)
 TRACE = "accept_lengths"
@@ -105,6 +105,21 @@ class PlantedDrafter(EmptyDrafter):
         size = self._trace.num_nodes
         tokens, parents = self._ints[: 2 * size].view(2, 1, size)
         return Proposal(tokens, parents, self._ints[2 * size :])
+
+    def launch_observe(
+        self,
+        plan: RoundPlan,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """What is accepted was known before."""
+
+    def told(
+        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+    ) -> None:
+        """As :meth:`launch_observe`."""
 
     # --- trees ----------------------------------------------------------------------------------
 

@@ -22,6 +22,13 @@ MMA_SYNC = 0.62
 """Of the rate of a large product, which ``wgmma`` reaches."""
 LIBRARY = 0.8
 """Of the same, by cuBLAS in the layers of a prompt."""
+PROMPT = 0.46
+"""Of the same, by ours there: a block of 128 rows by 128 outputs reads both from L2, 64 FLOP a byte
+at 5.5 to 7 TB/s, and sums of slices take a tenth more."""
+CHAIN_ROWS = 128
+"""Of a pass whose keys and values attention appends; more rows are appended before."""
+SLICED_ROWS = 256
+"""Of a launch of ``linear`` at most, where K is in slices."""
 NODE, OVERLAPPED_NODE = 1.3e-6, 0.4e-6
 """Seconds between two nodes of a graph, without and with dependent launches."""
 RAMP, OVERLAPPED_RAMP = 2.5e-6, 0.3e-6
@@ -70,35 +77,51 @@ class Launch:
         return self.count * (node + start + rate.seconds(self.work))
 
 
-def pass_launches(model: Model, rows: int, prefix: int, head_rows: int) -> Iterator[Launch]:
-    """Of a forward pass of a sequence: a layer is 7, with gate and up in one.
+def pass_launches(
+    model: Model, rows: int, prefix: int, head_rows: int, *, is_ours: bool = True
+) -> Iterator[Launch]:
+    """Of a forward pass of a sequence: a layer of a tree is 7, with gate and up in one.
 
     Args:
         model: the target's shape.
-        rows: of a tree, or of a prompt.
+        rows: of a tree, or of a piece of a prompt.
         prefix: tokens before them; before a prompt's half, on the average.
-        head_rows: those with logits.
+        head_rows: those with logits; without any the last layer leaves keys and values alone.
+        is_ours: whether further rows make further launches, as they do in ours.
     """
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_layers
+    whole = layers if head_rows else layers - 1
     q_size = model.num_heads * model.head_dim
     kv_size = 2 * model.num_kv_heads * model.head_dim
     norm = limits.rms_norm(model, rows)
     attention = limits.tree_attention(model, 1, prefix, rows, rows * min(rows, 6))
 
-    def linear(kernel: str, num_outputs: int, num_inputs: int) -> Launch:
-        work = limits.linear(num_outputs, num_inputs, rows)
-        return Launch("verify", kernel, work, layers, is_linear=True)
+    def linear(kernel: str, num_outputs: int, num_inputs: int, count: int) -> Launch:
+        is_cut = is_ours and has_slices(num_outputs, num_inputs)
+        num_parts = -(-rows // SLICED_ROWS) if is_cut else 1
+        work = limits.linear(num_outputs, num_inputs, -(-rows // num_parts))
+        return Launch("verify", kernel, work, num_parts * count, is_linear=True)
 
     yield Launch("verify", "embed", Work(2 * rows * hidden * BF16), is_before_linear=True)
-    yield Launch("verify", "rms_norm", norm, 2 * layers + 1, is_before_linear=True)
-    yield linear("qkv", q_size + kv_size, hidden)
-    yield Launch("verify", "tree_attention", attention, layers, ATTENTION_LATENCY)
-    yield linear("o", hidden, q_size)
-    yield linear("gate_up", 2 * wide, hidden)
-    yield linear("down", hidden, wide)
+    num_norms = layers + whole + (head_rows > 0)
+    yield Launch("verify", "rms_norm", norm, num_norms, is_before_linear=True)
+    yield linear("qkv", q_size + kv_size, hidden, layers)
+    num_appends = layers if is_ours and rows > CHAIN_ROWS else layers - whole
+    yield Launch("verify", "rope_append", limits.rope_append(model, rows), num_appends)
+    yield Launch("verify", "tree_attention", attention, whole, ATTENTION_LATENCY)
+    yield linear("o", hidden, q_size, whole)
+    yield linear("gate_up", 2 * wide, hidden, whole)
+    yield linear("down", hidden, wide, whole)
+    if head_rows == 0:
+        return
     head = limits.linear(model.vocab_size, hidden, head_rows)
     head = replace(head, num_bytes=head.num_bytes + head_rows * model.vocab_size * BF16)  # float32
     yield Launch("verify", "head", head, is_linear=True)
+
+
+def has_slices(num_outputs: int, num_inputs: int) -> bool:
+    """Whether ``linear`` cuts K (``csrc/linear/slices.h``)."""
+    return -(-num_outputs // 64) < 256 and num_inputs >= 1024
 
 
 def round_launches(model: Model, nodes: int, prefix: int, tau: float) -> Iterator[Launch]:
@@ -129,7 +152,9 @@ def stage_rows(name: str, model: Model, nodes: int, prefix: int, tau: float) -> 
     return [*rows, _row(name, nodes, "round", launches)]
 
 
-def _row(name: str, nodes: int, stage: str, launches: list[Launch]) -> Row:
+def _row(
+    name: str, nodes: int, stage: str, launches: list[Launch], product_rate: float = MMA_SYNC
+) -> Row:
     num_bytes = sum(launch.count * launch.work.num_bytes for launch in launches)
     row: Row = {
         "model": name,
@@ -140,7 +165,10 @@ def _row(name: str, nodes: int, stage: str, launches: list[Launch]) -> Row:
     }
     for card, ceilings in CARDS.items():
         apart, together = (
-            sum(launch.seconds(ceilings, overlaps=overlaps) for launch in launches)
+            sum(
+                launch.seconds(ceilings, overlaps=overlaps, product_rate=product_rate)
+                for launch in launches
+            )
             for overlaps in (False, True)
         )
         row |= {
@@ -155,7 +183,7 @@ def _row(name: str, nodes: int, stage: str, launches: list[Launch]) -> Row:
 
 
 def prompt_row(name: str, model: Model, num_tokens: int, piece: int) -> Row:
-    """A prompt in pieces, logits of its last token alone, against transformers on the same card.
+    """A prompt in pieces, without logits, against transformers' pass on the same card.
 
     Args:
         name: of the model.
@@ -163,19 +191,20 @@ def prompt_row(name: str, model: Model, num_tokens: int, piece: int) -> Row:
         num_tokens: of the prompt.
         piece: tokens of a pass: weights are read anew for each.
     """
-    num_pieces = -(-num_tokens // piece)
-    launches = [
-        launch if launch.kernel == "head" else replace(launch, count=num_pieces * launch.count)
-        for launch in pass_launches(model, piece, num_tokens // 2, 1)
+    num_pieces, before = -(-num_tokens // piece), num_tokens // 2
+    one = [
+        *pass_launches(model, piece, before, 0),
+        Launch("commit", "kv_commit", limits.kv_commit(model, 0)),
     ]
-    row = _row(name, piece, f"prompt of {num_tokens}", launches)
-    whole = list(pass_launches(model, num_tokens, num_tokens // 2, 1))
+    launches = [replace(launch, count=num_pieces * launch.count) for launch in one]
+    row = _row(name, piece, f"prompt of {num_tokens}", launches, PROMPT)
+    theirs = list(pass_launches(model, num_tokens, before, 1, is_ours=False))
     for card, ceilings in CARDS.items():
-        ours = sum(launch.seconds(ceilings, overlaps=True) for launch in launches)
-        theirs = sum(
-            launch.seconds(ceilings, overlaps=False, product_rate=LIBRARY) for launch in whole
+        seconds = sum(
+            launch.seconds(ceilings, overlaps=False, product_rate=LIBRARY) for launch in theirs
         )
-        row[f"{card} x transformers, predicted"] = ours / theirs
+        ours = 1e-3 * row[f"{card} ms, predicted"]
+        row[f"{card} x transformers, predicted"] = ours / seconds
     return row
 
 

@@ -30,6 +30,7 @@ from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.types import SequenceState
+from tests.oracles.linear import slices_of
 
 NAME = "Llama-3-8B"
 
@@ -231,6 +232,16 @@ def test_bytes_of_a_predicted_pass_are_the_weights() -> None:
     assert sum(launch.count for launch in launches) == 7 * 32 + 3
     num_bytes = sum(launch.count * launch.work.num_bytes for launch in launches)
     assert num_bytes == pytest.approx(32 * 436.2e6 + 1050.7e6, rel=2e-3)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(128, 222), (256, 253), (512, 347), (2048, 911)])
+def test_launches_of_a_piece(rows: int, expected: int) -> None:
+    """K of qkv, o and down is in slices, so they are launched for every 256 rows."""
+    row = round_model.prompt_row(NAME, limits.TARGETS[NAME], rows, rows)
+    assert row["launches"] == expected
+    for num_outputs, num_inputs in ((6144, 4096), (28672, 4096), (16320, 1024), (16384, 1024)):
+        is_cut = slices_of(num_outputs, num_inputs)[0] > 1
+        assert round_model.has_slices(num_outputs, num_inputs) == is_cut
 
 
 def test_time_of_a_launch() -> None:
