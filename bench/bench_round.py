@@ -10,10 +10,12 @@ the true number of rows in its place, both in the same graph, in turn. transform
 pass over a static cache, a replayed graph too.
 
 ``--predict`` needs no GPU: stages from bytes, FLOP and launches, on an H100 and an H200; no figure
-of it is measured.
+of it is measured. Without a GPU, and where nothing else is asked for, it is all there is.
 """
 
 from __future__ import annotations
+
+import torch
 
 from bench import gpu, limits, round_model
 from bench.harness import parser, report, start
@@ -33,15 +35,17 @@ def main() -> None:
     """The command."""
     arguments = parser(__doc__)
     gpu.add_arguments(arguments)
-    arguments.set_defaults(device="cuda")
+    arguments.set_defaults(device=None)
     arguments.add_argument("--predict", action="store_true", help="without a GPU; not measured")
     arguments.add_argument("--model", choices=list(SPECS), help="one shape; default: all")
     arguments.add_argument("--prefix", type=int, default=2048, help="tokens of the prompt")
     args = start(arguments)
-    if args.predict:
+    is_bare = args.device is None and not args.dry and not torch.cuda.is_available()
+    if args.predict or is_bare:
         rows, said = predict(args.model, args.prefix)
         report("round_predicted", rows, save=args.save, summary=said)
         return
+    args.device = args.device or "cuda"
     if args.device != "cuda":
         raise SystemExit("bench_round: --device cuda or --predict; a CPU's are bench_loop's")
     device = gpu.chosen_device(args)

@@ -76,14 +76,14 @@ def load(
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
             ``"builtin"`` for the bundled model.
-        drafter: None (plain decoding), ``"auto"`` (bundled FSPAD for the bundled target, else
-            prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
+        drafter: None or ``"none"`` (plain decoding), ``"auto"`` (bundled FSPAD for the bundled
+            target, else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
             (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
             ``specrt.drafters``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a
             smaller model of the same tokenizer, or any object with the methods of
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
-            runs, and with it FSPAD, EAGLE, EESD, token recycling or a smaller model.
+            runs, and with it all drafters that are named here.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's; on a GPU bfloat16 instead of
             float32), ``"float32"`` (CPU only), ``"bfloat16"`` or ``"float16"``. Activations are
             float32 on the CPU, and of this dtype on a GPU.

@@ -134,6 +134,7 @@ def test_dtypes(
 
 def test_drafters_by_name(target: Path, drafter: Path) -> None:
     assert isinstance(specrt.load(target).drafter, EmptyDrafter)
+    assert isinstance(specrt.load(target, "none").drafter, EmptyDrafter)
     assert isinstance(specrt.load(target, "prompt-lookup").drafter, PromptLookupDrafter)
     for path in (drafter, str(drafter)):
         assert isinstance(specrt.load(target, path).drafter, SmallModelDrafter)

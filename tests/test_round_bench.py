@@ -258,10 +258,12 @@ def test_time_of_a_launch() -> None:
     assert took == pytest.approx(0.7e-6 + 20e-6)
 
 
+@pytest.mark.parametrize("asked", [["--predict"], []], ids=["asked for", "no GPU"])
 def test_every_figure_of_a_prediction_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_round", "--predict", "--save", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_round", *asked, "--save", str(tmp_path)])
     bench_round.main()
     result = json.loads((tmp_path / "round_predicted.json").read_text())
     told = {"model", "nodes", "stage", "launches", "GB"}

@@ -10,7 +10,7 @@ import typer
 
 from specrt.builtin import target_path
 from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
-from specrt.draft.kinds import AUTO, NONE, check_name, describe_names
+from specrt.draft.kinds import AUTO, check_name, describe_names
 
 if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
@@ -73,8 +73,8 @@ def load_engine(
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, device, dtype, max_nodes, max_batch, controller, eager: as for :func:`specrt.load`.
-        drafter: ``"none"``, or as for :func:`specrt.load`.
+        target, drafter, device, dtype, max_nodes, max_batch, controller, eager: as for
+            :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -87,7 +87,7 @@ def load_engine(
     check_name(drafter)  # before a target is loaded
     return load(
         target,
-        None if drafter == NONE else drafter,
+        drafter,
         device=device,
         dtype=dtype,
         max_nodes=max_nodes,

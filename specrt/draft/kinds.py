@@ -103,7 +103,8 @@ def load_drafter(
     """Make the drafter a user asks for.
 
     Args:
-        name: None (plain decoding), one of :func:`drafter_names`, or a checkpoint directory.
+        name: None or ``"none"`` (plain decoding), one of :func:`drafter_names`, or a checkpoint
+            directory.
         target, dtype, options, target_path: as in :class:`DrafterRequest`.
 
     Raises:
@@ -113,7 +114,7 @@ def load_drafter(
     """
     from specrt.draft.base import EmptyDrafter
 
-    if name is None:
+    if name is None or name == NONE:
         _refuse_control(options)
         return EmptyDrafter()
     kind, directory = _find(name)
