@@ -35,7 +35,9 @@ MaxNodes = Annotated[
 Eager = Annotated[
     bool,
     typer.Option(
-        "--eager", help="Capture no steps: slower, to the same text.", rich_help_panel=RUNTIME
+        "--eager",
+        help="Launch kernel by kernel, not by captured graphs: slower, the same text.",
+        rich_help_panel=RUNTIME,
     ),
 ]
 
