@@ -22,7 +22,7 @@ from bench.draft_contenders import Tree
 from bench.harness import RESULTS, environment, parser, report, result_of, save_result, start
 from bench.prompts import HELDOUT, load_prompts
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RoundPlan
+from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RootsAlone, RoundPlan
 from specrt.tree import TreeBuilder, stack
 from specrt.types import Proposal, SequenceState
 
@@ -48,7 +48,7 @@ def recorded_trace(num_nodes: int) -> Trace:
     return Trace(num_nodes, row["depth"], [int(digit) for digit in row["accept_lengths"]])
 
 
-class PlantedDrafter(EmptyDrafter):
+class PlantedDrafter(EmptyDrafter, RootsAlone):
     """Proposes the first so many tokens of what comes, and wrong ones behind and beside them.
 
     One sequence at a time. Its rounds may be launches alone: trees are uploaded as they are
