@@ -71,6 +71,19 @@ def test_cases_go_from_target_to_target() -> None:
     assert cases[0] == Case("Llama-3-8B", 1) and cases[-1] == Case("Llama-3-70B/4", 60)
 
 
+def test_no_case_is_begun_that_cannot_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(round_cuda, "one_case", lambda case, *rest: ({"nodes": case.nodes}, {}))
+    clock = iter([0.0, 70.0])  # at the beginning, and before the second case
+    monkeypatch.setattr("bench.gpu_report.time.monotonic", lambda: next(clock))
+    budget = argparse.Namespace(**{**vars(arguments()), "budget": 100.0})
+    round_cuda.run(budget, FakeGpu())
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["nodes"] for row in result["rows"]] == [1]
+    assert result["summary"]["not_measured"] == {"ours: over the budget": "all 1"}
+
+
 def test_parts_that_fail_leave_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

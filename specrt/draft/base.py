@@ -246,6 +246,15 @@ class EmptyDrafter:
     ) -> None:
         """Nothing is learned."""
 
+    def finish(self, state: SequenceState) -> None:
+        """Nothing to free."""
+
+
+class RootsAlone:
+    """Plain decoding in launched rounds."""
+
+    taps: tuple[str, ...] = ()
+
     def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
         """Roots alone."""
         return RoundPlan(1)
@@ -269,6 +278,3 @@ class EmptyDrafter:
         self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
     ) -> None:
         """Nothing is counted."""
-
-    def finish(self, state: SequenceState) -> None:
-        """Nothing to free."""

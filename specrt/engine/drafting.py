@@ -15,7 +15,14 @@ import torch
 
 from specrt.cache import CacheBatch
 from specrt.device import Device
-from specrt.draft.base import Budget, Drafter, EmptyDrafter, LaunchedDrafter, RoundPlan
+from specrt.draft.base import (
+    Budget,
+    Drafter,
+    EmptyDrafter,
+    LaunchedDrafter,
+    RootsAlone,
+    RoundPlan,
+)
 from specrt.draft.length.costs import GPU_SLOPE, RoundCost
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
@@ -24,7 +31,7 @@ from specrt.models.step import check_tap
 from specrt.tree import check_proposal
 from specrt.types import AcceptResult, Proposal, RoundReport, SequenceState
 
-_UNDRAFTED = EmptyDrafter()
+_UNDRAFTED = RootsAlone()
 _MOST_FAILURES = 3
 """After so many of a sequence's rounds have failed, its neighbours' failures or not, it is done."""
 
@@ -130,7 +137,8 @@ class Drafting:
     def plan(self, requests: Sequence[Request]) -> Planned | None:
         """A round that needs no host, if the drafter and what it is asked for are such."""
         groups = self._grouped(requests)
-        if not groups:
+        # What is made of it may well propose.
+        if not groups or type(self._drafter) is EmptyDrafter:
             return Planned(_UNDRAFTED, RoundPlan(1), ())
         drafter, group, plans = self._drafter, groups[0], list[RoundPlan | None]()
         if not isinstance(drafter, LaunchedDrafter) or not group.is_whole:

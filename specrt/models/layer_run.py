@@ -40,8 +40,9 @@ class LayerRun:
 
     What a drafter does for each level: :meth:`stage` (but for the root's, which is staged when a
     run begins), then :meth:`launch`, or the launch of a graph that captured it and
-    :meth:`tell_launched`. Rows of the target's cache are written past ``kv_len``, each at its node's place. A run is for one cache, the first that it is
-    begun for: a graph holds its addresses.
+    :meth:`tell_launched`. Rows of the target's cache are written past ``kv_len``, each at its
+    node's place. A run is for one cache, the first that it is begun for: a graph holds its
+    addresses.
 
     Args:
         model: the target.

@@ -261,7 +261,7 @@ class DeviceTrees:
         self._num_writes = self._count_writes()
 
     def ids(self, level: int) -> torch.Tensor:
-        return self._tokens[:, self._shape.place(level)].reshape(-1)
+        return self._tokens[:, self._shape.place(level)].reshape(-1).contiguous()
 
     def tell_launched(self, level: int) -> None:
         self._is_run[level] = True

@@ -23,8 +23,8 @@ from specrt.draft.base import (
     Budget,
     Drafter,
     DraftParams,
-    EmptyDrafter,
     LaunchedDrafter,
+    RootsAlone,
 )
 from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
@@ -149,7 +149,7 @@ class Rounds:
 
     def undrafted(self, count: int) -> None:
         """Run so many rounds of roots alone; the drafter hears nothing of them."""
-        drafter, self.drafter = self.drafter, EmptyDrafter()
+        drafter, self.drafter = self.drafter, RootsAlone()
         self.launched(count)
         self.drafter = drafter
 

@@ -114,10 +114,7 @@ class PlannedTrees(RandomTreeDrafter):
 
 
 class OneAfterAnother(EmptyDrafter):
-    """Plain decoding that the host takes part in."""
-
-    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan | None:  # type: ignore[override]
-        return None
+    """Plain decoding that the host takes part in: what is made of an empty drafter may propose."""
 
 
 def said(engine: Engine, params: Sequence[SamplingParams]) -> list[tuple[object, ...]]:
@@ -191,14 +188,18 @@ def test_the_next_round_is_launched_before_one_is_read(
     assert events == ["launch", *["launch", "read"] * num, "read"]
 
 
+@pytest.mark.parametrize("num_good", [0, 1], ids=["as it is", "captured"])
 def test_a_round_that_cannot_be_launched_costs_only_its_drafter(
-    model: LlamaModel, caplog: pytest.LogCaptureFixture
+    model: LlamaModel, caplog: pytest.LogCaptureFixture, num_good: int
 ) -> None:
     answers = texts(make_engine(model).generate(PROMPTS, GREEDY))
 
     class Broken(PlannedTrees):
+        num_launched = 0
+
         def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
-            if self.plans > 3:
+            self.num_launched += 1
+            if self.num_launched > num_good:
                 raise ArithmeticError("broken")
             return super().launch_propose(plan, tables)
 

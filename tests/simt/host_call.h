@@ -1,4 +1,5 @@
-// What stands in for a kernel: a call of the host's in the order of a stream, as cudaLaunchHostFunc.
+// What stands in for a kernel: a call of the host's in the order of a stream, as
+// cudaLaunchHostFunc.
 #pragma once
 #include <functional>
 #include <utility>
