@@ -104,9 +104,7 @@ def empty_result(tree: DraftTree, want_logprobs: bool) -> AcceptResult:
     return AcceptResult(path, torch.empty_like(tree.num_nodes), tokens, logprobs)
 
 
-def empty_maxima(
-    tree: DraftTree, sampling: SamplingTable, history_len: torch.Tensor
-) -> TileMaxima:
+def empty_maxima(tree: DraftTree, sampling: SamplingTable, history_len: torch.Tensor) -> TileMaxima:
     """For the product that makes the logits of these trees, on a GPU."""
     num_tiles = -(-sampling.vocab_size // TILE_TOKENS)
     keys = tree.depth.new_empty(tree.depth.numel(), num_tiles, dtype=torch.int64)

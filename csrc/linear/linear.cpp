@@ -53,9 +53,12 @@ TileMaxima maxima_of(const LinearArgs& a) {
                  a.depth.describe());
     for (const TensorView* t : {&a.maxima, &a.sampling, &a.history_len, &a.depth})
         expect_contiguous(*t);
-    return {a.maxima.as<uint64_t>(),      a.sampling.as<SamplingRow>(),
-            a.history_len.as<int32_t>(), a.depth.as<int32_t>(),
-            nodes,                        0};
+    return {a.maxima.as<uint64_t>(),
+            a.sampling.as<SamplingRow>(),
+            a.history_len.as<int32_t>(),
+            a.depth.as<int32_t>(),
+            nodes,
+            0};
 }
 
 LinearParams gpu_params(const LinearArgs& a) {

@@ -36,9 +36,12 @@ struct Row {
     __device__ bool is_drawn_at_once(int64_t vocab) const {
         return !rejects && draws_unfiltered(s, vocab);
     }
-    // Whether the keys of core/tile_maxima.h tell what the first launch is to find.
+    // Whether the keys of core/tile_maxima.h tell what the first launch is to find: the token, or
+    // with a filter the maximum, which division leaves where it is.
     __device__ bool has_maxima(const TreeAcceptParams& p) const {
-        return p.maxima && !is_edited && (is_greedy || is_drawn_at_once(p.vocab));
+        if (!p.maxima || is_edited) return false;
+        if (draws_unfiltered(s, p.vocab)) return !rejects;
+        return is_greedy || (s.temperature > 0.0f && s.temperature < kInf);
     }
     __device__ uint64_t position(const TreeAcceptParams& p) const {
         return static_cast<uint64_t>(p.history_len[seq]) + static_cast<uint64_t>(depth);

@@ -115,10 +115,11 @@ __device__ __forceinline__ uint32_t raw_maximum(const TreeAcceptParams& p, Share
     return static_cast<uint32_t>(block_largest(ordered_bits(raw.best), shared->words));
 }
 
-// The best key of a slice, and whether there is NaN or +inf in it.
+// Of a slice.
 struct Found {
     uint64_t best;
-    bool is_bad;
+    uint32_t raw_top;  // 0: not known
+    bool is_bad;       // NaN or +inf
 };
 
 __device__ __forceinline__ Found scan_slice(const TreeAcceptParams& p, Shared* shared) {
@@ -130,12 +131,15 @@ __device__ __forceinline__ Found scan_slice(const TreeAcceptParams& p, Shared* s
     });
     const uint64_t best = block_largest(key_of(largest.best, largest.token), shared->words);
     const bool is_bad = __syncthreads_or(largest.is_bad);
-    return {is_drawn ? shared->noise.best : best, is_bad};
+    const bool is_raw = shared->row.is_greedy && !shared->row.is_edited;
+    return {is_drawn ? shared->noise.best : best, is_raw ? static_cast<uint32_t>(best >> 32) : 0,
+            is_bad};
 }
 
 // A key of no token is none of ours, and not to be followed.
 __device__ __forceinline__ Found read_maxima(const TreeAcceptParams& p, Shared* shared) {
     constexpr int64_t kEach = kChunk / kTileTokens;
+    const SamplingRow& s = shared->row.s;
     const int64_t count = num_token_tiles(p.vocab);
     const int64_t last = min(shared->span.last_chunk * kEach, count);
     const uint64_t* keys = p.maxima + shared->row.index * count;
@@ -144,8 +148,11 @@ __device__ __forceinline__ Found read_maxima(const TreeAcceptParams& p, Shared* 
         best = keys[i] > best ? keys[i] : best;
     best = block_largest(best, shared->words);
     __syncthreads();  // the words may be used again
-    const bool is_token = static_cast<uint32_t>(index_of(best)) < p.vocab;
-    return {best, best >> 32 >= kOrderedInf || !is_token};
+    const int32_t token = index_of(best);
+    const bool is_drawn = draws_unfiltered(s, p.vocab);
+    const uint32_t raw_top = is_drawn ? 0 : static_cast<uint32_t>(best >> 32);
+    if (is_filtered(s, p.vocab)) best = key_of(score_of(best) / s.temperature, token);
+    return {best, raw_top, !(score_of(best) < kInf) || static_cast<uint32_t>(token) >= p.vocab};
 }
 
 __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptParams p) {
@@ -155,11 +162,8 @@ __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptP
     if (!at.is_node) return;
     Shared* shared = begin_block(p, at);
     if (!shared->row.is_live) return;
-    const Found found =
-        shared->row.has_maxima(p) ? read_maxima(p, shared) : scan_slice(p, shared);
-    const bool is_raw = !shared->row.is_greedy || shared->row.is_edited;
-    const uint32_t raw_top =
-        is_raw ? raw_maximum(p, shared) : static_cast<uint32_t>(found.best >> 32);
+    const Found found = shared->row.has_maxima(p) ? read_maxima(p, shared) : scan_slice(p, shared);
+    const uint32_t raw_top = found.raw_top != 0 ? found.raw_top : raw_maximum(p, shared);
     if (threadIdx.x != 0) return;
     SlicePart* part = parts_of(*shared) + shared->slice;
     part->best = found.best;

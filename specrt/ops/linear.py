@@ -12,8 +12,8 @@ from specrt.ops.registry import register
 
 register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
-    " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages, Tensor(c!)? maxima, Tensor? sampling,"
-    " Tensor? history_len, Tensor? depth) -> ()",
+    " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
+    " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth) -> ()",
     _C.linear,
 )
 
@@ -108,10 +108,10 @@ def linear(
         workspace = None
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
-    made = (None,) * 4
+    keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
     if maxima is not None:
-        made = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
-    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *made)
+        keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
+    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed)
     return out
 
 

@@ -93,8 +93,8 @@ def tree_accept(
         tokens: ``[B, N]`` int32, written.
         logprobs: ``[B, N]`` float32, written; None if not wanted.
         maxima: on a GPU, ``TileMaxima.keys`` that :func:`linear` left of these very logits,
-            ``sampling``, ``history_len`` and the trees' depths. They are read instead of a row of
-            logits where they tell all: greedy or sampled without filters and laws, unedited.
+            ``sampling``, ``history_len`` and the trees' depths. The best of a row that has neither
+            bias nor penalties is found in them: the logits need not be read for it.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.

@@ -70,6 +70,8 @@ def test_every_kernel_with_a_cuda_source_is_called_here() -> None:
     ops_of = {
         "draft_control": ("draft_control", "draft_control_update"),
         "feature_sample": ("feature_gather",),  # the rest of it is others' launches
+        "graph": (),
+        "token_recycle": ("recycle_learn", "recycle_propose"),
         "tree_build": ("tree_expand", "tree_rerank"),
     }
     assert {op for kernel in kernels for op in ops_of.get(kernel, (kernel,))} <= set(CALLS)

@@ -41,9 +41,8 @@ def scores_of(logits: Tensor, sampling: Tensor, position: int) -> Tensor:
 
 def tile_maxima(logits: Tensor, sampling: Tensor, history_len: Tensor, depth: Tensor) -> Tensor:
     """As ``linear`` leaves them: ``logits [B * N, V]``, ``depth [B, N]``."""
-    num_nodes = depth.shape[1]
-    scores = [
-        scores_of(row, sampling[m // num_nodes], int(history_len[m // num_nodes] + depth.view(-1)[m]))
-        for m, row in enumerate(logits)
-    ]
-    return keys_of(torch.stack(scores))
+    scores = torch.empty_like(logits)
+    for m, row in enumerate(logits):
+        b, n = divmod(m, depth.shape[1])
+        scores[m] = scores_of(row, sampling[b], int(history_len[b]) + int(depth[b, n]))
+    return keys_of(scores)
