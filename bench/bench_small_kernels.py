@@ -167,7 +167,7 @@ def least_work() -> dict[str, Callable[[], object]]:
     depth, kv, empty = ints(0)[None], cache.kv[0], ints(0)
     table = rope_table(16, 10000.0, PREFIX + 1)
     tokens, path, length, chosen = (ints(0)[None] for _ in range(4))
-    parents, below = ints(-1)[None], ints(0)[None]
+    parents, below, room = ints(-1)[None], ints(0)[None], ints(0)
     of_one, record = (length[0], chosen[0]), torch.zeros(1, report_size(1, False)).int()
     logits = torch.zeros(1, 1, 1)
     sampling = SamplingTable.build([SamplingParams()], [1], 1).rows
@@ -205,7 +205,7 @@ def least_work() -> dict[str, Callable[[], object]]:
             tokens, parents, count, empty, count, 1, path, chosen, below, ancestors, length[0]
         ),
         "history_append": lambda: ops.history_append(
-            count, depth, path, zero, tokens, None, parents, zero, below, empty, *of_one, record
+            count, depth, path, zero, tokens, None, parents, room, below, empty, *of_one, record
         ),
         "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
         "prompt_lookup": lambda: ops.prompt_lookup(

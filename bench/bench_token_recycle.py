@@ -74,9 +74,13 @@ def main() -> None:
     args = start(parser(__doc__))
     sizes = [(1, 8), (1, 64)] if args.quick else [(1, 8), (1, 64), (8, 16)]
     vocabs = (32_000,) if args.quick else (32_000, 128_256)
-    for name, one in (("propose", propose), ("learn", learn)):
-        rows = [one(*size, vocab) for vocab in vocabs for size in sizes]
-        report(f"token_recycle_{name}", rows, save=args.save)
+    rows = [
+        {"op": name} | one(*size, vocab)
+        for name, one in (("propose", propose), ("learn", learn))
+        for vocab in vocabs
+        for size in sizes
+    ]
+    report("token_recycle", rows, save=args.save)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ class CacheBatch:
         Returns:
             This batch.
         """
-        rows, widest = self._table.shape
+        rows, widest = self._capacity
         width = _table_width(max((len(one.pages) for one in sequences), default=0))
         if len(sequences) > rows:
             # Powers of two, so that few different sizes (and captured graphs) come up.
@@ -318,6 +318,7 @@ class CacheBatch:
         tickets = torch.zeros_like(kv_len)
         # All or none of them (Ctrl-C comes behind calls); the size, that views are made of them.
         self._table, self._kv_len, self._all_tickets = table, kv_len, tickets
+        self._capacity = rows, width  # asking a tensor takes longer than all else of an update
         # What stands in the rows: pages (the list itself, and how many of it), and kv_len.
         self._pages, self._lengths, self._size = [_NO_PAGES] * rows, [0] * rows, _NO_SIZE
 
@@ -326,11 +327,12 @@ class CacheBatch:
         table = self.cache.device.zeros(len(self._table), width, dtype=torch.int32)
         pages = [_NO_PAGES] * len(table)
         self._pages, self._table, self._size = pages, table, _NO_SIZE
+        self._capacity = len(pages), width
 
     def _set_views(self, size: int, width: int) -> None:
         self.block_table, self.kv_len = self._table[:size, :width], self._kv_len[:size]
         self._tickets = self._all_tickets[:size] if self.cache.device.is_gpu else None
-        self._size = size, width  # asking a tensor takes longer than all else of an update
+        self._size = size, width
 
     def _write_pages(self, row: int, pages: list[int]) -> None:
         self._pages[row] = _NO_PAGES  # until they stand there, if an interrupt comes in between

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -221,13 +221,13 @@ class Device:
         if self.place.type == "cuda":
             torch.cuda.current_stream(self.place).synchronize()
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> AbstractContextManager[None]:
         """Work meanwhile goes to a GPU's stream of its own, in order with what the caller launches
         before and behind on the stream that was current; within another one, nothing."""
-        if self.place.type != "cuda":
-            yield
-            return
+        return self._on_own_stream() if self.place.type == "cuda" else nullcontext()
+
+    @contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
         caller = torch.cuda.current_stream(self.place)
         own = self._stream = self._stream or torch.cuda.Stream(self.place)
         if caller == own:

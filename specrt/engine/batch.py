@@ -68,6 +68,8 @@ class Batch:
     num_path: torch.Tensor
     """``[B]`` int32: nodes of the accepted path that are to be committed."""
     sampling: SamplingTable
+    tables: BatchTables
+    """All of these, as a round's launches read and write them."""
 
     def join(self, request: Request) -> None:
         """A request decodes from now on."""
@@ -104,20 +106,6 @@ class Batch:
             sequences.append(request.cached)
         return self._cached.update(sequences, is_ahead=is_ahead)
 
-    def tables(self) -> BatchTables:
-        """All that a round's launches read and write of the rows in use."""
-        return BatchTables(
-            history=self.history,
-            history_len=self.history_len,
-            max_len=self.max_len,
-            roots=self.roots,
-            room=self.room,
-            num_path=self.num_path,
-            stop_ids=self._stops[: len(self._requests)],
-            cached=self._cached,
-            sampling=self.sampling,
-        )
-
     def set_room(self, num_nodes: Sequence[int], *, num_unread: int = 0) -> None:
         """Bound the trees of the B rows, and see to it that their tokens have a place.
 
@@ -142,7 +130,7 @@ class Batch:
             The round's report (``ops.history_append``), ``[B, R]`` int32.
         """
         report = empty_report(result, self._device)
-        launch_append(self.tables(), tree, result, report)
+        launch_append(self.tables, tree, result, report)
         return report
 
     def advance(self, counts: Sequence[int], *, is_ahead: bool) -> None:
@@ -183,6 +171,17 @@ class Batch:
         self.history_len, self.roots, self.max_len, self.num_path = self._ints[:, :used]
         self.room = self._room[:used]
         self.sampling = self._sampling.table(used)
+        self.tables = BatchTables(
+            history=self.history,
+            history_len=self.history_len,
+            max_len=self.max_len,
+            roots=self.roots,
+            room=self.room,
+            num_path=self.num_path,
+            stop_ids=self._stops[:used],
+            cached=self._cached,
+            sampling=self.sampling,
+        )
 
 
 def empty_report(result: AcceptResult, device: Device) -> torch.Tensor:

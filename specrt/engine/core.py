@@ -363,7 +363,8 @@ class EngineCore:
     def _chunk(self, request: Request, row: int, done: Round) -> StreamChunk:
         outcome, stats, device = done.read.outcomes[row], request.stats, self._target.device
         # All that came before a round is done where the round is.
-        stats.prefill_ms += sum(device.ms_between(*marks) for marks in request.prefills)
+        for marks in request.prefills:
+            stats.prefill_ms += device.ms_between(*marks)
         request.prefills.clear()
         stats.draft_ms += done.draft_ms
         stats.verify_ms += done.verify_ms

@@ -100,7 +100,7 @@ class LaunchedRounds:
         return Round(read, draft_ms=0.0, verify_ms=ms, accept_ms=0.0)
 
     def _round(self, planned: Planned, batch: Batch) -> _LaunchedRound:
-        tables = batch.tables()
+        tables = batch.tables
         key = (planned, tables.sampling.want_logprobs, *_addresses(tables))
         found = None if self._are_stale() else self._rounds.get(key)
         if found is None:

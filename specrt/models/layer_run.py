@@ -96,7 +96,6 @@ class LayerRun:
         Raises:
             ValueError: parents that are none, more levels than there is room for, or no trees
                 were begun.
-            IndexError: on the CPU, a token that is not in the vocabulary.
         """
         level = self._num_staged
         if not self._is_begun or level > self.shape.num_levels:

@@ -188,6 +188,24 @@ def test_the_next_round_is_launched_before_one_is_read(
     assert events == ["launch", *["launch", "read"] * num, "read"]
 
 
+@only_simulated
+def test_a_plain_round_is_one_graph(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Made when a round of these sizes comes for the second time, and launched from then on."""
+    caplog.set_level("DEBUG", "specrt")
+    engine = make_engine(model)
+    engine.add(PROMPTS[1], GREEDY)
+    caplog.clear()
+    engine.step()
+    assert not caplog.messages
+    engine.step()
+    (made,) = caplog.messages
+    # Settle, embed, a layer of 7, norm and head, accept in 3, append and commit.
+    assert "a graph of 16 launches" in made
+    while not engine.is_idle:
+        engine.step()
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize("num_good", [0, 1], ids=["as it is", "captured"])
 def test_a_round_that_cannot_be_launched_costs_only_its_drafter(
     model: LlamaModel, caplog: pytest.LogCaptureFixture, num_good: int

@@ -341,22 +341,20 @@ def lent(model: LlamaModel, cache: KVCache) -> LowerLayers:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "parents", "error"),
+    ("tokens", "parents"),
     [
-        ([VOCAB, 1], [0, 0], IndexError),
-        ([-1, 1], [0, 0], IndexError),
-        ([1, 2], [0, 1], ValueError),
-        ([1, 2], [-1, 0], ValueError),
-        ([1, 2], None, ValueError),
+        ([1, 2], [0, 1]),
+        ([1, 2], [-1, 0]),
+        ([1, 2], None),
     ],
 )
 def test_what_cannot_be_run(
-    model: LlamaModel, tokens: list[int], parents: list[int] | None, error: type[Exception]
+    model: LlamaModel, tokens: list[int], parents: list[int] | None
 ) -> None:
     lower = lent(model, model.new_cache())
     run = LayerRun(model, RunShape(1, lower.table_width, 2, LEVELS, num_layers=1))
     lower.begin(run)
-    with pytest.raises(error):
+    with pytest.raises(ValueError, match="parents"):
         run.stage(np.array([tokens]), None if parents is None else np.array([parents]))
 
 

@@ -499,7 +499,7 @@ KERNELS = {
         results=("path", "accept_length", "tokens", "logprobs"),
         has_cuda_source=True,
     ),
-    "linear": Kernel(
+    "linear_maxima": Kernel(
         maxima_arguments,
         linear_with_maxima,
         own=("sampling", "history_len", "depth"),

@@ -26,11 +26,22 @@ def norm_arguments() -> Arguments:
     return {"x": x, "weight": weight, "eps": 1e-5, "residual": x.clone(), "out": x.clone()}
 
 
+def linear_arguments() -> Arguments:
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(72, 64).bfloat16()
+    residual = torch.randn(3, 72).bfloat16()
+    workspace = torch.zeros(ops.linear_workspace(72, 64, 3))
+    return {
+        "x": x, "weight": weight, "bias": torch.randn(72), "residual": residual,
+        "out": residual.clone(), "workspace": workspace,
+    }  # fmt: skip
+
+
 def silu_arguments() -> Arguments:
     return {"gate_up": torch.randn(3, 64), "out": torch.zeros(3, 32)}
 
 
 READ_NOTHING: dict[str, tuple[Callable[[], Arguments], Call]] = {
+    "linear": (linear_arguments, lambda a: ops.linear(**a)),
     "rms_norm": (norm_arguments, lambda a: ops.rms_norm(**a)),
     "silu_mul": (silu_arguments, lambda a: ops.silu_mul(**a)),
 }
@@ -71,7 +82,7 @@ def test_every_kernel_with_a_cuda_source_is_called_here() -> None:
         "draft_control": ("draft_control", "draft_control_update"),
         "feature_sample": ("feature_gather",),  # the rest of it is others' launches
         "graph": (),
-        "token_recycle": ("recycle_learn", "recycle_propose"),
+        "token_recycle": ("recycle_propose", "recycle_learn"),
         "tree_build": ("tree_expand", "tree_rerank"),
     }
     assert {op for kernel in kernels for op in ops_of.get(kernel, (kernel,))} <= set(CALLS)
