@@ -32,12 +32,14 @@ def library_linear(
     workspace: torch.Tensor | None = None,
     *,
     is_gated: bool = False,
+    maxima: ops.TileMaxima | None = None,
 ) -> torch.Tensor:
-    """As ``ops.linear``, in as few launches as the library allows.
+    """As ``ops.linear``, in as few launches as the library allows; but it leaves no ``maxima``.
 
     Where gate and up rows are interleaved, the first half is taken for the gate: of a random model
     another one, as fast.
     """
+    assert maxima is None, "asked for by launched rounds alone"
     num_outputs = len(weight) // 2 if is_gated else len(weight)
     if out is None:
         out = x.new_empty(len(x), num_outputs)

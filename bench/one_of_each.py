@@ -19,6 +19,7 @@ from bench.limits import Model
 from bench.round_bits import run_round_bits
 from bench.tree_attention_cuda import Case
 from specrt import ops
+from specrt.sampling import SamplingParams, SamplingTable
 
 MODELS = (Model(256, 208, 2, 4, 2, 64), Model(1032, 72, 3, 8, 1, 128), Model(80, 40, 1, 2, 2, 80))
 ROWS = (1, 9, 67)
@@ -78,6 +79,8 @@ def run_linear(place: Place) -> int:
                 out = ops.linear(x, weight, bias, is_gated=True)
                 expected = (torch.nn.functional.silu(gate) * up).flatten(1)
                 _assert_near(out, expected, num_inputs)
+            if is_on_gpu:
+                check_maxima(place, x, weight)
             done += 1
     return done
 
@@ -86,6 +89,23 @@ def _assert_near(out: torch.Tensor, expected: torch.Tensor, num_inputs: int) -> 
     """But for a rounding to ``out``'s dtype, and for the order of sums of K numbers around 1."""
     eps, order = torch.finfo(out.dtype).eps, 1e-5 * num_inputs
     torch.testing.assert_close(out, expected.to(out.dtype), rtol=eps, atol=order)
+
+
+def check_maxima(place: Place, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Of every other row, which is greedy: the others are drawn."""
+    num_rows, vocab = len(x), len(weight)
+    drawn = SamplingParams(temperature=1.0, seed=1)
+    params = [drawn if row % 2 else SamplingParams() for row in range(num_rows)]
+    sampling = SamplingTable.build(params, [1] * num_rows, vocab).rows.to(place.device)
+    logits = torch.empty(num_rows, vocab, device=place.device)
+    keys = torch.empty(num_rows, -(-vocab // 64), dtype=torch.int64, device=place.device)
+    counts = torch.ones(num_rows, dtype=torch.int32, device=place.device)
+    maxima = ops.TileMaxima(keys, sampling, counts, counts[:, None])
+    ops.linear(x, weight, out=logits, maxima=maxima)
+    padded = torch.nn.functional.pad(logits, (0, -vocab % 64), value=float("-inf"))
+    best = padded.unflatten(1, (-1, 64)).argmax(-1)
+    tokens = (~keys & (2**32 - 1)) % 64
+    torch.testing.assert_close(tokens[::2], best[::2])
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ drafter's trees the bundled target accepts on held-out problems, greedily.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -22,9 +22,9 @@ from bench.draft_contenders import Tree
 from bench.harness import RESULTS, environment, parser, report, result_of, save_result, start
 from bench.prompts import HELDOUT, load_prompts
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RoundPlan
+from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RootsAlone, RoundPlan
 from specrt.tree import TreeBuilder, stack
-from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
+from specrt.types import Proposal, SequenceState
 
 NODES = (60, 8, 16, 32)
 TRACE = "accept_lengths"
@@ -48,7 +48,7 @@ def recorded_trace(num_nodes: int) -> Trace:
     return Trace(num_nodes, row["depth"], [int(digit) for digit in row["accept_lengths"]])
 
 
-class PlantedDrafter(EmptyDrafter):
+class PlantedDrafter(EmptyDrafter, RootsAlone):
     """Proposes the first so many tokens of what comes, and wrong ones behind and beside them.
 
     One sequence at a time. Its rounds may be launches alone: trees are uploaded as they are
@@ -105,21 +105,6 @@ class PlantedDrafter(EmptyDrafter):
         size = self._trace.num_nodes
         tokens, parents = self._ints[: 2 * size].view(2, 1, size)
         return Proposal(tokens, parents, self._ints[2 * size :])
-
-    def launch_observe(
-        self,
-        plan: RoundPlan,
-        tables: BatchTables,
-        tree: DraftTree,
-        result: AcceptResult,
-        taps: Mapping[str, torch.Tensor],
-    ) -> None:
-        """What is accepted was known before."""
-
-    def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
-    ) -> None:
-        """As :meth:`launch_observe`."""
 
     # --- trees ----------------------------------------------------------------------------------
 

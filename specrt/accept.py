@@ -10,6 +10,7 @@ import torch
 
 from specrt.device import Device
 from specrt.ops.history_append import HEADER_SIZE, ReportWord
+from specrt.ops.linear import TILE_TOKENS, TileMaxima
 from specrt.ops.tree_accept import gpu_workspace_size, tree_accept
 from specrt.reuse import Recent
 from specrt.sampling import SamplingTable
@@ -29,6 +30,7 @@ def accept(
     want_logprobs: bool = False,
     workspace: torch.Tensor | None = None,
     out: AcceptResult | None = None,
+    maxima: TileMaxima | None = None,
 ) -> AcceptResult:
     """Walk each tree from its root; every emitted token follows the target's law exactly.
 
@@ -61,6 +63,8 @@ def accept(
         want_logprobs: report log-softmax of the *unprocessed* logits at each emitted token.
         workspace: on a GPU (``ops.tree_accept``); None: that of ``sampling``.
         out: of :func:`empty_result`, to be written; None: a new one.
+        maxima: on a GPU, what the product that made ``logits`` left of them: the same result,
+            sooner.
 
     Returns:
         ``path`` and ``tokens`` ``[B, N]`` int32 padded with -1, ``accept_length`` ``[B]`` int32,
@@ -88,6 +92,7 @@ def accept(
         result.accept_length,
         result.tokens,
         result.logprobs,
+        None if maxima is None else maxima.keys,
     )
     return result
 
@@ -97,6 +102,13 @@ def empty_result(tree: DraftTree, want_logprobs: bool) -> AcceptResult:
     path, tokens = torch.empty_like(tree.draft_tokens), torch.empty_like(tree.draft_tokens)
     logprobs = torch.empty_like(path, dtype=torch.float32) if want_logprobs else None
     return AcceptResult(path, torch.empty_like(tree.num_nodes), tokens, logprobs)
+
+
+def empty_maxima(tree: DraftTree, sampling: SamplingTable, history_len: torch.Tensor) -> TileMaxima:
+    """For the product that makes the logits of these trees, on a GPU."""
+    num_tiles = -(-sampling.vocab_size // TILE_TOKENS)
+    keys = tree.depth.new_empty(tree.depth.numel(), num_tiles, dtype=torch.int64)
+    return TileMaxima(keys, sampling.rows, history_len, tree.depth)
 
 
 def gpu_scratch(tree: DraftTree, vocab_size: int, device: Device) -> torch.Tensor:

@@ -15,8 +15,10 @@ import torch
 
 from specrt import _C, ops
 from specrt.models.gate_up import ROWS_IN_TURN
+from tests.oracles.tile_maxima import tile_maxima
 
 Tensor = torch.Tensor
+_NO_MAXIMA = (None,) * 4
 
 
 def product(
@@ -28,6 +30,7 @@ def product(
     workspace: Tensor | None = None,
     *,
     is_gated: bool = False,
+    maxima: ops.TileMaxima | None = None,
 ) -> None:
     """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
     num_rows, num_outputs = len(x), len(weight)
@@ -37,12 +40,15 @@ def product(
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
     residual = None if residual is None else residual.float()
     sums = torch.empty(num_rows, num_outputs)
-    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0)
+    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA)
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)
         _C.silu_mul(in_turn.reshape(num_rows, num_outputs), sums)
     out.copy_(sums)
+    if maxima is not None:
+        keys = tile_maxima(sums, maxima.sampling, maxima.history_len, maxima.depth)
+        maxima.keys.copy_(keys)
 
 
 def stand_in(
@@ -68,12 +74,15 @@ def stand_in(
         workspace: Tensor | None = None,
         *,
         is_gated: bool = False,
+        maxima: ops.TileMaxima | None = None,
     ) -> Tensor:
         if not is_for_gpu(x):
+            assert maxima is None, "the CPU makes none"
             return usual(x, weight, bias, residual, out, workspace, is_gated=is_gated)
         if out is None:
             out = x.new_empty(len(x), len(weight) // (2 if is_gated else 1))
-        run(partial(product, x, weight, bias, residual, out, workspace, is_gated=is_gated))
+        tensors = x, weight, bias, residual, out, workspace
+        run(partial(product, *tensors, is_gated=is_gated, maxima=maxima))
         return out
 
     for user in (ops, sys.modules["specrt.ops.feature_sample"]):

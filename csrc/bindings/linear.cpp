@@ -8,7 +8,8 @@ void register_linear(py::module_& m) {
     m.def("linear_workspace", &linear_workspace);
     m.def("linear",
           [](py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle out,
-             py::handle workspace, bool is_gated, int tile_rows, int num_stages) {
+             py::handle workspace, bool is_gated, int tile_rows, int num_stages, py::handle maxima,
+             py::handle sampling, py::handle history_len, py::handle depth) {
               submit_released(linear({device_view_of(x, "x"),
                                       device_view_of(weight, "weight"),
                                       device_view_of(bias, "bias", true),
@@ -16,7 +17,11 @@ void register_linear(py::module_& m) {
                                       device_view_of(out, "out"),
                                       device_view_of(workspace, "workspace", true),
                                       is_gated,
-                                      {tile_rows, num_stages}}));
+                                      {tile_rows, num_stages},
+                                      device_view_of(maxima, "maxima", true),
+                                      device_view_of(sampling, "sampling", true),
+                                      device_view_of(history_len, "history_len", true),
+                                      device_view_of(depth, "depth", true)}));
           });
 }
 

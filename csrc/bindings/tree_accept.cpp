@@ -12,15 +12,23 @@ Purpose purpose_of(uint32_t purpose) {
 }
 
 TreeAcceptArgs args_of(const py::args& t) {
-    SPECRT_CHECK(t.size() == 15, "tree_accept: expected 15 arguments, got ", t.size());
-    return {device_view_of(t[0], "draft_tokens"),    device_view_of(t[1], "parents"),
-            device_view_of(t[2], "num_nodes"),       device_view_of(t[3], "draft_probs", true),
-            device_view_of(t[4], "logits"),          device_view_of(t[5], "sampling"),
-            device_view_of(t[6], "bias_ids", true),  device_view_of(t[7], "bias_values", true),
-            device_view_of(t[8], "history"),         device_view_of(t[9], "history_len"),
-            device_view_of(t[11], "path"),           device_view_of(t[12], "accept_length"),
-            device_view_of(t[13], "tokens"),         device_view_of(t[14], "logprobs", true),
-            device_view_of(t[10], "workspace", true)};
+    SPECRT_CHECK(t.size() == 16, "tree_accept: expected 16 arguments, got ", t.size());
+    return {device_view_of(t[0], "draft_tokens"),
+            device_view_of(t[1], "parents"),
+            device_view_of(t[2], "num_nodes"),
+            device_view_of(t[3], "draft_probs", true),
+            device_view_of(t[4], "logits"),
+            device_view_of(t[5], "sampling"),
+            device_view_of(t[6], "bias_ids", true),
+            device_view_of(t[7], "bias_values", true),
+            device_view_of(t[8], "history"),
+            device_view_of(t[9], "history_len"),
+            device_view_of(t[11], "path"),
+            device_view_of(t[12], "accept_length"),
+            device_view_of(t[13], "tokens"),
+            device_view_of(t[14], "logprobs", true),
+            device_view_of(t[10], "workspace", true),
+            device_view_of(t[15], "maxima", true)};
 }
 
 // noise: [n] float32, filled for indices 0..n-1.

@@ -69,12 +69,17 @@ SPECRT_HD void philox_block(uint64_t seed, uint64_t position, Purpose purpose, u
     }
 }
 
-SPECRT_HD uint32_t philox(uint64_t seed, uint64_t position, Purpose purpose, uint32_t index) {
+// The bits of four indices 16 apart, of the same block of 64 as `index`.
+SPECRT_HD PhiloxWords bits_around(uint64_t seed, uint64_t position, Purpose purpose,
+                                  uint32_t index) {
     const PhiloxWords counter = {{index / 64u * 16u + index % 16u, static_cast<uint32_t>(purpose),
                                   static_cast<uint32_t>(position),
                                   static_cast<uint32_t>(position >> 32)}};
-    const PhiloxWords out =
-        philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+SPECRT_HD uint32_t philox(uint64_t seed, uint64_t position, Purpose purpose, uint32_t index) {
+    const PhiloxWords out = bits_around(seed, position, purpose, index);
     // Not by number: an array that is indexed has to lie in memory.
     const uint32_t low = index & 16u ? out.word[1] : out.word[0];
     const uint32_t high = index & 16u ? out.word[3] : out.word[2];

@@ -17,6 +17,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace specrt {
 
 struct SamplingRow {
@@ -29,5 +31,22 @@ struct SamplingRow {
 constexpr int64_t kSamplingWords = 8;
 static_assert(sizeof(SamplingRow) == 8 * kSamplingWords);
 static_assert(offsetof(SamplingRow, top_k) == 28 && offsetof(SamplingRow, seed) == 40);
+
+SPECRT_HD bool has_top_k(const SamplingRow& s, int64_t vocab) {
+    return s.top_k > 0 && s.top_k < vocab;
+}
+SPECRT_HD bool has_top_p(const SamplingRow& s) {
+    return s.top_p < 1.0;
+}
+SPECRT_HD bool has_min_p(const SamplingRow& s) {
+    return s.min_p > 0.0f;
+}
+// Whether masses or counts decide on what is kept.
+SPECRT_HD bool is_weighed(const SamplingRow& s, int64_t vocab) {
+    return s.temperature != 0.0f && (has_top_k(s, vocab) || has_top_p(s));
+}
+SPECRT_HD bool is_filtered(const SamplingRow& s, int64_t vocab) {
+    return is_weighed(s, vocab) || (s.temperature != 0.0f && has_min_p(s));
+}
 
 }  // namespace specrt

@@ -7,6 +7,7 @@
 #pragma once
 #include "core/reduce.cuh"
 #include "linear/epilogue.cuh"
+#include "linear/maxima.cuh"
 
 namespace specrt::product {
 
@@ -31,7 +32,7 @@ __device__ __forceinline__ Work<T> work_of(const KernelParams& k) {
     return w;
 }
 
-template <typename T, int kTile, int kColumns>
+template <typename T, bool kHasMaxima, int kTile, int kColumns>
 __global__ void __launch_bounds__(Tiling<T, kTile, kColumns>::kThreads, kColumns > 64 ? 1 : 2)
     linear_kernel(const KernelParams k) {
     ptx::let_next_start();
@@ -60,38 +61,39 @@ __global__ void __launch_bounds__(Tiling<T, kTile, kColumns>::kThreads, kColumns
         static_cast<int>(blockIdx.z) * kTile, static_cast<int>(blockIdx.x) * kColumns,
         static_cast<int>(p.is_gated ? p.num_outputs / 2 : p.num_outputs), plan.is_whole};
     write_results<G>(p, target, staged);
+    if constexpr (kHasMaxima) write_maxima<G>(p, target, staged);
 }
 
-template <typename T, int kTile, int kColumns>
-void start(const KernelParams& k, CudaStream stream) {
+template <typename T, bool kHasMaxima, int kTile, int kColumns>
+void start_padded(const KernelParams& k, CudaStream stream) {
     const Plan& plan = k.plan;
     const LaunchShape shape{
         dim3(static_cast<unsigned>(plan.num_pieces), static_cast<unsigned>(plan.slices.count),
              static_cast<unsigned>(plan.num_tiles)),
         dim3(Tiling<T, kTile, kColumns>::kThreads), plan.shared_bytes, kOverlaps};
-    SPECRT_LAUNCH((linear_kernel<T, kTile, kColumns>), shape, stream, k);
+    SPECRT_LAUNCH((linear_kernel<T, kHasMaxima, kTile, kColumns>), shape, stream, k);
 }
 
-template <typename T, int kTile>
-void start(const KernelParams& k, CudaStream stream) {
+template <typename T, bool kHasMaxima, int kTile>
+void start_tile(const KernelParams& k, CudaStream stream) {
     switch (k.plan.columns) {
         case 8:
-            return start<T, kTile, 8>(k, stream);
+            return start_padded<T, kHasMaxima, kTile, 8>(k, stream);
         case 16:
-            return start<T, kTile, 16>(k, stream);
+            return start_padded<T, kHasMaxima, kTile, 16>(k, stream);
         case 32:
-            return start<T, kTile, 32>(k, stream);
+            return start_padded<T, kHasMaxima, kTile, 32>(k, stream);
         case 64:
-            return start<T, kTile, 64>(k, stream);
+            return start_padded<T, kHasMaxima, kTile, 64>(k, stream);
         default:
-            return start<T, kTile, 128>(k, stream);
+            return start_padded<T, kHasMaxima, kTile, 128>(k, stream);
     }
 }
 
-template <typename T>
+template <typename T, bool kHasMaxima>
 void start(const KernelParams& k, CudaStream stream) {
-    if (k.plan.tile_rows == 64) return start<T, 64>(k, stream);
-    start<T, 128>(k, stream);
+    if (k.plan.tile_rows == 64) return start_tile<T, kHasMaxima, 64>(k, stream);
+    start_tile<T, kHasMaxima, 128>(k, stream);
 }
 
 }  // namespace specrt::product

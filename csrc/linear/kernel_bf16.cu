@@ -1,3 +1,3 @@
 #include "linear/kernel.cuh"
 
-template void specrt::product::start<specrt::bf16_t>(const KernelParams&, CudaStream);
+template void specrt::product::start<specrt::bf16_t, false>(const KernelParams&, CudaStream);

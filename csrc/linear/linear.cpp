@@ -38,6 +38,29 @@ float* expect_workspace(const LinearArgs& a, int64_t num_outputs, int64_t depth)
     return a.workspace.as<float>();
 }
 
+TileMaxima maxima_of(const LinearArgs& a) {
+    if (!a.maxima) return {};
+    const int64_t rows = a.x.shape[0], vocab = a.weight.shape[0];
+    SPECRT_CHECK(a.out.dtype == DType::kFloat32 && !a.is_gated && !a.residual,
+                 "maxima: expected float32 logits, neither gated nor with a residual");
+    expect(a.maxima, DType::kInt64, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
+    expect(a.sampling, DType::kInt64, "[B, 8]", -1, kSamplingWords);
+    const int64_t batch = a.sampling.shape[0];
+    expect(a.history_len, DType::kInt32, "[B]", batch);
+    expect(a.depth, DType::kInt32, "[B, M / B]", batch, -1);
+    const int64_t nodes = a.depth.shape[1];
+    SPECRT_CHECK(batch * nodes == rows, "depth: expected one for each of ", rows, " rows, got ",
+                 a.depth.describe());
+    for (const TensorView* t : {&a.maxima, &a.sampling, &a.history_len, &a.depth})
+        expect_contiguous(*t);
+    return {a.maxima.as<uint64_t>(),
+            a.sampling.as<SamplingRow>(),
+            a.history_len.as<int32_t>(),
+            a.depth.as<int32_t>(),
+            nodes,
+            0};
+}
+
 LinearParams gpu_params(const LinearArgs& a) {
     SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
                  "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
@@ -69,11 +92,13 @@ LinearParams gpu_params(const LinearArgs& a) {
             a.out.stride[0],    a.x.shape[0],
             num_outputs,        depth,
             a.x.dtype,          out_dtype,
-            a.is_gated,         a.plan};
+            a.is_gated,         a.plan,
+            maxima_of(a)};
 }
 
 Launch on_cpu(const LinearArgs& a) {
     SPECRT_CHECK(!a.is_gated, "is_gated: expected False on the CPU, where silu_mul follows");
+    SPECRT_CHECK(!a.maxima, "maxima: expected None on the CPU");
     expect_weight(a.weight, "[N, K]", -1, -1);
     const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
     expect(a.x, DType::kFloat32, "[M, K]", -1, depth);
@@ -100,7 +125,8 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
 }
 
 Launch linear(const LinearArgs& a) {
-    const int device = common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace);
+    const int device = common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace,
+                                     a.maxima, a.sampling, a.history_len, a.depth);
     expect_plan(a.plan);
     if (device == kCpu) return on_cpu(a);
     return make_cuda_launch(linear_cuda, gpu_params(a), device);

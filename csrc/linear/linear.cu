@@ -68,7 +68,14 @@ LinearParams rows_from(const LinearParams& p, int64_t first, int64_t count) {
     part.residual = at(p.residual, p.residual_stride, p.dtype);
     part.out = const_cast<char*>(at(p.out, p.out_stride, p.out_dtype));
     part.num_rows = p.num_rows - first < count ? p.num_rows - first : count;
+    part.maxima.first_row = first;
     return part;
+}
+
+template <typename T>
+void start_one(const KernelParams& k, CudaStream stream) {
+    if (k.p.maxima.keys) return start<T, true>(k, stream);
+    start<T, false>(k, stream);
 }
 
 }  // namespace product
@@ -83,9 +90,9 @@ void linear_cuda(const void* params, CudaStream stream) {
         const LinearParams part = product::rows_from(p, first, step);
         const product::KernelParams k{part, product::make_plan(part, limits)};
         if (p.dtype == DType::kBFloat16) {
-            product::start<bf16_t>(k, stream);
+            product::start_one<bf16_t>(k, stream);
         } else {
-            product::start<f16_t>(k, stream);
+            product::start_one<f16_t>(k, stream);
         }
     }
 }

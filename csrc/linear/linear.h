@@ -3,6 +3,7 @@
 // together and write silu(gate) * up.
 #pragma once
 #include "core/matmul.h"
+#include "core/tile_maxima.h"
 
 namespace specrt {
 
@@ -24,6 +25,7 @@ struct LinearArgs {
     TensorView workspace;  // on a GPU: tickets, zero between launches, and scratch
     bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
     LinearPlan plan;
+    TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
 };
 
 struct LinearParams {
@@ -38,6 +40,7 @@ struct LinearParams {
     DType dtype, out_dtype;
     bool is_gated;
     LinearPlan plan;
+    TileMaxima maxima;  // of float32 results that are logits
 };
 
 SPECRT_DECLARE_CUDA(linear_cuda)

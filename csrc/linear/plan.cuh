@@ -23,9 +23,10 @@ struct KernelParams {
     Plan plan;
 };
 
-// Launches the kernel for T (bf16_t or f16_t). Each is instantiated in a source of its own,
-// kernel_T.cu: together they would take nvcc too long.
-template <typename T>
+// Launches the kernel for T (bf16_t or f16_t), with keys of logits or without: which the others
+// have no registers for. Each is instantiated in a source of its own, kernel_T.cu and maxima_T.cu:
+// together they would take nvcc too long.
+template <typename T, bool kHasMaxima>
 void start(const KernelParams& k, CudaStream stream);
 
 }  // namespace specrt::product

@@ -3,7 +3,7 @@
 #pragma once
 #include "core/mass.h"
 #include "core/reduce.cuh"
-#include "core/score_key.h"
+#include "core/tile_maxima.h"
 #include "tree_accept/workspace.h"
 
 namespace specrt {
@@ -24,23 +24,6 @@ struct Chunk {
     unsigned counts[kChunk];  // bit 0: seen at all; above it the number of output tokens
 };
 
-__device__ __forceinline__ bool has_top_k(const SamplingRow& s, int64_t vocab) {
-    return s.top_k > 0 && s.top_k < vocab;
-}
-__device__ __forceinline__ bool has_top_p(const SamplingRow& s) {
-    return s.top_p < 1.0;
-}
-__device__ __forceinline__ bool has_min_p(const SamplingRow& s) {
-    return s.min_p > 0.0f;
-}
-// Whether masses or counts decide on what is kept.
-__device__ __forceinline__ bool is_weighed(const SamplingRow& s, int64_t vocab) {
-    return s.temperature != 0.0f && (has_top_k(s, vocab) || has_top_p(s));
-}
-__device__ __forceinline__ bool is_filtered(const SamplingRow& s, int64_t vocab) {
-    return is_weighed(s, vocab) || (s.temperature != 0.0f && has_min_p(s));
-}
-
 struct Row {
     SamplingRow s;
     const float* logits;
@@ -51,7 +34,14 @@ struct Row {
 
     // Whether the first launch draws the token, and not only finds the maximum.
     __device__ bool is_drawn_at_once(int64_t vocab) const {
-        return !is_greedy && !rejects && !is_filtered(s, vocab);
+        return !rejects && draws_unfiltered(s, vocab);
+    }
+    // Whether the keys of core/tile_maxima.h tell what the first launch is to find: the token, or
+    // with a filter the maximum, which division leaves where it is.
+    __device__ bool has_maxima(const TreeAcceptParams& p) const {
+        if (!p.maxima || is_edited) return false;
+        if (draws_unfiltered(s, p.vocab)) return !rejects;
+        return is_greedy || (s.temperature > 0.0f && s.temperature < kInf);
     }
     __device__ uint64_t position(const TreeAcceptParams& p) const {
         return static_cast<uint64_t>(p.history_len[seq]) + static_cast<uint64_t>(depth);

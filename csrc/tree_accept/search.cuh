@@ -96,15 +96,6 @@ __device__ __forceinline__ uint32_t word_of(const PhiloxWords& bits, uint32_t nu
     return number < 2 ? low : high;
 }
 
-// The bits of four tokens 16 apart, of the same block of 64 as `index`.
-__device__ __forceinline__ PhiloxWords bits_around(uint64_t seed, uint64_t position,
-                                                   Purpose purpose, uint32_t index) {
-    const PhiloxWords counter = {{index / 64u * 16u + index % 16u, static_cast<uint32_t>(purpose),
-                                  static_cast<uint32_t>(position),
-                                  static_cast<uint32_t>(position >> 32)}};
-    return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-}
-
 __device__ __forceinline__ uint32_t bits_at(uint64_t seed, uint64_t position, Purpose purpose,
                                             uint32_t index) {
     return word_of(bits_around(seed, position, purpose, index), index / 16u % 4u);

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "core/tile_maxima.h"
 #include "tree_accept/workspace.h"
 
 namespace specrt {
@@ -72,6 +73,9 @@ void check_for_gpu(const TreeAcceptArgs& a) {
     SPECRT_CHECK(a.workspace.shape[0] >= size, "workspace: expected at least ", size,
                  " elements, got ", a.workspace.describe());
     expect_aligned(a.workspace, 16);
+    if (!a.maxima) return;
+    expect(a.maxima, DType::kInt64, "[B * N, ceil(V / 64)]", batch * nodes, num_token_tiles(vocab));
+    expect_contiguous(a.maxima);
 }
 
 TreeAcceptParams params_of(const TreeAcceptArgs& a) {
@@ -90,6 +94,7 @@ TreeAcceptParams params_of(const TreeAcceptArgs& a) {
             a.tokens.as<int32_t>(),
             a.logprobs.as<float>(),
             a.workspace.as<float>(),
+            a.maxima.as<uint64_t>(),
             {a.logits.stride[0], a.logits.stride[1]},
             {a.draft_probs.stride[0], a.draft_probs.stride[1]},
             a.history.stride[0],
@@ -113,11 +118,12 @@ Launch tree_accept(const TreeAcceptArgs& a) {
     const int device =
         common_device(a.logits, a.draft_tokens, a.parents, a.num_nodes, a.draft_probs, a.sampling,
                       a.bias_ids, a.bias_values, a.history, a.history_len, a.workspace, a.path,
-                      a.accept_length, a.tokens, a.logprobs);
+                      a.accept_length, a.tokens, a.logprobs, a.maxima);
     if (device != kCpu) {
         check_for_gpu(a);
         return make_cuda_launch(tree_accept_cuda, params_of(a), device);
     }
+    SPECRT_CHECK(!a.maxima, "maxima: expected None on the CPU, which reads what it walks over");
     check_for_cpu(a);
     const TreeAcceptParams p = params_of(a);
     const int64_t batch = p.batch, vocab = p.vocab;

@@ -2,7 +2,8 @@
 // the parents, so its penalties are too. What the walk does not come to was drawn in vain, but a
 // pass over all rows takes less time than as many passes one after the other as the path is long.
 //
-// 1. scan_rows: each slice's largest value; or, without a filter, its best score with noise.
+// 1. scan_rows: each slice's largest value; or, without a filter, its best score with noise. Where
+//    the product left these for every 64 tokens, they are read instead of the logits.
 // 2. weigh_rows: counts and masses by distance from the maximum, for top_k and top_p; the mass of
 //    the logits as they are, for log-probabilities. A row's last block finds what is left open.
 // 3. pick_tokens: of rows with a filter the best score among the kept, and the candidates. A row's
@@ -114,13 +115,14 @@ __device__ __forceinline__ uint32_t raw_maximum(const TreeAcceptParams& p, Share
     return static_cast<uint32_t>(block_largest(ordered_bits(raw.best), shared->words));
 }
 
-__global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptParams p) {
-    ptx::let_next_start();
-    ptx::wait_for_previous();
-    const Address at = this_address(p);
-    if (!at.is_node) return;
-    Shared* shared = begin_block(p, at);
-    if (!shared->row.is_live) return;
+// Of a slice.
+struct Found {
+    uint64_t best;
+    uint32_t raw_top;  // 0: not known
+    bool is_bad;       // NaN or +inf
+};
+
+__device__ __forceinline__ Found scan_slice(const TreeAcceptParams& p, Shared* shared) {
     const bool is_drawn = shared->row.is_drawn_at_once(p.vocab);
     MaxSearch largest;
     for_slice(p, shared, false, [&](const Tile& tile) {
@@ -128,13 +130,45 @@ __global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptP
         if (is_drawn) shared->noise.visit(tile);
     });
     const uint64_t best = block_largest(key_of(largest.best, largest.token), shared->words);
-    const int is_bad = __syncthreads_or(largest.is_bad);
-    const uint32_t raw_top = raw_maximum(p, shared);
+    const bool is_bad = __syncthreads_or(largest.is_bad);
+    const bool is_raw = shared->row.is_greedy && !shared->row.is_edited;
+    return {is_drawn ? shared->noise.best : best, is_raw ? static_cast<uint32_t>(best >> 32) : 0,
+            is_bad};
+}
+
+// A key of no token is none of ours, and not to be followed.
+__device__ __forceinline__ Found read_maxima(const TreeAcceptParams& p, Shared* shared) {
+    constexpr int64_t kEach = kChunk / kTileTokens;
+    const SamplingRow& s = shared->row.s;
+    const int64_t count = num_token_tiles(p.vocab);
+    const int64_t last = min(shared->span.last_chunk * kEach, count);
+    const uint64_t* keys = p.maxima + shared->row.index * count;
+    uint64_t best = 0;
+    for (int64_t i = shared->span.first_chunk * kEach + threadIdx.x; i < last; i += blockDim.x)
+        best = keys[i] > best ? keys[i] : best;
+    best = block_largest(best, shared->words);
+    __syncthreads();  // the words may be used again
+    const int32_t token = index_of(best);
+    const bool is_drawn = draws_unfiltered(s, p.vocab);
+    const uint32_t raw_top = is_drawn ? 0 : static_cast<uint32_t>(best >> 32);
+    if (is_filtered(s, p.vocab)) best = key_of(score_of(best) / s.temperature, token);
+    return {best, raw_top, !(score_of(best) < kInf) || static_cast<uint32_t>(token) >= p.vocab};
+}
+
+__global__ void __launch_bounds__(kAcceptThreads, 2) scan_rows(const TreeAcceptParams p) {
+    ptx::let_next_start();
+    ptx::wait_for_previous();
+    const Address at = this_address(p);
+    if (!at.is_node) return;
+    Shared* shared = begin_block(p, at);
+    if (!shared->row.is_live) return;
+    const Found found = shared->row.has_maxima(p) ? read_maxima(p, shared) : scan_slice(p, shared);
+    const uint32_t raw_top = found.raw_top != 0 ? found.raw_top : raw_maximum(p, shared);
     if (threadIdx.x != 0) return;
     SlicePart* part = parts_of(*shared) + shared->slice;
-    part->best = is_drawn ? shared->noise.best : best;
+    part->best = found.best;
     part->raw_top = raw_top;
-    part->is_bad = is_bad;
+    part->is_bad = found.is_bad;
 }
 
 // --- masses

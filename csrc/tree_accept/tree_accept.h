@@ -36,6 +36,7 @@ struct TreeAcceptParams {
     int32_t* tokens;              // [B, P]
     float* logprobs;              // [B, P] or nullptr
     float* workspace;             // [parts, tree_accept_workspace(V)] or nullptr; GPU: never
+    const uint64_t* maxima;       // GPU: [B, N, num_token_tiles(V)] or nullptr
     int64_t logits_stride[2], probs_stride[2], history_stride;
     int64_t batch, nodes, vocab, path_size, history_size, num_bias;
 };
@@ -65,7 +66,7 @@ SPECRT_DECLARE_CPU(exponentials_part)
 
 struct TreeAcceptArgs {
     TensorView draft_tokens, parents, num_nodes, draft_probs, logits, sampling, bias_ids,
-        bias_values, history, history_len, path, accept_length, tokens, logprobs, workspace;
+        bias_values, history, history_len, path, accept_length, tokens, logprobs, workspace, maxima;
 };
 Launch tree_accept(const TreeAcceptArgs& args);
 Launch processed_logits(const TreeAcceptArgs& args, const TensorView& out);

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from specrt.accept import Read, accept, empty_result, gpu_scratch
+from specrt.accept import Read, accept, empty_maxima, empty_result, gpu_scratch
 from specrt.device import Mark, Posted
 from specrt.draft.base import BatchTables
 from specrt.engine.batch import Batch, empty_report, launch_append
@@ -125,7 +125,8 @@ class LaunchedRounds:
         result = empty_result(tree, sampling.want_logprobs)
         report = empty_report(result, device)
         scratch = gpu_scratch(tree, vocab_size, device)
-        verify = stages.target.bind(tree, tables.cached, taps=planned.taps)
+        maxima = empty_maxima(tree, sampling, tables.history_len)
+        verify = stages.target.bind(tree, tables.cached, taps=planned.taps, maxima=maxima)
 
         def launch() -> None:
             proposal = planned.drafter.launch_propose(planned.plan, tables)
@@ -141,6 +142,7 @@ class LaunchedRounds:
                 want_logprobs=sampling.want_logprobs,
                 workspace=scratch,
                 out=result,
+                maxima=maxima,
             )
             launch_append(tables, tree, result, report)
             tables.cached.launch_move(result.path, tables.num_path)

@@ -131,12 +131,17 @@ class Decoder:
         self._append(index, self._project(self.weights.layers[index], hidden, rows), rows, cache)
 
     def launch_head(
-        self, hidden: torch.Tensor, feature: torch.Tensor, logits: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        feature: torch.Tensor,
+        logits: torch.Tensor | None,
+        maxima: ops.TileMaxima | None = None,
     ) -> None:
-        """Final norm of ``hidden [M, H]`` into ``feature``, and its ``logits [M, V]``."""
+        """Final norm of ``hidden [M, H]`` into ``feature``, its ``logits [M, V]`` and their
+        ``maxima``."""
         ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
         if logits is not None:
-            self.launch_linear(feature, self.weights.lm_head, out=logits)
+            self.launch_linear(feature, self.weights.lm_head, out=logits, maxima=maxima)
 
     def _project(self, layer: LayerWeights, hidden: torch.Tensor, rows: StepRows) -> Heads:
         """Of ``norm(hidden)``; not rotated yet."""
@@ -214,7 +219,8 @@ class Decoder:
         residual: torch.Tensor | None = None,
         *,
         out: torch.Tensor,
+        maxima: ops.TileMaxima | None = None,
     ) -> None:
         """``ops.linear`` by one of this model's matrices, or of the others that it was told of."""
         workspace = None if self._scratch is None else self._scratch.linear
-        ops.linear(x, weight, bias, residual, out, workspace)
+        ops.linear(x, weight, bias, residual, out, workspace, maxima=maxima)

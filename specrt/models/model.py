@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 import torch
 
+from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
@@ -148,7 +149,14 @@ class LlamaModel(Decoder):
         self.device.run(steps, lambda: self._launch(key, step.rows, batch.cache))
         return with_logits_tap(step.output, taps)
 
-    def bind(self, tree: DraftTree, batch: CacheBatch, *, taps: tuple[str, ...] = ()) -> BoundPass:
+    def bind(
+        self,
+        tree: DraftTree,
+        batch: CacheBatch,
+        *,
+        taps: tuple[str, ...] = (),
+        maxima: ops.TileMaxima | None = None,
+    ) -> BoundPass:
         """A pass of :meth:`forward` that reads these very tensors each time it is launched.
 
         It stands until the device's steps go stale (:attr:`Device.version`), or the batch's tables
@@ -158,6 +166,7 @@ class LlamaModel(Decoder):
             tree: B trees of N nodes; what it holds may change between launches.
             batch: likewise.
             taps: as for :meth:`forward`.
+            maxima: on a GPU, of the logits, to be written with them; None: not wanted.
 
         Raises:
             ValueError: as :meth:`forward`.
@@ -175,7 +184,7 @@ class LlamaModel(Decoder):
 
         def launch() -> None:
             self.embed_tokens(tree.draft_tokens.view(-1), self._start(key))
-            self._launch(key, rows, batch.cache)
+            self._launch(key, rows, batch.cache, maxima)
 
         return BoundPass(with_logits_tap(self._output(key), taps), launch)
 
@@ -255,7 +264,9 @@ class LlamaModel(Decoder):
             logits = work.logits.new_empty(key.batch, 0, self.config.vocab_size)
         return VerifyOutput(logits, MappingProxyType(taps))
 
-    def _launch(self, key: StepKey, rows: StepRows, cache: KVCache) -> None:
+    def _launch(
+        self, key: StepKey, rows: StepRows, cache: KVCache, maxima: ops.TileMaxima | None = None
+    ) -> None:
         count = key.batch * key.num_nodes
         work = self._workspace
         hidden, last = self._start(key), self.config.num_layers - 1
@@ -270,4 +281,4 @@ class LlamaModel(Decoder):
             hidden = out
         if key.has_logits or FINAL_TAP in key.taps:
             logits = work.logits[:count] if key.has_logits else None
-            self.launch_head(hidden, work.feature[:count], logits)
+            self.launch_head(hidden, work.feature[:count], logits, maxima)

@@ -12,7 +12,8 @@ from specrt.ops.registry import register
 
 register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
-    " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages) -> ()",
+    " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
+    " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth) -> ()",
     _C.linear,
 )
 
@@ -34,6 +35,26 @@ class LinearPlan:
     SMs, or above 64 rows."""
 
 
+TILE_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TileMaxima:
+    """The best score of every 64 tokens of logits ``[B * N, V]``, which :func:`linear` leaves on a
+    GPU for ``tree_accept``: the logit, or, where a sequence samples without filters,
+    logit / temperature + Gumbel(seed, history_len + depth)."""
+
+    keys: torch.Tensor
+    """``[B * N, ceil(V / 64)]`` int64, written: ``key_of`` of ``csrc/core/score_key.h``, all bits
+    ones where a token is NaN or +inf."""
+    sampling: torch.Tensor
+    """``[B, 8]`` int64, ``SamplingTable.rows``."""
+    history_len: torch.Tensor
+    """``[B]`` int32."""
+    depth: torch.Tensor
+    """``[B, N]`` int32, of the trees' nodes."""
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -44,6 +65,7 @@ def linear(
     *,
     is_gated: bool = False,
     plan: LinearPlan | None = None,
+    maxima: TileMaxima | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
 
@@ -66,6 +88,8 @@ def linear(
             launches of any matrices may share it, one after another. Made if not given.
         is_gated: on a GPU, ``silu(gate) * up`` instead of both.
         plan: on a GPU, another layout of the launch than the one chosen for the shape.
+        maxima: on a GPU, of float32 results that are logits: their keys are written besides.
+            Results are the same bits; so are keys, whatever the plan and the rows.
 
     Returns:
         ``out``.
@@ -84,7 +108,10 @@ def linear(
         workspace = None
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
-    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice)
+    keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
+    if maxima is not None:
+        keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
+    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed)
     return out
 
 

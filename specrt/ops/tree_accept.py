@@ -13,7 +13,7 @@ register(
     "tree_accept(Tensor draft_tokens, Tensor parents, Tensor num_nodes, Tensor? draft_probs, "
     "Tensor logits, Tensor sampling, Tensor? bias_ids, Tensor? bias_values, Tensor history, "
     "Tensor history_len, Tensor(a!)? workspace, Tensor(b!) path, Tensor(c!) accept_length, "
-    "Tensor(d!) tokens, Tensor(e!)? logprobs) -> ()",
+    "Tensor(d!) tokens, Tensor(e!)? logprobs, Tensor? maxima) -> ()",
     _C.tree_accept,
 )
 
@@ -66,6 +66,7 @@ def tree_accept(
     accept_length: torch.Tensor,
     tokens: torch.Tensor,
     logprobs: torch.Tensor | None,
+    maxima: torch.Tensor | None = None,
 ) -> None:
     """Walk each sequence's tree; see ``specrt.accept.accept`` for the rules.
 
@@ -91,6 +92,9 @@ def tree_accept(
         accept_length: ``[B]`` int32, written.
         tokens: ``[B, N]`` int32, written.
         logprobs: ``[B, N]`` float32, written; None if not wanted.
+        maxima: on a GPU, ``TileMaxima.keys`` that :func:`linear` left of these very logits,
+            ``sampling``, ``history_len`` and the trees' depths. The best of a row that has neither
+            bias nor penalties is found in them: the logits need not be read for it.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
@@ -112,6 +116,7 @@ def tree_accept(
         accept_length,
         tokens,
         logprobs,
+        maxima,
     )
 
 

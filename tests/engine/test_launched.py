@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import BatchTables, Budget, DraftParams, EmptyDrafter, RoundPlan
 from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
+from specrt.engine import launched
 from specrt.engine.engine import Engine
 from specrt.engine.launched import LaunchedRounds
 from specrt.models.loader import Weights, load_weights
@@ -36,6 +38,7 @@ SIZES = {
 }
 PROMPTS = [[5, 9, 5, 9, 5] * 3, [3], [(11 * i * i + 3 * i) % VOCAB for i in range(70)], [7, 8] * 4]
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+DRAWN = replace(GREEDY, temperature=0.9, seed=4)
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.9, seed=4, repetition_penalty=1.1)
 
 
@@ -146,6 +149,25 @@ def test_texts_are_those_of_rounds_one_after_another(
     lookup = DevicePromptLookupDrafter(model.device)
     assert said(make_engine(model, lookup, **sizes), params) == expected
     assert not caplog.messages
+
+
+@only_simulated
+def test_acceptance_reads_what_the_head_left(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that tells all, logits may hold anything."""
+    params = [GREEDY, DRAWN, GREEDY, DRAWN]
+    expected = said(make_engine(model, OneAfterAnother(), max_batch=4), params)
+    bare, spoilt = launched.accept, dict[torch.Size, torch.Tensor]()
+
+    def accept(tree: DraftTree, logits: torch.Tensor, *rest: Any, **options: Any) -> AcceptResult:
+        assert options["maxima"] is not None
+        if logits.shape not in spoilt:  # the first time, when nothing is captured yet
+            spoilt[logits.shape] = torch.full_like(logits, float("nan"))
+        return bare(tree, spoilt[logits.shape], *rest, **options)
+
+    monkeypatch.setattr(launched, "accept", accept)
+    assert said(make_engine(model, max_batch=4), params) == expected
 
 
 def noting(name: str, call: Callable[..., object], events: list[str]) -> Callable[..., object]:

@@ -195,7 +195,7 @@ def test_nothing_is_made_that_nobody_reads(
     model, heads, layers = make_model(llama, gpu, torch.bfloat16), list[bool](), list[int]()
     head, layer = model.launch_head, model.launch_layer
 
-    def launch_head(hidden: Any, feature: Any, logits: Any) -> None:
+    def launch_head(hidden: Any, feature: Any, logits: Any, maxima: Any) -> None:
         heads.append(logits is not None)
         head(hidden, feature, logits)
 

@@ -123,6 +123,7 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
     parents = torch.tensor([random_parents(NODES, g) for _ in range(BATCH)], dtype=torch.int32)
     shape = (BATCH, NODES)
     law = torch.rand(*shape, VOCAB, generator=g).softmax(-1)
+    keys = torch.randint(-(2**63), 2**63 - 1, (BATCH * NODES, 2), generator=g)
     workspace = None if variant == 5 else torch.zeros(1, workspace_size(VOCAB))
     if backend.runs_cuda_source:
         workspace = torch.zeros(gpu_workspace_size(*shape, VOCAB, has_draft_probs=True))
@@ -142,7 +143,31 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
         "accept_length": ints(0, 0, 0),
         "tokens": torch.zeros(shape, dtype=torch.int32),
         "logprobs": torch.zeros(shape) if variant % 3 else None,
+        "maxima": keys if backend.runs_cuda_source and variant in (0, 2, 5) else None,
     }
+
+
+def maxima_arguments(variant: int, backend: Backend) -> Arguments:
+    g, dtype = generator(variant), dtype_of(backend, variant)
+    params = [SamplingParams(), SamplingParams(temperature=1.0, seed=3), SAMPLED]
+    is_gpu = backend.runs_cuda_source
+    return {
+        "x": torch.randn(BATCH, 16, generator=g).to(dtype if is_gpu else torch.float32),
+        "weight": torch.randn(VOCAB, 16, generator=g).to(dtype),
+        "logits": torch.zeros(BATCH, VOCAB),
+        "keys": torch.zeros(BATCH, 2, dtype=torch.int64),
+        "sampling": SamplingTable.build(params, [2, 3, 1], VOCAB).rows.clone(),
+        "history_len": ints(9, 8, 1),
+        "depth": ints(0, 3, 1)[:, None],
+        "workspace": torch.zeros(0) if is_gpu else None,
+    }
+
+
+def linear_with_maxima(a: Arguments) -> None:
+    maxima = None
+    if a["x"].dtype != torch.float32:  # a GPU's
+        maxima = ops.TileMaxima(a["keys"], a["sampling"], a["history_len"], a["depth"])
+    ops.linear(a["x"], a["weight"], out=a["logits"], workspace=a["workspace"], maxima=maxima)
 
 
 # --- trees
@@ -470,8 +495,15 @@ KERNELS = {
         accept_arguments,
         lambda a: ops.tree_accept(**a),
         own=("draft_tokens", "parents", "num_nodes", "history", "history_len", "sampling"),
-        shared=("bias_ids", "bias_values"),
+        shared=("bias_ids", "bias_values", "maxima"),
         results=("path", "accept_length", "tokens", "logprobs"),
+        has_cuda_source=True,
+    ),
+    "linear_maxima": Kernel(
+        maxima_arguments,
+        linear_with_maxima,
+        own=("sampling", "history_len", "depth"),
+        results=("keys",),
         has_cuda_source=True,
     ),
     "tree_expand": Kernel(

@@ -35,9 +35,14 @@ class Shim:
         return self._module.num_graph_objects() - self._num_before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _is_collected() -> None:
+    """What other tests have left, before anything is counted."""
+    gc.collect()
+
+
 @pytest.fixture
 def simt(monkeypatch: pytest.MonkeyPatch) -> Shim:
-    gc.collect()  # what other tests have left
     return Shim(use_simt(1, monkeypatch.setattr))
 
 

@@ -12,11 +12,12 @@ from transformers.generation import logits_process as hf
 
 from specrt import _C
 from specrt.accept import accept
-from specrt.ops import gumbel_noise
+from specrt.ops import TileMaxima, gumbel_noise
 from specrt.ops.tree_accept import gpu_workspace_size, workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import AcceptResult, DraftTree
 from tests.ops.conftest import Backend
+from tests.oracles.tile_maxima import tile_maxima
 
 INF, NAN = math.inf, math.nan
 CPU = Backend("cpu", torch.device("cpu"))
@@ -51,9 +52,24 @@ def scratch_on(backend: Backend, shape: torch.Size, has_draft_probs: bool) -> to
     )
 
 
+def maxima_on(backend, tree, logits, table, history_len) -> TileMaxima:
+    """What the product that made the logits would have left; nodes may be none."""
+    depth = torch.zeros_like(tree.parents)
+    for b, parents in enumerate(tree.parents.tolist()):
+        for node in range(len(parents)):
+            at = node
+            while at > 0 and 0 <= parents[at] < at:
+                at = parents[at]
+                depth[b, node] += 1
+    keys = tile_maxima(logits.flatten(0, 1), table.rows.cpu(), history_len, depth)
+    lens = history_len.to(backend.device)
+    return TileMaxima(keys.to(backend.device), table.rows, lens, depth.to(backend.device))
+
+
 def run(
-    tree, logits, params, history=None, prompt_len=None, backend=CPU, scratch=None, **kw
-) -> AcceptResult:
+    tree, logits, params, history=None, prompt_len=None, backend=CPU, scratch=None,
+    has_maxima=False, **kw,
+) -> AcceptResult:  # fmt: skip
     batch, vocab = logits.shape[0], logits.shape[2]
     params = [params] * batch if isinstance(params, SamplingParams) else params
     history = [[0]] * batch if history is None else history
@@ -63,9 +79,10 @@ def run(
     table = on(backend, SamplingTable.build(params, prompt_len or lens, vocab))
     if scratch is None:
         scratch = scratch_on(backend, logits.shape, tree.draft_probs is not None)
+    maxima = maxima_on(backend, tree, logits, table, i32(lens)) if has_maxima else None
     result = accept(
         on(backend, tree), logits.to(backend.device), table, padded, i32(lens).to(backend.device),
-        workspace=scratch, **kw,
+        workspace=scratch, maxima=maxima, **kw,
     )  # fmt: skip
     return on(CPU, result)
 
@@ -77,7 +94,8 @@ def processed(logits, params, history, prompt_len) -> torch.Tensor:
     _C.processed_logits(
         out, one, one - 1, one[0] + 1, None, logits.view(1, 1, -1), table.rows, table.bias_ids,
         table.bias_values, i32([history]), i32([len(history)]),
-        torch.full((1, workspace_size(vocab)), NAN), one.clone(), one[0].clone(), one.clone(), None,
+        torch.full((1, workspace_size(vocab)), NAN), one.clone(), one[0].clone(), one.clone(),
+        None, None,
     )  # fmt: skip
     return out[0]
 

@@ -1,0 +1,3 @@
+#include "linear/kernel.cuh"
+
+template void specrt::product::start<specrt::f16_t, true>(const KernelParams&, CudaStream);
