@@ -14,7 +14,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench import bench_round, limits, random_target, round_cuda, round_model, round_runs
+from bench import (
+    bench_round,
+    library_linear,
+    limits,
+    random_target,
+    round_cuda,
+    round_model,
+    round_runs,
+)
 from bench.end_to_end_contenders import Job, Ours
 from bench.end_to_end_cuda import Bench
 from bench.fake_gpu import FakeGpu
@@ -220,6 +228,24 @@ def test_replayed_rounds_need_no_host(target: Bench, gpu: Device) -> None:
     found = Ours(model, drafter, None).checked(job)
     assert found.token_ids == expected.token_ids
     assert found.num_rounds + 1 == 5 and found.num_timed == 12 - 3  # 3, 1, 4, 3, 1
+
+
+def test_the_librarys_rounds_need_no_host(
+    target: Bench, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are launched too, though it leaves no keys for acceptance."""
+
+    def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x.float() @ weight.float().t())  # a CPU's has no float32 result
+
+    if gpu.place.type == "cpu":
+        monkeypatch.setattr(library_linear, "product", product)
+    weights = random_target.random_weights(target.config, "cpu", torch.bfloat16)
+    model = LlamaModel(target.config, place_weights(weights, gpu), gpu)
+    gpu._is_eager = True  # its graphs hold kernels alone
+    with library_linear.in_place_of_ours():
+        found = Ours(model, EmptyDrafter(), None).checked(Job(target.job.prompt, 6, repeats=1))
+    assert len(found.token_ids) == 6
 
 
 # --- predicted --------------------------------------------------------------------------------
