@@ -37,7 +37,10 @@ LATENCY, HIDDEN_LATENCY = 2.0e-6, 0.5e-6
 """Of a small kernel's chain of read, sum and write; of one before ``linear``, with dependent
 launches."""
 ATTENTION_LATENCY = 3.0e-6
-ACCEPT_LATENCY = 8.0e-6
+ACCEPT_LATENCY = 0.7e-6
+"""Of each of acceptance's three launches, of which few rows concern more than one."""
+KEYS_TOKENS, KEY = 64, 8
+"""What acceptance reads of a row where the head has left its keys: 8 bytes for 64 tokens."""
 TREE_NODES = 60
 PIECE = 512
 """Tokens of a prompt in one pass."""
@@ -135,8 +138,9 @@ def round_launches(model: Model, nodes: int, prefix: int, tau: float) -> Iterato
     """
     yield Launch("settle", "tree_settle", limits.tree_settle(model, nodes))
     yield from pass_launches(model, nodes, prefix, nodes)
-    accept = limits.tree_accept(model, nodes)
-    yield Launch("accept", "tree_accept", accept, latency=ACCEPT_LATENCY)
+    keys = Work(nodes * -(-model.vocab_size // KEYS_TOKENS) * KEY)
+    yield Launch("accept", "tree_accept: scan_rows", keys, latency=ACCEPT_LATENCY)
+    yield Launch("accept", "tree_accept: weigh, pick", Work(0), 2, ACCEPT_LATENCY)
     yield Launch("accept", "history_append", limits.history_append(model, nodes))
     yield Launch("commit", "kv_commit", limits.kv_commit(model, round(tau)))
 
