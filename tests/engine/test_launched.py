@@ -131,7 +131,7 @@ def test_texts_are_those_of_rounds_one_after_another(
     params[0] = replace(params[0], stop_token_ids=[tokens[0][3]])
     params[3] = replace(params[3], stop=chr(32 + tokens[3][6]))
     expected = said(make_engine(model, OneAfterAnother(), max_batch=1), params)
-    for sizes in ({"max_batch": 3}, {"max_batch": 4, "max_cached_tokens": 128}):
+    for sizes in ({"max_batch": 3, "prefill_chunk": 7}, {"max_batch": 4, "max_cached_tokens": 128}):
         assert said(make_engine(model, **sizes), params) == expected
         drafter = PlannedTrees(model, [list(ids) for ids in tokens])
         assert said(make_engine(model, drafter, **sizes), params) == expected

@@ -14,20 +14,18 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RoundPlan, RootsAlone
+from specrt.draft.base import Budget, EmptyDrafter, RootsAlone, RoundPlan
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
-from specrt.engine.launched import LaunchedRounds
 from specrt.engine.request import Request
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.ops.graph import CudaGraph
 from specrt.sampling import SamplingParams
-from specrt.types import Proposal, RoundReport, SequenceState
+from specrt.types import RoundReport, SequenceState
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import make_engine, texts
-from tests.fake_cuda import ILLEGAL_ACCESS
 from tests.interrupts import interrupted
 from tests.simulated_gpu import only_simulated
 
