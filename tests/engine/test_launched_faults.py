@@ -15,6 +15,7 @@ import torch
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Budget, EmptyDrafter, RootsAlone, RoundPlan
+from specrt.engine import batch as batch_module
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
 from specrt.engine.request import Request
@@ -184,3 +185,20 @@ def test_a_drafter_without_memory_costs_no_request(
     monkeypatch.setattr(Rooted, stage, no_memory)
     result = make_engine(model, Rooted()).generate(PROMPTS[0], GREEDY)
     assert (result.token_ids, result.error) == (answer, None)
+
+
+def test_pages_and_histories_have_room_for_two_rounds(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens go past the 64 of a page and of a table that is as wide as the first round asks."""
+
+    class OneAfterAnother(EmptyDrafter):
+        pass
+
+    monkeypatch.setattr(batch_module, "_FIRST_TOKENS", 1)
+    params = replace(GREEDY, max_new_tokens=10, logprobs=True)
+    prompt = [(7 * i * i + i) % 97 for i in range(58)]
+    expected = make_engine(model, OneAfterAnother()).generate(prompt, params)
+    result = make_engine(model).generate(prompt, params)
+    assert (result.token_ids, result.error) == (expected.token_ids, None)
+    assert result.logprobs == expected.logprobs
