@@ -95,6 +95,7 @@ class Batch:
     def clear(self) -> None:
         """Nobody decodes any more, whatever an interrupt has left half written."""
         self._requests.clear()
+        self._cached.expect_move()  # rounds may be under way that nobody will read
         self._look()
 
     def cached(self, *, is_ahead: bool = False) -> CacheBatch:

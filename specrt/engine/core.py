@@ -86,7 +86,7 @@ class EngineCore:
         self._pending: Pending | None = None  # launched, and not read
         self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)
         self._must_start_over = False
-        self.device = DeviceWatch(target.device.wait)
+        self.device = DeviceWatch(target.device)
 
     def add(self, request: Request) -> None:
         """A request waits for its turn.
@@ -111,7 +111,7 @@ class EngineCore:
         if self._must_start_over:  # interrupted in the midst of it
             self._start_over()
         try:
-            with self._target.device.working():
+            with self.device.working():
                 self._prefill()
                 if len(self._batch):
                     self._round()
@@ -135,19 +135,22 @@ class EngineCore:
         """
         request.is_over = True
         try:
-            self._catch_up()
-            self._release(request)
+            with self.device.working():
+                self._catch_up()
+                self._release(request)
             self.scheduler.remove(request)
         except BaseException:
+            self._must_start_over = True
             self._start_over()
             raise
 
     def close(self) -> None:
         """Free everything, at once: nothing here holds on to the target afterwards."""
         try:
-            for request in list(self.scheduler):
-                self.remove(request)
-            self.cache.retire()
+            with self.device.working():
+                for request in list(self.scheduler):
+                    self.remove(request)
+                self.cache.retire()
         except Exception as error:
             if not self.device.is_lost(error):  # or its memory is gone anyway
                 raise
@@ -211,10 +214,12 @@ class EngineCore:
         for request in list(self.scheduler):
             if request.is_over:
                 self.remove(request)
-        for request in reversed(self.scheduler.admitted):
-            request.forget_untold()  # first: interrupted, it is still to be done again
-            self._preempt(request)
-        self._batch.clear()
+        with self.device.working():
+            for request in reversed(self.scheduler.admitted):
+                request.forget_untold()  # first: interrupted, it is still to be done again
+                self._preempt(request)
+            self._batch.clear()
+        self._drafting.take_restarts()  # all have been
         self._must_start_over = False
 
     # --- prompts ------------------------------------------------------------------------------
@@ -337,9 +342,11 @@ class EngineCore:
         ended = [request for row, request in running if self._advance(request, row, done)]
         for request in ended:
             self.remove(request)
-        for request in self._drafting.take_restarts():
+        restarts = self._drafting.take_restarts()
+        if restarts:
+            self._catch_up()  # before anybody is looked at: some may end by it
+        for request in restarts:
             if request.cached is not None:
-                self._catch_up()
                 self._preempt(request)
 
     def _shrink(self, error: Exception) -> None:

@@ -146,7 +146,7 @@ class Drafting:
         if group.requests[0].is_suspect:
             return None
         budget = Budget(self.max_nodes, self.cost, group.requests[0].draft)
-        self._try(requests, lambda: plans.append(drafter.plan(group.states, budget)))
+        self._try(requests, lambda: plans.append(_checked(drafter.plan(group.states, budget))))
         plan = plans[0] if plans else None
         if plan is None or not 1 <= plan.num_nodes <= self.max_nodes:
             return None
@@ -269,6 +269,16 @@ class Drafting:
         logging.getLogger("specrt").warning(
             "%s: %s: %s: %s", name, what, type(error).__name__, error
         )
+
+
+def _checked(plan: RoundPlan | None) -> RoundPlan | None:
+    """What a drafter planned, if it is a plan: its shape can name a round, its size be one."""
+    if plan is None:
+        return None
+    if not isinstance(plan, RoundPlan) or not isinstance(plan.num_nodes, int):
+        raise TypeError(f"plan: expected None or a RoundPlan of an int of nodes, got {plan!r}")
+    hash(plan)
+    return plan
 
 
 def _groups_of(requests: Sequence[Request]) -> tuple[Group, ...]:

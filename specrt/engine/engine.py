@@ -53,7 +53,8 @@ class Engine:
         self.drafter = drafter
         self.tokenizer = tokenizer
         self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
-        self._core = EngineCore(target, drafter, self.limits)
+        with target.device.working():  # where its memory is used
+            self._core = EngineCore(target, drafter, self.limits)
         self._intake = Intake(target.config, tokenizer, drafter, self.limits)
         self._lock = target.lock
         self._outbox: list[StreamChunk] = []

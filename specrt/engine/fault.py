@@ -6,20 +6,26 @@ process fails on that device. Others (no memory, a launch that cannot be started
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from specrt.device import Device
 
 
 class DeviceWatch:
     """Whether the device that an engine runs on still answers.
 
     Args:
-        wait: waits for the device, and raises if it is lost: a CPU's does nothing.
+        device: to wait for it raises if it is lost.
     """
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait = wait
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self.fault: str | None = None
         """CUDA's words for what broke the device, once something has."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """As :meth:`Device.working`, whoever's call it is in; nothing goes to one that is lost."""
+        return self._device.working() if self.fault is None else nullcontext()
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether the device is lost, asked after ``error``; the first one's words are kept.
@@ -28,7 +34,7 @@ class DeviceWatch:
         """
         if self.fault is None and isinstance(error, Exception):
             try:
-                self._wait()
+                self._device.wait()
             except RuntimeError as answer:  # as torch raises CUDA's errors
                 cause = error if isinstance(error, RuntimeError) else answer
                 self.fault = str(cause).partition("\n")[0] or type(cause).__name__

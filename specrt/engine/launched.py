@@ -8,7 +8,8 @@ meanwhile takes part in that round and takes nothing from it; pages are there fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -129,7 +130,8 @@ class LaunchedRounds:
         verify = stages.target.bind(tree, tables.cached, taps=planned.taps, maxima=maxima)
 
         def launch() -> None:
-            proposal = planned.drafter.launch_propose(planned.plan, tables)
+            with _drafting():
+                proposal = planned.drafter.launch_propose(planned.plan, tables)
             assert proposal.draft_probs is None, "a launched drafter gives no laws"
             launch_settle(proposal, tables.roots, tables.room, vocab_size, tree)
             verify.launch()
@@ -146,9 +148,20 @@ class LaunchedRounds:
             )
             launch_append(tables, tree, result, report)
             tables.cached.launch_move(result.path, tables.num_path)
-            planned.drafter.launch_observe(planned.plan, tables, tree, result, verify.output.taps)
+            taps = verify.output.taps
+            with _drafting():
+                planned.drafter.launch_observe(planned.plan, tables, tree, result, taps)
 
         return _LaunchedRound(launch, report)
+
+
+@contextmanager
+def _drafting() -> Iterator[None]:
+    """A drafter that finds no memory has failed: it is not the round that is too large."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _addresses(tables: BatchTables) -> list[Hashable]:

@@ -79,8 +79,8 @@ class CudaGraph:
 def _uncollected() -> Iterator[None]:
     """Nothing is collected meanwhile: what is freed may be CUDA's, which would end the capture."""
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()  # within: Ctrl-C may come right behind it
         yield
     finally:
         if was_enabled:

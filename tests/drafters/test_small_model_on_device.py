@@ -119,8 +119,11 @@ def test_when_the_host_is_needed(model: LlamaModel) -> None:
         return plan is not None
 
     assert plans(DEPTH + 1) and not plans(DEPTH)  # shorter than the tail
-    assert plans(300) and not plans(302)  # with 16 under way and 3 to come, 320 positions are full
+    assert plans(313) and not plans(314)  # with 4 under way and 3 to come, 320 positions are full
     assert not plans(20, DraftParams(depth=0)) and not plans(20, max_nodes=1)
+    drafter = DeviceSmallModelDrafter(model, DEPTH)
+    drafter.cache.fix(2)
+    assert plans(121) and not plans(122)  # likewise of the 128 positions that there are pages for
 
 
 def test_one_that_is_far_behind_is_caught_up_by_the_host(model: LlamaModel) -> None:

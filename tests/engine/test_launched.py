@@ -125,7 +125,10 @@ def said(engine: Engine, params: Sequence[SamplingParams]) -> list[tuple[object,
 
 @pytest.mark.parametrize(
     ("sampling", "sizes"),
-    [(GREEDY, {"max_batch": 3}), (SAMPLED, {"max_batch": 4, "max_cached_tokens": 128})],
+    [
+        (GREEDY, {"max_batch": 3, "prefill_chunk": 7}),
+        (SAMPLED, {"max_batch": 4, "max_cached_tokens": 128}),
+    ],
     ids=["greedy", "sampled"],
 )
 def test_texts_are_those_of_rounds_one_after_another(
@@ -209,6 +212,21 @@ def test_a_plain_round_is_one_graph(model: LlamaModel, caplog: pytest.LogCapture
     while not engine.is_idle:
         engine.step()
     assert len(caplog.messages) == 1
+
+
+def test_buffers_may_move_between_rounds(model: LlamaModel) -> None:
+    """As another engine's larger batch makes them, or a longer prompt: rounds hold addresses."""
+    expected = texts(make_engine(model).generate(PROMPTS, SAMPLED))
+    engine = make_engine(model)
+    handles = [engine.add(prompt, SAMPLED) for prompt in PROMPTS]
+    chunks = [chunk for _ in range(4) for chunk in engine.step()]
+    version = model.device.version
+    model.reserve(8, 64, 256, has_logits=True)
+    assert model.device.version > version
+    while not engine.is_idle:
+        chunks += engine.step()
+    results = {chunk.handle: chunk.result for chunk in chunks if chunk.result is not None}
+    assert [results[handle].token_ids for handle in handles] == expected
 
 
 @pytest.mark.parametrize("num_good", [0, 1], ids=["as it is", "captured"])

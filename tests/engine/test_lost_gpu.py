@@ -202,7 +202,7 @@ def test_closing_an_engine_whose_gpu_another_one_lost(
         raise RuntimeError("broken otherwise")
 
     monkeypatch.setattr(other.cache, "retire", retire)
-    monkeypatch.setattr(other._core.device, "_wait", lambda: None)
+    monkeypatch.setattr(model.device, "wait", lambda: None)
     with pytest.raises(RuntimeError, match="broken otherwise"):
         other.close()
 

@@ -12,7 +12,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import Budget, Drafter, DraftParams
+from specrt.draft.base import Budget, Drafter, DraftParams, EmptyDrafter
 from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
 from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
@@ -149,6 +149,8 @@ def drafter_of(
             return DeviceRecycleDrafter(VOCAB, model.device)
         case "small model":
             return DeviceSmallModelDrafter(model, depth=3, width=2)
+        case "plain":
+            return EmptyDrafter()
         case "prompt lookup":
             return DevicePromptLookupDrafter(model.device)
         case "trees":
@@ -210,7 +212,7 @@ def answered(
     return results
 
 
-NAMES = ("fspad", "eesd", "recycle", "small model", "prompt lookup", "trees", "hostile")
+NAMES = ("fspad", "eesd", "recycle", "small model", "prompt lookup", "plain", "trees", "hostile")
 FEW = [("hostile", 5), ("fspad", 8)]
 MANY = [(name, seed) for seed in range(12) for name in NAMES]
 

@@ -58,16 +58,19 @@ class DeviceSmallModelDrafter(SmallModelDrafter):
         if width < 1 or depth < 1:
             return None
         depth = min(depth, room // width)
-        # One round may be under way: its tree, and the bonus token.
-        longest = max(len(state.token_ids) for state in states) + budget.max_nodes
+        # One round may be under way, planned as this one is: its tree's depth, and the bonus token.
         num_tail = depth + 1
+        longest = max(len(state.token_ids) for state in states) + num_tail
         if not all(self._is_near(state, num_tail) for state in states):
             return None
         if longest + depth > self._model.config.max_positions:
             return None
-        for state in states:
-            ahead = budget.max_nodes + depth * width
-            self._cache.reserve(self._cached[state], len(state.token_ids) + ahead)
+        try:
+            for state in states:
+                ahead = num_tail + depth * width
+                self._cache.reserve(self._cached[state], len(state.token_ids) + ahead)
+        except MemoryError:  # a round at a time needs less
+            return None
         self._pages.update([self._cached[state] for state in states])
         is_coupled = any(state.temperature > 0 for state in states)
         made = self._round((len(states), num_tail, depth, width, is_coupled))
