@@ -124,6 +124,19 @@ def test_every_plan_gives_the_same_bits(backend: Backend) -> None:
         assert torch.equal(run(x, weight, plan=plan), expected), plan
 
 
+@pytest.mark.parametrize("shape", [(33, 40), (72, 1032)], ids=str)
+def test_nothing_is_read_past_the_ends(
+    backend: Backend, simt: object, shape: tuple[int, int]
+) -> None:
+    """Under an even seed a tensor ends where reading is an error."""
+    x, weight = made(shape, 9, backend)
+    bias, residual = torch.randn(shape[0]), spread(9, shape[0], x.dtype, backend, seed=3)
+    expected = run(x, weight, bias=bias, residual=residual)
+    simt.set_schedule(2)  # type: ignore[attr-defined]
+    for plan in (ops.LinearPlan(64, 2), ops.LinearPlan(128, 8)):
+        assert torch.equal(run(x, weight, bias=bias, residual=residual, plan=plan), expected)
+
+
 @pytest.mark.parametrize("rows", [5, 20, 60, 100, 129])
 def test_every_plan_for_more_rows(backend: Backend, rows: int) -> None:
     for shape in ((136, 200), (8, 1032)) if rows < 100 else ((136, 200),):
@@ -190,7 +203,7 @@ def test_residual_in_place(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(48, 72), (32, 1032)], ids=str)
+@pytest.mark.parametrize("shape", [(144, 72), (32, 1032)], ids=str)
 def test_gate_and_up(backend: Backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     x, weight, bias = (
@@ -228,10 +241,11 @@ def test_as_exact_as_torch(backend: Backend, dtype: torch.dtype) -> None:
 def test_many_rows_share_a_bounded_workspace(backend: Backend, simt: object) -> None:
     for shape, launches in (((8, 1032), 2), ((8, 72), 1)):
         x, weight = made(shape, 257, backend)
+        residual = spread(257, shape[0], x.dtype, backend, seed=3)
         before = simt.num_launches()  # type: ignore[attr-defined]
-        whole = run(x, weight)
+        whole = run(x, weight, residual=residual)
         assert simt.num_launches() - before == launches  # type: ignore[attr-defined]
-        assert torch.equal(run(x[256:], weight), whole[256:])
+        assert torch.equal(run(x[256:], weight, residual=residual[256:]), whole[256:])
 
 
 def test_nothing_to_do(backend: Backend) -> None:
