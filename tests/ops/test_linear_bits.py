@@ -185,12 +185,14 @@ def test_rows_of_wider_tensors(backend: Backend) -> None:
         wide = torch.full((12, 104), NAN, dtype=x.dtype, device=x.device)
         wide[1:10, 16:88] = x
         for dtype, width in ((torch.float32, 50), (x.dtype, 56)):
-            outs = torch.full((11, width), NAN, dtype=dtype, device=x.device)
-            residuals = torch.zeros(9, width, dtype=x.dtype, device=x.device)
-            out = outs[1:10, 8 : 8 + num_outputs]
-            ops.linear(wide[1:10, 16:88], weight, None, residuals[:, :num_outputs], out)
-            assert torch.equal(out, expected.to(dtype))
-            assert outs.isnan().sum() == outs.numel() - out.numel()
+            for left, beside in ((8, 0), (1, 0), (8, 1)):  # where rows of out and residual begin
+                outs = torch.full((11, width), NAN, dtype=dtype, device=x.device)
+                residuals = torch.zeros(9, width, dtype=x.dtype, device=x.device)
+                out = outs[1:10, left : left + num_outputs]
+                residual = residuals[:, beside : beside + num_outputs]
+                ops.linear(wide[1:10, 16:88], weight, None, residual, out)
+                assert torch.equal(out, expected.to(dtype))
+                assert outs.isnan().sum() == outs.numel() - out.numel()
 
 
 def test_residual_in_place(backend: Backend) -> None:
