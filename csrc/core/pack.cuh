@@ -13,13 +13,22 @@ struct alignas(pack_alignment(sizeof(T) * kSize)) Pack {
     T at[kSize];
 };
 
+// A GPU faults where a pack is not at a multiple of its alignment; a CPU would not.
+template <typename P, typename T>
+__device__ __forceinline__ P* as_pack(T* p) {
+#if defined(SPECRT_SIMT)
+    simt::require_aligned(p, alignof(P));
+#endif
+    return reinterpret_cast<P*>(p);
+}
+
 template <int kSize, typename T>
 __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p) {
-    return *reinterpret_cast<const Pack<T, kSize>*>(p);
+    return *as_pack<const Pack<T, kSize>>(p);
 }
 template <int kSize, typename T>
 __device__ __forceinline__ void store_shared_pack(T* p, const Pack<T, kSize>& pack) {
-    *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
+    *as_pack<Pack<T, kSize>>(p) = pack;
 }
 // To global memory.
 template <int kSize, typename T>
@@ -35,7 +44,7 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack) {
         return;
     }
 #endif
-    *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
+    *as_pack<Pack<T, kSize>>(p) = pack;
 }
 
 // Elements first .. first + kSize - 1 of a row, zeros from `width` on. `is_whole`: 16-byte loads
@@ -67,11 +76,11 @@ __device__ __forceinline__ void store_piece(T* row, int first, int width, bool i
 // alignment and moves bytes.)
 template <typename T>
 __device__ __forceinline__ uint32_t load_word(const T* p) {
-    return *reinterpret_cast<const uint32_t*>(p);
+    return *as_pack<const uint32_t>(p);
 }
 template <typename T>
 __device__ __forceinline__ void store_word(T* p, uint32_t bits) {
-    *reinterpret_cast<uint32_t*>(p) = bits;
+    *as_pack<uint32_t>(p) = bits;
 }
 
 // For choosing a kernel that moves 16 bytes at a time: what addresses and byte strides must be

@@ -33,11 +33,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def in_wider(tensor: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+def in_wider(tensor: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     """A poisoned tensor, and the given one in the middle of its rows."""
-    wider = tensor.new_full((tensor.shape[0], tensor.shape[1] + 2 * pad), float("nan"))
-    wider[:, pad:-pad] = tensor
-    return wider, wider[:, pad:-pad]
+    wider = tensor.new_full((tensor.shape[0], left + tensor.shape[1] + right), float("nan"))
+    wider[:, left:-right] = tensor
+    return wider, wider[:, left:-right]
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), PAIRS)
@@ -53,18 +53,21 @@ def test_rows_are_torchs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pad", [1, 8])
+@pytest.mark.parametrize(
+    ("of_table", "of_out"),  # begin and rows at multiples of 16 bytes, all but one, none
+    [((8, 8), (8, 8)), ((1, 15), (8, 8)), ((8, 8), (1, 15)), ((8, 1), (8, 8)), ((1, 1), (1, 1))],
+)
 def test_strided_rows_and_nothing_around_them(
-    backend: Backend, pad: int, dtype: torch.dtype
+    backend: Backend, of_table: tuple[int, int], of_out: tuple[int, int], dtype: torch.dtype
 ) -> None:
     table = table_of(5, 48, dtype).to(backend.device)
     tokens = i32(4, 1, 1).to(backend.device)
     for wanted in DTYPES:
         expected = table.index_select(0, tokens).to(wanted)
-        wider, out = in_wider(expected * 0, pad)
-        ops.embed(tokens, in_wider(table, pad)[1], out)
+        wider, out = in_wider(expected * 0, *of_out)
+        ops.embed(tokens, in_wider(table, *of_table)[1], out)
         assert torch.equal(out, expected)
-        assert int(wider.isnan().sum()) == 2 * pad * len(tokens)
+        assert int(wider.isnan().sum()) == sum(of_out) * len(tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

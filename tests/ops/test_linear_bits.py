@@ -12,7 +12,8 @@ from tests.oracles import linear as oracle
 DTYPES = [torch.bfloat16, torch.float16]
 COUNTS = (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129)
 """Of rows: around every size that rows are padded to, and with more than one piece."""
-PLANS = [ops.LinearPlan(rows, stages) for rows in (64, 128) for stages in (2, 3, 8)]
+PLANS = [ops.LinearPlan(128 if stages % 2 else 64, stages) for stages in range(2, 9)]
+"""Every number of stages: each waits for its own."""
 NAN = float("nan")
 Tensor = torch.Tensor
 
@@ -124,6 +125,19 @@ def test_every_plan_gives_the_same_bits(backend: Backend) -> None:
         assert torch.equal(run(x, weight, plan=plan), expected), plan
 
 
+@pytest.mark.parametrize("shape", [(33, 40), (72, 1032)], ids=str)
+def test_nothing_is_read_past_the_ends(
+    backend: Backend, simt: object, shape: tuple[int, int]
+) -> None:
+    """Under an even seed a tensor ends where reading is an error."""
+    x, weight = made(shape, 9, backend)
+    bias, residual = torch.randn(shape[0]), spread(9, shape[0], x.dtype, backend, seed=3)
+    expected = run(x, weight, bias=bias, residual=residual)
+    simt.set_schedule(2)  # type: ignore[attr-defined]
+    for plan in (ops.LinearPlan(64, 2), ops.LinearPlan(128, 8)):
+        assert torch.equal(run(x, weight, bias=bias, residual=residual, plan=plan), expected)
+
+
 @pytest.mark.parametrize("rows", [5, 20, 60, 100, 129])
 def test_every_plan_for_more_rows(backend: Backend, rows: int) -> None:
     for shape in ((136, 200), (8, 1032)) if rows < 100 else ((136, 200),):
@@ -172,12 +186,14 @@ def test_rows_of_wider_tensors(backend: Backend) -> None:
         wide = torch.full((12, 104), NAN, dtype=x.dtype, device=x.device)
         wide[1:10, 16:88] = x
         for dtype, width in ((torch.float32, 50), (x.dtype, 56)):
-            outs = torch.full((11, width), NAN, dtype=dtype, device=x.device)
-            residuals = torch.zeros(9, width, dtype=x.dtype, device=x.device)
-            out = outs[1:10, 8 : 8 + num_outputs]
-            ops.linear(wide[1:10, 16:88], weight, None, residuals[:, :num_outputs], out)
-            assert torch.equal(out, expected.to(dtype))
-            assert outs.isnan().sum() == outs.numel() - out.numel()
+            for left, beside in ((8, 0), (1, 0), (8, 1)):  # where rows of out and residual begin
+                outs = torch.full((11, width), NAN, dtype=dtype, device=x.device)
+                residuals = torch.zeros(9, width, dtype=x.dtype, device=x.device)
+                out = outs[1:10, left : left + num_outputs]
+                residual = residuals[:, beside : beside + num_outputs]
+                ops.linear(wide[1:10, 16:88], weight, None, residual, out)
+                assert torch.equal(out, expected.to(dtype))
+                assert outs.isnan().sum() == outs.numel() - out.numel()
 
 
 def test_residual_in_place(backend: Backend) -> None:
@@ -190,7 +206,7 @@ def test_residual_in_place(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(48, 72), (32, 1032)], ids=str)
+@pytest.mark.parametrize("shape", [(144, 72), (32, 1032)], ids=str)
 def test_gate_and_up(backend: Backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     x, weight, bias = (
@@ -228,10 +244,11 @@ def test_as_exact_as_torch(backend: Backend, dtype: torch.dtype) -> None:
 def test_many_rows_share_a_bounded_workspace(backend: Backend, simt: object) -> None:
     for shape, launches in (((8, 1032), 2), ((8, 72), 1)):
         x, weight = made(shape, 257, backend)
+        residual = spread(257, shape[0], x.dtype, backend, seed=3)
         before = simt.num_launches()  # type: ignore[attr-defined]
-        whole = run(x, weight)
+        whole = run(x, weight, residual=residual)
         assert simt.num_launches() - before == launches  # type: ignore[attr-defined]
-        assert torch.equal(run(x[256:], weight), whole[256:])
+        assert torch.equal(run(x[256:], weight, residual=residual[256:]), whole[256:])
 
 
 def test_nothing_to_do(backend: Backend) -> None:

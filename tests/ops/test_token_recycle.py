@@ -168,6 +168,9 @@ def test_rows_in_order_and_rows_of_equals(backend: Backend) -> None:
     steps = torch.arange(9001.0)
     given.logits[0, 0], given.logits[0, 1] = steps, -steps
     given.logits[0, 2] = torch.where(steps.long() % 256 == 3, steps, -steps)
+    # Seven threads have nothing but what is above the bound, which is another's.
+    thread = steps.long() % 256
+    given.logits[0, 3] = torch.where(thread < 7, 1e5 + steps, -1e5 * thread - steps)
     given.check(backend)
     given.logits[0, 3] = 2.5  # the lower ids
     tables, _ = given.learned(backend)
@@ -216,6 +219,16 @@ def test_a_slot_that_is_none_is_the_last(backend: Backend) -> None:
     for slot in (-1, 2, INT_MIN, INT_MAX):
         found = replace(given, slots=i32(slot)).learned(backend)
         assert all(map(torch.equal, found, expected))
+
+
+def test_fewer_rows_in_a_workspace_of_more(backend: Backend) -> None:
+    size = ops.recycle_learn_workspace(10, 60, NUM_RANKS) + 1
+    workspace = torch.zeros(size, device=backend.device)
+    for given in (Round.random(2, 5, 60, 3), Round.random(1, 3, 60, 4)):
+        there = {f.name: getattr(given, f.name).to(backend.device) for f in fields(given)}
+        ops.recycle_learn(**there, workspace=workspace)
+        found = there["tables"].cpu(), there["is_own"].cpu()
+        assert all(map(torch.equal, found, given.expected()))
 
 
 def test_slices_of_wider_tensors(backend: Backend) -> None:

@@ -1,12 +1,20 @@
-// Atomics and fences. All fibers share one OS thread, so plain operations are atomic; before each
-// the fiber may be switched out. Fences order nothing here: see README.md.
+// Atomics, fences, and what addresses of whole packs must be. All fibers share one OS thread, so
+// plain operations are atomic; before each the fiber may be switched out. Fences order nothing
+// here: see README.md.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "scheduler.h"
 
 namespace simt {
+
+// For a load or a store of several values at once.
+inline void require_aligned(const void* p, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
+        fail("misaligned address, must be a multiple of " + std::to_string(bytes) + " bytes");
+}
 
 // One of the types in CUDA's table for an operation; the operand takes the pointer's type.
 template <typename T>

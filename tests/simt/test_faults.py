@@ -254,6 +254,15 @@ def test_misaligned_atomic() -> None:
         _simt.run_probe("misaligned_atomic", {"word": torch.zeros(2, dtype=torch.int32)})
 
 
+def test_misaligned_packs() -> None:
+    x, out = torch.randn(12), torch.zeros(12)
+    _simt.run_probe("copy_pack", {"x": x, "out": out}, [4, 8], block=[1])
+    assert torch.equal(out[8:], x[4:8])
+    for numbers in ([2, 0], [0, 1]):
+        with pytest.raises(RuntimeError, match="misaligned address, must be a multiple of 16"):
+            _simt.run_probe("copy_pack", {"x": x, "out": out}, numbers, block=[1])
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_copies_land_at_their_wait(seed: int) -> None:
     _simt.set_schedule(seed)

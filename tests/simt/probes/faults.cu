@@ -1,4 +1,5 @@
 // Planted faults. A kernel that takes a flag is right with 1 and wrong with 0.
+#include "core/pack.cuh"
 #include "core/ptx.cuh"
 #include "core/reduce.cuh"
 #include "probes/probe.h"
@@ -185,6 +186,11 @@ __global__ void misaligned_atomic(unsigned char* word) {
     atomicAdd(reinterpret_cast<unsigned*>(word + 2), 1u);
 }
 PROBE(misaligned_atomic, p.tensor<unsigned char>("word"))
+
+__global__ void copy_pack(const float* x, float* out, int offset, int to) {
+    store_pack(out + to, load_pack<4>(x + offset));
+}
+PROBE(copy_pack, p.tensor<float>("x"), p.tensor<float>("out"), p.numbers[0], p.numbers[1])
 
 }  // namespace
 }  // namespace probes
