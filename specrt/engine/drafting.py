@@ -32,6 +32,8 @@ from specrt.tree import check_proposal
 from specrt.types import AcceptResult, Proposal, RoundReport, SequenceState
 
 _UNDRAFTED = RootsAlone()
+_LAUNCHED = "plan", "launch_propose", "launch_observe", "told"
+"""What a :class:`LaunchedDrafter` has."""
 _MOST_FAILURES = 3
 """After so many of a sequence's rounds have failed, its neighbours' failures or not, it is done."""
 
@@ -100,6 +102,13 @@ class Drafting:
         self.cost = RoundCost(GPU_SLOPE) if target.device.is_gpu else RoundCost()
         """What verifying rows takes."""
         self._to_restart: list[Request] = []
+        missing = [name for name in _LAUNCHED if not hasattr(drafter, name)]
+        if 0 < len(missing) < len(_LAUNCHED):
+            logging.getLogger("specrt").warning(
+                "%s: its rounds are not launched ahead: it lacks %s",
+                type(drafter).__name__,
+                ", ".join(missing),
+            )
 
     def regroup(self) -> None:
         """A sequence has joined or left the batch."""

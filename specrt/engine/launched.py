@@ -24,6 +24,7 @@ from specrt.engine.round import Round, Stages
 from specrt.reuse import Recent
 from specrt.sampling import SamplingTable
 from specrt.tree import empty_tree, launch_settle
+from specrt.types import DraftTree
 
 _MAX_ROUNDS = 64  # whose buffers are kept: those of the sizes that came up last
 
@@ -60,6 +61,7 @@ class LaunchedRounds:
         self._drafting = drafting
         self._device = stages.cache.device
         self._rounds: Recent[Hashable, _LaunchedRound] = Recent(_MAX_ROUNDS)
+        self._scratches: dict[tuple[int, int], torch.Tensor] = {}
         self._version = self._device.version
 
     def launch(self, planned: Planned, batch: Batch, before: Pending | None) -> Pending:
@@ -118,6 +120,17 @@ class LaunchedRounds:
         self._version = self._device.version
         return True
 
+    def _scratch(self, tree: DraftTree) -> torch.Tensor:
+        """Acceptance's, of a size; rounds share it, for they follow one another and leave in it what
+        the next of that size needs."""
+        batch, num_nodes = tree.draft_tokens.shape
+        found = self._scratches.get((batch, num_nodes))
+        if found is None:
+            vocab_size = self._stages.target.config.vocab_size
+            found = gpu_scratch(tree, vocab_size, self._device)
+            self._scratches[batch, num_nodes] = found
+        return found
+
     def _made(self, planned: Planned, tables: BatchTables) -> _LaunchedRound:
         """A round's own buffers, and its launches on them."""
         stages, device, sampling = self._stages, self._device, tables.sampling
@@ -125,7 +138,7 @@ class LaunchedRounds:
         tree = empty_tree(len(tables.roots), planned.plan.num_nodes, device)
         result = empty_result(tree, sampling.want_logprobs)
         report = empty_report(result, device)
-        scratch = gpu_scratch(tree, vocab_size, device)
+        scratch = self._scratch(tree)
         maxima = empty_maxima(tree, sampling, tables.history_len)
         verify = stages.target.bind(tree, tables.cached, taps=planned.taps, maxima=maxima)
 

@@ -249,6 +249,23 @@ def test_a_round_that_cannot_be_launched_costs_only_its_drafter(
     assert "broken" in caplog.text
 
 
+def test_a_drafter_that_lacks_a_part_is_told_of(
+    model: LlamaModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Partly(EmptyDrafter):
+        def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
+            return RoundPlan(1)
+
+        def told(self, *args: object) -> None: ...
+
+    answer = make_engine(model).generate(PROMPTS[1], GREEDY).token_ids
+    assert not caplog.messages
+    assert make_engine(model, Partly()).generate(PROMPTS[1], GREEDY).token_ids == answer
+    assert caplog.messages == [
+        "Partly: its rounds are not launched ahead: it lacks launch_propose, launch_observe"
+    ]
+
+
 @only_simulated
 def test_an_abort_and_a_closed_engine_leave_nothing_under_way(model: LlamaModel) -> None:
     answers = texts(make_engine(model).generate(PROMPTS, GREEDY))
