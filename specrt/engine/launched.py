@@ -121,8 +121,8 @@ class LaunchedRounds:
         return True
 
     def _scratch(self, tree: DraftTree) -> torch.Tensor:
-        """Acceptance's, of a size. Rounds share it: they follow one another, and leave in it what the
-        next of that size needs."""
+        """Acceptance's, of a size. Rounds share it: they follow one another, and leave in it what
+        the next of that size needs."""
         batch, num_nodes = tree.draft_tokens.shape
         found = self._scratches.get((batch, num_nodes))
         if found is None:
