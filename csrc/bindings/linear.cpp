@@ -18,7 +18,7 @@ void register_linear(py::module_& m) {
                                       device_view_of(workspace, "workspace", true),
                                       is_gated,
                                       {tile_rows, num_stages},
-                                      device_view_of(maxima, "maxima", true),
+                                      device_view_of(maxima, "keys", true),
                                       device_view_of(sampling, "sampling", true),
                                       device_view_of(history_len, "history_len", true),
                                       device_view_of(depth, "depth", true)}));

@@ -35,6 +35,7 @@ TAKEN = {
     "draft_control": {"evidence"},
     "draft_control_update": set(),
     "embed": {"table", "out"},
+    "linear_maxima": {"x", "logits"},
     "feature_sample": {"features", "embed", "out"},
     "feature_gather": {"features", "embed", "out"},
 }  # fmt: skip
@@ -126,6 +127,8 @@ def check_slices(kernel: Kernel, variant: int, backend: Backend) -> set[str]:
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_slices_of_wider_tensors(backend: Backend, name: str) -> None:
+    if name == "linear_maxima" and not backend.runs_cuda_source:
+        pytest.skip("keys are made on a GPU")
     # A workspace of one part is contiguous wherever it lies.
     taken = check_slices(KERNELS[name], 1, backend) - {"workspace"}
     assert taken == TAKEN.get(name, set())

@@ -164,7 +164,7 @@ def test_errors_name_the_argument(backend: Backend) -> None:
     few = TileMaxima(good.keys, good.sampling, good.history_len, good.depth[:, :0])
     short = TileMaxima(good.keys, good.sampling, good.history_len[1:], good.depth)
     for maxima, given, what in (
-        (narrow, out, r"maxima: expected .*ceil\(N / 64\)"),
+        (narrow, out, r"keys: expected .*ceil\(N / 64\)"),
         (few, out, "depth: expected one for each of 6 rows"),
         (short, out, r"history_len: expected \[B\] = \[6\] int32"),
         (good, out.bfloat16(), "maxima: expected float32 logits"),
