@@ -159,6 +159,21 @@ class BatchTables:
     sampling: SamplingTable
 
 
+class StageTimes(NamedTuple):
+    """Milliseconds that the stages of a launched round took, by the device's own clock."""
+
+    draft: float
+    """What the drafter launched before the trees were settled."""
+    verify: float
+    accept: float
+    """Acceptance and what follows it, the drafter's part among it."""
+
+    @property
+    def whole(self) -> float:
+        """Of the round."""
+        return self.draft + self.verify + self.accept
+
+
 class RoundPlan(NamedTuple):
     """What a launched round is to be: equal plans mean the same launches on the same addresses."""
 
@@ -208,7 +223,11 @@ class LaunchedDrafter(Protocol):
         ``tree`` and ``result`` (without a report) say what."""
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         """What came of a planned round, once the host has read it; before its tokens are appended
         to the states.
@@ -217,7 +236,7 @@ class LaunchedDrafter(Protocol):
             states: as for :meth:`plan`; some may have ended since.
             plan: what it gave.
             report: of that round.
-            ms: that the whole round took.
+            times: that it took.
         """
 
 
@@ -275,6 +294,10 @@ class RootsAlone:
         """Nothing is learned."""
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         """Nothing is counted."""

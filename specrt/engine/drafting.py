@@ -22,6 +22,7 @@ from specrt.draft.base import (
     LaunchedDrafter,
     RootsAlone,
     RoundPlan,
+    StageTimes,
 )
 from specrt.draft.length.costs import GPU_SLOPE, RoundCost
 from specrt.engine.request import Request
@@ -162,12 +163,16 @@ class Drafting:
         return Planned(drafter, plan, self._taps)
 
     def told(
-        self, planned: Planned, requests: Sequence[Request], report: RoundReport, ms: float
+        self,
+        planned: Planned,
+        requests: Sequence[Request],
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         """Tell the drafter what came of a planned round."""
         states = [request.state for request in requests]
         running = [request for request in requests if not request.is_over]
-        self._try(running, lambda: planned.drafter.told(states, planned.plan, report, ms))
+        self._try(running, lambda: planned.drafter.told(states, planned.plan, report, times))
 
     def blame(self, requests: Sequence[Request], error: Exception) -> None:
         """What the drafter launched has failed."""

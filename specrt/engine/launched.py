@@ -16,7 +16,7 @@ import torch
 
 from specrt.accept import Read, accept, empty_maxima, empty_result, gpu_scratch
 from specrt.device import Mark, Posted
-from specrt.draft.base import BatchTables
+from specrt.draft.base import BatchTables, StageTimes
 from specrt.engine.batch import Batch, empty_report, launch_append
 from specrt.engine.drafting import Drafting, Planned
 from specrt.engine.request import Request
@@ -98,7 +98,8 @@ class LaunchedRounds:
         counts = [outcome.num_taken for outcome in read.outcomes]
         batch.advance(counts, is_ahead=is_ahead)
         ms = self._device.ms_between(*pending.marks)
-        self._drafting.told(pending.planned, pending.requests, read.for_drafters(), ms)
+        times = StageTimes(0.0, ms, 0.0)
+        self._drafting.told(pending.planned, pending.requests, read.for_drafters(), times)
         self._drafting.cost.observe(pending.planned.plan.num_nodes * len(counts), ms)
         return Round(read, draft_ms=0.0, verify_ms=ms, accept_ms=0.0)
 

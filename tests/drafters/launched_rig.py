@@ -25,6 +25,7 @@ from specrt.draft.base import (
     DraftParams,
     LaunchedDrafter,
     RootsAlone,
+    StageTimes,
 )
 from specrt.draft.length.costs import RoundCost
 from specrt.models.model import LlamaModel
@@ -191,7 +192,7 @@ class Rounds:
     def _tell(self, plan: Any, report: torch.Tensor, size: int) -> None:
         read = Read(self._model.device.read(report).numpy(), size)
         assert isinstance(self.drafter, LaunchedDrafter)
-        self.drafter.told(self.states, plan, read.for_drafters(), 1.0)
+        self.drafter.told(self.states, plan, read.for_drafters(), StageTimes(0.0, 1.0, 0.0))
         self._append(read)
 
     def _append(self, read: Read) -> None:

@@ -14,7 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, DraftParams, LaunchedDrafter, RoundPlan
+from specrt.draft.base import (
+    BatchTables,
+    Budget,
+    DraftParams,
+    LaunchedDrafter,
+    RoundPlan,
+    StageTimes,
+)
 from specrt.draft.length.costs import GPU_SLOPE, RoundCost
 from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
@@ -119,7 +126,7 @@ class Rounds:
             more.append(said[: 0 if self.ended[row] else state.num_left])
             report.num_nodes[row], report.accept_length[row] = len(tokens), depth
             report.num_taken[row], report.path[row, : depth + 1] = len(more[-1]), range(depth + 1)
-        self.drafter.told(self.states, plan, report, 1.0)
+        self.drafter.told(self.states, plan, report, StageTimes(0.0, 1.0, 0.0))
         for row, said in enumerate(more):
             self.states[row].token_ids += said
             self.ended[row] = self.states[row].num_left == 0
@@ -229,7 +236,7 @@ def test_sequences_that_have_ended_teach_nothing(gpu: Device) -> None:
             plan = drafter.plan(states, Budget(16, RoundCost(slope=0.0), params))
             report = blank_report(2, plan.num_nodes)
             report.num_taken[:] = live
-            drafter.told(states, plan, report, 1.0)
+            drafter.told(states, plan, report, StageTimes(0.0, 1.0, 0.0))
         return drafter.plan(states, Budget(16, costly)).num_nodes
 
     assert width([0, 0]) > 1

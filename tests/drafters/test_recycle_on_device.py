@@ -11,7 +11,7 @@ import torch
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, DraftParams, LaunchedDrafter
+from specrt.draft.base import BatchTables, Budget, DraftParams, LaunchedDrafter, StageTimes
 from specrt.draft.length.costs import RoundCost
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
 from specrt.models.loader import load_weights
@@ -98,7 +98,7 @@ def test_sizes_follow_reports(gpu: Device, target: Path, is_right: bool) -> None
         if is_right and sizes[-1] > 1:
             path[0, 1] = 1
         counts = (np.array([n], dtype=np.int32) for n in (sizes[-1], is_right, 1 + is_right))
-        drafter.told([state], plan, RoundReport(*counts, path), 1.0)
+        drafter.told([state], plan, RoundReport(*counts, path), StageTimes(0.0, 1.0, 0.0))
     assert max(sizes) > 1 and (sizes.count(1) >= 10) == (not is_right)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, DraftParams, EmptyDrafter, RoundPlan
+from specrt.draft.base import BatchTables, Budget, DraftParams, EmptyDrafter, RoundPlan, StageTimes
 from specrt.draft.prompt_lookup.on_device import DevicePromptLookupDrafter
 from specrt.engine import launched
 from specrt.engine.engine import Engine
@@ -108,7 +108,11 @@ class PlannedTrees(RandomTreeDrafter):
     ) -> None: ...
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         self.reports.append(report)
 

@@ -14,7 +14,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import Budget, EmptyDrafter, RootsAlone, RoundPlan
+from specrt.draft.base import Budget, EmptyDrafter, RootsAlone, RoundPlan, StageTimes
 from specrt.engine import batch as batch_module
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
@@ -66,7 +66,11 @@ class Forgetful(Rooted):
     """Fails as it hears of the round behind which one more is left."""
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         if states[0].num_left == 2:
             raise ArithmeticError("broken")

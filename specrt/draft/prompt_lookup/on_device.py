@@ -22,7 +22,7 @@ import torch
 
 from specrt import ops
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan
+from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan, StageTimes
 from specrt.draft.length.costs import RoundCost
 from specrt.draft.length.envelope import GPU_ENVELOPES, RankBelief
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
@@ -164,7 +164,11 @@ class DevicePromptLookupDrafter(PromptLookupDrafter):
         """The history is all that is kept."""
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         """Learn which ranks were right, of sequences that went on and had room for one."""
         shape = _placed(plan).shape

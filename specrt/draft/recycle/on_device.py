@@ -19,7 +19,7 @@ import torch
 
 from specrt import ops
 from specrt.device import Device, Mark
-from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan
+from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan, StageTimes
 from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.draft.length.measured import MeasuredPolicy
 from specrt.draft.recycle.device_tables import DeviceTables, Slots
@@ -191,7 +191,11 @@ class DeviceRecycleDrafter:
         self._learn(slots, order, taps, *given)
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         """Learn how far the trees were right. (What their launch took is part of the round's time,
         by which sizes are judged.)"""

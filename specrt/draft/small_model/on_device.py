@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from specrt.cache import CacheBatch
-from specrt.draft.base import BatchTables, Budget, RoundPlan
+from specrt.draft.base import BatchTables, Budget, RoundPlan, StageTimes
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.draft.small_model.round import TreeKey, TreeRound
 from specrt.models.model import LlamaModel
@@ -92,7 +92,11 @@ class DeviceSmallModelDrafter(SmallModelDrafter):
         """The next round runs what was accepted."""
 
     def told(
-        self, states: Sequence[SequenceState], plan: RoundPlan, report: RoundReport, ms: float
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
     ) -> None:
         """What the round had caught up with is there for good."""
         for state in states:
