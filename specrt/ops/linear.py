@@ -13,7 +13,8 @@ from specrt.ops.registry import register
 register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
-    " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth) -> ()",
+    " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
+    " Tensor(d!)? masses, Tensor? token_map, int level) -> ()",
     _C.linear,
 )
 
@@ -55,6 +56,36 @@ class TileMaxima:
     """``[B, N]`` int32, of the trees' nodes."""
 
 
+@dataclass(frozen=True, eq=False)
+class DraftMaxima:
+    """What :func:`linear` leaves on a GPU of every 64 of a draft head's logits ``[B * F, R]``, so
+    that ``tree_expand``, given the same, reads few of these: the best score, which is the logit,
+    where a sequence samples logit / temperature, and where it does so without filters that +
+    Gumbel(seed, position + level); and where it does not sample the mass."""
+
+    keys: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` int64, written, as those of :class:`TileMaxima`."""
+    masses: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` float32, written; ``csrc/core/tile_maxima.h``."""
+    sampling: torch.Tensor | None = None
+    """``[B, 8]`` int64; None if nobody samples. These and the rest are ``tree_expand``'s."""
+    position: torch.Tensor | None = None
+    """``[B]`` int32; None if ``sampling`` is."""
+    level: int = 0
+    token_map: torch.Tensor | None = None
+    """``[R]`` int32, or None."""
+
+
+def _parts_of(maxima: TileMaxima | DraftMaxima | None) -> tuple[torch.Tensor | int | None, ...]:
+    if maxima is None:
+        return (None,) * 6 + (0,)
+    if isinstance(maxima, TileMaxima):
+        told = maxima.sampling, maxima.history_len, maxima.depth
+        return (maxima.keys, *told, None, None, 0)
+    drafts = maxima.sampling, maxima.position, None
+    return (maxima.keys, *drafts, maxima.masses, maxima.token_map, maxima.level)
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -65,7 +96,7 @@ def linear(
     *,
     is_gated: bool = False,
     plan: LinearPlan | None = None,
-    maxima: TileMaxima | None = None,
+    maxima: TileMaxima | DraftMaxima | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
 
@@ -108,10 +139,7 @@ def linear(
         workspace = None
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
-    keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
-    if maxima is not None:
-        keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
-    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed)
+    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *_parts_of(maxima))
     return out
 
 
