@@ -1,31 +1,9 @@
 #include "draft_control/draft_control.h"
 
-#include "bindings/tensor.h"
+#include "bindings/draft_decision.h"
 
 namespace specrt::bindings {
 namespace {
-
-DraftControlArgs decide_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 18, "draft_control: expected 18 arguments, got ", t.size());
-    return {device_view_of(t[2], "settings"),
-            device_view_of(t[3], "costs"),
-            device_view_of(t[4], "posterior"),
-            device_view_of(t[5], "slots"),
-            device_view_of(t[6], "seed"),
-            device_view_of(t[7], "position"),
-            device_view_of(t[8], "limit"),
-            device_view_of(t[9], "is_sampled"),
-            device_view_of(t[10], "slope", true),
-            device_view_of(t[11], "score", true),
-            device_view_of(t[12], "evidence", true),
-            device_view_of(t[13], "is_open"),
-            device_view_of(t[14], "drafted"),
-            device_view_of(t[15], "length"),
-            device_view_of(t[16], "confidence"),
-            device_view_of(t[17], "num_nodes", true),
-            t[0].cast<int64_t>(),
-            t[1].cast<int64_t>()};
-}
 
 DraftControlUpdateArgs update_args(const py::args& t) {
     SPECRT_CHECK(t.size() == 10, "draft_control_update: expected 10 arguments, got ", t.size());
@@ -39,8 +17,11 @@ DraftControlUpdateArgs update_args(const py::args& t) {
 }  // namespace
 
 void register_draft_control(py::module_& m) {
-    m.def("draft_control",
-          [](const py::args& t) { submit_released(draft_control(decide_args(t))); });
+    m.def("draft_control", [](const py::args& t) {
+        SPECRT_CHECK(t.size() == kDecisionArgs, "draft_control: expected ", kDecisionArgs,
+                     " arguments, got ", t.size());
+        submit_released(draft_control(decision_args(t, 0)));
+    });
     m.def("draft_control_update",
           [](const py::args& t) { submit_released(draft_control_update(update_args(t))); });
     m.def("draft_control_prior", [](py::handle settings, py::handle posterior) {

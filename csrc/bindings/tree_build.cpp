@@ -1,12 +1,14 @@
 #include "tree_build/tree_build.h"
 
-#include "bindings/tensor.h"
+#include "bindings/draft_decision.h"
 
 namespace specrt::bindings {
 namespace {
 
 TreeExpandArgs expand_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 22, "tree_expand: expected 22 arguments, got ", t.size());
+    constexpr size_t kOwn = 22;
+    SPECRT_CHECK(t.size() == kOwn + kDecisionArgs, "tree_expand: expected ", kOwn + kDecisionArgs,
+                 " arguments, got ", t.size());
     TreeExpandArgs a{};
     a.logits = device_view_of(t[0], "logits");
     a.scores = device_view_of(t[1], "scores");
@@ -30,6 +32,8 @@ TreeExpandArgs expand_args(const py::args& t) {
     a.level_score = device_view_of(t[19], "level_score", true);
     a.keys = device_view_of(t[20], "keys", true);
     a.masses = device_view_of(t[21], "masses", true);
+    a.is_controlled = !t[kOwn].is_none();
+    if (a.is_controlled) a.control = decision_args(t, kOwn);
     return a;
 }
 

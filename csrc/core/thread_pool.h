@@ -16,7 +16,7 @@
 namespace specrt {
 
 struct Launch {
-    static constexpr size_t kMaxParams = 320;
+    static constexpr size_t kMaxParams = 400;
     static constexpr int kMostParts = 0xffff;
     PartFn fn = nullptr;    // on the CPU
     int max_parts = 1;      // never split into more parts than this

@@ -36,16 +36,6 @@ __device__ __forceinline__ void write_frontier(const TreeExpandParams& p, int64_
     }
 }
 
-// What a row of a closed sequence leaves.
-__device__ __forceinline__ void close_row(const TreeExpandParams& p, int row) {
-    const int j = static_cast<int>(threadIdx.x), seq = row / p.width;
-    if (j >= p.top_k) return;
-    write_child(p, row, j, j, -INFINITY);
-    if (row % p.width != 0) return;
-    write_frontier(p, seq, j, j, token_of(p, j), -INFINITY);
-    if (j == 0 && p.level_score) p.level_score[seq] = -INFINITY;
-}
-
 constexpr uint32_t kScannedNaN = ~0u;
 
 // NaN above all.
@@ -68,13 +58,27 @@ __device__ __forceinline__ float warp_log_sum(const float* scores, int count) {
     return top + log_of_mass(mass);
 }
 
-// Of the frontier that this block has written. All threads of the block must call.
-__device__ __forceinline__ void score_level(const TreeExpandParams& p, int64_t seq) {
+// Once this block has written a sequence's frontier. All threads of the block must call.
+__device__ __forceinline__ void end_level(const TreeExpandParams& p, int64_t seq) {
+    if (!p.level_score && !p.is_controlled) return;
     __syncthreads();
     if (threadIdx.x >= 32) return;
-    const float below = warp_log_sum(p.frontier_scores + seq * p.top_k, p.top_k);
-    const float above = warp_log_sum(p.scores + seq * p.width, p.width);
-    if (threadIdx.x == 0) p.level_score[seq] = score_of_level(below, above);
+    if (p.level_score) {
+        const float below = warp_log_sum(p.frontier_scores + seq * p.top_k, p.top_k);
+        const float above = warp_log_sum(p.scores + seq * p.width, p.width);
+        const float score = is_closed(p, seq) ? -INFINITY : score_of_level(below, above);
+        if (threadIdx.x == 0) p.level_score[seq] = score;
+    }
+    if (p.is_controlled && threadIdx.x == 0) control_sequence(p.control, static_cast<int>(seq));
+}
+
+// What a row of a closed sequence leaves. All threads of the block must call.
+__device__ __forceinline__ void close_row(const TreeExpandParams& p, int row) {
+    const int j = static_cast<int>(threadIdx.x), seq = row / p.width;
+    const bool is_first = row % p.width == 0;
+    if (j < p.top_k) write_child(p, row, j, j, -INFINITY);
+    if (j < p.top_k && is_first) write_frontier(p, seq, j, j, token_of(p, j), -INFINITY);
+    if (is_first) end_level(p, seq);
 }
 
 // The best K of the level's children. All threads of the block must call.
@@ -89,7 +93,7 @@ __device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t
         const int32_t i = index_of(best->keys[j]);
         write_frontier(p, seq, j, i, p.pool_tokens[children + i], scores[i]);
     }
-    if (p.level_score) score_level(p, seq);
+    end_level(p, seq);
 }
 
 }  // namespace specrt

@@ -101,7 +101,18 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.pool_size = narrow(a.pool_tokens.shape[1]);
     p.words = narrow(a.ancestors.shape[2]);
     p.level = narrow(a.level);
+    p.is_controlled = a.is_controlled;
+    if (a.is_controlled) p.control = draft_control_params(a.control);
     return p;
+}
+
+void check_control_of(const TreeExpandArgs& a) {
+    const DraftControlArgs& c = a.control;
+    SPECRT_CHECK(c.step >= 1, "step: expected at least 1 of a level, got ", c.step);
+    expect(c.seed, DType::kInt64, "[B]", a.logits.shape[0]);
+    common_device(a.logits, c.settings, c.costs, c.posterior, c.slots, c.seed, c.position, c.limit,
+                  c.is_sampled, c.slope, c.score, c.evidence, c.is_open, c.drafted, c.length,
+                  c.confidence, c.num_nodes);
 }
 
 int device_of(const TreeExpandArgs& a) {
@@ -167,6 +178,7 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     if (a.token_map) expect(a.token_map, DType::kInt32, "[R]", rows);
     if (a.is_open) expect(a.is_open, DType::kInt32, "[B]", batch);
     if (a.level_score) expect(a.level_score, DType::kFloat32, "[B]", batch);
+    if (a.is_controlled) check_control_of(a);
     const int device = device_of(a);
     const TreeExpandParams p = params_of(a, top_k);
     return device == kCpu ? launch_on_cpu(a, p) : launch_on_gpu(a, p, device);

@@ -15,6 +15,7 @@
 // Order everywhere: larger score first, then the lower index; NaN after everything.
 #pragma once
 #include "core/dispatch.h"
+#include "core/draft_decision.h"
 #include "core/sampling_row.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
@@ -49,6 +50,8 @@ struct TreeExpandParams {
     int64_t logits_stride[2];
     float noise_scale_temperature;
     int32_t batch, width, rows, top_k, pool_size, words, level;  // width: F, rows: R
+    bool is_controlled;
+    DraftControlParams control;  // decided when a sequence's frontier is there
 };
 
 // Floats of scratch a part needs.
@@ -84,6 +87,8 @@ struct TreeExpandArgs {
         frontier_source, frontier_ancestors, workspace, is_open, level_score, keys, masses;
     float noise_scale_temperature;
     int64_t level;
+    bool is_controlled;
+    DraftControlArgs control;
 };
 struct TreeExpand {
     Launch children;

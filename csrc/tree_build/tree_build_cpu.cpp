@@ -293,6 +293,7 @@ void tree_expand_frontier_part(const void* params, int part, int num_parts) {
     for (int64_t b = batch * part / num_parts; b < batch * (part + 1) / num_parts; ++b) {
         pick_frontier(p, b);
         if (p.level_score) score_level(p, b);
+        if (p.is_controlled) control_sequence(p.control, static_cast<int>(b));
     }
 }
 

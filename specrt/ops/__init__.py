@@ -4,7 +4,7 @@ Every op writes into preallocated tensors, so that a captured graph can run it a
 fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
-from specrt.ops.draft_control import draft_control, draft_control_update
+from specrt.ops.draft_control import DraftDecision, draft_control, draft_control_update
 from specrt.ops.embed import embed
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
@@ -29,6 +29,7 @@ from specrt.ops.tree_settle import tree_settle
 __all__ = [
     "Append",
     "AttentionPlan",
+    "DraftDecision",
     "DraftMaxima",
     "Ending",
     "LinearPlan",

@@ -1,7 +1,7 @@
 """Draft control: after each drafted token, draft another one or verify now.
 
 Shapes: B sequences, K tokens that a round may draft, P posteriors. The rules and the order of the
-draws are in ``csrc/draft_control/posterior.h``.
+draws are in ``csrc/core/posterior.h``.
 """
 
 from __future__ import annotations
@@ -86,6 +86,29 @@ class Beliefs(NamedTuple):
     tokens: float
     time: float
     idle: float
+
+
+class DraftDecision(NamedTuple):
+    """The arguments of :func:`draft_control`, for a launch that decides too: ``tree_expand``."""
+
+    kind: int
+    step: int
+    settings: torch.Tensor
+    costs: torch.Tensor
+    posterior: torch.Tensor
+    slots: torch.Tensor
+    seed: torch.Tensor
+    position: torch.Tensor
+    limit: torch.Tensor
+    is_sampled: torch.Tensor
+    slope: torch.Tensor | None
+    score: torch.Tensor | None
+    evidence: torch.Tensor | None
+    is_open: torch.Tensor
+    drafted: torch.Tensor
+    length: torch.Tensor
+    confidence: torch.Tensor
+    num_nodes: torch.Tensor | None = None
 
 
 POSTERIOR_SIZE = len(Beliefs._fields) + 2 * NUM_BINS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from specrt import _C
+from specrt.ops.draft_control import DraftDecision
 from specrt.ops.linear import DraftMaxima
 from specrt.ops.registry import register
 
@@ -20,7 +21,11 @@ register(
     "Tensor(d!) pool_scores, Tensor(e!) frontier_tokens, Tensor(f!) frontier_scores, "
     "Tensor(g!) frontier_candidates, Tensor(h!) frontier_source, "
     "Tensor(i!) frontier_ancestors, Tensor? is_open, Tensor(j!)? level_score, "
-    "Tensor? keys, Tensor? masses) -> ()",
+    "Tensor? keys, Tensor? masses, int? kind, int? step, Tensor? settings, Tensor? costs, "
+    "Tensor? posterior, Tensor? slots, Tensor? seed, Tensor? control_position, Tensor? limit, "
+    "Tensor? is_sampled, Tensor? slope, Tensor? score, Tensor? evidence, "
+    "Tensor(k!)? still_open, Tensor(l!)? drafted, Tensor(m!)? length, Tensor(n!)? confidence, "
+    "Tensor(o!)? num_nodes) -> ()",
     _C.tree_expand,
 )
 register(
@@ -74,6 +79,7 @@ def tree_expand(
     is_open: torch.Tensor | None = None,
     level_score: torch.Tensor | None = None,
     maxima: DraftMaxima | None = None,
+    control: DraftDecision | None = None,
 ) -> None:
     """Give each frontier node its K best children, and pick the next frontier among them.
 
@@ -121,6 +127,9 @@ def tree_expand(
         maxima: on a GPU, what :func:`linear` left of these very logits, made with the same
             sampling, position, level and map. Of the logits few are read then; results are the
             same bits.
+        control: what ``draft_control`` is told after this level, decided by the same launch: as
+            if that one came next. Its ``score`` may be a result of this launch (``level_score``,
+            the first column of ``frontier_scores``), and ``is_open`` be written that is read here.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit, or the frontier written is the
@@ -148,7 +157,8 @@ def tree_expand(
         frontier_ancestors,
         is_open,
         level_score,
-        *(maxima.keys, maxima.masses) if maxima else (None, None),
+        *((maxima.keys, maxima.masses) if maxima else (None, None)),
+        *(control or (None,) * len(DraftDecision._fields)),
     )
 
 

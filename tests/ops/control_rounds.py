@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from specrt.ops import draft_control, draft_control_update
+from specrt.ops import DraftDecision, draft_control, draft_control_update
 from specrt.ops.draft_control import ControlSettings, prior_beliefs
 
 Tensor = torch.Tensor
@@ -71,12 +71,15 @@ class Batch:
             **{n: None if t is None else t.to(device, copy=True) for n, t in tensors.items()}
         )
 
-    def decide(self, kind: int, step: int, score=None, evidence=None) -> None:
-        draft_control(
+    def decision(self, kind: int, step: int, score=None, evidence=None) -> DraftDecision:
+        return DraftDecision(
             kind, step, self.settings, self.costs, self.posterior, self.slots, self.seed,
             self.position, self.limit, self.is_sampled, self.slope, score, evidence, self.is_open,
             self.drafted, self.length, self.confidence, self.num_nodes,
         )  # fmt: skip
+
+    def decide(self, kind: int, step: int, score=None, evidence=None) -> None:
+        draft_control(*self.decision(kind, step, score, evidence))
 
     def update(self, kind: int) -> None:
         draft_control_update(

@@ -188,8 +188,11 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
     zeros = torch.zeros(4, *width, dtype=torch.int32)
     token_map = torch.randperm(2 * VOCAB, generator=g)[:VOCAB].int()
     workspace = torch.zeros(1, expand_workspace_size(VOCAB))
+    tiles: dict[str, Tensor | None] = {"keys": None, "masses": None}
     if backend.runs_cuda_source:
         workspace = torch.zeros(expand_gpu_workspace_size(BATCH, TOP_K, VOCAB, TOP_K))
+    if backend.runs_cuda_source and variant % 4 < 2:
+        tiles = {"keys": torch.randint(-(2**40), 0, (*width, 2)), "masses": torch.rand(*width, 2)}
     return (coupling() if variant % 2 else dict.fromkeys(coupling())) | {
         "logits": torch.randn(*width, VOCAB, generator=g),
         "scores": -torch.rand(width, generator=g),
@@ -208,7 +211,16 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
         "frontier_ancestors": torch.zeros(*width, 1, dtype=torch.int64),
         "is_open": ints(1, 0, 1) if variant % 2 else None,
         "level_score": torch.zeros(BATCH) if variant // 3 else None,
+        **tiles,
     }
+
+
+def grow_level(a: Arguments) -> None:
+    rest = dict(a)
+    keys, masses = rest.pop("keys"), rest.pop("masses")
+    if keys is not None:
+        rest["maxima"] = ops.DraftMaxima(keys.flatten(0, 1), masses.flatten(0, 1))
+    ops.tree_expand(**rest)
 
 
 def rerank_arguments(variant: int, backend: Backend) -> Arguments:
@@ -511,8 +523,11 @@ KERNELS = {
     ),
     "tree_expand": Kernel(
         expand_arguments,
-        lambda a: ops.tree_expand(**a),
-        own=("sampling", "position", "scores", "candidates", "ancestors", "is_open"),
+        grow_level,
+        own=(
+            "sampling", "position", "scores", "candidates", "ancestors", "is_open", "keys",
+            "masses",
+        ),
         shared=("token_map", "workspace"),
         results=(
             "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from specrt.ops.draft_control import ControlKind
 from specrt.sampling import SamplingParams
 from tests.ops.conftest import Backend
+from tests.ops.control_rounds import Batch
 from tests.ops.test_tree_accept import i32
 from tests.ops.test_tree_build import (
     CPU,
@@ -124,3 +126,73 @@ def test_no_parent_no_score(backend: Backend) -> None:
     _, _, scores = grown(backend, levels, [[0, 1], [1, 1]])
     assert scores[0].tolist() == [-INF, 0.0]
     assert scores[1].isnan().all()
+
+
+# --- the decision
+
+
+def decided(
+    backend: Backend, kind: ControlKind, is_chain: bool, is_apart: bool
+) -> list[list[Tensor]]:
+    """What control makes of two levels, the tree's scores among them; decided by the levels'
+    launches, or by one of its own after each."""
+    device, batch = backend.device, Batch.make(6, 4)
+    batch.slots[1], batch.limit[2], batch.posterior[4, :2] = -1, 1, 0.3
+    batch = batch.to(device)
+    batch.decide(kind, 0)
+    batch.is_open[5] = 0
+    evidence = torch.linspace(-2, 2, 12).view(6, 2)
+    evidence[3] = NAN
+    evidence = evidence.to(device)
+    pool = Pool.empty(6, TOP_K + 2 * TOP_K**2).to(device)
+    above, scratch = Frontier.root(6).to(device), scratch_of(backend, 6, ROWS, TOP_K)
+    outcome = []
+    for level, logits in enumerate(random_levels(6, TOP_K, ROWS, 2, scale=9.0)):
+        logits[0, :, 3] = 40.0
+        logits[3, :, 7] = NAN if level == 1 else 20.0
+        below = Frontier.empty(6, TOP_K).to(device)
+        score = below.scores[:, 0] if is_chain else torch.zeros(6, device=device)
+        told = (score, evidence) if is_chain else (score,)
+        kw: dict[str, Any] = {"is_open": batch.is_open}
+        if not is_chain:
+            kw["level_score"] = score
+        if not is_apart:
+            kw["control"] = batch.decision(kind, level + 1, *told)
+        expand(logits.to(device), above, level, pool, below, UNCOUPLED, None, scratch, **kw)
+        if is_apart:
+            batch.decide(kind, level + 1, *told)
+        outputs = [*batch.outputs(), batch.num_nodes, below.scores, below.ancestors, score]
+        outcome.append([t.cpu().clone() for t in outputs])
+        above = below
+    return outcome
+
+
+@pytest.mark.parametrize("is_chain", [False, True])
+@pytest.mark.parametrize("kind", list(ControlKind))
+def test_a_level_decides_what_a_launch_of_its_own_would(
+    backend: Backend, kind: ControlKind, is_chain: bool
+) -> None:
+    """Of sequences that are open and closed, that stop, that have no posterior, that break."""
+    got = decided(backend, kind, is_chain, is_apart=False)
+    for here, apart in zip(got, decided(backend, kind, is_chain, is_apart=True), strict=True):
+        assert_same(here, apart)
+    is_open = [outputs[0].tolist() for outputs in got]
+    assert is_open[0][1] == is_open[0][2] == is_open[0][5] == 0 and any(is_open[0])
+    assert is_open[1][3] == 0
+
+
+def test_a_decision_needs_a_level_of_its_batch(backend: Backend) -> None:
+    batch = Batch.make(2).to(backend.device)
+    above, below = (f.to(backend.device) for f in (Frontier.root(2), Frontier.empty(2, 3)))
+    pool, score = Pool.empty(2, 3).to(backend.device), below.scores[:, 0]
+    for decision, what in (
+        (batch.decision(0, 0), "step: expected at least 1"),
+        (batch.decision(0, 1), "score: expected a tensor"),
+        (batch.rows([0]).decision(0, 1, score[:1]), r"seed: expected \[B\]"),
+        (batch.decision(9, 1, score), "kind: expected"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            expand(
+                torch.zeros(2, 1, 8, device=backend.device), above, 0, pool, below,
+                scratch=scratch_of(backend, 2, 8, 3), control=decision,
+            )  # fmt: skip

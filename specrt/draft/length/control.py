@@ -3,7 +3,7 @@
 A chain is drafted token by token; after each one the controller says whether to draft another or
 to verify now. ``beta-ts`` and ``calibration-ts`` are those of EESD (arXiv 2406.03853), of which no
 code is public: the formulas are our reading. ``cost-aware`` is ours. The rules are in
-``csrc/draft_control/posterior.h``; here are the options, the posteriors of the sequences, and a
+``csrc/core/posterior.h``; here are the options, the posteriors of the sequences, and a
 round's buffers.
 
 Hazard: ``cost-aware`` may drop the token it saw last. That is unbiased only for drafts which are

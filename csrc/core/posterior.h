@@ -9,7 +9,7 @@
 // ones coupled to its noise): they move what is verified, never what is said. A drafter that
 // samples and hands over draft_probs must not use it.
 #pragma once
-#include "draft_control/draws.h"
+#include "core/draws.h"
 
 namespace specrt {
 
