@@ -15,6 +15,7 @@ from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
+from specrt.ops.time_stamp import time_stamp
 from specrt.ops.token_recycle import recycle_learn, recycle_learn_workspace, recycle_propose
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
 from specrt.ops.tree_attention import (
@@ -52,6 +53,7 @@ __all__ = [
     "rms_norm",
     "rope_append",
     "silu_mul",
+    "time_stamp",
     "tree_accept",
     "tree_attention",
     "tree_attention_workspace",
