@@ -22,6 +22,7 @@ void register_history_tail(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
+void register_draft_pairs(py::module_& m);
 void register_graph(py::module_& m);
 void register_embed(py::module_& m);
 void register_prompt_lookup(py::module_& m);
@@ -74,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);
+    register_draft_pairs(m);
     register_embed(m);
     register_prompt_lookup(m);
 }

@@ -5,6 +5,7 @@ fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
 from specrt.ops.draft_control import draft_control, draft_control_update
+from specrt.ops.draft_pairs import draft_pairs
 from specrt.ops.embed import embed
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
@@ -37,6 +38,7 @@ __all__ = [
     "TileMaxima",
     "draft_control",
     "draft_control_update",
+    "draft_pairs",
     "embed",
     "feature_sample",
     "feature_sample_workspace",

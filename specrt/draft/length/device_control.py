@@ -95,8 +95,8 @@ class DeviceControl:
 
 
 class DeviceControlRound:
-    """One round of a batch. Addresses are fixed; :meth:`decide` and :meth:`launch_update` are nothing
-    but launches."""
+    """One round of a batch. Addresses are fixed; :meth:`decide` and :meth:`launch_update` are
+    nothing but launches."""
 
     def __init__(self, control: DeviceControl, batch: int, slope: torch.Tensor | None) -> None:
         device, cap = control.device, control.options.max_draft
