@@ -89,6 +89,8 @@ def attention_arguments(variant: int, backend: Backend) -> Arguments:
     nodes = [range(first, first + NODES) for first in rows["first_node"].tolist()]
     bits = [pack_bits([lineage(parents, node) for node in row], words) for row in nodes]
     rows |= {"ancestors": torch.stack(bits), "scale": 0.2, "out": torch.zeros_like(rows["q"])}
+    if variant % 2:
+        rows |= {"window": 3, "num_sinks": 1}
     if backend.runs_cuda_source:
         slots = rows["block_table"].shape[1] * PAGE_SIZES[variant]
         floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots, backend.device)
