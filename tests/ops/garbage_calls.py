@@ -361,6 +361,25 @@ def tail_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+def pairs_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of each type, in rows of 16-byte pieces or not; kept or not."""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[variant % 3]
+    width, pairs = (16, 11)[variant // 3], 4
+    counts, g = ("source", "kv_len", "kv_len_after", "num_earlier"), generator(variant)
+    return {
+        "taps": torch.randn(BATCH, 5, width, generator=g).to(dtype),
+        "path": torch.tensor([[0, 1, 4], [0, 2, 3], [0, 1, 2]], dtype=torch.int32),
+        "num_path": ints(3, 1, 2),
+        "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
+        "history_len": ints(9, 3, 4),
+        "features": torch.zeros(BATCH, pairs, width, dtype=dtype),
+        "tokens": torch.zeros(pairs, BATCH, dtype=torch.int32),
+        **{name: ints(0, 0, 0) for name in counts},
+        "bits": torch.zeros(BATCH, 2, dtype=torch.int64),
+        "are_kept": variant % 2 == 1,
+    }
+
+
 def embed_arguments(variant: int, backend: Backend) -> Arguments:
     """Of one type or of two, in rows of 16-byte pieces or not."""
     dtypes = torch.float32, torch.bfloat16, torch.float16
@@ -566,6 +585,14 @@ KERNELS = {
         lambda a: ops.history_tail(**a),
         own=("history", "history_len"),
         results=("tokens", "start"),
+        has_cuda_source=True,
+    ),
+    "draft_pairs": Kernel(
+        pairs_arguments,
+        lambda a: ops.draft_pairs(**a),
+        own=("path", "num_path", "history", "history_len", "kv_len"),
+        # And tokens, whose columns are the sequences'.
+        results=("features", "source", "kv_len", "kv_len_after", "num_earlier", "bits"),
         has_cuda_source=True,
     ),
     "prompt_lookup": Kernel(
