@@ -208,6 +208,7 @@ def least_work() -> dict[str, Callable[[], object]]:
             count, depth, path, zero, tokens, None, parents, room, below, empty, *of_one, record
         ),
         "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
+        "time_stamp": lambda: ops.time_stamp(ancestors[0, 0, :1]),
         "prompt_lookup": lambda: ops.prompt_lookup(
             tokens, zero, zero, 1, 1, 1, 0, path, below, *of_one, record[0, :1]
         ),

@@ -31,8 +31,11 @@ def product(
     *,
     is_gated: bool = False,
     maxima: ops.TileMaxima | None = None,
+    is_open: Tensor | None = None,
 ) -> None:
     """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
+    if is_open is not None and not is_open.any():
+        return
     num_rows, num_outputs = len(x), len(weight)
     assert x.dtype == weight.dtype and x.dtype.itemsize == 2, "as a GPU's kernel has it"
     if workspace is not None:
@@ -40,7 +43,7 @@ def product(
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
     residual = None if residual is None else residual.float()
     sums = torch.empty(num_rows, num_outputs)
-    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA)
+    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA, None)
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)
@@ -75,14 +78,17 @@ def stand_in(
         *,
         is_gated: bool = False,
         maxima: ops.TileMaxima | None = None,
+        is_open: Tensor | None = None,
     ) -> Tensor:
         if not is_for_gpu(x):
             assert maxima is None, "the CPU makes none"
-            return usual(x, weight, bias, residual, out, workspace, is_gated=is_gated)
+            return usual(
+                x, weight, bias, residual, out, workspace, is_gated=is_gated, is_open=is_open
+            )
         if out is None:
             out = x.new_empty(len(x), len(weight) // (2 if is_gated else 1))
         tensors = x, weight, bias, residual, out, workspace
-        run(partial(product, *tensors, is_gated=is_gated, maxima=maxima))
+        run(partial(product, *tensors, is_gated=is_gated, maxima=maxima, is_open=is_open))
         return out
 
     for user in (ops, sys.modules["specrt.ops.feature_sample"]):

@@ -2,6 +2,7 @@
 // multiplication of all kernels that multiply by weights.
 #pragma once
 #include "core/dispatch.h"
+#include "core/open.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
 
@@ -16,6 +17,7 @@ struct MatmulParams {
     int64_t x_stride, residual_stride, out_stride;
     int64_t num_rows, num_outputs, depth;
     DType weight_dtype;
+    Openness openness = {};
 };
 
 SPECRT_DECLARE_CPU(matmul_part)

@@ -174,7 +174,7 @@ void outputs_of_part(const MatmulParams& p, int part, int num_parts) {
 
 void matmul_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const MatmulParams*>(params);
-    if (p.num_rows == 0) return;
+    if (p.num_rows == 0 || !is_any_open(p.openness)) return;
     switch (p.weight_dtype) {
         case DType::kBFloat16:
             return outputs_of_part<bf16>(p, part, num_parts);

@@ -124,7 +124,7 @@ Launch feature_gather(const FeatureSampleArgs& a) {
     const Sizes n = check(a);
     const int device =
         common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate,
-                      a.up, a.down, a.token_fc, a.token_gate, a.workspace, a.out);
+                      a.up, a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open);
     const GatherParams p = gather(a, n);
     if (device != kCpu) return make_cuda_launch(feature_gather_cuda, p, device);
     return gather_on_cpu(p, {n.hidden, n.intermediate});
@@ -138,10 +138,11 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     const int64_t stride = a.workspace.stride[0], out_stride = a.out.stride[0];
     float* const out = a.out.as<float>();
     const Isa isa = active_isa();
+    const Openness openness = openness_of(a.is_open);  // the rest is in scratch
     const auto multiply = [&](int64_t x, const TensorView& w, const float* bias, int64_t residual,
                               float* y, int64_t y_stride) {
         return matmul({ws + x, w.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
-                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype});
+                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype, openness});
     };
     std::vector<Launch> launches;
     launches.reserve(7);

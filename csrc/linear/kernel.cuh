@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Tiling<T, kTile, kColumns>::kThreads, kColumns
     T* ring = reinterpret_cast<T*>(dynamic_shared());
     float* staged = reinterpret_cast<float*>(ring);
     Sums<G> sums = {};
-    multiply<G>(work_of<G, T>(k), ring, plan.num_stages, sums);
+    if (!multiply<G>(work_of<G, T>(k), p.openness, ring, plan.num_stages, sums)) return;
     if (plan.slices.count == 1) {
         __syncthreads();  // the ring is no longer read
         put_all_staged<G>(staged, sums);

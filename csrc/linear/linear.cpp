@@ -93,7 +93,7 @@ LinearParams gpu_params(const LinearArgs& a) {
             num_outputs,        depth,
             a.x.dtype,          out_dtype,
             a.is_gated,         a.plan,
-            maxima_of(a)};
+            maxima_of(a),       openness_of(a.is_open)};
 }
 
 Launch on_cpu(const LinearArgs& a) {
@@ -107,7 +107,7 @@ Launch on_cpu(const LinearArgs& a) {
     if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
     return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
                    a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
-                   a.x.shape[0], num_outputs, depth, a.weight.dtype});
+                   a.x.shape[0], num_outputs, depth, a.weight.dtype, openness_of(a.is_open)});
 }
 
 }  // namespace
@@ -126,7 +126,7 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
 
 Launch linear(const LinearArgs& a) {
     const int device = common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace,
-                                     a.maxima, a.sampling, a.history_len, a.depth);
+                                     a.maxima, a.sampling, a.history_len, a.depth, a.is_open);
     expect_plan(a.plan);
     if (device == kCpu) return on_cpu(a);
     return make_cuda_launch(linear_cuda, gpu_params(a), device);

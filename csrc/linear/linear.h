@@ -26,6 +26,7 @@ struct LinearArgs {
     bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
     LinearPlan plan;
     TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
+    TensorView is_open;
 };
 
 struct LinearParams {
@@ -41,6 +42,7 @@ struct LinearParams {
     bool is_gated;
     LinearPlan plan;
     TileMaxima maxima;  // of float32 results that are logits
+    Openness openness;
 };
 
 SPECRT_DECLARE_CUDA(linear_cuda)

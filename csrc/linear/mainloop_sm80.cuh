@@ -176,15 +176,31 @@ __device__ __forceinline__ void wait_for_stage(int num_stages) {
 }
 
 // Weights are constants: they are on their way before the launch before has ended, which may have
-// written x.
+// written x. That is spared where it seems that nothing is open; what holds is known afterwards.
 template <typename G, typename T>
-__device__ __forceinline__ void multiply(const Work<T>& w, T* ring, int num_stages, Sums<G>& sums) {
-    const int num_steps = w.num_steps(), num_ahead = num_stages - 1;
-    for (int i = 0; i < num_ahead; ++i) {
-        if (i < num_steps) fetch_weights<G>(w, ring + i * G::kStage, w.begin + i * kDepth);
-        ptx::cp_async_commit();
-    }
+__device__ __forceinline__ bool fetch_ahead(const Work<T>& w, const Openness& openness, T* ring,
+                                            int num_ahead) {
+    const auto fetch_all = [&] {
+        for (int i = 0; i < num_ahead; ++i) {
+            if (i < w.num_steps()) fetch_weights<G>(w, ring + i * G::kStage, w.begin + i * kDepth);
+            ptx::cp_async_commit();
+        }
+    };
+    const bool seems_open = is_any_open(openness);
+    if (seems_open) fetch_all();
     ptx::wait_for_previous();
+    const bool is_open = is_any_open(openness);
+    if (is_open && !seems_open) fetch_all();
+    if (!is_open) ptx::cp_async_wait<0>();
+    return is_open;
+}
+
+// False, and nothing done, where no sequence is open.
+template <typename G, typename T>
+__device__ __forceinline__ bool multiply(const Work<T>& w, const Openness& openness, T* ring,
+                                         int num_stages, Sums<G>& sums) {
+    const int num_steps = w.num_steps(), num_ahead = num_stages - 1;
+    if (!fetch_ahead<G>(w, openness, ring, num_ahead)) return false;
     copy_rows<G>(w, ring, min(num_ahead, num_steps));
     int now = 0, next = num_ahead;  // stages
     for (int i = 0; i < num_steps; ++i) {
@@ -201,6 +217,7 @@ __device__ __forceinline__ void multiply(const Work<T>& w, T* ring, int num_stag
         next = next + 1 < num_stages ? next + 1 : 0;
     }
     ptx::cp_async_wait<0>();
+    return true;
 }
 
 }  // namespace specrt::product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ _INPUTS = (
     "Tensor? norm, Tensor? gate, Tensor? up, Tensor? down, Tensor? token_fc, Tensor? token_gate, "
     "float eps, Tensor(a!) workspace"
 )
-register(f"feature_sample({_INPUTS}, Tensor(b!) out) -> ()", _C.feature_sample)
-register(f"feature_gather({_INPUTS}, Tensor out) -> ()", _C.feature_gather)
+register(f"feature_sample({_INPUTS}, Tensor(b!) out, Tensor? is_open) -> ()", _C.feature_sample)
+register(f"feature_gather({_INPUTS}, Tensor out, Tensor? is_open) -> ()", _C.feature_gather)
 
 
 class FeatureWeights(NamedTuple):
@@ -95,6 +96,7 @@ def feature_sample(
     workspace: torch.Tensor | None = None,
     linear_workspace: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Join each token's embedding e with a feature f: ``h = fc @ [e ; f] + fc_bias``.
 
@@ -134,6 +136,8 @@ def feature_sample(
         linear_workspace: ``linear``'s on a GPU, for all of its matrices here; likewise.
         out: ``[M, H]`` of the features' type; made if not given. Must not overlap any other
             argument.
+        is_open: ``[B]`` int32 flags of sequences, whatever the rows. If all of them are 0 ``out``
+            stays as it is; ``workspace`` may not.
 
     Weights are contiguous.
 
@@ -156,10 +160,10 @@ def feature_sample(
     if features.dtype != torch.float32:
         feature_gather(tokens, source, features, weights, eps, workspace, out)
         parts = _Scratch.of(workspace[:num_rows], hidden_size, 0 if up is None else len(up))
-        _multiply(weights, eps, parts, linear_workspace, out)
+        _multiply(weights, eps, parts, linear_workspace, out, is_open)
         return out
     op = torch.ops.specrt.feature_sample if torch.compiler.is_compiling() else _C.feature_sample
-    op(tokens, source, features, *weights, eps, workspace, out)
+    op(tokens, source, features, *weights, eps, workspace, out, is_open)
     return out
 
 
@@ -185,7 +189,7 @@ def feature_gather(
         ValueError: as :func:`feature_sample`.
     """
     op = torch.ops.specrt.feature_gather if torch.compiler.is_compiling() else _C.feature_gather
-    op(tokens, source, features, *weights, eps, workspace, out)
+    op(tokens, source, features, *weights, eps, workspace, out, None)
 
 
 def _multiply(
@@ -194,18 +198,20 @@ def _multiply(
     at: _Scratch,
     scratch: torch.Tensor | None,
     out: torch.Tensor,
+    is_open: torch.Tensor | None,
 ) -> None:
     """The launches behind the gather: ``linear``'s, with a norm and an activation between them."""
     h = out if w.down is None else at.h
+    product = partial(linear, workspace=scratch, is_open=is_open)
     if w.token_fc is None:
-        linear(at.pair, w.fc, w.fc_bias, out=h, workspace=scratch)
+        product(at.pair, w.fc, w.fc_bias, out=h)
     else:
-        linear(at.f, w.fc, residual=at.h, out=h, workspace=scratch)
+        product(at.f, w.fc, residual=at.h, out=h)
     if w.norm is None or w.up is None or w.down is None:
         return
     rms_norm(h, w.norm, eps, out=at.f)
     if w.gate is not None:
-        linear(at.e, w.gate, out=at.gate, workspace=scratch)
-    linear(at.f, w.up, out=at.up, workspace=scratch)
+        product(at.e, w.gate, out=at.gate)
+    product(at.f, w.up, out=at.up)
     silu_mul(at.gate_up, out=at.gate)
-    linear(at.gate, w.down, residual=h, out=out, workspace=scratch)
+    product(at.gate, w.down, residual=h, out=out)

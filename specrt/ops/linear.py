@@ -13,7 +13,8 @@ from specrt.ops.registry import register
 register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
-    " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth) -> ()",
+    " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
+    " Tensor? is_open) -> ()",
     _C.linear,
 )
 
@@ -66,6 +67,7 @@ def linear(
     is_gated: bool = False,
     plan: LinearPlan | None = None,
     maxima: TileMaxima | None = None,
+    is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
 
@@ -90,6 +92,8 @@ def linear(
         plan: on a GPU, another layout of the launch than the one chosen for the shape.
         maxima: on a GPU, of float32 results that are logits: their keys are written besides.
             Results are the same bits; so are keys, whatever the plan and the rows.
+        is_open: ``[B]`` int32 flags of sequences, whatever the rows. If all of them are 0, nothing
+            is read or written.
 
     Returns:
         ``out``.
@@ -111,7 +115,7 @@ def linear(
     keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
     if maxima is not None:
         keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
-    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed)
+    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed, is_open)
     return out
 
 

@@ -27,9 +27,11 @@ def _matches(directory: Path) -> bool:
 
 def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.fspad.drafter import FspadDrafter
+    from specrt.draft.fspad.on_device import DeviceFspadDrafter
 
     options = request.options
-    return FspadDrafter(
+    kind = DeviceFspadDrafter if request.target.device.is_gpu else FspadDrafter
+    return kind(
         _draft_layer(request.checkpoint, request.target, options.fold),
         is_coupled=options.is_coupled,
         control=options.control,

@@ -198,15 +198,35 @@ class DraftLayer:
         )
         self._linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows])
 
-    def append(self, first: int, rows: Rows, cache: KVCache, work: Activations) -> torch.Tensor:
+    def append(
+        self,
+        first: int,
+        rows: Rows,
+        cache: KVCache,
+        work: Activations,
+        *,
+        is_by_pair: bool = False,
+    ) -> torch.Tensor:
         """Rotate the queries and append keys and values of B·N rows from row ``first`` on.
+
+        Args:
+            first: of their rows in ``work.qkv``.
+            rows: where to.
+            cache: whose pages.
+            work: as :meth:`sample_features` left it.
+            is_by_pair: whether the B sequences' rows lie side by side, N times, rather than the N
+                rows of each sequence.
 
         Returns:
             The queries ``[B, N, Hq, d]``, a view of ``work.qkv``.
         """
         layer = self.padded
         size, count = rows.depth.shape
-        heads = work.qkv[first : first + size * count].view(size, count, -1, layer.head_dim)
+        heads = work.qkv[first : first + size * count]
+        outer = (count, size) if is_by_pair else (size, count)
+        heads = heads.view(*outer, -1, layer.head_dim)
+        if is_by_pair:
+            heads = heads.transpose(0, 1)
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=2)
         queries: torch.Tensor = q
         ops.rope_append(
