@@ -165,9 +165,9 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
 }
 
 Launch linear(const LinearArgs& a) {
-    const int device = common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace,
-                                     a.maxima, a.sampling, a.history_len, a.depth, a.is_open,
-                                     a.scale);
+    const int device =
+        common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace, a.maxima, a.sampling,
+                      a.history_len, a.depth, a.is_open, a.scale);
     expect_plan(a.plan);
     expect_scale(a);
     if (device == kCpu) return on_cpu(a);
