@@ -209,8 +209,17 @@ def least_work() -> dict[str, Callable[[], object]]:
             count, depth, path, zero, tokens, None, parents, room, below, empty, *of_one, record
         ),
         "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
+        "time_stamp": lambda: ops.time_stamp(ancestors[0, 0, :1]),
         "draft_pairs": lambda: ops.draft_pairs(
-            q[0], path, zero, tokens, count, attended[0], below, *of_four, ancestors[0],
+            q[0],
+            path,
+            zero,
+            tokens,
+            count,
+            attended[0],
+            below,
+            *of_four,
+            ancestors[0],
             are_kept=False,
         ),
         "prompt_lookup": lambda: ops.prompt_lookup(

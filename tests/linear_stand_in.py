@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from specrt import _C, ops
+from specrt.models.float8 import in_order
 from specrt.models.gate_up import ROWS_IN_TURN
 from tests.oracles.tile_maxima import tile_maxima
 
@@ -23,7 +24,7 @@ _NO_MAXIMA = (None,) * 4
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: ops.Matrix,
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
@@ -31,16 +32,23 @@ def product(
     *,
     is_gated: bool = False,
     maxima: ops.TileMaxima | None = None,
+    is_open: Tensor | None = None,
 ) -> None:
     """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
+    if is_open is not None and not is_open.any():
+        return
     num_rows, num_outputs = len(x), len(weight)
-    assert x.dtype == weight.dtype and x.dtype.itemsize == 2, "as a GPU's kernel has it"
+    scale = None
+    if isinstance(weight, ops.Float8Matrix):
+        weight, scale = in_order(weight.values), weight.scale
+    assert scale is not None or x.dtype == weight.dtype, "as a GPU's kernel has it"
+    assert x.dtype.itemsize == 2
     if workspace is not None:
         size = ops.linear_workspace(*weight.shape, num_rows)
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
     residual = None if residual is None else residual.float()
     sums = torch.empty(num_rows, num_outputs)
-    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA)
+    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA, None, scale)
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)
@@ -67,7 +75,7 @@ def stand_in(
 
     def linear(
         x: Tensor,
-        weight: Tensor,
+        weight: ops.Matrix,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         out: Tensor | None = None,
@@ -75,14 +83,17 @@ def stand_in(
         *,
         is_gated: bool = False,
         maxima: ops.TileMaxima | None = None,
+        is_open: Tensor | None = None,
     ) -> Tensor:
         if not is_for_gpu(x):
             assert maxima is None, "the CPU makes none"
-            return usual(x, weight, bias, residual, out, workspace, is_gated=is_gated)
+            return usual(
+                x, weight, bias, residual, out, workspace, is_gated=is_gated, is_open=is_open
+            )
         if out is None:
             out = x.new_empty(len(x), len(weight) // (2 if is_gated else 1))
         tensors = x, weight, bias, residual, out, workspace
-        run(partial(product, *tensors, is_gated=is_gated, maxima=maxima))
+        run(partial(product, *tensors, is_gated=is_gated, maxima=maxima, is_open=is_open))
         return out
 
     for user in (ops, sys.modules["specrt.ops.feature_sample"]):

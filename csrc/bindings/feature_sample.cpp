@@ -8,22 +8,15 @@ namespace {
 using ViewOf = TensorView (*)(py::handle, const char*, bool);
 
 FeatureSampleArgs args_of(const py::args& t, ViewOf view) {
-    SPECRT_CHECK(t.size() == 15, "feature_sample: expected 15 arguments, got ", t.size());
-    return {view(t[0], "tokens", false),
-            view(t[1], "source", true),
-            view(t[2], "features", false),
-            view(t[3], "embed", true),
-            view(t[4], "fc", false),
-            view(t[5], "fc_bias", true),
-            view(t[6], "norm", true),
-            view(t[7], "gate", true),
-            view(t[8], "up", true),
-            view(t[9], "down", true),
-            view(t[10], "token_fc", true),
-            view(t[11], "token_gate", true),
-            view(t[13], "workspace", false),
-            view(t[14], "out", false),
-            t[12].cast<float>()};
+    SPECRT_CHECK(t.size() == 16, "feature_sample: expected 16 arguments, got ", t.size());
+    return {view(t[0], "tokens", false),     view(t[1], "source", true),
+            view(t[2], "features", false),   view(t[3], "embed", true),
+            view(t[4], "fc", false),         view(t[5], "fc_bias", true),
+            view(t[6], "norm", true),        view(t[7], "gate", true),
+            view(t[8], "up", true),          view(t[9], "down", true),
+            view(t[10], "token_fc", true),   view(t[11], "token_gate", true),
+            view(t[13], "workspace", false), view(t[14], "out", false),
+            view(t[15], "is_open", true),    t[12].cast<float>()};
 }
 
 // Where h and gate begin in a row of the workspace, and its size.

@@ -9,7 +9,8 @@ void register_linear(py::module_& m) {
     m.def("linear",
           [](py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle out,
              py::handle workspace, bool is_gated, int tile_rows, int num_stages, py::handle maxima,
-             py::handle sampling, py::handle history_len, py::handle depth) {
+             py::handle sampling, py::handle history_len, py::handle depth, py::handle is_open,
+             py::handle scale) {
               submit_released(linear({device_view_of(x, "x"),
                                       device_view_of(weight, "weight"),
                                       device_view_of(bias, "bias", true),
@@ -21,7 +22,9 @@ void register_linear(py::module_& m) {
                                       device_view_of(maxima, "keys", true),
                                       device_view_of(sampling, "sampling", true),
                                       device_view_of(history_len, "history_len", true),
-                                      device_view_of(depth, "depth", true)}));
+                                      device_view_of(depth, "depth", true),
+                                      device_view_of(is_open, "is_open", true),
+                                      device_view_of(scale, "scale", true)}));
           });
 }
 

@@ -11,6 +11,7 @@ void register_linear(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_rope_append(py::module_& m);
 void register_silu_mul(py::module_& m);
+void register_time_stamp(py::module_& m);
 void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
 void register_tree_build(py::module_& m);
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
     register_rms_norm(m);
     register_rope_append(m);
     register_silu_mul(m);
+    register_time_stamp(m);
     register_tree_attention(m);
     register_tree_accept(m);
     register_tree_build(m);

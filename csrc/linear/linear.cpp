@@ -11,6 +11,13 @@ int padded(int64_t num_rows) {
     return columns;
 }
 
+// Fewer kernels to compile for a drafter's matrices: more rows are several pieces.
+int padded(int64_t num_rows, DType weights) {
+    const int columns = padded(num_rows);
+    if (weights != DType::kE4M3) return columns;
+    return columns < 16 ? 16 : columns > 64 ? 64 : columns;
+}
+
 }  // namespace product
 
 namespace {
@@ -36,6 +43,33 @@ float* expect_workspace(const LinearArgs& a, int64_t num_outputs, int64_t depth)
                  " floats for this shape, got ", a.workspace.describe());
     expect_aligned(a.workspace, 16);
     return a.workspace.as<float>();
+}
+
+bool is_narrow(const LinearArgs& a) {
+    return a.weight.dtype == DType::kE4M3;
+}
+
+void expect_scale(const LinearArgs& a) {
+    const int64_t num_outputs = a.weight.shape[0];
+    SPECRT_CHECK(is_narrow(a) || !a.scale, "scale: expected None, as weight is ",
+                 name_of(a.weight.dtype), ", got ", a.scale.describe());
+    SPECRT_CHECK(!is_narrow(a) || a.scale, "scale: expected [N] = [", num_outputs,
+                 "] float32, as weight is float8_e4m3fn, got None");
+    if (a.scale) expect(a.scale, DType::kFloat32, "[N]", num_outputs);
+}
+
+void expect_gpu_weight(const LinearArgs& a) {
+    if (!is_narrow(a)) expect_dtype_of(a.x, a.weight);
+    expect(a.weight, a.weight.dtype, "[N, K]", -1, -1);
+    expect_contiguous(a.weight);
+    const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
+    const int64_t unit = is_narrow(a) ? 16 : 8;  // of 16 bytes
+    SPECRT_CHECK(depth > 0 && depth % unit == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,
+                 "weight: expected K to be a multiple of ", unit,
+                 " on a GPU, and N to be at most 4194240, got ", a.weight.describe());
+    SPECRT_CHECK(!is_narrow(a) || a.plan.tile_rows != 64,
+                 "plan: expected tile_rows of 128 with float8_e4m3fn weights, got 64");
+    expect_rows_of_16_bytes(a.weight);
 }
 
 TileMaxima maxima_of(const LinearArgs& a) {
@@ -64,13 +98,8 @@ TileMaxima maxima_of(const LinearArgs& a) {
 LinearParams gpu_params(const LinearArgs& a) {
     SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
                  "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
-    expect_dtype_of(a.x, a.weight);
-    expect(a.weight, a.x.dtype, "[N, K]", -1, -1);
-    expect_contiguous(a.weight);
+    expect_gpu_weight(a);
     const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
-    SPECRT_CHECK(depth > 0 && depth % 8 == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,
-                 "weight: expected K to be a multiple of 8 on a GPU, and N to be at most 4194240, ",
-                 "got ", a.weight.describe());
     SPECRT_CHECK(!a.is_gated || num_outputs % 16 == 0,
                  "weight: expected a multiple of 16 rows, gate and up by turns of 8, got ",
                  a.weight.describe());
@@ -78,22 +107,32 @@ LinearParams gpu_params(const LinearArgs& a) {
     expect(a.x, a.x.dtype, "[M, K]", -1, depth);
     SPECRT_CHECK(a.x.shape[0] <= INT32_MAX, "x: expected fewer rows, got ", a.x.describe());
     expect_rows_of_16_bytes(a.x);
-    expect_rows_of_16_bytes(a.weight);
     const int64_t num_results = a.is_gated ? num_outputs / 2 : num_outputs;
     const char* wanted = a.is_gated ? "[M, N / 2]" : "[M, N]";
     const DType out_dtype = a.out.dtype == DType::kFloat32 ? a.out.dtype : a.x.dtype;
     expect(a.out, out_dtype, wanted, a.x.shape[0], num_results);
     if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
     if (a.residual) expect(a.residual, a.x.dtype, "[M, N]", a.x.shape[0], num_outputs);
-    return {a.x.data,           a.weight.data,
-            a.bias.as<float>(), a.residual.data,
-            a.out.data,         expect_workspace(a, num_outputs, depth),
-            a.x.stride[0],      a.residual.stride[0],
-            a.out.stride[0],    a.x.shape[0],
-            num_outputs,        depth,
-            a.x.dtype,          out_dtype,
-            a.is_gated,         a.plan,
-            maxima_of(a)};
+    return {a.x.data,
+            a.weight.data,
+            a.bias.as<float>(),
+            a.residual.data,
+            a.out.data,
+            expect_workspace(a, num_outputs, depth),
+            a.x.stride[0],
+            a.residual.stride[0],
+            a.out.stride[0],
+            a.x.shape[0],
+            num_outputs,
+            depth,
+            a.x.dtype,
+            out_dtype,
+            a.weight.dtype,
+            a.is_gated,
+            a.plan,
+            maxima_of(a),
+            openness_of(a.is_open),
+            a.scale.as<float>()};
 }
 
 Launch on_cpu(const LinearArgs& a) {
@@ -107,7 +146,8 @@ Launch on_cpu(const LinearArgs& a) {
     if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
     return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
                    a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
-                   a.x.shape[0], num_outputs, depth, a.weight.dtype});
+                   a.x.shape[0], num_outputs, depth, a.weight.dtype, a.scale.as<float>(),
+                   openness_of(a.is_open)});
 }
 
 }  // namespace
@@ -119,15 +159,17 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
     if (slices == 1 || num_rows <= 0) return 0;
     const bool is_most = num_rows >= product::kMostSplitRows;
     const int64_t rows = is_most ? product::kMostSplitRows : num_rows;
-    const int64_t columns = product::padded(rows);
+    const int64_t columns = rows > 8 ? product::padded(rows) : 16;  // as many as any weights take
     const int64_t pieces = (rows + columns - 1) / columns, tiles = (num_outputs + 127) / 128;
     return product::kMaxTickets + slices * tiles * 128 * pieces * columns;
 }
 
 Launch linear(const LinearArgs& a) {
     const int device = common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace,
-                                     a.maxima, a.sampling, a.history_len, a.depth);
+                                     a.maxima, a.sampling, a.history_len, a.depth, a.is_open,
+                                     a.scale);
     expect_plan(a.plan);
+    expect_scale(a);
     if (device == kCpu) return on_cpu(a);
     return make_cuda_launch(linear_cuda, gpu_params(a), device);
 }

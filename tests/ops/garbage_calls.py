@@ -89,6 +89,8 @@ def attention_arguments(variant: int, backend: Backend) -> Arguments:
     nodes = [range(first, first + NODES) for first in rows["first_node"].tolist()]
     bits = [pack_bits([lineage(parents, node) for node in row], words) for row in nodes]
     rows |= {"ancestors": torch.stack(bits), "scale": 0.2, "out": torch.zeros_like(rows["q"])}
+    if variant % 2:
+        rows |= {"window": 3, "num_sinks": 1}
     if backend.runs_cuda_source:
         slots = rows["block_table"].shape[1] * PAGE_SIZES[variant]
         floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots, backend.device)
@@ -206,6 +208,8 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
         "frontier_candidates": zeros[1].clone(),
         "frontier_source": zeros[2].clone(),
         "frontier_ancestors": torch.zeros(*width, 1, dtype=torch.int64),
+        "is_open": ints(1, 0, 1) if variant % 2 else None,
+        "level_score": torch.zeros(BATCH) if variant // 3 else None,
     }
 
 
@@ -328,6 +332,7 @@ def decide_arguments(variant: int, backend: Backend) -> Arguments:
         "is_sampled": ints(0, 1, 1),
         "is_open": ints(1, 1, 0),
         "score": torch.tensor([-0.1, -0.5, -1.0]),
+        "num_nodes": ints(2, 2, 2) if has_head else None,
         "slope": torch.tensor([1.0, 0.8]) if has_head else None,
         "evidence": torch.zeros(BATCH, 2) if has_head else None,
     }
@@ -528,11 +533,11 @@ KERNELS = {
     "tree_expand": Kernel(
         expand_arguments,
         lambda a: ops.tree_expand(**a),
-        own=("sampling", "position", "scores", "candidates", "ancestors"),
+        own=("sampling", "position", "scores", "candidates", "ancestors", "is_open"),
         shared=("token_map", "workspace"),
         results=(
             "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",
-            "frontier_candidates", "frontier_source", "frontier_ancestors",
+            "frontier_candidates", "frontier_source", "frontier_ancestors", "level_score",
         ),
         has_cuda_source=True,
     ),
@@ -605,7 +610,7 @@ KERNELS = {
             "is_open", "drafted", "length", "confidence",
         ),
         shared=("settings", "costs", "slope"),
-        results=("is_open", "drafted", "length", "confidence"),
+        results=("is_open", "drafted", "length", "confidence", "num_nodes"),
         has_cuda_source=True,
     ),
     "draft_control_update": Kernel(

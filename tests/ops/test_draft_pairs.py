@@ -35,7 +35,8 @@ class Sizes(NamedTuple):
 
 
 def made(sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Arguments; all of a sequence's path is accepted, behind three tokens. Outputs are poisoned."""
+    """Arguments; all of a sequence's path is accepted, behind three tokens. Outputs are
+    poisoned."""
     batch, nodes, depth, room, pairs, width = sizes
     counts = {name: torch.full((batch,), POISON).int() for name in OUT[2:6]}
     paths = [sorted(random.Random(b).choices(range(nodes), k=depth)) for b in range(batch)]

@@ -113,12 +113,14 @@ class DraftLayer:
         head_dim = weights.o.shape[1] // config.layer.num_heads
         self.padded = replace(config.layer, head_dim=head_dim)
         """The layer as the kernels run it: heads may be padded."""
-        self.activation_dtype = self.device.activation_dtype(weights.fc.dtype)
+        self.activation_dtype = self.device.activation_dtype(weights.dtype)
         self._rope = rotary_table(config.layer, head_dim, self.device, rope)
         self._cos_sin = self._rope.reaching(0)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
-            self._scratch = GpuScratch(self.padded, map(_shape, weights.matrices), self.device)
+            self._scratch = GpuScratch(
+                self.padded, map(_shape, weights.matrices.values()), self.device
+            )
         self._work = self._activations(0, 0)
 
     def activations(self, rows: int, logit_rows: int) -> Activations:
@@ -310,7 +312,7 @@ class DraftLayer:
     def _linear(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: ops.Matrix,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         *,
@@ -319,5 +321,5 @@ class DraftLayer:
         ops.linear(x, weight, bias, residual, out=out, workspace=self._linear_workspace)
 
 
-def _shape(matrix: torch.Tensor) -> tuple[int, int]:
+def _shape(matrix: ops.Matrix) -> tuple[int, int]:
     return matrix.shape[0], matrix.shape[1]
