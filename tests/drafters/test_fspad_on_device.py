@@ -178,7 +178,7 @@ class Scripted:
         monkeypatch.setattr(drafter.layer, "finish", self.finish)
 
     def finish(
-        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, regressed: Any
+        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, *rest: Any
     ) -> torch.Tensor:
         logits = work.logits[: rows.depth.numel()]
         script = (4 * torch.randn(logits.shape, generator=self._rng)).round(decimals=1)  # ties
