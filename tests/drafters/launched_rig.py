@@ -120,6 +120,10 @@ class Rounds:
         self.trees: list[Proposal] = []
         """What was proposed, round by round, on the host."""
 
+    def shape(self, draft: DraftParams) -> None:
+        """Ask for trees of another shape from now on."""
+        self._budget = Budget(self._budget.max_nodes, self._budget.cost, draft)
+
     def launched(self, count: int) -> None:
         """Run so many rounds, each launched before the one before it was read."""
         drafter, waiting = self.drafter, None
