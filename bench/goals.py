@@ -17,6 +17,7 @@ from bench.limits import H200
 Row = Mapping[str, Any]
 SMALL, ATTENTION = "small_kernels_cuda", "tree_attention_cuda"
 LINEAR, ROUND, PREFILL = "linear_cuda", "round_cuda", "prefill_cuda"
+TRAIN, TRAINED = "train_cuda", "trained_speed"
 LARGE_MB = 50
 """A matrix that is read long enough for the memory's rate to show."""
 
@@ -118,7 +119,16 @@ def _of_rounds() -> Iterator[Goal]:
     yield Goal(PREFILL, {"contender": "ours", "rows": 512}, "x transformers", 2.5)
 
 
-GOALS = (*_all(), *_of_linear(), *_of_rounds())
+def _of_training() -> Iterator[Goal]:
+    yield Goal(
+        TRAIN, {"kind": "fspad"}, "% of products", 50.0, is_least=True, among=lambda row: True
+    )
+    for drafter in ("fspad", "eesd"):
+        yield Goal(TRAINED, {"contender": drafter}, "x plain", 2.0, is_least=True)
+        yield Goal(TRAINED, {"contender": drafter}, "x transformers", 4.0, is_least=True)
+
+
+GOALS = (*_all(), *_of_linear(), *_of_rounds(), *_of_training())
 
 
 def lines(folder: Path, since: str) -> list[str]:
@@ -129,7 +139,7 @@ def lines(folder: Path, since: str) -> list[str]:
         since: ISO date and time; older results are another run's and are not looked at.
     """
     found = []
-    for file in (SMALL, ATTENTION, LINEAR, ROUND, PREFILL):
+    for file in (SMALL, ATTENTION, LINEAR, ROUND, PREFILL, TRAIN, TRAINED):
         rows, bytes_per_s = _result(folder / f"{file}.json", since)
         for goal in GOALS:
             if goal.file == file and (line := goal.line(rows, bytes_per_s)):
