@@ -17,7 +17,7 @@ from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter
-from specrt.draft.kind import DrafterOptions
+from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.core import EngineLimits
@@ -69,6 +69,7 @@ def load(
     fold: bool | None = None,
     coupled: bool = True,
     controller: str | ControlOptions | None = None,
+    draft_window: int | DraftWindow | None = None,
     eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter.
@@ -101,6 +102,8 @@ def load(
         controller: trained drafters: how long to draft, by name (``"fixed-4"``, ``"threshold"``,
             ``"adaptive-threshold"``, ``"beta-ts"``, ``"calibration-ts"``, ``"cost-aware"``) or with
             all its settings; None: EESD by ``"cost-aware"``, the others by measured cost.
+        draft_window: FSPAD and EAGLE: tokens of the text that the drafter sees, the last ones;
+            None: all. As many as it was trained on keep its steps cheap where a text gets longer.
         eager: capture no steps: the same text, launch by launch, which is slower.
 
     Raises:
@@ -137,7 +140,8 @@ def load(
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
-        options = DrafterOptions(fold, coupled, rule)
+        window = DraftWindow(draft_window) if isinstance(draft_window, int) else draft_window
+        options = DrafterOptions(fold, coupled, rule, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
     elif controller is not None:
         raise ValueError("controller: goes with a drafter's name or path, not with an object")

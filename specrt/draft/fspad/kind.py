@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specrt.draft.kind import DrafterRequest, Kind
+from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +30,13 @@ def _load(request: DrafterRequest) -> Drafter:
 
     options = request.options
     return FspadDrafter(
-        _draft_layer(request.checkpoint, request.target, options.fold),
+        _draft_layer(request.checkpoint, request.target, options),
         is_coupled=options.is_coupled,
         control=options.control,
     )
 
 
-def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
+def _draft_layer(directory: Path, target: LlamaModel, options: DrafterOptions) -> DraftLayer:
     from torch import OutOfMemoryError
 
     from specrt.draft.fspad.checkpoint import read_checkpoint
@@ -50,8 +50,8 @@ def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) ->
     reach = max(config.layer.max_positions, target.config.max_positions)
     config = replace(config, layer=replace(config.layer, max_positions=reach))
     try:
-        weights = _placed(config, tensors, target, is_folded)
-        return DraftLayer(config, weights, target.device, target.rope)
+        weights = _placed(config, tensors, target, options.fold)
+        return DraftLayer(config, weights, target.device, target.rope, options.window)
     except OutOfMemoryError as error:
         raise MemoryError(f"no memory for the drafter on {target.device}: {directory}") from error
 
