@@ -18,6 +18,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.draft.fspad.weights import DraftWeights
+from specrt.draft.kind import DraftWindow
 from specrt.models.gate_up import launch_gated
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch
@@ -99,6 +100,7 @@ class DraftLayer:
         weights: as :func:`pack_weights` or :func:`fold` gives them.
         device: where the weights are, and how its steps run; None: the CPU.
         rope: the rotary table of the target, used where the layer's would be the same.
+        window: what its attention sees of the committed rows; None: all of them.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class DraftLayer:
         weights: DraftWeights,
         device: Device | None = None,
         rope: RotaryTable | None = None,
+        window: DraftWindow | None = None,
     ) -> None:
         self.config = config
+        self.window = window
         self.weights = weights
         self.device = device or Device()
         head_dim = weights.o.shape[1] // config.layer.num_heads
@@ -148,7 +152,10 @@ class DraftLayer:
         """
         self.reserve(batch.num_positions)
         if self._scratch is not None:
-            self._scratch.prepare(len(batch.sequences), num_nodes, batch.num_positions)
+            num_seen = batch.num_positions
+            if self.window is not None:
+                num_seen = min(num_seen, self.window.num_seen)
+            self._scratch.prepare(len(batch.sequences), num_nodes, num_seen)
 
     def reserve(self, num_positions: int) -> bool:
         """Make the rotary table long enough; whether it moved.
@@ -290,6 +297,8 @@ class DraftLayer:
             out=attended.view(size, count, layer.num_heads, -1),
             workspace=None if self._scratch is None else self._scratch.attention,
             is_open=is_open,
+            window=None if self.window is None else self.window.size,
+            num_sinks=0 if self.window is None else self.window.num_sinks,
         )
         linear = partial(self._linear, is_open=is_open)
         linear(attended, w.o, residual=work.pair[:num], out=hidden)
