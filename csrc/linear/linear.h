@@ -26,6 +26,8 @@ struct LinearArgs {
     bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
     LinearPlan plan;
     TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
+    TensorView masses, token_map;                     // of a drafter's logits
+    int64_t level;
     TensorView is_open;
     TensorView scale;  // of e4m3 weights
 };

@@ -14,7 +14,7 @@ register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
     " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
-    " Tensor? is_open, Tensor? scale) -> ()",
+    " Tensor(d!)? masses, Tensor? token_map, int level, Tensor? is_open, Tensor? scale) -> ()",
     _C.linear,
 )
 
@@ -84,6 +84,36 @@ Matrix = torch.Tensor | Float8Matrix
 """What :func:`linear` multiplies by."""
 
 
+@dataclass(frozen=True, eq=False)
+class DraftMaxima:
+    """What :func:`linear` leaves on a GPU of every 64 of a draft head's logits ``[B * F, R]``, so
+    that ``tree_expand``, given the same, reads few of these: the best score, which is the logit,
+    where a sequence samples logit / temperature, and where it does so without filters that +
+    Gumbel(seed, position + level); and where it does not sample the mass."""
+
+    keys: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` int64, written, as those of :class:`TileMaxima`."""
+    masses: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` float32, written; ``csrc/core/tile_maxima.h``."""
+    sampling: torch.Tensor | None = None
+    """``[B, 8]`` int64; None if nobody samples. These and the rest are ``tree_expand``'s."""
+    position: torch.Tensor | None = None
+    """``[B]`` int32; None if ``sampling`` is."""
+    level: int = 0
+    token_map: torch.Tensor | None = None
+    """``[R]`` int32, or None."""
+
+
+def _parts_of(maxima: TileMaxima | DraftMaxima | None) -> tuple[torch.Tensor | int | None, ...]:
+    if maxima is None:
+        return (None,) * 6 + (0,)
+    if isinstance(maxima, TileMaxima):
+        told = maxima.sampling, maxima.history_len, maxima.depth
+        return (maxima.keys, *told, None, None, 0)
+    drafts = maxima.sampling, maxima.position, None
+    return (maxima.keys, *drafts, maxima.masses, maxima.token_map, maxima.level)
+
+
 def linear(
     x: torch.Tensor,
     weight: Matrix,
@@ -94,7 +124,7 @@ def linear(
     *,
     is_gated: bool = False,
     plan: LinearPlan | None = None,
-    maxima: TileMaxima | None = None,
+    maxima: TileMaxima | DraftMaxima | None = None,
     is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
@@ -144,9 +174,7 @@ def linear(
     scale = None
     if isinstance(weight, Float8Matrix):
         scale, weight = weight.scale, weight.values
-    keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
-    if maxima is not None:
-        keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
+    keyed = _parts_of(maxima)
     kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed, is_open, scale)
     return out
 
