@@ -13,9 +13,8 @@ int padded(int64_t num_rows) {
 
 // Fewer kernels to compile for a drafter's matrices: more rows are several pieces.
 int padded(int64_t num_rows, DType weights) {
-    const int columns = padded(num_rows);
-    if (weights != DType::kE4M3) return columns;
-    return columns < 16 ? 16 : columns > 64 ? 64 : columns;
+    if (weights == DType::kE4M3) return num_rows <= 16 ? 16 : 64;
+    return padded(num_rows);
 }
 
 }  // namespace product
@@ -197,7 +196,7 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
     if (slices == 1 || num_rows <= 0) return 0;
     const bool is_most = num_rows >= product::kMostSplitRows;
     const int64_t rows = is_most ? product::kMostSplitRows : num_rows;
-    const int64_t columns = rows > 8 ? product::padded(rows) : 16;  // as many as any weights take
+    const int64_t columns = rows <= 16 ? 16 : rows <= 64 ? 64 : 128;  // whatever the weights
     const int64_t pieces = (rows + columns - 1) / columns, tiles = (num_outputs + 127) / 128;
     return product::kMaxTickets + slices * tiles * 128 * pieces * columns;
 }

@@ -59,7 +59,7 @@ constexpr int kMostSplitRows = 256;  // of a launch with slices of K: it bounds 
 constexpr int kMaxTickets = 256 * kMostSplitRows / kMaxColumns;
 
 int padded(int64_t num_rows);                 // to 8, 16, 32, 64 or 128
-int padded(int64_t num_rows, DType weights);  // e4m3: to 16, 32 or 64
+int padded(int64_t num_rows, DType weights);  // e4m3: to 16 or 64
 }  // namespace product
 
 // Floats of workspace that launches of up to `num_rows` rows need on a GPU, 256 rows as many as
