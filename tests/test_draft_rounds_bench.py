@@ -17,6 +17,7 @@ from bench.end_to_end_cuda import Bench
 from bench.fake_gpu import FakeGpu
 from bench.planted import PlantedRounds, Trace
 from bench.whole_rounds import LayerKind, layer_round, random_layer
+from specrt import ops
 from specrt.device import Device
 from specrt.draft.base import DraftParams, EmptyDrafter, LaunchedDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
@@ -58,8 +59,10 @@ def test_cases() -> None:
     assert first == Case(NAME, "eagle2", LayerKind("eagle2", 32_000, False))
 
 
-def test_planted_rounds_draft_and_are_launches_alone(gpu: Device) -> None:
-    """As much is accepted as was planted, and the drafter's cache holds all that was said."""
+def test_planted_rounds_draft_and_are_launches_alone(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much is accepted as was planted, and the drafter's launches are among them."""
     bench = Bench(FakeGpu(), NAME, Job([(7 * i * i + i) % 500 for i in range(20)], 9, repeats=1))
     weights = random_target.random_weights(bench.config, "cpu", torch.bfloat16)
     model = LlamaModel(bench.config, place_weights(weights, gpu), gpu)
@@ -69,5 +72,10 @@ def test_planted_rounds_draft_and_are_launches_alone(gpu: Device) -> None:
     trace, shape = Trace(8, 3, [2, 0, 3]), DraftParams(depth=3, top_k=2, total_tokens=8)
     drafter = PlantedRounds(inner, answer, trace, bench.config.vocab_size, gpu)
     assert isinstance(drafter, LaunchedDrafter)
+    drafter.propose = None  # type: ignore[assignment, method-assign]
+    expanded, expand = [], ops.tree_expand
+    monkeypatch.setattr(ops, "tree_expand", lambda *args: expanded.append(1) or expand(*args))
     found = Ours(model, drafter, None, shape).checked(bench.job)
     assert found.token_ids == answer and found.num_rounds + 1 == 4  # 3, 1, 4, 1 tokens
+    # Twice before a graph is there: as it runs for the first time, and as it is captured.
+    assert len(expanded) == 2 * shape.depth

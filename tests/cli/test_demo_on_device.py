@@ -40,7 +40,7 @@ def test_demo(
         make_draft_checkpoint(target, tmp_path / name)
         engine = make_engine(model, make_fspad(model, tmp_path / name))
     else:
-        engine = make_engine(model, make_eesd(model, exit_layer, "fixed-2"))
+        engine = make_engine(model, make_eesd(model, exit_layer, "fixed", draft_len=2))
     if gpu.place.type != "cuda":
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"{place}'s GPU")
     # A run is as good as five, where a kernel takes a thousand times its time.
