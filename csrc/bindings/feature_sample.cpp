@@ -32,8 +32,7 @@ void register_feature_sample(py::module_& m) {
         const auto launches = feature_sample(args_of(t, &view_of));
         submit_released(launches.data(), launches.size());
     });
-    m.def("feature_gather",
-          [](const py::args& t) { submit_released(feature_gather(args_of(t, &device_view_of))); });
+    m.def("feature_check", [](const py::args& t) { feature_check(args_of(t, &device_view_of)); });
     m.def("feature_sample_layout", &layout);
 }
 

@@ -85,36 +85,29 @@ Sizes check(const FeatureSampleArgs& a) {
     return {rows, hidden, intermediate, vocab, static_cast<bool>(a.down)};
 }
 
-RowSource row_source(const TensorView& t, int64_t to) {
-    return {t.data, t.stride[0], t.shape[1], to, t.dtype};
+RowSource row_source(const TensorView& t, const TensorView& index, int64_t to) {
+    return {{t.data, t.stride[0], index.as<int32_t>(), t.shape[0]}, t.shape[1], to, t.dtype};
 }
 
-GatherParams gather(const FeatureSampleArgs& a, const Sizes& n) {
+Launch gather(const FeatureSampleArgs& a, const Sizes& n) {
     const FeatureSampleLayout at{n.hidden, n.intermediate};
     GatherParams p{};
-    p.tokens = a.tokens.as<int32_t>();
-    p.source = a.source.as<int32_t>();
-    p.workspace = a.workspace.data;
+    p.workspace = a.workspace.as<float>();
     p.workspace_stride = a.workspace.stride[0];
     p.num_rows = n.rows;
-    p.vocab = n.vocab;
-    p.num_features = a.features.shape[0];
-    p.dtype = a.workspace.dtype;
-    p.from[p.num_sources++] = row_source(a.features, at.f());
-    if (!a.token_fc || a.gate) p.from[p.num_sources++] = row_source(a.embed, at.e());
-    if (a.token_fc) p.from[p.num_sources++] = row_source(a.token_fc, at.h());
-    if (a.token_gate) p.from[p.num_sources++] = row_source(a.token_gate, at.gate());
-    return p;
-}
-
-Launch gather_on_cpu(const GatherParams& p, const FeatureSampleLayout& at) {
-    const int64_t parts = 1 + p.num_rows * at.size() / 16384;
-    return make_launch(feature_gather_part_for(active_isa()), p, parts);
+    const auto add = [&](const TensorView& t, const TensorView& index, int64_t to) {
+        p.from[p.num_sources++] = row_source(t, index, to);
+    };
+    add(a.features, a.source, at.f());
+    if (!a.token_fc || a.gate) add(a.embed, a.tokens, at.e());
+    if (a.token_fc) add(a.token_fc, a.tokens, at.h());
+    if (a.token_gate) add(a.token_gate, a.tokens, at.gate());
+    return make_launch(feature_gather_part_for(active_isa()), p, 1 + n.rows * at.size() / 16384);
 }
 
 }  // namespace
 
-Launch feature_gather(const FeatureSampleArgs& a) {
+void feature_check(const FeatureSampleArgs& a) {
     const DType type = a.features.dtype;
     SPECRT_CHECK(type == DType::kBFloat16 || type == DType::kFloat16,
                  "features: expected bfloat16 or float16, got ", a.features.describe());
@@ -122,12 +115,14 @@ Launch feature_gather(const FeatureSampleArgs& a) {
          {&a.embed, &a.fc, &a.gate, &a.up, &a.down, &a.token_fc, &a.token_gate})
         if (*t) expect_dtype_of(a.features, *t);
     const Sizes n = check(a);
-    const int device =
-        common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate,
-                      a.up, a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open);
-    const GatherParams p = gather(a, n);
-    if (device != kCpu) return make_cuda_launch(feature_gather_cuda, p, device);
-    return gather_on_cpu(p, {n.hidden, n.intermediate});
+    SPECRT_CHECK(n.hidden % 8 == 0 && n.intermediate % 8 == 0,
+                 (n.intermediate ? a.down : a.fc).name,
+                 ": expected H and I to be multiples of 8 in 16 bits, got ", n.hidden, " and ",
+                 n.intermediate);
+    for (const TensorView* t : {&a.features, &a.embed, &a.workspace})
+        if (*t) expect_rows_of_16_bytes(*t);
+    common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate, a.up,
+                  a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open);
 }
 
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
@@ -146,7 +141,7 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     };
     std::vector<Launch> launches;
     launches.reserve(7);
-    launches.push_back(gather_on_cpu(gather(a, n), at));
+    launches.push_back(gather(a, n));
     float* const h = n.has_feature_sampling ? ws + at.h() : out;
     launches.push_back(multiply(a.token_fc ? at.f() : at.e(), a.fc, a.fc_bias.as<float>(),
                                 a.token_fc ? at.h() : -1, h,

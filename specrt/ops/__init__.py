@@ -10,7 +10,7 @@ from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
-from specrt.ops.linear import LinearPlan, TileMaxima, linear, linear_workspace
+from specrt.ops.linear import GatheredRows, LinearPlan, TileMaxima, linear, linear_workspace
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
@@ -30,6 +30,7 @@ __all__ = [
     "Append",
     "AttentionPlan",
     "Ending",
+    "GatheredRows",
     "LinearPlan",
     "Purpose",
     "ReportWord",
