@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from specrt import _C, ops
+from specrt.models.float8 import in_order
 from specrt.models.gate_up import ROWS_IN_TURN
 from tests.oracles.tile_maxima import tile_maxima
 
@@ -33,7 +34,7 @@ def taken(rows: Rows) -> Tensor:
 
 def product(
     x: Rows,
-    weight: Tensor,
+    weight: ops.Matrix,
     bias: Tensor | None,
     residual: Rows | None,
     out: Tensor,
@@ -50,12 +51,16 @@ def product(
         return
     x = taken(x) if second is None else torch.cat([taken(x), taken(second)], -1)
     num_rows, num_outputs = len(x), len(weight)
-    assert x.dtype == weight.dtype and x.dtype.itemsize == 2, "as a GPU's kernel has it"
+    scale = None
+    if isinstance(weight, ops.Float8Matrix):
+        weight, scale = in_order(weight.values), weight.scale
+    assert scale is not None or x.dtype == weight.dtype, "as a GPU's kernel has it"
+    assert x.dtype.itemsize == 2
     if workspace is not None:
         size = ops.linear_workspace(*weight.shape, num_rows)
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
     added = None if residual is None else taken(residual).float()
-    sums, rest = torch.empty(num_rows, num_outputs), (*_NO_MAXIMA, None, *_NOT_GATHERED)
+    sums, rest = torch.empty(num_rows, num_outputs), (*_NO_MAXIMA, None, scale, *_NOT_GATHERED)
     last = None if gate is not None else added
     _C.linear(x.float(), weight, bias, last, sums, None, False, 0, 0, *rest)
     if gate is not None:
@@ -87,7 +92,7 @@ def stand_in(
 
     def linear(
         x: Rows,
-        weight: Tensor,
+        weight: ops.Matrix,
         bias: Tensor | None = None,
         residual: Rows | None = None,
         out: Tensor | None = None,

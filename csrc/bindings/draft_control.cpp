@@ -6,7 +6,7 @@ namespace specrt::bindings {
 namespace {
 
 DraftControlArgs decide_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 17, "draft_control: expected 17 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 18, "draft_control: expected 18 arguments, got ", t.size());
     return {device_view_of(t[2], "settings"),
             device_view_of(t[3], "costs"),
             device_view_of(t[4], "posterior"),
@@ -22,6 +22,7 @@ DraftControlArgs decide_args(const py::args& t) {
             device_view_of(t[14], "drafted"),
             device_view_of(t[15], "length"),
             device_view_of(t[16], "confidence"),
+            device_view_of(t[17], "num_nodes", true),
             t[0].cast<int64_t>(),
             t[1].cast<int64_t>()};
 }

@@ -6,7 +6,7 @@ namespace specrt::bindings {
 namespace {
 
 TreeExpandArgs expand_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 18, "tree_expand: expected 18 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 20, "tree_expand: expected 20 arguments, got ", t.size());
     TreeExpandArgs a{};
     a.logits = device_view_of(t[0], "logits");
     a.scores = device_view_of(t[1], "scores");
@@ -26,6 +26,8 @@ TreeExpandArgs expand_args(const py::args& t) {
     a.frontier_candidates = device_view_of(t[15], "frontier_candidates");
     a.frontier_source = device_view_of(t[16], "frontier_source");
     a.frontier_ancestors = device_view_of(t[17], "frontier_ancestors");
+    a.is_open = device_view_of(t[18], "is_open", true);
+    a.level_score = device_view_of(t[19], "level_score", true);
     return a;
 }
 

@@ -64,6 +64,7 @@ Launch draft_control(const DraftControlArgs& a) {
     for (const TensorView* t :
          {&a.slots, &a.position, &a.limit, &a.is_sampled, &a.is_open, &a.drafted, &a.length})
         expect(*t, DType::kInt32, "[B]", batch);
+    if (a.num_nodes) expect(a.num_nodes, DType::kInt32, "[B]", batch);
     check_step(a, batch);
 
     DraftControlParams p{};
@@ -81,6 +82,7 @@ Launch draft_control(const DraftControlArgs& a) {
     p.is_open = a.is_open.as<int32_t>();
     p.drafted = a.drafted.as<int32_t>();
     p.length = a.length.as<int32_t>();
+    p.num_nodes = a.num_nodes.as<int32_t>();
     p.confidence = a.confidence.as<float>();
     p.score_stride = a.score.stride[0];
     p.evidence_stride = a.evidence.stride[0];
@@ -91,7 +93,7 @@ Launch draft_control(const DraftControlArgs& a) {
     p.step = narrow(a.step);
     const int device = common_device(a.posterior, a.settings, a.costs, a.slots, a.seed, a.position,
                                      a.limit, a.is_sampled, a.slope, a.score, a.evidence, a.is_open,
-                                     a.drafted, a.length, a.confidence);
+                                     a.drafted, a.length, a.confidence, a.num_nodes);
     if (device != kCpu) return make_cuda_launch(draft_control_cuda, p, device);
     return make_launch(draft_control_part_for(active_isa()), p, 1 + batch / 32);
 }

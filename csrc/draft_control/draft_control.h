@@ -30,6 +30,7 @@ struct DraftControlParams {
     int32_t* is_open;            // [B] 1: draft another token
     int32_t* drafted;            // [B] tokens drafted
     int32_t* length;             // [B] of them to verify
+    int32_t* num_nodes;          // [B] or nullptr: with the root
     float* confidence;           // [B, K], NaN where nothing was drafted
     int64_t score_stride, evidence_stride;
     int32_t batch, slots_size, max_draft, kind, step;
@@ -40,7 +41,7 @@ SPECRT_DECLARE_CUDA(draft_control_cuda)
 
 struct DraftControlArgs {
     TensorView settings, costs, posterior, slots, seed, position, limit, is_sampled, slope, score,
-        evidence, is_open, drafted, length, confidence;
+        evidence, is_open, drafted, length, confidence, num_nodes;
     int64_t kind, step;
 };
 Launch draft_control(const DraftControlArgs& args);

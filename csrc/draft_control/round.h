@@ -18,12 +18,19 @@ SPECRT_HD bool has_slot(int32_t slot, int32_t size) {
     return 0 <= slot && slot < size;
 }
 
+// `length` of the drafted tokens are to be verified.
+SPECRT_HD void keep(const DraftControlParams& p, int b, int length) {
+    p.length[b] = length;
+    if (p.num_nodes) p.num_nodes[b] = 1 + length;
+}
+
 SPECRT_HD void begin_round(const DraftControlParams& p, int b) {
     const Posterior& q = p.posterior[p.slots[b]];
     const bool is_wanted = starts(p.kind, *p.settings, q, static_cast<uint64_t>(p.seed[b]),
                                   static_cast<uint64_t>(p.position[b]));
     p.is_open[b] = p.limit[b] > 0 && is_wanted;
-    p.drafted[b] = p.length[b] = 0;
+    p.drafted[b] = 0;
+    keep(p, b, 0);
     float* confidence = p.confidence + int64_t{b} * p.max_draft;
     for (int i = 0; i < p.max_draft; ++i) confidence[i] = quiet_nan();
 }
@@ -45,23 +52,24 @@ SPECRT_HD void decide(const DraftControlParams& p, int b) {
     confidence[p.step - 1] = last;
     p.drafted[b] = p.step;
     if (last != last) {  // broken logits: nothing more of them
-        p.length[b] = p.step - 1;
+        keep(p, b, p.step - 1);
         p.is_open[b] = 0;
         return;
     }
     const Posterior& q = p.posterior[p.slots[b]];
-    p.length[b] = p.step;
+    keep(p, b, p.step);
     const bool has_room = p.step < p.limit[b] && p.step < p.max_draft;
     if (has_room && goes_on(p.kind, *p.settings, q, *p.costs, confidence, p.step, seed, position))
         return;
     p.is_open[b] = 0;
     if (!keeps_last(p.kind, q, *p.costs, confidence, p.step, seed, position))
-        p.length[b] = p.step - 1;
+        keep(p, b, p.step - 1);
 }
 
 SPECRT_HD void control_sequence(const DraftControlParams& p, int b) {
     if (!has_slot(p.slots[b], p.slots_size)) {
-        p.is_open[b] = p.drafted[b] = p.length[b] = 0;
+        p.is_open[b] = p.drafted[b] = 0;
+        keep(p, b, 0);
     } else if (p.step == 0) {
         begin_round(p, b);
     } else {

@@ -1,5 +1,7 @@
 #include "feature_sample/feature_sample.h"
 
+#include <array>
+
 #include "core/matmul.h"
 
 namespace specrt {
@@ -64,6 +66,15 @@ int64_t check_tables(const FeatureSampleArgs& a, int64_t hidden, int64_t interme
     return vocab;
 }
 
+struct Matrix {
+    const TensorView &values, &scale;
+};
+
+std::array<Matrix, 4> matrices(const FeatureSampleArgs& a) {
+    return {Matrix{a.fc, a.fc_scale}, Matrix{a.gate, a.gate_scale}, Matrix{a.up, a.up_scale},
+            Matrix{a.down, a.down_scale}};
+}
+
 Sizes check(const FeatureSampleArgs& a) {
     expect(a.tokens, DType::kInt32, "[M]", -1);
     const int64_t rows = a.tokens.shape[0];
@@ -73,6 +84,7 @@ Sizes check(const FeatureSampleArgs& a) {
     SPECRT_CHECK(a.features.shape[0] >= enough, a.features.name, ": expected at least ", enough,
                  " rows, got ", a.features.describe());
     check_fc(a, hidden);
+    for (const Matrix& m : matrices(a)) expect_scale(m.values, m.scale);
     const int64_t intermediate = check_mlp(a, hidden);
     const int64_t vocab = check_tables(a, hidden, intermediate);
     SPECRT_CHECK(vocab > 0 || rows == 0, (a.token_fc ? a.token_fc : a.embed).name,
@@ -111,9 +123,10 @@ void feature_check(const FeatureSampleArgs& a) {
     const DType type = a.features.dtype;
     SPECRT_CHECK(type == DType::kBFloat16 || type == DType::kFloat16,
                  "features: expected bfloat16 or float16, got ", a.features.describe());
-    for (const TensorView* t :
-         {&a.embed, &a.fc, &a.gate, &a.up, &a.down, &a.token_fc, &a.token_gate})
+    for (const TensorView* t : {&a.embed, &a.token_fc, &a.token_gate})
         if (*t) expect_dtype_of(a.features, *t);
+    for (const Matrix& m : matrices(a))
+        if (m.values && m.values.dtype != DType::kE4M3) expect_dtype_of(a.features, m.values);
     const Sizes n = check(a);
     SPECRT_CHECK(n.hidden % 8 == 0 && n.intermediate % 8 == 0,
                  (n.intermediate ? a.down : a.fc).name,
@@ -122,7 +135,8 @@ void feature_check(const FeatureSampleArgs& a) {
     for (const TensorView* t : {&a.features, &a.embed, &a.workspace})
         if (*t) expect_rows_of_16_bytes(*t);
     common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate, a.up,
-                  a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open);
+                  a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open, a.fc_scale,
+                  a.gate_scale, a.up_scale, a.down_scale);
 }
 
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
@@ -134,28 +148,31 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     float* const out = a.out.as<float>();
     const Isa isa = active_isa();
     const Openness openness = openness_of(a.is_open);  // the rest is in scratch
-    const auto multiply = [&](int64_t x, const TensorView& w, const float* bias, int64_t residual,
+    const auto [fc, gate_of, up, down] = matrices(a);
+    const auto multiply = [&](int64_t x, const Matrix& matrix, const float* bias, int64_t residual,
                               float* y, int64_t y_stride) {
+        const TensorView& w = matrix.values;
         return matmul({ws + x, w.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
-                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype, openness});
+                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype,
+                       matrix.scale.as<float>(), openness});
     };
     std::vector<Launch> launches;
     launches.reserve(7);
     launches.push_back(gather(a, n));
     float* const h = n.has_feature_sampling ? ws + at.h() : out;
-    launches.push_back(multiply(a.token_fc ? at.f() : at.e(), a.fc, a.fc_bias.as<float>(),
+    launches.push_back(multiply(a.token_fc ? at.f() : at.e(), fc, a.fc_bias.as<float>(),
                                 a.token_fc ? at.h() : -1, h,
                                 n.has_feature_sampling ? stride : out_stride));
     if (!n.has_feature_sampling) return launches;
     const NormParams norm{h, a.norm.as<float>(), ws + at.f(), stride, n.rows, n.hidden, a.eps};
     launches.push_back(
         make_launch(feature_norm_part_for(isa), norm, 1 + n.rows * n.hidden / 16384));
-    if (a.gate) launches.push_back(multiply(at.e(), a.gate, nullptr, -1, ws + at.gate(), stride));
-    launches.push_back(multiply(at.f(), a.up, nullptr, -1, ws + at.up(), stride));
+    if (a.gate) launches.push_back(multiply(at.e(), gate_of, nullptr, -1, ws + at.gate(), stride));
+    launches.push_back(multiply(at.f(), up, nullptr, -1, ws + at.up(), stride));
     const GateParams gate{ws + at.gate(), ws + at.up(), stride, n.rows, n.intermediate};
     launches.push_back(
         make_launch(feature_gate_part_for(isa), gate, 1 + n.rows * n.intermediate / 4096));
-    launches.push_back(multiply(at.gate(), a.down, nullptr, at.h(), out, out_stride));
+    launches.push_back(multiply(at.gate(), down, nullptr, at.h(), out, out_stride));
     return launches;
 }
 

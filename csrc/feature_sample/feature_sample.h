@@ -59,7 +59,7 @@ SPECRT_DECLARE_CPU(feature_gate_part)
 // Views may be empty where specrt/ops/feature_sample.py allows None.
 struct FeatureSampleArgs {
     TensorView tokens, source, features, embed, fc, fc_bias, norm, gate, up, down, token_fc,
-        token_gate, workspace, out, is_open;
+        token_gate, workspace, out, is_open, fc_scale, gate_scale, up_scale, down_scale;
     float eps;
 };
 

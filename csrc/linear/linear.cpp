@@ -11,6 +11,13 @@ int padded(int64_t num_rows) {
     return columns;
 }
 
+// Fewer kernels to compile for a drafter's matrices: more rows are several pieces.
+int padded(int64_t num_rows, DType weights) {
+    const int columns = padded(num_rows);
+    if (weights != DType::kE4M3) return columns;
+    return columns < 16 ? 16 : columns > 64 ? 64 : columns;
+}
+
 }  // namespace product
 
 namespace {
@@ -30,6 +37,29 @@ float* expect_workspace(const LinearArgs& a, int64_t num_rows, int64_t num_outpu
                  " floats for this shape, got ", a.workspace.describe());
     expect_aligned(a.workspace, 16);
     return a.workspace.as<float>();
+}
+
+bool is_narrow(const LinearArgs& a) {
+    return a.weight.dtype == DType::kE4M3;
+}
+
+void expect_gpu_weight(const LinearArgs& a) {
+    SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
+                 "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
+    if (!is_narrow(a)) expect_dtype_of(a.x, a.weight);
+    expect(a.weight, a.weight.dtype, "[N, K]", -1, -1);
+    expect_contiguous(a.weight);
+    const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
+    const int64_t unit = is_narrow(a) ? 16 : 8;  // of 16 bytes
+    SPECRT_CHECK(depth > 0 && depth % unit == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,
+                 "weight: expected K to be a multiple of ", unit,
+                 " on a GPU, and N to be at most 4194240, got ", a.weight.describe());
+    SPECRT_CHECK(!is_narrow(a) || a.plan.tile_rows != 64,
+                 "plan: expected tile_rows of 128 with float8_e4m3fn weights, got 64");
+    SPECRT_CHECK(!a.is_gated || num_outputs % 16 == 0,
+                 "weight: expected a multiple of 16 rows, gate and up by turns of 8, got ",
+                 a.weight.describe());
+    expect_rows_of_16_bytes(a.weight);
 }
 
 TileMaxima maxima_of(const LinearArgs& a, int64_t rows) {
@@ -93,22 +123,6 @@ void expect_depth(const LinearArgs& a, int64_t depth) {
     expect_rows_of_16_bytes(a.second);
 }
 
-void expect_gpu_weight(const LinearArgs& a) {
-    SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
-                 "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
-    expect_dtype_of(a.x, a.weight);
-    expect(a.weight, a.x.dtype, "[N, K]", -1, -1);
-    expect_contiguous(a.weight);
-    const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
-    SPECRT_CHECK(depth > 0 && depth % 8 == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,
-                 "weight: expected K to be a multiple of 8 on a GPU, and N to be at most 4194240, ",
-                 "got ", a.weight.describe());
-    SPECRT_CHECK(!a.is_gated || num_outputs % 16 == 0,
-                 "weight: expected a multiple of 16 rows, gate and up by turns of 8, got ",
-                 a.weight.describe());
-    expect_rows_of_16_bytes(a.weight);
-}
-
 void expect_result(const LinearArgs& a, DType dtype, int64_t num_rows) {
     const int64_t num_results = a.is_gated ? a.weight.shape[0] / 2 : a.weight.shape[0];
     expect(a.out, dtype, a.is_gated ? "[M, N / 2]" : "[M, N]", num_rows, num_results);
@@ -133,7 +147,8 @@ LinearParams gpu_params(const LinearArgs& a) {
     expect_result(a, out_dtype, num_rows);
     LinearParams p{};
     p.x = rows_of(a.x, a.x_rows, a.x.dtype, "[M, K]", num_rows, a.x.shape[1]);
-    p.second = rows_of(a.second, a.second_rows, a.x.dtype, "[M, K - K']", num_rows, -1);
+    p.second =
+        rows_of(a.second, a.second_rows, a.x.dtype, "[M, K - K']", num_rows, depth - a.x.shape[1]);
     p.gate = rows_of(a.gate, a.gate_rows, a.x.dtype, "[M, N]", num_rows, num_outputs);
     p.residual = rows_of(a.residual, a.residual_rows, a.x.dtype, "[M, N]", num_rows, num_outputs);
     p.weight = a.weight.data;
@@ -147,10 +162,12 @@ LinearParams gpu_params(const LinearArgs& a) {
     p.second_begin = a.x.shape[1];
     p.dtype = a.x.dtype;
     p.out_dtype = out_dtype;
+    p.weight_dtype = a.weight.dtype;
     p.is_gated = a.is_gated;
     p.plan = a.plan;
     p.maxima = maxima_of(a, num_rows);
     p.openness = openness_of(a.is_open);
+    p.scale = a.scale.as<float>();
     return p;
 }
 
@@ -169,7 +186,8 @@ Launch on_cpu(const LinearArgs& a) {
     expect_unwritten(a.x, a.out);
     return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
                    a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
-                   a.x.shape[0], num_outputs, depth, a.weight.dtype, openness_of(a.is_open)});
+                   a.x.shape[0], num_outputs, depth, a.weight.dtype, a.scale.as<float>(),
+                   openness_of(a.is_open)});
 }
 
 }  // namespace
@@ -181,7 +199,7 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
     if (slices == 1 || num_rows <= 0) return 0;
     const bool is_most = num_rows >= product::kMostSplitRows;
     const int64_t rows = is_most ? product::kMostSplitRows : num_rows;
-    const int64_t columns = product::padded(rows);
+    const int64_t columns = rows > 8 ? product::padded(rows) : 16;  // as many as any weights take
     const int64_t pieces = (rows + columns - 1) / columns, tiles = (num_outputs + 127) / 128;
     return product::kMaxTickets + slices * tiles * 128 * pieces * columns;
 }
@@ -189,9 +207,10 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
 Launch linear(const LinearArgs& a) {
     const int device =
         common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace, a.maxima, a.sampling,
-                      a.history_len, a.depth, a.is_open, a.x_rows, a.second, a.second_rows,
+                      a.history_len, a.depth, a.is_open, a.scale, a.x_rows, a.second, a.second_rows,
                       a.residual_rows, a.gate, a.gate_rows);
     expect_plan(a.plan);
+    expect_scale(a.weight, a.scale);
     if (device == kCpu) return on_cpu(a);
     return make_cuda_launch(linear_cuda, gpu_params(a), device);
 }

@@ -29,6 +29,7 @@ struct LinearArgs {
     LinearPlan plan;
     TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
     TensorView is_open;
+    TensorView scale;  // of e4m3 weights
     // On a GPU: which rows of tables these are, what stands behind x in a row, and the gate.
     TensorView x_rows, second, second_rows, residual_rows, gate, gate_rows;
 };
@@ -36,18 +37,19 @@ struct LinearArgs {
 struct LinearParams {
     RowOperand x, second;       // [M, K'] and [M, K - K'], together a row of x, of `dtype`
     RowOperand gate, residual;  // [M, N] of `dtype`; the residual may be out
-    const void* weight;         // [N, K] contiguous, likewise
+    const void* weight;         // [N, K] contiguous, of `weight_dtype`
     const float* bias;          // [N] or nullptr
     void* out;                  // [M, N], or [M, N / 2] if gated
     float* workspace;
     int64_t out_stride;
     int64_t num_rows, num_outputs, depth;
     int64_t second_begin;  // K', a multiple of 8; K if there is no second
-    DType dtype, out_dtype;
+    DType dtype, out_dtype, weight_dtype;
     bool is_gated;
     LinearPlan plan;
     TileMaxima maxima;  // of float32 results that are logits
     Openness openness;
+    const float* scale;  // [N] of e4m3 weights, before the bias; otherwise nullptr
 };
 
 SPECRT_DECLARE_CUDA(linear_cuda)
@@ -59,7 +61,8 @@ constexpr int kMostSplitRows = 256;  // of a launch with slices of K: it bounds 
 // split; at the workspace's beginning, whatever the shape.
 constexpr int kMaxTickets = 256 * kMostSplitRows / kMaxColumns;
 
-int padded(int64_t num_rows);  // to 8, 16, 32, 64 or 128
+int padded(int64_t num_rows);                 // to 8, 16, 32, 64 or 128
+int padded(int64_t num_rows, DType weights);  // e4m3: to 16, 32 or 64
 }  // namespace product
 
 // Floats of workspace that launches of up to `num_rows` rows need on a GPU, 256 rows as many as

@@ -3,7 +3,7 @@
 #pragma once
 #include "core/launch.cuh"
 #include "core/score_key.h"
-#include "tree_build/tree_build.h"
+#include "tree_build/level.h"
 
 namespace specrt {
 

@@ -110,8 +110,10 @@ __global__ void __launch_bounds__(kRowThreads, 3) filter_slices(const TreeExpand
     ptx::wait_for_previous();
     auto* shared = reinterpret_cast<FilterShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
-    const DraftRow row(p, static_cast<int>(blockIdx.x / slices));
+    const int number = static_cast<int>(blockIdx.x / slices);
+    if (is_closed(p, number / p.width)) return;
+    const RowScratch scratch = row_scratch(p, number);
+    const DraftRow row(p, number);
     const uint32_t most = row_max(scratch, slices);
     if (!row.sampling || is_bad(most)) return;
     const float top = from_ordered_bits(most);

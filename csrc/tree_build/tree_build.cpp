@@ -75,6 +75,7 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.token_map = a.token_map.as<int32_t>();
     p.sampling = a.sampling.as<SamplingRow>();
     p.position = a.position.as<int32_t>();
+    p.is_open = a.is_open.as<int32_t>();
     p.noise_scale_temperature = a.noise_scale_temperature;
     p.pool_tokens = a.pool_tokens.as<int32_t>();
     p.pool_parents = a.pool_parents.as<int32_t>();
@@ -84,6 +85,7 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.frontier_candidates = a.frontier_candidates.as<int32_t>();
     p.frontier_source = a.frontier_source.as<int32_t>();
     p.frontier_ancestors = a.frontier_ancestors.as<int64_t>();
+    p.level_score = a.level_score.as<float>();
     p.workspace = a.workspace.as<float>();
     p.workspace_size = a.workspace.shape[0];
     p.logits_stride[0] = a.logits.stride[0];
@@ -102,7 +104,7 @@ int device_of(const TreeExpandArgs& a) {
     return common_device(a.logits, a.scores, a.candidates, a.ancestors, a.token_map, a.sampling,
                          a.position, a.workspace, a.pool_tokens, a.pool_parents, a.pool_scores,
                          a.frontier_tokens, a.frontier_scores, a.frontier_candidates,
-                         a.frontier_source, a.frontier_ancestors);
+                         a.frontier_source, a.frontier_ancestors, a.is_open, a.level_score);
 }
 
 TreeExpand launch_on_gpu(const TreeExpandArgs& a, const TreeExpandParams& p, int device) {
@@ -147,6 +149,8 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, pool_end(a.level, top_k));
     check_noise(a, batch);
     if (a.token_map) expect(a.token_map, DType::kInt32, "[R]", rows);
+    if (a.is_open) expect(a.is_open, DType::kInt32, "[B]", batch);
+    if (a.level_score) expect(a.level_score, DType::kFloat32, "[B]", batch);
     const int device = device_of(a);
     const TreeExpandParams p = params_of(a, top_k);
     return device == kCpu ? launch_on_cpu(a, p) : launch_on_gpu(a, p, device);

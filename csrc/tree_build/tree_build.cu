@@ -22,9 +22,11 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kPerWarp = kBlocks / kWarps;
 constexpr float kMinGumbel = -3.2f;  // the least is -ln(33 ln 2) = -3.13
 
+constexpr uint32_t kScannedNaN = ~0u;
+
 // NaN above all.
 __device__ __forceinline__ uint32_t scanned_bits(float x) {
-    return x != x ? ~0u : ordered_bits(x);
+    return x != x ? kScannedNaN : ordered_bits(x);
 }
 
 __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p) {
@@ -32,8 +34,10 @@ __global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p
     ptx::wait_for_previous();
     SPECRT_SHARED(uint32_t[kWarps], tops);
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const RowScratch scratch = row_scratch(p, static_cast<int>(blockIdx.x / slices));
-    const DraftRow row(p, static_cast<int>(blockIdx.x / slices));
+    const int number = static_cast<int>(blockIdx.x / slices);
+    if (is_closed(p, number / p.width)) return;
+    const RowScratch scratch = row_scratch(p, number);
+    const DraftRow row(p, number);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t first = (slice * kBlocks + warp * kPerWarp) * kTokens + lane;
     float x[2 * kPerWarp];  // all on their way at once
@@ -216,44 +220,92 @@ __device__ __forceinline__ void fill_children(const TreeExpandParams& p, float i
     __syncthreads();
 }
 
-__device__ __forceinline__ void write_children(const TreeExpandParams& p, int row,
-                                               const RankShared& shared) {
-    const int j = static_cast<int>(threadIdx.x);
-    if (j >= p.top_k) return;
-    const int64_t k = p.top_k, f = row % p.width;
-    const int64_t base = p.level == 0 ? 0 : k + (p.level - 1) * k * k + f * k;
-    const int64_t at = int64_t{row / p.width} * p.pool_size + base + j;
-    const auto found = static_cast<uint32_t>(index_of(shared.best.keys[j]));
-    const int32_t i = static_cast<int32_t>(min(found, static_cast<uint32_t>(p.rows - 1)));
-    const float score = p.scores[row] + shared.increments[j];
-    p.pool_tokens[at] = p.token_map ? p.token_map[i] : i;
+__device__ __forceinline__ int32_t token_of(const TreeExpandParams& p, int32_t i) {
+    return p.token_map ? p.token_map[i] : i;
+}
+
+// Child j of a row, token i of the draft head.
+__device__ __forceinline__ void write_child(const TreeExpandParams& p, int row, int j, int32_t i,
+                                            float score) {
+    const int64_t group = level_base(p) + int64_t{row % p.width} * p.top_k;
+    const int64_t at = int64_t{row / p.width} * p.pool_size + group + j;
+    p.pool_tokens[at] = token_of(p, i);
     p.pool_parents[at] = p.candidates[row];
     p.pool_scores[at] = score == score ? score : from_ordered_bits(0);  // one NaN, as on the CPU
 }
 
-// The best K of the level's children. All threads of the block must call.
-__device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t seq,
-                                              BestKeys* best) {
-    const int64_t k = p.top_k, base = p.level == 0 ? 0 : k + (p.level - 1) * k * k;
-    const int64_t pool = seq * p.pool_size;
-    const float* scores = p.pool_scores + pool;
-    find_best(best, p.width * k, p.top_k,
-              [&](int64_t i) { return key_of(scores[base + i], static_cast<int32_t>(base + i)); });
-    const int64_t j = threadIdx.x;
-    if (j >= k) return;
-    const int32_t i = index_of(best->keys[j]);
-    const int parent_place = static_cast<int>(i - base) / p.top_k;
-    const int64_t out = seq * k + j, parent = seq * p.width + parent_place;
-    p.frontier_tokens[out] = p.pool_tokens[pool + i];
-    p.frontier_scores[out] = scores[i];
-    p.frontier_candidates[out] = i;
+__device__ __forceinline__ void write_children(const TreeExpandParams& p, int row,
+                                               const RankShared& shared) {
+    const int j = static_cast<int>(threadIdx.x);
+    if (j >= p.top_k) return;
+    const auto found = static_cast<uint32_t>(index_of(shared.best.keys[j]));
+    const int32_t i = static_cast<int32_t>(min(found, static_cast<uint32_t>(p.rows - 1)));
+    write_child(p, row, j, i, p.scores[row] + shared.increments[j]);
+}
+
+// Node j of the frontier, the level's child i.
+__device__ __forceinline__ void write_frontier(const TreeExpandParams& p, int64_t seq, int j, int i,
+                                               int32_t token, float score) {
+    const int64_t out = seq * p.top_k + j, parent = seq * p.width + i / p.top_k;
+    p.frontier_tokens[out] = token;
+    p.frontier_scores[out] = score;
+    p.frontier_candidates[out] = static_cast<int32_t>(level_base(p) + i);
     p.frontier_source[out] = static_cast<int32_t>(parent);
-    const int64_t node = p.level * k + j;
+    const int64_t node = p.level * int64_t{p.top_k} + j;
     for (int64_t word = 0; word < p.words; ++word) {
         auto bits = static_cast<uint64_t>(p.ancestors[parent * p.words + word]);
         if (node / 64 == word) bits |= uint64_t{1} << (node % 64);
         p.frontier_ancestors[out * p.words + word] = static_cast<int64_t>(bits);
     }
+}
+
+// What a row of a closed sequence leaves.
+__device__ __forceinline__ void close_row(const TreeExpandParams& p, int row) {
+    const int j = static_cast<int>(threadIdx.x), seq = row / p.width;
+    if (j >= p.top_k) return;
+    write_child(p, row, j, j, -INFINITY);
+    if (row % p.width != 0) return;
+    write_frontier(p, seq, j, j, token_of(p, j), -INFINITY);
+    if (j == 0 && p.level_score) p.level_score[seq] = -INFINITY;
+}
+
+// ln of a sum of e^score, to all lanes; NaN if a score is.
+__device__ __forceinline__ float warp_log_sum(const float* scores, int count) {
+    const int lane = threadIdx.x % 32;
+    uint32_t most = 0;
+    for (int i = lane; i < count; i += 32) most = max(most, scanned_bits(scores[i]));
+    most = __reduce_max_sync(kFullWarp, most);
+    if (most == kScannedNaN) return from_ordered_bits(0);
+    if (most <= kOrderedMinusInf) return -INFINITY;
+    const float top = from_ordered_bits(most);
+    uint64_t mass = 0;
+    for (int i = lane; i < count; i += 32) mass += mass_of(scores[i] - top);
+    for (int step = 16; step > 0; step /= 2) mass += __shfl_xor_sync(kFullWarp, mass, step);
+    return top + log_of_mass(mass);
+}
+
+// Of the frontier that this block has written. All threads of the block must call.
+__device__ __forceinline__ void score_level(const TreeExpandParams& p, int64_t seq) {
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    const float below = warp_log_sum(p.frontier_scores + seq * p.top_k, p.top_k);
+    const float above = warp_log_sum(p.scores + seq * p.width, p.width);
+    if (threadIdx.x == 0) p.level_score[seq] = score_of_level(below, above);
+}
+
+// The best K of the level's children. All threads of the block must call.
+__device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t seq,
+                                              BestKeys* best) {
+    const int64_t children = seq * p.pool_size + level_base(p);
+    const float* scores = p.pool_scores + children;
+    find_best(best, int64_t{p.width} * p.top_k, p.top_k,
+              [&](int64_t i) { return key_of(scores[i], static_cast<int32_t>(i)); });
+    const int j = static_cast<int>(threadIdx.x);
+    if (j < p.top_k) {
+        const int32_t i = index_of(best->keys[j]);
+        write_frontier(p, seq, j, i, p.pool_tokens[children + i], scores[i]);
+    }
+    if (p.level_score) score_level(p, seq);
 }
 
 // Three blocks an SM are enough; for more, ptxas would spill registers.
@@ -263,6 +315,10 @@ __global__ void __launch_bounds__(kThreads, 3) rank_slices(const TreeExpandParam
     auto* shared = reinterpret_cast<RankShared*>(dynamic_shared());
     const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
     const int number = static_cast<int>(blockIdx.x / slices), seq = number / p.width;
+    if (is_closed(p, seq)) {
+        if (slice == 0) close_row(p, number);
+        return;
+    }
     const RowScratch scratch = row_scratch(p, number);
     const DraftRow row(p, number);
     const uint32_t most = row_max(scratch, slices);

@@ -32,6 +32,7 @@ struct TreeExpandParams {
     const int32_t* token_map;     // [R] or nullptr
     const SamplingRow* sampling;  // [B], or nullptr: plain ranking, as of temperature 0
     const int32_t* position;      // [B]: where in the sequence the level-0 children would stand
+    const int32_t* is_open;       // [B] 0: closed; nullptr: all are open
     int32_t* pool_tokens;         // [B, C]
     int32_t* pool_parents;        // [B, C]
     float* pool_scores;           // [B, C]
@@ -40,6 +41,7 @@ struct TreeExpandParams {
     int32_t* frontier_candidates;
     int32_t* frontier_source;
     int64_t* frontier_ancestors;  // [B, K, W]
+    float* level_score;           // [B] or nullptr
     float* workspace;             // [parts, tree_expand_workspace(R)]; on a GPU [workspace_size]
     int64_t workspace_size;
     int64_t logits_stride[2];
@@ -79,7 +81,7 @@ SPECRT_DECLARE_CUDA(tree_expand_cuda)
 struct TreeExpandArgs {
     TensorView logits, scores, candidates, ancestors, token_map, sampling, position, pool_tokens,
         pool_parents, pool_scores, frontier_tokens, frontier_scores, frontier_candidates,
-        frontier_source, frontier_ancestors, workspace;
+        frontier_source, frontier_ancestors, workspace, is_open, level_score;
     float noise_scale_temperature;
     int64_t level;
 };

@@ -1,7 +1,7 @@
 #include "core/noise_bits.h"
 #include "core/sampling_filter.h"
 #include "core/score_key.h"
-#include "tree_build/tree_build.h"
+#include "tree_build/level.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
@@ -152,6 +152,7 @@ struct Expansion {
     }
 
     void run() {
+        if (is_closed(p, b)) return close();
         const float* logits = p.logits + b * p.logits_stride[0] + f * p.logits_stride[1];
         const float temperature = s ? s->temperature : 1.0f;
         float* dst = temperature != 1.0f ? w.processed : nullptr;
@@ -168,23 +169,49 @@ struct Expansion {
         write(best, increments);
     }
 
+    void close() const {
+        Best best(p.top_k);
+        float increments[Best::kMax];
+        best.fill(-kInf);
+        for (int j = 0; j < p.top_k; ++j) increments[j] = -kInf;
+        write(best, increments);
+    }
+
     void write(const Best& best, const float* increments) const {
         const int64_t k = p.top_k;
-        const int64_t base = p.level == 0 ? 0 : k + (p.level - 1) * k * k + f * k;
-        const int64_t at = b * p.pool_size + base, parent = b * p.width + f;
+        const int64_t at = b * p.pool_size + level_base(p) + f * k, parent = b * p.width + f;
+        const float score = is_closed(p, b) ? 0.0f : p.scores[parent];
         for (int64_t j = 0; j < k; ++j) {
             const int32_t i = index_of(best.keys[j]);
             p.pool_tokens[at + j] = p.token_map ? p.token_map[i] : i;
             p.pool_parents[at + j] = p.candidates[parent];
-            p.pool_scores[at + j] = p.scores[parent] + increments[j];
+            p.pool_scores[at + j] = score + increments[j];
         }
     }
 };
 
 // --- frontier
+// ln of a sum of e^score; NaN if a score is.
+float log_sum(const float* scores, int64_t count) {
+    float top = -kInf;
+    for (int64_t i = 0; i < count; ++i) {
+        if (scores[i] != scores[i]) return kNaN;
+        top = scores[i] > top ? scores[i] : top;
+    }
+    if (top == -kInf) return top;
+    uint64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += mass_of(scores[i] - top);
+    return top + log_of_mass(total);
+}
+
+void score_level(const TreeExpandParams& p, int64_t b) {
+    const float below = log_sum(p.frontier_scores + b * p.top_k, p.top_k);
+    const float above = log_sum(p.scores + b * p.width, p.width);
+    p.level_score[b] = is_closed(p, b) ? -kInf : score_of_level(below, above);
+}
+
 void pick_frontier(const TreeExpandParams& p, int64_t b) {
-    const int64_t k = p.top_k;
-    const int64_t base = p.level == 0 ? 0 : k + (p.level - 1) * k * k;
+    const int64_t k = p.top_k, base = level_base(p);
     const float* scores = p.pool_scores + b * p.pool_size;
     Best best(k);
     for (int64_t i = base; i < base + p.width * k; ++i) best.offer(scores[i], i);
@@ -262,8 +289,10 @@ void tree_expand_children_part(const void* params, int part, int num_parts) {
 void tree_expand_frontier_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const TreeExpandParams*>(params);
     const int64_t batch = p.batch;
-    for (int64_t b = batch * part / num_parts; b < batch * (part + 1) / num_parts; ++b)
+    for (int64_t b = batch * part / num_parts; b < batch * (part + 1) / num_parts; ++b) {
         pick_frontier(p, b);
+        if (p.level_score) score_level(p, b);
+    }
 }
 
 void tree_rerank_part(const void* params, int part, int num_parts) {

@@ -163,7 +163,7 @@ class StageTimes(NamedTuple):
     """Milliseconds that the stages of a launched round took, by the device's own clock."""
 
     draft: float
-    """What the drafter launched before the trees were settled."""
+    """Until the trees were settled: what the drafter launched."""
     verify: float
     accept: float
     """Acceptance and what follows it, the drafter's part among it."""

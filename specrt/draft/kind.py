@@ -5,7 +5,8 @@ Nothing here imports torch, so that ``specrt --help`` may name every kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from specrt.models.model import LlamaModel
 
 
+WEIGHTS = ("fp8",)
+
+
 @dataclass(frozen=True)
 class DrafterOptions:
     """How a trained drafter is set up; nothing here changes the text."""
@@ -28,6 +32,16 @@ class DrafterOptions:
     """Where the temperature is above 0, rank candidates with the target's own noise."""
     control: ControlOptions | None = None
     """How long to draft; None: the drafter's own way."""
+    weights: str | None = None
+    """Of :data:`WEIGHTS`: what matrices are rounded to as they are loaded; None: not at all."""
+    hot_tokens: str | os.PathLike[str] | Sequence[int] | None = None
+    """The only tokens that are proposed, or a file of them; None: the checkpoint's own choice."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(
+                f"draft_weights: expected one of {', '.join(WEIGHTS)}, got {self.weights!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,3 +83,5 @@ class Kind:
     is asked for by name."""
     has_control: bool = False
     """Whether a controller may say how long it drafts."""
+    has_narrowing: bool = False
+    """Whether its matrices may be rounded and its tokens be chosen as it is loaded."""

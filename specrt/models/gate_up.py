@@ -36,7 +36,7 @@ def interleaved(gate_up: torch.Tensor) -> torch.Tensor:
 
 def launch_gated(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_up: ops.Matrix,
     bias: torch.Tensor | None,
     between: torch.Tensor,
     out: torch.Tensor,

@@ -23,7 +23,7 @@ register(
     "draft_control(int kind, int step, Tensor settings, Tensor costs, Tensor posterior, "
     "Tensor slots, Tensor seed, Tensor position, Tensor limit, Tensor is_sampled, Tensor? slope, "
     "Tensor? score, Tensor? evidence, Tensor(a!) is_open, Tensor(b!) drafted, Tensor(c!) length, "
-    "Tensor(d!) confidence) -> ()",
+    "Tensor(d!) confidence, Tensor(e!)? num_nodes) -> ()",
     _C.draft_control,
 )
 register(
@@ -110,6 +110,7 @@ def draft_control(
     drafted: torch.Tensor,
     length: torch.Tensor,
     confidence: torch.Tensor,
+    num_nodes: torch.Tensor | None = None,
 ) -> None:
     """Decide whether to draft the token after the ``step``-th.
 
@@ -138,6 +139,8 @@ def draft_control(
         drafted: ``[B]`` int32, written: tokens drafted so far.
         length: ``[B]`` int32, written: tokens to verify, ``drafted`` or one less.
         confidence: ``[B, K]`` float32, written; NaN where nothing was drafted.
+        num_nodes: ``[B]`` int32, written wherever ``length`` is: 1 more, as a chain of so many
+            tokens counts its root.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
@@ -161,6 +164,7 @@ def draft_control(
         drafted,
         length,
         confidence,
+        num_nodes,
     )
 
 

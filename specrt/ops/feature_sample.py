@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from specrt import _C
-from specrt.ops.linear import GatheredRows, Rows, linear
+from specrt.ops.linear import Float8Matrix, GatheredRows, Matrix, Rows, linear
 from specrt.ops.registry import register
 from specrt.ops.rms_norm import rms_norm
 
@@ -18,22 +18,36 @@ _INPUTS = (
     "Tensor? norm, Tensor? gate, Tensor? up, Tensor? down, Tensor? token_fc, Tensor? token_gate, "
     "float eps, Tensor(a!) workspace"
 )
-register(f"feature_sample({_INPUTS}, Tensor(b!) out, Tensor? is_open) -> ()", _C.feature_sample)
-register(f"feature_check({_INPUTS}, Tensor out, Tensor? is_open) -> ()", _C.feature_check)
+_REST = (
+    "Tensor? is_open, Tensor? fc_scale, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale"
+)
+register(f"feature_sample({_INPUTS}, Tensor(b!) out, {_REST}) -> ()", _C.feature_sample)
+register(f"feature_check({_INPUTS}, Tensor out, {_REST}) -> ()", _C.feature_check)
 
 
 class FeatureWeights(NamedTuple):
     """What :func:`feature_sample` multiplies by and looks up."""
 
     embed: torch.Tensor | None
-    fc: torch.Tensor
+    fc: Matrix
     fc_bias: torch.Tensor | None
     norm: torch.Tensor | None
-    gate: torch.Tensor | None
-    up: torch.Tensor | None
-    down: torch.Tensor | None
+    gate: Matrix | None
+    up: Matrix | None
+    down: Matrix | None
     token_fc: torch.Tensor | None
     token_gate: torch.Tensor | None
+
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """In this order; of matrices with a scale, the values."""
+        return [one.values if isinstance(one, Float8Matrix) else one for one in self]
+
+    @property
+    def scales(self) -> list[torch.Tensor | None]:
+        """Of ``fc``, ``gate``, ``up`` and ``down``, where they have any."""
+        matrices = self.fc, self.gate, self.up, self.down
+        return [one.scale if isinstance(one, Float8Matrix) else None for one in matrices]
 
 
 class _Scratch(NamedTuple):
@@ -71,12 +85,12 @@ def feature_sample(
     source: torch.Tensor | None,
     features: torch.Tensor,
     embed: torch.Tensor | None,
-    fc: torch.Tensor,
+    fc: Matrix,
     fc_bias: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    up: torch.Tensor | None = None,
-    down: torch.Tensor | None = None,
+    gate: Matrix | None = None,
+    up: Matrix | None = None,
+    down: Matrix | None = None,
     token_fc: torch.Tensor | None = None,
     token_gate: torch.Tensor | None = None,
     *,
@@ -98,11 +112,11 @@ def feature_sample(
     folded argument is then left out, and ``fc`` is its feature half.
 
     Of float32 rows (on the CPU) all of it is one call of the extension, and weights and tables are
-    float32, bfloat16 or float16, each as it likes. Rows of 16 bits (on a GPU) are launches of
-    :func:`~specrt.ops.linear.linear` and a norm: features, weights, tables, ``workspace`` and
-    ``out`` have one type, and what is kept between two launches is rounded to it. H and I are
-    multiples of 8 then, and rows of ``features``, ``embed`` and ``workspace`` lie at multiples of
-    16 bytes.
+    float32, bfloat16, float16 or (matrices) a :class:`~specrt.ops.linear.Float8Matrix`, each as it
+    likes. Rows of 16 bits (on a GPU) are launches of :func:`~specrt.ops.linear.linear` and a norm:
+    features, weights, tables, ``workspace`` and ``out`` have one type, but for matrices of
+    float8, and what is kept between two launches is rounded to it. H and I are multiples of 8
+    then, and rows of ``features``, ``embed`` and ``workspace`` lie at multiples of 16 bytes.
 
     Token ids and source rows out of range are clamped into it, for padding rows may hold anything;
     what such a row gives is of no meaning. Nothing is read out of bounds.
@@ -147,7 +161,17 @@ def feature_sample(
     if out is None:
         out = features.new_empty(num_rows, hidden_size)
     weights = FeatureWeights(embed, fc, fc_bias, norm, gate, up, down, token_fc, token_gate)
-    given = tokens, source, features, *weights, eps, workspace, out, is_open
+    given = (
+        tokens,
+        source,
+        features,
+        *weights.tensors,
+        eps,
+        workspace,
+        out,
+        is_open,
+        *weights.scales,
+    )
     module = torch.ops.specrt if torch.compiler.is_compiling() else _C
     if features.dtype == torch.float32:
         module.feature_sample(*given)

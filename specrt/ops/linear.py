@@ -15,7 +15,7 @@ register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
     " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
-    " Tensor? is_open, Tensor? x_rows, Tensor? second, Tensor? second_rows,"
+    " Tensor? is_open, Tensor? scale, Tensor? x_rows, Tensor? second, Tensor? second_rows,"
     " Tensor? residual_rows, Tensor? gate, Tensor? gate_rows) -> ()",
     _C.linear,
 )
@@ -58,6 +58,34 @@ class TileMaxima:
     """``[B, N]`` int32, of the trees' nodes."""
 
 
+@dataclass(frozen=True, eq=False)
+class Float8Matrix:
+    """A matrix ``[N, K]`` of one byte a weight (e4m3) and a factor a row."""
+
+    values: torch.Tensor
+    """``[N, K]`` float8_e4m3fn, contiguous; codes of NaN count as 480. On a GPU K is a multiple of
+    16, and of each sixteen columns the two eights lie by turns: 0, 8, 1, 9, .. 7, 15."""
+    scale: torch.Tensor
+    """``[N]`` float32"""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def shape(self) -> torch.Size:
+        """N and K."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of both tensors."""
+        return self.values.nbytes + self.scale.nbytes
+
+
+Matrix = torch.Tensor | Float8Matrix
+"""What :func:`linear` multiplies by."""
+
+
 class GatheredRows(NamedTuple):
     """On a GPU: rows that :func:`linear` takes out of a table as it needs them."""
 
@@ -72,7 +100,7 @@ Rows = torch.Tensor | GatheredRows
 
 def linear(
     x: Rows,
-    weight: torch.Tensor,
+    weight: Matrix,
     bias: torch.Tensor | None = None,
     residual: Rows | None = None,
     out: torch.Tensor | None = None,
@@ -94,13 +122,14 @@ def linear(
 
     Args:
         x: ``[M, K]`` float32; on a GPU bfloat16 or float16. Rows may be strided; on a GPU they lie
-            at multiples of 16 bytes.
+            at multiples of 16 bytes, and may be gathered.
         weight: ``[N, K]`` contiguous; float32, bfloat16 or float16, on a GPU of ``x``'s dtype, K a
             multiple of 8. With ``is_gated`` N is a multiple of 16, and rows come by turns: 8 of
-            gate, 8 of up.
+            gate, 8 of up. Of a :class:`Float8Matrix` values are multiplied as if they were
+            ``x``'s, and the sum by ``scale`` in float32, before the bias.
         bias: ``[N]`` float32.
         residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``. None with ``is_gated``.
-            Like ``x``, ``second`` and ``gate`` it may be gathered on a GPU.
+            On a GPU it may be gathered, as ``second`` and ``gate`` may.
         out: ``[M, N]``, with ``is_gated`` ``[M, N / 2]``, of ``x``'s dtype, on a GPU also float32;
             made if not given. Each step before is in float32, and it is rounded once.
         workspace: on a GPU, float32, at least :func:`linear_workspace`, zeroed when it was made;
@@ -137,10 +166,14 @@ def linear(
         workspace = None
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
+    scale = None
+    if isinstance(weight, Float8Matrix):
+        scale, weight = weight.scale, weight.values
     keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
     if maxima is not None:
         keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
-    kernel(table, weight, bias, added, out, workspace, is_gated, *choice, *keyed, is_open, *rest)
+    given = table, weight, bias, added, out, workspace, is_gated, *choice, *keyed, is_open, scale
+    kernel(*given, *rest)
     return out
 
 

@@ -18,7 +18,7 @@ register(
     "Tensor(a!) workspace, Tensor(b!) pool_tokens, Tensor(c!) pool_parents, "
     "Tensor(d!) pool_scores, Tensor(e!) frontier_tokens, Tensor(f!) frontier_scores, "
     "Tensor(g!) frontier_candidates, Tensor(h!) frontier_source, "
-    "Tensor(i!) frontier_ancestors) -> ()",
+    "Tensor(i!) frontier_ancestors, Tensor? is_open, Tensor(j!)? level_score) -> ()",
     _C.tree_expand,
 )
 register(
@@ -69,6 +69,8 @@ def tree_expand(
     frontier_ancestors: torch.Tensor,
     *,
     noise_scale_temperature: float = 1.0,
+    is_open: torch.Tensor | None = None,
+    level_score: torch.Tensor | None = None,
 ) -> None:
     """Give each frontier node its K best children, and pick the next frontier among them.
 
@@ -107,6 +109,12 @@ def tree_expand(
         frontier_ancestors: ``[B, K, W]`` int64, written: the parent's bits and the node's own,
             number ``level * K + j`` (left out where W words have no room for it).
         noise_scale_temperature: divides the noisy logits in the score; above 1 hedges.
+        is_open: ``[B]`` int32; 0: a sequence that is closed. Its logits are not read, its nodes'
+            children are the first tokens, all of score -inf, and its frontier is the first node's.
+            None: all are open.
+        level_score: ``[B]`` float32, written: ln of the frontier's probability given that of
+            ``scores``, at most 0; -inf of a closed sequence, NaN if there was nothing to grow from
+            or a score of either is NaN.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit, or the frontier written is the
@@ -132,6 +140,8 @@ def tree_expand(
         frontier_candidates,
         frontier_source,
         frontier_ancestors,
+        is_open,
+        level_score,
     )
 
 

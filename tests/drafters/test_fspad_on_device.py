@@ -85,6 +85,8 @@ CASES: list[Case] = [
     ("fspad", "seed", None, {"control": BY_CHANCE, "fold": True}),
     ("eagle2", "greedy", SHAPE, {"fold": False}),
     ("reduced", "seed", SHAPE, {"fold": False}),
+    ("fspad", "seed", SHAPE, {"fold": False, "weights": "fp8"}),
+    ("fspad", "greedy", SHAPE, {"fold": True, "weights": "fp8", "hot_tokens": range(5, VOCAB)}),
 ]
 MORE_CASES: list[Case] = [
     (arch, setting, shape, {"fold": is_folded})

@@ -41,10 +41,11 @@ class Batch:
     length: Tensor
     confidence: Tensor
     accept_length: Tensor
+    num_nodes: Tensor
 
     @classmethod
     def make(cls, batch: int, cap: int = 6, settings: ControlSettings = SETTINGS) -> Batch:
-        ints = torch.full((3, batch), POISON, dtype=torch.int32)
+        ints = torch.full((4, batch), POISON, dtype=torch.int32)
         return cls(
             settings=settings.tensor(),
             costs=torch.tensor(COSTS, dtype=torch.float64),
@@ -60,6 +61,7 @@ class Batch:
             length=ints[2],
             confidence=torch.full((batch, cap), 9.0),
             accept_length=torch.zeros(batch, dtype=torch.int32),
+            num_nodes=ints[3],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -73,7 +75,7 @@ class Batch:
         draft_control(
             kind, step, self.settings, self.costs, self.posterior, self.slots, self.seed,
             self.position, self.limit, self.is_sampled, self.slope, score, evidence, self.is_open,
-            self.drafted, self.length, self.confidence,
+            self.drafted, self.length, self.confidence, self.num_nodes,
         )  # fmt: skip
 
     def update(self, kind: int) -> None:

@@ -88,6 +88,8 @@ def attention_arguments(variant: int, backend: Backend) -> Arguments:
     nodes = [range(first, first + NODES) for first in rows["first_node"].tolist()]
     bits = [pack_bits([lineage(parents, node) for node in row], words) for row in nodes]
     rows |= {"ancestors": torch.stack(bits), "scale": 0.2, "out": torch.zeros_like(rows["q"])}
+    if variant % 2:
+        rows |= {"window": 3, "num_sinks": 1}
     if backend.runs_cuda_source:
         slots = rows["block_table"].shape[1] * PAGE_SIZES[variant]
         floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots, backend.device)
@@ -235,6 +237,8 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
         "frontier_candidates": zeros[1].clone(),
         "frontier_source": zeros[2].clone(),
         "frontier_ancestors": torch.zeros(*width, 1, dtype=torch.int64),
+        "is_open": ints(1, 0, 1) if variant % 2 else None,
+        "level_score": torch.zeros(BATCH) if variant // 3 else None,
     }
 
 
@@ -357,6 +361,7 @@ def decide_arguments(variant: int, backend: Backend) -> Arguments:
         "is_sampled": ints(0, 1, 1),
         "is_open": ints(1, 1, 0),
         "score": torch.tensor([-0.1, -0.5, -1.0]),
+        "num_nodes": ints(2, 2, 2) if has_head else None,
         "slope": torch.tensor([1.0, 0.8]) if has_head else None,
         "evidence": torch.zeros(BATCH, 2) if has_head else None,
     }
@@ -382,6 +387,25 @@ def tail_arguments(variant: int, backend: Backend) -> Arguments:
         "history_len": ints(9, 3, 1),
         "tokens": torch.zeros(BATCH, 2 + variant, dtype=torch.int32),
         "start": ints(0, 0, 0),
+    }
+
+
+def pairs_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of each type, in rows of 16-byte pieces or not; kept or not."""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[variant % 3]
+    width, pairs = (16, 11)[variant // 3], 4
+    counts, g = ("source", "kv_len", "kv_len_after", "num_earlier"), generator(variant)
+    return {
+        "taps": torch.randn(BATCH, 5, width, generator=g).to(dtype),
+        "path": torch.tensor([[0, 1, 4], [0, 2, 3], [0, 1, 2]], dtype=torch.int32),
+        "num_path": ints(3, 1, 2),
+        "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
+        "history_len": ints(9, 3, 4),
+        "features": torch.zeros(BATCH, pairs, width, dtype=dtype),
+        "tokens": torch.zeros(pairs, BATCH, dtype=torch.int32),
+        **{name: ints(0, 0, 0) for name in counts},
+        "bits": torch.zeros(BATCH, 2, dtype=torch.int64),
+        "are_kept": variant % 2 == 1,
     }
 
 
@@ -512,11 +536,11 @@ KERNELS = {
     "tree_expand": Kernel(
         expand_arguments,
         lambda a: ops.tree_expand(**a),
-        own=("sampling", "position", "scores", "candidates", "ancestors"),
+        own=("sampling", "position", "scores", "candidates", "ancestors", "is_open"),
         shared=("token_map", "workspace"),
         results=(
             "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",
-            "frontier_candidates", "frontier_source", "frontier_ancestors",
+            "frontier_candidates", "frontier_source", "frontier_ancestors", "level_score",
         ),
         has_cuda_source=True,
     ),
@@ -566,6 +590,14 @@ KERNELS = {
         results=("tokens", "start"),
         has_cuda_source=True,
     ),
+    "draft_pairs": Kernel(
+        pairs_arguments,
+        lambda a: ops.draft_pairs(**a),
+        own=("path", "num_path", "history", "history_len", "kv_len"),
+        # And tokens, whose columns are the sequences'.
+        results=("features", "source", "kv_len", "kv_len_after", "num_earlier", "bits"),
+        has_cuda_source=True,
+    ),
     "prompt_lookup": Kernel(
         lookup_arguments,
         lambda a: ops.prompt_lookup(**a),
@@ -581,7 +613,7 @@ KERNELS = {
             "is_open", "drafted", "length", "confidence",
         ),
         shared=("settings", "costs", "slope"),
-        results=("is_open", "drafted", "length", "confidence"),
+        results=("is_open", "drafted", "length", "confidence", "num_nodes"),
         has_cuda_source=True,
     ),
     "draft_control_update": Kernel(

@@ -55,6 +55,7 @@ def play(device: torch.device, kind: int, uses_head: bool) -> list[list[Tensor]]
     for number in range(ROUNDS):
         mixed_world(number).to(device).play(batch, kind, uses_head)
         rounds.append([t.cpu().clone() for t in batch.outputs()])
+        assert batch.num_nodes.equal(1 + batch.length)
         batch.position.add_(batch.accept_length + 1)
     return rounds
 

@@ -11,7 +11,7 @@ from specrt import _C, ops
 from tests.ops.conftest import Backend, OnAnotherGpu
 
 Tensor = torch.Tensor
-SIMT_SCHEDULES = (0, 1)
+SIMT_SCHEDULES = (1, 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(one, other) for one in DTYPES for other in DTYPES]
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

@@ -28,6 +28,16 @@ def ranking(row: Sequence[float], top_k: int, scale: float | None = None) -> Ran
     return [(i, min(law[i] - log_sum, 0.0)) for i in order]
 
 
+def level_score(below: Sequence[float], above: Sequence[float]) -> float:
+    """ln of the frontier's probability, given that of the frontier it grew from."""
+    if any(map(math.isnan, [*below, *above])) or max(above) == -math.inf:
+        return math.nan
+    mass = math.fsum(math.exp(x - max(above)) for x in below)
+    if mass == 0.0:
+        return -math.inf
+    return min(0.0, math.log(mass) - math.log(math.fsum(math.exp(x - max(above)) for x in above)))
+
+
 @dataclass
 class Node:
     score: float = 0.0

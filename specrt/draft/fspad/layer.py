@@ -113,12 +113,14 @@ class DraftLayer:
         head_dim = weights.o.shape[1] // config.layer.num_heads
         self.padded = replace(config.layer, head_dim=head_dim)
         """The layer as the kernels run it: heads may be padded."""
-        self.activation_dtype = self.device.activation_dtype(weights.fc.dtype)
+        self.activation_dtype = self.device.activation_dtype(weights.dtype)
         self._rope = rotary_table(config.layer, head_dim, self.device, rope)
         self._cos_sin = self._rope.reaching(0)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
-            self._scratch = GpuScratch(self.padded, map(_shape, weights.matrices), self.device)
+            self._scratch = GpuScratch(
+                self.padded, map(_shape, weights.matrices.values()), self.device
+            )
         self._work = self._activations(0, 0)
 
     def activations(self, rows: int, logit_rows: int) -> Activations:
@@ -198,15 +200,35 @@ class DraftLayer:
         )
         self._linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows])
 
-    def append(self, first: int, rows: Rows, cache: KVCache, work: Activations) -> torch.Tensor:
+    def append(
+        self,
+        first: int,
+        rows: Rows,
+        cache: KVCache,
+        work: Activations,
+        *,
+        is_by_pair: bool = False,
+    ) -> torch.Tensor:
         """Rotate the queries and append keys and values of B·N rows from row ``first`` on.
+
+        Args:
+            first: of their rows in ``work.qkv``.
+            rows: where to.
+            cache: whose pages.
+            work: as :meth:`sample_features` left it.
+            is_by_pair: whether the B sequences' rows lie side by side, N times, rather than the N
+                rows of each sequence.
 
         Returns:
             The queries ``[B, N, Hq, d]``, a view of ``work.qkv``.
         """
         layer = self.padded
         size, count = rows.depth.shape
-        heads = work.qkv[first : first + size * count].view(size, count, -1, layer.head_dim)
+        heads = work.qkv[first : first + size * count]
+        outer = (count, size) if is_by_pair else (size, count)
+        heads = heads.view(*outer, -1, layer.head_dim)
+        if is_by_pair:
+            heads = heads.transpose(0, 1)
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=2)
         queries: torch.Tensor = q
         ops.rope_append(
@@ -290,7 +312,7 @@ class DraftLayer:
     def _linear(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: ops.Matrix,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         *,
@@ -299,5 +321,5 @@ class DraftLayer:
         ops.linear(x, weight, bias, residual, out=out, workspace=self._linear_workspace)
 
 
-def _shape(matrix: torch.Tensor) -> tuple[int, int]:
+def _shape(matrix: ops.Matrix) -> tuple[int, int]:
     return matrix.shape[0], matrix.shape[1]

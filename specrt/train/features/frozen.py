@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -86,7 +86,7 @@ class PackedTarget:
         self.config = config
         self._taps = _checked_taps(config, taps)
         self._dtype = dtype
-        self._device = device
+        self._device = Device(device)
         compute = torch.float32 if device.type == "cpu" else dtype
         weights = load_weights(path, config, dtype)
 
@@ -96,7 +96,7 @@ class PackedTarget:
         self._layers = [_Layer(layer, placed) for layer in weights.layers]
         self._embed = weights.embed.to(device, compute)
         self._final_norm = weights.final_norm.to(device)
-        self._rope = RotaryTable(config, config.head_dim, Device(device))
+        self._rope = RotaryTable(config, config.head_dim, self._device)
 
     @torch.no_grad()  # inference tensors could not be saved for a backward pass
     def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -107,9 +107,10 @@ class PackedTarget:
         """
         _check(self.config, sequences)
         lengths = [len(sequence) for sequence in sequences]
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
+        there = self._device.there
+        positions = there(torch.cat([torch.arange(length) for length in lengths]))
         angles = self._rope.reaching(max(lengths))[positions][:, None]
-        hidden = self._embed[torch.cat(list(sequences)).to(self._device)]
+        hidden = self._embed[there(torch.cat(list(sequences)))]
         parts = []
         for number, layer in enumerate(self._layers, start=1):
             normed = self._norm(hidden, layer.input_norm)
@@ -206,6 +207,22 @@ class TransformersTarget:
         tapped = [output.hidden_states[number] for number in self._taps]
         hidden = torch.cat([*tapped, output.last_hidden_state], -1)
         return [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
+
+
+def passes(lengths: Sequence[int], num_tokens: int) -> Iterator[slice]:
+    """Neighbours that go through a target together.
+
+    Args:
+        lengths: of the sequences.
+        num_tokens: that a pass has at most, but for one that a single sequence fills.
+    """
+    start, count = 0, 0
+    for end, length in enumerate(lengths):
+        if count and count + length > num_tokens:
+            yield slice(start, end)
+            start, count = end, 0
+        count += length
+    yield slice(start, len(lengths))
 
 
 class _Layer:
