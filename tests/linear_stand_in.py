@@ -14,42 +14,51 @@ import pytest
 import torch
 
 from specrt import _C, ops
+from specrt.models.float8 import in_order
 from specrt.models.gate_up import ROWS_IN_TURN
-from tests.oracles.tile_maxima import tile_maxima
+from tests.oracles.tile_maxima import draft_maxima, tile_maxima
 
 Tensor = torch.Tensor
-_NO_MAXIMA = (None,) * 4
+_NO_MAXIMA = (None,) * 6 + (0,)
 
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: ops.Matrix,
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
     workspace: Tensor | None = None,
     *,
     is_gated: bool = False,
-    maxima: ops.TileMaxima | None = None,
+    maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
     is_open: Tensor | None = None,
 ) -> None:
     """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
     if is_open is not None and not is_open.any():
         return
     num_rows, num_outputs = len(x), len(weight)
-    assert x.dtype == weight.dtype and x.dtype.itemsize == 2, "as a GPU's kernel has it"
+    scale = None
+    if isinstance(weight, ops.Float8Matrix):
+        weight, scale = in_order(weight.values), weight.scale
+    assert scale is not None or x.dtype == weight.dtype, "as a GPU's kernel has it"
+    assert x.dtype.itemsize == 2
     if workspace is not None:
         size = ops.linear_workspace(*weight.shape, num_rows)
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
     residual = None if residual is None else residual.float()
     sums = torch.empty(num_rows, num_outputs)
-    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA, None)
+    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA, None, scale)
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)
         _C.silu_mul(in_turn.reshape(num_rows, num_outputs), sums)
     out.copy_(sums)
-    if maxima is not None:
+    if isinstance(maxima, ops.DraftMaxima):
+        keys, masses = draft_maxima(sums, maxima)
+        maxima.keys.copy_(keys)
+        maxima.masses.copy_(masses)
+    elif maxima is not None:
         keys = tile_maxima(sums, maxima.sampling, maxima.history_len, maxima.depth)
         maxima.keys.copy_(keys)
 
@@ -70,14 +79,14 @@ def stand_in(
 
     def linear(
         x: Tensor,
-        weight: Tensor,
+        weight: ops.Matrix,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         out: Tensor | None = None,
         workspace: Tensor | None = None,
         *,
         is_gated: bool = False,
-        maxima: ops.TileMaxima | None = None,
+        maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
         is_open: Tensor | None = None,
     ) -> Tensor:
         if not is_for_gpu(x):

@@ -9,7 +9,8 @@ void register_linear(py::module_& m) {
     m.def("linear",
           [](py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle out,
              py::handle workspace, bool is_gated, int tile_rows, int num_stages, py::handle maxima,
-             py::handle sampling, py::handle history_len, py::handle depth, py::handle is_open) {
+             py::handle sampling, py::handle history_len, py::handle depth, py::handle masses,
+             py::handle token_map, int64_t level, py::handle is_open, py::handle scale) {
               submit_released(linear({device_view_of(x, "x"),
                                       device_view_of(weight, "weight"),
                                       device_view_of(bias, "bias", true),
@@ -22,7 +23,11 @@ void register_linear(py::module_& m) {
                                       device_view_of(sampling, "sampling", true),
                                       device_view_of(history_len, "history_len", true),
                                       device_view_of(depth, "depth", true),
-                                      device_view_of(is_open, "is_open", true)}));
+                                      device_view_of(masses, "masses", true),
+                                      device_view_of(token_map, "token_map", true),
+                                      level,
+                                      device_view_of(is_open, "is_open", true),
+                                      device_view_of(scale, "scale", true)}));
           });
 }
 

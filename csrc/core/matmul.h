@@ -17,6 +17,7 @@ struct MatmulParams {
     int64_t x_stride, residual_stride, out_stride;
     int64_t num_rows, num_outputs, depth;
     DType weight_dtype;
+    const float* scale;  // [N], of e4m3 weights: before the bias; otherwise nullptr
     Openness openness = {};
 };
 
@@ -24,10 +25,10 @@ SPECRT_DECLARE_CPU(matmul_part)
 
 Launch matmul(const MatmulParams& p);
 
-// A matrix that matmul can stream: contiguous, float32, bfloat16 or float16.
+// A matrix that matmul can stream: contiguous, float32, bfloat16, float16 or (scaled) e4m3.
 template <typename... Sizes>
 inline void expect_weight(const TensorView& t, const char* wanted, Sizes... sizes) {
-    expect_float(t);
+    if (t.dtype != DType::kE4M3) expect_float(t);
     expect(t, t.dtype, wanted, sizes...);
     expect_contiguous(t);
 }

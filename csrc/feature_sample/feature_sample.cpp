@@ -1,5 +1,7 @@
 #include "feature_sample/feature_sample.h"
 
+#include <array>
+
 #include "core/matmul.h"
 
 namespace specrt {
@@ -64,6 +66,10 @@ int64_t check_tables(const FeatureSampleArgs& a, int64_t hidden, int64_t interme
     return vocab;
 }
 
+std::array<const TensorView*, 4> matrices(const FeatureSampleArgs& a) {
+    return {&a.fc, &a.gate, &a.up, &a.down};
+}
+
 Sizes check(const FeatureSampleArgs& a) {
     expect(a.tokens, DType::kInt32, "[M]", -1);
     const int64_t rows = a.tokens.shape[0];
@@ -116,11 +122,13 @@ Launch gather_on_cpu(const GatherParams& p, const FeatureSampleLayout& at) {
 
 Launch feature_gather(const FeatureSampleArgs& a) {
     const DType type = a.features.dtype;
-    SPECRT_CHECK(type == DType::kBFloat16 || type == DType::kFloat16,
+    const bool is_wide = type == DType::kFloat32 && a.features.device == kCpu;
+    SPECRT_CHECK(is_wide || type == DType::kBFloat16 || type == DType::kFloat16,
                  "features: expected bfloat16 or float16, got ", a.features.describe());
-    for (const TensorView* t :
-         {&a.embed, &a.fc, &a.gate, &a.up, &a.down, &a.token_fc, &a.token_gate})
-        if (*t) expect_dtype_of(a.features, *t);
+    for (const TensorView* t : {&a.embed, &a.token_fc, &a.token_gate})
+        if (*t && !is_wide) expect_dtype_of(a.features, *t);
+    for (const TensorView* t : matrices(a))
+        if (*t && !is_wide && t->dtype != DType::kE4M3) expect_dtype_of(a.features, *t);
     const Sizes n = check(a);
     const int device =
         common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate,
@@ -132,6 +140,8 @@ Launch feature_gather(const FeatureSampleArgs& a) {
 
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     expect(a.features, DType::kFloat32, "[S, H]", -1, -1);
+    for (const TensorView* t : matrices(a))
+        if (*t) expect_float(*t);
     const Sizes n = check(a);
     const FeatureSampleLayout at{n.hidden, n.intermediate};
     float* const ws = a.workspace.as<float>();
@@ -142,7 +152,8 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     const auto multiply = [&](int64_t x, const TensorView& w, const float* bias, int64_t residual,
                               float* y, int64_t y_stride) {
         return matmul({ws + x, w.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
-                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype, openness});
+                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype, nullptr,
+                       openness});
     };
     std::vector<Launch> launches;
     launches.reserve(7);

@@ -100,8 +100,9 @@ struct Target {
 
 // One rounding for each step, in float32.
 __device__ __forceinline__ float with_bias(const LinearParams& p, float sum, int weight) {
-    if (!p.bias || weight >= p.num_outputs) return sum;
-    return __fadd_rn(sum, p.bias[weight]);
+    if (weight >= p.num_outputs) return sum;
+    if (p.scale) sum = __fmul_rn(sum, p.scale[weight]);
+    return p.bias ? __fadd_rn(sum, p.bias[weight]) : sum;
 }
 
 // Eight results of a row, `staged` being its sums of the tile. Rows of weights that are gated come

@@ -7,7 +7,8 @@ namespace specrt {
 namespace product {
 
 size_t stage_bytes(const Plan& plan) {
-    return size_t{2} * kDepth * static_cast<size_t>(plan.tile_rows + plan.columns);
+    return size_t{kDepth} *
+           static_cast<size_t>(plan.tile_rows * plan.weight_bytes + plan.columns * 2);
 }
 
 // Stages for `per_sm` blocks on an SM. What the system takes of an SM's shared memory for a block
@@ -26,6 +27,7 @@ void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, i
     const bool is_small =
         plan.columns <= 32 ? large < 2 * limits.num_sms : 2 * large < limits.num_sms;
     plan.tile_rows = choice.tile_rows > 0 ? choice.tile_rows : is_small ? 64 : 128;
+    if (plan.weight_bytes == 1) plan.tile_rows = 128;
     plan.num_tiles = static_cast<int>(ceil_div(outputs, plan.tile_rows));
     const bool has_pairs = plan.columns <= 64 && plan.num_tiles * others > limits.num_sms;
     const int alone = most_stages(plan, 1, limits);
@@ -45,12 +47,14 @@ bool can_move_16_bytes(const LinearParams& p) {
 }
 
 Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
-    const bool is_free = p.plan.tile_rows == 0 && p.plan.num_stages == 0;
+    const bool is_narrow = p.weight_dtype == DType::kE4M3;
+    const bool is_free = p.plan.tile_rows == 0 && p.plan.num_stages == 0 && !is_narrow;
     const LinearPlan choice =
         is_free ? measured_choice(kVariants, p.num_outputs, p.depth, p.num_rows, limits.arch)
                 : p.plan;
     Plan plan{};
-    plan.columns = padded(p.num_rows);
+    plan.columns = padded(p.num_rows, p.weight_dtype);
+    plan.weight_bytes = static_cast<int>(size_of(p.weight_dtype));
     plan.num_pieces = static_cast<int>(ceil_div(p.num_rows, plan.columns));
     plan.slices = slices_of(p.num_outputs, p.depth);
     plan.is_whole = can_move_16_bytes(p);
@@ -74,6 +78,7 @@ LinearParams rows_from(const LinearParams& p, int64_t first, int64_t count) {
 
 template <typename T>
 void start_one(const KernelParams& k, CudaStream stream) {
+    if (k.p.weight_dtype == DType::kE4M3) return start_narrow<T>(k, stream);
     if (k.p.maxima.keys) return start<T, true>(k, stream);
     start<T, false>(k, stream);
 }

@@ -26,23 +26,27 @@ struct LinearArgs {
     bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
     LinearPlan plan;
     TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
+    TensorView masses, token_map;                     // of a drafter's logits
+    int64_t level;
     TensorView is_open;
+    TensorView scale;  // of e4m3 weights
 };
 
 struct LinearParams {
     const void* x;         // [M, K] of `dtype`
-    const void* weight;    // [N, K] contiguous, likewise
+    const void* weight;    // [N, K] contiguous, of `weight_dtype`
     const float* bias;     // [N] or nullptr
     const void* residual;  // [M, N] of `dtype`, or nullptr; may be out
     void* out;             // [M, N], or [M, N / 2] if gated
     float* workspace;
     int64_t x_stride, residual_stride, out_stride;
     int64_t num_rows, num_outputs, depth;
-    DType dtype, out_dtype;
+    DType dtype, out_dtype, weight_dtype;
     bool is_gated;
     LinearPlan plan;
     TileMaxima maxima;  // of float32 results that are logits
     Openness openness;
+    const float* scale;  // [N] of e4m3 weights, before the bias; otherwise nullptr
 };
 
 SPECRT_DECLARE_CUDA(linear_cuda)
@@ -54,7 +58,8 @@ constexpr int kMostSplitRows = 256;  // of a launch with slices of K: it bounds 
 // split; at the workspace's beginning, whatever the shape.
 constexpr int kMaxTickets = 256 * kMostSplitRows / kMaxColumns;
 
-int padded(int64_t num_rows);  // to 8, 16, 32, 64 or 128
+int padded(int64_t num_rows);                 // to 8, 16, 32, 64 or 128
+int padded(int64_t num_rows, DType weights);  // e4m3: to 16 or 64
 }  // namespace product
 
 // Floats of workspace that launches of up to `num_rows` rows need on a GPU, 256 rows as many as

@@ -1,5 +1,5 @@
-// When a device comes to a point of its work, by its own clock: what tells a captured round's stages
-// apart, as nobody may look in its midst.
+// When a device comes to a point of its work, by its own clock: what tells a captured round's
+// stages apart, as nobody may look in its midst.
 #pragma once
 #include "core/dispatch.h"
 #include "core/tensor_view.h"

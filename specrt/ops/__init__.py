@@ -11,7 +11,15 @@ from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
-from specrt.ops.linear import LinearPlan, TileMaxima, linear, linear_workspace
+from specrt.ops.linear import (
+    DraftMaxima,
+    Float8Matrix,
+    LinearPlan,
+    Matrix,
+    TileMaxima,
+    linear,
+    linear_workspace,
+)
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
@@ -31,8 +39,11 @@ from specrt.ops.tree_settle import tree_settle
 __all__ = [
     "Append",
     "AttentionPlan",
+    "DraftMaxima",
     "Ending",
+    "Float8Matrix",
     "LinearPlan",
+    "Matrix",
     "Purpose",
     "ReportWord",
     "TileMaxima",

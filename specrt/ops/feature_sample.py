@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from specrt import _C
-from specrt.ops.linear import linear
+from specrt.ops.linear import Float8Matrix, Matrix, linear
 from specrt.ops.registry import register
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.silu_mul import silu_mul
@@ -26,14 +26,24 @@ class FeatureWeights(NamedTuple):
     """What :func:`feature_sample` multiplies by and looks up."""
 
     embed: torch.Tensor | None
-    fc: torch.Tensor
+    fc: Matrix
     fc_bias: torch.Tensor | None
     norm: torch.Tensor | None
-    gate: torch.Tensor | None
-    up: torch.Tensor | None
-    down: torch.Tensor | None
+    gate: Matrix | None
+    up: Matrix | None
+    down: Matrix | None
     token_fc: torch.Tensor | None
     token_gate: torch.Tensor | None
+
+    @property
+    def has_float8(self) -> bool:
+        """Whether any matrix is one of :func:`~specrt.ops.linear.linear`'s alone."""
+        return any(isinstance(weight, Float8Matrix) for weight in self)
+
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """In this order; of matrices with a scale, the values."""
+        return [one.values if isinstance(one, Float8Matrix) else one for one in self]
 
 
 class _Scratch(NamedTuple):
@@ -83,12 +93,12 @@ def feature_sample(
     source: torch.Tensor | None,
     features: torch.Tensor,
     embed: torch.Tensor | None,
-    fc: torch.Tensor,
+    fc: Matrix,
     fc_bias: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    up: torch.Tensor | None = None,
-    down: torch.Tensor | None = None,
+    gate: Matrix | None = None,
+    up: Matrix | None = None,
+    down: Matrix | None = None,
     token_fc: torch.Tensor | None = None,
     token_gate: torch.Tensor | None = None,
     *,
@@ -112,7 +122,8 @@ def feature_sample(
     Of float32 rows (on the CPU) all of it is one call of the extension, and weights and tables are
     float32, bfloat16 or float16, each as it likes. Rows of 16 bits (on a GPU) are multiplied by
     :func:`~specrt.ops.linear.linear`: features, weights, tables, ``workspace`` and ``out`` have one
-    type, and what is kept between two launches is rounded to it.
+    type, and what is kept between two launches is rounded to it. Where a matrix is a
+    :class:`~specrt.ops.linear.Float8Matrix`, rows of either type go that way.
 
     Token ids and source rows out of range are clamped into it, for padding rows may hold anything;
     what such a row gives is of no meaning. Nothing is read out of bounds.
@@ -157,13 +168,13 @@ def feature_sample(
     if out is None:
         out = features.new_empty(num_rows, hidden_size)
     weights = FeatureWeights(embed, fc, fc_bias, norm, gate, up, down, token_fc, token_gate)
-    if features.dtype != torch.float32:
+    if features.dtype != torch.float32 or weights.has_float8:
         feature_gather(tokens, source, features, weights, eps, workspace, out)
         parts = _Scratch.of(workspace[:num_rows], hidden_size, 0 if up is None else len(up))
         _multiply(weights, eps, parts, linear_workspace, out, is_open)
         return out
     op = torch.ops.specrt.feature_sample if torch.compiler.is_compiling() else _C.feature_sample
-    op(tokens, source, features, *weights, eps, workspace, out, is_open)
+    op(tokens, source, features, *weights.tensors, eps, workspace, out, is_open)
     return out
 
 
@@ -176,7 +187,8 @@ def feature_gather(
     workspace: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """The first launch of :func:`feature_sample` of rows of 16 bits; it checks all arguments.
+    """The first launch of :func:`feature_sample` of rows of 16 bits; it checks all arguments. On
+    the CPU rows may be float32.
 
     What a row's token and source choose comes into its row of ``workspace``: e, f, and from tables
     h and gate.
@@ -189,7 +201,7 @@ def feature_gather(
         ValueError: as :func:`feature_sample`.
     """
     op = torch.ops.specrt.feature_gather if torch.compiler.is_compiling() else _C.feature_gather
-    op(tokens, source, features, *weights, eps, workspace, out, None)
+    op(tokens, source, features, *weights.tensors, eps, workspace, out, None)
 
 
 def _multiply(

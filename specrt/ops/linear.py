@@ -14,7 +14,7 @@ register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
     " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
-    " Tensor? is_open) -> ()",
+    " Tensor(d!)? masses, Tensor? token_map, int level, Tensor? is_open, Tensor? scale) -> ()",
     _C.linear,
 )
 
@@ -56,9 +56,67 @@ class TileMaxima:
     """``[B, N]`` int32, of the trees' nodes."""
 
 
+@dataclass(frozen=True, eq=False)
+class Float8Matrix:
+    """A matrix ``[N, K]`` of one byte a weight (e4m3) and a factor a row."""
+
+    values: torch.Tensor
+    """``[N, K]`` float8_e4m3fn, contiguous; codes of NaN count as 480. On a GPU K is a multiple of
+    16, and of each sixteen columns the two eights lie by turns: 0, 8, 1, 9, .. 7, 15."""
+    scale: torch.Tensor
+    """``[N]`` float32"""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def shape(self) -> torch.Size:
+        """N and K."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of both tensors."""
+        return self.values.nbytes + self.scale.nbytes
+
+
+Matrix = torch.Tensor | Float8Matrix
+"""What :func:`linear` multiplies by."""
+
+
+@dataclass(frozen=True, eq=False)
+class DraftMaxima:
+    """What :func:`linear` leaves on a GPU of every 64 of a draft head's logits ``[B * F, R]``, so
+    that ``tree_expand``, given the same, reads few of these: the best score, which is the logit,
+    where a sequence samples logit / temperature, and where it does so without filters that +
+    Gumbel(seed, position + level); and where it does not sample the mass."""
+
+    keys: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` int64, written, as those of :class:`TileMaxima`."""
+    masses: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` float32, written; ``csrc/core/tile_maxima.h``."""
+    sampling: torch.Tensor | None = None
+    """``[B, 8]`` int64; None if nobody samples. These and the rest are ``tree_expand``'s."""
+    position: torch.Tensor | None = None
+    """``[B]`` int32; None if ``sampling`` is."""
+    level: int = 0
+    token_map: torch.Tensor | None = None
+    """``[R]`` int32, or None."""
+
+
+def _parts_of(maxima: TileMaxima | DraftMaxima | None) -> tuple[torch.Tensor | int | None, ...]:
+    if maxima is None:
+        return (None,) * 6 + (0,)
+    if isinstance(maxima, TileMaxima):
+        told = maxima.sampling, maxima.history_len, maxima.depth
+        return (maxima.keys, *told, None, None, 0)
+    drafts = maxima.sampling, maxima.position, None
+    return (maxima.keys, *drafts, maxima.masses, maxima.token_map, maxima.level)
+
+
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Matrix,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -66,7 +124,7 @@ def linear(
     *,
     is_gated: bool = False,
     plan: LinearPlan | None = None,
-    maxima: TileMaxima | None = None,
+    maxima: TileMaxima | DraftMaxima | None = None,
     is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
@@ -81,7 +139,8 @@ def linear(
             at multiples of 16 bytes.
         weight: ``[N, K]`` contiguous; float32, bfloat16 or float16, on a GPU of ``x``'s dtype, K a
             multiple of 8. With ``is_gated`` N is a multiple of 16, and rows come by turns: 8 of
-            gate, 8 of up.
+            gate, 8 of up. Of a :class:`Float8Matrix` values are multiplied as if they were
+            ``x``'s, and the sum by ``scale`` in float32, before the bias.
         bias: ``[N]`` float32.
         residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``. None with ``is_gated``.
         out: ``[M, N]``, with ``is_gated`` ``[M, N / 2]``, of ``x``'s dtype, on a GPU also float32;
@@ -112,10 +171,11 @@ def linear(
         workspace = None
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
-    keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
-    if maxima is not None:
-        keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
-    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed, is_open)
+    scale = None
+    if isinstance(weight, Float8Matrix):
+        scale, weight = weight.scale, weight.values
+    keyed = _parts_of(maxima)
+    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed, is_open, scale)
     return out
 
 

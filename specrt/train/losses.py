@@ -172,6 +172,7 @@ def _divergence(target: torch.Tensor, draft: torch.Tensor) -> tuple[torch.Tensor
 def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """``[3]``: rows whose ``wanted`` token is among the 1, 2, 3 best (the earlier one on ties)."""
     value = logits.gather(1, wanted[:, None])
-    is_earlier = torch.arange(logits.shape[1], device=logits.device) < wanted[:, None]
+    tokens = torch.arange(logits.shape[1], out=wanted.new_empty(logits.shape[1]))
+    is_earlier = tokens < wanted[:, None]
     rank = ((logits > value) | ((logits == value) & is_earlier)).sum(1)
     return torch.stack([(rank < k).sum() for k in range(1, TOP + 1)]).float()

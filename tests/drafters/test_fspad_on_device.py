@@ -85,6 +85,8 @@ CASES: list[Case] = [
     ("fspad", "seed", None, {"control": BY_CHANCE, "fold": True}),
     ("eagle2", "greedy", SHAPE, {"fold": False}),
     ("reduced", "seed", SHAPE, {"fold": False}),
+    ("fspad", "seed", SHAPE, {"fold": False, "weights": "fp8"}),
+    ("fspad", "greedy", SHAPE, {"fold": True, "weights": "fp8", "hot_tokens": range(5, VOCAB)}),
 ]
 MORE_CASES: list[Case] = [
     (arch, setting, shape, {"fold": is_folded})
@@ -176,7 +178,7 @@ class Scripted:
         monkeypatch.setattr(drafter.layer, "finish", self.finish)
 
     def finish(
-        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, regressed: Any
+        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, *rest: Any
     ) -> torch.Tensor:
         logits = work.logits[: rows.depth.numel()]
         script = (4 * torch.randn(logits.shape, generator=self._rng)).round(decimals=1)  # ties
@@ -243,7 +245,7 @@ def test_pairs_of_undrafted_rounds_are_caught_up(
 
 
 class Counted:
-    """What a drafter's proposals take, as they are made."""
+    """What a drafter's proposals take, as they are made, where no round is launched ahead."""
 
     def __init__(self, drafter: FspadDrafter, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
         self._drafter, self._gpu, self._propose = drafter, gpu, drafter.propose
@@ -251,6 +253,7 @@ class Counted:
         self.rounds: list[tuple[int, int, int, int]] = []
         """Of each: reads before it, its launches, its uploads, the most pairs of a sequence."""
         self.sizes: set[int] = set()
+        monkeypatch.setattr(drafter, "plan", lambda states, budget: None)
         monkeypatch.setattr(drafter, "propose", self.propose)
         monkeypatch.setattr(gpu, "upload", self.upload)
 

@@ -89,6 +89,8 @@ def attention_arguments(variant: int, backend: Backend) -> Arguments:
     nodes = [range(first, first + NODES) for first in rows["first_node"].tolist()]
     bits = [pack_bits([lineage(parents, node) for node in row], words) for row in nodes]
     rows |= {"ancestors": torch.stack(bits), "scale": 0.2, "out": torch.zeros_like(rows["q"])}
+    if variant % 2:
+        rows |= {"window": 3, "num_sinks": 1}
     if backend.runs_cuda_source:
         slots = rows["block_table"].shape[1] * PAGE_SIZES[variant]
         floats = ops.tree_attention_workspace(BATCH, 4, 2, 64, NODES, slots, backend.device)
@@ -359,6 +361,25 @@ def tail_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+def pairs_arguments(variant: int, backend: Backend) -> Arguments:
+    """Of each type, in rows of 16-byte pieces or not; kept or not."""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[variant % 3]
+    width, pairs = (16, 11)[variant // 3], 4
+    counts, g = ("source", "kv_len", "kv_len_after", "num_earlier"), generator(variant)
+    return {
+        "taps": torch.randn(BATCH, 5, width, generator=g).to(dtype),
+        "path": torch.tensor([[0, 1, 4], [0, 2, 3], [0, 1, 2]], dtype=torch.int32),
+        "num_path": ints(3, 1, 2),
+        "history": torch.randint(0, VOCAB, (BATCH, 9), generator=g, dtype=torch.int32),
+        "history_len": ints(9, 3, 4),
+        "features": torch.zeros(BATCH, pairs, width, dtype=dtype),
+        "tokens": torch.zeros(pairs, BATCH, dtype=torch.int32),
+        **{name: ints(0, 0, 0) for name in counts},
+        "bits": torch.zeros(BATCH, 2, dtype=torch.int64),
+        "are_kept": variant % 2 == 1,
+    }
+
+
 def embed_arguments(variant: int, backend: Backend) -> Arguments:
     """Of one type or of two, in rows of 16-byte pieces or not."""
     dtypes = torch.float32, torch.bfloat16, torch.float16
@@ -368,6 +389,8 @@ def embed_arguments(variant: int, backend: Backend) -> Arguments:
         "tokens": ints(4, 0, 69),
         "table": table.to(dtypes[variant % 3]),
         "out": torch.zeros(BATCH, width, dtype=dtypes[variant // 2]),
+        "ids": ints(0, 0, 0),
+        "is_open": ints(0, 1, 0),
     }
 
 
@@ -566,6 +589,14 @@ KERNELS = {
         results=("tokens", "start"),
         has_cuda_source=True,
     ),
+    "draft_pairs": Kernel(
+        pairs_arguments,
+        lambda a: ops.draft_pairs(**a),
+        own=("path", "num_path", "history", "history_len", "kv_len"),
+        # And tokens, whose columns are the sequences'.
+        results=("features", "source", "kv_len", "kv_len_after", "num_earlier", "bits"),
+        has_cuda_source=True,
+    ),
     "prompt_lookup": Kernel(
         lookup_arguments,
         lambda a: ops.prompt_lookup(**a),
@@ -596,7 +627,8 @@ KERNELS = {
         embed_arguments,
         lambda a: ops.embed(**a),
         own=("tokens",),
-        results=("out",),
+        shared=("is_open",),
+        results=("out", "ids"),
         has_cuda_source=True,
     ),
     "feature_sample": Kernel(

@@ -31,6 +31,7 @@ TAKEN = {
         "depth", "path", "tokens", "logprobs", "stop_ids", "history", "report",
     },
     "history_tail": {"history", "tokens"},
+    "draft_pairs": {"taps", "path", "history", "features", "tokens", "bits"},
     "prompt_lookup": {"history", "draft_tokens", "parents"},
     "draft_control": {"evidence"},
     "draft_control_update": set(),

@@ -27,7 +27,7 @@ struct Stream {
 };
 
 void* stream_of(int device);                  // the one that torch works on there
-uint64_t global_timer();      // nanoseconds
+uint64_t global_timer();                      // nanoseconds
 bool is_stream_of(void* stream, int device);  // nullptr is the current device's, whichever it is
 
 }  // namespace simt

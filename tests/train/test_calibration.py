@@ -78,8 +78,8 @@ def test_a_watch_sees_every_row() -> None:
         watch = ExitWatch(30, noise, frozen.counter(), has_hits=num_rows == 30)
         soft_cross_entropy(predicted, features, frozen, watch)
         found.append(watch)
-    noise, head = GumbelRows([8, 9], [10, 20], VOCAB, CPU).take(30), frozen.weight
-    wanted = judge(features @ head.T, predicted @ head.T, noise)
+    drawn, head = GumbelRows([8, 9], [10, 20], VOCAB, CPU).take(30), frozen.weight
+    wanted = judge(features @ head.T, predicted @ head.T, drawn)
     for watch in found:
         torch.testing.assert_close(watch.judged.scores, wanted.scores)
         assert torch.equal(watch.judged.labels, wanted.labels)
@@ -149,7 +149,8 @@ def test_chains_are_those_of_every_position() -> None:
                 if not hits[token - 1]:
                     break
                 wanted[1][level] += 1
-    report = evaluate_exit(model, 1, head, MemorySource(samples), range(4), depth=depth, seed=0)
+    source = MemorySource(samples)
+    report = evaluate_exit(model, 1, head, source, range(4), device=CPU, depth=depth, seed=0)
     assert [list(report.acceptance.proposed), list(report.acceptance.accepted)] == wanted
     assert 0 < wanted[1][-1] < wanted[1][0] < wanted[0][0] == len(right)
     assert 0.2 < report.sampled_rate < 0.9
@@ -159,7 +160,8 @@ def test_chains_are_those_of_every_position() -> None:
 
 def test_no_held_out_data() -> None:
     model = ExitModule(exit_config(1))
-    report = evaluate_exit(model, 0, tables().head, MemorySource([]), [], depth=2, seed=0)
+    nothing = MemorySource([])
+    report = evaluate_exit(model, 0, tables().head, nothing, [], device=CPU, depth=2, seed=0)
     assert report.acceptance.tau == 1.0 and report.calibration_error == (0.0, 0.0)
 
 

@@ -76,8 +76,9 @@ def test_ties_go_to_the_earlier_token() -> None:
 
 
 def test_hits_can_be_left_out(rows: tuple[torch.Tensor, ...]) -> None:
-    *three, head = rows
-    assert draft_losses(*three, FrozenHead(head), has_hits=False).hits.tolist() == [0, 0, 0]
+    predicted, regressed, features, head = rows
+    losses = draft_losses(predicted, regressed, features, FrozenHead(head), has_hits=False)
+    assert losses.hits.tolist() == [0, 0, 0]
 
 
 def test_no_position() -> None:

@@ -111,7 +111,7 @@ class FspadDrafter:
         self.layer = layer
         self.is_coupled = is_coupled
         self._device = layer.device
-        self._cache = KVCache(layer.padded, layer.weights.fc.dtype, device=self._device)
+        self._cache = KVCache(layer.padded, layer.weights.dtype, device=self._device)
         self._drafts: dict[SequenceState, _Draft] = {}
         self._measured = measured = _measured(self._device)
         self._policy: TreePolicy = measured
