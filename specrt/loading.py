@@ -17,7 +17,7 @@ from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter
-from specrt.draft.kind import DrafterOptions
+from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.core import EngineLimits
@@ -71,6 +71,7 @@ def load(
     controller: str | ControlOptions | None = None,
     draft_weights: str | None = None,
     hot_tokens: str | os.PathLike[str] | Sequence[int] | None = None,
+    draft_window: int | DraftWindow | None = None,
     eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter.
@@ -108,6 +109,8 @@ def load(
         hot_tokens: FSPAD and EAGLE: propose these tokens only, so that fewer rows of the head are
             read: their ids, or a file of them (a list in ``.json``, or ``.pt`` as FR-Spec and
             SGLang have it).
+        draft_window: FSPAD and EAGLE: tokens of the text that the drafter sees, the last ones;
+            None: all. As many as it was trained on keep its steps cheap where a text gets longer.
         eager: capture no steps: the same text, launch by launch, which is slower.
 
     Raises:
@@ -144,10 +147,16 @@ def load(
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
-        options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens)
+        window = DraftWindow(draft_window) if isinstance(draft_window, int) else draft_window
+        options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
     else:
-        named = {"controller": controller, "draft_weights": draft_weights, "hot_tokens": hot_tokens}
+        named = {
+            "controller": controller,
+            "draft_weights": draft_weights,
+            "hot_tokens": hot_tokens,
+            "draft_window": draft_window,
+        }
         for name in (name for name, value in named.items() if value is not None):
             raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, **asdict(limits))

@@ -17,11 +17,11 @@ import torch
 from specrt import _C, ops
 from specrt.models.float8 import in_order
 from specrt.models.gate_up import ROWS_IN_TURN
-from tests.oracles.tile_maxima import tile_maxima
+from tests.oracles.tile_maxima import draft_maxima, tile_maxima
 
 Tensor = torch.Tensor
 Rows = Tensor | ops.GatheredRows
-_NO_MAXIMA = (None,) * 4
+_NO_MAXIMA = (None,) * 6 + (0,)
 _NOT_GATHERED = (None,) * 6
 
 
@@ -43,7 +43,7 @@ def product(
     second: Rows | None = None,
     gate: Rows | None = None,
     is_gated: bool = False,
-    maxima: ops.TileMaxima | None = None,
+    maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
     is_open: Tensor | None = None,
 ) -> None:
     """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
@@ -71,7 +71,11 @@ def product(
         sums = torch.empty(num_rows, num_outputs // 2)
         _C.silu_mul(in_turn.reshape(num_rows, num_outputs), sums)
     out.copy_(sums)
-    if maxima is not None:
+    if isinstance(maxima, ops.DraftMaxima):
+        keys, masses = draft_maxima(sums, maxima)
+        maxima.keys.copy_(keys)
+        maxima.masses.copy_(masses)
+    elif maxima is not None:
         keys = tile_maxima(sums, maxima.sampling, maxima.history_len, maxima.depth)
         maxima.keys.copy_(keys)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_control, bench_drafters, bench_generate, contenders
+from bench import bench_control, bench_draft_window, bench_drafters, bench_generate, contenders
 from bench.draft_contenders import PLAIN, Contender, Tree, Variant
 from bench.draft_contenders import Run as MadeRun
 from bench.memory import Probe
@@ -24,12 +24,14 @@ from specrt.config import ModelConfig
 from specrt.draft.kinds import named_kinds
 from specrt.engine.results import GenerationResult
 from specrt.models.loader import load_weights
-from specrt.types import RoundStats
+from specrt.types import Proposal, RoundStats
 from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict
 
 ROOT = Path(__file__).parents[1]
-END_TO_END = {"bench_generate", "bench_drafters", "bench_control", "bench_arrivals"}
+END_TO_END = {
+    "bench_generate", "bench_drafters", "bench_draft_window", "bench_control", "bench_arrivals",
+}  # fmt: skip
 ON_A_GPU = {"bench_round"}
 BENCHES = {file.stem for file in (ROOT / "bench").glob("bench_*.py")}
 KERNELS = sorted(BENCHES - END_TO_END - ON_A_GPU)
@@ -90,6 +92,24 @@ def test_kernel_bench(name: str, run: Run, tmp_path: Path) -> None:
     assert result["environment"]["cpu_flags"] is not None
     (saved,) = tmp_path.iterdir()
     assert json.loads(saved.read_text()) == result
+
+
+@pytest.mark.slow
+@needs_target
+@pytest.mark.parametrize("text", ["problems", "own"])
+def test_draft_window_bench(text: str, run: Run) -> None:
+    rows = run("bench_draft_window", "--text", text)["rows"]
+    assert [row["window"] for row in rows] == ["all", "8+2"]
+    assert all(1 <= row[length] <= 9 for row in rows for length in ("16", "40"))
+    assert rows[0]["40"] > rows[1]["40"]
+
+
+def test_a_tree_is_followed_along_a_text() -> None:
+    tree = Proposal(
+        torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-1, 0, 0, 2, 3]]), torch.tensor([4])
+    )
+    for said, length in (([6, 8], 1), ([7, 8, 9], 2), ([8], 0), ([], 0)):
+        assert bench_draft_window.accepted(tree, said) == length
 
 
 def test_arrivals_bench(run: Run) -> None:

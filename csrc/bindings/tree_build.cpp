@@ -6,7 +6,7 @@ namespace specrt::bindings {
 namespace {
 
 TreeExpandArgs expand_args(const py::args& t) {
-    SPECRT_CHECK(t.size() == 20, "tree_expand: expected 20 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 22, "tree_expand: expected 22 arguments, got ", t.size());
     TreeExpandArgs a{};
     a.logits = device_view_of(t[0], "logits");
     a.scores = device_view_of(t[1], "scores");
@@ -28,6 +28,8 @@ TreeExpandArgs expand_args(const py::args& t) {
     a.frontier_ancestors = device_view_of(t[17], "frontier_ancestors");
     a.is_open = device_view_of(t[18], "is_open", true);
     a.level_score = device_view_of(t[19], "level_score", true);
+    a.keys = device_view_of(t[20], "keys", true);
+    a.masses = device_view_of(t[21], "masses", true);
     return a;
 }
 

@@ -2,6 +2,7 @@
 // its mass.
 #pragma once
 #include "core/mass_lanes.h"
+#include "core/tile_maxima.h"
 
 namespace specrt::SPECRT_ISA {
 
@@ -66,6 +67,55 @@ inline uint64_t total_mass(const float* row, const float* block_max, int64_t voc
     sum.flush();
     for (int64_t v = whole; v < vocab; ++v) sum.total += mass_of(row[v] - top);
     return sum.total;
+}
+
+// --- a row's mass by its tiles' (core/tile_maxima.h), which a GPU's blocks leave before the row's
+// maximum is known
+
+// Of a tile whose maximum is `best`: the sums of four tokens 16 apart.
+inline V16 mass_lanes(const float* tile, float best) {
+    const V16 b = splat(best), low = splat(kExpLow);
+    V16 e[4];
+    for (int r = 0; r < 4; ++r) {
+        const V16 below = sub(load(tile + 16 * r), b);
+        e[r] = zero_where_less(exp_within(below), below, low);
+    }
+    return add(add(e[0], e[1]), add(e[2], e[3]));
+}
+
+// The same of a row's last tile, which ends early.
+inline V16 last_mass_lanes(const float* tile, int64_t count, float best) {
+    float whole[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) whole[i] = i < count ? tile[i] : -kInf;
+    return mass_lanes(whole, best);
+}
+
+// masses: scratch, a float for each tile.
+inline uint64_t mass_of_tiles(const float* row, const float* block_max, int64_t vocab, float top,
+                              float* masses) {
+    const int64_t whole = vocab / kBlock;
+    int64_t tile = 0;
+    for (; tile + 4 <= whole; tile += 4) {
+        V16 lanes[4];
+        for (int i = 0; i < 4; ++i)
+            lanes[i] = mass_lanes(row + (tile + i) * kBlock, block_max[tile + i]);
+        reduce_add4(lanes, masses + tile);
+    }
+    for (; tile < whole; ++tile)
+        masses[tile] = reduce_add(mass_lanes(row + tile * kBlock, block_max[tile]));
+    if (const int64_t rest = vocab - whole * kBlock; rest > 0)
+        masses[tile++] = reduce_add(last_mass_lanes(row + whole * kBlock, rest, block_max[whole]));
+    uint64_t total = 0;
+    int64_t t = 0;
+    for (; t + 16 <= tile; t += 16) {
+        const V16 below = sub(load(block_max + t), splat(top));
+        const V16 mass = mul(mul(load(masses + t), exp_within(below)), splat(kMassOne));
+        store(zero_where_less(mass, below, splat(kNoTileMass)), masses + t);
+        for (int64_t i = t; i < t + 16; ++i)
+            total += static_cast<uint64_t>(static_cast<int64_t>(masses[i]));
+    }
+    for (; t < tile; ++t) total += mass_in_row(masses[t], block_max[t] - top);
+    return total;
 }
 
 }  // namespace specrt::SPECRT_ISA

@@ -101,14 +101,8 @@ void start(const KernelParams& k, CudaStream stream) {
 
 template <typename T>
 void start_narrow(const KernelParams& k, CudaStream stream) {
-    switch (k.plan.columns) {
-        case 16:
-            return start_padded<T, e4m3_t, true, 128, 16>(k, stream);
-        case 32:
-            return start_padded<T, e4m3_t, true, 128, 32>(k, stream);
-        default:
-            return start_padded<T, e4m3_t, true, 128, 64>(k, stream);
-    }
+    if (k.plan.columns == 16) return start_padded<T, e4m3_t, true, 128, 16>(k, stream);
+    start_padded<T, e4m3_t, true, 128, 64>(k, stream);
 }
 
 }  // namespace specrt::product

@@ -13,9 +13,8 @@ int padded(int64_t num_rows) {
 
 // Fewer kernels to compile for a drafter's matrices: more rows are several pieces.
 int padded(int64_t num_rows, DType weights) {
-    const int columns = padded(num_rows);
-    if (weights != DType::kE4M3) return columns;
-    return columns < 16 ? 16 : columns > 64 ? 64 : columns;
+    if (weights == DType::kE4M3) return num_rows <= 16 ? 16 : 64;
+    return padded(num_rows);
 }
 
 }  // namespace product
@@ -62,12 +61,40 @@ void expect_gpu_weight(const LinearArgs& a) {
     expect_rows_of_16_bytes(a.weight);
 }
 
-TileMaxima maxima_of(const LinearArgs& a, int64_t rows) {
-    if (!a.maxima) return {};
-    const int64_t vocab = a.weight.shape[0];
-    SPECRT_CHECK(a.out.dtype == DType::kFloat32 && !a.is_gated && !a.residual,
-                 "maxima: expected float32 logits, neither gated nor with a residual");
-    expect(a.maxima, DType::kInt64, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
+// Of a drafter's logits: all rows are of one level.
+TileMaxima draft_maxima_of(const LinearArgs& a) {
+    const int64_t rows = a.out.shape[0], vocab = a.weight.shape[0];
+    expect(a.masses, DType::kFloat32, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
+    expect_contiguous(a.masses);
+    if (a.token_map) expect(a.token_map, DType::kInt32, "[N]", vocab);
+    SPECRT_CHECK(0 <= a.level && a.level < 65536, "level: expected 0..65535, got ", a.level);
+    int64_t nodes = rows > 0 ? rows : 1;
+    if (a.sampling) {
+        expect(a.sampling, DType::kInt64, "[B, 8]", -1, kSamplingWords);
+        expect_contiguous(a.sampling);
+        const int64_t batch = a.sampling.shape[0];
+        TensorView position = a.history_len;
+        position.name = "position";
+        SPECRT_CHECK(position, "position: expected a tensor, as sampling is given");
+        expect(position, DType::kInt32, "[B]", batch);
+        SPECRT_CHECK(batch > 0 && rows % batch == 0, "sampling: expected a row for each of B ",
+                     "sequences, of which each has as many of ", rows, " rows, got ",
+                     a.sampling.describe());
+        nodes = rows / batch;
+    }
+    return {a.maxima.as<uint64_t>(),
+            a.sampling.as<SamplingRow>(),
+            a.history_len.as<int32_t>(),
+            nullptr,
+            nodes,
+            0,
+            a.masses.as<float>(),
+            a.token_map.as<int32_t>(),
+            static_cast<int32_t>(a.level)};
+}
+
+TileMaxima target_maxima_of(const LinearArgs& a) {
+    const int64_t rows = a.out.shape[0];
     expect(a.sampling, DType::kInt64, "[B, 8]", -1, kSamplingWords);
     const int64_t batch = a.sampling.shape[0];
     expect(a.history_len, DType::kInt32, "[B]", batch);
@@ -75,14 +102,24 @@ TileMaxima maxima_of(const LinearArgs& a, int64_t rows) {
     const int64_t nodes = a.depth.shape[1];
     SPECRT_CHECK(batch * nodes == rows, "depth: expected one for each of ", rows, " rows, got ",
                  a.depth.describe());
-    for (const TensorView* t : {&a.maxima, &a.sampling, &a.history_len, &a.depth})
-        expect_contiguous(*t);
-    return {a.maxima.as<uint64_t>(),
-            a.sampling.as<SamplingRow>(),
-            a.history_len.as<int32_t>(),
-            a.depth.as<int32_t>(),
-            nodes,
-            0};
+    for (const TensorView* t : {&a.sampling, &a.history_len, &a.depth}) expect_contiguous(*t);
+    TileMaxima maxima{};
+    maxima.keys = a.maxima.as<uint64_t>();
+    maxima.sampling = a.sampling.as<SamplingRow>();
+    maxima.history_len = a.history_len.as<int32_t>();
+    maxima.depth = a.depth.as<int32_t>();
+    maxima.nodes = nodes;
+    return maxima;
+}
+
+TileMaxima maxima_of(const LinearArgs& a) {
+    if (!a.maxima) return {};
+    const int64_t rows = a.out.shape[0], vocab = a.weight.shape[0];
+    SPECRT_CHECK(a.out.dtype == DType::kFloat32 && !a.is_gated && !a.residual,
+                 "maxima: expected float32 logits, neither gated nor with a residual");
+    expect(a.maxima, DType::kInt64, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
+    expect_contiguous(a.maxima);
+    return a.masses ? draft_maxima_of(a) : target_maxima_of(a);
 }
 
 // Rows of a tensor that has one for each row of the result, or of a table as `index` says.
@@ -165,7 +202,7 @@ LinearParams gpu_params(const LinearArgs& a) {
     p.weight_dtype = a.weight.dtype;
     p.is_gated = a.is_gated;
     p.plan = a.plan;
-    p.maxima = maxima_of(a, num_rows);
+    p.maxima = maxima_of(a);
     p.openness = openness_of(a.is_open);
     p.scale = a.scale.as<float>();
     return p;
@@ -199,7 +236,7 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
     if (slices == 1 || num_rows <= 0) return 0;
     const bool is_most = num_rows >= product::kMostSplitRows;
     const int64_t rows = is_most ? product::kMostSplitRows : num_rows;
-    const int64_t columns = rows > 8 ? product::padded(rows) : 16;  // as many as any weights take
+    const int64_t columns = rows <= 16 ? 16 : rows <= 64 ? 64 : 128;  // whatever the weights
     const int64_t pieces = (rows + columns - 1) / columns, tiles = (num_outputs + 127) / 128;
     return product::kMaxTickets + slices * tiles * 128 * pieces * columns;
 }
@@ -207,8 +244,8 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
 Launch linear(const LinearArgs& a) {
     const int device =
         common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace, a.maxima, a.sampling,
-                      a.history_len, a.depth, a.is_open, a.scale, a.x_rows, a.second, a.second_rows,
-                      a.residual_rows, a.gate, a.gate_rows);
+                      a.history_len, a.depth, a.masses, a.token_map, a.is_open, a.scale, a.x_rows,
+                      a.second, a.second_rows, a.residual_rows, a.gate, a.gate_rows);
     expect_plan(a.plan);
     expect_scale(a.weight, a.scale);
     if (device == kCpu) return on_cpu(a);

@@ -28,6 +28,8 @@ struct LinearArgs {
     bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
     LinearPlan plan;
     TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
+    TensorView masses, token_map;                     // of a drafter's logits
+    int64_t level;
     TensorView is_open;
     TensorView scale;  // of e4m3 weights
     // On a GPU: which rows of tables these are, what stands behind x in a row, and the gate.
@@ -62,7 +64,7 @@ constexpr int kMostSplitRows = 256;  // of a launch with slices of K: it bounds 
 constexpr int kMaxTickets = 256 * kMostSplitRows / kMaxColumns;
 
 int padded(int64_t num_rows);                 // to 8, 16, 32, 64 or 128
-int padded(int64_t num_rows, DType weights);  // e4m3: to 16, 32 or 64
+int padded(int64_t num_rows, DType weights);  // e4m3: to 16 or 64
 }  // namespace product
 
 // Floats of workspace that launches of up to `num_rows` rows need on a GPU, 256 rows as many as

@@ -1,8 +1,8 @@
 // A block has one sequence: it sorts the best of the pool, and then a thread has one rank.
 //
-// A candidate's parent is looked for among the better ones. Whether it hangs on the root is seen by
-// walking up, rank by rank: upwards ranks only fall, so the walk ends whatever the pool holds, and
-// a tree of EAGLE-2 is few levels deep.
+// A candidate's parent is looked for among the better ones, by four threads. Whether it hangs on
+// the root is seen by walking up, rank by rank: upwards ranks only fall, so the walk ends whatever
+// the pool holds, and a tree of EAGLE-2 is few levels deep.
 #include "core/best_keys.cuh"
 #include "core/ptx.cuh"
 #include "tree_build/tree_build.h"
@@ -11,7 +11,8 @@ namespace specrt {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kRoot = -1, kNowhere = -2;  // in place of a parent's rank
+constexpr int kSeekers = kThreads / kMaxNodes;  // of a parent
+constexpr int kRoot = -1, kNowhere = -2;        // in place of a parent's rank
 
 struct RerankShared {
     BestKeys best;
@@ -20,13 +21,21 @@ struct RerankShared {
     unsigned words[kThreads / 32];
 };
 
-// The rank of a candidate's parent among the ranks before its own.
-__device__ __forceinline__ int rank_of_parent(const BestKeys& best, int32_t parent, int rank) {
-    if (parent < 0) return kRoot;
-    int found = kNowhere;
-    for (int j = 0; j < rank; ++j)
+// The rank of each candidate's parent among the ranks before its own. All threads of the block must
+// call.
+__device__ __forceinline__ void find_parents(const int32_t* parents, RerankShared* shared) {
+    const BestKeys& best = shared->best;
+    const int rank = static_cast<int>(threadIdx.x) / kSeekers;
+    const int part = static_cast<int>(threadIdx.x) % kSeekers;
+    const bool is_ranked = rank < best.count;
+    const int32_t parent = is_ranked ? parents[index_of(best.keys[rank])] : kRoot;
+    int found = parent < 0 ? kRoot : kNowhere;
+#pragma unroll 4
+    for (int j = part; j < rank; j += kSeekers)
         if (index_of(best.keys[j]) == parent) found = j;
-    return found;
+    for (int step = 1; step < kSeekers; step *= 2)
+        found = max(found, __shfl_xor_sync(kFullWarp, found, step));
+    if (is_ranked && part == 0) shared->up[rank] = found;
 }
 
 __device__ __forceinline__ void write_node(const TreeRerankParams& p, int64_t at, int32_t token,
@@ -49,23 +58,23 @@ __global__ void __launch_bounds__(kThreads) tree_rerank_sequence(const TreeReran
         return is_usable ? key_of(score, static_cast<int32_t>(i)) : 0;
     });
     const bool is_ranked = rank < shared->best.count;
-    int64_t at = pool;
-    int up = kNowhere;
-    if (is_ranked) {
-        at += index_of(shared->best.keys[rank]);
-        up = rank_of_parent(shared->best, p.pool_parents[at], rank);
-        shared->up[rank] = up;
+    int32_t token = 0;
+    float score = 0.0f;
+    if (is_ranked) {  // on their way while parents are looked for
+        const int64_t at = pool + index_of(shared->best.keys[rank]);
+        token = p.pool_tokens[at];
+        score = p.pool_scores[at];
     }
+    find_parents(p.pool_parents + pool, shared);
     __syncthreads();
+    const int up = is_ranked ? shared->up[rank] : kNowhere;
     int above = up;
     while (above >= 0) above = shared->up[above];
     const bool is_kept = above == kRoot;
     const Votes kept = block_votes(is_kept, shared->words);
     if (is_kept) shared->node[rank] = kept.before + 1;
     __syncthreads();
-    if (is_kept)
-        write_node(p, tree + kept.before + 1, p.pool_tokens[at], up < 0 ? 0 : shared->node[up],
-                   p.pool_scores[at]);
+    if (is_kept) write_node(p, tree + kept.before + 1, token, up < 0 ? 0 : shared->node[up], score);
     if (rank == 0) {
         write_node(p, tree, p.roots[seq], -1, 0.0f);
         p.num_nodes[seq] = kept.total + 1;

@@ -1,5 +1,7 @@
 #include "tree_build/tree_build.h"
 
+#include "core/tile_maxima.h"
+
 namespace specrt {
 namespace {
 
@@ -86,6 +88,8 @@ TreeExpandParams params_of(const TreeExpandArgs& a, int64_t top_k) {
     p.frontier_source = a.frontier_source.as<int32_t>();
     p.frontier_ancestors = a.frontier_ancestors.as<int64_t>();
     p.level_score = a.level_score.as<float>();
+    p.keys = a.keys.as<uint64_t>();
+    p.masses = a.masses.as<float>();
     p.workspace = a.workspace.as<float>();
     p.workspace_size = a.workspace.shape[0];
     p.logits_stride[0] = a.logits.stride[0];
@@ -104,7 +108,17 @@ int device_of(const TreeExpandArgs& a) {
     return common_device(a.logits, a.scores, a.candidates, a.ancestors, a.token_map, a.sampling,
                          a.position, a.workspace, a.pool_tokens, a.pool_parents, a.pool_scores,
                          a.frontier_tokens, a.frontier_scores, a.frontier_candidates,
-                         a.frontier_source, a.frontier_ancestors, a.is_open, a.level_score);
+                         a.frontier_source, a.frontier_ancestors, a.is_open, a.level_score, a.keys,
+                         a.masses);
+}
+
+void check_maxima(const TreeExpandArgs& a) {
+    const int64_t tiles = num_token_tiles(a.logits.shape[2]);
+    const int64_t rows = a.logits.shape[0] * a.logits.shape[1];
+    expect(a.keys, DType::kInt64, "[B * F, ceil(R / 64)]", rows, tiles);
+    expect(a.masses, DType::kFloat32, "[B * F, ceil(R / 64)]", rows, tiles);
+    expect_contiguous(a.keys);
+    expect_contiguous(a.masses);
 }
 
 TreeExpand launch_on_gpu(const TreeExpandArgs& a, const TreeExpandParams& p, int device) {
@@ -113,10 +127,12 @@ TreeExpand launch_on_gpu(const TreeExpandArgs& a, const TreeExpandParams& p, int
     SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
                  " floats for this shape, got ", a.workspace.describe());
     expect_aligned(a.workspace, sizeof(uint64_t));
+    if (a.keys) check_maxima(a);
     return {make_cuda_launch(tree_expand_cuda, p, device), Launch{}};
 }
 
 TreeExpand launch_on_cpu(const TreeExpandArgs& a, const TreeExpandParams& p) {
+    SPECRT_CHECK(!a.keys, "maxima: expected None on the CPU");
     expect(a.workspace, DType::kFloat32, "[parts, size]", -1, tree_expand_workspace(p.rows));
     expect_contiguous(a.workspace);
     expect_aligned(a.workspace, sizeof(uint64_t));
@@ -142,8 +158,9 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     const int64_t batch = a.logits.shape[0], width = a.logits.shape[1], rows = a.logits.shape[2];
     const int64_t top_k = top_k_of(a);
     SPECRT_CHECK(0 <= a.level && a.level < 65536, "level: expected 0..65535, got ", a.level);
-    const int64_t wanted = a.level == 0 ? 1 : top_k;
-    SPECRT_CHECK(width == wanted, "logits: expected F = ", wanted, " at level ", a.level, ", got ",
+    // A chain has one node at every level.
+    SPECRT_CHECK(width == 1 || (a.level > 0 && width == top_k), "logits: expected F = 1",
+                 a.level > 0 ? " or " + std::to_string(top_k) : "", " at level ", a.level, ", got ",
                  a.logits.describe());
     check_frontiers(a, batch, width, top_k);
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, pool_end(a.level, top_k));

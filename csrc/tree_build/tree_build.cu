@@ -1,201 +1,219 @@
-// Children of frontier nodes, and the next frontier. Masses are relative to a row's maximum, so a
-// row of a large vocabulary, which many blocks of threads share, takes two launches; the second
-// reads it out of the L2 cache.
+// Children of frontier nodes, and the next frontier. A block of threads has a row: from the best
+// keys of its tiles of 64 tokens (core/tile_maxima.h) it knows which tiles can hold one of the K
+// best tokens, at most K, and reads those alone. Keys and masses are the product's that made the
+// logits; where it left none, another launch before reads all logits for them.
 //
-// 1. scan_slices: the maximum of each block of 64 tokens, and of each slice.
-// 2. filter_slices (filter.cu), where sequences sample: which tokens of a row are kept.
-// 3. rank_slices: a slice's masses, and its best K. Whoever comes last of a row puts its slices
-//    together and writes the children; whoever then comes last of a sequence picks the frontier.
+// 1. scan_tiles (draft_row.cuh), where the product left nothing: keys and masses of all tiles.
+// 2. expand_rows: what a row that samples keeps (filter.cuh), its best K, their scores. Whoever
+//    comes last of a sequence picks the frontier (frontier.cuh).
 //
 // What is ordered is ordered as keys (core/score_key.h), what is added is integers: no bit depends
 // on who comes when.
-#include "core/best_keys.cuh"
 #include "core/ptx.cuh"
-#include "core/row_filter.cuh"
-#include "tree_build/draft_row.cuh"
+#include "tree_build/filter.cuh"
+#include "tree_build/frontier.cuh"
 
 namespace specrt {
 namespace {
 
 constexpr int kThreads = kRowThreads;
-constexpr int kWarps = kThreads / 32;
-constexpr int kPerWarp = kBlocks / kWarps;
+constexpr int kMostTiles = 2048;     // listed at a time
 constexpr float kMinGumbel = -3.2f;  // the least is -ln(33 ln 2) = -3.13
 
-constexpr uint32_t kScannedNaN = ~0u;
-
-// NaN above all.
-__device__ __forceinline__ uint32_t scanned_bits(float x) {
-    return x != x ? kScannedNaN : ordered_bits(x);
-}
-
-__global__ void __launch_bounds__(kThreads) scan_slices(const TreeExpandParams p) {
+__global__ void __launch_bounds__(kThreads) scan_tiles(const TreeExpandParams p) {
     ptx::let_next_start();
     ptx::wait_for_previous();
-    SPECRT_SHARED(uint32_t[kWarps], tops);
-    const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const int number = static_cast<int>(blockIdx.x / slices);
+    const int slices = static_cast<int>(expand_slices(p.rows));
+    const int slice = static_cast<int>(blockIdx.x) % slices;
+    const int number = static_cast<int>(blockIdx.x) / slices;
     if (is_closed(p, number / p.width)) return;
-    const RowScratch scratch = row_scratch(p, number);
     const DraftRow row(p, number);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t first = (slice * kBlocks + warp * kPerWarp) * kTokens + lane;
-    float x[2 * kPerWarp];  // all on their way at once
+    const int first_tile = slice * 4 * kTilesAtOnce + static_cast<int>(threadIdx.x) / kTileLanes;
+    float x[4][4];  // all on their way at once
 #pragma unroll
-    for (int i = 0; i < 2 * kPerWarp; ++i) x[i] = row.raw(first + 32 * i);
-    uint32_t top = 0;
+    for (int i = 0; i < 4; ++i) row.load_four(first_token(first_tile + i * kTilesAtOnce), x[i]);
 #pragma unroll
-    for (int i = 0; i < kPerWarp; ++i) {
-        const float low = row.processed(x[2 * i], first + 64 * i);
-        const float high = row.processed(x[2 * i + 1], first + 64 * i + 32);
-        const uint32_t most = max(scanned_bits(low), scanned_bits(high));
-        const uint32_t block_max = __reduce_max_sync(kFullWarp, most);
-        if (lane == 0) scratch.block_max[slice * kBlocks + warp * kPerWarp + i] = block_max;
-        top = max(top, block_max);
+    for (int i = 0; i < 4; ++i) {
+        const int tile = first_tile + i * kTilesAtOnce;
+        uint64_t keys[4];
+        keys_of_four(row.scoring, p.token_map, x[i], first_token(tile), row.rows, keys);
+        const uint64_t best = best_of_tile(keys);
+        const float mass = mass_of_tile(x[i], first_token(tile), row.rows, best);
+        if (threadIdx.x % kTileLanes != 0 || tile >= row.tiles) continue;
+        row.keys[tile] = best;
+        row.masses[tile] = mass;
     }
-    if (lane == 0) tops[warp] = top;
-    if (slice == 0) scratch.weights[threadIdx.x] = 0;  // for the filter
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    top = __reduce_max_sync(kFullWarp, lane < kWarps ? tops[lane] : 0u);
-    if (lane == 0) scratch.slice_max[slice] = top;
 }
 
 struct RankShared {
     BestKeys best;
     unsigned long long mass;
-    KnownShared known;
+    int tiles[kMostTiles];
+    int num_tiles, flag;
     float increments[kMaxTopK];
-    unsigned words[kWarps];
+    unsigned words[kThreads / 32];
     bool is_taken[kMaxTopK];
-    int flag;
 };
 
-struct Noise {
-    const TreeExpandParams& p;
-    uint64_t seed, position;
-    RowFilter filter;
-
-    __device__ __forceinline__ Noise(const TreeExpandParams& params, const DraftRow& row,
-                                     const RowScratch& scratch, int64_t seq)
-        : p(params),
-          seed(row.sampling->seed),
-          position(static_cast<uint64_t>(params.position[seq] + int64_t{params.level})),
-          filter{*scratch.cut, *scratch.cut_id} {}
-
-    __device__ __forceinline__ PhiloxWords bits(uint32_t first) const {
-        PhiloxWords words{};
-        if (!p.token_map) {
-            const uint32_t counter = first / kTokens * 16 + first % 16;
-            return philox4x32(
-                {{counter, static_cast<uint32_t>(Purpose::kTarget), static_cast<uint32_t>(position),
-                  static_cast<uint32_t>(position >> 32)}},
-                static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-        }
+// Offers the tokens of listed tiles. keys_of(logits, first, bound, keys) gives four tokens' keys.
+// All threads of the block must call.
+template <typename KeysOf>
+__device__ __forceinline__ void offer_tiles(const DraftRow& row, int top_k, int count,
+                                            uint64_t bound, const KeysOf& keys_of,
+                                            RankShared* shared) {
+    for (int listed = 0; listed < count; listed += kTilesAtOnce) {
+        const int at = listed + static_cast<int>(threadIdx.x) / kTileLanes;
+        const uint32_t first = at < count ? first_token(shared->tiles[at]) : row.rows;
+        float x[4];
+        row.load_four(first, x);
+        make_room(&shared->best, top_k, &bound);
+        uint64_t keys[4] = {};
+        keys_of(x, first, bound, keys);
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-            if (first + 16 * r < static_cast<uint32_t>(p.rows))
-                words.word[r] = philox(seed, position, Purpose::kTarget,
-                                       static_cast<uint32_t>(p.token_map[first + 16 * r]));
-        return words;
+        for (int r = 0; r < 4; ++r) offer_key(&shared->best, keys[r], bound);
     }
+}
 
-    // Keys of four tokens with their noise.
-    __device__ __forceinline__ void offer(const float* x, uint32_t first, uint64_t bound,
-                                          BestKeys* best) const {
-        const float least = bound > 0 ? score_of(bound) : -INFINITY;
+// The K best tiles above `bound`, sorted. All threads of the block must call.
+__device__ __forceinline__ void find_tiles(const TreeExpandParams& p, const DraftRow& row,
+                                           uint64_t bound, RankShared* shared) {
+    find_best(&shared->best, row.tiles, p.top_k, [&](int64_t i) { return row.keys[i]; }, bound);
+}
+
+// The best of a row whose tiles' keys are its tokens': those of the K best tiles alone can be among
+// them. False if the row cannot be ranked. All threads of the block must call.
+__device__ __forceinline__ bool rank_row(const TreeExpandParams& p, const DraftRow& row,
+                                         RankShared* shared) {
+    find_tiles(p, row, kLeastKey, shared);
+    const int count = shared->best.count, j = static_cast<int>(threadIdx.x);
+    if (count == 0 || is_bad(shared->best.keys[0])) return false;
+    const uint64_t bound = count == p.top_k ? shared->best.keys[count - 1] - 1 : kLeastKey;
+    if (j < count) {
+        const auto tile = static_cast<uint32_t>(index_of(shared->best.keys[j])) / kTileTokens;
+        shared->tiles[j] = min(static_cast<int>(tile), row.tiles - 1);
+    }
+    clear_keys(&shared->best);
+    const auto keys_of = [&](const float (&x)[4], uint32_t first, uint64_t, uint64_t (&keys)[4]) {
+        keys_of_four(row.scoring, p.token_map, x, first, row.rows, keys);
+    };
+    offer_tiles(row, p.top_k, count, bound, keys_of, shared);
+    return true;
+}
+
+// Lists those of kMostTiles tiles, from `base` on, that may hold what is kept and ranked: of at
+// least `cut`, and with the most noise of `least`. All threads of the block must call.
+__device__ __forceinline__ int list_tiles(const DraftRow& row, int base, float cut, float least,
+                                          RankShared* shared) {
+    __syncthreads();  // the list may still be read from before
+    if (threadIdx.x == 0) shared->num_tiles = 0;
+    __syncthreads();
+    const int end = min(base + kMostTiles, row.tiles);
+    for (int i = base + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+        const float best = score_of(row.keys[i]);
+        if (best > -INFINITY && best >= cut && !(best + kMaxGumbel < least))
+            shared->tiles[atomicAdd(&shared->num_tiles, 1)] = i;
+    }
+    __syncthreads();
+    return shared->num_tiles;
+}
+
+// The best of a row by noise that its tiles' keys do not have, of the tokens that are kept. All
+// threads of the block must call.
+__device__ __forceinline__ void rank_kept(const TreeExpandParams& p, const DraftRow& row,
+                                          const RowFilter& filter, RankShared* shared) {
+    // Tokens equal to the cut are not all kept, so they are no bound for the others.
+    const uint64_t at_cut = uint64_t{ordered_bits(filter.cut)} << 32 | 0xffffffffu;
+    find_tiles(p, row, at_cut > kLeastKey ? at_cut : kLeastKey, shared);
+    const bool is_bounded = shared->best.count == p.top_k;
+    const float least =
+        is_bounded ? score_of(shared->best.keys[p.top_k - 1]) + kMinGumbel : -INFINITY;
+    clear_keys(&shared->best);
+    const auto keys_of = [&](const float (&x)[4], uint32_t first, uint64_t bound,
+                             uint64_t (&keys)[4]) {
+        const float most = bound > 0 ? score_of(bound) : least;
         bool is_wanted[4], is_any = false;
+        float value[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            is_wanted[r] = x[r] > -INFINITY && !(x[r] + kMaxGumbel < least) &&
-                           filter.keeps(x[r], first + 16 * r);
+            value[r] = row.processed(x[r]);
+            is_wanted[r] = first + 16 * r < row.rows && value[r] > -INFINITY &&
+                           !(value[r] + kMaxGumbel < most) &&
+                           filter.keeps(value[r], first + 16 * r);
             is_any = is_any || is_wanted[r];
         }
         if (!is_any) return;
-        const PhiloxWords words = bits(first);
+        const PhiloxWords words = noise_of_four(row.scoring, p.token_map, first, row.rows);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
             if (is_wanted[r])
-                offer_key(
-                    best,
-                    key_of(x[r] + gumbel_from(words.word[r]), static_cast<int32_t>(first + 16 * r)),
-                    bound);
-    }
-};
-
-// Offers the slice's tokens, and gives this thread's part of its mass.
-__device__ __forceinline__ uint64_t offer_plain(const TreeExpandParams& p, const DraftRow& row,
-                                                int slice, float top, uint64_t bound,
-                                                BestKeys* best) {
-    float x[16];  // all on their way at once
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = row.raw(first_token(slice, i / 4) + 16 * (i % 4));
-    uint64_t mass = 0;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        if (i % 4 == 0) make_room(best, p.top_k, &bound);
-        const auto token = static_cast<int32_t>(first_token(slice, i / 4) + 16 * (i % 4));
-        if (x[i] > -INFINITY) offer_key(best, key_of(x[i], token), bound);
-        mass += mass_of(x[i] - top);
-    }
-    return mass;
-}
-
-__device__ __forceinline__ void offer_noisy(const TreeExpandParams& p, const DraftRow& row,
-                                            const Noise& noise, int slice, uint64_t bound,
-                                            BestKeys* best) {
-    for (int round = 0; round < 4; ++round) {
-        const uint32_t first = first_token(slice, round);
-        float x[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x[r] = row.raw(first + 16 * r);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x[r] = row.processed(x[r], first + 16 * r);
-        make_room(best, p.top_k, &bound);
-        noise.offer(x, first, bound, best);
+                keys[r] = key_of(value[r] + gumbel_from(words.word[r]),
+                                 static_cast<int32_t>(first + 16 * r));
+    };
+    const uint64_t bound = is_bounded ? uint64_t{ordered_bits(least)} << 32 : 0;
+    for (int base = 0; base < row.tiles; base += kMostTiles) {
+        const int count = list_tiles(row, base, filter.cut, least, shared);
+        offer_tiles(row, p.top_k, count, bound, keys_of, shared);
     }
 }
 
-// The slice's best K, and of rows ranked plainly its mass.
-__device__ __forceinline__ void rank_slice(const TreeExpandParams& p, const DraftRow& row,
-                                           const RowScratch& scratch, int64_t seq, int slice,
-                                           float top, RankShared* shared) {
-    const float cut = row.sampling ? *scratch.cut : -INFINITY;
-    uint32_t known = known_best(scratch, num_slices(p), slice, cut, p.top_k, &shared->known);
-    if (known > 0 && row.sampling) known = ordered_bits(from_ordered_bits(known) + kMinGumbel);
-    const uint64_t bound = uint64_t{known} << 32;  // below the keys of its equals
-    uint64_t mass = 0;
-    clear_keys(&shared->best);
-    if (row.sampling)
-        offer_noisy(p, row, Noise(p, row, scratch, seq), slice, bound, &shared->best);
-    else
-        mass = offer_plain(p, row, slice, top, bound, &shared->best);
-    mass = block_mass(mass, &shared->mass);
-    keep_best(&shared->best, p.top_k);
-    const int j = static_cast<int>(threadIdx.x);
-    if (j < p.top_k)
-        scratch.keys[slice * p.top_k + j] = j < shared->best.count ? shared->best.keys[j] : 0;
-    if (j == 0) scratch.masses[slice] = mass;
+enum class Outcome { kRanked, kBroken, kNotLast };
+
+// Of a row that is filtered: of the blocks that weigh it the last goes on with it. All threads of
+// the block must call.
+__device__ __forceinline__ Outcome find_filter(const TreeExpandParams& p, const DraftRow& row,
+                                               int number, int slice, RowFilter* filter) {
+    auto* shared = reinterpret_cast<FilterShared*>(dynamic_shared());
+    const FilterRules rules(*row.sampling, p.rows);
+    const uint64_t best = best_of_row(row, shared->listed);
+    if (is_bad(best)) return slice == 0 ? Outcome::kBroken : Outcome::kNotLast;
+    const float top = score_of(best);
+    if (rules.has_top_k || rules.has_top_p) {
+        unsigned long long* weights = filter_weights(p, number);
+        weigh_slice(rules, row, weights, slice, top, &shared->select);
+        const auto slices = static_cast<unsigned>(expand_slices(p.rows));
+        if (!is_last_block(filter_ticket(p, number), slices, &shared->flag))
+            return Outcome::kNotLast;
+        *filter = filter_row(rules, row, weights, top, shared);
+    } else {
+        *filter = with_min_p(*filter, top, rules.min_p);
+    }
+    return Outcome::kRanked;
+}
+
+// All threads of the block must call.
+__device__ __forceinline__ Outcome rank(const TreeExpandParams& p, const DraftRow& row, int number,
+                                        int slice, RankShared* shared) {
+    if (!row.is_filtered()) return rank_row(p, row, shared) ? Outcome::kRanked : Outcome::kBroken;
+    RowFilter filter{-INFINITY, INT32_MAX};
+    const Outcome found = find_filter(p, row, number, slice, &filter);
+    if (found == Outcome::kRanked) rank_kept(p, row, filter, shared);
+    return found;
 }
 
 __device__ __forceinline__ float not_above_zero(float x) {
     return x < 0.0f ? x : 0.0f;
 }
 
+// The row's mass relative to its best logit: this thread's part.
+__device__ __forceinline__ uint64_t part_of_mass(const DraftRow& row, float top) {
+    uint64_t mass = 0;
+    for (int i = threadIdx.x; i < row.tiles; i += kThreads)
+        mass += mass_in_row(row.masses[i], score_of(row.keys[i]) - top);
+    return mass;
+}
+
 // What each ranked child's score is below its parent's. All threads of the block must call.
 __device__ __forceinline__ void find_increments(const TreeExpandParams& p, const DraftRow& row,
-                                                const RowScratch& scratch, float top,
                                                 RankShared* shared) {
     const int j = static_cast<int>(threadIdx.x), count = shared->best.count;
-    const float score = score_of(shared->best.keys[j < count ? j : 0]);
+    const float top = score_of(shared->best.keys[0]);
+    float x = score_of(shared->best.keys[j < count ? j : 0]) - top;
+    if (row.sampling) x /= p.noise_scale_temperature;
     uint64_t mass = 0;
-    float x = score - top;
-    if (row.sampling) {  // relative to the best, so that no temperature overflows it
-        x = (score - score_of(shared->best.keys[0])) / p.noise_scale_temperature;
-        if (j < count) mass = mass_of(x);
-    } else {
-        for (int slice = j; slice < num_slices(p); slice += kThreads) mass += scratch.masses[slice];
-    }
+    if (!row.sampling)
+        mass = part_of_mass(row, top);
+    else if (j < count)
+        mass = mass_of(x);
     const float log_sum = log_of_mass(block_mass(mass, &shared->mass));
     if (j < count) shared->increments[j] = not_above_zero(x - log_sum);
 }
@@ -220,20 +238,6 @@ __device__ __forceinline__ void fill_children(const TreeExpandParams& p, float i
     __syncthreads();
 }
 
-__device__ __forceinline__ int32_t token_of(const TreeExpandParams& p, int32_t i) {
-    return p.token_map ? p.token_map[i] : i;
-}
-
-// Child j of a row, token i of the draft head.
-__device__ __forceinline__ void write_child(const TreeExpandParams& p, int row, int j, int32_t i,
-                                            float score) {
-    const int64_t group = level_base(p) + int64_t{row % p.width} * p.top_k;
-    const int64_t at = int64_t{row / p.width} * p.pool_size + group + j;
-    p.pool_tokens[at] = token_of(p, i);
-    p.pool_parents[at] = p.candidates[row];
-    p.pool_scores[at] = score == score ? score : from_ordered_bits(0);  // one NaN, as on the CPU
-}
-
 __device__ __forceinline__ void write_children(const TreeExpandParams& p, int row,
                                                const RankShared& shared) {
     const int j = static_cast<int>(threadIdx.x);
@@ -243,93 +247,29 @@ __device__ __forceinline__ void write_children(const TreeExpandParams& p, int ro
     write_child(p, row, j, i, p.scores[row] + shared.increments[j]);
 }
 
-// Node j of the frontier, the level's child i.
-__device__ __forceinline__ void write_frontier(const TreeExpandParams& p, int64_t seq, int j, int i,
-                                               int32_t token, float score) {
-    const int64_t out = seq * p.top_k + j, parent = seq * p.width + i / p.top_k;
-    p.frontier_tokens[out] = token;
-    p.frontier_scores[out] = score;
-    p.frontier_candidates[out] = static_cast<int32_t>(level_base(p) + i);
-    p.frontier_source[out] = static_cast<int32_t>(parent);
-    const int64_t node = p.level * int64_t{p.top_k} + j;
-    for (int64_t word = 0; word < p.words; ++word) {
-        auto bits = static_cast<uint64_t>(p.ancestors[parent * p.words + word]);
-        if (node / 64 == word) bits |= uint64_t{1} << (node % 64);
-        p.frontier_ancestors[out * p.words + word] = static_cast<int64_t>(bits);
-    }
-}
-
-// What a row of a closed sequence leaves.
-__device__ __forceinline__ void close_row(const TreeExpandParams& p, int row) {
-    const int j = static_cast<int>(threadIdx.x), seq = row / p.width;
-    if (j >= p.top_k) return;
-    write_child(p, row, j, j, -INFINITY);
-    if (row % p.width != 0) return;
-    write_frontier(p, seq, j, j, token_of(p, j), -INFINITY);
-    if (j == 0 && p.level_score) p.level_score[seq] = -INFINITY;
-}
-
-// ln of a sum of e^score, to all lanes; NaN if a score is.
-__device__ __forceinline__ float warp_log_sum(const float* scores, int count) {
-    const int lane = threadIdx.x % 32;
-    uint32_t most = 0;
-    for (int i = lane; i < count; i += 32) most = max(most, scanned_bits(scores[i]));
-    most = __reduce_max_sync(kFullWarp, most);
-    if (most == kScannedNaN) return from_ordered_bits(0);
-    if (most <= kOrderedMinusInf) return -INFINITY;
-    const float top = from_ordered_bits(most);
-    uint64_t mass = 0;
-    for (int i = lane; i < count; i += 32) mass += mass_of(scores[i] - top);
-    for (int step = 16; step > 0; step /= 2) mass += __shfl_xor_sync(kFullWarp, mass, step);
-    return top + log_of_mass(mass);
-}
-
-// Of the frontier that this block has written. All threads of the block must call.
-__device__ __forceinline__ void score_level(const TreeExpandParams& p, int64_t seq) {
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    const float below = warp_log_sum(p.frontier_scores + seq * p.top_k, p.top_k);
-    const float above = warp_log_sum(p.scores + seq * p.width, p.width);
-    if (threadIdx.x == 0) p.level_score[seq] = score_of_level(below, above);
-}
-
-// The best K of the level's children. All threads of the block must call.
-__device__ __forceinline__ void pick_frontier(const TreeExpandParams& p, int64_t seq,
-                                              BestKeys* best) {
-    const int64_t children = seq * p.pool_size + level_base(p);
-    const float* scores = p.pool_scores + children;
-    find_best(best, int64_t{p.width} * p.top_k, p.top_k,
-              [&](int64_t i) { return key_of(scores[i], static_cast<int32_t>(i)); });
-    const int j = static_cast<int>(threadIdx.x);
-    if (j < p.top_k) {
-        const int32_t i = index_of(best->keys[j]);
-        write_frontier(p, seq, j, i, p.pool_tokens[children + i], scores[i]);
-    }
-    if (p.level_score) score_level(p, seq);
-}
-
 // Three blocks an SM are enough; for more, ptxas would spill registers.
-__global__ void __launch_bounds__(kThreads, 3) rank_slices(const TreeExpandParams p) {
+__global__ void __launch_bounds__(kThreads, 3) expand_rows(const TreeExpandParams p, int slices) {
     ptx::let_next_start();
     ptx::wait_for_previous();
     auto* shared = reinterpret_cast<RankShared*>(dynamic_shared());
-    const int slices = num_slices(p), slice = static_cast<int>(blockIdx.x % slices);
-    const int number = static_cast<int>(blockIdx.x / slices), seq = number / p.width;
+    const int slice = static_cast<int>(blockIdx.x) % slices;
+    const int number = static_cast<int>(blockIdx.x) / slices, seq = number / p.width;
     if (is_closed(p, seq)) {
         if (slice == 0) close_row(p, number);
         return;
     }
-    const RowScratch scratch = row_scratch(p, number);
     const DraftRow row(p, number);
-    const uint32_t most = row_max(scratch, slices);
-    const float top = from_ordered_bits(most);
-    if (!is_bad(most)) rank_slice(p, row, scratch, seq, slice, top, shared);
-    if (!is_last_block(scratch.rank_ticket, slices, &shared->flag)) return;
-    find_best(&shared->best, is_bad(most) ? 0 : int64_t{slices} * p.top_k, p.top_k,
-              [&](int64_t i) { return scratch.keys[i]; });
-    if (shared->best.count > 0) find_increments(p, row, scratch, top, shared);
+    const bool is_shared = row.sampling && is_weighed(*row.sampling, p.rows);
+    if (slice > 0 && !is_shared) return;
+    const Outcome outcome = rank(p, row, number, slice, shared);
+    if (outcome == Outcome::kNotLast) return;
+    const bool is_broken = outcome == Outcome::kBroken;
+    if (is_broken) clear_keys(&shared->best);
+    __syncthreads();
+    keep_best(&shared->best, p.top_k);
+    if (shared->best.count > 0) find_increments(p, row, shared);
     if (shared->best.count < p.top_k)
-        fill_children(p, is_bad(most) ? from_ordered_bits(0) : -INFINITY, shared);
+        fill_children(p, is_broken ? from_ordered_bits(0) : -INFINITY, shared);
     write_children(p, number, *shared);
     if (is_last_block(sequence_ticket(p, seq), p.width, &shared->flag))
         pick_frontier(p, seq, &shared->best);
@@ -340,12 +280,18 @@ __global__ void __launch_bounds__(kThreads, 3) rank_slices(const TreeExpandParam
 void tree_expand_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const TreeExpandParams*>(params);
     if (p.batch == 0) return;
-    const int64_t blocks = int64_t{p.batch} * p.width * expand_slices(p.rows);
-    const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-    SPECRT_LAUNCH(scan_slices, (LaunchShape{grid, block, 0, kOverlaps}), stream, p);
-    if (p.sampling) filter_rows(p, stream);
-    SPECRT_LAUNCH(rank_slices, (LaunchShape{grid, block, sizeof(RankShared), kOverlaps}), stream,
-                  p);
+    const int64_t rows = int64_t{p.batch} * p.width, slices = expand_slices(p.rows);
+    const dim3 block(kThreads);
+    if (!p.keys) {
+        const dim3 grid(static_cast<unsigned>(rows * slices));
+        SPECRT_LAUNCH(scan_tiles, (LaunchShape{grid, block, 0, kOverlaps}), stream, p);
+    }
+    const int64_t sharing = p.sampling ? slices : 1;  // blocks of a row that is weighed
+    const size_t bytes = p.sampling && sizeof(FilterShared) > sizeof(RankShared)
+                             ? sizeof(FilterShared)
+                             : sizeof(RankShared);
+    const LaunchShape shape{dim3(static_cast<unsigned>(rows * sharing)), block, bytes, kOverlaps};
+    SPECRT_LAUNCH(expand_rows, shape, stream, p, static_cast<int>(sharing));
 }
 
 }  // namespace specrt

@@ -42,6 +42,8 @@ struct TreeExpandParams {
     int32_t* frontier_source;
     int64_t* frontier_ancestors;  // [B, K, W]
     float* level_score;           // [B] or nullptr
+    uint64_t* keys;               // [B * F, tiles] on a GPU: core/tile_maxima.h; or nullptr
+    float* masses;                // [B * F, tiles]
     float* workspace;             // [parts, tree_expand_workspace(R)]; on a GPU [workspace_size]
     int64_t workspace_size;
     int64_t logits_stride[2];
@@ -54,24 +56,22 @@ constexpr int64_t tree_expand_workspace(int64_t rows) {
     return 6 * ((rows + 63) / 64 * 64);
 }
 
-// A GPU's workspace, in words of 4 bytes. Tickets, which are 0 between launches, are counted from
-// its end, so that a smaller batch or level than it was made for finds them where they were.
+// A GPU's workspace, in words of 4 bytes. What is at its end is 0 between launches: a smaller batch
+// or level than it was made for finds zeros there, wherever it looks.
 //
-//     | row 0: best keys, masses, weights, maxima, filter | row 1 | ...        ... | tickets |
-constexpr int64_t kSliceTokens = 4096;  // of a row, for one block of threads
+//     | keys of tiles | their masses | ...    ... | filters' weights | tickets |
+constexpr int64_t kSliceTokens = 4096;  // of a row that several blocks of threads share
 constexpr int64_t kDistances = 256;     // from a row's best, for which its filter adds up weights
 
 constexpr int64_t expand_slices(int64_t rows) {
     return (rows + kSliceTokens - 1) / kSliceTokens;
 }
-constexpr int64_t expand_row_words(int64_t rows, int64_t top_k) {
-    const int64_t slices = expand_slices(rows);
-    const int64_t words = 2 * slices * (top_k + 1) + 2 * kDistances + 65 * slices + 2;
-    return (words + 1) / 2 * 2;  // 64-bit numbers are at multiples of their size
+constexpr int64_t expand_zero_words(int64_t batch, int64_t top_k) {
+    return batch * top_k * 2 * kDistances + batch * (1 + top_k) + 1;
 }
 constexpr int64_t tree_expand_gpu_workspace(int64_t batch, int64_t width, int64_t rows,
                                             int64_t top_k) {
-    return batch * width * expand_row_words(rows, top_k) + batch * (2 * top_k + 1);
+    return batch * width * 3 * ((rows + 63) / 64) + expand_zero_words(batch, top_k);
 }
 
 SPECRT_DECLARE_CPU(tree_expand_children_part)
@@ -81,7 +81,7 @@ SPECRT_DECLARE_CUDA(tree_expand_cuda)
 struct TreeExpandArgs {
     TensorView logits, scores, candidates, ancestors, token_map, sampling, position, pool_tokens,
         pool_parents, pool_scores, frontier_tokens, frontier_scores, frontier_candidates,
-        frontier_source, frontier_ancestors, workspace, is_open, level_score;
+        frontier_source, frontier_ancestors, workspace, is_open, level_score, keys, masses;
     float noise_scale_temperature;
     int64_t level;
 };

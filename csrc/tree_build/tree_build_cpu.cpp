@@ -90,7 +90,8 @@ struct Expansion {
             for (int64_t i = start; i < end; ++i)
                 if (row[i] >= best->bound && row[i] > -kInf) best->offer(row[i], i);
         }
-        const float log_sum = log_of_mass(total_mass(row, w.block_max, p.rows, top.value));
+        const float log_sum =
+            log_of_mass(mass_of_tiles(row, w.block_max, p.rows, top.value, w.processed));
         for (int j = 0; j < best->count; ++j) {
             const float x = row[index_of(best->keys[j])] - top.value - log_sum;
             increments[j] = x < 0.0f ? x : 0.0f;

@@ -43,6 +43,13 @@ HotTokens = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+DraftWindow = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the text that an FSPAD or EAGLE drafter sees, the last ones; default: all.",
+        rich_help_panel=RUNTIME,
+    ),
+]
 MaxNodes = Annotated[
     int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
 ]
@@ -65,6 +72,7 @@ class EngineOptions:
     controller: Controller = None
     draft_weights: DraftWeights = None
     hot_tokens: HotTokens = None
+    draft_window: DraftWindow = None
     device: Device = "cpu"
     dtype: Dtype = "auto"
     max_nodes: MaxNodes = 64
@@ -88,13 +96,14 @@ def load_engine(
     controller: str | ControlOptions | None = None,
     draft_weights: str | None = None,
     hot_tokens: str | None = None,
+    draft_window: int | None = None,
     eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
         target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            eager: as for :func:`specrt.load`.
+            draft_window, eager: as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -115,6 +124,7 @@ def load_engine(
         controller=controller,
         draft_weights=draft_weights,
         hot_tokens=hot_tokens,
+        draft_window=draft_window,
         eager=eager,
     )
 

@@ -10,6 +10,7 @@ import torch
 
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.length.costs import RoundCost
+from specrt.models.launched_run import LaunchedRun
 from specrt.models.layer_run import LowerLayers
 from specrt.sampling import SamplingTable
 from specrt.tree import MAX_NODES, chain
@@ -157,6 +158,8 @@ class BatchTables:
     cached: CacheBatch
     """``block_table [B, W]`` and ``kv_len [B]`` of the target's cache."""
     sampling: SamplingTable
+    lower: LaunchedRun | None = None
+    """The target's first layers, where a plan asked for them; lent while a round is proposed."""
 
 
 class StageTimes(NamedTuple):
@@ -181,6 +184,8 @@ class RoundPlan(NamedTuple):
     """M of the proposal, its root included."""
     shape: Hashable = None
     """What else the drafter needs to know of it."""
+    num_layers: int = 0
+    """Of the target, that the drafter runs over chains of ``num_nodes``, by ``tables.lower``."""
 
 
 @runtime_checkable

@@ -23,6 +23,31 @@ WEIGHTS = ("fp8",)
 
 
 @dataclass(frozen=True)
+class DraftWindow:
+    """What a drafter's layer sees of a long text beside the tree itself.
+
+    Raises:
+        ValueError: ``size`` is below 1 or ``num_sinks`` below 0.
+    """
+
+    size: int
+    """Tokens, the last ones."""
+    num_sinks: int = 0
+    """And the text's first ones."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"draft_window: expected at least 1 token, got {self.size}")
+        if self.num_sinks < 0:
+            raise ValueError(f"num_sinks: expected 0 or more tokens, got {self.num_sinks}")
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens in all, at most."""
+        return self.size + self.num_sinks
+
+
+@dataclass(frozen=True)
 class DrafterOptions:
     """How a trained drafter is set up; nothing here changes the text."""
 
@@ -36,6 +61,8 @@ class DrafterOptions:
     """Of :data:`WEIGHTS`: what matrices are rounded to as they are loaded; None: not at all."""
     hot_tokens: str | os.PathLike[str] | Sequence[int] | None = None
     """The only tokens that are proposed, or a file of them; None: the checkpoint's own choice."""
+    window: DraftWindow | None = None
+    """What FSPAD's and EAGLE's layer sees of a text; None: all of it."""
 
     def __post_init__(self) -> None:
         if self.weights not in (None, *WEIGHTS):

@@ -9,8 +9,9 @@ meanwhile takes part in that round and takes nothing from it; pages are there fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -25,10 +26,11 @@ from specrt.engine.batch import Batch, launch_append, report_shape
 from specrt.engine.drafting import Drafting, Planned
 from specrt.engine.request import Request
 from specrt.engine.round import Round, Stages
+from specrt.models.launched_run import LaunchedRun
 from specrt.reuse import Recent
 from specrt.sampling import SamplingTable
 from specrt.tree import empty_tree, launch_settle
-from specrt.types import DraftTree
+from specrt.types import DraftTree, Proposal
 
 _NUM_MOMENTS = 4
 _MAX_ROUNDS = 64  # whose buffers are kept: those of the sizes that came up last
@@ -173,16 +175,19 @@ class LaunchedRounds:
         record = _Record(report_shape(result), device)
         scratch = self._scratch(tree)
         maxima = empty_maxima(tree, sampling, tables.history_len)
-        verify = stages.target.bind(tree, tables.cached, taps=planned.taps, maxima=maxima)
+        tables = replace(tables, lower=self._lower(planned, tables))
+        bind = partial(stages.target.bind, tree, tables.cached, taps=planned.taps, maxima=maxima)
+        whole, upper = bind(), None
+        if tables.lower is not None and tables.lower.gives(planned.taps):
+            upper = bind(run=tables.lower)
 
         def launch() -> None:
             begun, drafted, verified, ended = record.moments
             ops.time_stamp(begun)
-            with _drafting():
-                proposal = planned.drafter.launch_propose(planned.plan, tables)
-            assert proposal.draft_probs is None, "a launched drafter gives no laws"
+            proposal, is_run = _proposed(planned, tables)
             launch_settle(proposal, tables.roots, tables.room, vocab_size, tree)
             ops.time_stamp(drafted)
+            verify = whole if upper is None or not is_run else upper
             verify.launch()
             ops.time_stamp(verified)
             accept(
@@ -204,6 +209,24 @@ class LaunchedRounds:
             ops.time_stamp(ended)
 
         return _LaunchedRound(launch, record)
+
+    def _lower(self, planned: Planned, tables: BatchTables) -> LaunchedRun | None:
+        """The target's first layers, to be lent where a plan asks for them."""
+        num_nodes, num_layers = planned.plan.num_nodes, planned.plan.num_layers
+        if num_layers == 0:
+            return None
+        target, cached = self._stages.target, tables.cached
+        return LaunchedRun(target, cached, tables.roots, num_layers, num_nodes - 1)
+
+
+def _proposed(planned: Planned, tables: BatchTables) -> tuple[Proposal, bool]:
+    """What a drafter launched, and whether the layers that it was lent have run all of it."""
+    lower = tables.lower
+    with _drafting(), nullcontext() if lower is None else lower.lent():
+        proposal = planned.drafter.launch_propose(planned.plan, tables)
+    assert proposal.draft_probs is None, "a launched drafter gives no laws"
+    run = None if lower is None else lower.taken(proposal)
+    return (proposal, False) if run is None else (run, True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import (
+    DraftMaxima,
     Float8Matrix,
     GatheredRows,
     LinearPlan,
@@ -39,6 +40,7 @@ from specrt.ops.tree_settle import tree_settle
 __all__ = [
     "Append",
     "AttentionPlan",
+    "DraftMaxima",
     "Ending",
     "Float8Matrix",
     "GatheredRows",

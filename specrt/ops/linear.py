@@ -15,8 +15,9 @@ register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
     " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
-    " Tensor? is_open, Tensor? scale, Tensor? x_rows, Tensor? second, Tensor? second_rows,"
-    " Tensor? residual_rows, Tensor? gate, Tensor? gate_rows) -> ()",
+    " Tensor(d!)? masses, Tensor? token_map, int level, Tensor? is_open, Tensor? scale,"
+    " Tensor? x_rows, Tensor? second, Tensor? second_rows, Tensor? residual_rows, Tensor? gate,"
+    " Tensor? gate_rows) -> ()",
     _C.linear,
 )
 
@@ -86,6 +87,36 @@ Matrix = torch.Tensor | Float8Matrix
 """What :func:`linear` multiplies by."""
 
 
+@dataclass(frozen=True, eq=False)
+class DraftMaxima:
+    """What :func:`linear` leaves on a GPU of every 64 of a draft head's logits ``[B * F, R]``, so
+    that ``tree_expand``, given the same, reads few of these: the best score, which is the logit,
+    where a sequence samples logit / temperature, and where it does so without filters that +
+    Gumbel(seed, position + level); and where it does not sample the mass."""
+
+    keys: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` int64, written, as those of :class:`TileMaxima`."""
+    masses: torch.Tensor
+    """``[B * F, ceil(R / 64)]`` float32, written; ``csrc/core/tile_maxima.h``."""
+    sampling: torch.Tensor | None = None
+    """``[B, 8]`` int64; None if nobody samples. These and the rest are ``tree_expand``'s."""
+    position: torch.Tensor | None = None
+    """``[B]`` int32; None if ``sampling`` is."""
+    level: int = 0
+    token_map: torch.Tensor | None = None
+    """``[R]`` int32, or None."""
+
+
+def _parts_of(maxima: TileMaxima | DraftMaxima | None) -> tuple[torch.Tensor | int | None, ...]:
+    if maxima is None:
+        return (None,) * 6 + (0,)
+    if isinstance(maxima, TileMaxima):
+        told = maxima.sampling, maxima.history_len, maxima.depth
+        return (maxima.keys, *told, None, None, 0)
+    drafts = maxima.sampling, maxima.position, None
+    return (maxima.keys, *drafts, maxima.masses, maxima.token_map, maxima.level)
+
+
 class GatheredRows(NamedTuple):
     """On a GPU: rows that :func:`linear` takes out of a table as it needs them."""
 
@@ -110,7 +141,7 @@ def linear(
     gate: Rows | None = None,
     is_gated: bool = False,
     plan: LinearPlan | None = None,
-    maxima: TileMaxima | None = None,
+    maxima: TileMaxima | DraftMaxima | None = None,
     is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T (+ bias) (+ residual)`` with float32 accumulation in a fixed order.
@@ -152,9 +183,9 @@ def linear(
         ValueError: a shape, dtype, stride or device does not fit, there is no such plan, or what
             only a GPU has is asked of the CPU; the argument is named.
     """
-    table, x_rows = _parts(x)
-    added, residual_rows = _parts(residual)
-    rest = x_rows, *_parts(second), residual_rows, *_parts(gate)
+    table, x_rows = _split(x)
+    added, residual_rows = _split(residual)
+    rest = x_rows, *_split(second), residual_rows, *_split(gate)
     num_rows = table.shape[0] if x_rows is None else x_rows.shape[0]
     if out is None:
         out = table.new_empty(num_rows, weight.shape[0] // 2 if is_gated else weight.shape[0])
@@ -169,15 +200,12 @@ def linear(
     scale = None
     if isinstance(weight, Float8Matrix):
         scale, weight = weight.scale, weight.values
-    keyed: tuple[torch.Tensor | None, ...] = (None,) * 4
-    if maxima is not None:
-        keyed = (maxima.keys, maxima.sampling, maxima.history_len, maxima.depth)
-    given = table, weight, bias, added, out, workspace, is_gated, *choice, *keyed, is_open, scale
-    kernel(*given, *rest)
+    given = table, weight, bias, added, out, workspace, is_gated, *choice, *_parts_of(maxima)
+    kernel(*given, is_open, scale, *rest)
     return out
 
 
-def _parts(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:
+def _split(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:
     """The tensor, and which of its rows."""
     return rows if isinstance(rows, GatheredRows) else (rows, None)
 

@@ -1,7 +1,8 @@
 """The dynamic draft tree (EAGLE-2): children level by level, then the best of all as a tree.
 
-Shapes: B sequences, F nodes of a frontier (1 at level 0, else K), K = top_k, R rows of the draft
-head, C >= K + depth * K * K candidates in the pool, W words of ancestor bits, N tree nodes.
+Shapes: B sequences, F nodes of a frontier (1 at level 0 and in chains, else K), K = top_k, R rows
+of the draft head, C >= K + depth * K * K candidates in the pool, W words of ancestor bits, N tree
+nodes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from specrt import _C
+from specrt.ops.linear import DraftMaxima
 from specrt.ops.registry import register
 
 register(
@@ -18,7 +20,8 @@ register(
     "Tensor(a!) workspace, Tensor(b!) pool_tokens, Tensor(c!) pool_parents, "
     "Tensor(d!) pool_scores, Tensor(e!) frontier_tokens, Tensor(f!) frontier_scores, "
     "Tensor(g!) frontier_candidates, Tensor(h!) frontier_source, "
-    "Tensor(i!) frontier_ancestors, Tensor? is_open, Tensor(j!)? level_score) -> ()",
+    "Tensor(i!) frontier_ancestors, Tensor? is_open, Tensor(j!)? level_score, "
+    "Tensor? keys, Tensor? masses) -> ()",
     _C.tree_expand,
 )
 register(
@@ -71,6 +74,7 @@ def tree_expand(
     noise_scale_temperature: float = 1.0,
     is_open: torch.Tensor | None = None,
     level_score: torch.Tensor | None = None,
+    maxima: DraftMaxima | None = None,
 ) -> None:
     """Give each frontier node its K best children, and pick the next frontier among them.
 
@@ -115,6 +119,9 @@ def tree_expand(
         level_score: ``[B]`` float32, written: ln of the frontier's probability given that of
             ``scores``, at most 0; -inf of a closed sequence, NaN if there was nothing to grow from
             or a score of either is NaN.
+        maxima: on a GPU, what :func:`linear` left of these very logits, made with the same
+            sampling, position, level and map. Of the logits few are read then; results are the
+            same bits.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit, or the frontier written is the
@@ -142,6 +149,7 @@ def tree_expand(
         frontier_ancestors,
         is_open,
         level_score,
+        *(maxima.keys, maxima.masses) if maxima else (None, None),
     )
 
 

@@ -178,7 +178,7 @@ class Scripted:
         monkeypatch.setattr(drafter.layer, "finish", self.finish)
 
     def finish(
-        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, regressed: Any
+        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, *rest: Any
     ) -> torch.Tensor:
         logits = work.logits[: rows.depth.numel()]
         script = (4 * torch.randn(logits.shape, generator=self._rng)).round(decimals=1)  # ties
@@ -245,7 +245,7 @@ def test_pairs_of_undrafted_rounds_are_caught_up(
 
 
 class Counted:
-    """What a drafter's proposals take, as they are made."""
+    """What a drafter's proposals take, as they are made, where no round is launched ahead."""
 
     def __init__(self, drafter: FspadDrafter, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
         self._drafter, self._gpu, self._propose = drafter, gpu, drafter.propose
@@ -253,6 +253,7 @@ class Counted:
         self.rounds: list[tuple[int, int, int, int]] = []
         """Of each: reads before it, its launches, its uploads, the most pairs of a sequence."""
         self.sizes: set[int] = set()
+        monkeypatch.setattr(drafter, "plan", lambda states, budget: None)
         monkeypatch.setattr(drafter, "propose", self.propose)
         monkeypatch.setattr(gpu, "upload", self.upload)
 

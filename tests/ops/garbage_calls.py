@@ -419,6 +419,8 @@ def embed_arguments(variant: int, backend: Backend) -> Arguments:
         "tokens": ints(4, 0, 69),
         "table": table.to(dtypes[variant % 3]),
         "out": torch.zeros(BATCH, width, dtype=dtypes[variant // 2]),
+        "ids": ints(0, 0, 0),
+        "is_open": ints(0, 1, 0),
     }
 
 
@@ -629,7 +631,8 @@ KERNELS = {
         embed_arguments,
         lambda a: ops.embed(**a),
         own=("tokens",),
-        results=("out",),
+        shared=("is_open",),
+        results=("out", "ids"),
         has_cuda_source=True,
     ),
     "feature_sample": Kernel(

@@ -100,7 +100,7 @@ def test_a_level_that_is_closed_for_all_is_no_work(backend: Backend) -> None:
     assert (torch.stack(scores) == -INF).all()
 
 
-@pytest.mark.parametrize("top_k", [1, TOP_K, 40])
+@pytest.mark.parametrize("top_k", [1, TOP_K, 26])
 def test_a_levels_score_is_its_frontiers_share(backend: Backend, top_k: int) -> None:
     """Of rows of all kinds, broken ones too; to the bit the CPU's."""
     levels = [rows_of(6, 1 if n == 0 else top_k, ROWS, n, first_kind=n) for n in range(3)]
@@ -124,3 +124,21 @@ def test_no_parent_no_score(backend: Backend) -> None:
     _, _, scores = grown(backend, levels, [[0, 1], [1, 1]])
     assert scores[0].tolist() == [-INF, 0.0]
     assert scores[1].isnan().all()
+
+
+def test_a_chain_has_one_node_a_level(backend: Backend) -> None:
+    """Each is ranked as a root's children are, where it stands."""
+    levels = [level[:, :1] for level in random_levels(BATCH, TOP_K, ROWS, 3)]
+    root = Frontier.root(BATCH).to(backend.device)
+    scratch = scratch_of(backend, BATCH, ROWS, TOP_K)
+
+    def ranked(level: int, logits: Tensor, places: list[int]) -> list[Tensor]:
+        pool, below = Pool.empty(BATCH, TOP_K + 2 * TOP_K**2), Frontier.empty(BATCH, TOP_K)
+        pool, below = pool.to(backend.device), below.to(backend.device)
+        noise = Coupling(SAMPLED.sampling, i32(places))
+        there = Coupling(*(t if t is None else t.to(backend.device) for t in noise))
+        expand(logits.to(backend.device), root, level, pool, below, there, None, scratch)
+        return [below.tokens, below.scores, below.source]
+
+    for level, logits in enumerate(levels):
+        assert_same(ranked(level, logits, [2] * BATCH), ranked(0, logits, [2 + level] * BATCH))

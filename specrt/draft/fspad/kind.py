@@ -56,7 +56,7 @@ def _draft_layer(directory: Path, target: LlamaModel, options: DrafterOptions) -
     config = replace(config, layer=replace(config.layer, max_positions=reach))
     try:
         weights = _placed(config, tensors, target, options)
-        return DraftLayer(config, weights, target.device, target.rope)
+        return DraftLayer(config, weights, target.device, target.rope, options.window)
     except OutOfMemoryError as error:
         raise MemoryError(f"no memory for the drafter on {target.device}: {directory}") from error
 

@@ -3,7 +3,8 @@
 A round runs the pairs that the one before has accepted, grows and ranks the trees, and keeps the
 accepted features where the next round finds them (:mod:`specrt.draft.fspad.pairs`). What the host
 needs of that, it is told a round late: how deep trees are, and how large, follows from the reports
-and times of the rounds before.
+and times of the rounds before. With a draft controller trees are large enough for all of its
+levels, and how deep each grows is decided in between, on the device.
 
 Where the host is needed (no pages for two rounds, a sequence without features) a round is proposed
 and observed as on the CPU. Pairs then move from the rows of a table to their sequences, and back
@@ -24,27 +25,35 @@ from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.pairs import MAX_PAIRS
 from specrt.draft.fspad.round import Places, RoundBuffers, num_candidates
+from specrt.draft.fspad.tree_control import TreeControl, decide
 from specrt.draft.length.control import ControlOptions
+from specrt.draft.length.controlled import NODES_A_LEVEL, ControlledPolicy
+from specrt.draft.length.costs import DraftCosts, RoundCost
+from specrt.draft.length.device_control import DeviceControlRound
+from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.reuse import Recent, power_of_two
 from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 
 _LEVELS = (1, 2, 3, 4, 6, 9, 16)
 """Depths of trees whose sizes are chosen here: few, because each is captured once as a graph."""
+_FADING = 0.99  # of the longest time, a round
 _MAX_TIMED = 64  # kinds of round of which it is known that they were run
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What is launched of a round; a :class:`RoundPlan`'s shape."""
 
     buffers: RoundBuffers
-    table: tuple[int, int]
-    """Where the draft cache's page table lies, and its width."""
+    table: tuple[int, ...]
+    """Where the draft cache's page table lies, its strides and sizes."""
     num_pairs: int
     """Waiting pairs of a sequence that are run, at most; 0: all go on waiting."""
     num_levels: int
     """0: the root alone."""
     is_chosen: bool
     """Whether sizes were chosen here, and are learned of."""
+    control: DeviceControlRound | None
+    """Who decides how deep each tree grows; None: to the last level."""
 
 
 class _Sizes(NamedTuple):
@@ -72,19 +81,28 @@ class DeviceFspadDrafter(FspadDrafter):
         control: ControlOptions | None = None,
     ) -> None:
         super().__init__(layer, is_coupled=is_coupled, control=control)
-        self._is_controlled = control is not None
+        self._control = None if control is None else TreeControl(control, layer.device)
         # Whose pairs lie in the rows of the table of so many sequences, and how many of each, as
         # far as reports have been read.
         self._seated: list[SequenceState | None] = []
         self._waiting: dict[SequenceState, int] = {}
-        self._before: _Step | None = None  # planned last, and maybe under way
-        self._timed: Recent[_Step, bool] = Recent(_MAX_TIMED)
+        self._before: Step | None = None  # planned last, and maybe under way
+        self._timed: Recent[Step, bool] = Recent(_MAX_TIMED)
+        self._longest_ms = 0.0  # that a level of a controlled round took of late
+
+    def start(self, state: SequenceState) -> None:
+        """Open an empty draft cache."""
+        super().start(state)
+        if self._control is not None:
+            self._control.start(state)
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
         self._seated = [None if one is state else one for one in self._seated]
         self._waiting.pop(state, None)
         super().finish(state)
+        if self._control is not None:
+            self._control.finish(state)
 
     # --- rounds with the host in between ------------------------------------------------------
 
@@ -99,7 +117,7 @@ class DeviceFspadDrafter(FspadDrafter):
         """Pages for a tree and for what is accepted meanwhile, and how large the tree is to be."""
         depth, top_k, _ = self._shape(budget.params)
         try:
-            if self._is_controlled or not self._seat(states):
+            if not self._seat(states):
                 return None
             self._reserve(states, max(0, depth - 1) * top_k)
         except MemoryError:  # a round at a time needs less
@@ -110,9 +128,13 @@ class DeviceFspadDrafter(FspadDrafter):
         buffers = self._buffers(states, batch, top_k)
         sizes = self._sizes(len(states), budget)
         buffers.choice(sizes.num_nodes)  # made here, as launches make nothing
-        table = batch.block_table.data_ptr(), batch.block_table.shape[1]
-        num_pairs, is_chosen = self._num_pairs(sizes.num_levels), budget.params == DraftParams()
-        self._before = _Step(buffers, table, num_pairs, sizes.num_levels, is_chosen)
+        table = batch.block_table.data_ptr(), *batch.block_table.stride(), *batch.block_table.shape
+        num_levels, is_chosen = sizes.num_levels, budget.params == DraftParams()
+        control = None
+        if is_chosen and num_levels and self._control is not None:
+            control = self._control.staged(states, self._price(len(states), budget.cost))
+        num_pairs = self._num_pairs(num_levels)
+        self._before = Step(buffers, table, num_pairs, num_levels, is_chosen, control)
         return RoundPlan(sizes.num_nodes, self._before)
 
     def _reserve(self, states: Sequence[SequenceState], num_expanded: int) -> None:
@@ -130,22 +152,33 @@ class DeviceFspadDrafter(FspadDrafter):
     def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
         """Run the waiting pairs, then grow the trees level by level."""
         step = plan.shape
-        assert isinstance(step, _Step)
-        buffers, num_levels = step.buffers, step.num_levels
-        is_coupled = buffers.key.is_coupled
-        coupling = Coupling(tables.sampling.rows, tables.history_len) if is_coupled else None
-        places = Places(self._batch.block_table, tables.roots, coupling)
+        assert isinstance(step, Step)
+        buffers, places = step.buffers, self._places(step, tables)
+        num_levels, length, score = step.num_levels, tables.history_len, buffers.level_score
         if num_levels == 0:
             if step.num_pairs:
                 buffers.append_pairs(step.num_pairs, self._cache, places)
             roots = tables.roots[:, None]  # nothing of a root is read
             return Proposal(roots, roots, tables.history_len)
+        decide(step.control, 0, score, length)
         buffers.extend(step.num_pairs, self._cache, places)
         for level in range(1, num_levels):
+            decide(step.control, level, score, length)
             buffers.expand(level, self._cache, places)
+        decide(step.control, num_levels, score, length)
         choice = buffers.choice(plan.num_nodes)
         buffers.choose(num_levels, choice, places)
         return Proposal(choice.draft_tokens, choice.parents, choice.num_nodes)
+
+    def _places(self, step: Step, tables: BatchTables) -> Places:
+        """What the steps read of the batch."""
+        is_coupled, control = step.buffers.key.is_coupled, step.control
+        return Places(
+            self._batch.block_table,
+            tables.roots,
+            Coupling(tables.sampling.rows, tables.history_len) if is_coupled else None,
+            None if control is None else control.is_open,
+        )
 
     def launch_observe(
         self,
@@ -157,8 +190,10 @@ class DeviceFspadDrafter(FspadDrafter):
     ) -> None:
         """Keep the features of the accepted path, which the next tree grows from."""
         step = plan.shape
-        assert isinstance(step, _Step)
+        assert isinstance(step, Step)
         step.buffers.pairs.take(tables, result, taps, are_kept=step.num_pairs == 0)
+        if step.control is not None:
+            step.control.launch_update(result.accept_length)
 
     def told(
         self,
@@ -169,7 +204,7 @@ class DeviceFspadDrafter(FspadDrafter):
     ) -> None:
         """How many pairs were run and wait by now; what drafting was worth, and what it took."""
         step = plan.shape
-        assert isinstance(step, _Step)
+        assert isinstance(step, Step)
         for state, taken in zip(states, report.num_taken.tolist(), strict=True):
             if state not in self._waiting:
                 continue
@@ -180,6 +215,8 @@ class DeviceFspadDrafter(FspadDrafter):
         if step.is_chosen and step.num_levels:
             self._learn_of(plan.num_nodes, step, report)
             self._time(step, times)
+            if self._control is not None:
+                self._control.hear(report)
 
     # --- whose pairs lie where ----------------------------------------------------------------
 
@@ -235,6 +272,9 @@ class DeviceFspadDrafter(FspadDrafter):
             return _ROOT
         if budget.params != DraftParams():
             return _Sizes(depth, min(most, 1 + num_candidates(depth, top_k)))
+        if self._control is not None:
+            num_levels = min(depth, self._control.max_levels)
+            return _ROOT if self._control.rests() else _Sizes(num_levels, _roomy(num_levels, most))
         chosen = self._measured.begin()
         if chosen is None:
             return _ROOT
@@ -247,7 +287,12 @@ class DeviceFspadDrafter(FspadDrafter):
         num_nodes = chosen.size(np.full((batch, most - 1), np.nan), num_levels, budget.cost)
         return _Sizes(num_levels, num_nodes) if num_nodes > 1 else _ROOT
 
-    def _learn_of(self, num_nodes: int, step: _Step, report: RoundReport) -> None:
+    def _price(self, batch: int, cost: RoundCost) -> DraftCosts:
+        """What drafting costs by now, for a controller."""
+        assert isinstance(self._policy, ControlledPolicy), "who has a controller has its policy"
+        return self._policy.price(batch, cost)
+
+    def _learn_of(self, num_nodes: int, step: Step, report: RoundReport) -> None:
         """Which nodes of the trees were on accepted paths, of those that had not ended before."""
         running = np.flatnonzero(report.num_taken > 0)
         is_accepted = np.zeros((len(running), num_nodes - 1))
@@ -258,11 +303,20 @@ class DeviceFspadDrafter(FspadDrafter):
             unseen = np.full(is_accepted.shape, np.nan)
             self._measured.observe_outcome(unseen, is_accepted, step.num_levels)
 
-    def _time(self, step: _Step, times: StageTimes) -> None:
+    def _time(self, step: Step, times: StageTimes) -> None:
         """What a level took; the first time a kind of round comes up it waits for the host."""
         is_known = self._timed.get(step) is not None
         self._timed.put(step, True)
-        if is_known and times.draft > 0.0:
-            # The step of the accepted pairs streams what a level does.
-            level_ms, num_expanded = times.draft / step.num_levels, step.num_levels - 1
-            self._measured.observe_draft(level_ms, level_ms * num_expanded, num_expanded)
+        if not is_known or times.draft <= 0.0:
+            return
+        # The step of the accepted pairs streams what a level does.
+        level_ms, num_expanded = times.draft / step.num_levels, step.num_levels - 1
+        if step.control is not None:
+            # Levels that nobody wanted took next to nothing: all were run where it was longest.
+            self._longest_ms = level_ms = max(level_ms, _FADING * self._longest_ms)
+        self._measured.observe_draft(level_ms, level_ms * num_expanded, num_expanded)
+
+
+def _roomy(num_levels: int, most: int) -> int:
+    """Nodes of a tree that may have so many levels: an envelope, or all there may be."""
+    return min(most, next((n for n in GPU_ENVELOPES if n > NODES_A_LEVEL * num_levels), most))

@@ -117,6 +117,9 @@ class Places(NamedTuple):
     """Of the draft caches."""
     roots: torch.Tensor
     coupling: Coupling | None
+    is_open: torch.Tensor | None = None
+    """``[B]`` int32, whose trees grow on; a level that nobody wants is launched and streams
+    nothing. None: all."""
 
 
 class RoundBuffers:
@@ -150,6 +153,9 @@ class RoundBuffers:
         self._pool = Pool.make(batch, num_candidates(1 + max_levels, width), device)
         self._scratch = expand_scratch(batch, width, len(layer.weights.head), width, device)
         self._choices: dict[int, Choice] = {}
+        self.level_score = device.zeros(batch)
+        """``[B]`` float32, where some trees may not grow on: ln of the chance that a path goes on
+        into the last level, given that it came so far."""
 
     def stage(
         self,
@@ -179,7 +185,9 @@ class RoundBuffers:
         at, pairs, size = places or self._staged, self.pairs, self.key.batch
         last, q = self.append_pairs(most, cache, at)
         regressed = self._regressed[0][:size]
-        logits = self._layer.finish(q, pairs.last_bits, last, cache, self._work, regressed)
+        logits = self._layer.finish(
+            q, pairs.last_bits, last, cache, self._work, regressed, at.is_open
+        )
         self._score(0, logits.view(size, 1, -1), at)
 
     def append_pairs(self, most: int, cache: KVCache, places: Places) -> tuple[Rows, torch.Tensor]:
@@ -200,12 +208,14 @@ class RoundBuffers:
         at, size, width = places or self._staged, self.key.batch, self.key.top_k
         above, work = self._frontiers[(level - 1) % 2], self._work
         features = self._regressed[(level - 1) % 2]
-        self._layer.sample_features(above.tokens.view(-1), above.source.view(-1), features, work)
+        self._layer.sample_features(
+            above.tokens.view(-1), above.source.view(-1), features, work, at.is_open
+        )
         depth, first = self._level_depth[level], self._level_first[level]
         rows = Rows(depth, self.pairs.kv_len_after, first, self._width, at.block_table)
         q = self._layer.append(0, rows, cache, work)
         regressed = self._regressed[level % 2]
-        logits = self._layer.finish(q, above.ancestors, rows, cache, work, regressed)
+        logits = self._layer.finish(q, above.ancestors, rows, cache, work, regressed, at.is_open)
         self._score(level, logits.view(size, width, -1), at)
 
     def choose(self, num_levels: int, choice: Choice, places: Places | None = None) -> None:
@@ -246,6 +256,8 @@ class RoundBuffers:
             below.candidates,
             below.source,
             below.ancestors,
+            is_open=places.is_open,
+            level_score=None if places.is_open is None else self.level_score,
         )
 
     # --- what Python looks at between steps ---------------------------------------------------

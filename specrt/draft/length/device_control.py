@@ -105,13 +105,15 @@ class DeviceControlRound:
         self._discount = control.options.settings().discount
         self._beliefs = control.beliefs
         self._host, self._inputs = HostInputs(batch, cap), RoundInputs.make(batch, device)
-        ints = device.zeros(3, batch, dtype=torch.int32)
+        ints = device.zeros(4, batch, dtype=torch.int32)
         self.is_open = ints[0]
         """``[B]`` int32: 1 = draft another token for this sequence."""
         self.drafted = ints[1]
         """``[B]`` int32: tokens drafted that somebody wanted."""
         self.length = ints[2]
         """``[B]`` int32: tokens to verify; one less than drafted where the last was dropped."""
+        self.num_nodes = ints[3]
+        """``[B]`` int32: of a chain of that length, its root included."""
         self.confidence = device.empty(batch, cap).fill_(torch.nan)
         """``[B, max_draft]`` float32; NaN where nothing was drafted."""
 
@@ -183,6 +185,7 @@ class DeviceControlRound:
             self.drafted,
             self.length,
             self.confidence,
+            self.num_nodes,
         )
 
     def update(
