@@ -16,8 +16,7 @@ void register_draft_pairs(py::module_& m) {
              device_view_of(history_len, "history_len"), device_view_of(features, "features"),
              device_view_of(tokens, "tokens"), device_view_of(source, "source"),
              device_view_of(kv_len, "kv_len"), device_view_of(kv_len_after, "kv_len_after"),
-             device_view_of(num_earlier, "num_earlier"), device_view_of(bits, "bits"),
-             are_kept}));
+             device_view_of(num_earlier, "num_earlier"), device_view_of(bits, "bits"), are_kept}));
     });
 }
 

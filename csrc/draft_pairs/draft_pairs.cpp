@@ -5,8 +5,8 @@ namespace {
 
 void expect_apart_all(const DraftPairsArgs& a) {
     for (const TensorView* in : {&a.taps, &a.path, &a.num_path, &a.history, &a.history_len})
-        for (const TensorView* out : {&a.features, &a.tokens, &a.source, &a.kv_len,
-                                      &a.kv_len_after, &a.num_earlier, &a.bits})
+        for (const TensorView* out : {&a.features, &a.tokens, &a.source, &a.kv_len, &a.kv_len_after,
+                                      &a.num_earlier, &a.bits})
             expect_apart(*in, *out);
 }
 
@@ -19,8 +19,7 @@ Launch draft_pairs(const DraftPairsArgs& a) {
     SPECRT_CHECK(nodes > 0 && nodes <= INT32_MAX, "taps: expected N from 1 to 2^31 - 1, got ",
                  a.taps.describe());
     expect(a.path, DType::kInt32, "[B, D]", batch, -1);
-    SPECRT_CHECK(a.path.shape[1] <= INT32_MAX, "path: expected D < 2^31, got ",
-                 a.path.describe());
+    SPECRT_CHECK(a.path.shape[1] <= INT32_MAX, "path: expected D < 2^31, got ", a.path.describe());
     expect(a.history, DType::kInt32, "[B, T]", batch, -1);
     const int64_t room = a.history.shape[1];
     SPECRT_CHECK(room > 0 && room <= INT32_MAX, "history: expected T from 1 to 2^31 - 1, got ",
@@ -71,9 +70,9 @@ Launch draft_pairs(const DraftPairsArgs& a) {
     p.words = static_cast<int32_t>(words);
     p.dtype = a.taps.dtype;
     p.are_kept = a.are_kept;
-    const int device = common_device(a.taps, a.path, a.num_path, a.history, a.history_len,
-                                     a.features, a.tokens, a.source, a.kv_len, a.kv_len_after,
-                                     a.num_earlier, a.bits);
+    const int device =
+        common_device(a.taps, a.path, a.num_path, a.history, a.history_len, a.features, a.tokens,
+                      a.source, a.kv_len, a.kv_len_after, a.num_earlier, a.bits);
     if (device != kCpu) return make_cuda_launch(draft_pairs_cuda, p, device);
     return make_launch(draft_pairs_part_for(active_isa()), p, batch);
 }

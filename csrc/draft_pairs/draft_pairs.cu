@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kBlock) draft_pairs_place(const DraftPairsPara
     if (place < waiting.first_new || place >= waiting.count) return;
     const T* from = static_cast<const T*>(p.taps) + seq * p.taps_stride[0] +
                     node_of(p, seq, waiting, place) * p.taps_stride[1];
-    T* to = static_cast<T*>(p.features) + seq * p.features_stride[0] +
-            place * p.features_stride[1];
+    T* to = static_cast<T*>(p.features) + seq * p.features_stride[0] + place * p.features_stride[1];
     for (int64_t i = int64_t{threadIdx.x} * kSize; i < p.width; i += int64_t{kBlock} * kSize)
         store_pack(to + i, load_pack<kSize>(from + i));
 }
@@ -42,7 +41,7 @@ void launch(const DraftPairsParams& p, CudaStream stream) {
 
 template <typename T>
 bool can_move_pieces(const DraftPairsParams& p, int64_t size) {
-    const auto is_whole = [&](const int64_t(&stride)[2]) {
+    const auto is_whole = [&](const int64_t (&stride)[2]) {
         return stride[0] % size == 0 && stride[1] % size == 0;
     };
     return p.width % size == 0 && is_multiple_of_16(p.taps) && is_multiple_of_16(p.features) &&
