@@ -12,10 +12,11 @@ pass over a static cache, a replayed graph too.
 ``--predict`` needs no GPU: stages from bytes, FLOP and launches, on an H100 and an H200; no figure
 of it is measured. Without a GPU, and where nothing else is asked for, it is all there is.
 
-``--drafter``: whole rounds of ours, drafting included, in place of those. Predicted for Llama-3-8B
-or the ``--model``: ``level 0`` gives the root's children, ``target`` is all that is not the
-drafter's, ``x streaming`` a level by the time in which its weights are read, ``x plain round`` a
-round by one of plain decoding.
+``--drafter``: whole rounds of ours, drafting included, in place of those, on Llama-3-8B's shape or
+the ``--model``'s. Measured: see ``draft_rounds_cuda.py``; ``draft ms`` and so on by the device's
+own clock, ``draft x streaming`` by the time in which its weights are read. Predicted: ``level 0``
+gives the root's children, ``target`` is all that is not the drafter's, ``x plain round`` a round by
+one of plain decoding.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def main() -> None:
     if args.device != "cuda":
         raise SystemExit("bench_round: --device cuda or --predict; a CPU's are bench_loop's")
     device = gpu.chosen_device(args)
-    from bench import round_cuda
+    from bench import draft_rounds_cuda, round_cuda
 
-    round_cuda.run(args, device)
+    (draft_rounds_cuda if args.drafter else round_cuda).run(args, device)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from bench.round_model import (
 
 DEPTH, TOP_K = 6, 10
 """Levels, the root's children among them, and children of a node: EAGLE-2's."""
-PAIRS = DEPTH + 1
-"""Accepted pairs at the most, which level 0 runs as far as keys and values."""
+PAIRS = 8
+"""Rows for the accepted pairs, a power of two, which level 0 runs as far as keys and values."""
 CHAIN = 4
 """Tokens that EESD drafts."""
 EXPAND_LATENCY = 4.5e-6

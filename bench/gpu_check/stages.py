@@ -19,6 +19,8 @@ ON_A_GPU = ("A", "B", "C", "D")
 WITHOUT_GPU = "shim"
 SECONDS: Mapping[str, float] = {"A": 480, "B": 540, "C": 420, "D": 540, WITHOUT_GPU: 1800}
 """The most that a stage takes."""
+DRAFTERS: Mapping[str, float] = {"fspad": 70, "eesd": 40, "eagle2": 40}
+"""Whose rounds are measured, and for how long at the most."""
 PREPARES = "extension"
 """The command that others need: it runs again whatever became of it before."""
 WORK = Path(__file__).resolve().parents[2] / "build/gpu_check/trained"
@@ -142,9 +144,10 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
         _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
-        _bench(machine, "bench_round", save, 160, "--device", "cuda"),
+        *(_drafted_rounds(machine, save, name, most) for name, most in DRAFTERS.items()),
+        _bench(machine, "bench_round", save, 120, "--device", "cuda"),
         _bench(machine, "bench_prefill", save, 40, "--device", "cuda"),
-        _bench(machine, "end_to_end_cuda", save, 120),
+        _bench(machine, "end_to_end_cuda", save, 90),
         _slow_gpu_tests(machine, 100),
         _sanitizer(machine, "racecheck", 200, is_spare=True),
     ]
@@ -284,6 +287,11 @@ def _resources(machine: Machine) -> Command:
 def _predict(save: Path) -> tuple[str, ...]:
     """What a round should take, beside what it does."""
     return "--predict", "--save", str(save)
+
+
+def _drafted_rounds(machine: Machine, save: Path, drafter: str, seconds: float) -> Command:
+    options = ("--device", "cuda", "--drafter", drafter)
+    return _bench(machine, "bench_round", save, seconds, *options, name=f"{drafter} round")
 
 
 def _bench(

@@ -20,9 +20,11 @@ __device__ __forceinline__ Work<T, W> work_of(const KernelParams& k) {
     const bool is_once = k.plan.num_pieces == 1;  // read, so that nothing need stay in the cache
     Work<T, W> w;
     w.weights = static_cast<const W*>(p.weight) + first_weight * p.depth;
-    w.rows = static_cast<const T*>(p.x) + first_row * p.x_stride;
+    w.x = p.x;
+    w.second = p.second;
     w.depth = p.depth;
-    w.row_stride = p.x_stride;
+    w.second_begin = static_cast<int>(p.second_begin);
+    w.first_row = static_cast<int>(first_row);
     w.num_weights = static_cast<int>(min(p.num_outputs - first_weight, int64_t{G::kTile}));
     w.num_rows = static_cast<int>(min(p.num_rows - first_row, int64_t{G::kColumns}));
     w.begin = static_cast<int>(begin);
@@ -99,14 +101,8 @@ void start(const KernelParams& k, CudaStream stream) {
 
 template <typename T>
 void start_narrow(const KernelParams& k, CudaStream stream) {
-    switch (k.plan.columns) {
-        case 16:
-            return start_padded<T, e4m3_t, true, 128, 16>(k, stream);
-        case 32:
-            return start_padded<T, e4m3_t, true, 128, 32>(k, stream);
-        default:
-            return start_padded<T, e4m3_t, true, 128, 64>(k, stream);
-    }
+    if (k.plan.columns == 16) return start_padded<T, e4m3_t, true, 128, 16>(k, stream);
+    start_padded<T, e4m3_t, true, 128, 64>(k, stream);
 }
 
 }  // namespace specrt::product

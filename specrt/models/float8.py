@@ -35,8 +35,8 @@ def float8_matrix(matrix: torch.Tensor, device: Device) -> Float8Matrix:
             f"float8: expected matrices of a multiple of {COLUMNS_IN_TURN} columns on CUDA, got "
             f"[{len(matrix)}, {num_columns}]"
         )
-    values = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn, device=matrix.device)
-    scale = torch.empty(len(matrix), device=matrix.device)
+    values = device.empty(*matrix.shape, dtype=torch.float8_e4m3fn)
+    scale = device.empty(len(matrix))
     for start in range(0, len(matrix), _ROWS):
         rows = slice(start, start + _ROWS)
         values[rows], scale[rows] = _rounded(matrix[rows].float())
