@@ -16,8 +16,8 @@ from bench.random_target import DEVIATION, step_bytes
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
 from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.launched import LaunchedEesdDrafter
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig, tensor_shapes
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
@@ -130,7 +130,7 @@ def _eesd(target: LlamaModel) -> WholeRound:
     )
     config = ExitConfig.for_target(target.config, number, name="random")
     exit_model = ExitModel(config, calibration, target)
-    kind = DeviceEesdDrafter if device.is_gpu else EesdDrafter
+    kind = LaunchedEesdDrafter if device.is_gpu else EesdDrafter
     return WholeRound(
         kind(exit_model),
         DraftParams(depth=CHAIN, top_k=1, total_tokens=1 + CHAIN),
