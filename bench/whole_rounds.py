@@ -16,13 +16,13 @@ from bench.random_target import DEVIATION, step_bytes
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
 from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.launched import LaunchedEesdDrafter
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig, tensor_shapes
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.on_device import DeviceFspadDrafter
-from specrt.draft.fspad.weights import DraftWeights, fold, folding_pays, pack_weights
+from specrt.draft.fspad.weights import DraftWeights, fold, folding_pays, narrow, pack_weights
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
@@ -59,6 +59,8 @@ class LayerKind:
     """Of a reduced draft vocabulary; None: all."""
     is_folded: bool | None = None
     """None: where serving would."""
+    is_narrow: bool = False
+    """Whether matrices have a byte a weight."""
 
 
 Layer = tuple[DraftConfig, DraftWeights]
@@ -86,7 +88,9 @@ def random_layer(target: LlamaModel, kind: LayerKind) -> Layer:
     is_folded = kind.is_folded
     if is_folded is None:
         is_folded = folding_pays(packed, weights.arena.nbytes)
-    return config, fold(packed, device) if is_folded else packed
+    if is_folded:
+        packed = fold(packed, device)
+    return config, narrow(packed, device) if kind.is_narrow else packed
 
 
 def layer_round(target: LlamaModel, layer: Layer) -> WholeRound:
@@ -130,7 +134,7 @@ def _eesd(target: LlamaModel) -> WholeRound:
     )
     config = ExitConfig.for_target(target.config, number, name="random")
     exit_model = ExitModel(config, calibration, target)
-    kind = DeviceEesdDrafter if device.is_gpu else EesdDrafter
+    kind = LaunchedEesdDrafter if device.is_gpu else EesdDrafter
     return WholeRound(
         kind(exit_model),
         DraftParams(depth=CHAIN, top_k=1, total_tokens=1 + CHAIN),
