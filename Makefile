@@ -57,7 +57,7 @@ gpu-check:  ## ask a GPU (GPU_CHECK_ARGS="--stages A"); without one the shim's t
 	@$(PYTHON) -m bench.gpu_check $(GPU_CHECK_ARGS)
 
 gpu-package: $(READY)  ## what a GPU's machine without a network needs beside the checkout, as one archive
-	@$(PY) -m bench.gpu_check.package $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
+	@$(PY) -m bench.gpu_check.package $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(GPU_PACKAGE_ARGS)
 
 ext: $(READY)  ## build the extension in place; compiles only what changed
 	@mkdir -p build

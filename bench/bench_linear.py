@@ -12,6 +12,7 @@ difference ends the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -20,11 +21,15 @@ import torch.nn.functional as F
 from bench import gpu
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
 from specrt import ops
+from specrt.device import Device
+from specrt.models.float8 import float8_matrix
 from specrt.ops.graph import CpuGraph
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_ROWS = ROWS[-1]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOAT8 = "float8"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, FLOAT8: torch.bfloat16}
+"""Of torch's matrices, which has no product by float8 on a CPU; of ours too, but for that one."""
 
 _H, _I = 512, 1408
 SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -46,13 +51,19 @@ def allocate(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[torc
 class Pass:
     """``num_rows`` rows through every matrix, by us and by torch."""
 
-    def __init__(self, matrices: Sequence[torch.Tensor], num_rows: int) -> None:
-        self.num_bytes = sum(matrix.nbytes for matrix in matrices)
-        self.num_flops = 2 * num_rows * sum(matrix.numel() for matrix in matrices)
+    def __init__(
+        self,
+        matrices: Sequence[torch.Tensor],
+        num_rows: int,
+        ours: Sequence[ops.Matrix] | None = None,
+    ) -> None:
+        ours = ours or matrices
+        self.num_bytes = sum(matrix.nbytes for matrix in ours)
+        self.num_flops = 2 * num_rows * sum(math.prod(matrix.shape) for matrix in ours)
         x = {k: torch.randn(num_rows, k) for k in {matrix.shape[1] for matrix in matrices}}
         out = {n: torch.empty(num_rows, n) for n in {matrix.shape[0] for matrix in matrices}}
         cast = {k: value.to(matrices[0].dtype) for k, value in x.items()}
-        self._calls = [(x[w.shape[1]], w, out[w.shape[0]]) for w in matrices]
+        self._calls = [(x[w.shape[1]], w, out[w.shape[0]]) for w in ours]
         self._torch_calls = [(cast[w.shape[1]], w) for w in matrices]
         self.ours: Callable[[], None] = CpuGraph.capture(self.eager).launch
 
@@ -88,7 +99,8 @@ def check_rows(matrices: Sequence[torch.Tensor], counts: Iterable[int]) -> None:
 def bench(shape: str, dtype: str, counts: Sequence[int], rounds: int) -> list[Row]:
     """One line for each number of rows; all of them and torch's are timed in turn."""
     matrices = allocate(SHAPES[shape], DTYPES[dtype])
-    passes = {count: Pass(matrices, count) for count in counts}
+    ours = [float8_matrix(one, Device()) for one in matrices] if dtype == FLOAT8 else None
+    passes = {count: Pass(matrices, count, ours) for count in counts}
     contenders: dict[str, Callable[[], None]] = {}
     for count, one in passes.items():
         contenders |= {

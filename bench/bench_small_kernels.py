@@ -168,6 +168,7 @@ def least_work() -> dict[str, Callable[[], object]]:
     table = rope_table(16, 10000.0, PREFIX + 1)
     tokens, path, length, chosen = (ints(0)[None] for _ in range(4))
     parents, below, room = ints(-1)[None], ints(0)[None], ints(0)
+    of_four = tuple(torch.zeros(4, 1).int())
     of_one, record = (length[0], chosen[0]), torch.zeros(1, report_size(1, False)).int()
     logits = torch.zeros(1, 1, 1)
     sampling = SamplingTable.build([SamplingParams()], [1], 1).rows
@@ -208,6 +209,19 @@ def least_work() -> dict[str, Callable[[], object]]:
             count, depth, path, zero, tokens, None, parents, room, below, empty, *of_one, record
         ),
         "history_tail": lambda: ops.history_tail(tokens, count, path, length[0]),
+        "time_stamp": lambda: ops.time_stamp(ancestors[0, 0, :1]),
+        "draft_pairs": lambda: ops.draft_pairs(
+            q[0],
+            path,
+            zero,
+            tokens,
+            count,
+            attended[0],
+            below,
+            *of_four,
+            ancestors[0],
+            are_kept=False,
+        ),
         "prompt_lookup": lambda: ops.prompt_lookup(
             tokens, zero, zero, 1, 1, 1, 0, path, below, *of_one, record[0, :1]
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -138,17 +138,27 @@ class Transformers:
         directory: a plain Hugging Face directory.
         dtype: of weights and cache.
         num_lookup_tokens: its ``prompt_lookup_num_tokens``.
+        device: of the model.
+        options: others of its ``generate``.
     """
 
-    def __init__(self, directory: Path, dtype: str, num_lookup_tokens: int | None = None) -> None:
-        self._model = _transformers_model(directory, dtype)
-        self._options: dict[str, Any] = {}
+    def __init__(
+        self,
+        directory: Path,
+        dtype: str,
+        num_lookup_tokens: int | None = None,
+        *,
+        device: str = "cpu",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = _transformers_model(directory, dtype, device)
+        self._options: dict[str, Any] = dict(options or {})
         if num_lookup_tokens is not None:
             self._options["prompt_lookup_num_tokens"] = num_lookup_tokens
 
     def run(self, request: Request) -> Output:
         """As :meth:`Contender.run`."""
-        ids = torch.tensor([request.prompt_ids])
+        ids = torch.tensor([request.prompt_ids], device=self._model.device)
         options = dict(self._options)
         if request.temperature > 0:
             torch.manual_seed(request.seed)
@@ -168,7 +178,7 @@ class Transformers:
 
 
 @lru_cache(maxsize=1)
-def _transformers_model(directory: Path, dtype: str) -> Any:
+def _transformers_model(directory: Path, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -176,7 +186,7 @@ def _transformers_model(directory: Path, dtype: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), local_files_only=True
     )
-    return model.eval()
+    return model.eval().to(device)
 
 
 def has_llama_cpp() -> bool:

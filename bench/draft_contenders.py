@@ -15,7 +15,7 @@ from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
-from specrt.draft.fspad.round import MAX_LEVELS
+from specrt.draft.fspad.pairs import MAX_LEVELS
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import drafter_directory, load_drafter
 from specrt.engine.engine import Engine

@@ -169,10 +169,11 @@ def tree_accept(model: Model, rows: int) -> Work:
     return Work(rows * (model.vocab_size * FLOAT + 4 * INT))
 
 
-def linear(num_outputs: int, num_inputs: int, rows: int) -> Work:
-    """Weights read once, rows in and out, all of 16 bits."""
-    num_bytes = (num_outputs * num_inputs + rows * (num_outputs + num_inputs)) * BF16
-    return Work(num_bytes, 2 * rows * num_outputs * num_inputs)
+def linear(num_outputs: int, num_inputs: int, rows: int, weight_size: int = BF16) -> Work:
+    """Weights of ``weight_size`` bytes read once, rows of 16 bits in and out."""
+    num_weights = num_outputs * num_inputs
+    num_bytes = num_weights * weight_size + rows * (num_outputs + num_inputs) * BF16
+    return Work(num_bytes, 2 * rows * num_weights)
 
 
 def slot_bytes(model: Model) -> int:

@@ -19,6 +19,8 @@ from bench.limits import Model
 from bench.round_bits import run_round_bits
 from bench.tree_attention_cuda import Case
 from specrt import ops
+from specrt.device import Device
+from specrt.models.float8 import float8_matrix, in_order
 from specrt.sampling import SamplingParams, SamplingTable
 
 MODELS = (Model(256, 208, 2, 4, 2, 64), Model(1032, 72, 3, 8, 1, 128), Model(80, 40, 1, 2, 2, 80))
@@ -81,6 +83,8 @@ def run_linear(place: Place) -> int:
                 _assert_near(out, expected, num_inputs)
             if is_on_gpu:
                 check_maxima(place, x, weight)
+                check_operands(x, weight, sums - bias)
+            check_float8(x, weight, is_on_gpu=is_on_gpu)
             done += 1
     return done
 
@@ -89,6 +93,16 @@ def _assert_near(out: torch.Tensor, expected: torch.Tensor, num_inputs: int) -> 
     """But for a rounding to ``out``'s dtype, and for the order of sums of K numbers around 1."""
     eps, order = torch.finfo(out.dtype).eps, 1e-5 * num_inputs
     torch.testing.assert_close(out, expected.to(out.dtype), rtol=eps, atol=order)
+
+
+def check_float8(x: torch.Tensor, weight: torch.Tensor, *, is_on_gpu: bool) -> None:
+    """By weights of one byte, of as many columns as a GPU takes."""
+    width = x.shape[1] // 16 * 16
+    narrow = float8_matrix(weight[:, :width], Device(x.device, is_gpu=is_on_gpu))
+    values = in_order(narrow.values) if is_on_gpu else narrow.values
+    expected = x[:, :width].float() @ (values.float() * narrow.scale[:, None]).T
+    out = torch.full_like(expected, float("nan"), dtype=x.dtype)
+    _assert_near(ops.linear(x[:, :width], narrow, out=out), expected, width)
 
 
 def check_maxima(place: Place, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -106,6 +120,21 @@ def check_maxima(place: Place, x: torch.Tensor, weight: torch.Tensor) -> None:
     best = padded.unflatten(1, (-1, 64)).argmax(-1)
     tokens = (~keys & (2**32 - 1)) % 64
     torch.testing.assert_close(tokens[::2], best[::2])
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """Rows of tables, read from their ends; K in two parts, and the sums for gate and residual."""
+    num_rows, begin = len(x), x.shape[1] // 16 * 8
+    back = torch.arange(num_rows, device=x.device).flip(0).int()
+    first, second, gate, residual = (
+        ops.GatheredRows(table.flip(0).contiguous(), back)
+        for table in (x[:, :begin], x[:, begin:], sums.to(x.dtype), sums.to(x.dtype))
+    )
+    out = ops.linear(first, weight, None, residual, second=second, gate=gate)
+    rounded = sums.to(x.dtype).float()
+    expected = torch.nn.functional.silu(rounded) * sums + rounded
+    # The gate multiplies what sums differ by.
+    torch.testing.assert_close(out, expected.to(x.dtype), rtol=1e-2, atol=1e-2)
 
 
 def main() -> None:

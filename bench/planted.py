@@ -11,7 +11,7 @@ drafter's trees the bundled target accepts on held-out problems, greedily.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -21,10 +21,20 @@ import torch
 from bench.draft_contenders import Tree
 from bench.harness import RESULTS, environment, parser, report, result_of, save_result, start
 from bench.prompts import HELDOUT, load_prompts
+from specrt.cache import KVCache
 from specrt.device import Device
-from specrt.draft.base import BatchTables, Budget, EmptyDrafter, RootsAlone, RoundPlan
+from specrt.draft.base import (
+    BatchTables,
+    Budget,
+    EmptyDrafter,
+    RootsAlone,
+    RoundPlan,
+    StageTimes,
+)
+from specrt.draft.fspad.drafter import FspadDrafter
+from specrt.draft.fspad.on_device import DeviceFspadDrafter
 from specrt.tree import TreeBuilder, stack
-from specrt.types import Proposal, SequenceState
+from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 
 NODES = (60, 8, 16, 32)
 TRACE = "accept_lengths"
@@ -84,13 +94,17 @@ class PlantedDrafter(EmptyDrafter, RootsAlone):
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Trees of one size, whatever there is still to say: the last ones reach past the end."""
+        self._num_said = None  # no round is under way
         return stack([self._tree(_num_said(state), self._num_right()) for state in states])
 
     # --- rounds of launches alone ---------------------------------------------------------------
 
-    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan:
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan | None:
         """Upload the next round's tree; all plans are equal."""
-        (state,) = states
+        self._upload_tree(*states)
+        return RoundPlan(self._trace.num_nodes)
+
+    def _upload_tree(self, state: SequenceState) -> None:
         if self._num_said is None:
             self._num_said = _num_said(state)
         num_right = self._num_right()
@@ -98,7 +112,6 @@ class PlantedDrafter(EmptyDrafter, RootsAlone):
         self._num_said += num_right + 1
         ints = torch.tensor([*tree.tokens, *tree.parents, len(tree)], dtype=torch.int32)
         self._device.upload(ints, self._ints)
-        return RoundPlan(self._trace.num_nodes)
 
     def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
         """The tree where it was uploaded to."""
@@ -127,6 +140,104 @@ class PlantedDrafter(EmptyDrafter, RootsAlone):
     def _wrong(self, token: int, index: int) -> int:
         """The ``index``-th token that is not ``token``."""
         return (token + 1 + index) % self._vocab_size
+
+
+class PlantedRounds(PlantedDrafter):
+    """Does all that another drafter does in a round, and then proposes the planted tree: drafting
+    takes its time, and acceptance is a given.
+
+    Args:
+        drafter: whose rounds; it neither chooses its trees' size nor learns from them.
+        answer: as of :class:`PlantedDrafter`, as the next three.
+        trace: of trees of its size.
+        vocab_size: as there.
+        device: as there.
+    """
+
+    def __init__(
+        self,
+        drafter: FspadDrafter,
+        answer: Sequence[int],
+        trace: Trace,
+        vocab_size: int,
+        device: Device,
+    ) -> None:
+        super().__init__(answer, trace, vocab_size, device)
+        self._drafter, self.taps = drafter, drafter.taps
+
+    def start(self, state: SequenceState) -> None:
+        """Begin the trace."""
+        super().start(state)
+        self._drafter.start(state)
+
+    def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
+        """As it does."""
+        self._drafter.prefill(state, start, taps)
+
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
+        """Draft, and propose the planted tree."""
+        self._drafter.propose(states, budget)
+        return super().propose(states, budget)
+
+    def observe(
+        self,
+        states: Sequence[SequenceState],
+        proposal: Proposal,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """As it does."""
+        self._drafter.observe(states, proposal, result, taps)
+
+    def finish(self, state: SequenceState) -> None:
+        """As it does."""
+        self._drafter.finish(state)
+
+    @property
+    def cache(self) -> KVCache:
+        """Its."""
+        return self._drafter.cache
+
+    # --- rounds of launches alone ---------------------------------------------------------------
+
+    def plan(self, states: Sequence[SequenceState], budget: Budget) -> RoundPlan | None:
+        """Its plan, if it has one, for as many nodes."""
+        if not isinstance(self._drafter, DeviceFspadDrafter):
+            return None
+        plan = self._drafter.plan(states, budget)
+        if plan is not None:
+            assert plan.num_nodes == self._trace.num_nodes, "trees of the trace's size"
+            self._upload_tree(*states)
+        return plan
+
+    def launch_propose(self, plan: RoundPlan, tables: BatchTables) -> Proposal:
+        """Draft, and propose the planted tree."""
+        assert isinstance(self._drafter, DeviceFspadDrafter)
+        self._drafter.launch_propose(plan, tables)
+        return super().launch_propose(plan, tables)
+
+    def launch_observe(
+        self,
+        plan: RoundPlan,
+        tables: BatchTables,
+        tree: DraftTree,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """As it does."""
+        assert isinstance(self._drafter, DeviceFspadDrafter)
+        self._drafter.launch_observe(plan, tables, tree, result, taps)
+
+    def told(
+        self,
+        states: Sequence[SequenceState],
+        plan: RoundPlan,
+        report: RoundReport,
+        times: StageTimes,
+    ) -> None:
+        """As it is."""
+        assert isinstance(self._drafter, DeviceFspadDrafter)
+        self._drafter.told(states, plan, report, times)
 
 
 def _num_said(state: SequenceState) -> int:

@@ -92,8 +92,27 @@ def pass_launches(
         head_rows: those with logits; without any the last layer leaves keys and values alone.
         is_ours: whether further rows make further launches, as they do in ours.
     """
+    yield Launch("verify", "embed", limits.embed(model, rows), is_before_linear=True)
+    num_whole = model.num_layers if head_rows else model.num_layers - 1
+    yield from layer_launches(model, rows, prefix, num_whole, is_ours=is_ours)
+    if head_rows > 0:
+        yield final_norm(model, rows)
+        yield head(model, head_rows)
+
+
+def layer_launches(
+    model: Model, rows: int, prefix: int, num_whole: int, *, is_ours: bool = True
+) -> Iterator[Launch]:
+    """Of the layers of a pass.
+
+    Args:
+        model: their shape and number.
+        rows: of each.
+        prefix: tokens before them.
+        num_whole: layers; those behind them leave keys and values alone.
+        is_ours: as of :func:`pass_launches`.
+    """
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_layers
-    whole = layers if head_rows else layers - 1
     q_size = model.num_heads * model.head_dim
     kv_size = 2 * model.num_kv_heads * model.head_dim
     norm = limits.rms_norm(model, rows)
@@ -105,21 +124,26 @@ def pass_launches(
         work = limits.linear(num_outputs, num_inputs, -(-rows // num_parts))
         return Launch("verify", kernel, work, num_parts * count, is_linear=True)
 
-    yield Launch("verify", "embed", Work(2 * rows * hidden * BF16), is_before_linear=True)
-    num_norms = layers + whole + (head_rows > 0)
-    yield Launch("verify", "rms_norm", norm, num_norms, is_before_linear=True)
+    yield Launch("verify", "rms_norm", norm, layers + num_whole, is_before_linear=True)
     yield linear("qkv", q_size + kv_size, hidden, layers)
-    num_appends = layers if is_ours and rows > CHAIN_ROWS else layers - whole
+    num_appends = layers if is_ours and rows > CHAIN_ROWS else layers - num_whole
     yield Launch("verify", "rope_append", limits.rope_append(model, rows), num_appends)
-    yield Launch("verify", "tree_attention", attention, whole, ATTENTION_LATENCY)
-    yield linear("o", hidden, q_size, whole)
-    yield linear("gate_up", 2 * wide, hidden, whole)
-    yield linear("down", hidden, wide, whole)
-    if head_rows == 0:
-        return
-    head = limits.linear(model.vocab_size, hidden, head_rows)
-    head = replace(head, num_bytes=head.num_bytes + head_rows * model.vocab_size * BF16)  # float32
-    yield Launch("verify", "head", head, is_linear=True)
+    yield Launch("verify", "tree_attention", attention, num_whole, ATTENTION_LATENCY)
+    yield linear("o", hidden, q_size, num_whole)
+    yield linear("gate_up", 2 * wide, hidden, num_whole)
+    yield linear("down", hidden, wide, num_whole)
+
+
+def final_norm(model: Model, rows: int) -> Launch:
+    """Before the head."""
+    return Launch("verify", "rms_norm", limits.rms_norm(model, rows), is_before_linear=True)
+
+
+def head(model: Model, rows: int) -> Launch:
+    """Whose output is float32."""
+    work = limits.linear(model.vocab_size, model.hidden_size, rows)
+    work = replace(work, num_bytes=work.num_bytes + rows * model.vocab_size * BF16)
+    return Launch("verify", "head", work, is_linear=True)
 
 
 def has_slices(num_outputs: int, num_inputs: int) -> bool:
@@ -150,15 +174,24 @@ def stage_rows(name: str, model: Model, nodes: int, prefix: int, tau: float) -> 
     launches = list(round_launches(model, nodes, prefix, tau))
     stages = list(dict.fromkeys(launch.stage for launch in launches))
     rows = [
-        _row(name, nodes, stage, [launch for launch in launches if launch.stage == stage])
+        stage_row(name, nodes, stage, [launch for launch in launches if launch.stage == stage])
         for stage in stages
     ]
-    return [*rows, _row(name, nodes, "round", launches)]
+    return [*rows, stage_row(name, nodes, "round", launches)]
 
 
-def _row(
-    name: str, nodes: int, stage: str, launches: list[Launch], product_rate: float = MMA_SYNC
+def stage_row(
+    name: str, nodes: int, stage: str, launches: Sequence[Launch], product_rate: float = MMA_SYNC
 ) -> Row:
+    """What these launches take on each card, with and without overlap.
+
+    Args:
+        name: of the model.
+        nodes: of the tree, or rows.
+        stage: what the launches are.
+        launches: of it.
+        product_rate: as of :meth:`Launch.seconds`.
+    """
     num_bytes = sum(launch.count * launch.work.num_bytes for launch in launches)
     row: Row = {
         "model": name,
@@ -201,7 +234,7 @@ def prompt_row(name: str, model: Model, num_tokens: int, piece: int) -> Row:
         Launch("commit", "kv_commit", limits.kv_commit(model, 0)),
     ]
     launches = [replace(launch, count=num_pieces * launch.count) for launch in one]
-    row = _row(name, piece, f"prompt of {num_tokens}", launches, PROMPT)
+    row = stage_row(name, piece, f"prompt of {num_tokens}", launches, PROMPT)
     theirs = list(pass_launches(model, num_tokens, before, 1, is_ours=False))
     for card, ceilings in CARDS.items():
         seconds = sum(
@@ -241,12 +274,13 @@ def verdicts(rows: Sequence[Row]) -> dict[str, str]:
             if row["model"] != NAME_OF_GOALS:
                 continue
             if (row["nodes"], row["stage"]) == (1, "round"):
-                said[f"plain decoding, {card}"] = _verdict(ms, "ms a token", GOALS[card])
+                said[f"plain decoding, {card}"] = verdict(ms, "ms a token", GOALS[card])
             if ratio is not None:
-                said[f"{row['stage']}, {card}"] = _verdict(ratio, "x transformers", PROMPT_GOAL)
+                said[f"{row['stage']}, {card}"] = verdict(ratio, "x transformers", PROMPT_GOAL)
     return said
 
 
-def _verdict(value: float, unit: str, most: float) -> str:
+def verdict(value: float, unit: str, most: float) -> str:
+    """Whether a predicted figure keeps below its goal."""
     word = "reached" if value <= most else "missed"
     return f"predicted {value:.3g} {unit}, goal <= {most:g}: {word} as predicted"

@@ -15,7 +15,7 @@ from bench.end_to_end_contenders import Job, NoTokenizer
 from bench.timed_steps import TimedSteps
 from specrt import accept, ops
 from specrt.device import Device, Mark
-from specrt.draft.base import Drafter
+from specrt.draft.base import Drafter, DraftParams, StageTimes
 from specrt.engine.engine import Engine
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
@@ -40,6 +40,8 @@ class Timed:
     """Of the captured steps of a round; None if none was launched."""
     stages_ms: Mapping[str, float]
     """By the device's marks, where stages are apart."""
+    parts_ms: StageTimes
+    """Of a round, by the device's clock where it was launched as a whole."""
 
     @property
     def round_seconds(self) -> float:
@@ -65,6 +67,7 @@ class Rounds:
         around: what a run happens in, as another ``linear``.
         is_apart: whether stages are marked; only where nothing is captured, for a mark in a graph
             tells no time.
+        draft: the trees' shape; None leaves it to the drafter.
     """
 
     def __init__(
@@ -75,9 +78,11 @@ class Rounds:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         *,
         is_apart: bool = False,
+        draft: DraftParams | None = None,
     ) -> None:
         assert isinstance(model.device, TimedSteps), "a model whose steps are timed"
         self._device, self._job, self._around = model.device, job, around
+        self._draft = draft
         self._marked = MARKED if is_apart else {}
         room = len(job.prompt) + job.num_tokens + _SPARE_TOKENS
         tokenizer: Any = NoTokenizer()
@@ -90,7 +95,7 @@ class Rounds:
         times, counts, result, num_before = [], [], None, 0
         self._device.take_seconds()
         with self._around(), marked(self._device, self._marked) as marks:
-            for chunk in self._engine.stream([self._job.prompt], params):
+            for chunk in self._engine.stream([self._job.prompt], params, self._draft):
                 if not times:
                     num_before = self._device.num_timed  # the prompt's and the first round's
                     marks.update({name: [] for name in marks})
@@ -100,6 +105,8 @@ class Rounds:
         assert result is not None, "the last chunk has the result"
         if result.error is not None:
             raise RuntimeError(result.error)
+        stats = result.stats
+        of_parts = stats.draft_ms, stats.verify_ms, stats.accept_ms
         steps, num_rounds = self._device.take_seconds()[num_before:], len(counts) - 1
         return Timed(
             result.token_ids,
@@ -108,6 +115,7 @@ class Rounds:
             times[-1] - times[0],
             _a_round(steps, num_rounds),
             stages_ms(self._device, marks),
+            StageTimes(*(ms / stats.num_rounds for ms in of_parts)),
         )
 
     def close(self) -> None:

@@ -16,12 +16,13 @@ from bench.random_target import DEVIATION, step_bytes
 from specrt.draft.base import Drafter, DraftParams
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
 from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.launched import LaunchedEesdDrafter
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.eesd.on_device import DeviceEesdDrafter
-from specrt.draft.fspad.checkpoint import DraftConfig, tensor_shapes
+from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig, tensor_shapes
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
-from specrt.draft.fspad.weights import fold, folding_pays, pack_weights
+from specrt.draft.fspad.on_device import DeviceFspadDrafter
+from specrt.draft.fspad.weights import DraftWeights, fold, folding_pays, narrow, pack_weights
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
@@ -41,28 +42,69 @@ class WholeRound:
     draft_bytes: int
     verify_bytes: int
 
+    @property
+    def num_nodes(self) -> int:
+        """Of its trees."""
+        assert self.params is not None
+        assert self.params.total_tokens is not None
+        return self.params.total_tokens
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a one-layer drafter is made."""
+
+    arch: str = "fspad"
+    head_rows: int | None = None
+    """Of a reduced draft vocabulary; None: all."""
+    is_folded: bool | None = None
+    """None: where serving would."""
+    is_narrow: bool = False
+    """Whether matrices have a byte a weight."""
+
+
+Layer = tuple[DraftConfig, DraftWeights]
+
 
 def whole_round(name: str, target: LlamaModel) -> WholeRound:
     """One of :data:`MAKERS`, new."""
     return MAKERS[name](target)
 
 
-def _fspad(target: LlamaModel) -> WholeRound:
-    """Folded where serving would fold it."""
-    config = DraftConfig.for_target(target.config, "fspad", name="random")
+def random_layer(target: LlamaModel, kind: LayerKind) -> Layer:
+    """A drafter's layer of the target's shape, with random weights."""
+    config = DraftConfig.for_target(target.config, kind.arch, name="random")
     weights, device = target.weights, target.device
     generator = torch.Generator(device.place).manual_seed(1)
     tensors = {
         key: _random(shape, weights.embed, generator)
         for key, shape in tensor_shapes(config).items()
     }
+    if kind.head_rows is not None:
+        config = replace(config, draft_vocab_size=kind.head_rows)
+        tensors[TOKEN_IDS] = torch.arange(kind.head_rows, dtype=torch.int32)
     tables = weights.embed, weights.lm_head
     packed = pack_weights(config, tensors, *tables, weights.embed.dtype, device)
-    if folding_pays(packed, weights.arena.nbytes):
+    is_folded = kind.is_folded
+    if is_folded is None:
+        is_folded = folding_pays(packed, weights.arena.nbytes)
+    if is_folded:
         packed = fold(packed, device)
-    drafter = FspadDrafter(DraftLayer(config, packed, device, target.rope))
+    return config, narrow(packed, device) if kind.is_narrow else packed
+
+
+def layer_round(target: LlamaModel, layer: Layer) -> WholeRound:
+    """A new drafter with that layer, and EAGLE-2's trees."""
+    config, weights = layer
+    device = target.device
+    kind = DeviceFspadDrafter if device.is_gpu else FspadDrafter
+    drafter = kind(DraftLayer(config, weights, device, target.rope))
     params = DraftParams(depth=_DEPTH, top_k=_TOP_K, total_tokens=NODES)
-    return WholeRound(drafter, params, _DEPTH * packed.step_bytes, step_bytes(weights))
+    return WholeRound(drafter, params, _DEPTH * weights.step_bytes, step_bytes(target.weights))
+
+
+def _fspad(target: LlamaModel) -> WholeRound:
+    return layer_round(target, random_layer(target, LayerKind()))
 
 
 def _random(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -92,7 +134,7 @@ def _eesd(target: LlamaModel) -> WholeRound:
     )
     config = ExitConfig.for_target(target.config, number, name="random")
     exit_model = ExitModel(config, calibration, target)
-    kind = DeviceEesdDrafter if device.is_gpu else EesdDrafter
+    kind = LaunchedEesdDrafter if device.is_gpu else EesdDrafter
     return WholeRound(
         kind(exit_model),
         DraftParams(depth=CHAIN, top_k=1, total_tokens=1 + CHAIN),

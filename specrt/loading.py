@@ -17,7 +17,7 @@ from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter
-from specrt.draft.kind import DrafterOptions
+from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
 from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.core import EngineLimits
@@ -69,6 +69,9 @@ def load(
     fold: bool | None = None,
     coupled: bool = True,
     controller: str | ControlOptions | None = None,
+    draft_weights: str | None = None,
+    hot_tokens: str | os.PathLike[str] | Sequence[int] | None = None,
+    draft_window: int | DraftWindow | None = None,
     eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter.
@@ -101,6 +104,13 @@ def load(
         controller: trained drafters: how long to draft, by name (``"fixed-4"``, ``"threshold"``,
             ``"adaptive-threshold"``, ``"beta-ts"``, ``"calibration-ts"``, ``"cost-aware"``) or with
             all its settings; None: EESD by ``"cost-aware"``, the others by measured cost.
+        draft_weights: FSPAD and EAGLE: ``"fp8"`` rounds the matrices that a draft step streams to
+            one byte a weight (e4m3, a scale a row).
+        hot_tokens: FSPAD and EAGLE: propose these tokens only, so that fewer rows of the head are
+            read: their ids, or a file of them (a list in ``.json``, or ``.pt`` as FR-Spec and
+            SGLang have it).
+        draft_window: FSPAD and EAGLE: tokens of the text that the drafter sees, the last ones;
+            None: all. As many as it was trained on keep its steps cheap where a text gets longer.
         eager: capture no steps: the same text, launch by launch, which is slower.
 
     Raises:
@@ -137,10 +147,18 @@ def load(
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
-        options = DrafterOptions(fold, coupled, rule)
+        window = DraftWindow(draft_window) if isinstance(draft_window, int) else draft_window
+        options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
-    elif controller is not None:
-        raise ValueError("controller: goes with a drafter's name or path, not with an object")
+    else:
+        named = {
+            "controller": controller,
+            "draft_weights": draft_weights,
+            "hot_tokens": hot_tokens,
+            "draft_window": draft_window,
+        }
+        for name in (name for name, value in named.items() if value is not None):
+            raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, **asdict(limits))
 
 

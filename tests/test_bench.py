@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import bench_control, bench_drafters, bench_generate, contenders
-from bench.draft_contenders import PLAIN, Contender, Run, Tree, Variant
+from bench import bench_control, bench_draft_window, bench_drafters, bench_generate, contenders
+from bench.draft_contenders import PLAIN, Contender, Tree, Variant
+from bench.draft_contenders import Run as MadeRun
 from bench.memory import Probe
 from specrt import Engine, builtin
 from specrt.config import ModelConfig
 from specrt.draft.kinds import named_kinds
 from specrt.engine.results import GenerationResult
 from specrt.models.loader import load_weights
-from specrt.types import RoundStats
+from specrt.types import Proposal, RoundStats
 from tests.checkpoints import make_draft_checkpoint
 from tools.export_checkpoint import export, state_dict
 
 ROOT = Path(__file__).parents[1]
-END_TO_END = {"bench_generate", "bench_drafters", "bench_control", "bench_arrivals"}
+END_TO_END = {
+    "bench_generate", "bench_drafters", "bench_draft_window", "bench_control", "bench_arrivals",
+}  # fmt: skip
 ON_A_GPU = {"bench_round"}
 BENCHES = {file.stem for file in (ROOT / "bench").glob("bench_*.py")}
 KERNELS = sorted(BENCHES - END_TO_END - ON_A_GPU)
+QUICK = ("--quick", "--threads", "1")
 TARGET = builtin.target_path()
+Run = Callable[..., dict[str, Any]]
 needs_target = pytest.mark.skipif(
     not (TARGET / "config.json").is_file(), reason="the bundled target is not here"
 )
 
 
-def run(name: str, *options: str) -> dict[str, Any]:
-    """A quick run's JSON."""
+def as_a_command(name: str, *options: str) -> dict[str, Any]:
+    """A quick run's JSON, of a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", f"bench.{name}", "--quick", "--threads", "1", *options],
+        [sys.executable, "-m", f"bench.{name}", *QUICK, *options],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -47,13 +54,38 @@ def run(name: str, *options: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return last_line(done.stdout)
+
+
+def last_line(output: str) -> dict[str, Any]:
+    result = json.loads(output.splitlines()[-1])
     assert isinstance(result, dict)
     return result
 
 
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Gives a quick run's JSON, made in this process: to start one takes longer than most."""
+    num_threads = torch.get_num_threads()
+
+    def main(name: str, *options: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *QUICK, *options])
+        importlib.import_module(f"bench.{name}").main()
+        return last_line(capsys.readouterr().out)
+
+    yield main
+    torch.set_num_threads(num_threads)
+
+
+def test_a_command() -> None:
+    result = as_a_command("bench_history_append")
+    assert result["command"].startswith("python -m bench.bench_history_append --quick")
+
+
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernel_bench(name: str, tmp_path: Path) -> None:
+def test_kernel_bench(name: str, run: Run, tmp_path: Path) -> None:
     result = run(name, "--save", str(tmp_path))
     ratios = [row.get("torch/ours", row.get("ratio")) for row in result["rows"]]
     assert any(isinstance(ratio, float) and ratio > 0 for ratio in ratios)
@@ -62,7 +94,24 @@ def test_kernel_bench(name: str, tmp_path: Path) -> None:
     assert json.loads(saved.read_text()) == result
 
 
-def test_arrivals_bench() -> None:
+@pytest.mark.slow
+@needs_target
+@pytest.mark.parametrize("text", ["problems", "own"])
+def test_draft_window_bench(text: str, run: Run) -> None:
+    rows = run("bench_draft_window", "--text", text)["rows"]
+    assert [row["window"] for row in rows] == ["all", "8+2"]
+    assert all(1 <= row[length] <= 9 for row in rows for length in ("16", "40"))
+
+
+def test_a_tree_is_followed_along_a_text() -> None:
+    tree = Proposal(
+        torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-1, 0, 0, 2, 3]]), torch.tensor([4])
+    )
+    for said, length in (([6, 8], 1), ([7, 8, 9], 2), ([8], 0), ([], 0)):
+        assert bench_draft_window.accepted(tree, said) == length
+
+
+def test_arrivals_bench(run: Run) -> None:
     options = ["--target", "random", "--layers", "2", "--hidden", "256", "--chunks", "512"]
     result = run("bench_arrivals", *options, "--drafters", "prompt-lookup")
     assert [row["drafter"] for row in result["rows"]] == ["none", "prompt-lookup"]
@@ -71,7 +120,7 @@ def test_arrivals_bench() -> None:
 
 
 @needs_target
-def test_generate_bench() -> None:
+def test_generate_bench(run: Run) -> None:
     result = run("bench_generate", "--drafters", "prompt-lookup", "--peers", "transformers")
     rows = {row["contender"]: row for row in result["rows"]}
     assert set(rows) == {"transformers", "ours plain", "ours prompt-lookup"}
@@ -90,7 +139,7 @@ def test_generate_bench_knows_the_bundled_drafters() -> None:
 
 
 @needs_target
-def test_drafters_bench(tmp_path: Path) -> None:
+def test_drafters_bench(run: Run, tmp_path: Path) -> None:
     for seed in range(2):
         make_draft_checkpoint(TARGET, tmp_path / str(seed), seed=seed)
     bundled = list(builtin.drafter_paths())[:1]
@@ -109,7 +158,7 @@ def test_drafters_bench(tmp_path: Path) -> None:
 
 
 @needs_target
-def test_control_bench() -> None:
+def test_control_bench(run: Run) -> None:
     result = run("bench_control", "--controllers", "fixed-2", "cost-aware", "--branches", "2")
     rows = {row["controller"]: row for row in result["rows"]}
     trees = [f"tree {depth} x 2" for depth in (2, 3, 4)]
@@ -152,12 +201,12 @@ def contender(name: str, *, is_coupled: bool = False) -> Contender:
     return Contender(Variant(name, Tree.of_size(8), is_coupled), Engine.__new__(Engine))
 
 
-def made_up(seconds: float, accepted: list[int], token_ids: list[int]) -> Run:
+def made_up(seconds: float, accepted: list[int], token_ids: list[int]) -> MadeRun:
     """A run whose rounds accepted so much of trees two levels deep."""
     stats = RoundStats()
     for length in accepted:
         stats.record(4, length, 2)
-    return Run(token_ids, seconds, stats)
+    return MadeRun(token_ids, seconds, stats)
 
 
 def test_drafters_figures() -> None:

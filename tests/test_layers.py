@@ -32,7 +32,10 @@ PUBLIC_API = {"cli", "serve", "train", "__main__"}  # may use `specrt.load` and 
 
 NO_KERNEL = {"core", "graph", "bindings"}
 # In bench_small_kernels.py.
-BENCHED_TOGETHER = {"rms_norm", "rope_append", "silu_mul", "kv_commit", "embed", "history_tail"}
+BENCHED_TOGETHER = {
+    "rms_norm", "rope_append", "silu_mul", "kv_commit", "embed", "history_tail", "draft_pairs",
+    "time_stamp",
+}  # fmt: skip
 PYTHON_HEADER = re.compile(r"^(pybind11/|torch/|ATen/|c10/|Python\.h)")
 
 

@@ -1,9 +1,10 @@
 """``make gpu-check``: what a GPU is asked in the minutes that it is at hand.
 
 Stages, each within its time and whatever fails in between: A first contact (tests, probes of the
-hardware, sanitizer, small benchmarks), B variants, C end to end. Needs no network; takes what
-`make gpu-package` prepared, if it lies in build/. Without a GPU it builds what this machine can and
-runs the shim's tests; --dry goes through A, B and C on a made-up GPU.
+hardware, sanitizer, small benchmarks), B variants, C end to end, D drafters trained for a real
+target. Needs no network; takes what `make gpu-package` prepared, if it lies in build/. Without a
+GPU it builds what this machine can and runs the shim's tests; --dry goes through A to D on a
+made-up GPU.
 
 Exit code 1 if a command failed or was cut. gpu_check_<stage>.json is written after every command,
 beside the benchmarks' own JSON; each command's output goes to a file, and its end is shown if it
@@ -40,11 +41,23 @@ def arguments() -> argparse.ArgumentParser:
         prog="gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--stages", help="some of A,B,C,shim, as A,C; default: A, shim without a GPU"
+        "--stages", help="some of A,B,C,D,shim, as A,C; default: A, shim without a GPU"
     )
     parser.add_argument("--only-failed", action="store_true", help="what did not pass before")
     parser.add_argument("--dry", action="store_true", help="all stages on a made-up GPU")
     parser.add_argument("--list", action="store_true", help="the commands, not run")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="D: problems, as GSM8K's training set; default: what a package brought",
+    )
+    parser.add_argument(
+        "--target", default="builtin", metavar="DIR", help="D: default: the bundled one"
+    )
+    parser.add_argument(
+        "--assistant", metavar="DIR", help="D: for transformers' assisted generation"
+    )
     parser.add_argument(
         "--save",
         type=Path,
@@ -77,7 +90,12 @@ def main() -> None:
     for line in package.unpack(ROOT) if not args.dry else ():
         print(line)
     os.environ["PYTHONPATH"] = os.pathsep.join(package.search_path(ROOT))
-    machine = machines.find(_chosen_python(), is_dry=args.dry)
+    machine = replace(
+        machines.find(_chosen_python(), is_dry=args.dry),
+        problems=_problems(args),
+        target=args.target,
+        assistant=args.assistant,
+    )
     is_for_a_gpu = bool(set(asked) & set(stages.ON_A_GPU))
     if is_for_a_gpu and not machine.gpu and args.list:
         machine = replace(machine, gpu=_LISTED_FOR)
@@ -103,6 +121,15 @@ def _asked_stages(args: argparse.Namespace) -> tuple[str, ...]:
         return stages.names_of(args.stages)
     except ValueError as error:
         raise SystemExit(f"gpu-check: {error}") from None
+
+
+def _problems(args: argparse.Namespace) -> Path | None:
+    """What stage D is given; a dry run finds some by itself."""
+    if args.data is None:
+        return None if args.dry else package.problems(ROOT)
+    if not args.data.is_file():
+        raise SystemExit(f"gpu-check: --data: there is no {args.data}")
+    return Path(args.data).resolve()
 
 
 def check(stage: str, machine: Machine, save: Path, args: argparse.Namespace) -> bool:

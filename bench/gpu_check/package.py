@@ -32,13 +32,16 @@ WHEELS = (
     "apache-tvm-ffi==0.1.15.post2",
     "nvidia-cudnn-frontend==1.32.0",
     "tabulate==0.10.0",
+    "accelerate==1.15.0",
+    "psutil==7.2.2",
 )
-"""A baseline that machines with torch often lack, and what it needs beside torch."""
+"""What machines with torch often lack: a baseline, and what it and training need beside torch."""
 MOST_BYTES = 33_000_000
 """Of the archive."""
 MOST_WITH_CHECKOUT = 62 << 20
 """Of the archive and the tracked files together."""
 _MANIFEST = "manifest.json"
+_PROBLEMS = "problems.jsonl"
 _BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
 _GLIBC = (17, 24, 27, 28, 31, 34)
 
@@ -60,12 +63,13 @@ class Manifest:
 # --- making it --------------------------------------------------------------------------------
 
 
-def make(root: Path, python: str | None) -> Path:
+def make(root: Path, python: str | None, problems: Path | None = None) -> Path:
     """Build, fetch and pack; the archive's path.
 
     Args:
         root: of the checkout.
         python: an interpreter of version ``PYTHON``; None looks for one.
+        problems: a file for stage D; None brings none.
 
     Raises:
         SystemExit: something cannot be had or built, or the archive is too large.
@@ -77,6 +81,8 @@ def make(root: Path, python: str | None) -> Path:
     built = _built_extension(root, tools)
     shutil.copy2(built, folder)
     _probes(root, tools, folder / "probes")
+    if problems is not None:
+        shutil.copy2(problems, folder / _PROBLEMS)
     wheels = _wheels(folder / "wheels")
     sources = extension.stamped_sources(built)
     manifest = Manifest(git_commit(), PYTHON, built.name, sources, wheels)
@@ -251,6 +257,12 @@ def _install(root: Path, folder: Path, manifest: Manifest) -> str:
     return f"{len(manifest.wheels)} wheels are installed in {site.relative_to(root)}"
 
 
+def problems(root: Path) -> Path | None:
+    """What was brought along to train on and to measure with, if anything was."""
+    file = root / FOLDER / _PROBLEMS
+    return file if file.exists() else None
+
+
 def _site(root: Path) -> Path:
     return root / FOLDER / "site"
 
@@ -264,7 +276,13 @@ def search_path(root: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu-package", description=__doc__)
     parser.add_argument("--python", help=f"of version {PYTHON}; default: one that is found")
-    archive = make(ROOT, parser.parse_args().python)
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="problems for stage D, as GSM8K's training set"
+    )
+    args = parser.parse_args()
+    if args.data and not args.data.is_file():
+        raise SystemExit(f"gpu-package: --data: there is no {args.data}")
+    archive = make(ROOT, args.python, args.data)
     size, checkout = archive.stat().st_size, tracked_bytes(ROOT)
     print(f"{archive.relative_to(ROOT)}: {size:,} bytes, {size + checkout:,} with the checkout")
 

@@ -1,8 +1,8 @@
 """What ``make gpu-check`` runs on which machine, in which order, and for how long at the most.
 
-Stage A is first contact, B measures variants and ``linear``, C whole rounds and end to end; each is
-one command that fits into a call of some minutes. Where there is no GPU, ``shim`` builds and runs
-the tests of the CUDA sources.
+Stage A is first contact, B measures variants and ``linear``, C whole rounds and end to end, D
+trains drafters and measures them; each is one command that fits into a call of some minutes. Where
+there is no GPU, ``shim`` builds and runs the tests of the CUDA sources.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 from bench.gpu_check import judge
 from bench.gpu_check.judge import Judge
 
-ON_A_GPU = ("A", "B", "C")
+ON_A_GPU = ("A", "B", "C", "D")
 WITHOUT_GPU = "shim"
-SECONDS: Mapping[str, float] = {"A": 480, "B": 540, "C": 420, WITHOUT_GPU: 1800}
+SECONDS: Mapping[str, float] = {"A": 480, "B": 540, "C": 420, "D": 540, WITHOUT_GPU: 1800}
 """The most that a stage takes."""
+DRAFTERS: Mapping[str, float] = {"fspad": 70, "eesd": 40, "eagle2": 40}
+"""Whose rounds are measured, and for how long at the most."""
 PREPARES = "extension"
 """The command that others need: it runs again whatever became of it before."""
+WORK = Path(__file__).resolve().parents[2] / "build/gpu_check/trained"
+"""Of stage D: answers and drafters."""
 BUDGET = "{budget}"
 """In a command: replaced by the seconds it should plan for."""
 _NOTHING_TO_WATCH = "a dry run launches no kernel"
@@ -44,6 +48,12 @@ class Machine:
     """Path of ncu."""
     is_dry: bool = False
     """Whether the GPU is made up: commands run through all of their code on the CPU."""
+    problems: Path | None = None
+    """JSONL to train on and to measure with."""
+    target: str = "builtin"
+    """That drafters are trained for: a directory, or the bundled one."""
+    assistant: str | None = None
+    """Directory of a smaller model, for transformers' assisted generation."""
 
     @property
     def arch(self) -> str:
@@ -90,6 +100,7 @@ def plan(machine: Machine, stage: str, save: Path) -> list[Command]:
         "A": _first_contact,
         "B": _variants,
         "C": _end_to_end,
+        "D": _trained,
         WITHOUT_GPU: _shim,
     }
     return makers[stage](machine, save)
@@ -133,11 +144,27 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
         _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
-        _bench(machine, "bench_round", save, 160, "--device", "cuda"),
+        *(_drafted_rounds(machine, save, name, most) for name, most in DRAFTERS.items()),
+        _bench(machine, "bench_round", save, 120, "--device", "cuda"),
         _bench(machine, "bench_prefill", save, 40, "--device", "cuda"),
-        _bench(machine, "end_to_end_cuda", save, 120),
+        _bench(machine, "end_to_end_cuda", save, 90),
         _slow_gpu_tests(machine, 100),
         _sanitizer(machine, "racecheck", 200, is_spare=True),
+    ]
+
+
+def _trained(machine: Machine, save: Path) -> list[Command]:
+    """Answers, drafters, figures; whether a token differs takes what time is left, as one that did
+    would have been seen among the figures."""
+    return [
+        _extension(machine),
+        _bench(machine, "train_cuda", save, 50),
+        _step(machine, "answers", save, 70),
+        _step(machine, "fspad", save, 90),
+        _step(machine, "eesd", save, 80),
+        _step(machine, "eagle2", save, 75),
+        _step(machine, "speed", save, 170),
+        _step(machine, "exact", save, 120, is_spare=True),
     ]
 
 
@@ -262,6 +289,11 @@ def _predict(save: Path) -> tuple[str, ...]:
     return "--predict", "--save", str(save)
 
 
+def _drafted_rounds(machine: Machine, save: Path, drafter: str, seconds: float) -> Command:
+    options = ("--device", "cuda", "--drafter", drafter)
+    return _bench(machine, "bench_round", save, seconds, *options, name=f"{drafter} round")
+
+
 def _bench(
     machine: Machine, module: str, save: Path, seconds: float, *options: str, name: str = ""
 ) -> Command:
@@ -272,6 +304,22 @@ def _bench(
     command = _python(machine, name, f"bench.{module}", judge.bench, seconds, *arguments)
     needs = "flashinfer" if name == "tree_attention" else ""
     return Command(name, command.argv, command.judge, seconds, needs=needs)
+
+
+def _step(
+    machine: Machine, step: str, save: Path, seconds: float, *, is_spare: bool = False
+) -> Command:
+    """Of drafters that are trained here; the steps share a folder."""
+    if machine.problems is None and not machine.is_dry:
+        return _left_out(step, "no problems: --data FILE, or a package that brought one")
+    work = WORK / "dry" if machine.is_dry else WORK
+    arguments = [step, "--work", str(work), "--target", machine.target]
+    arguments += ["--data", str(machine.problems)] if machine.problems else []
+    arguments += ["--assistant", machine.assistant] if machine.assistant else []
+    arguments += ["--save", str(save), "--budget", BUDGET]
+    module = "bench.trained_cuda"
+    found = _python(machine, step, module, judge.bench, seconds, *arguments)
+    return Command(step, found.argv, found.judge, seconds, is_spare=is_spare)
 
 
 def _profiles(machine: Machine, save: Path) -> Command:

@@ -5,9 +5,11 @@
 namespace specrt::bindings {
 
 void register_embed(py::module_& m) {
-    m.def("embed", [](py::handle tokens, py::handle table, py::handle out) {
-        submit_released(embed(device_view_of(tokens, "tokens"), device_view_of(table, "table"),
-                              device_view_of(out, "out")));
+    m.def("embed", [](py::handle tokens, py::handle table, py::handle out, py::handle ids,
+                      py::handle is_open) {
+        submit_released(embed({device_view_of(tokens, "tokens"), device_view_of(table, "table"),
+                               device_view_of(out, "out"), device_view_of(ids, "ids", true),
+                               device_view_of(is_open, "is_open", true)}));
     });
 }
 

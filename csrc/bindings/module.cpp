@@ -11,6 +11,7 @@ void register_linear(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_rope_append(py::module_& m);
 void register_silu_mul(py::module_& m);
+void register_time_stamp(py::module_& m);
 void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
 void register_tree_build(py::module_& m);
@@ -21,6 +22,7 @@ void register_history_tail(py::module_& m);
 void register_kv_commit(py::module_& m);
 void register_feature_sample(py::module_& m);
 void register_draft_control(py::module_& m);
+void register_draft_pairs(py::module_& m);
 void register_graph(py::module_& m);
 void register_embed(py::module_& m);
 void register_prompt_lookup(py::module_& m);
@@ -62,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
     register_rms_norm(m);
     register_rope_append(m);
     register_silu_mul(m);
+    register_time_stamp(m);
     register_tree_attention(m);
     register_tree_accept(m);
     register_tree_build(m);
@@ -72,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
     register_kv_commit(m);
     register_feature_sample(m);
     register_draft_control(m);
+    register_draft_pairs(m);
     register_embed(m);
     register_prompt_lookup(m);
 }

@@ -17,7 +17,8 @@ void register_tree_attention(py::module_& m) {
           [](py::handle q, py::handle k_cache, py::handle v_cache, py::handle block_table,
              py::handle kv_len, py::handle first_node, py::handle num_nodes, py::handle ancestors,
              float scale, py::handle out, py::handle workspace, py::handle k, py::handle v,
-             py::handle depth, py::handle cos_sin, int num_warps, int blocks_per_sm) {
+             py::handle depth, py::handle cos_sin, int num_warps, int blocks_per_sm, int64_t window,
+             int64_t num_sinks, py::handle is_open) {
               submit_released(tree_attention({device_view_of(q, "q"),
                                               device_view_of(k_cache, "k_cache"),
                                               device_view_of(v_cache, "v_cache"),
@@ -33,7 +34,10 @@ void register_tree_attention(py::module_& m) {
                                               device_view_of(depth, "depth", true),
                                               device_view_of(cos_sin, "cos_sin", true),
                                               scale,
-                                              {num_warps, blocks_per_sm}}));
+                                              {num_warps, blocks_per_sm},
+                                              window,
+                                              num_sinks,
+                                              device_view_of(is_open, "is_open", true)}));
           });
 }
 

@@ -45,6 +45,8 @@ inline void finish_outputs(const MatmulParams& p, const Block& at, const V16 (&a
         const V16 four[4] = {acc[r][0], acc[r][1], acc[r][2], acc[r][kOutputs - 1]};
         reduce_add4(four, y);
         const int64_t row = at.row + r;
+        if (p.scale)  // times the unit it is exact
+            for (int j = 0; j < count; ++j) y[j] *= p.scale[at.output + j] * kUnitOfE4M3;
         if (p.bias)
             for (int j = 0; j < count; ++j) y[j] += p.bias[at.output + j];
         if (p.residual) {
@@ -174,12 +176,14 @@ void outputs_of_part(const MatmulParams& p, int part, int num_parts) {
 
 void matmul_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const MatmulParams*>(params);
-    if (p.num_rows == 0) return;
+    if (p.num_rows == 0 || !is_any_open(p.openness)) return;
     switch (p.weight_dtype) {
         case DType::kBFloat16:
             return outputs_of_part<bf16>(p, part, num_parts);
         case DType::kFloat16:
             return outputs_of_part<f16>(p, part, num_parts);
+        case DType::kE4M3:
+            return outputs_of_part<e4m3>(p, part, num_parts);
         default:
             return outputs_of_part<float>(p, part, num_parts);
     }

@@ -14,6 +14,7 @@ using simt::evict_first;
 using simt::evict_last;
 using simt::evict_normal;
 using simt::exp2_approx;
+using simt::global_timer;
 using simt::ldmatrix_x1;
 using simt::ldmatrix_x1_trans;
 using simt::ldmatrix_x2;
@@ -123,6 +124,13 @@ __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
+}
+
+// Nanoseconds, the same on all of a GPU.
+__device__ __forceinline__ uint64_t global_timer() {
+    uint64_t nanoseconds;
+    asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(nanoseconds));
+    return nanoseconds;
 }
 
 // 2^x to 2 ulp; 2^-inf is 0, 2^0 is 1.

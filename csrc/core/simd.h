@@ -30,6 +30,13 @@ struct bf16 {
 struct f16 {
     uint16_t bits;
 };
+// Four bits of exponent, three of mantissa, no infinity; what would be NaN counts as 480.
+struct e4m3 {
+    uint8_t bits;
+};
+// What is loaded of an e4m3 is its value / 256: its bits among those of a half, exponent to
+// exponent. Who multiplies by it owes the factor.
+constexpr float kUnitOfE4M3 = 256.0f;
 
 namespace SPECRT_ISA {
 
@@ -58,6 +65,11 @@ inline float to_float(f16 x) {
     return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
 }
 
+inline float to_float(e4m3 x) {
+    const int bits = (x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7;
+    return to_float(f16{static_cast<uint16_t>(bits)});
+}
+
 inline void from_float(float x, float* out) {
     *out = x;
 }
@@ -83,6 +95,8 @@ inline void from_float(float x, f16* out) {
 }
 
 // --- vectors ---
+// Of a signed byte times 128, the bits of an e4m3 in a half: its sign comes twice, once too often.
+constexpr int16_t kHalfOfE4M3 = static_cast<int16_t>(0xbf80);
 #if defined(__AVX512F__)
 
 struct V16 {
@@ -103,6 +117,11 @@ inline V16 load(const bf16* p) {
 }
 inline V16 load(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline V16 load(const e4m3* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    return {_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(kHalfOfE4M3)))};
 }
 inline void store(V16 a, float* p) {
     _mm512_storeu_ps(p, a.v);
@@ -186,10 +205,18 @@ inline __m256 load8(const bf16* p) {
 inline __m256 load8(const f16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline __m256 load8(const e4m3* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(kHalfOfE4M3)));
+}
 inline V16 load(const bf16* p) {
     return {load8(p), load8(p + 8)};
 }
 inline V16 load(const f16* p) {
+    return {load8(p), load8(p + 8)};
+}
+inline V16 load(const e4m3* p) {
     return {load8(p), load8(p + 8)};
 }
 inline void store(V16 a, float* p) {

@@ -1,24 +1,54 @@
 #include "embed/embed.h"
 
 namespace specrt {
+namespace {
 
-Launch embed(const TensorView& tokens, const TensorView& table, const TensorView& out) {
-    expect(tokens, DType::kInt32, "[M]", -1);
+// May be a column. Returns M.
+int64_t expect_ids(TensorView t, int64_t rows) {
+    t.stride[0] = 1;
+    expect(t, DType::kInt32, "[M]", rows);
+    return t.shape[0];
+}
+
+void expect_all_apart(const EmbedArgs& a) {
+    for (const TensorView* read : {&a.tokens, &a.table, &a.is_open})
+        for (const TensorView* written : {&a.out, &a.ids})
+            if (*read && *written) expect_apart(*read, *written);
+    if (a.ids) expect_apart(a.ids, a.out);
+}
+
+}  // namespace
+
+Launch embed(const EmbedArgs& a) {
+    const TensorView &table = a.table, &out = a.out;
+    const int64_t rows = expect_ids(a.tokens, -1);
     expect_float(table);
     expect(table, table.dtype, "[V, H]", -1, -1);
-    const int64_t rows = tokens.shape[0], vocab = table.shape[0], width = table.shape[1];
+    const int64_t vocab = table.shape[0], width = table.shape[1];
     SPECRT_CHECK(vocab <= INT32_MAX && (vocab > 0 || rows == 0),
                  "table: expected 1 to 2^31 - 1 rows, got ", table.describe());
     expect_float(out);
     expect(out, out.dtype, "[M, H]", rows, width);
     SPECRT_CHECK(rows <= INT32_MAX && width <= INT32_MAX,
                  "out: expected at most 2^31 - 1 rows of as many elements, got ", out.describe());
-    const int device = common_device(tokens, table, out);
-    expect_apart(tokens, out);
-    expect_apart(table, out);
-    const EmbedParams p{tokens.as<int32_t>(), table.data, out.data, table.stride[0],
-                        out.stride[0],        rows,       width,    static_cast<int32_t>(vocab),
-                        table.dtype,          out.dtype};
+    if (a.ids) expect_ids(a.ids, rows);
+    const Openness open = openness_of(a.is_open);
+    const int device = common_device(a.tokens, table, out, a.ids, a.is_open);
+    expect_all_apart(a);
+    const EmbedParams p{a.tokens.as<int32_t>(),
+                        table.data,
+                        out.data,
+                        a.ids.as<int32_t>(),
+                        open,
+                        a.tokens.stride[0],
+                        table.stride[0],
+                        out.stride[0],
+                        a.ids.stride[0],
+                        rows,
+                        width,
+                        static_cast<int32_t>(vocab),
+                        table.dtype,
+                        out.dtype};
     if (device != kCpu) return make_cuda_launch(embed_cuda, p, device);
     // Below ~32k elements one thread is done before a second could have started.
     return make_launch(embed_part_for(active_isa()), p, 1 + rows * width / 32768);

@@ -16,7 +16,9 @@ __global__ void __launch_bounds__(kBlock)
     const unsigned block = blockIdx.x % blocks_per_row;
     const int64_t first = (int64_t{block} * kBlock + threadIdx.x) * kSize;
     ptx::wait_for_previous();
-    if (first >= p.width) return;
+    const bool is_open = is_any_open(p.open);
+    if (first == 0) write_id(p, row, is_open);
+    if (!is_open || first >= p.width) return;
     const auto source = load_pack<kSize>(static_cast<const From*>(p.table) +
                                          source_row(p, row) * p.table_stride + first);
     To* out = static_cast<To*>(p.out) + row * p.out_stride + first;

@@ -26,11 +26,13 @@ void one_span(const EmbedParams& p, int64_t row, int64_t begin, int64_t end) {
 
 void embed_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const EmbedParams*>(params);
+    const bool is_open = is_any_open(p.open);
     with_float_type(p.table_dtype, [&](auto from) {
         with_float_type(p.out_dtype, [&](auto to) {
             for_spans(p.num_rows, p.width, part, num_parts,
                       [&](int64_t row, int64_t begin, int64_t end) {
-                          one_span<decltype(from), decltype(to)>(p, row, begin, end);
+                          if (begin == 0) write_id(p, row, is_open);
+                          if (is_open) one_span<decltype(from), decltype(to)>(p, row, begin, end);
                       });
         });
     });

@@ -100,8 +100,9 @@ struct Target {
 
 // One rounding for each step, in float32.
 __device__ __forceinline__ float with_bias(const LinearParams& p, float sum, int weight) {
-    if (!p.bias || weight >= p.num_outputs) return sum;
-    return __fadd_rn(sum, p.bias[weight]);
+    if (weight >= p.num_outputs) return sum;
+    if (p.scale) sum = __fmul_rn(sum, p.scale[weight]);
+    return p.bias ? __fadd_rn(sum, p.bias[weight]) : sum;
 }
 
 // Eight results of a row, `staged` being its sums of the tile. Rows of weights that are gated come
@@ -120,6 +121,13 @@ __device__ __forceinline__ Pack<float, 8> results_of(const LinearParams& p, cons
         result.at[e] = __fmul_rn(silu(result.at[e]), up);
     }
     return result;
+}
+
+template <typename T>
+__device__ __forceinline__ Pack<T, 8> operand_of(const RowOperand& o, const Target& t, int row,
+                                                 int first) {
+    const T* from = static_cast<const T*>(o.rows) + chosen_row(o, row) * o.stride;
+    return load_piece<8>(from, first, t.num_results, t.is_whole);
 }
 
 template <typename Out>
@@ -144,9 +152,14 @@ __device__ __forceinline__ void write_results(const LinearParams& p, const Targe
         if (row >= p.num_rows) return;
         if (first >= t.num_results) continue;
         Pack<float, 8> result = results_of(p, staged + column * kStaged<G>, t.first_weight, at);
-        if (p.residual) {
-            const T* from = static_cast<const T*>(p.residual) + row * p.residual_stride;
-            const auto residual = load_piece<8>(from, first, t.num_results, t.is_whole);
+        if (p.gate.rows) {
+            const Pack<T, 8> gate = operand_of<T>(p.gate, t, row, first);
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+                result.at[e] = __fmul_rn(silu(to_float(gate.at[e])), result.at[e]);
+        }
+        if (p.residual.rows) {
+            const Pack<T, 8> residual = operand_of<T>(p.residual, t, row, first);
 #pragma unroll
             for (int e = 0; e < 8; ++e)
                 result.at[e] = __fadd_rn(result.at[e], to_float(residual.at[e]));

@@ -7,7 +7,8 @@ namespace specrt {
 namespace product {
 
 size_t stage_bytes(const Plan& plan) {
-    return size_t{2} * kDepth * static_cast<size_t>(plan.tile_rows + plan.columns);
+    return size_t{kDepth} *
+           static_cast<size_t>(plan.tile_rows * plan.weight_bytes + plan.columns * 2);
 }
 
 // Stages for `per_sm` blocks on an SM. What the system takes of an SM's shared memory for a block
@@ -26,6 +27,7 @@ void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, i
     const bool is_small =
         plan.columns <= 32 ? large < 2 * limits.num_sms : 2 * large < limits.num_sms;
     plan.tile_rows = choice.tile_rows > 0 ? choice.tile_rows : is_small ? 64 : 128;
+    if (plan.weight_bytes == 1) plan.tile_rows = 128;
     plan.num_tiles = static_cast<int>(ceil_div(outputs, plan.tile_rows));
     const bool has_pairs = plan.columns <= 64 && plan.num_tiles * others > limits.num_sms;
     const int alone = most_stages(plan, 1, limits);
@@ -39,18 +41,23 @@ void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, i
 
 bool can_move_16_bytes(const LinearParams& p) {
     const int64_t results = p.is_gated ? p.num_outputs / 2 : p.num_outputs;
-    return results % 8 == 0 && is_multiple_of_16(p.out) && is_multiple_of_16(p.residual) &&
-           is_multiple_of_16(p.out_stride * size_of(p.out_dtype)) &&
-           is_multiple_of_16(p.residual_stride * size_of(p.dtype));
+    const auto fits = [&](const void* rows, int64_t stride, DType dtype) {
+        return is_multiple_of_16(rows) && is_multiple_of_16(stride * size_of(dtype));
+    };
+    return results % 8 == 0 && fits(p.out, p.out_stride, p.out_dtype) &&
+           fits(p.residual.rows, p.residual.stride, p.dtype) &&
+           fits(p.gate.rows, p.gate.stride, p.dtype);
 }
 
 Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
-    const bool is_free = p.plan.tile_rows == 0 && p.plan.num_stages == 0;
+    const bool is_narrow = p.weight_dtype == DType::kE4M3;
+    const bool is_free = p.plan.tile_rows == 0 && p.plan.num_stages == 0 && !is_narrow;
     const LinearPlan choice =
         is_free ? measured_choice(kVariants, p.num_outputs, p.depth, p.num_rows, limits.arch)
                 : p.plan;
     Plan plan{};
-    plan.columns = padded(p.num_rows);
+    plan.columns = padded(p.num_rows, p.weight_dtype);
+    plan.weight_bytes = static_cast<int>(size_of(p.weight_dtype));
     plan.num_pieces = static_cast<int>(ceil_div(p.num_rows, plan.columns));
     plan.slices = slices_of(p.num_outputs, p.depth);
     plan.is_whole = can_move_16_bytes(p);
@@ -60,13 +67,10 @@ Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
 
 // The rows from `first` on, at most `count`.
 LinearParams rows_from(const LinearParams& p, int64_t first, int64_t count) {
-    const auto at = [first](const void* rows, int64_t stride, DType dtype) {
-        return rows ? static_cast<const char*>(rows) + first * stride * size_of(dtype) : nullptr;
-    };
     LinearParams part = p;
-    part.x = at(p.x, p.x_stride, p.dtype);
-    part.residual = at(p.residual, p.residual_stride, p.dtype);
-    part.out = const_cast<char*>(at(p.out, p.out_stride, p.out_dtype));
+    for (RowOperand* o : {&part.x, &part.second, &part.gate, &part.residual})
+        *o = rows_behind(*o, first, size_of(p.dtype));
+    part.out = static_cast<char*>(p.out) + first * p.out_stride * size_of(p.out_dtype);
     part.num_rows = p.num_rows - first < count ? p.num_rows - first : count;
     part.maxima.first_row = first;
     return part;
@@ -74,6 +78,7 @@ LinearParams rows_from(const LinearParams& p, int64_t first, int64_t count) {
 
 template <typename T>
 void start_one(const KernelParams& k, CudaStream stream) {
+    if (k.p.weight_dtype == DType::kE4M3) return start_narrow<T>(k, stream);
     if (k.p.maxima.keys) return start<T, true>(k, stream);
     start<T, false>(k, stream);
 }

@@ -13,6 +13,7 @@ struct Plan {
     int tile_rows, columns;     // of weights and of x that a block takes, the last padded
     int num_tiles, num_pieces;  // blocks over the weights and over the rows of x
     int num_stages;
+    int weight_bytes;  // of one
     Slices slices;
     size_t shared_bytes;
     bool is_whole;  // rows of out and residual can be moved by 16 bytes
@@ -28,5 +29,9 @@ struct KernelParams {
 // together they would take nvcc too long.
 template <typename T, bool kHasMaxima>
 void start(const KernelParams& k, CudaStream stream);
+
+// The same for e4m3 weights, with keys or without, in narrow_T.cu.
+template <typename T>
+void start_narrow(const KernelParams& k, CudaStream stream);
 
 }  // namespace specrt::product

@@ -5,6 +5,9 @@
 // which its own keys come, so they depend neither on k nor on the grid, and every choice below
 // (rows a block, leaves a unit) is free.
 //
+// Positions are those among the keys that a row sees: of a prefix with a window, sinks and window
+// stand side by side, so nothing else is read, masked or waited for.
+//
 // The prefix is streamed through three stages of shared memory by cp.async. The last block of the
 // prefix and the tree's own slots come last, in the same memory, and are looked up row by row.
 //
@@ -38,7 +41,11 @@ struct Work {
     const int32_t* pages;  // this sequence's
     Division page;
     int seq, head, first_row;
-    int prefix, num_nodes, tree_size;  // keys committed; rows that are nodes; slots of the tree
+    int prefix, num_nodes, tree_size;  // keys seen of it; rows that are nodes; slots of the tree
+    int hidden;  // slots of the prefix between sinks and window, which are not seen
+
+    // Where the key numbered `i` among those of a row lies.
+    __device__ int slot(int num_sinks, int i) const { return i < num_sinks ? i : i + hidden; }
 };
 
 template <typename T, int D>
@@ -51,14 +58,14 @@ __device__ __forceinline__ int64_t offset_of(const TreeAttentionParams& p, const
     return at * (p.num_kv_heads * D);
 }
 
-// Copies slots `slot` .. `slot + count` to pool rows `row` and on.
+// Copies keys numbered `first` .. `first + count` to pool rows `row` and on.
 template <typename T, int D>
 __device__ __forceinline__ void fetch(const TreeAttentionParams& p, const Work<T>& w,
-                                      const Pool<T, D>& pool, int row, int slot, int count) {
+                                      const Pool<T, D>& pool, int row, int first, int count) {
     constexpr int kChunks = D / 8;  // of 16 bytes
     for (int i = threadIdx.x; i < count * kChunks; i += blockDim.x) {
         const int r = i / kChunks, column = i % kChunks * 8;
-        const int64_t from = offset_of<T, D>(p, w, slot + r) + column;
+        const int64_t from = offset_of<T, D>(p, w, w.slot(p.num_sinks, first + r)) + column;
         const int to = (row + r) * kStride<D> + column;
         ptx::cp_async_16(pool.keys + to, w.keys + from);
         ptx::cp_async_16(pool.values + to, w.values + from);
@@ -72,7 +79,7 @@ __device__ __forceinline__ void append_rows(const TreeAttentionParams& p, const 
                                             const Pool<T, D>& pool, bool is_writer) {
     constexpr int kPairs = D / 16;  // of eight columns and their partners
     const AppendParams& a = p.append;
-    const int first = w.tree_size - w.num_nodes;
+    const int first = w.tree_size - w.num_nodes, committed = w.prefix + w.hidden;
     for (int i = threadIdx.x; i < w.num_nodes * kPairs; i += blockDim.x) {
         const int row = i / kPairs, column = i % kPairs * 8;
         const T* key = static_cast<const T*>(a.k) + w.seq * a.k_stride[0] + row * a.k_stride[1] +
@@ -81,12 +88,12 @@ __device__ __forceinline__ void append_rows(const TreeAttentionParams& p, const 
                          w.head * a.v_stride[2] + column;
         Pack<T, 8> low = load_pack<8>(key), high = load_pack<8>(key + D / 2);
         const Pack<T, 8> value_low = load_pack<8>(value), value_high = load_pack<8>(value + D / 2);
-        rotate_key<T, D>(low, high, angles(a, w.seq, row, w.prefix, D) + column);
+        rotate_key<T, D>(low, high, angles(a, w.seq, row, committed, D) + column);
         const int to = (kBlock + first + row) * kStride<D> + column;
         store_shared_pack(pool.keys + to, low), store_shared_pack(pool.keys + to + D / 2, high);
         store_shared_pack(pool.values + to, value_low),
             store_shared_pack(pool.values + to + D / 2, value_high);
-        const int slot = w.prefix + first + row;
+        const int slot = committed + first + row;
         if (!is_writer || w.page.quotient(slot) >= p.table.max_pages) continue;
         const int64_t at = offset_of<T, D>(p, w, slot) + column;
         store_pack(w.keys + at, low), store_pack(w.keys + at + D / 2, high);
@@ -114,7 +121,7 @@ __device__ __forceinline__ void read_queries(const TreeAttentionParams& p, const
             }
         if constexpr (kAppends)
             if (row < active)
-                rotate_queries<T, D>(q, i, angles(p.append, w.seq, node, w.prefix, D));
+                rotate_queries<T, D>(q, i, angles(p.append, w.seq, node, w.prefix + w.hidden, D));
     }
 }
 
@@ -306,6 +313,7 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     ptx::let_next_start();
     ptx::wait_for_previous();
     const TreeAttentionParams& p = k.p;
+    if (!is_any_open({p.is_open, p.num_seqs})) return;
     // The last units, which have few keys or none, come last: what does not fit at once is short.
     const int unit = blockIdx.y, tile = blockIdx.x % k.plan.num_tiles;
     Work<T> w;
@@ -316,7 +324,9 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     w.pages = p.table.pages + w.seq * p.table.stride;
     w.page = k.page;
     // The host cannot check these, and shared memory and workspace are laid out for no more.
-    w.prefix = min(max(p.kv_len[w.seq], 0), k.plan.max_prefix);
+    const int committed = min(max(p.kv_len[w.seq], 0), p.table.num_slots);
+    w.prefix = min(committed, k.plan.max_prefix);
+    w.hidden = committed - w.prefix;
     const int first_node = min(max(p.first_node[w.seq], 0), kMaxNodes);
     w.num_nodes = min(min(max(p.num_nodes[w.seq], 0), p.num_nodes_max), kMaxNodes - first_node);
     w.tree_size = first_node + w.num_nodes;

@@ -18,7 +18,7 @@ struct Plan {
     int num_warps, num_tiles;   // of 16 rows in a block; blocks over the rows
     int num_units, num_levels;  // at most, a sequence; of merging within a unit
     int shared_levels, slot_vectors;
-    int max_prefix;  // keys that pages are there for: more would leave the plan
+    int max_prefix;  // keys of it that are seen: more would leave the plan
     size_t shared_bytes;
 
     int64_t num_blocks(int64_t pairs) const { return pairs * num_tiles * num_units; }

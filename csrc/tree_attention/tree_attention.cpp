@@ -22,11 +22,7 @@ void check_for_gpu(const TreeAttentionArgs& a, const TreeAttentionParams& p) {
                      ": expected an address that is a multiple of 16 bytes on a GPU");
     SPECRT_CHECK(p.num_nodes_max <= 64 * TreeAttentionParams::kMaxWords,
                  "q: expected at most 128 nodes on a GPU, got ", a.q.describe());
-    const int64_t needed =
-        tree_attention_workspace(a.q.device,
-                                 {p.num_seqs, p.num_kv_heads, p.group, p.num_nodes_max, p.head_dim,
-                                  int64_t{p.table.max_pages} * p.table.page_size},
-                                 p.plan);
+    const int64_t needed = tree_attention_workspace(a.q.device, attention::shape_of(p), p.plan);
     SPECRT_CHECK(a.workspace, "workspace: expected a tensor on a GPU, got None");
     expect(a.workspace, DType::kFloat32, "[floats]", -1);
     SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
@@ -63,6 +59,15 @@ AppendParams append_params(const TreeAttentionArgs& a) {
     return p;
 }
 
+// How many slots of a prefix are seen.
+int32_t max_seen(const TreeAttentionArgs& a) {
+    SPECRT_CHECK(a.window >= 0, "window: expected at least 1 slot, got ", a.window);
+    SPECRT_CHECK(a.num_sinks >= 0, "num_sinks: expected 0 or more slots, got ", a.num_sinks);
+    const bool is_all = a.window == 0 || a.window > kMaxSlots || a.num_sinks > kMaxSlots ||
+                        a.window + a.num_sinks > kMaxSlots;
+    return is_all ? kMaxSlots : static_cast<int32_t>(a.window + a.num_sinks);
+}
+
 }  // namespace
 
 void expect_plan(const PlanChoice& plan) {
@@ -75,7 +80,7 @@ void expect_plan(const PlanChoice& plan) {
 Launch tree_attention(const TreeAttentionArgs& a) {
     const int device =
         common_device(a.q, a.k_cache, a.v_cache, a.block_table, a.kv_len, a.first_node, a.num_nodes,
-                      a.ancestors, a.out, a.workspace, a.k, a.v, a.depth, a.cos_sin);
+                      a.ancestors, a.out, a.workspace, a.k, a.v, a.depth, a.cos_sin, a.is_open);
     expect_plan(a.plan);
     expect_float(a.q);
     expect(a.q, a.q.dtype, "[B, N, Hq, d]", -1, -1, -1, -1);
@@ -118,6 +123,9 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.num_words = static_cast<int32_t>(a.ancestors.shape[2]);
     p.scale = a.scale;
     p.plan = a.plan;
+    p.max_seen = max_seen(a);
+    p.num_sinks = static_cast<int32_t>(a.num_sinks < p.max_seen ? a.num_sinks : p.max_seen);
+    if (a.is_open) p.is_open = expect_counts(a.is_open, seqs);
     p.q_dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
     SPECRT_CHECK(p.table.num_slots > 0 || seqs * nodes == 0,

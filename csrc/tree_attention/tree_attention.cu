@@ -87,9 +87,7 @@ int64_t tree_attention_workspace(int device, const attention::Shape& shape,
 
 void tree_attention_cuda(const void* params, CudaStream stream) {
     const auto& p = *static_cast<const TreeAttentionParams*>(params);
-    const attention::Shape shape{p.num_seqs, p.num_kv_heads,
-                                 p.group,    p.num_nodes_max,
-                                 p.head_dim, int64_t{p.table.max_pages} * p.table.page_size};
+    const attention::Shape shape = attention::shape_of(p);
     const attention::Plan plan =
         attention::make_plan(shape, p.plan, device_limits(current_device()));
     if (plan.num_blocks(shape.pairs()) == 0) return;

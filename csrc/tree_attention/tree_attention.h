@@ -1,12 +1,14 @@
 // Attention of tree nodes over the paged prefix and, by bit mask, their ancestors.
 //
-// A row's visible keys, the prefix and then its ancestors from the root down, are numbered 0, 1, 2,
-// ... as if they were one sequence. Key p belongs to leaf p / 64. Each leaf is reduced on its own
-// (max, exponentials, their sum, weighted values), and leaves are merged left to right. All orders
-// follow from those numbers alone, so verifying a token in a tree and decoding it after its
-// ancestors were committed give the same bits.
+// A row's visible keys, the prefix (with a window its first slots, the sinks, and its last ones)
+// and then its ancestors from the root down, are numbered 0, 1, 2, ... as if they were one
+// sequence. Key p belongs to leaf p / 64. Each leaf is reduced on its own (max, exponentials, their
+// sum, weighted values), and leaves are merged left to right. All orders follow from those numbers
+// alone, so verifying a token in a tree and decoding it after its ancestors were committed give the
+// same bits.
 #pragma once
 #include "core/dispatch.h"
+#include "core/open.h"
 #include "core/paged.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
@@ -31,6 +33,8 @@ struct TreeAttentionArgs {
     TensorView k, v, depth, cos_sin;  // all or none: keys and values still to be appended
     float scale;
     PlanChoice plan;
+    int64_t window, num_sinks;  // slots of the prefix that are seen; no window: 0, all
+    TensorView is_open;         // or none
 };
 
 // On a GPU q and the tree's keys may come before their rotation, as rope_append gets them; they are
@@ -55,9 +59,12 @@ struct TreeAttentionParams {
     AppendParams append;
     int64_t q_stride[3], out_stride[3], ancestors_stride[2];
     int32_t num_seqs, num_nodes_max, num_kv_heads, group, head_dim, num_words;  // group: Hq / Hkv
+    // Of a longer prefix than max_seen the first num_sinks slots are seen and the last of the rest.
+    int32_t num_sinks, max_seen;
     float scale;
     DType q_dtype, cache_dtype;  // out's is q's
     PlanChoice plan;
+    const int32_t* is_open;  // [B], or nullptr
 };
 
 SPECRT_DECLARE_CPU(tree_attention_part)
@@ -66,11 +73,17 @@ SPECRT_DECLARE_CUDA(tree_attention_cuda)
 namespace attention {
 struct Shape {
     int num_seqs, num_kv_heads, group, num_nodes, head_dim;
-    int64_t max_len;  // keys of the longest sequence there may be
+    int64_t max_len;  // keys that are seen of the longest prefix there may be
 
     constexpr int rows() const { return num_nodes * group; }  // of a sequence and KV head
     constexpr int64_t pairs() const { return int64_t{num_seqs} * num_kv_heads; }
 };
+
+inline Shape shape_of(const TreeAttentionParams& p) {
+    const int64_t slots = int64_t{p.table.max_pages} * p.table.page_size;
+    return {p.num_seqs,      p.num_kv_heads, p.group,
+            p.num_nodes_max, p.head_dim,     slots < p.max_seen ? slots : p.max_seen};
+}
 }  // namespace attention
 
 // Floats of workspace that launches of this shape and plan need on a GPU (kCpu: the current one).

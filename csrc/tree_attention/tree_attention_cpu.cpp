@@ -34,12 +34,15 @@ struct Item {
           values(static_cast<const T*>(params.v_cache) + int64_t{head} * params.head_dim),
           seq(seq),
           prefix(clamp(params.kv_len[seq], params.table.num_slots)),
-          num_rows(0) {}
+          hidden(prefix > params.max_seen ? prefix - params.max_seen : 0),
+          num_rows(0) {
+        prefix -= hidden;
+    }
 
     const TreeAttentionParams& p;
     const T *keys, *values;  // this kv head's
     int seq;
-    int prefix, num_rows;  // committed keys; active rows
+    int prefix, hidden, num_rows;  // keys seen of it, and not; active rows
     const float* q[kRows];
     float query[kRows][kMaxDim];         // queries of 16 bits, widened
     int64_t out[kRows];                  // offsets
@@ -52,22 +55,30 @@ struct Item {
     alignas(64) float value[kRows][kMaxDim];
 };
 
+// Where the key numbered `key` among those of a row lies.
 template <typename T>
-int64_t offset_of(const Item<T>& it, uint32_t slot) {
+int slot_of(const Item<T>& it, int key) {
+    return key < it.p.num_sinks ? key : key + it.hidden;
+}
+
+template <typename T>
+int64_t offset_of(const Item<T>& it, int key) {
+    const uint32_t slot = static_cast<uint32_t>(slot_of(it, key));
     // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
     const uint32_t known = clamp_index(slot, it.p.table.num_slots);
     return row_of_slot(it.p.table, it.seq, known) * it.p.num_kv_heads * it.p.head_dim;
 }
 
-// Offsets of prefix slots begin..begin+count, a page at a time: one division a page.
+// Offsets of the prefix' keys begin..begin+count, a page at a time: one division a page.
 template <typename T>
 void prefix_offsets(const Item<T>& it, int begin, int count, int64_t* offsets) {
     const int64_t step = int64_t{it.p.num_kv_heads} * it.p.head_dim;
     for (int i = 0; i < count;) {
-        const int in_page = (begin + i) % it.p.table.page_size;
-        int64_t offset = offset_of(it, static_cast<uint32_t>(begin + i));
-        for (int j = in_page; j < it.p.table.page_size && i < count; ++j, offset += step)
-            offsets[i++] = offset;
+        const int in_page = slot_of(it, begin + i) % it.p.table.page_size;
+        int end = begin + i + it.p.table.page_size - in_page;
+        if (begin + i < it.p.num_sinks && end > it.p.num_sinks) end = it.p.num_sinks;
+        int64_t offset = offset_of(it, begin + i);
+        for (; i < count && begin + i < end; offset += step) offsets[i++] = offset;
     }
 }
 
@@ -252,7 +263,7 @@ int read_ancestors(const Item<T>& it, int node, int64_t* offsets) {
             const int j = 64 * w + __builtin_ctzll(rest);
             // Nothing above a node has a greater index: a stray bit must not read an unwritten
             // slot.
-            if (j <= self) offsets[count++] = offset_of(it, static_cast<uint32_t>(it.prefix + j));
+            if (j <= self) offsets[count++] = offset_of(it, it.prefix + j);
         }
     return count;
 }
@@ -340,6 +351,7 @@ void items_of_part(const TreeAttentionParams& p, int part, int num_parts) {
 
 void tree_attention_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const TreeAttentionParams*>(params);
+    if (!is_any_open({p.is_open, p.num_seqs})) return;
     switch (p.cache_dtype) {
         case DType::kBFloat16:
             return items_of_part<bf16>(p, part, num_parts);

@@ -169,8 +169,9 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     const int64_t batch = a.logits.shape[0], width = a.logits.shape[1], rows = a.logits.shape[2];
     const int64_t top_k = top_k_of(a);
     SPECRT_CHECK(0 <= a.level && a.level < 65536, "level: expected 0..65535, got ", a.level);
-    const int64_t wanted = a.level == 0 ? 1 : top_k;
-    SPECRT_CHECK(width == wanted, "logits: expected F = ", wanted, " at level ", a.level, ", got ",
+    // A chain has one node at every level.
+    SPECRT_CHECK(width == 1 || (a.level > 0 && width == top_k), "logits: expected F = 1",
+                 a.level > 0 ? " or " + std::to_string(top_k) : "", " at level ", a.level, ", got ",
                  a.logits.describe());
     check_frontiers(a, batch, width, top_k);
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, pool_end(a.level, top_k));

@@ -32,11 +32,16 @@ def convert(
         list[Path] | None,
         typer.Option(help="Any form of training data, to count tokens in; repeatable."),
     ] = None,
+    hot_tokens: Annotated[
+        Path | None,
+        typer.Option(help="In place of a corpus, a file of token ids, most frequent first."),
+    ] = None,
 ) -> None:
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
     from specrt.config import ModelConfig, config_fingerprint
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
     from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+    from specrt.draft.fspad.vocabulary import keep_tokens
     from specrt.draft.kinds import drafter_directory
 
     place = Path(destination)
@@ -44,7 +49,7 @@ def convert(
         raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
     directory, name = target_directory(target)
     model = ModelConfig.from_directory(directory)
-    _check_reduction(draft_vocab, corpus, model.vocab_size)
+    _check_reduction(draft_vocab, corpus, hot_tokens, model.vocab_size)
     found = drafter_directory(source)
     if is_exit_checkpoint(found):
         raise ValueError(f"{found}: expected an FSPAD or EAGLE drafter; EESD has no other layout")
@@ -52,7 +57,9 @@ def convert(
     config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
     notes = _settle_tables(found, tensors, directory, model)
     _add_biases(config, tensors)
-    if draft_vocab is not None:
+    if hot_tokens is not None:
+        config, tensors = keep_tokens(config, tensors, hot_tokens, draft_vocab)
+    elif draft_vocab is not None:
         counts = count_tokens(corpus or (), directory, model.vocab_size)
         config, tensors = reduce_vocabulary(config, tensors, counts.ranking, draft_vocab)
         notes.append(counts.coverage(tensors))
@@ -113,9 +120,14 @@ def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int)
 
 
 def _check_reduction(
-    draft_vocab: int | None, corpus: Sequence[Path] | None, vocab_size: int
+    draft_vocab: int | None,
+    corpus: Sequence[Path] | None,
+    hot_tokens: Path | None,
+    vocab_size: int,
 ) -> None:
-    if (draft_vocab is None) != (not corpus):
+    if corpus and hot_tokens is not None:
+        raise ValueError("corpus, hot_tokens: expected one of them")
+    if hot_tokens is None and (draft_vocab is None) != (not corpus):
         raise ValueError("draft_vocab, corpus: expected both or neither")
     if draft_vocab is not None and not 1 <= draft_vocab <= vocab_size:
         raise ValueError(f"draft_vocab: expected 1..{vocab_size}, got {draft_vocab}")

@@ -170,19 +170,16 @@ def _text(pieces: Sequence[Piece]) -> Text:
 
 
 def _print_header(console: Console, engine: Engine, drafter: str, sampling: SamplingParams) -> None:
-    import torch
+    from specrt.cli.info import machine_of
 
-    from specrt.cli.info import cpu_model
-
-    config, threads = engine.target.config, torch.get_num_threads()
+    config = engine.target.config
     how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     if sampling.temperature > 0:
         how += f", seed {sampling.seed}"
     console.print(Text(f"specrt demo: plain decoding against {drafter}, {how}", style="bold"))
     console.print(
         f"bundled model: {config.num_layers} layers of {config.hidden_size}, "
-        f"vocabulary {config.vocab_size}; {cpu_model()}, "
-        f"{threads} thread{'s' if threads > 1 else ''}"
+        f"vocabulary {config.vocab_size}; {machine_of(engine.target.device)}"
     )
     console.print(
         "Each is timed alone and warm, with nothing drawn meanwhile: median of 3 runs, the "

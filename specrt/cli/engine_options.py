@@ -29,6 +29,27 @@ Controller = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+DraftWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="Of an FSPAD or EAGLE drafter: fp8 rounds them to one byte each.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+HotTokens = Annotated[
+    str | None,
+    typer.Option(
+        help="A file of the only tokens that an FSPAD or EAGLE drafter shall propose.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+DraftWindow = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the text that an FSPAD or EAGLE drafter sees, the last ones; default: all.",
+        rich_help_panel=RUNTIME,
+    ),
+]
 MaxNodes = Annotated[
     int, typer.Option(help="Largest tree, its root included.", rich_help_panel=RUNTIME)
 ]
@@ -49,6 +70,9 @@ class EngineOptions:
     target: Target = BUILTIN
     drafter: Drafter = AUTO
     controller: Controller = None
+    draft_weights: DraftWeights = None
+    hot_tokens: HotTokens = None
+    draft_window: DraftWindow = None
     device: Device = "cpu"
     dtype: Dtype = "auto"
     max_nodes: MaxNodes = 64
@@ -70,13 +94,16 @@ def load_engine(
     max_nodes: int = 64,
     max_batch: int = 8,
     controller: str | ControlOptions | None = None,
+    draft_weights: str | None = None,
+    hot_tokens: str | None = None,
+    draft_window: int | None = None,
     eager: bool = False,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, drafter, device, dtype, max_nodes, max_batch, controller, eager: as for
-            :func:`specrt.load`.
+        target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
+            draft_window, eager: as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -95,6 +122,9 @@ def load_engine(
         max_nodes=max_nodes,
         max_batch=max_batch,
         controller=controller,
+        draft_weights=draft_weights,
+        hot_tokens=hot_tokens,
+        draft_window=draft_window,
         eager=eager,
     )
 

@@ -6,10 +6,13 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from specrt.device import Device
 
 
 def collect() -> dict[str, Any]:
@@ -74,6 +77,16 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def machine_of(device: Device) -> str:
+    """What a target runs on, by name: its GPU, or the CPU and the number of threads."""
+    import torch
+
+    if device.is_gpu:
+        return torch.cuda.get_device_name(device.place)
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def cpu_model() -> str:

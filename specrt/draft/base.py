@@ -10,6 +10,7 @@ import torch
 
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.length.costs import RoundCost
+from specrt.models.launched_run import LaunchedRun
 from specrt.models.layer_run import LowerLayers
 from specrt.sampling import SamplingTable
 from specrt.tree import MAX_NODES, chain
@@ -157,13 +158,15 @@ class BatchTables:
     cached: CacheBatch
     """``block_table [B, W]`` and ``kv_len [B]`` of the target's cache."""
     sampling: SamplingTable
+    lower: LaunchedRun | None = None
+    """The target's first layers, where a plan asked for them; lent while a round is proposed."""
 
 
 class StageTimes(NamedTuple):
     """Milliseconds that the stages of a launched round took, by the device's own clock."""
 
     draft: float
-    """What the drafter launched before the trees were settled."""
+    """Until the trees were settled: what the drafter launched."""
     verify: float
     accept: float
     """Acceptance and what follows it, the drafter's part among it."""
@@ -181,6 +184,8 @@ class RoundPlan(NamedTuple):
     """M of the proposal, its root included."""
     shape: Hashable = None
     """What else the drafter needs to know of it."""
+    num_layers: int = 0
+    """Of the target, that the drafter runs over chains of ``num_nodes``, by ``tables.lower``."""
 
 
 @runtime_checkable

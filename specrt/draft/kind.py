@@ -5,7 +5,8 @@ Nothing here imports torch, so that ``specrt --help`` may name every kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,34 @@ if TYPE_CHECKING:
     from specrt.models.model import LlamaModel
 
 
+WEIGHTS = ("fp8",)
+
+
+@dataclass(frozen=True)
+class DraftWindow:
+    """What a drafter's layer sees of a long text beside the tree itself.
+
+    Raises:
+        ValueError: ``size`` is below 1 or ``num_sinks`` below 0.
+    """
+
+    size: int
+    """Tokens, the last ones."""
+    num_sinks: int = 0
+    """And the text's first ones."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"draft_window: expected at least 1 token, got {self.size}")
+        if self.num_sinks < 0:
+            raise ValueError(f"num_sinks: expected 0 or more tokens, got {self.num_sinks}")
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens in all, at most."""
+        return self.size + self.num_sinks
+
+
 @dataclass(frozen=True)
 class DrafterOptions:
     """How a trained drafter is set up; nothing here changes the text."""
@@ -28,6 +57,18 @@ class DrafterOptions:
     """Where the temperature is above 0, rank candidates with the target's own noise."""
     control: ControlOptions | None = None
     """How long to draft; None: the drafter's own way."""
+    weights: str | None = None
+    """Of :data:`WEIGHTS`: what matrices are rounded to as they are loaded; None: not at all."""
+    hot_tokens: str | os.PathLike[str] | Sequence[int] | None = None
+    """The only tokens that are proposed, or a file of them; None: the checkpoint's own choice."""
+    window: DraftWindow | None = None
+    """What FSPAD's and EAGLE's layer sees of a text; None: all of it."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(
+                f"draft_weights: expected one of {', '.join(WEIGHTS)}, got {self.weights!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,3 +110,5 @@ class Kind:
     is asked for by name."""
     has_control: bool = False
     """Whether a controller may say how long it drafts."""
+    has_narrowing: bool = False
+    """Whether its matrices may be rounded and its tokens be chosen as it is loaded."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from pathlib import Path
@@ -116,10 +117,13 @@ def load_drafter(
 
     if name is None or name == NONE:
         _refuse_control(options)
+        _refuse_narrowing(options)
         return EmptyDrafter()
     kind, directory = _find(name)
     if not kind.has_control:
         _refuse_control(options)
+    if not kind.has_narrowing:
+        _refuse_narrowing(options)
     request = DrafterRequest(directory, target, dtype, options, target_path)
     if kind in REGISTRY.values():
         return kind.load(request)
@@ -190,6 +194,12 @@ def _refuse_control(options: DrafterOptions) -> None:
         )
 
 
+def _refuse_narrowing(options: DrafterOptions) -> None:
+    for name, value in (("draft_weights", options.weights), ("hot_tokens", options.hot_tokens)):
+        if value is not None:
+            raise ValueError(f"{name}: only FSPAD and EAGLE drafters take it")
+
+
 # --- what other packages bring ----------------------------------------------------------------
 
 
@@ -238,7 +248,7 @@ def _installed_kind(name: str) -> Kind:
     except Exception as error:
         raise _broken(name, points[0], f"{type(error).__name__}: {error}") from error
     if isinstance(given, Kind):
-        return Kind(name, given.help, given.load, given.matches, given.has_control)
+        return replace(given, name=name)
     if not callable(given):
         expected = "expected a Kind or a callable that takes a DrafterRequest"
         raise _broken(name, points[0], f"{expected}, got {type(given).__name__}")

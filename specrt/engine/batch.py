@@ -8,7 +8,6 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.device import Device
 from specrt.draft.base import BatchTables
 from specrt.engine.request import Request
 from specrt.ops.history_append import report_size
@@ -130,7 +129,7 @@ class Batch:
         Returns:
             The round's report (``ops.history_append``), ``[B, R]`` int32.
         """
-        report = empty_report(result, self._device)
+        report = self._device.empty(*report_shape(result), dtype=torch.int32)
         launch_append(self.tables, tree, result, report)
         return report
 
@@ -185,11 +184,10 @@ class Batch:
         )
 
 
-def empty_report(result: AcceptResult, device: Device) -> torch.Tensor:
-    """Room for the report of a round with this result."""
+def report_shape(result: AcceptResult) -> tuple[int, int]:
+    """``[B, R]``: of the report of a round with this result."""
     batch, size = result.tokens.shape
-    num_words = report_size(size, result.logprobs is not None)
-    return device.empty(batch, num_words, dtype=torch.int32)
+    return batch, report_size(size, result.logprobs is not None)
 
 
 def launch_append(

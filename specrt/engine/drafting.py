@@ -289,8 +289,10 @@ def _checked(plan: RoundPlan | None) -> RoundPlan | None:
     """What a drafter planned, if it is a plan: its shape can name a round, its size be one."""
     if plan is None:
         return None
-    if not isinstance(plan, RoundPlan) or not isinstance(plan.num_nodes, int):
-        raise TypeError(f"plan: expected None or a RoundPlan of an int of nodes, got {plan!r}")
+    if not isinstance(plan, RoundPlan) or not all(
+        isinstance(size, int) for size in (plan.num_nodes, plan.num_layers)
+    ):
+        raise TypeError(f"plan: expected None or a RoundPlan of int sizes, got {plan!r}")
     hash(plan)
     return plan
 

@@ -9,24 +9,58 @@ meanwhile takes part in that round and takes nothing from it; pages are there fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import prod
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from specrt import ops
 from specrt.accept import Read, accept, empty_maxima, empty_result, gpu_scratch
-from specrt.device import Mark, Posted
+from specrt.device import Device, Posted
 from specrt.draft.base import BatchTables, StageTimes
-from specrt.engine.batch import Batch, empty_report, launch_append
+from specrt.engine.batch import Batch, launch_append, report_shape
 from specrt.engine.drafting import Drafting, Planned
 from specrt.engine.request import Request
 from specrt.engine.round import Round, Stages
+from specrt.models.launched_run import LaunchedRun
 from specrt.reuse import Recent
 from specrt.sampling import SamplingTable
 from specrt.tree import empty_tree, launch_settle
-from specrt.types import DraftTree
+from specrt.types import DraftTree, Proposal
 
+_NUM_MOMENTS = 4
 _MAX_ROUNDS = 64  # whose buffers are kept: those of the sizes that came up last
+
+
+class _Record:
+    """What the host reads of a round, in one memory that is copied at once.
+
+    Args:
+        report: shape ``[B, R]`` of the sequences' reports.
+        device: where to.
+    """
+
+    def __init__(self, report: tuple[int, int], device: Device) -> None:
+        self._shape = report
+        num_words = _NUM_MOMENTS * torch.int64.itemsize // torch.int32.itemsize
+        self.words = device.zeros(num_words + prod(report), dtype=torch.int32)
+        moments, self.report = self._parts(self.words)
+        self.moments = moments.split(1)
+        """Of the device's clock: at the beginning, and behind each stage."""
+
+    def parts(self, posted: Posted) -> tuple[StageTimes, npt.NDArray[np.int32]]:
+        """How long the stages took, and the report; once the copy is there."""
+        moments, report = self._parts(posted.read())
+        times = moments.numpy()
+        return StageTimes(*(times[1:] - times[:-1]) * 1e-6), report.numpy()
+
+    def _parts(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_words = len(words) - prod(self._shape)
+        return words[:num_words].view(torch.int64), words[num_words:].view(self._shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +68,7 @@ class _LaunchedRound:
     """A round of given sizes on given addresses; what it holds lives as long as its graph."""
 
     launch: Callable[[], None]
-    report: torch.Tensor
+    record: _Record
 
 
 @dataclass(frozen=True)
@@ -44,8 +78,9 @@ class Pending:
     requests: tuple[Request, ...]
     """In the order of its rows."""
     planned: Planned
-    report: Posted
-    marks: tuple[Mark, Mark]
+    record: _Record
+    posted: Posted
+    """A copy of the record, on its way."""
 
 
 class LaunchedRounds:
@@ -80,11 +115,9 @@ class LaunchedRounds:
         batch.set_room([planned.plan.num_nodes] * len(requests), num_unread=num_unread)
         cached = batch.cached(is_ahead=before is not None)
         found = self._round(planned, batch)
-        start = device.mark()
         cached.expect_move()
         device.run(found, found.launch)
-        end = device.mark()
-        return Pending(requests, planned, device.post(found.report), (start, end))
+        return Pending(requests, planned, found.record, device.post(found.record.words))
 
     def read(self, pending: Pending, batch: Batch, *, is_ahead: bool) -> Round:
         """What came of a round, once it is done.
@@ -94,14 +127,15 @@ class LaunchedRounds:
             batch: its sequences.
             is_ahead: whether another one was launched behind it.
         """
-        read = Read(pending.report.read().numpy(), pending.planned.plan.num_nodes)
+        times, report = pending.record.parts(pending.posted)
+        read = Read(report, pending.planned.plan.num_nodes)
         counts = [outcome.num_taken for outcome in read.outcomes]
         batch.advance(counts, is_ahead=is_ahead)
-        ms = self._device.ms_between(*pending.marks)
-        times = StageTimes(0.0, ms, 0.0)
         self._drafting.told(pending.planned, pending.requests, read.for_drafters(), times)
-        self._drafting.cost.observe(pending.planned.plan.num_nodes * len(counts), ms)
-        return Round(read, draft_ms=0.0, verify_ms=ms, accept_ms=0.0)
+        # (As in rounds that the host takes part in.)
+        verified_ms = times.verify + times.accept
+        self._drafting.cost.observe(pending.planned.plan.num_nodes * len(counts), verified_ms)
+        return Round(read, *times)
 
     def _round(self, planned: Planned, batch: Batch) -> _LaunchedRound:
         tables = batch.tables
@@ -138,17 +172,24 @@ class LaunchedRounds:
         vocab_size = stages.target.config.vocab_size
         tree = empty_tree(len(tables.roots), planned.plan.num_nodes, device)
         result = empty_result(tree, sampling.want_logprobs)
-        report = empty_report(result, device)
+        record = _Record(report_shape(result), device)
         scratch = self._scratch(tree)
         maxima = empty_maxima(tree, sampling, tables.history_len)
-        verify = stages.target.bind(tree, tables.cached, taps=planned.taps, maxima=maxima)
+        tables = replace(tables, lower=self._lower(planned, tables))
+        bind = partial(stages.target.bind, tree, tables.cached, taps=planned.taps, maxima=maxima)
+        whole, upper = bind(), None
+        if tables.lower is not None and tables.lower.gives(planned.taps):
+            upper = bind(run=tables.lower)
 
         def launch() -> None:
-            with _drafting():
-                proposal = planned.drafter.launch_propose(planned.plan, tables)
-            assert proposal.draft_probs is None, "a launched drafter gives no laws"
+            begun, drafted, verified, ended = record.moments
+            ops.time_stamp(begun)
+            proposal, is_run = _proposed(planned, tables)
             launch_settle(proposal, tables.roots, tables.room, vocab_size, tree)
+            ops.time_stamp(drafted)
+            verify = whole if upper is None or not is_run else upper
             verify.launch()
+            ops.time_stamp(verified)
             accept(
                 tree,
                 verify.output.logits,
@@ -160,13 +201,32 @@ class LaunchedRounds:
                 out=result,
                 maxima=maxima,
             )
-            launch_append(tables, tree, result, report)
+            launch_append(tables, tree, result, record.report)
             tables.cached.launch_move(result.path, tables.num_path)
             taps = verify.output.taps
             with _drafting():
                 planned.drafter.launch_observe(planned.plan, tables, tree, result, taps)
+            ops.time_stamp(ended)
 
-        return _LaunchedRound(launch, report)
+        return _LaunchedRound(launch, record)
+
+    def _lower(self, planned: Planned, tables: BatchTables) -> LaunchedRun | None:
+        """The target's first layers, to be lent where a plan asks for them."""
+        num_nodes, num_layers = planned.plan.num_nodes, planned.plan.num_layers
+        if num_layers == 0:
+            return None
+        target, cached = self._stages.target, tables.cached
+        return LaunchedRun(target, cached, tables.roots, num_layers, num_nodes - 1)
+
+
+def _proposed(planned: Planned, tables: BatchTables) -> tuple[Proposal, bool]:
+    """What a drafter launched, and whether the layers that it was lent have run all of it."""
+    lower = tables.lower
+    with _drafting(), nullcontext() if lower is None else lower.lent():
+        proposal = planned.drafter.launch_propose(planned.plan, tables)
+    assert proposal.draft_probs is None, "a launched drafter gives no laws"
+    run = None if lower is None else lower.taken(proposal)
+    return (proposal, False) if run is None else (run, True)
 
 
 @contextmanager
@@ -186,7 +246,7 @@ def _addresses(tables: BatchTables) -> list[Hashable]:
     parts += [tables.cached.block_table, tables.cached.kv_len]
     for part in parts:
         if isinstance(part, torch.Tensor):
-            found.append((part.data_ptr(), *part.shape))
+            found.append((part.data_ptr(), part.shape, part.stride()))
         elif not isinstance(part, SamplingTable):
             found.append(id(part))
     return found

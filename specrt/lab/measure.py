@@ -8,6 +8,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.prompts import Prompt
@@ -121,13 +122,18 @@ def without_drafter(engine: Engine) -> Engine:
     )
 
 
+def warmups(device: Device) -> int:
+    """Runs there until nothing is new: a GPU's steps are captured when they come again."""
+    return 3 if device.is_gpu else 1
+
+
 def compare(
     engines: Mapping[str, Engine],
     prompt: Prompt,
     sampling: SamplingParams,
     *,
     repeats: int = 3,
-    warmup: int = 1,
+    warmup: int | None = None,
 ) -> Comparison:
     """Time engines on one prompt, one at a time and in turn (A B A B ...).
 
@@ -138,7 +144,7 @@ def compare(
         prompt: as :meth:`Engine.generate` takes it.
         sampling: needs a seed where ``temperature`` is above 0, or the tokens could not be equal.
         repeats: timed runs of each.
-        warmup: untimed runs of each before them.
+        warmup: untimed runs of each before them; None: as many as the device needs.
 
     Raises:
         ValueError: bad options or prompt.
@@ -148,8 +154,9 @@ def compare(
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
     if sampling.temperature > 0 and sampling.seed is None:
         raise ValueError("seed: expected one where temperature is above 0, got none")
-    for _ in range(warmup):
-        for engine in engines.values():
+    for engine in engines.values():
+        count = warmups(engine.target.device) if warmup is None else warmup
+        for _ in range(count):
             _timed(engine, prompt, sampling)
     runs: dict[str, list[tuple[float, GenerationResult]]] = {name: [] for name in engines}
     for _ in range(repeats):

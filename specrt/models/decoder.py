@@ -98,10 +98,20 @@ class Decoder:
         self.device.forget()
 
     # --- launches: on buffers that :meth:`reserve` has made, so that a graph may hold them ----
+    # `is_open` is as for `ops.linear`: where all sequences are closed, what is written stays as it
+    # is, or becomes anything.
 
-    def embed_tokens(self, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` of any float type."""
-        ops.embed(tokens, self.weights.embed, out)
+    def embed_tokens(
+        self,
+        tokens: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        ids: torch.Tensor | None = None,
+        is_open: torch.Tensor | None = None,
+    ) -> None:
+        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` of any float type; which
+        rows of it they were into ``ids [M]``, as for ``ops.embed``."""
+        ops.embed(tokens, self.weights.embed, out, ids=ids, is_open=is_open)
 
     def launch_layer(
         self,
@@ -110,76 +120,112 @@ class Decoder:
         rows: StepRows,
         cache: KVCache,
         out: torch.Tensor,
+        *,
+        is_open: torch.Tensor | None = None,
     ) -> None:
         """One decoder layer over B·N rows; its keys and values are appended.
 
         Args:
             index: which layer.
             hidden: ``[B * N, H]`` of the activations' dtype, read; the workspace's own rows may be
-                overwritten.
+                overwritten. Rows may be strided.
             rows: where they stand.
             cache: this model's.
-            out: ``[B * N, H]``, written.
+            out: ``[B * N, H]``, written; may be ``hidden``.
+            is_open: ``[B]`` int32 or None.
         """
-        layer, between = self.weights.layers[index], self._workspace.hidden[: hidden.shape[0]]
-        heads = self._project(layer, hidden, rows)
-        self._attention(layer, index, (heads, hidden), between, rows, cache)
-        self._mlp(layer, between, out)
+        if rows.is_chained:
+            self.launch_kv(index, hidden, rows, cache, is_open=is_open)
+            self.launch_rest(index, hidden, rows, cache, out, is_open=is_open)
+            return
+        heads = self._project(index, hidden, rows, is_open)
+        append = ops.Append(heads.k, heads.v, rows.depth, self._cos_sin)
+        self._finish(index, (heads, hidden), rows, cache, out, append, is_open)
 
-    def launch_kv(self, index: int, hidden: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
+    def launch_kv(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        *,
+        is_open: torch.Tensor | None = None,
+    ) -> None:
         """Append a layer's keys and values of ``hidden [B * N, H]``, and nothing more."""
-        self._append(index, self._project(self.weights.layers[index], hidden, rows), rows, cache)
+        heads = self._project(index, hidden, rows, is_open)
+        ops.rope_append(
+            *heads, rows.depth, rows.kv_len, rows.first_node, rows.num_nodes, rows.block_table,
+            self._cos_sin, *cache.layer(index),
+        )  # fmt: skip
+
+    def launch_rest(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        out: torch.Tensor,
+        *,
+        is_open: torch.Tensor | None = None,
+    ) -> None:
+        """The rest of :meth:`launch_layer` behind :meth:`launch_kv`, between which this model has
+        launched nothing else; the bits are the same."""
+        heads = self._heads(rows)
+        self._finish(index, (heads, hidden), rows, cache, out, None, is_open)
 
     def launch_head(
         self,
         hidden: torch.Tensor,
         feature: torch.Tensor,
         logits: torch.Tensor | None,
-        maxima: ops.TileMaxima | None = None,
+        maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
+        *,
+        is_open: torch.Tensor | None = None,
     ) -> None:
         """Final norm of ``hidden [M, H]`` into ``feature``, its ``logits [M, V]`` and their
         ``maxima``."""
         ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
         if logits is not None:
-            self.launch_linear(feature, self.weights.lm_head, out=logits, maxima=maxima)
+            head = self.weights.lm_head
+            self.launch_linear(feature, head, out=logits, maxima=maxima, is_open=is_open)
 
-    def _project(self, layer: LayerWeights, hidden: torch.Tensor, rows: StepRows) -> Heads:
+    def _project(
+        self, index: int, hidden: torch.Tensor, rows: StepRows, is_open: torch.Tensor | None
+    ) -> Heads:
         """Of ``norm(hidden)``; not rotated yet."""
-        config, count = self.config, hidden.shape[0]
+        layer, count = self.weights.layers[index], hidden.shape[0]
         normed, qkv = self._workspace.normed[:count], self._workspace.qkv[:count]
-        ops.rms_norm(hidden, layer.input_norm, config.rms_norm_eps, out=normed)
-        self.launch_linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
-        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        heads = Heads(*qkv.view(*rows.depth.shape, sum(sizes), -1).split(sizes, dim=2))
+        ops.rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps, out=normed)
+        self.launch_linear(normed, layer.qkv, layer.qkv_bias, out=qkv, is_open=is_open)
+        heads = self._heads(rows)
         for part, norm in ((heads.q, layer.q_norm), (heads.k, layer.k_norm)):
             if norm is not None:
                 flat = part.view(count, -1, self._padded.head_dim)
                 ops.rms_norm(flat, norm, self._head_eps, out=flat)
         return heads
 
-    def _append(self, index: int, heads: Heads, rows: StepRows, cache: KVCache) -> None:
-        """Rotate queries in place; rotated keys, and values, into the cache."""
-        ops.rope_append(
-            *heads, rows.depth, rows.kv_len, rows.first_node, rows.num_nodes, rows.block_table,
-            self._cos_sin, *cache.layer(index),
-        )  # fmt: skip
+    def _heads(self, rows: StepRows) -> Heads:
+        """Where :meth:`_project` leaves them."""
+        config, shape = self.config, rows.depth.shape
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        qkv = self._workspace.qkv[: shape[0] * shape[1]]
+        return Heads(*qkv.view(*shape, sum(sizes), -1).split(sizes, dim=2))
 
-    def _attention(
+    def _finish(
         self,
-        layer: LayerWeights,
         index: int,
         inputs: tuple[Heads, torch.Tensor],
-        out: torch.Tensor,
         rows: StepRows,
         cache: KVCache,
+        out: torch.Tensor,
+        append: ops.Append | None,
+        is_open: torch.Tensor | None,
     ) -> None:
-        """``out = hidden + O(attention(heads))`` for ``inputs`` = (heads, hidden)."""
+        """``out = between + MLP(between)``, ``between = hidden + O(attention(heads))``, for
+        ``inputs`` = (heads, hidden)."""
         config, (heads, hidden) = self.config, inputs
-        attended = self._workspace.attended[: hidden.shape[0]]
-        append: ops.Append | None = ops.Append(heads.k, heads.v, rows.depth, self._cos_sin)
-        if rows.is_chained:
-            self._append(index, heads, rows, cache)
-            append = None
+        layer, count = self.weights.layers[index], hidden.shape[0]
+        attended, between = self._workspace.attended[:count], self._workspace.hidden[:count]
         ops.tree_attention(
             heads.q,
             *cache.layer(index),
@@ -192,10 +238,18 @@ class Decoder:
             out=attended.view(*rows.depth.shape, config.num_heads, -1),
             workspace=None if self._scratch is None else self._scratch.attention,
             append=append,
+            is_open=is_open,
         )
-        self.launch_linear(attended, layer.o, layer.o_bias, hidden, out=out)
+        self.launch_linear(attended, layer.o, layer.o_bias, hidden, out=between, is_open=is_open)
+        self._mlp(layer, between, out, is_open)
 
-    def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    def _mlp(
+        self,
+        layer: LayerWeights,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+        is_open: torch.Tensor | None,
+    ) -> None:
         """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
         work, rows = self._workspace, hidden.shape[0]
         normed, activated = work.normed[:rows], work.activated[:rows]
@@ -208,8 +262,9 @@ class Decoder:
             activated,
             None if self._scratch is None else self._scratch.linear,
             is_interleaved=self.weights.is_interleaved,
+            is_open=is_open,
         )
-        self.launch_linear(activated, layer.down, layer.down_bias, hidden, out=out)
+        self.launch_linear(activated, layer.down, layer.down_bias, hidden, out=out, is_open=is_open)
 
     def launch_linear(
         self,
@@ -219,8 +274,9 @@ class Decoder:
         residual: torch.Tensor | None = None,
         *,
         out: torch.Tensor,
-        maxima: ops.TileMaxima | None = None,
+        maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
+        is_open: torch.Tensor | None = None,
     ) -> None:
         """``ops.linear`` by one of this model's matrices, or of the others that it was told of."""
         workspace = None if self._scratch is None else self._scratch.linear
-        ops.linear(x, weight, bias, residual, out, workspace, maxima=maxima)
+        ops.linear(x, weight, bias, residual, out, workspace, maxima=maxima, is_open=is_open)

@@ -36,13 +36,14 @@ def interleaved(gate_up: torch.Tensor) -> torch.Tensor:
 
 def launch_gated(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_up: ops.Matrix,
     bias: torch.Tensor | None,
     between: torch.Tensor,
     out: torch.Tensor,
     workspace: torch.Tensor | None,
     *,
     is_interleaved: bool,
+    is_open: torch.Tensor | None = None,
 ) -> None:
     """``out = silu(gate @ x) * (up @ x)``, row by row: one launch where they are interleaved.
 
@@ -54,9 +55,10 @@ def launch_gated(
         out: ``[M, I]``, written.
         workspace: of ``linear`` on a GPU.
         is_interleaved: how ``gate_up`` and ``bias`` lie.
+        is_open: as for ``ops.linear``.
     """
     if is_interleaved:
-        ops.linear(x, gate_up, bias, None, out, workspace, is_gated=True)
+        ops.linear(x, gate_up, bias, None, out, workspace, is_gated=True, is_open=is_open)
         return
-    ops.linear(x, gate_up, bias, None, between, workspace)
+    ops.linear(x, gate_up, bias, None, between, workspace, is_open=is_open)
     ops.silu_mul(between, out=out)

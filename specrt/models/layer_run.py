@@ -18,6 +18,7 @@ from weakref import ReferenceType, ref
 import torch
 
 from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache
+from specrt.config import ModelConfig
 from specrt.models.run_trees import Ints, RunShape, make_trees
 from specrt.models.step import StepRows, layer_tap
 from specrt.tree import MAX_NODES
@@ -25,6 +26,22 @@ from specrt.types import DraftTree, Proposal
 
 if TYPE_CHECKING:
     from specrt.models.model import LlamaModel
+
+
+def check_num_layers(num_layers: int, config: ModelConfig) -> None:
+    """Whether a drafter can run so many of a target's layers.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not 1 <= num_layers < config.num_layers:
+        most = config.num_layers - 1
+        raise ValueError(f"num_layers: expected 1..{most}, got {num_layers}")
+
+
+def can_start_behind(num_layers: int, taps: Sequence[str]) -> bool:
+    """Whether a pass that starts behind so many layers can give these hidden states."""
+    return not any(layer_tap(index) in taps for index in range(num_layers - 1))
 
 
 class RunLevel(NamedTuple):
@@ -53,9 +70,7 @@ class LayerRun:
     """
 
     def __init__(self, model: LlamaModel, shape: RunShape) -> None:
-        if not 1 <= shape.num_layers < model.config.num_layers:
-            most = model.config.num_layers - 1
-            raise ValueError(f"num_layers: expected 1..{most}, got {shape.num_layers}")
+        check_num_layers(shape.num_layers, model.config)
         shape.check()
         self.model = model
         self.shape = shape
@@ -79,7 +94,6 @@ class LayerRun:
         self._is_begun = False
         self._num_staged = 0
         self._is_in_order = True
-        self._inner_taps = frozenset(layer_tap(index) for index in range(shape.num_layers - 1))
 
     # --- what a drafter does ------------------------------------------------------------------
 
@@ -158,7 +172,7 @@ class LayerRun:
 
     def gives(self, taps: Sequence[str]) -> bool:
         """Whether a pass that starts behind the N layers can give these hidden states."""
-        return self._inner_taps.isdisjoint(taps)
+        return can_start_behind(self.shape.num_layers, taps)
 
     def has_run(self, tree: DraftTree, proposal: Proposal | None) -> bool:
         """Whether all nodes of B trees, settled of ``proposal``, were run as they stand there."""

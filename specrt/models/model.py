@@ -24,6 +24,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.models.decoder import Decoder
 from specrt.models.fair_lock import FairLock
+from specrt.models.launched_run import LaunchedRun
 from specrt.models.layer_run import LowerLayers
 from specrt.models.loader import Weights
 from specrt.models.prefill import Piece, Prompts
@@ -146,7 +147,7 @@ class LlamaModel(Decoder):
             run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
         steps = self, batch.cache, step
-        self.device.run(steps, lambda: self._launch(key, step.rows, batch.cache))
+        self.device.run(steps, lambda: self._launch(key, start, step.rows, batch.cache))
         return with_logits_tap(step.output, taps)
 
     def bind(
@@ -156,6 +157,7 @@ class LlamaModel(Decoder):
         *,
         taps: tuple[str, ...] = (),
         maxima: ops.TileMaxima | None = None,
+        run: LaunchedRun | None = None,
     ) -> BoundPass:
         """A pass of :meth:`forward` that reads these very tensors each time it is launched.
 
@@ -167,11 +169,15 @@ class LlamaModel(Decoder):
             batch: likewise.
             taps: as for :meth:`forward`.
             maxima: on a GPU, of the logits, to be written with them; None: not wanted.
+            run: of all layers that it has run, which are left out; it gives these taps, and has run
+                the trees each time. None: all layers.
 
         Raises:
             ValueError: as :meth:`forward`.
         """
-        key = StepKey.of(tree, batch.block_table.shape[1], True, taps, first_layer=0)
+        given = {} if run is None else {layer_tap(run.shape.num_layers - 1): run.states}
+        first, own = 0 if run is None else run.shape.num_layers, [t for t in taps if t not in given]
+        key = StepKey.of(tree, batch.block_table.shape[1], True, tuple(own), first)
         self._ensure_buffers(key, batch.num_positions)
         rows = StepRows(
             depth=tree.depth,
@@ -183,10 +189,14 @@ class LlamaModel(Decoder):
         )
 
         def launch() -> None:
-            self.embed_tokens(tree.draft_tokens.view(-1), self._start(key))
-            self._launch(key, rows, batch.cache, maxima)
+            start = self._start(key) if run is None else run.states.flatten(0, 1)
+            if run is None:
+                self.embed_tokens(tree.draft_tokens.view(-1), start)
+            self._launch(key, start, rows, batch.cache, maxima)
 
-        return BoundPass(with_logits_tap(self._output(key), taps), launch)
+        output = self._output(key)
+        output = output._replace(taps={**output.taps, **{t: given[t] for t in taps if t in given}})
+        return BoundPass(with_logits_tap(output, taps), launch)
 
     def extend(
         self, ids: Sequence[int], batch: CacheBatch, taps: tuple[str, ...] = ()
@@ -217,9 +227,10 @@ class LlamaModel(Decoder):
         key = key._replace(is_chained=piece.cut.num_chains > 1)
         step = self._step(key, batch.num_positions)
         step.stage(piece.tree, piece.tables)
-        self.embed_tokens(step.tokens.view(-1), self._start(key))
+        start = self._start(key)
+        self.embed_tokens(step.tokens.view(-1), start)
         self.device.run(
-            (self, batch.cache, step), lambda: self._launch(key, step.rows, batch.cache)
+            (self, batch.cache, step), lambda: self._launch(key, start, step.rows, batch.cache)
         )
         return step.output.taps
 
@@ -265,11 +276,16 @@ class LlamaModel(Decoder):
         return VerifyOutput(logits, MappingProxyType(taps))
 
     def _launch(
-        self, key: StepKey, rows: StepRows, cache: KVCache, maxima: ops.TileMaxima | None = None
+        self,
+        key: StepKey,
+        hidden: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        maxima: ops.TileMaxima | None = None,
     ) -> None:
-        count = key.batch * key.num_nodes
+        """The layers from ``key.first_layer`` on over ``hidden [B * N, H]``, and the head."""
+        count, last = key.batch * key.num_nodes, self.config.num_layers - 1
         work = self._workspace
-        hidden, last = self._start(key), self.config.num_layers - 1
         for index in range(key.first_layer, last + 1):
             if index == last and not key.reads_layer(last):
                 self.launch_kv(last, hidden, rows, cache)

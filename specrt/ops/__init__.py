@@ -5,16 +5,27 @@ fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
 from specrt.ops.draft_control import DraftDecision, draft_control, draft_control_update
+from specrt.ops.draft_pairs import draft_pairs
 from specrt.ops.embed import embed
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
-from specrt.ops.linear import DraftMaxima, LinearPlan, TileMaxima, linear, linear_workspace
+from specrt.ops.linear import (
+    DraftMaxima,
+    Float8Matrix,
+    GatheredRows,
+    LinearPlan,
+    Matrix,
+    TileMaxima,
+    linear,
+    linear_workspace,
+)
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
 from specrt.ops.silu_mul import silu_mul
+from specrt.ops.time_stamp import time_stamp
 from specrt.ops.token_recycle import recycle_learn, recycle_learn_workspace, recycle_propose
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
 from specrt.ops.tree_attention import (
@@ -32,12 +43,16 @@ __all__ = [
     "DraftDecision",
     "DraftMaxima",
     "Ending",
+    "Float8Matrix",
+    "GatheredRows",
     "LinearPlan",
+    "Matrix",
     "Purpose",
     "ReportWord",
     "TileMaxima",
     "draft_control",
     "draft_control_update",
+    "draft_pairs",
     "embed",
     "feature_sample",
     "feature_sample_workspace",
@@ -54,6 +69,7 @@ __all__ = [
     "rms_norm",
     "rope_append",
     "silu_mul",
+    "time_stamp",
     "tree_accept",
     "tree_attention",
     "tree_attention_workspace",

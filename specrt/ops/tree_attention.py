@@ -14,7 +14,7 @@ registry.register(
     "tree_attention(Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor block_table,"
     " Tensor kv_len, Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale,"
     " Tensor(a!) out, Tensor(b!)? workspace, Tensor? k, Tensor? v, Tensor? depth, Tensor? cos_sin,"
-    " int num_warps, int blocks_per_sm) -> ()",
+    " int num_warps, int blocks_per_sm, int window, int num_sinks, Tensor? is_open) -> ()",
     _C.tree_attention,
 )
 
@@ -62,8 +62,14 @@ def tree_attention(
     workspace: torch.Tensor | None = None,
     append: Append | None = None,
     plan: AttentionPlan | None = None,
+    window: int | None = None,
+    num_sinks: int = 0,
+    is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``softmax(scale * q k^T) v`` over slots 0..kv_len-1, then the slots of the row's ancestors.
+
+    With a window only slots below ``num_sinks`` and from ``kv_len - window`` on are seen of those
+    that are committed: a long prefix costs what a short one does.
 
     A row's bits depend on its query and the sequence of its visible keys alone: not on how much of
     that sequence is committed, the other rows, the pages, the threads or the instruction set.
@@ -89,6 +95,9 @@ def tree_attention(
         append: ``q`` is not rotated yet, and the rows' keys and values are these. On a GPU that is
             part of the launch; on the CPU ``rope_append`` runs first, and rotates ``q`` in place.
         plan: on a GPU, another layout of the launch than the one chosen for the shape.
+        window: committed slots that are seen, the last ones, at least 1; None: all.
+        num_sinks: and the first ones that are seen besides; of no meaning without a window.
+        is_open: ``[B]`` int32. If all are 0 nothing is read or written. None: all are open.
 
     Returns:
         ``out``.
@@ -103,8 +112,9 @@ def tree_attention(
         batch, num_nodes_max, num_heads, head_dim = q.shape
         max_len = block_table.shape[1] * k_cache.shape[1]
         floats = tree_attention_workspace(
-            batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max, max_len, q.device, plan
-        )
+            batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max,
+            max_len if window is None else min(max_len, window + num_sinks), q.device, plan,
+        )  # fmt: skip
         workspace = torch.zeros(floats, device=q.device)
     if append is not None and not registry.is_on_gpu(q):
         rope_append(
@@ -112,12 +122,14 @@ def tree_attention(
             append.cos_sin, k_cache, v_cache,
         )  # fmt: skip
         append = None
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 slot, got {window}")
     new = (append.k, append.v, append.depth, append.cos_sin) if append else (None,) * 4
     is_compiling = torch.compiler.is_compiling()
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
     kernel(
         q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out,
-        workspace, *new, *_choice(plan),
+        workspace, *new, *_choice(plan), window or 0, num_sinks, is_open,
     )  # fmt: skip
     return out
 
@@ -140,7 +152,8 @@ def tree_attention_workspace(
         num_kv_heads: Hkv.
         head_dim: d.
         num_nodes: N.
-        max_len: slots of a sequence's pages, ``block_table.shape[1] * page_size``.
+        max_len: slots of a sequence's pages, ``block_table.shape[1] * page_size``; with a window no
+            more than ``window + num_sinks``.
         device: the tensors', or a GPU's index. One that names no GPU means the current one.
         plan: what :func:`tree_attention` will be given.
 

@@ -1,7 +1,8 @@
 """The dynamic draft tree (EAGLE-2): children level by level, then the best of all as a tree.
 
-Shapes: B sequences, F nodes of a frontier (1 at level 0, else K), K = top_k, R rows of the draft
-head, C >= K + depth * K * K candidates in the pool, W words of ancestor bits, N tree nodes.
+Shapes: B sequences, F nodes of a frontier (1 at level 0 and in chains, else K), K = top_k, R rows
+of the draft head, C >= K + depth * K * K candidates in the pool, W words of ancestor bits, N tree
+nodes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from specrt.train.features.source import FeatureSource
+from specrt.device import Device
+from specrt.train.features.source import FeatureSource, Sample
 from specrt.train.losses import counted_positions
 
 _WINDOW = 32  # batches sorted by length together: enough for little padding, still well mixed
@@ -21,21 +22,36 @@ _ORDER, _NOISE, _DRAWS = 0, 1, 2  # purposes of random numbers
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B sequences of m pairs, padded at the end; H is the hidden size."""
+class _Batch:
+    """B sequences padded at the end to m positions; tensors lie where training runs, but for the
+    mask."""
 
     indices: tuple[int, ...]
     """``[B]``"""
+    is_counted: torch.Tensor
+    """``[B, m]`` bool, on the host: the positions whose losses count."""
+    counted: torch.Tensor
+    """``[N]`` int64: those positions, as indices of ``[B * m]``."""
+    num_tokens: int
+    """Without padding."""
+
+    @property
+    def num_counted(self) -> int:
+        """N"""
+        return len(self.counted)
+
+
+@dataclass(frozen=True)
+class Batch(_Batch):
+    """Sequences of pairs; H is the hidden size. Position t counts where token t + 2 is to be
+    predicted."""
+
     inputs: torch.Tensor
     """``[B, m, H]`` float32: f_t with noise."""
     next_tokens: torch.Tensor
     """``[B, m]`` int64: token t + 1."""
     targets: torch.Tensor
-    """``[B, m, H]`` float32: f_{t+1}."""
-    is_counted: torch.Tensor
-    """``[B, m]`` bool: token t + 2 is to be predicted."""
-    num_tokens: int
-    """Without padding."""
+    """``[B, m, H]``: f_{t+1}, in the dtype it came in."""
 
     def bad_rows(self) -> list[int]:
         """The sequences whose features are not finite."""
@@ -94,7 +110,7 @@ def collate(
     noise: float,
     seed: int,
     epoch: int,
-    device: torch.device,
+    device: Device,
 ) -> Batch:
     """Read sequences and pad them to the longest.
 
@@ -103,49 +119,46 @@ def collate(
         indices: the B sequences.
         noise: width of the uniform noise on input features, for sequences of 512 tokens; inversely
             proportional to a sequence's length.
-        seed, epoch: what the noise depends on, beside the sequence.
+        seed, epoch: what the noise depends on, beside the sequence and the kind of device.
         device: of the batch.
     """
     samples = source.batch(indices)
-    num_pairs = max(1, max(len(sample.token_ids) for sample in samples) - 2)
-    shape = (len(samples), num_pairs)
-    inputs = torch.zeros(*shape, source.hidden_size, device=device)
-    targets = torch.zeros_like(inputs)
+    lengths = [len(sample.token_ids) for sample in samples]
+    shape = (len(samples), max(1, max(lengths) - 2))
     next_tokens = torch.zeros(shape, dtype=torch.int64)
     is_counted = torch.zeros(shape, dtype=torch.bool)
-    for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
-        length = len(sample.token_ids)
-        if length < 3:
-            continue
-        part = (row, slice(length - 2))
-        features = sample.features.to(device)
-        inputs[part] = features[:-2]
-        targets[part] = features[1:-1]
-        if noise:
-            random = torch.Generator(device).manual_seed(_key(seed, _NOISE, epoch, index))
-            inputs[part] += feature_noise(random, length, source.hidden_size, noise)[:-2]
-        next_tokens[part] = sample.token_ids[1:-1]
-        is_counted[part] = counted_positions(sample.loss_mask)
-    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    for row, (length, sample) in enumerate(zip(lengths, samples, strict=True)):
+        if length > 2:
+            next_tokens[row, : length - 2] = sample.token_ids[1:-1]
+            is_counted[row, : length - 2] = counted_positions(sample.loss_mask)
+    features = _padded(samples, shape[1] + 1, device)
+    inputs, targets = features[:, :-1].float(), features[:, 1:]
+    if noise:
+        seeds = [_key(seed, _NOISE, epoch, index) for index in indices]
+        added = feature_noise(seeds, lengths, source.hidden_size, noise, device)
+        inputs = inputs + added[:, : shape[1]]
+    is_padding = torch.arange(shape[1]) >= torch.tensor(lengths)[:, None] - 2
+    inputs = inputs.masked_fill(device.there(is_padding)[..., None], 0.0)
     return Batch(
-        tuple(indices), inputs, next_tokens.to(device), targets, is_counted.to(device), num_tokens
+        tuple(indices),
+        is_counted,
+        device.there(is_counted.flatten().nonzero()[:, 0]),
+        sum(lengths),
+        inputs,
+        device.there(next_tokens),
+        targets,
     )
 
 
 @dataclass(frozen=True)
-class ExitBatch:
-    """B sequences of m positions, padded at the end; T tapped layers, H the hidden size."""
+class ExitBatch(_Batch):
+    """Sequences with the outputs of T tapped layers; H is the hidden size. Position t counts where
+    token t + 1 is to be predicted."""
 
-    indices: tuple[int, ...]
-    """``[B]``"""
     states: torch.Tensor
     """``[B, m, T + 1, H]`` float32: what the tapped layers give for token t, then its feature."""
-    is_counted: torch.Tensor
-    """``[B, m]`` bool: token t + 1 is to be predicted."""
     draw_seeds: tuple[int, ...]
     """``[B]``: of the noise that samples the tokens of each sequence."""
-    num_tokens: int
-    """Without padding."""
 
     def bad_rows(self) -> list[int]:
         """The sequences whose features are not finite."""
@@ -159,7 +172,7 @@ def collate_exits(
     *,
     seed: int,
     epoch: int,
-    device: torch.device,
+    device: Device,
 ) -> ExitBatch:
     """Read sequences with tapped layers and pad them to the longest.
 
@@ -170,26 +183,56 @@ def collate_exits(
         device: of the batch.
     """
     samples = source.batch(indices)
-    num_positions = max(1, max(len(sample.token_ids) for sample in samples) - 1)
+    lengths = [len(sample.token_ids) for sample in samples]
+    num_positions = max(1, max(lengths) - 1)
     width = samples[0].features.shape[1] // source.hidden_size
-    shape = (len(samples), num_positions)
-    states = torch.zeros(*shape, width, source.hidden_size, device=device)
-    is_counted = torch.zeros(shape, dtype=torch.bool)
+    is_counted = torch.zeros(len(samples), num_positions, dtype=torch.bool)
+    for row, (length, sample) in enumerate(zip(lengths, samples, strict=True)):
+        is_counted[row, : length - 1] = sample.loss_mask[1:]
+    states = _padded(samples, num_positions, device).unflatten(2, (width, -1)).float()
+    return ExitBatch(
+        tuple(indices),
+        is_counted,
+        device.there(is_counted.flatten().nonzero()[:, 0]),
+        sum(lengths),
+        states,
+        tuple(_key(seed, _DRAWS, epoch, index) for index in indices),
+    )
+
+
+def _padded(samples: Sequence[Sample], num_rows: int, device: Device) -> torch.Tensor:
+    """``[B, num_rows, W]``: each sample's features but the last, then zeros.
+
+    Put together where they lie, so that those of the host go up in one copy, in their own dtype.
+    """
+    first = samples[0].features
+    padded = first.new_zeros(len(samples), num_rows, first.shape[1])
     for row, sample in enumerate(samples):
-        part = (row, slice(len(sample.token_ids) - 1))
-        states[part] = sample.features[:-1].to(device).unflatten(1, (width, -1)).float()
-        is_counted[part] = sample.loss_mask[1:]
-    seeds = tuple(_key(seed, _DRAWS, epoch, index) for index in indices)
-    num_tokens = sum(len(sample.token_ids) for sample in samples)
-    return ExitBatch(tuple(indices), states, is_counted.to(device), seeds, num_tokens)
+        padded[row, : len(sample.features) - 1] = sample.features[:-1]
+    return device.there(padded)
 
 
 def feature_noise(
-    random: torch.Generator, length: int, hidden_size: int, width: float
+    seeds: Sequence[int], lengths: Sequence[int], hidden_size: int, width: float, device: Device
 ) -> torch.Tensor:
-    """``[length, H]`` float32: ``(rand - 0.5) * width * 512 / length``, as EAGLE's."""
-    values = torch.rand(length, hidden_size, generator=random, device=random.device)
-    return values.sub_(0.5).mul_(width * _NOISE_LENGTH / length)
+    """``(rand - 0.5) * width * 512 / length``, as EAGLE's.
+
+    Args:
+        seeds: of B sequences.
+        lengths: of theirs.
+        hidden_size: H
+        width: for sequences of 512 tokens.
+        device: where it is made; another kind of device makes other numbers.
+
+    Returns:
+        ``[B, m, H]`` float32; what lies behind a sequence's length is anything.
+    """
+    noise = device.empty(len(seeds), max(lengths), hidden_size)
+    random = torch.Generator(device.place)
+    for rows, seed, length in zip(noise, seeds, lengths, strict=True):
+        rows[:length].uniform_(generator=random.manual_seed(seed))
+    widths = torch.tensor([width * _NOISE_LENGTH / length for length in lengths])
+    return noise.sub_(0.5).mul_(device.there(widths)[:, None, None])
 
 
 def _key(seed: int, purpose: int, epoch: int, index: int) -> int:

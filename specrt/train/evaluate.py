@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from specrt.device import Device
 from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
 
@@ -29,11 +30,11 @@ class TargetTables:
     head: torch.Tensor
     """``[V, H]``; may be ``embed`` itself."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> TargetTables:
-        """The same in another place and dtype."""
-        embed = self.embed.to(device, dtype)
+    def to(self, device: Device, dtype: torch.dtype) -> TargetTables:
+        """The same, which are the host's, in another place and dtype."""
+        embed = device.moved(self.embed.to(dtype))
         is_tied = self.head is self.embed
-        return TargetTables(embed, embed if is_tied else self.head.to(device, dtype))
+        return TargetTables(embed, embed if is_tied else device.moved(self.head.to(dtype)))
 
 
 @dataclass(frozen=True)

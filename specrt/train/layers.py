@@ -5,6 +5,8 @@ Shapes: B sequences, m positions each, H hidden size, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -103,6 +105,18 @@ class Rope(nn.Module):
     def _made(self, num_positions: int) -> torch.Tensor:
         config = self._config
         return rope_table(config.head_dim, config.rope_theta, num_positions, config.rope_scaling)
+
+
+def product_flop(module: nn.Module, inputs_alone: Sequence[nn.Module] = ()) -> int:
+    """Of a row of a module's matrix products, forward and back.
+
+    Args:
+        module: whose linear layers are each run once.
+        inputs_alone: those whose inputs ask for no gradient.
+    """
+    num_products = {id(layer): 2 for layer in inputs_alone}
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(2 * num_products.get(id(layer), 3) * layer.weight.numel() for layer in linear)
 
 
 def _rotated(heads: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:

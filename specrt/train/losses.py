@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-# Logits of this many elements are made at a time: on a CPU they then stay in its caches, and on
-# large vocabularies the whole would not fit any memory.
-_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
+from specrt.train.device import TrainDevice
+
 TOP = 3
 
 Watch = Callable[[slice, torch.Tensor, torch.Tensor], None]
@@ -44,11 +43,31 @@ def counted_positions(loss_mask: torch.Tensor) -> torch.Tensor:
     return loss_mask[..., 2:]
 
 
+class FrozenHead:
+    """The target's LM head, and how the losses behind it are computed.
+
+    Args:
+        weight: ``[V, H]``, frozen; its dtype is that of the logits' products.
+        device: where it lies.
+    """
+
+    def __init__(self, weight: torch.Tensor, device: TrainDevice | None = None) -> None:
+        device = device or TrainDevice()
+        self.weight = weight
+        self.num_rows = max(1, device.num_logits // len(weight))
+        """Whose logits are made at a time."""
+        self.divergence = device.fused(_divergence)
+
+    def counter(self) -> HitCounter:
+        """Of hits, from nought."""
+        return HitCounter(self.weight.new_zeros(TOP, dtype=torch.float32))
+
+
 def draft_losses(
     predicted: torch.Tensor,
     regressed: torch.Tensor,
     features: torch.Tensor,
-    head: torch.Tensor,
+    head: FrozenHead,
     *,
     has_hits: bool = True,
 ) -> Losses:
@@ -58,12 +77,12 @@ def draft_losses(
         predicted: ``[N, H]``: p_t.
         regressed: ``[N, H]``: r_t.
         features: ``[N, H]``: the target's f_{t+1}.
-        head: ``[V, H]``, frozen; its dtype is that of the logits' products.
+        head: the target's.
         has_hits: count hits too, which takes as long as a tenth of the losses.
     """
     features = features.float()
     regression = functional.smooth_l1_loss(regressed.float(), features, reduction="none")
-    hits = HitCounter(head.device)
+    hits = head.counter()
     watch = hits if has_hits else None
     classification = soft_cross_entropy(predicted, features, head, watch)
     return Losses(regression.mean(-1).sum(), classification, hits.sums)
@@ -72,7 +91,7 @@ def draft_losses(
 def soft_cross_entropy(
     predicted: torch.Tensor,
     features: torch.Tensor,
-    head: torch.Tensor,
+    head: FrozenHead,
     watch: Watch | None = None,
 ) -> torch.Tensor:
     """The drafter's law against the target's, without ever holding all logits.
@@ -80,7 +99,7 @@ def soft_cross_entropy(
     Args:
         predicted: ``[N, H]``: what the drafter gives to the head.
         features: ``[N, H]``: what the target gives to it.
-        head: ``[V, H]``, frozen; its dtype is that of the products.
+        head: the target's.
         watch: called with the logits of every part of the rows, in order.
 
     Returns:
@@ -93,11 +112,14 @@ def soft_cross_entropy(
 
 
 class HitCounter:
-    """A :data:`Watch` that counts how often the target's likeliest token is among the best."""
+    """A :data:`Watch` that counts how often the target's likeliest token is among the best.
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(TOP, device=device)
-        """``[3]`` float32: rows with it among the drafter's 1, 2, 3 best."""
+    Args:
+        sums: ``[3]`` float32 zeros: rows with it among the drafter's 1, 2, 3 best.
+    """
+
+    def __init__(self, sums: torch.Tensor) -> None:
+        self.sums = sums
 
     def __call__(self, rows: slice, target: torch.Tensor, draft: torch.Tensor) -> None:
         self.sums += _hits(draft, target.argmax(-1))
@@ -111,22 +133,22 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         predicted: torch.Tensor,
         features: torch.Tensor,
-        head: torch.Tensor,
+        head: FrozenHead,
         watch: Watch | None,
     ) -> torch.Tensor:
         gradient = torch.empty_like(predicted)
-        loss = torch.zeros((), device=head.device)
-        rows = max(1, _CHUNK.get(head.device.type, _CHUNK["cpu"]) // len(head))
-        with torch.autocast(head.device.type, enabled=False):
-            for start in range(0, len(predicted), rows):
-                part = slice(start, start + rows)
-                target = _logits(features[part], head)
-                draft = _logits(predicted[part], head)
+        weight = head.weight
+        loss = weight.new_zeros((), dtype=torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            for start in range(0, len(predicted), head.num_rows):
+                part = slice(start, start + head.num_rows)
+                target = features[part].to(weight.dtype) @ weight.T
+                draft = predicted[part].to(weight.dtype) @ weight.T
                 if watch is not None:
-                    watch(part, target, draft)
-                target, draft = target.softmax(-1), draft.log_softmax(-1)
-                loss -= torch.dot(target.view(-1), draft.view(-1))
-                gradient[part] = (draft.exp_() - target).to(head.dtype) @ head
+                    watch(part, target.float(), draft.float())
+                gained, by_logits = head.divergence(target, draft)
+                loss -= gained
+                gradient[part] = by_logits @ weight
         ctx.save_for_backward(gradient)
         return loss
 
@@ -136,13 +158,21 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * grad_outputs[0], None, None, None
 
 
-def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    return (rows.to(head.dtype) @ head.T).float()
+def _divergence(target: torch.Tensor, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits ``[n, V]``: the log-likelihood of the target's law under the drafter's, summed over
+    the rows, ``[]`` float32, and its negative's gradient by the drafter's logits, in their dtype.
+
+    Laws are float32, each made in one pass over the logits' own dtype.
+    """
+    law, log_law = target.softmax(-1, torch.float32), draft.log_softmax(-1, torch.float32)
+    gained = torch.dot(law.view(-1), log_law.view(-1))
+    return gained, (log_law.exp_() - law).to(draft.dtype)
 
 
 def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """``[3]``: rows whose ``wanted`` token is among the 1, 2, 3 best (the earlier one on ties)."""
     value = logits.gather(1, wanted[:, None])
-    is_earlier = torch.arange(logits.shape[1], device=logits.device) < wanted[:, None]
+    tokens = torch.arange(logits.shape[1], out=wanted.new_empty(logits.shape[1]))
+    is_earlier = tokens < wanted[:, None]
     rank = ((logits > value) | ((logits == value) & is_earlier)).sum(1)
     return torch.stack([(rank < k).sum() for k in range(1, TOP + 1)]).float()

@@ -17,22 +17,23 @@ from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
 from specrt.train.data.dataset import Dataset, read_examples
+from specrt.train.device import TrainDevice
 from specrt.train.eesd.module import read_last_layer
 from specrt.train.eesd.task import EesdTask
 from specrt.train.evaluate import TargetTables
 from specrt.train.features.cache import cache_features
 from specrt.train.features.cache_index import weights_hash
-from specrt.train.features.source import FeatureSource, OnlineFeatures
+from specrt.train.features.source import FeatureSource, HeldFeatures, OnlineFeatures
 from specrt.train.fspad.task import FspadTask
 from specrt.train.loop.lock import hold_directory
 from specrt.train.loop.options import DataOptions, EesdOptions, FspadOptions, TrainOptions
 from specrt.train.loop.processes import leave, make_accelerator
 from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
-from specrt.train.loop.trainer import Outcome, Trainer, run_identity
+from specrt.train.loop.trainer import Outcome, Trainer, TrainingError, run_identity
 from specrt.train.task import TrainData, TrainTask
 
-ONLINE = "online"
+ONLINE, MEMORY = "online", "memory"
 _FEATURES_FOLDER = "features"
 _LOG_FOLDER = "tensorboard"
 _MAX_SHOWN = 16  # tokens of a sequence that an error names
@@ -113,15 +114,30 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
         CheckpointError: the target, or cached features, are missing, broken or do not belong.
         ValueError: bad data, an option out of range or at odds with an earlier run in ``out``, or
             another process at work there.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a GPU's memory is not enough.
         OSError: a file cannot be read or written.
     """
     accelerator = make_accelerator(options)
     # The main process holds it for all of its run's.
     with hold_directory(job.out) if accelerator.is_main_process else nullcontext():
-        outcome = _train(job, options, task, accelerator)
+        try:
+            outcome = _train(job, options, task, accelerator)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(_smaller(job, options, accelerator, error)) from error
     leave(accelerator)
     return outcome
+
+
+def _smaller(
+    job: TrainJob, options: TrainOptions, accelerator: Accelerator, error: Exception
+) -> str:
+    """What would take less of a GPU's memory."""
+    said = str(error).strip().splitlines()
+    return (
+        f"out of memory on {accelerator.device}: lower --batch ({options.batch_size}) or "
+        f"--max-length ({job.data.max_length}), raise --accumulate ({options.accumulation_steps}), "
+        f"or keep features on disk (--features DIRECTORY); torch says: {said[0] if said else ''}"
+    )
 
 
 def _train(
@@ -187,10 +203,15 @@ def _features(
     *,
     is_online: bool,
 ) -> FeatureSource:
-    """The target's features, computed when asked for or once for all."""
-    device = accelerator.device
+    """The target's features, computed when asked for, or once for all and held or kept on disk."""
+    device = TrainDevice.at(accelerator.device)
     if is_online:
-        return OnlineFeatures(dataset, job.target, device=device, taps=taps)
+        return OnlineFeatures(dataset, job.target, device=device.place, taps=taps)
+    hidden_size = ModelConfig.from_directory(job.target).hidden_size
+    num_bytes = HeldFeatures.num_bytes(dataset, hidden_size, len(taps))
+    is_held = accelerator.num_processes == 1 and num_bytes < device.feature_room
+    if job.data.features == MEMORY or (job.data.features is None and is_held):
+        return HeldFeatures(dataset, job.target, device, taps)
     folder = Path(job.data.features) if job.data.features else job.out / _FEATURES_FOLDER
     with accelerator.main_process_first():
-        return cache_features(folder, dataset, job.target, device=device, taps=taps)
+        return cache_features(folder, dataset, job.target, device=device.place, taps=taps)

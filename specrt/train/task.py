@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from specrt.train.device import TrainDevice
 from specrt.train.features.source import FeatureSource
 
 
@@ -28,8 +29,8 @@ class TaskBatch(Protocol):
     """Some sequences as a task collated them."""
 
     @property
-    def is_counted(self) -> torch.Tensor:
-        """``[B, m]`` bool: the positions whose losses count."""
+    def num_counted(self) -> int:
+        """Positions whose losses count."""
         ...
 
     @property
@@ -63,7 +64,7 @@ class TrainTask(Protocol):
         """JSON values that a run must share with the one it takes up."""
         ...
 
-    def start(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def start(self, device: TrainDevice, dtype: torch.dtype) -> nn.Module:
         """The module as training begins; the target's tables go to ``device`` in ``dtype``."""
         ...
 
@@ -73,6 +74,11 @@ class TrainTask(Protocol):
 
     def losses(self, module: Any, batch: Any, *, has_hits: bool) -> StepLosses:
         """Run the module, as ``accelerate`` wrapped it, on a batch it collated."""
+        ...
+
+    def num_flop(self, batch: Any) -> int:
+        """Of the matrix products of a step's share, forward and back, attention's left out: those
+        of the batch's shape, padding included, two for each multiplication and addition."""
         ...
 
     def clip_groups(self, module: Any) -> list[list[nn.Parameter]]:

@@ -25,12 +25,15 @@ from specrt.draft.base import (
     DraftParams,
     LaunchedDrafter,
     RootsAlone,
+    RoundPlan,
     StageTimes,
 )
 from specrt.draft.length.costs import RoundCost
+from specrt.models.launched_run import LaunchedRun
+from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
 from specrt.ops.history_append import report_size
-from specrt.sampling import SamplingParams, SamplingRows
+from specrt.sampling import SamplingParams, SamplingRows, sampling_row
 from specrt.tree import Settler
 from specrt.types import AcceptResult, DraftTree, Proposal, SequenceState
 
@@ -86,7 +89,9 @@ class Rounds:
         self._settler = Settler(vocab_size, device)
         self._accepting = Accepting(vocab_size, device)
         self.states = [
-            SequenceState(list(p), len(p), _ROOM, s.seed or 0, s.temperature)
+            SequenceState(
+                list(p), len(p), _ROOM, s.seed or 0, s.temperature, sampling_row(s, len(p))
+            )
             for p, s in zip(prompts, params, strict=True)
         ]
         cache = model.new_cache()
@@ -117,8 +122,13 @@ class Rounds:
             self._cached,
             rows.table(len(prompts)),
         )
+        self._runs: dict[RoundPlan, LaunchedRun] = {}
         self.trees: list[Proposal] = []
         """What was proposed, round by round, on the host."""
+
+    def shape(self, draft: DraftParams) -> None:
+        """Ask for trees of another shape from now on."""
+        self._budget = Budget(self._budget.max_nodes, self._budget.cost, draft)
 
     def launched(self, count: int) -> None:
         """Run so many rounds, each launched before the one before it was read."""
@@ -127,8 +137,7 @@ class Rounds:
         for _ in range(count):
             plan = drafter.plan(self.states, self._budget)
             assert plan is not None
-            with only_launches(self._model.device):
-                proposal = drafter.launch_propose(plan, self.tables)
+            proposal = self._launched(drafter, plan)
             tree, result, taps, report = self._verify(proposal)
             with only_launches(self._model.device):
                 drafter.launch_observe(plan, self.tables, tree, result, taps)
@@ -141,6 +150,7 @@ class Rounds:
     def told_at_once(self, count: int) -> None:
         """Run so many rounds by ``propose`` and ``observe``."""
         for _ in range(count):
+            self._budget.lower = LowerLayers(self._model, self._cached, self.tables.roots)
             proposal = self.drafter.propose(self.states, self._budget)
             tree, result, taps, report = self._verify(proposal)
             read = Read(self._model.device.read(report).numpy(), tree.draft_tokens.shape[1])
@@ -157,6 +167,21 @@ class Rounds:
     def finish(self) -> None:
         for state in self.states:
             self.drafter.finish(state)
+
+    def _launched(self, drafter: LaunchedDrafter, plan: RoundPlan) -> Proposal:
+        """What it launches; if it runs layers of the target, what stands where they write it."""
+        if plan.num_layers == 0:
+            with only_launches(self._model.device):
+                return drafter.launch_propose(plan, self.tables)
+        if plan not in self._runs:
+            sizes = plan.num_layers, plan.num_nodes - 1
+            self._runs[plan] = LaunchedRun(self._model, self._cached, self.tables.roots, *sizes)
+        run = self._runs[plan]
+        with only_launches(self._model.device), run.lent():
+            proposal = drafter.launch_propose(plan, replace(self.tables, lower=run))
+        chains = run.taken(proposal)
+        assert chains is not None, "another proposal than the run's"
+        return chains
 
     def _verify(
         self, proposal: Proposal

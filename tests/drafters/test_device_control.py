@@ -135,6 +135,32 @@ def test_memories_are_not_mixed_and_nothing_waits(
         assert play(DeviceControl(options, gpu), gpu, 12) == expected
 
 
+def test_rounds_that_are_launched_ahead_learn_what_others_do(backend: Backend) -> None:
+    """One round's buffers serve all; lengths are the device's, forgetting is said beforehand."""
+    device, believed = device_of(backend), []
+    ends = [device.there(torch.tensor([9, 9 + 2 * number], dtype=torch.int32)) for number in (0, 1)]
+    for is_ahead in (False, True):
+        control = DeviceControl(ControlOptions("beta-ts", max_draft=STEPS), device)
+        states = [sequence(seed) for seed in range(2)]
+        for state in states:
+            control.start(state)
+        round_ = control.new_round(2)
+        for number, position in enumerate(ends):
+            round_.stage(control, states, COSTS, None if is_ahead else position.tolist())
+            round_.expect(1 + number)
+            score = device.there(torch.tensor([-0.1, -0.9]))
+            for step in range(STEPS + 1):
+                said = score if step else None
+                round_.decide(step, said, position=position if is_ahead else None)
+            if is_ahead:
+                round_.launch_update(round_.length)
+            else:
+                round_.update(control, states, round_.length, 1 + number)
+        rows = device.read(control.beliefs).tolist()
+        believed.append((rows, device.read(round_.drafted).tolist()))
+    assert believed[0] == believed[1]
+
+
 def test_caps_bound_what_is_drafted(backend: Backend) -> None:
     control = DeviceControl(ControlOptions("fixed", max_draft=4, draft_len=4), device_of(backend))
     states = [sequence(seed) for seed in range(4)]

@@ -63,7 +63,20 @@ def tau(engine: Engine, asked: list[list[int]], params: SamplingParams = GREEDY)
 # --- output ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# In 16 bits one setting is enough of a quick run.
+MORE = [
+    pytest.param(torch.bfloat16, name, marks=pytest.mark.slow)
+    for name in SETTINGS
+    if name != "seed"
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [*((torch.float32, name) for name in SETTINGS), (torch.bfloat16, "seed"), *MORE],
+    indirect=["model"],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", CONTROLLERS)
 def test_output_is_plain_decoding(model: LlamaModel, folder: Path, kind: str, setting: str) -> None:
     asked, params = prompts(6, VOCAB), SETTINGS[setting]

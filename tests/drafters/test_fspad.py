@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,19 @@ def model(request: pytest.FixtureRequest, checkpoint: Path) -> LlamaModel:
 
 CASES = [("fspad", setting) for setting in SETTINGS]
 CASES += [(arch, "seed") for arch in ARCHS if arch != "fspad"]
+IN_16_BITS = ("fspad", "seed")
+"""The one of them whose weights are so in the quick tests too."""
 
 
-@pytest.mark.parametrize(("arch", "setting"), CASES)
+def _cases() -> Iterator[object]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in CASES:
+            is_slow = dtype == torch.bfloat16 and case != IN_16_BITS
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(dtype, *case, marks=marks, id=f"{dtype}-{'-'.join(case)}")
+
+
+@pytest.mark.parametrize(("model", "arch", "setting"), list(_cases()), indirect=["model"])
 def test_bits_do_not_change(
     model: LlamaModel, drafters: dict[str, Path], arch: str, setting: str
 ) -> None:

@@ -21,6 +21,7 @@ from specrt.draft.fspad.checkpoint import (
 )
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, Rows
+from specrt.draft.kind import DraftWindow
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.models.gate_up import interleaved
@@ -83,8 +84,10 @@ CASES: list[Case] = [
     ("fspad", "seed", SHAPE, {}),
     ("fspad", "greedy", None, {}),
     ("fspad", "seed", None, {"control": BY_CHANCE, "fold": True}),
-    ("eagle2", "greedy", SHAPE, {"fold": False}),
+    ("eagle2", "greedy", SHAPE, {"fold": False, "window": DraftWindow(20, 2)}),
     ("reduced", "seed", SHAPE, {"fold": False}),
+    ("fspad", "seed", SHAPE, {"fold": False, "weights": "fp8"}),
+    ("fspad", "greedy", SHAPE, {"fold": True, "weights": "fp8", "hot_tokens": range(5, VOCAB)}),
 ]
 MORE_CASES: list[Case] = [
     (arch, setting, shape, {"fold": is_folded})
@@ -176,7 +179,7 @@ class Scripted:
         monkeypatch.setattr(drafter.layer, "finish", self.finish)
 
     def finish(
-        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, regressed: Any
+        self, q: Any, ancestors: Any, rows: Rows, cache: Any, work: Activations, *rest: Any
     ) -> torch.Tensor:
         logits = work.logits[: rows.depth.numel()]
         script = (4 * torch.randn(logits.shape, generator=self._rng)).round(decimals=1)  # ties
@@ -243,7 +246,7 @@ def test_pairs_of_undrafted_rounds_are_caught_up(
 
 
 class Counted:
-    """What a drafter's proposals take, as they are made."""
+    """What a drafter's proposals take, as they are made, where no round is launched ahead."""
 
     def __init__(self, drafter: FspadDrafter, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
         self._drafter, self._gpu, self._propose = drafter, gpu, drafter.propose
@@ -251,6 +254,7 @@ class Counted:
         self.rounds: list[tuple[int, int, int, int]] = []
         """Of each: reads before it, its launches, its uploads, the most pairs of a sequence."""
         self.sizes: set[int] = set()
+        monkeypatch.setattr(drafter, "plan", lambda states, budget: None)
         monkeypatch.setattr(drafter, "propose", self.propose)
         monkeypatch.setattr(gpu, "upload", self.upload)
 
@@ -269,9 +273,9 @@ class Counted:
         return proposal
 
 
-FIRST_STEP = 8
-"""Launches of the accepted pairs' step: gather, norm and activation of feature sampling; append,
-attention and norm of the layer; expand's two."""
+FIRST_STEP = 6
+"""Launches of the accepted pairs' step: feature sampling's norm; append, attention and norm of the
+layer; expand's two."""
 
 
 @only_simulated

@@ -17,6 +17,7 @@ from specrt.draft.eesd.checkpoint import (
     write_exit,
 )
 from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.launched import LaunchedEesdDrafter
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.eesd.on_device import DeviceEesdDrafter
 from specrt.draft.length.control import ControlOptions
@@ -70,8 +71,13 @@ def make_device_drafter(
     model: LlamaModel, path: Path, kind: str = "calibration-ts", **options: object
 ) -> DeviceEesdDrafter:
     """As :func:`make_drafter`, on the model's GPU."""
-    config = read_exit(path, model.config)
-    weights = load_exit(path, config, model.weights, model.device)
-    exit_model = ExitModel(config, weights, model)
-    control = ControlOptions(kind=kind, **options)  # type: ignore[arg-type]
-    return DeviceEesdDrafter(exit_model, control, costs=COSTS)
+    like = make_drafter(model, path, kind, **options)
+    return DeviceEesdDrafter(like.exit_model, like.control.options, costs=COSTS)
+
+
+def make_launched_drafter(
+    model: LlamaModel, path: Path, kind: str = "calibration-ts", **options: object
+) -> LaunchedEesdDrafter:
+    """As :func:`make_device_drafter`, whose rounds may be launches alone."""
+    like = make_drafter(model, path, kind, **options)
+    return LaunchedEesdDrafter(like.exit_model, like.control.options, costs=COSTS)

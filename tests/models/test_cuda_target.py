@@ -237,7 +237,16 @@ SETTINGS: Mapping[str, SamplingParams] = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("checkpoint", "setting"),
+    [
+        ("llama", "greedy"),
+        ("llama", "seed"),
+        ("qwen3", "seed"),
+        pytest.param("qwen3", "greedy", marks=pytest.mark.slow),
+    ],
+    indirect=["checkpoint"],
+)
 def test_speculation_changes_nothing(checkpoint: Path, backend: Backend, setting: str) -> None:
     model, params = make_model(checkpoint, backend), SETTINGS[setting]
     expected = texts(make_engine(model, max_batch=1).generate(PROMPTS, params))

@@ -2,8 +2,9 @@
 
 Under ``simt`` a wrapper of ``specrt.ops`` calls ``tests/simt/_simt*.so``, where the CUDA sources
 are compiled as C++ and CPU tensors count as those of GPU 0; so a test's body is the same three
-ways. A module may name the schedules of threads that its kernels run under, ``SIMT_SCHEDULES``. A
-test marked ``tensor_cores`` runs once more with each GPU's sums that the mark names.
+ways. A module may name the schedules of threads that its kernels run under, ``SIMT_SCHEDULES``;
+tests of all but the first are slow ones. A test marked ``tensor_cores`` runs once more with each
+GPU's sums that the mark names.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("gpu"):  # the module's fixtures ask, not the test
         metafunc.parametrize("backend", [pytest.param(("cuda",), id="cuda")], indirect=True)
         return
-    seeds = getattr(metafunc.module, "SIMT_SCHEDULES", (1,))
-    simt = [
-        pytest.param(("simt", seed, "ieee"), id="simt" if len(seeds) == 1 else f"simt{seed}")
-        for seed in seeds
+    first, *others = getattr(metafunc.module, "SIMT_SCHEDULES", (1,))
+    simt = [pytest.param(("simt", first, "ieee"), id=f"simt{first}" if others else "simt")]
+    simt += [
+        pytest.param(("simt", seed, "ieee"), id=f"simt{seed}", marks=pytest.mark.slow)
+        for seed in others
     ]
     for mark in metafunc.definition.iter_markers("tensor_cores"):
-        simt += [pytest.param(("simt", seeds[0], gpu), id=f"simt_{gpu}") for gpu in mark.args]
+        simt += [pytest.param(("simt", first, gpu), id=f"simt_{gpu}") for gpu in mark.args]
     cases = [pytest.param(("cpu",), id="cpu"), *simt, needs_gpu(("cuda",), id="cuda")]
     metafunc.parametrize("backend", cases, indirect=True)
 

@@ -11,7 +11,7 @@ from specrt import _C, ops
 from tests.ops.conftest import Backend, OnAnotherGpu
 
 Tensor = torch.Tensor
-SIMT_SCHEDULES = (0, 1)
+SIMT_SCHEDULES = (1, 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(one, other) for one in DTYPES for other in DTYPES]
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -88,6 +88,26 @@ def test_what_is_no_token_is_the_nearest(backend: Backend, width: int) -> None:
     assert torch.equal(got.cpu(), table[[0, 0, 0, 5, 5, 5]])
 
 
+def test_columns_and_which_rows_they_were(backend: Backend) -> None:
+    """Of wider tables, whose other columns stay as they are."""
+    table = table_of(6, 64).to(backend.device)
+    tokens = i32(*range(-3, 9)).view(4, 3).to(backend.device)
+    ids = torch.full((4, 2), 9, dtype=torch.int32, device=backend.device)
+    got = ops.embed(tokens[:, 1], table, ids=ids[:, 1])
+    assert ids.tolist() == [[9, 0], [9, 1], [9, 4], [9, 5]]
+    assert torch.equal(got, table[[0, 1, 4, 5]])
+
+
+@pytest.mark.parametrize("width", [5, 2056])
+def test_a_closed_level_has_no_rows(backend: Backend, width: int) -> None:
+    table, tokens = table_of(6, width).to(backend.device), i32(2, 9, -4).to(backend.device)
+    out, ids = torch.zeros(3, width, device=backend.device), torch.zeros_like(tokens)
+    for flags, wanted in (((0, 0), [-1] * 3), ((0, -1), [2, 5, 0])):
+        ops.embed(tokens, table, out, ids=ids, is_open=i32(*flags).to(backend.device))
+        assert ids.tolist() == wanted
+        assert torch.equal(out, table[wanted] if any(flags) else out * 0)
+
+
 @pytest.mark.parametrize(("dtype", "wanted"), PAIRS)
 def test_instruction_sets_and_threads(dtype: torch.dtype, wanted: torch.dtype) -> None:
     table, tokens = table_of(70, 1003, dtype), torch.arange(70, dtype=torch.int32).flip(0)
@@ -125,6 +145,9 @@ def test_nothing_to_do(backend: Backend, rows: int, vocab: int, width: int) -> N
         ({"table": torch.zeros(8, 4).t()}, "table: the last dimension must be contiguous"),
         ({"out": torch.zeros(2, 8).int()}, "out: expected float32, bfloat16 or float16"),
         ({"out": torch.zeros(8, 2).t()}, "out: the last dimension must be contiguous"),
+        ({"ids": i32(0, 0, 0)}, r"ids: expected \[M\] = \[2\] int32, got \[3\] int32"),
+        ({"ids": torch.zeros(2, 1).int()}, r"ids: expected \[M\]"),
+        ({"is_open": torch.zeros(2)}, r"is_open: expected \[B\] = \[\*\] int32, got"),
     ],
 )
 def test_wrong_arguments_are_named(
@@ -140,6 +163,11 @@ def test_shared_memory_is_named(backend: Backend) -> None:
     memory = torch.zeros(6, 8, device=backend.device)
     with pytest.raises(ValueError, match="^table: expected memory that is not out's"):
         ops.embed(i32(0, 1).to(backend.device), memory[:4], memory[3:5])
+    ids = torch.zeros(4, dtype=torch.int32, device=backend.device)
+    for other in ({"is_open": ids[1:3]}, {"tokens": ids[::2]}):
+        given = {"tokens": i32(0, 1).to(backend.device), **other}
+        with pytest.raises(ValueError, match="^(tokens|is_open): expected memory that is not ids'"):
+            ops.embed(**given, table=memory[:4], out=memory[4:], ids=ids[2:])
 
 
 @pytest.mark.parametrize("name", ["table", "out"])

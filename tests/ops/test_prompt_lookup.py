@@ -16,7 +16,7 @@ from tests.ops.conftest import Backend, OnAnotherGpu
 from tests.oracles.prompt_lookup import Drafted, Search, draft
 
 Tensor = torch.Tensor
-SIMT_SCHEDULES = (0, 1)
+SIMT_SCHEDULES = (1, 0)
 POISON = -77
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 HOSTILE = (INT_MIN, INT_MIN + 1, -2, -1, 0, 1, 2, INT_MAX - 1, INT_MAX)

@@ -50,6 +50,8 @@ class Case:
     k: Tensor  # [prefix + N, Hkv, d], in the cache's dtype
     v: Tensor
     generator: torch.Generator
+    window: int | None = None
+    num_sinks: int = 0
 
     @property
     def scale(self) -> float:
@@ -57,7 +59,9 @@ class Case:
 
     def visible(self, node: int) -> list[int]:
         tree = [self.prefix + j for j in lineage(self.parents, node)]
-        return [*range(self.prefix), *tree]
+        first = 0 if self.window is None else max(0, self.prefix - self.window)
+        sinks = range(min(self.num_sinks, first))
+        return [*sinks, *range(first, self.prefix), *tree]
 
 
 def make_case(
@@ -97,11 +101,13 @@ def workspace_for(
     table: Tensor,
     k_cache: Tensor,
     plan: ops.AttentionPlan | None = None,
+    max_seen: int | None = None,
 ) -> Tensor | None:
     """Poisoned, but for the tickets."""
     if not backend.runs_cuda_source:
         return None
     (size, nodes, heads, dim), max_len = q.shape, table.shape[1] * k_cache.shape[1]
+    max_len = min(max_len, max_seen or max_len)
     sizes = size, heads, k_cache.shape[2], dim, nodes, max_len
     floats = ops.tree_attention_workspace(*sizes, backend.device, plan)
     workspace = torch.full((floats,), float("nan"), device=backend.device)
@@ -134,8 +140,10 @@ def run(
     ]  # fmt: skip
     args = [tensor.to(backend.device) for tensor in args]
     out = torch.full_like(args[0], float("nan"))
-    workspace = workspace_for(backend, args[0], args[3], args[1], plan)
-    tree_attention(*args, case.scale, out, workspace, plan=plan)
+    seen = case.window and case.window + case.num_sinks
+    workspace = workspace_for(backend, args[0], args[3], args[1], plan, seen)
+    options = {"window": case.window, "num_sinks": case.num_sinks}
+    tree_attention(*args, case.scale, out, workspace, plan=plan, **options)
     if workspace is not None:
         assert (workspace[:NUM_TICKETS].view(torch.int32) == 0).all()
     out = out.cpu()
@@ -493,7 +501,7 @@ def test_what_a_gpu_asks_beyond_the_cpu_is_named(
         args["out"] = torch.zeros_like(args["q"])  # type: ignore[arg-type]
     kernel = simt() if backend.name == "simt" else _C
     with pytest.raises(ValueError, match=f"^{name}:"):
-        kernel.tree_attention(*args.values(), None, None, None, None, 0, 0)  # type: ignore[attr-defined]
+        kernel.tree_attention(*args.values(), *[None] * 4, 0, 0, 0, 0, None)  # type: ignore[attr-defined]
 
 
 def test_more_rows_than_a_tree_has_are_refused(backend: Backend) -> None:

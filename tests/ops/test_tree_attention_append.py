@@ -12,15 +12,21 @@ from specrt.ops.tree_attention import tree_attention
 from tests.ops.conftest import Backend
 from tests.ops.test_tree_attention import Tensor, batch_arguments, make_case, same_bits
 
+SHAPES = [((0, 0, 0), 64), ((0, 0, 0), 80), ((0, 0, 0), 96), ((0, 0, 0), 128), ((3, 1, 5), 64)]
 
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+
 @pytest.mark.parametrize(
-    ("first_node", "dim"),
-    [((0, 0, 0), 64), ((0, 0, 0), 80), ((0, 0, 0), 96), ((0, 0, 0), 128), ((3, 1, 5), 64)],
+    ("first_node", "dim", "heads", "window"),
+    [(*shape, heads, None) for shape in SHAPES for heads in ((4, 4), (8, 2))]
+    + [((3, 1, 5), 64, (8, 2), 60)],
     ids=str,
 )
 def test_appending_on_the_way_is_rope_append_before_it(
-    backend: Backend, first_node: tuple[int, ...], dim: int, heads: tuple[int, int]
+    backend: Backend,
+    first_node: tuple[int, ...],
+    dim: int,
+    heads: tuple[int, int],
+    window: int | None,
 ) -> None:
     dtype = torch.bfloat16 if backend.runs_cuda_source else torch.float32
     sizes = ((0, first_node[0] + 1), (61, 40), (250, 70))  # prefix, nodes
@@ -38,8 +44,9 @@ def test_appending_on_the_way_is_rope_append_before_it(
         first["q"], k, v, depth, *(first[n] for n in slots), cos_sin, first["k_cache"],
         first["v_cache"],
     )  # fmt: skip
-    expected = tree_attention(**first)
-    out = tree_attention(**second, append=ops.Append(k, v, depth, cos_sin))
+    expected = tree_attention(**first, window=window, num_sinks=3)
+    append = ops.Append(k, v, depth, cos_sin)
+    out = tree_attention(**second, append=append, window=window, num_sinks=3)
     assert torch.equal(out, expected)
     for name in ("k_cache", "v_cache"):
         assert same_bits(first[name], second[name])

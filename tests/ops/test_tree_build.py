@@ -516,7 +516,7 @@ def test_expand_errors_name_the_argument() -> None:
             expand(**given)
 
     refused("logits: expected", logits=logits.double())
-    refused("logits: expected F = 4 at level 1", level=1)
+    refused("logits: expected F = 1 or 4 at level 1", logits=logits[:, [0, 0]], level=1)
     refused("level: expected", level=-1)
     refused("frontier_tokens: expected 1 <= K <= 8", below=Frontier.empty(1, 9))
     refused("frontier_source: expected", below=replace(below, source=below.source.long()))

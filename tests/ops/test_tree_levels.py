@@ -196,3 +196,21 @@ def test_a_decision_needs_a_level_of_its_batch(backend: Backend) -> None:
                 torch.zeros(2, 1, 8, device=backend.device), above, 0, pool, below,
                 scratch=scratch_of(backend, 2, 8, 3), control=decision,
             )  # fmt: skip
+
+
+def test_a_chain_has_one_node_a_level(backend: Backend) -> None:
+    """Each is ranked as a root's children are, where it stands."""
+    levels = [level[:, :1] for level in random_levels(BATCH, TOP_K, ROWS, 3)]
+    root = Frontier.root(BATCH).to(backend.device)
+    scratch = scratch_of(backend, BATCH, ROWS, TOP_K)
+
+    def ranked(level: int, logits: Tensor, places: list[int]) -> list[Tensor]:
+        pool, below = Pool.empty(BATCH, TOP_K + 2 * TOP_K**2), Frontier.empty(BATCH, TOP_K)
+        pool, below = pool.to(backend.device), below.to(backend.device)
+        noise = Coupling(SAMPLED.sampling, i32(places))
+        there = Coupling(*(t if t is None else t.to(backend.device) for t in noise))
+        expand(logits.to(backend.device), root, level, pool, below, there, None, scratch)
+        return [below.tokens, below.scores, below.source]
+
+    for level, logits in enumerate(levels):
+        assert_same(ranked(level, logits, [2] * BATCH), ranked(0, logits, [2 + level] * BATCH))

@@ -37,7 +37,11 @@ def tree(parts: list[Tensor]) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """``[M, N]`` float32: what is rounded in the end.
 
@@ -46,10 +50,13 @@ def linear(
         weight: ``[N, K]`` likewise.
         bias: ``[N]`` float32.
         residual: ``[M, N]``
+        scale: ``[N]`` float32, of weights that were narrower.
     """
     _, depth = slices_of(*weight.shape)
     pieces = zip(x.float().split(depth, 1), weight.float().split(depth, 1), strict=True)
     out = tree([chain(*piece) for piece in pieces])
+    if scale is not None:
+        out = out * scale
     if bias is not None:
         out = out + bias
     return out if residual is None else out + residual.float()

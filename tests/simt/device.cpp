@@ -1,5 +1,7 @@
 #include "device.h"
 
+#include <chrono>
+
 namespace {
 
 thread_local int current = 0;
@@ -38,6 +40,12 @@ namespace simt {
 
 void* stream_of(int device) {
     return &streams[device];
+}
+
+uint64_t global_timer() {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    const auto count = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+    return static_cast<uint64_t>(count);
 }
 
 bool is_stream_of(void* stream, int device) {

@@ -1,6 +1,7 @@
 // The GPUs there are, and which of them a thread of the host talks to: CUDA's calls for it. What is
 // launched on a stream runs at once, or is captured (graph.h).
 #pragma once
+#include <cstdint>
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -26,6 +27,7 @@ struct Stream {
 };
 
 void* stream_of(int device);                  // the one that torch works on there
+uint64_t global_timer();                      // nanoseconds
 bool is_stream_of(void* stream, int device);  // nullptr is the current device's, whichever it is
 
 }  // namespace simt

@@ -126,6 +126,15 @@ inline simt::half2 __halves2half2(simt::half x, simt::half y) {
     return {x, y};
 }
 
+inline simt::bfloat162 __hmul2(simt::bfloat162 a, simt::bfloat162 b) {
+    return __floats2bfloat162_rn(simt::widen(a.x) * simt::widen(b.x),
+                                 simt::widen(a.y) * simt::widen(b.y));
+}
+inline simt::half2 __hmul2(simt::half2 a, simt::half2 b) {
+    return __floats2half2_rn(simt::widen(a.x) * simt::widen(b.x),
+                             simt::widen(a.y) * simt::widen(b.y));
+}
+
 inline unsigned short __bfloat16_as_ushort(simt::bfloat16 x) {
     return x.bits;
 }

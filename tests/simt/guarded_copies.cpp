@@ -22,8 +22,12 @@ constexpr size_t kGuardBytes = 4 << 20;  // each side; address space, not memory
 // read them before its wait.
 constexpr const char* kConstants[] = {"weight", "bias", "cos_sin"};
 
-bool is_constant_name(const std::string& name) {
-    return std::find(std::begin(kConstants), std::end(kConstants), name) != std::end(kConstants);
+// Flags that may be looked at before the wait, and must not be believed until after it.
+constexpr const char* kHints[] = {"is_open"};
+
+template <size_t kCount>
+bool is_among(const char* const (&names)[kCount], const std::string& name) {
+    return std::find(std::begin(names), std::end(names), name) != std::end(names);
 }
 
 thread_local GuardedCopies* current_copies = nullptr;
@@ -74,16 +78,18 @@ unsigned char* GuardedCopies::copy_of(void* host, size_t bytes, const char* name
     for (Copy& copy : copies_) {
         if (copy.host != host || copy.bytes != bytes) continue;
         copy.names += std::string(" = ") + name;
-        if (copy.is_constant && !is_constant_name(name)) {
+        if (copy.is_constant && !is_among(kConstants, name)) {
             copy.is_constant = false;
             copy.protect(PROT_READ | PROT_WRITE);
         }
+        copy.is_hint = copy.is_hint && is_among(kHints, name);
         return copy.begin;
     }
     copies_.push_back(map(host, bytes));
     Copy& copy = copies_.back();
     copy.names = name;
-    copy.is_constant = is_constant_name(name);
+    copy.is_constant = is_among(kConstants, name);
+    copy.is_hint = is_among(kHints, name);
     if (copy.is_constant) copy.protect(PROT_READ);
     return copy.begin;
 }
@@ -93,16 +99,32 @@ void GuardedCopies::Copy::protect(int protection) const {
         throw std::runtime_error("simt: cannot protect a tensor's copy");
 }
 
+void GuardedCopies::Copy::mislead() {
+    auto* flags = reinterpret_cast<int32_t*>(begin);
+    held.assign(flags, flags + bytes / sizeof(int32_t));
+    for (size_t i = 0; i < held.size(); ++i) flags[i] = held[i] == 0;
+}
+
+void GuardedCopies::Copy::restore() {
+    std::memcpy(begin, held.data(), held.size() * sizeof(int32_t));
+    held.clear();
+}
+
 void GuardedCopies::withhold() {
     if (!current_copies) return;
-    for (const Copy& copy : current_copies->copies_)
-        if (!copy.is_constant) copy.protect(PROT_NONE);
+    current_copies->misleads_ = !current_copies->misleads_;
+    for (Copy& copy : current_copies->copies_) {
+        if (copy.is_hint && current_copies->misleads_) copy.mislead();
+        if (!copy.is_constant) copy.protect(copy.is_hint ? PROT_READ : PROT_NONE);
+    }
 }
 
 void GuardedCopies::give_back() {
     if (!current_copies) return;
-    for (const Copy& copy : current_copies->copies_)
+    for (Copy& copy : current_copies->copies_) {
         if (!copy.is_constant) copy.protect(PROT_READ | PROT_WRITE);
+        copy.restore();
+    }
 }
 
 void GuardedCopies::write_back() {

@@ -2,6 +2,7 @@
 // of bounds is an error that names the argument.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,7 +26,8 @@ class GuardedCopies {
     // Throws std::runtime_error if something was written around a copy.
     void write_back();
 
-    // Until given back the current copies cannot be touched, but constants can be read.
+    // Until given back the current copies cannot be touched, but constants can be read, and hints,
+    // which every other time say the opposite.
     static void withhold();
     static void give_back();
 
@@ -43,14 +45,20 @@ class GuardedCopies {
         unsigned char *mapping, *page, *begin;
         size_t num_mapped, num_paged;
         bool is_constant;  // as its arguments' names say: read-only
+        bool is_hint;      // likewise: read early, it may be what it will not stay
+
+        std::vector<int32_t> held;  // by a hint that misleads
 
         void protect(int protection) const;
+        void mislead();
+        void restore();
     };
     static Copy map(void* host, size_t bytes);
     std::string describe_here(const void* address) const;
     std::string text_of(const Copy& copy) const;
 
     std::vector<Copy> copies_;
+    bool misleads_ = false;
     GuardedCopies* previous_;
 };
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from specrt.draft.eesd.checkpoint import ExitConfig
+from specrt.train.device import TrainDevice
 from specrt.train.eesd.module import ExitModule
 from specrt.train.eesd.task import EesdTask
 from specrt.train.features.source import Sample
@@ -64,6 +65,7 @@ def make_exit_trainer(
     options: EesdOptions = OPTIONS,
     source: MemorySource | None = None,
     exits: tuple[int, ...] = EXITS,
+    device: TrainDevice | None = None,
     **given: Any,
 ) -> Trainer:
     """A trainer on all but the last four sequences; ``given`` goes to ``StateFolder.claim``."""
@@ -74,7 +76,8 @@ def make_exit_trainer(
     state = StateFolder(out, run_identity(task, options, accelerator, "table", train), accelerator)
     state.claim(**given)
     data = TrainData(source, train, range(len(source) - 4, len(source)))
-    return Trainer(task, data, options, out=out, state=state, accelerator=accelerator)
+    run = {"out": out, "state": state, "accelerator": accelerator, "device": device}
+    return Trainer(task, data, options, **run)
 
 
 def train_exits(out: Path, options: EesdOptions = OPTIONS, **given: Any) -> Outcome:

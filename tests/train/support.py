@@ -24,6 +24,7 @@ from rich.console import Console
 
 from specrt.config import ModelConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
+from specrt.train.device import TrainDevice
 from specrt.train.evaluate import TargetTables
 from specrt.train.features.source import Sample
 from specrt.train.fspad.module import DraftModel
@@ -122,6 +123,7 @@ def make_trainer(
     options: FspadOptions = OPTIONS,
     source: MemorySource | None = None,
     arch: str = "fspad",
+    device: TrainDevice | None = None,
     **given: Any,
 ) -> Trainer:
     """A trainer on all but the last two sequences; ``given`` goes to ``StateFolder.claim``."""
@@ -133,7 +135,8 @@ def make_trainer(
     state = StateFolder(out, identity, accelerator)
     state.claim(**given)
     data = TrainData(source, train, range(len(source) - 2, len(source)))
-    return Trainer(task, data, options, out=out, state=state, accelerator=accelerator)
+    run = {"out": out, "state": state, "accelerator": accelerator, "device": device}
+    return Trainer(task, data, options, **run)
 
 
 def train(out: Path, options: FspadOptions = OPTIONS, **given: Any) -> Outcome:

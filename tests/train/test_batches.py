@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from specrt.device import Device
 from specrt.train.batches import BatchPlan, collate, feature_noise
 from specrt.train.features.source import Sample
 from tests.train.support import MemorySource, make_source
 
-CPU = torch.device("cpu")
+CPU = Device()
 
 
 def test_every_sequence_once_an_epoch() -> None:
@@ -73,9 +74,10 @@ def test_pairs_are_shifted_as_the_method_says() -> None:
 
 def test_noise_is_uniform_and_scaled_by_length() -> None:
     for length in (64, 512, 2048):
-        noise = feature_noise(torch.Generator().manual_seed(0), length, 64, 0.2)
+        noise = feature_noise([7, 0], [length + 3, length], 64, 0.2, CPU)
         bound = 0.1 * 512 / length
-        assert noise.shape == (length, 64)
+        assert noise.shape == (2, length + 3, 64)
+        noise = noise[1, :length]
         assert 0.98 * bound < float(noise.abs().max()) <= bound
         assert abs(float(noise.mean())) < 0.02 * bound
         assert abs(float(noise.var()) / (bound**2 / 3) - 1) < 0.05

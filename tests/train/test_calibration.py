@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from specrt.device import Device
 from specrt.train.eesd.calibration import (
     ExitWatch,
     GumbelRows,
@@ -19,11 +20,11 @@ from specrt.train.eesd.evaluate import Estimate, evaluate_exit, step_share
 from specrt.train.eesd.module import ExitModule
 from specrt.train.evaluate import Acceptance
 from specrt.train.features.source import Sample
-from specrt.train.losses import soft_cross_entropy
+from specrt.train.losses import FrozenHead, soft_cross_entropy
 from tests.train.exit_support import DEEP, exit_config, random_layer
 from tests.train.support import HIDDEN, VOCAB, MemorySource, tables
 
-CPU = torch.device("cpu")
+CPU = Device()
 
 
 def logits(seed: int, rows: int = 50, size: int = 7) -> torch.Tensor:
@@ -66,19 +67,19 @@ def test_noise_is_gumbels() -> None:
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.06)
 
 
-def test_a_watch_sees_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_sees_every_row() -> None:
     """Whatever the parts the logits come in, and with hits only where asked for."""
-    head, predicted = tables().head, logits(1, 30, HIDDEN)
+    frozen, predicted = FrozenHead(tables().head), logits(1, 30, HIDDEN)
     features = predicted + 0.7 * logits(2, 30, HIDDEN)
     found = []
-    for chunk in (1 << 20, 7 * VOCAB):
-        monkeypatch.setattr("specrt.train.losses._CHUNK", {"cpu": chunk})
+    for num_rows in (30, 7):
+        frozen.num_rows = num_rows
         noise = GumbelRows([8, 9], [10, 20], VOCAB, CPU)
-        watch = ExitWatch(30, noise, CPU, has_hits=chunk == 1 << 20)
-        soft_cross_entropy(predicted, features, head, watch)
+        watch = ExitWatch(30, noise, frozen.counter(), has_hits=num_rows == 30)
+        soft_cross_entropy(predicted, features, frozen, watch)
         found.append(watch)
-    noise = GumbelRows([8, 9], [10, 20], VOCAB, CPU).take(30)
-    wanted = judge(features @ head.T, predicted @ head.T, noise)
+    drawn, head = GumbelRows([8, 9], [10, 20], VOCAB, CPU).take(30), frozen.weight
+    wanted = judge(features @ head.T, predicted @ head.T, drawn)
     for watch in found:
         torch.testing.assert_close(watch.judged.scores, wanted.scores)
         assert torch.equal(watch.judged.labels, wanted.labels)
@@ -148,7 +149,8 @@ def test_chains_are_those_of_every_position() -> None:
                 if not hits[token - 1]:
                     break
                 wanted[1][level] += 1
-    report = evaluate_exit(model, 1, head, MemorySource(samples), range(4), depth=depth, seed=0)
+    source = MemorySource(samples)
+    report = evaluate_exit(model, 1, head, source, range(4), device=CPU, depth=depth, seed=0)
     assert [list(report.acceptance.proposed), list(report.acceptance.accepted)] == wanted
     assert 0 < wanted[1][-1] < wanted[1][0] < wanted[0][0] == len(right)
     assert 0.2 < report.sampled_rate < 0.9
@@ -158,7 +160,8 @@ def test_chains_are_those_of_every_position() -> None:
 
 def test_no_held_out_data() -> None:
     model = ExitModule(exit_config(1))
-    report = evaluate_exit(model, 0, tables().head, MemorySource([]), [], depth=2, seed=0)
+    nothing = MemorySource([])
+    report = evaluate_exit(model, 0, tables().head, nothing, [], device=CPU, depth=2, seed=0)
     assert report.acceptance.tau == 1.0 and report.calibration_error == (0.0, 0.0)
 
 

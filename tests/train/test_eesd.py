@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.draft.eesd.checkpoint import (
     CALIBRATION,
     ExitConfig,
@@ -49,7 +50,7 @@ from tests.train.exit_support import (
 )
 from tests.train.support import HIDDEN, MemorySource, curve
 
-CPU = torch.device("cpu")
+CPU = Device()
 LEARNING = replace(OPTIONS, max_steps=120, epochs=100, lr=1e-2, log_steps=120)
 
 

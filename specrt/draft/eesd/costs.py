@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from specrt.draft.base import StageTimes
 from specrt.draft.eesd.model import ExitModel
-from specrt.draft.length.costs import DraftCosts, RoundCost
+from specrt.draft.length.costs import GPU_SLOPE, DraftCosts, RoundCost
 from specrt.draft.length.measured import RunningMean
 
 _CHECK = 3  # plain rounds in a row; the first of them finds the caches full of the drafter
@@ -43,7 +44,8 @@ class CostMeter:
     """
 
     def __init__(self, exit_model: ExitModel) -> None:
-        self._verify = RoundCost()
+        is_gpu = exit_model.target.device.is_gpu
+        self._verify = RoundCost(GPU_SLOPE) if is_gpu else RoundCost()
         self._fixed, self._step, self._lower = RunningMean(), RunningMean(), RunningMean()
         self._first_plain, self._plain_ratio = RunningMean(), RunningMean()
         self._plain_left, self._plain_run = _CHECK, 0
@@ -96,6 +98,31 @@ class CostMeter:
         fixed = times.ended - times.begun - drafting + learned - observed
         lower = None if times.lower is None else 1e3 * times.lower
         self.observe_draft(1e3 * times.steps / times.num_steps, 1e3 * fixed, lower)
+
+    def observe_launched(
+        self, batch: int, num_levels: int, longest: int, times: StageTimes
+    ) -> None:
+        """Take a round of launches alone.
+
+        Args:
+            batch: sequences.
+            num_levels: that were launched.
+            longest: of them verified, of any sequence.
+            times: as the device has them.
+        """
+        if num_levels == 0:
+            self._lower.add(max(times.draft, _LEAST_MS))
+            self.observe_plain(times.whole)
+            return
+        plain = self._plain_ms()
+        steps = times.draft - self._of(self._lower, plain * self._lower_share)
+        step = self._of(self._step, plain * self._step_share)
+        # Whether there was a further draft, which was dropped, no report says: its time does.
+        counts = range(longest, min(longest + 1, num_levels) + 1)
+        count = min(counts, key=lambda count: abs(steps - count * step))
+        if count > 0:
+            self._step.add(max(steps / count, _LEAST_MS))
+        self.observe_verify(batch * (1 + num_levels), batch, times.verify + times.accept)
 
     def observe_draft(self, step_ms: float, fixed_ms: float, lower_ms: float | None) -> None:
         """Take one round whose steps were all known.

@@ -20,13 +20,13 @@ def _matches(directory: Path) -> bool:
 def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.eesd.checkpoint import load_exit, read_exit
     from specrt.draft.eesd.drafter import EesdDrafter
+    from specrt.draft.eesd.launched import LaunchedEesdDrafter
     from specrt.draft.eesd.model import ExitModel
-    from specrt.draft.eesd.on_device import DeviceEesdDrafter
 
     directory, target, options = request.checkpoint, request.target, request.options
     config = read_exit(directory, target.config)
     weights = load_exit(directory, config, target.weights, target.device)
-    kind = DeviceEesdDrafter if target.device.is_gpu else EesdDrafter
+    kind = LaunchedEesdDrafter if target.device.is_gpu else EesdDrafter
     exit_model = ExitModel(config, weights, target)
     return kind(exit_model, options.control, is_coupled=options.is_coupled)
 

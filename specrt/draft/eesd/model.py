@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.eesd.checkpoint import ExitConfig, ExitWeights
 from specrt.models.model import LlamaModel
@@ -62,9 +63,17 @@ class ExitModel:
         """Make room for the exit's steps of N rows of each of B sequences, at such positions."""
         self._layer.reserve(batch, num_nodes, num_positions)
 
-    def launch_kv(self, states: torch.Tensor, rows: StepRows, cache: KVCache) -> None:
-        """The exit layer's keys and values of g, ``states [M, H]``, and nothing more."""
-        self._layer.launch_kv(0, states, rows, cache)
+    def launch_kv(
+        self,
+        states: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        *,
+        is_open: torch.Tensor | None = None,
+    ) -> None:
+        """The exit layer's keys and values of g, ``states [M, H]``, and nothing more; ``is_open``
+        as for :meth:`LlamaModel.launch_kv`."""
+        self._layer.launch_kv(0, states, rows, cache, is_open=is_open)
 
     def launch_exit(
         self,
@@ -86,12 +95,39 @@ class ExitModel:
             evidence: ``[M, 2]`` float32, written: the calibration head's, of greedy and of coupled
                 drafts.
         """
-        weights = self._weights
         self._layer.launch_layer(0, states, rows, cache, hidden)
-        self._layer.launch_head(hidden, hidden, logits)
-        self._layer.launch_linear(
-            hidden, weights.calibration, weights.calibration_bias, out=evidence
-        )
+        self._launch_head(hidden, logits, evidence)
+
+    def launch_exit_rest(
+        self,
+        states: torch.Tensor,
+        rows: StepRows,
+        cache: KVCache,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        evidence: torch.Tensor,
+        *,
+        maxima: ops.DraftMaxima,
+        is_open: torch.Tensor | None = None,
+    ) -> None:
+        """The rest of :meth:`launch_exit` right behind :meth:`launch_kv`, and so its arguments;
+        ``maxima`` of the logits are written besides. Where all are closed nothing is."""
+        self._layer.launch_rest(0, states, rows, cache, hidden, is_open=is_open)
+        self._launch_head(hidden, logits, evidence, maxima, is_open)
+
+    def _launch_head(
+        self,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        evidence: torch.Tensor,
+        maxima: ops.DraftMaxima | None = None,
+        is_open: torch.Tensor | None = None,
+    ) -> None:
+        """Of z, ``hidden [M, H]``, which becomes its norm."""
+        layer, weights = self._layer, self._weights
+        layer.launch_head(hidden, hidden, logits, maxima, is_open=is_open)
+        matrix, bias = weights.calibration, weights.calibration_bias
+        layer.launch_linear(hidden, matrix, bias, out=evidence, is_open=is_open)
 
     def absorb(self, states: torch.Tensor, batch: CacheBatch) -> None:
         """Commit keys and values of known tokens: g, ``states [n, H]``, of one sequence."""

@@ -114,14 +114,10 @@ class EesdBuffers:
         self._root_scores = device.zeros(batch, 1)
         self._root_candidates = device.zeros(batch, 1, dtype=torch.int32).fill_(-1)
         self._root_bits = device.zeros(batch, 1, _WORDS, dtype=torch.int64)
-        # Positions level by level: a chain's every step ranks the children of a root.
-        self._positions = device.zeros(max_levels + 1, batch, dtype=torch.int32)
-        self._steps = device.there(torch.arange(max_levels + 1, dtype=torch.int32)[:, None])
         sampling = {"sampling": ((batch, ROW_WORDS), torch.int64)}
         self._staging = Staging(device, {**sampling, "position": ((batch,), torch.int32)})
         self._coupling = Coupling(**self._staging.there) if key.is_coupled else None
-        deep = 0 if self._is_chain else max_levels
-        pool = (batch, self._num_children + deep * self._num_children**2)
+        pool = (batch, self._num_children + max_levels * self._num_children**2)
         tokens, parents = device.zeros(2, *pool, dtype=torch.int32)
         self._pool = tokens, parents, device.zeros(*pool)
         self._scratch = expand_scratch(batch, width, vocab_size, self._num_children, device)
@@ -152,18 +148,21 @@ class EesdBuffers:
 
     def _rank(self, level: int, logits: torch.Tensor) -> None:
         here = self.levels[level]
+        # Of a chain every level is one node's, whose score is a root's: a token's is its own.
         scores, candidates, bits = self._root_scores, self._root_candidates, self._root_bits
         if level > 0 and not self._is_chain:
             above = self.levels[level - 1]
             scores, candidates, bits = above.scores, above.candidates, above.ancestors
+        sampling, position = self._coupling or (None, None)
         ops.tree_expand(
             logits,
             scores,
             candidates,
             bits,
             None,
-            *self._coupling_of(level),
-            0 if self._is_chain else level,
+            sampling,
+            position,
+            level,
             self._scratch,
             *self._pool,
             here.tokens,
@@ -172,12 +171,6 @@ class EesdBuffers:
             here.source,
             here.ancestors,
         )
-
-    def _coupling_of(self, level: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if self._coupling is None:
-            return None, None
-        position = self._positions[level] if self._is_chain else self._coupling.position
-        return self._coupling.sampling, position
 
     # --- staging: never captured --------------------------------------------------------------
 
@@ -196,7 +189,6 @@ class EesdBuffers:
             host = self._staging.host
             write_sampling(states, host["sampling"], host["position"])
             self._staging.send()
-            torch.add(self._steps, self._coupling.position, out=self._positions)
 
     def stage_level(self, level: int) -> None:
         """Copy in the tokens of a level below the root, and whose children they are."""

@@ -27,7 +27,8 @@ from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.device import Device, Mark
 from specrt.draft.base import Budget, DraftParams
 from specrt.draft.fspad.layer import DraftLayer, Rows
-from specrt.draft.fspad.round import MAX_LEVELS, MAX_PAIRS, Choice, RoundBuffers, RoundKey
+from specrt.draft.fspad.pairs import MAX_LEVELS, MAX_PAIRS, PairTable
+from specrt.draft.fspad.round import Choice, RoundBuffers, RoundKey, num_candidates
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import ControlledPolicy
 from specrt.draft.length.envelope import GPU_ENVELOPES, RankBelief
@@ -110,9 +111,13 @@ class FspadDrafter:
         self.layer = layer
         self.is_coupled = is_coupled
         self._device = layer.device
-        self._cache = KVCache(layer.padded, layer.weights.fc.dtype, device=self._device)
+        self._cache = KVCache(layer.padded, layer.weights.dtype, device=self._device)
         self._drafts: dict[SequenceState, _Draft] = {}
-        self._policy = _policy(self._device, control)
+        self._measured = measured = _measured(self._device)
+        self._policy: TreePolicy = measured
+        if control is not None:
+            self._policy = ControlledPolicy(control, measured=measured)
+        self._pairs: dict[int, PairTable] = {}  # by the number of sequences
         self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
 
@@ -155,7 +160,7 @@ class FspadDrafter:
             roots = [[state.token_ids[-1]] for state in states]
             return chain(torch.tensor(roots, dtype=torch.int32))
         batch = self._batch_of(states, plan)
-        buffers = self._buffers(states, batch, plan)
+        buffers = self._buffers(states, batch, plan.top_k)
         marks = [self._device.mark()]
         is_known = self._extend(states, batch, buffers)
         marks.append(self._device.mark())
@@ -221,7 +226,8 @@ class FspadDrafter:
         if num_levels < 1 or num_nodes < 2 or not has_features:
             return None
         if budget.params != DraftParams():
-            return _Plan(top_k, num_levels, num_nodes, None)
+            most = 1 + num_candidates(num_levels, top_k)
+            return _Plan(top_k, num_levels, min(num_nodes, most), None)
         chosen = self._policy.begin()
         return None if chosen is None else _Plan(top_k, num_levels, num_nodes, chosen)
 
@@ -230,8 +236,8 @@ class FspadDrafter:
     ) -> bool:
         drafts = [self._drafts[state] for state in states]
         most = buffers.stage(states, batch, [draft.pending for draft in drafts])
-        is_known = self._run(buffers, -most, lambda: buffers.extend(most, batch))
-        batch.move(buffers.pair_path, buffers.num_pairs)
+        is_known = self._run(buffers, -most, lambda: buffers.extend(most, self._cache))
+        batch.move(buffers.pairs.path, buffers.pairs.num_pairs)
         batch.advance([len(draft.pending) for draft in drafts])
         for draft in drafts:
             draft.pending = draft.pending[:0]
@@ -248,7 +254,7 @@ class FspadDrafter:
                 if not plan.round.expands(masses, buffers.key.batch, budget.cost):
                     return level, are_known
             if level < plan.num_levels:
-                are_known &= self._run(buffers, level, partial(buffers.expand, level, batch))
+                are_known &= self._run(buffers, level, partial(buffers.expand, level, self._cache))
         return plan.num_levels, are_known
 
     def _choose(self, buffers: RoundBuffers, plan: _Plan, num_levels: int) -> Choice:
@@ -306,15 +312,23 @@ class FspadDrafter:
         return batch
 
     def _buffers(
-        self, states: Sequence[SequenceState], batch: CacheBatch, plan: _Plan
+        self, states: Sequence[SequenceState], batch: CacheBatch, top_k: int
     ) -> RoundBuffers:
         is_coupled = self.is_coupled and any(state.temperature > 0 for state in states)
-        key = RoundKey(len(states), batch.block_table.shape[1], plan.top_k, is_coupled)
+        key = RoundKey(len(states), batch.block_table.shape[1], top_k, is_coupled)
         buffers = self._rounds.get(key)
         if buffers is None:
-            max_levels = min(MAX_LEVELS - 1, MAX_NODES // plan.top_k)
-            buffers = self._rounds.put(key, RoundBuffers(key, self.layer, max_levels))
+            max_levels = min(MAX_LEVELS - 1, MAX_NODES // top_k)
+            made = RoundBuffers(key, self.layer, self._pairs_of(len(states)), max_levels)
+            buffers = self._rounds.put(key, made)
         return buffers
+
+    def _pairs_of(self, size: int) -> PairTable:
+        """Those of a batch of so many sequences."""
+        found = self._pairs.get(size)
+        if found is None:
+            found = self._pairs[size] = PairTable(size, self.layer)
+        return found
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
         """Run pending pairs but the last ``keep``: they leave keys and values, nothing more."""
@@ -336,9 +350,6 @@ class FspadDrafter:
             draft.pending = draft.pending[count:]
 
 
-def _policy(device: Device, control: ControlOptions | None) -> TreePolicy:
-    """Who decides on sizes: by a tree's own scores where the host sees them in time."""
-    measured = MeasuredPolicy()
-    if device.is_gpu:
-        measured = MeasuredPolicy(RankBelief(), GPU_ENVELOPES)
-    return measured if control is None else ControlledPolicy(control, measured=measured)
+def _measured(device: Device) -> MeasuredPolicy:
+    """What is believed of trees: by their own scores where the host sees them in time."""
+    return MeasuredPolicy(RankBelief(), GPU_ENVELOPES) if device.is_gpu else MeasuredPolicy()

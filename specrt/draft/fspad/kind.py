@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specrt.draft.kind import DrafterRequest, Kind
+from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -27,31 +27,36 @@ def _matches(directory: Path) -> bool:
 
 def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.fspad.drafter import FspadDrafter
+    from specrt.draft.fspad.on_device import DeviceFspadDrafter
 
     options = request.options
-    return FspadDrafter(
-        _draft_layer(request.checkpoint, request.target, options.fold),
+    kind = DeviceFspadDrafter if request.target.device.is_gpu else FspadDrafter
+    return kind(
+        _draft_layer(request.checkpoint, request.target, options),
         is_coupled=options.is_coupled,
         control=options.control,
     )
 
 
-def _draft_layer(directory: Path, target: LlamaModel, is_folded: bool | None) -> DraftLayer:
+def _draft_layer(directory: Path, target: LlamaModel, options: DrafterOptions) -> DraftLayer:
     from torch import OutOfMemoryError
 
     from specrt.draft.fspad.checkpoint import read_checkpoint
     from specrt.draft.fspad.layer import DraftLayer
     from specrt.draft.fspad.official import HEAD, settle_head
+    from specrt.draft.fspad.vocabulary import keep_tokens
 
     config, tensors = read_checkpoint(directory, target.config)
     if HEAD in tensors:
         settle_head(directory, tensors, target.device.read(target.weights.lm_head))
+    if options.hot_tokens is not None:
+        config, tensors = keep_tokens(config, tensors, options.hot_tokens)
     # Rotary positions must reach as far as the target's, whatever a drafter's config says.
     reach = max(config.layer.max_positions, target.config.max_positions)
     config = replace(config, layer=replace(config.layer, max_positions=reach))
     try:
-        weights = _placed(config, tensors, target, is_folded)
-        return DraftLayer(config, weights, target.device, target.rope)
+        weights = _placed(config, tensors, target, options)
+        return DraftLayer(config, weights, target.device, target.rope, options.window)
     except OutOfMemoryError as error:
         raise MemoryError(f"no memory for the drafter on {target.device}: {directory}") from error
 
@@ -60,19 +65,29 @@ def _placed(
     config: DraftConfig,
     tensors: Mapping[str, torch.Tensor],
     target: LlamaModel,
-    is_folded: bool | None,
+    options: DrafterOptions,
 ) -> DraftWeights:
     """Weights where the target's are. A GPU's kernels take rows and matrices of one type."""
-    from specrt.draft.fspad.weights import fold, folding_pays, pack_weights
+    from specrt.draft.fspad.weights import fold, folding_pays, narrow, pack_weights
 
     device, dtype = target.device, config.layer.dtype
     if device.is_gpu:
         dtype = target.dtype
     embed, head = target.weights.embed, target.weights.lm_head
     weights = pack_weights(config, tensors, embed, head, dtype, device)
+    is_folded = options.fold
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)
-    return fold(weights, device) if is_folded else weights
+    if is_folded:
+        weights = fold(weights, device)
+    return weights if options.weights is None else narrow(weights, device)
 
 
-FSPAD = Kind("fspad", "an FSPAD or EAGLE-1/2 drafter", _load, _matches, has_control=True)
+FSPAD = Kind(
+    "fspad",
+    "an FSPAD or EAGLE-1/2 drafter",
+    _load,
+    _matches,
+    has_control=True,
+    has_narrowing=True,
+)

@@ -8,6 +8,7 @@ section 3). H hidden size, I intermediate size, V vocabulary, R rows of the draf
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.draft.fspad.weights import DraftWeights
+from specrt.draft.kind import DraftWindow
 from specrt.models.gate_up import launch_gated
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch
@@ -98,6 +100,7 @@ class DraftLayer:
         weights: as :func:`pack_weights` or :func:`fold` gives them.
         device: where the weights are, and how its steps run; None: the CPU.
         rope: the rotary table of the target, used where the layer's would be the same.
+        window: what its attention sees of the committed rows; None: all of them.
     """
 
     def __init__(
@@ -106,19 +109,23 @@ class DraftLayer:
         weights: DraftWeights,
         device: Device | None = None,
         rope: RotaryTable | None = None,
+        window: DraftWindow | None = None,
     ) -> None:
         self.config = config
+        self.window = window
         self.weights = weights
         self.device = device or Device()
         head_dim = weights.o.shape[1] // config.layer.num_heads
         self.padded = replace(config.layer, head_dim=head_dim)
         """The layer as the kernels run it: heads may be padded."""
-        self.activation_dtype = self.device.activation_dtype(weights.fc.dtype)
+        self.activation_dtype = self.device.activation_dtype(weights.dtype)
         self._rope = rotary_table(config.layer, head_dim, self.device, rope)
         self._cos_sin = self._rope.reaching(0)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
-            self._scratch = GpuScratch(self.padded, map(_shape, weights.matrices), self.device)
+            self._scratch = GpuScratch(
+                self.padded, map(_shape, weights.matrices.values()), self.device
+            )
         self._work = self._activations(0, 0)
 
     def activations(self, rows: int, logit_rows: int) -> Activations:
@@ -145,7 +152,10 @@ class DraftLayer:
         """
         self.reserve(batch.num_positions)
         if self._scratch is not None:
-            self._scratch.prepare(len(batch.sequences), num_nodes, batch.num_positions)
+            num_seen = batch.num_positions
+            if self.window is not None:
+                num_seen = min(num_seen, self.window.num_seen)
+            self._scratch.prepare(len(batch.sequences), num_nodes, num_seen)
 
     def reserve(self, num_positions: int) -> bool:
         """Make the rotary table long enough; whether it moved.
@@ -166,6 +176,7 @@ class DraftLayer:
         source: torch.Tensor | None,
         features: torch.Tensor,
         work: Activations,
+        is_open: torch.Tensor | None = None,
     ) -> None:
         """``work.pair[:M]`` and ``work.qkv[:M]`` of M pairs.
 
@@ -174,6 +185,8 @@ class DraftLayer:
             source: ``[M]`` int32, each pair's row of ``features``; None: its own.
             features: ``[S, H]`` of the activations' dtype.
             work: where to.
+            is_open: ``[B]`` int32; if all are 0 nothing is streamed, and what is there means
+                nothing. None: there is one.
         """
         w, rows = self.weights, tokens.shape[0]
         pair = work.pair[:rows]
@@ -195,18 +208,39 @@ class DraftLayer:
             workspace=work.sampling[:rows],
             linear_workspace=self._linear_workspace,
             out=pair,
+            is_open=is_open,
         )
-        self._linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows])
+        self._linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows], is_open=is_open)
 
-    def append(self, first: int, rows: Rows, cache: KVCache, work: Activations) -> torch.Tensor:
+    def append(
+        self,
+        first: int,
+        rows: Rows,
+        cache: KVCache,
+        work: Activations,
+        *,
+        is_by_pair: bool = False,
+    ) -> torch.Tensor:
         """Rotate the queries and append keys and values of B·N rows from row ``first`` on.
+
+        Args:
+            first: of their rows in ``work.qkv``.
+            rows: where to.
+            cache: whose pages.
+            work: as :meth:`sample_features` left it.
+            is_by_pair: whether the B sequences' rows lie side by side, N times, rather than the N
+                rows of each sequence.
 
         Returns:
             The queries ``[B, N, Hq, d]``, a view of ``work.qkv``.
         """
         layer = self.padded
         size, count = rows.depth.shape
-        heads = work.qkv[first : first + size * count].view(size, count, -1, layer.head_dim)
+        heads = work.qkv[first : first + size * count]
+        outer = (count, size) if is_by_pair else (size, count)
+        heads = heads.view(*outer, -1, layer.head_dim)
+        if is_by_pair:
+            heads = heads.transpose(0, 1)
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=2)
         queries: torch.Tensor = q
         ops.rope_append(
@@ -231,6 +265,8 @@ class DraftLayer:
         cache: KVCache,
         work: Activations,
         regressed: torch.Tensor,
+        is_open: torch.Tensor | None = None,
+        maxima: ops.DraftMaxima | None = None,
     ) -> torch.Tensor:
         """Attention, MLP and head of the first B·N rows of ``work.pair``.
 
@@ -241,6 +277,8 @@ class DraftLayer:
             cache: of the keys and values.
             work: scratch.
             regressed: ``[B·N, H]``, of the activations' dtype, filled with r.
+            is_open: as for :meth:`sample_features`.
+            maxima: on a GPU, of the logits, written besides.
 
         Returns:
             The draft logits ``[B·N, R]``, a view of ``work.logits``.
@@ -260,8 +298,12 @@ class DraftLayer:
             layer.head_dim**-0.5,
             out=attended.view(size, count, layer.num_heads, -1),
             workspace=None if self._scratch is None else self._scratch.attention,
+            is_open=is_open,
+            window=None if self.window is None else self.window.size,
+            num_sinks=0 if self.window is None else self.window.num_sinks,
         )
-        self._linear(attended, w.o, residual=work.pair[:num], out=hidden)
+        linear = partial(self._linear, is_open=is_open)
+        linear(attended, w.o, residual=work.pair[:num], out=hidden)
         ops.rms_norm(hidden, w.post_norm, layer.rms_norm_eps, out=normed)
         activated = work.activated[:num]
         launch_gated(
@@ -272,15 +314,16 @@ class DraftLayer:
             activated,
             self._linear_workspace,
             is_interleaved=w.is_interleaved,
+            is_open=is_open,
         )
         if w.down_regress is None:
             predicted = regressed
         else:
             predicted = work.predicted[:num]
-            self._linear(activated, w.down_regress, residual=hidden, out=regressed)
-        self._linear(activated, w.down_predict, residual=hidden, out=predicted)
+            linear(activated, w.down_regress, residual=hidden, out=regressed)
+        linear(activated, w.down_predict, residual=hidden, out=predicted)
         logits = work.logits[:num]
-        self._linear(predicted, w.head, out=logits)
+        linear(predicted, w.head, out=logits, maxima=maxima)
         return logits
 
     @property
@@ -290,14 +333,19 @@ class DraftLayer:
     def _linear(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: ops.Matrix,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         *,
         out: torch.Tensor,
+        is_open: torch.Tensor | None,
+        maxima: ops.DraftMaxima | None = None,
     ) -> None:
-        ops.linear(x, weight, bias, residual, out=out, workspace=self._linear_workspace)
+        scratch = self._linear_workspace
+        ops.linear(
+            x, weight, bias, residual, out, workspace=scratch, is_open=is_open, maxima=maxima
+        )
 
 
-def _shape(matrix: torch.Tensor) -> tuple[int, int]:
+def _shape(matrix: ops.Matrix) -> tuple[int, int]:
     return matrix.shape[0], matrix.shape[1]

@@ -9,25 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from specrt import ops
-from specrt.cache import CacheBatch
+from specrt.cache import CacheBatch, KVCache
 from specrt.device import Device
-from specrt.draft.coupling import ROW_WORDS, Coupling, expand_scratch, write_sampling
+from specrt.draft.coupling import Coupling, draft_tiles, expand_scratch
 from specrt.draft.fspad.layer import DraftLayer, Rows
-from specrt.draft.staging import Staging
-from specrt.tree import MAX_NODES, num_words
+from specrt.draft.fspad.pairs import BIT_WORDS, MAX_PAIRS, PairTable
 from specrt.types import Proposal, SequenceState
-
-MAX_PAIRS = 16
-"""Accepted pairs that one captured step takes; more are run before it."""
-MAX_LEVELS = 16
-"""The largest depth of a tree."""
-_WORDS = num_words(MAX_NODES)
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Frontier:
     def make(cls, batch: int, width: int, device: Device) -> Frontier:
         """Empty buffers."""
         tokens, candidates, source = device.zeros(3, batch, width, dtype=torch.int32)
-        bits = device.zeros(batch, width, _WORDS, dtype=torch.int64)
+        bits = device.zeros(batch, width, BIT_WORDS, dtype=torch.int64)
         return cls(tokens, device.zeros(batch, width), candidates, source, bits)
 
     @classmethod
@@ -111,63 +105,60 @@ class Choice:
         )
 
 
+def num_candidates(num_levels: int, top_k: int) -> int:
+    """Children that so many levels score of a sequence."""
+    return top_k + (num_levels - 1) * top_k**2
+
+
+class Places(NamedTuple):
+    """What a round's steps read of its batch beside the pairs."""
+
+    block_table: torch.Tensor
+    """Of the draft caches."""
+    roots: torch.Tensor
+    coupling: Coupling | None
+    is_open: torch.Tensor | None = None
+    """``[B]`` int32, whose trees grow on; a level that nobody wants is launched and streams
+    nothing. None: all."""
+
+
 class RoundBuffers:
     """The buffers of rounds of one :class:`RoundKey` and the steps over them.
-
-    ``pair_path [B, MAX_PAIRS]`` and ``num_pairs [B]``, both int32, commit the staged pairs.
 
     Args:
         key: sizes.
         layer: the drafter's layer, on whose device they are.
+        pairs: what a round begins with, of as many sequences.
         max_levels: beyond the root's children.
     """
 
-    def __init__(self, key: RoundKey, layer: DraftLayer, max_levels: int) -> None:
+    def __init__(self, key: RoundKey, layer: DraftLayer, pairs: PairTable, max_levels: int) -> None:
         batch, width, device = key.batch, key.top_k, layer.device
-        self.key = key
+        self.key, self.pairs = key, pairs
         self._layer, self._device = layer, device
         self._work = layer.activations(batch * max(MAX_PAIRS, width), batch * width)
         hidden, dtype = layer.padded.hidden_size, layer.activation_dtype
-        self._pair_features = device.zeros(batch * MAX_PAIRS, hidden, dtype=dtype)
         self._regressed = [device.zeros(batch * width, hidden, dtype=dtype) for _ in range(2)]
-        self._block_table = device.zeros(batch, key.table_width, dtype=torch.int32)
-        self._stage_inputs(key)
+        block_table = device.zeros(batch, key.table_width, dtype=torch.int32)
+        coupling = pairs.coupling if key.is_coupled else None
+        self._staged = Places(block_table, pairs.roots, coupling)
         self._zero, self._one, self._width = device.there(
             torch.tensor([[0], [1], [width]], dtype=torch.int32).repeat(1, batch)
         )
         levels = torch.arange(max_levels + 1, dtype=torch.int32) - 1  # what level l's rows stand on
         self._level_depth = device.there(levels[:, None, None].repeat(1, batch, width))
         self._level_first = device.there((levels * width)[:, None].repeat(1, batch))
-        self.pair_path = device.there(torch.arange(MAX_PAIRS, dtype=torch.int32).repeat(batch, 1))
         self._root = Frontier.root(batch, device)
         self._frontiers = [Frontier.make(batch, width, device) for _ in range(2)]
-        self._pool = Pool.make(batch, width + max_levels * width * width, device)
+        self._pool = Pool.make(batch, num_candidates(1 + max_levels, width), device)
         self._scratch = expand_scratch(batch, width, len(layer.weights.head), width, device)
+        self._tiles = None
+        if device.is_gpu:
+            self._tiles = draft_tiles(batch * width, len(layer.weights.head), device)
         self._choices: dict[int, Choice] = {}
-
-    def _stage_inputs(self, key: RoundKey) -> None:
-        batch, ints = key.batch, torch.int32
-        self._staging = Staging(
-            self._device,
-            {
-                "bits": ((batch, 1, _WORDS), torch.int64),
-                "sampling": ((batch, ROW_WORDS), torch.int64),
-                "position": ((batch,), ints),
-                "counts": ((4, batch), ints),
-                "roots": ((batch,), ints),
-                "tokens": ((batch * MAX_PAIRS,), ints),
-            },
-        )
-        there = self._staging.there
-        self._pair_tokens, self._roots, self._last_bits = (
-            there[name] for name in ("tokens", "roots", "bits")
-        )
-        self._kv_len, self._kv_len_after, self._num_earlier, self.num_pairs = there["counts"]
-        self._coupling = None
-        if key.is_coupled:
-            self._coupling = Coupling(there["sampling"], there["position"])
-
-    # --- staging ------------------------------------------------------------------------------
+        self.level_score = device.zeros(batch)
+        """``[B]`` float32, where some trees may not grow on: ln of the chance that a path goes on
+        into the last level, given that it came so far."""
 
     def stage(
         self,
@@ -175,113 +166,94 @@ class RoundBuffers:
         batch: CacheBatch,
         pending: Sequence[torch.Tensor],
     ) -> int:
-        """Copy in what a round starts from: what the host knows in one piece, and the features.
-
-        Args:
-            states: B sequences.
-            batch: their draft caches; each holds the pairs before the pending ones.
-            pending: features ``[m, H]``, 1 to :data:`MAX_PAIRS` of each sequence, not yet run.
-
-        Returns:
-            The largest m: rows of a sequence in the extending step.
-        """
-        host, size = self._staging.host, self.key.batch
-        counts = [len(features) for features in pending]
-        most = max(counts)
-        tokens = host["tokens"][: size * most]
-        earlier = tokens[size:].reshape(size, most - 1)
-        for row, (state, cached) in enumerate(zip(states, batch.sequences, strict=True)):
-            length, count = cached.length, counts[row]
-            *above, last = state.token_ids[length + 1 : length + 1 + count]
-            tokens[row], earlier[row, : count - 1] = last, above
-            host["counts"][:, row] = length, length + count, count - 1, count
-            host["bits"][row, 0, 0] = (1 << count) - 1
-            host["roots"][row] = state.token_ids[-1]
-        if self._coupling is not None:
-            write_sampling(states, host["sampling"], host["position"])
-        self._staging.send()
-        self._take_features(pending, most)
-        self._block_table.copy_(batch.block_table)
+        """Copy in what a round of the host's starts from; as :meth:`PairTable.stage`."""
+        is_coupled = self._staged.coupling is not None
+        most = self.pairs.stage(states, batch, pending, is_coupled=is_coupled)
+        self._staged.block_table.copy_(batch.block_table)
         return most
-
-    def _take_features(self, pending: Sequence[torch.Tensor], most: int) -> None:
-        """Where :meth:`extend` wants them, each sequence's last one first. (What is left of rows
-        that none has stays as it is, for nobody sees them.)"""
-        size, places, features = self.key.batch, [], []
-        hidden = self._pair_features.shape[1]
-        rows = self._pair_features[size : size * most].view(size, most - 1, hidden)
-        for row, some in enumerate(pending):
-            places.append(self._pair_features[row])
-            features.append(some[-1])
-            if len(some) > 1:
-                places.append(rows[row, : len(some) - 1])
-                features.append(some[:-1])
-        torch._foreach_copy_(places, features)
 
     # --- steps: nothing but launches on static buffers ----------------------------------------
 
-    def extend(self, most: int, batch: CacheBatch) -> None:
-        """Run the staged pairs, and score the root's children.
+    def extend(self, most: int, cache: KVCache, places: Places | None = None) -> None:
+        """Run the waiting pairs, and score the root's children.
 
         Rows lie with each sequence's last pair first, because that one alone goes on to attention,
         MLP and head; the earlier ones only leave keys and values.
-        """
-        size, cache, work = self.key.batch, batch.cache, self._work
-        rows = size * most
-        self._layer.sample_features(
-            self._pair_tokens[:rows], None, self._pair_features[:rows], work
-        )
-        if most > 1:
-            depth = self.pair_path[:, : most - 1]
-            earlier = Rows(depth, self._kv_len, self._zero, self._num_earlier, self._block_table)
-            self._layer.append(size, earlier, cache, work)
-        last = Rows(
-            self._num_earlier[:, None],
-            self._kv_len,
-            self._num_earlier,
-            self._one,
-            self._block_table,
-        )
-        q = self._layer.append(0, last, cache, work)
-        logits = self._layer.finish(
-            q, self._last_bits, last, cache, work, self._regressed[0][:size]
-        )
-        self._score(0, logits.view(size, 1, -1))
 
-    def expand(self, level: int, batch: CacheBatch) -> None:
+        Args:
+            most: pairs of a sequence, at most.
+            cache: for the drafter's keys and values.
+            places: None: as staged.
+        """
+        at, pairs, size = places or self._staged, self.pairs, self.key.batch
+        last, q = self.append_pairs(most, cache, at)
+        regressed, maxima = self._regressed[0][:size], self._maxima(0, size, at)
+        logits = self._layer.finish(
+            q, pairs.last_bits, last, cache, self._work, regressed, at.is_open, maxima
+        )
+        self._score(0, logits.view(size, 1, -1), at, maxima)
+
+    def append_pairs(self, most: int, cache: KVCache, places: Places) -> tuple[Rows, torch.Tensor]:
+        """Keys and values of the waiting pairs; rows and queries of the last ones."""
+        pairs, size, work, layer = self.pairs, self.key.batch, self._work, self._layer
+        tokens, source = pairs.rows(most)
+        layer.sample_features(tokens, source, pairs.features, work)
+        table, num_earlier = places.block_table, pairs.num_earlier
+        if most > 1:
+            depth = pairs.path[:, : most - 1]
+            earlier = Rows(depth, pairs.kv_len, self._zero, num_earlier, table)
+            layer.append(size, earlier, cache, work, is_by_pair=True)
+        last = Rows(num_earlier[:, None], pairs.kv_len, num_earlier, self._one, table)
+        return last, layer.append(0, last, cache, work)
+
+    def expand(self, level: int, cache: KVCache, places: Places | None = None) -> None:
         """Run the frontier of level ``level - 1`` and score its children."""
-        size, width = self.key.batch, self.key.top_k
+        at, size, width = places or self._staged, self.key.batch, self.key.top_k
         above, work = self._frontiers[(level - 1) % 2], self._work
         features = self._regressed[(level - 1) % 2]
-        self._layer.sample_features(above.tokens.view(-1), above.source.view(-1), features, work)
-        depth = self._level_depth[level]
-        first = self._level_first[level]
-        rows = Rows(depth, self._kv_len_after, first, self._width, self._block_table)
-        q = self._layer.append(0, rows, batch.cache, work)
-        regressed = self._regressed[level % 2]
-        logits = self._layer.finish(q, above.ancestors, rows, batch.cache, work, regressed)
-        self._score(level, logits.view(size, width, -1))
+        self._layer.sample_features(
+            above.tokens.view(-1), above.source.view(-1), features, work, at.is_open
+        )
+        depth, first = self._level_depth[level], self._level_first[level]
+        rows = Rows(depth, self.pairs.kv_len_after, first, self._width, at.block_table)
+        q = self._layer.append(0, rows, cache, work)
+        regressed, maxima = self._regressed[level % 2], self._maxima(level, size * width, at)
+        logits = self._layer.finish(
+            q, above.ancestors, rows, cache, work, regressed, at.is_open, maxima
+        )
+        self._score(level, logits.view(size, width, -1), at, maxima)
 
-    def choose(self, num_levels: int, choice: Choice) -> None:
+    def choose(self, num_levels: int, choice: Choice, places: Places | None = None) -> None:
         """Fill ``choice`` with the best nodes of the levels scored so far."""
-        width = self.key.top_k
+        at = places or self._staged
         ops.tree_rerank(
             self._pool.tokens,
             self._pool.parents,
             self._pool.scores,
-            width + (num_levels - 1) * width * width,
-            self._roots,
+            num_candidates(num_levels, self.key.top_k),
+            at.roots,
             choice.draft_tokens,
             choice.parents,
             choice.num_nodes,
             choice.node_scores,
         )
 
-    def _score(self, level: int, logits: torch.Tensor) -> None:
+    def _maxima(self, level: int, num_rows: int, places: Places) -> ops.DraftMaxima | None:
+        """What the head is to leave of a level's rows, with the noise that they are ranked with."""
+        if self._tiles is None:
+            return None
+        keys, masses = (tiles[:num_rows] for tiles in self._tiles)
+        sampling, position = places.coupling or (None, None)
+        ids = self._layer.weights.token_ids
+        return ops.DraftMaxima(keys, masses, sampling, position, level, ids)
+
+    def _score(
+        self, level: int, logits: torch.Tensor, places: Places, maxima: ops.DraftMaxima | None
+    ) -> None:
         """Children of the level's nodes from ``logits [B, F, R]``, and the next frontier."""
         above = self._root if level == 0 else self._frontiers[(level - 1) % 2]
         below = self._frontiers[level % 2]
-        sampling, position = self._coupling or (None, None)
+        sampling, position = places.coupling or (None, None)
         ops.tree_expand(
             logits,
             above.scores,
@@ -300,6 +272,9 @@ class RoundBuffers:
             below.candidates,
             below.source,
             below.ancestors,
+            is_open=places.is_open,
+            level_score=None if places.is_open is None else self.level_score,
+            maxima=maxima,
         )
 
     # --- what Python looks at between steps ---------------------------------------------------

@@ -13,56 +13,73 @@ import torch
 from specrt import ops
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import EMBED, TOKEN_IDS, DraftConfig
+from specrt.models.float8 import float8_matrix
 from specrt.models.gate_up import interleaved
 from specrt.models.heads import pad_heads
 from specrt.models.placement import choose_head_dim
+from specrt.ops import Matrix
 
 # Folding replaces streamed weights by rows looked up; worth it where it spares this share of a
 # step's bytes and its tables stay within this share of the target's weights.
 _MIN_SPARED = 0.1
 _MAX_TABLES = 0.25
+_STREAMED = (
+    "fc",
+    "sample_gate",
+    "sample_up",
+    "sample_down",
+    "qkv",
+    "o",
+    "gate_up",
+    "down_predict",
+    "down_regress",
+    "head",
+)
 
 
 @dataclass(frozen=True)
 class DraftWeights:
-    """What a step reads; matrices in the drafter's dtype, vectors float32."""
+    """What a step reads; matrices in the drafter's dtype or of one byte a weight (what is looked up
+    stays wider), vectors float32."""
 
     embed: torch.Tensor
     """``[V, H]``: the target's, or the checkpoint's own."""
-    head: torch.Tensor
+    head: Matrix
     """``[R, H]``: the target's LM head, or the rows of the reduced vocabulary."""
     token_ids: torch.Tensor | None
     """``[R]`` int32: the tokens of the head's rows; None where R = V."""
-    fc: torch.Tensor
+    fc: Matrix
     """``[H, 2H]``, folded ``[H, H]``: the feature's half."""
     fc_bias: torch.Tensor | None
     """``[H]``; None where folded."""
     sample_norm: torch.Tensor | None
     """``[H]``; this and the next three are feature sampling's."""
-    sample_gate: torch.Tensor | None
+    sample_gate: Matrix | None
     """``[I, H]``; None where folded."""
-    sample_up: torch.Tensor | None
+    sample_up: Matrix | None
     """``[I, H]``"""
-    sample_down: torch.Tensor | None
+    sample_down: Matrix | None
     """``[H, I]``"""
     token_fc: torch.Tensor | None
     """``[V, H]``, where folded: W_fc's embedding half and bias, of each token."""
     token_gate: torch.Tensor | None
     """``[V, I]``, where folded: W_gate of each token."""
-    qkv: torch.Tensor
+    qkv: Matrix
     """``[(Q + 2K) * d, H]``, d the head size that kernels run."""
     qkv_bias: torch.Tensor | None
     """``[(Q + 2K) * d]``; None where the checkpoint has none."""
-    o: torch.Tensor
+    o: Matrix
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Matrix
     """``[2I, H]``: the rows of gate, then up; interleaved on a GPU."""
-    down_predict: torch.Tensor
+    down_predict: Matrix
     """``[H, I]``: gives p, what the head multiplies."""
-    down_regress: torch.Tensor | None
+    down_regress: Matrix | None
     """``[H, I]``: gives r, the next feature; None where one output serves both."""
     is_interleaved: bool
     """How ``gate_up`` lies (:mod:`specrt.models.gate_up`)."""
+    dtype: torch.dtype
+    """The drafter's: of matrices that are not narrowed, of keys and values."""
 
     @property
     def table_bytes(self) -> int:
@@ -70,16 +87,15 @@ class DraftWeights:
         return sum(t.nbytes for t in (self.token_fc, self.token_gate) if t is not None)
 
     @property
-    def matrices(self) -> list[torch.Tensor]:
-        """Those that a step streams, the head included."""
-        sampling = (self.fc, self.sample_gate, self.sample_up, self.sample_down)
-        layer = (self.qkv, self.o, self.gate_up, self.down_predict, self.down_regress, self.head)
-        return [matrix for matrix in (*sampling, *layer) if matrix is not None]
+    def matrices(self) -> dict[str, Matrix]:
+        """Those that a step streams, by name, the head included."""
+        found = {name: getattr(self, name) for name in _STREAMED}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     @property
     def step_bytes(self) -> int:
         """Weights one step streams, the head included."""
-        return sum(matrix.nbytes for matrix in self.matrices)
+        return sum(matrix.nbytes for matrix in self.matrices.values())
 
 
 def pack_weights(
@@ -152,6 +168,7 @@ def pack_weights(
         down_predict=down[:hidden],
         down_regress=down[hidden:] if config.has_split_output else None,
         is_interleaved=device.is_gpu,
+        dtype=dtype,
     )
 
 
@@ -164,17 +181,18 @@ def fold(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
         weights: as :func:`pack_weights` gives them.
         device: where they lie; None: the CPU.
     """
-    dtype, device = weights.fc.dtype, device or Device()
+    fc, device = _wide(weights), device or Device()
+    dtype = fc.dtype
     embed = weights.embed.to(device.activation_dtype(dtype))
     hidden = embed.shape[1]
-    token_half = weights.fc[:, :hidden].contiguous()
+    token_half = fc[:, :hidden].contiguous()
     device.wait()  # on a GPU linear reads ahead of what was launched last: weights are constants
     token_fc = ops.linear(embed, token_half, weights.fc_bias).to(dtype)
     token_gate = None
     if weights.sample_gate is not None:
         token_gate = ops.linear(embed, weights.sample_gate).to(dtype)
     changed = vars(weights) | {
-        "fc": weights.fc[:, hidden:].contiguous(),
+        "fc": fc[:, hidden:].contiguous(),
         "fc_bias": None,
         "sample_gate": None,
         "token_fc": token_fc,
@@ -183,11 +201,36 @@ def fold(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
     return DraftWeights(**changed)
 
 
+def narrow(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
+    """Round what a step streams to one byte a weight, the head to a copy of the drafter's own.
+
+    Drafts differ, as far as the rounding shows; outputs cannot.
+
+    Args:
+        weights: as :func:`pack_weights` or :func:`fold` gives them.
+        device: where they lie; None: the CPU.
+
+    Raises:
+        ValueError: on a GPU, a matrix whose columns are no multiple of 16.
+    """
+    device, changed = device or Device(), vars(weights).copy()
+    for name, matrix in weights.matrices.items():
+        assert isinstance(matrix, torch.Tensor), f"{name} is narrow"
+        changed[name] = float8_matrix(matrix, device)
+    return DraftWeights(**changed)
+
+
+def _wide(weights: DraftWeights) -> torch.Tensor:
+    """The matrix ``fc``, before it is narrowed."""
+    assert isinstance(weights.fc, torch.Tensor), "folding comes before"
+    return weights.fc
+
+
 def folding_pays(weights: DraftWeights, target_bytes: int) -> bool:
     """Whether folding spares enough streaming for the memory its tables take."""
     vocab, hidden = weights.embed.shape
     gate_rows = 0 if weights.sample_gate is None else weights.sample_gate.shape[0]
-    size = weights.fc.element_size()
+    size = _wide(weights).element_size()
     spared = (hidden + gate_rows) * hidden * size
     tables = (hidden + gate_rows) * vocab * size
     return spared >= _MIN_SPARED * weights.step_bytes and tables <= _MAX_TABLES * target_bytes

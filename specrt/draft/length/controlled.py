@@ -17,7 +17,8 @@ from specrt.draft.length.costs import DraftCosts, RoundCost
 from specrt.draft.length.measured import MeasuredPolicy, TreeRound
 from specrt.types import SequenceState
 
-_NODES_A_LEVEL = 2
+NODES_A_LEVEL = 2
+"""That are verified, where nobody weighs their time."""
 _UNMEASURED = DraftCosts(fixed=0.0, step=0.12, lower=0.0, verify=1.0, row=0.16)
 
 
@@ -78,7 +79,7 @@ class ControlledPolicy:
             step=level,
             lower=0.0,
             verify=cost.relative(batch),
-            row=cost.relative(1 + _NODES_A_LEVEL * batch) - 1.0,
+            row=cost.relative(1 + NODES_A_LEVEL * batch) - 1.0,
         )
         return self._costs
 
@@ -99,7 +100,7 @@ class ControlledPolicy:
 
     def _envelope(self, num_levels: int, most: int) -> int:
         sizes = (*self._policy.envelopes, most)
-        return min(most, next(n for n in sizes if n > _NODES_A_LEVEL * num_levels))
+        return min(most, next(n for n in sizes if n > NODES_A_LEVEL * num_levels))
 
 
 class _ControlledRound:

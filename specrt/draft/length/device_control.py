@@ -4,6 +4,9 @@ The rules, options and signatures are those of ``control.py``, whose rounds keep
 host. Here a posterior is a row of one table on the device, and a round's inputs go there as one
 copy. All of a round's steps may be run, whatever was decided: a step leaves a sequence that has
 stopped as it is, so that ``length`` is right once the last one was run.
+
+Rounds may be launches alone, one behind the other: what is staged for the next one goes up behind
+the launches of the one before, so they may share their buffers.
 """
 
 from __future__ import annotations
@@ -92,7 +95,8 @@ class DeviceControl:
 
 
 class DeviceControlRound:
-    """One round of a batch. Addresses are fixed, and :meth:`decide` is nothing but a launch."""
+    """One round of a batch. Addresses are fixed; :meth:`decide` and :meth:`launch_update` are
+    nothing but launches."""
 
     def __init__(self, control: DeviceControl, batch: int, slope: torch.Tensor | None) -> None:
         device, cap = control.device, control.options.max_draft
@@ -101,13 +105,15 @@ class DeviceControlRound:
         self._discount = control.options.settings().discount
         self._beliefs = control.beliefs
         self._host, self._inputs = HostInputs(batch, cap), RoundInputs.make(batch, device)
-        ints = device.zeros(3, batch, dtype=torch.int32)
+        ints = device.zeros(4, batch, dtype=torch.int32)
         self.is_open = ints[0]
         """``[B]`` int32: 1 = draft another token for this sequence."""
         self.drafted = ints[1]
         """``[B]`` int32: tokens drafted that somebody wanted."""
         self.length = ints[2]
         """``[B]`` int32: tokens to verify; one less than drafted where the last was dropped."""
+        self.num_nodes = ints[3]
+        """``[B]`` int32: of a chain of that length, its root included."""
         self.confidence = device.empty(batch, cap).fill_(torch.nan)
         """``[B, max_draft]`` float32; NaN where nothing was drafted."""
 
@@ -133,8 +139,19 @@ class DeviceControlRound:
         control.device.upload(self._host.tensors.whole, self._inputs.whole)
         self._beliefs = control.beliefs
 
+    def expect(self, num_rounds: int) -> None:
+        """Say how many rounds' forgetting the next update stands for; never captured."""
+        if num_rounds != self._num_rounds:
+            self._settings[DISCOUNT_PLACE].fill_(self._discount**num_rounds)
+            self._num_rounds = num_rounds
+
     def decide(
-        self, step: int, score: torch.Tensor | None = None, evidence: torch.Tensor | None = None
+        self,
+        step: int,
+        score: torch.Tensor | None = None,
+        evidence: torch.Tensor | None = None,
+        *,
+        position: torch.Tensor | None = None,
     ) -> None:
         """Decide on the token after the ``step``-th.
 
@@ -143,6 +160,8 @@ class DeviceControlRound:
                 once, in order. Sequences that have stopped take no part.
             score: ``[B]`` float32, may be strided: ln of that token's probability.
             evidence: ``[B, 2]`` float32 of the calibration head, or None.
+            position: ``[B]`` int32, the histories' lengths where only the device knows them; None:
+                as staged.
 
         Raises:
             ValueError: an argument does not fit.
@@ -156,7 +175,7 @@ class DeviceControlRound:
             self._beliefs,
             at.slots,
             at.seed,
-            at.position,
+            at.position if position is None else position,
             at.limit,
             at.is_sampled,
             self._slope,
@@ -166,6 +185,7 @@ class DeviceControlRound:
             self.drafted,
             self.length,
             self.confidence,
+            self.num_nodes,
         )
 
     def update(
@@ -190,9 +210,16 @@ class DeviceControlRound:
         """
         staged = self._host.slots.tolist()
         assert control.slots_of(states) == staged, "a round is learned by the rows it was staged of"
-        if num_rounds != self._num_rounds:
-            self._settings[DISCOUNT_PLACE].fill_(self._discount**num_rounds)
-            self._num_rounds = num_rounds
+        self._beliefs = control.beliefs  # which may have grown since
+        self.expect(num_rounds)
+        self.launch_update(accept_length)
+
+    def launch_update(self, accept_length: torch.Tensor) -> None:
+        """Learn from the round that was staged, by the rows it was staged of.
+
+        Args:
+            accept_length: as for :meth:`update`.
+        """
         at = self._inputs
         draft_control_update(
             self._kind,
@@ -204,5 +231,5 @@ class DeviceControlRound:
             self.length,
             self.confidence,
             accept_length,
-            control.beliefs,
+            self._beliefs,
         )

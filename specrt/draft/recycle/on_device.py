@@ -197,9 +197,8 @@ class DeviceRecycleDrafter:
         report: RoundReport,
         times: StageTimes,
     ) -> None:
-        """Learn how far the trees were right. (What their launch took is part of the round's time,
-        by which sizes are judged.)"""
-        self._policy.observe_draft(0.0, 0.0, 0)
+        """Learn what the trees took, and how far they were right."""
+        self._policy.observe_draft(times.draft, 0.0, 0)
         self._judge(_parts(plan)[0].kind, report.path)
 
     # --- both ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from specrt.device import Device
 from specrt.draft.eesd.checkpoint import NUM_MODES
 from specrt.train.losses import HitCounter
 
@@ -52,16 +53,16 @@ class GumbelRows:
     """
 
     def __init__(
-        self, seeds: Sequence[int], counts: Sequence[int], size: int, device: torch.device
+        self, seeds: Sequence[int], counts: Sequence[int], size: int, device: Device
     ) -> None:
         self._left = list(zip(seeds, counts, strict=True))[::-1]
         self._size = size
-        self._random = torch.Generator(device)
+        self._device, self._random = device, torch.Generator(device.place)
         self._num_left = 0
 
     def take(self, num_rows: int) -> torch.Tensor:
         """The next ``num_rows`` rows, ``[num_rows, V]`` float32."""
-        noise = torch.empty(num_rows, self._size, device=self._random.device)
+        noise = self._device.empty(num_rows, self._size)
         start = 0
         while start < num_rows:
             while not self._num_left:
@@ -96,16 +97,16 @@ class ExitWatch:
     Args:
         num_rows: N.
         noise: of the rows.
-        device: of the logits.
+        hits: where the logits are.
         has_hits: count hits too.
     """
 
     def __init__(
-        self, num_rows: int, noise: GumbelRows, device: torch.device, *, has_hits: bool
+        self, num_rows: int, noise: GumbelRows, hits: HitCounter, *, has_hits: bool
     ) -> None:
         self._noise, self._has_hits = noise, has_hits
-        self._hits = HitCounter(device)
-        empty = torch.empty(NUM_MODES, num_rows, device=device)
+        self._hits = hits
+        empty = hits.sums.new_empty(NUM_MODES, num_rows)
         self.judged = Judged(empty, torch.empty_like(empty))
 
     def __call__(self, rows: slice, target: torch.Tensor, draft: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from specrt.config import ModelConfig
+from specrt.device import Device
 from specrt.models.layouts import layer_shapes
 from specrt.train.batches import collate_exits
 from specrt.train.eesd.calibration import (
@@ -94,6 +95,7 @@ def evaluate_exit(
     source: FeatureSource,
     indices: Sequence[int],
     *,
+    device: Device,
     depth: int,
     seed: int,
 ) -> ExitReport:
@@ -105,18 +107,19 @@ def evaluate_exit(
         head: the target's, ``[V, H]``, where and in the dtype the exit computes.
         source: of the sequences.
         indices: the held-out ones; at most 64 of them are used, evenly spaced.
+        device: where the exit and the head are.
         depth: of the chains.
         seed: of the noise for the sampled mode.
     """
     counter = ChainCounter(depth)
     judged, confidences = [], []
     for index in spread(indices):
-        batch = collate_exits(source, [index], seed=seed, epoch=0, device=head.device)
+        batch = collate_exits(source, [index], seed=seed, epoch=0, device=device)
         output = model(batch.states[:, :, column])
         count = batch.states.shape[1]
-        noise = GumbelRows(batch.draw_seeds, [count], len(head), head.device)
+        noise = GumbelRows(batch.draw_seeds, [count], len(head), device)
         found = _judged(output.normed[0], batch.states[0, :, -1], head, noise)
-        is_counted = batch.is_counted[0]
+        is_counted = device.there(batch.is_counted[0])
         is_hit = found.labels[0] > 0
         counter.add([is_hit[level:] for level in range(depth)], is_counted)
         logits = confidence_logits(output.evidence[0], output.slope, found.scores)

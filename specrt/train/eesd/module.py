@@ -21,7 +21,7 @@ from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import NUM_MODES, ExitConfig
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import layer_shapes, use_standard_names
-from specrt.train.layers import Attention, GatedMlp, Norm, Rope
+from specrt.train.layers import Attention, GatedMlp, Norm, Rope, product_flop
 
 _EXITS = "exits."
 
@@ -123,6 +123,11 @@ class ExitModules(nn.Module):
         for model in self.exits.values():
             assert isinstance(model, ExitModule)
             model.model.load_state_dict(start)
+
+    def flop(self) -> int:
+        """Of a position's matrix products, forward and back; attention's and the calibration heads'
+        left out."""
+        return product_flop(self)
 
     def forward(self, states: torch.Tensor) -> list[ExitOutput]:
         """Run every exit on the output of its own layer: ``[B, m, T, H]``, in their order."""

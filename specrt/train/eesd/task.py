@@ -19,6 +19,7 @@ from specrt.draft.eesd.checkpoint import (
     write_exit,
 )
 from specrt.train.batches import ExitBatch, collate_exits
+from specrt.train.device import TrainDevice
 from specrt.train.eesd.calibration import MODES, ExitWatch, GumbelRows, calibration_losses
 from specrt.train.eesd.evaluate import Estimate, evaluate_exit
 from specrt.train.eesd.module import ExitModule, ExitModules, exit_weights, parameter_groups
@@ -26,7 +27,7 @@ from specrt.train.evaluate import TargetTables
 from specrt.train.features.source import FeatureSource
 from specrt.train.loop.options import EesdOptions
 from specrt.train.loop.summary import SUMMARY_FILE, brief, write_summary
-from specrt.train.losses import TOP, soft_cross_entropy
+from specrt.train.losses import TOP, FrozenHead, soft_cross_entropy
 from specrt.train.task import StepLosses, TrainData
 
 _NAMES = (
@@ -72,12 +73,14 @@ class EesdTask:
             "exit_layers": list(self.taps),
         }
 
-    def start(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def start(self, device: TrainDevice, dtype: torch.dtype) -> nn.Module:
         """As :class:`TrainTask` says."""
-        self._device = device
+        self._device = device.memory
         self._full_head = self._load_tables().head
-        self._head = self._full_head.to(device, dtype)
-        return ExitModules(self._configs, self._load_start())
+        self._head = FrozenHead(self._device.moved(self._full_head.to(dtype)), device)
+        modules = ExitModules(self._configs, self._load_start())
+        self._position_flop = modules.flop()
+        return modules
 
     def collate(self, source: FeatureSource, indices: Sequence[int], epoch: int) -> ExitBatch:
         """As :class:`TrainTask` says."""
@@ -86,19 +89,25 @@ class EesdTask:
 
     def losses(self, module: Any, batch: ExitBatch, *, has_hits: bool) -> StepLosses:
         """As :class:`TrainTask` says; no exit's gradient depends on another's."""
-        is_counted = batch.is_counted
-        counts = is_counted.sum(1).tolist()
-        features = batch.states[:, :, -1][is_counted]
-        total, sums = torch.zeros((), device=self._device), []
+        counts = batch.is_counted.sum(1).tolist()
+        features = batch.states[:, :, -1].flatten(0, 1)[batch.counted]
+        total, sums = self._device.zeros(), []
         for output in module(batch.states[:, :, :-1]):
-            noise = GumbelRows(batch.draw_seeds, counts, len(self._head), self._device)
-            watch = ExitWatch(len(features), noise, self._device, has_hits=has_hits)
-            normed, evidence = output.normed[is_counted], output.evidence[is_counted]
+            noise = GumbelRows(batch.draw_seeds, counts, len(self._head.weight), self._device)
+            watch = ExitWatch(len(features), noise, self._head.counter(), has_hits=has_hits)
+            normed, evidence = (
+                rows.flatten(0, 1)[batch.counted] for rows in (output.normed, output.evidence)
+            )
             loss = soft_cross_entropy(normed, features, self._head, watch)
             calibration = calibration_losses(evidence, output.slope, watch.judged)
             total = total + loss + calibration.sum()
             sums += [loss.detach()[None], calibration.detach(), watch.hits]
         return StepLosses(total, torch.cat(sums))
+
+    def num_flop(self, batch: ExitBatch) -> int:
+        """As :class:`TrainTask` says; the head gives two laws and a gradient for each exit."""
+        heads = 6 * len(self._configs) * batch.num_counted * self._head.weight.numel()
+        return batch.is_counted.numel() * self._position_flop + heads
 
     def clip_groups(self, module: Any) -> list[list[nn.Parameter]]:
         """As :class:`TrainTask` says."""
@@ -143,11 +152,12 @@ class EesdTask:
         model = ExitModule(config).requires_grad_(False)
         model.load_state_dict(tensors)
         report = evaluate_exit(
-            model.to(self._device),
+            model.to(self._device.place),
             column,
-            self._full_head.to(self._device, torch.float32),
+            self._full_head.to(self._device.place, torch.float32),
             data.source,
             data.held_out,
+            device=self._device,
             depth=self._options.depth,
             seed=self._options.seed,
         )

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from specrt.device import Device
 from specrt.train.data.dataset import Dataset
+from specrt.train.device import TrainDevice
 from specrt.train.features.cache_index import INDEX, CacheIndex, CacheKey
-from specrt.train.features.frozen import FrozenTarget, load_frozen_target
+from specrt.train.features.frozen import FrozenTarget, load_frozen_target, passes
 from specrt.train.features.source import Sample
 from specrt.train.loop.lock import hold_directory
 from specrt.types import CheckpointError
@@ -29,7 +31,6 @@ _ROWS = ("token_ids", "loss_mask", "features")
 """The tensors of a shard with a row for each token."""
 _CHECKSUMS = "crc32"
 _SHARD_BYTES = 64 << 20
-_PASS_TOKENS = 1024  # of a pass through the target: more only leave the caches
 _MAX_OPEN = 64  # shards that stay mapped
 
 
@@ -179,8 +180,9 @@ def cache_features(
         on_tokens(index.num_tokens - sum(map(index.tokens_of, missing)))
         index.check_space(missing)
         target = load_frozen_target(target_path, dtype, device, index.key.taps)
+        pass_tokens = TrainDevice(Device(torch.device(device))).pass_tokens
         for shard in missing:
-            tensors = _compute(index, shard, dataset, target, on_tokens)
+            tensors = _compute(index, shard, dataset, target, on_tokens, pass_tokens)
             index.write_shard(shard, tensors)
     return CachedFeatures(root, key)
 
@@ -214,12 +216,13 @@ def _compute(
     dataset: Dataset,
     target: FrozenTarget,
     on_tokens: Callable[[int], None],
+    pass_tokens: int,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one shard."""
     dtype = getattr(torch, index.key.features_dtype)
     examples = [dataset[i] for i in range(index.borders[shard], index.borders[shard + 1])]
     features = []
-    for part in _passes([len(example.token_ids) for example in examples]):
+    for part in passes([len(example.token_ids) for example in examples], pass_tokens):
         rows = target.features([example.token_ids for example in examples[part]])
         features += [row.to("cpu", dtype) for row in rows]
         on_tokens(sum(map(len, rows)))
@@ -246,14 +249,3 @@ def _checksum(rows: Iterable[torch.Tensor]) -> int:
     for tensor in rows:
         value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return value
-
-
-def _passes(lengths: list[int]) -> Iterator[slice]:
-    """Neighbours that go through the target together."""
-    start, num_tokens = 0, 0
-    for end, length in enumerate(lengths):
-        if num_tokens and num_tokens + length > _PASS_TOKENS:
-            yield slice(start, end)
-            start, num_tokens = end, 0
-        num_tokens += length
-    yield slice(start, len(lengths))

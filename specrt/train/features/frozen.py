@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +63,8 @@ def load_frozen_target(
 class PackedTarget:
     """The Llama family in plain torch; sequences lie behind one another, so nothing is padding.
 
-    Linear layers see all rows at once, attention one sequence at a time. On a CPU it computes in
+    Linear layers see all rows at once, attention one sequence at a time, on a GPU all of a pass,
+    padded. On a CPU it computes in
     float32 on weights of ``dtype`` and rounds keys and values to it, as the engine does: features
     then agree with the engine's taps.
 
@@ -86,7 +87,7 @@ class PackedTarget:
         self.config = config
         self._taps = _checked_taps(config, taps)
         self._dtype = dtype
-        self._device = device
+        self._device = Device(device)
         compute = torch.float32 if device.type == "cpu" else dtype
         weights = load_weights(path, config, dtype)
 
@@ -96,7 +97,7 @@ class PackedTarget:
         self._layers = [_Layer(layer, placed) for layer in weights.layers]
         self._embed = weights.embed.to(device, compute)
         self._final_norm = weights.final_norm.to(device)
-        self._rope = RotaryTable(config, config.head_dim, Device(device))
+        self._rope = RotaryTable(config, config.head_dim, self._device)
 
     @torch.no_grad()  # inference tensors could not be saved for a backward pass
     def features(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -107,9 +108,10 @@ class PackedTarget:
         """
         _check(self.config, sequences)
         lengths = [len(sequence) for sequence in sequences]
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
+        there = self._device.there
+        positions = there(torch.cat([torch.arange(length) for length in lengths]))
         angles = self._rope.reaching(max(lengths))[positions][:, None]
-        hidden = self._embed[torch.cat(list(sequences)).to(self._device)]
+        hidden = self._embed[there(torch.cat(list(sequences)))]
         parts = []
         for number, layer in enumerate(self._layers, start=1):
             normed = self._norm(hidden, layer.input_norm)
@@ -141,19 +143,31 @@ class PackedTarget:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         q, k = _rotated(q, angles), _rotated(k, angles)
         k, v = k.to(self._dtype).to(q.dtype), v.to(self._dtype).to(q.dtype)  # as the engine's cache
+        if self._device.is_gpu:
+            return self._attended_together(q, k, v, lengths)
         parts = []
         for q_part, k_part, v_part in zip(
             q.split(lengths), k.split(lengths), v.split(lengths), strict=True
         ):
-            attended = functional.scaled_dot_product_attention(
-                q_part.transpose(0, 1)[None],
-                k_part.transpose(0, 1)[None],
-                v_part.transpose(0, 1)[None],
-                is_causal=True,
-                enable_gqa=True,
-            )
-            parts.append(attended[0].transpose(0, 1).reshape(len(q_part), -1))
-        return torch.cat(parts)
+            attended = _attended(q_part[None], k_part[None], v_part[None])
+            parts.append(attended[0])
+        return torch.cat(parts).flatten(1)
+
+    def _attended_together(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        """All sequences in one launch, padded at the end, where nobody attends to it."""
+        longest = max(lengths)
+        places = torch.cat([torch.arange(n) + row * longest for row, n in enumerate(lengths)])
+        places = self._device.there(places)
+
+        def padded(heads: torch.Tensor) -> torch.Tensor:
+            rows = heads.new_zeros(len(lengths) * longest, *heads.shape[1:])
+            rows.index_copy_(0, places, heads)
+            return rows.view(len(lengths), longest, *heads.shape[1:])
+
+        attended = _attended(padded(q), padded(k), padded(v)).flatten(0, 1)
+        return attended.index_select(0, places).flatten(1)
 
 
 class TransformersTarget:
@@ -208,6 +222,22 @@ class TransformersTarget:
         return [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
 
 
+def passes(lengths: Sequence[int], num_tokens: int) -> Iterator[slice]:
+    """Neighbours that go through a target together.
+
+    Args:
+        lengths: of the sequences.
+        num_tokens: that a pass has at most, but for one that a single sequence fills.
+    """
+    start, count = 0, 0
+    for end, length in enumerate(lengths):
+        if count and count + length > num_tokens:
+            yield slice(start, end)
+            start, count = end, 0
+        count += length
+    yield slice(start, len(lengths))
+
+
 class _Layer:
     """One layer's weights where and as they are computed with."""
 
@@ -246,6 +276,15 @@ def _check(config: ModelConfig, sequences: Sequence[torch.Tensor]) -> None:
             raise ValueError(
                 f"token_ids: token id {largest} is outside the vocabulary 0..{vocab - 1}"
             )
+
+
+def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of ``[B, n, heads, d]`` each; ``[B, n, Q, d]``."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attended: torch.Tensor = functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
 
 
 def _rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from specrt.train.data.dataset import Dataset
-from specrt.train.features.frozen import FrozenTarget, load_frozen_target
+from specrt.train.device import TrainDevice
+from specrt.train.features.frozen import FrozenTarget, load_frozen_target, passes
+from specrt.types import CheckpointError
 
 
 class Sample(NamedTuple):
@@ -91,6 +93,59 @@ class OnlineFeatures:
         examples = [self._examples[index] for index in indices]
         features = self._target.features([example.token_ids for example in examples])
         return [Sample(*example, rows) for example, rows in zip(examples, features, strict=True)]
+
+
+class HeldFeatures:
+    """Features computed once, before training, and held where the target computed them.
+
+    Args:
+        examples: the data.
+        target_path: the target's directory.
+        device: where.
+        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
+        features_dtype: what is held.
+
+    Raises:
+        CheckpointError: the target is broken or gives NaN.
+        ValueError: an example does not fit the target's vocabulary or context.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset,
+        target_path: str | os.PathLike[str],
+        device: TrainDevice,
+        taps: tuple[int, ...] = (),
+        features_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._examples = examples
+        target = load_frozen_target(target_path, None, device.place, taps)
+        self.hidden_size = target.config.hidden_size
+        self._rows: list[torch.Tensor] = []
+        for part in passes(self.lengths, device.pass_tokens):
+            sequences = [examples[i].token_ids for i in range(part.start, part.stop)]
+            # Copied, or they would keep the padding of the pass.
+            self._rows += [r.to(features_dtype, copy=True) for r in target.features(sequences)]
+        good = torch.stack([torch.isfinite(rows).all() for rows in self._rows])
+        if bad := [i for i, is_good in enumerate(device.memory.read(good)) if not is_good]:
+            raise CheckpointError(f"{target_path}: NaN or infinite features of example {bad[0]}")
+
+    @staticmethod
+    def num_bytes(examples: Dataset, hidden_size: int, num_taps: int) -> int:
+        """What the features of data take."""
+        return 2 * sum(examples.lengths) * hidden_size * (num_taps + 1)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return self._examples.lengths
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def batch(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices; tokens and masks on the CPU, features where they are."""
+        return [Sample(*self._examples[index], self._rows[index]) for index in indices]
 
 
 class FeatureSubset:

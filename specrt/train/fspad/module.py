@@ -12,7 +12,7 @@ from torch import nn
 
 from specrt.config import ModelConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
-from specrt.train.layers import Attention, GatedMlp, Norm, Rope
+from specrt.train.layers import Attention, GatedMlp, Norm, Rope, product_flop
 
 
 class _FeatureSampling(nn.Module):
@@ -81,6 +81,13 @@ class DraftModel(nn.Module):
         (layer,) = self.layers
         assert isinstance(layer, _Layer)
         return layer
+
+    def flop(self) -> int:
+        """Of a pair's matrix products, forward and back; attention's left out."""
+        inputs_alone = [self.fc]
+        if isinstance(self.fc, _FeatureSampling):
+            inputs_alone = [self.fc.fc, self.fc.mlp.gate_proj]
+        return product_flop(self, inputs_alone)
 
     def pair(self, embeddings: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The layer's input x ``[..., H]`` for pairs of embeddings and features ``[..., H]``."""

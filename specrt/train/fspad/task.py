@@ -11,12 +11,13 @@ from torch import nn
 
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.train.batches import Batch, collate
+from specrt.train.device import TrainDevice
 from specrt.train.evaluate import TargetTables, chain_acceptance
 from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.summary import write_drafter
-from specrt.train.losses import draft_losses
+from specrt.train.losses import FrozenHead, draft_losses
 from specrt.train.task import StepLosses, TrainData
 
 
@@ -45,12 +46,15 @@ class FspadTask:
             "intermediate_size": self._config.layer.intermediate_size,
         }
 
-    def start(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def start(self, device: TrainDevice, dtype: torch.dtype) -> nn.Module:
         """As :class:`TrainTask` says."""
-        self._device = device
+        self._device = device.memory
         self._full_tables = self._load_tables()
-        self._tables = self._full_tables.to(device, dtype)
-        return DraftModel(self._config, self._options.seed)
+        tables = self._full_tables.to(self._device, dtype)
+        self._embed, self._head = tables.embed, FrozenHead(tables.head, device)
+        model = DraftModel(self._config, self._options.seed)
+        self._pair_flop = model.flop()
+        return model
 
     def collate(self, source: FeatureSource, indices: Sequence[int], epoch: int) -> Batch:
         """As :class:`TrainTask` says."""
@@ -65,19 +69,19 @@ class FspadTask:
 
     def losses(self, module: Any, batch: Batch, *, has_hits: bool) -> StepLosses:
         """As :class:`TrainTask` says."""
-        predicted, regressed = module(batch.inputs, self._tables.embed[batch.next_tokens])
-        counted = batch.is_counted
-        losses = draft_losses(
-            predicted[counted],
-            regressed[counted],
-            batch.targets[counted],
-            self._tables.head,
-            has_hits=has_hits,
-        )
+        predicted, regressed = module(batch.inputs, self._embed[batch.next_tokens])
+        parts = predicted, regressed, batch.targets
+        rows = [part.flatten(0, 1)[batch.counted] for part in parts]
+        losses = draft_losses(rows[0], rows[1], rows[2], self._head, has_hits=has_hits)
         total = self._options.regression_weight * losses.regression
         total = total + self._options.classification_weight * losses.classification
         pair = torch.stack([losses.regression.detach(), losses.classification.detach()])
         return StepLosses(total, torch.cat([pair, losses.hits]))
+
+    def num_flop(self, batch: Batch) -> int:
+        """As :class:`TrainTask` says; the head gives two laws and a gradient."""
+        pairs = batch.next_tokens.numel() * self._pair_flop
+        return pairs + 6 * batch.num_counted * self._head.weight.numel()
 
     def clip_groups(self, module: Any) -> list[list[nn.Parameter]]:
         """As :class:`TrainTask` says."""
@@ -105,7 +109,7 @@ class FspadTask:
         model = DraftModel(self._config).requires_grad_(False)
         model.load_state_dict(stored)
         acceptance = chain_acceptance(
-            model.to(self._device),
+            model.to(self._device.place),
             self._full_tables.to(self._device, torch.float32),
             data.source,
             data.held_out,

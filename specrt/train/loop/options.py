@@ -15,9 +15,19 @@ import typer
 PRECISIONS = ("auto", "bf16", "float32")
 SCHEDULES = ("linear", "cosine")
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
-# What may differ between the two halves of an interrupted run without changing what it computes.
+# What may differ between the two halves of an interrupted run: it changes nothing of what is
+# computed, but for the device, which rounds otherwise.
 _FREE = frozenset(
-    {"max_minutes", "save_steps", "save_minutes", "log_steps", "save_dtype", "depth", "tensorboard"}
+    {
+        "device",
+        "max_minutes",
+        "save_steps",
+        "save_minutes",
+        "log_steps",
+        "save_dtype",
+        "depth",
+        "tensorboard",
+    }
 )
 
 
@@ -60,8 +70,9 @@ class DataOptions:
     features: Annotated[
         str | None,
         _data(
-            help="'online', or a directory for the target's features; default: OUT/features, "
-            "removed at the end, and online where no sequence is seen twice."
+            help="'online', 'memory', or a directory for the target's features; default: online "
+            "where no sequence is seen twice, else a GPU's memory where they fit, else "
+            "OUT/features, removed at the end."
         ),
     ] = None
     skip_bad: Annotated[bool, _data("--skip-bad", help="Skip malformed lines.")] = False
@@ -100,6 +111,9 @@ class TrainOptions:
     clip_value: ClipValue = 0.5
     clip_norm: ClipNorm = 0.0
     seed: Annotated[int, _recipe()] = 0
+    device: Annotated[str, _run(help="auto (a GPU if torch sees one), cpu, cuda or cuda:N.")] = (
+        "auto"
+    )
     precision: Annotated[str, _run(help=_choice(PRECISIONS))] = "auto"
     max_minutes: Annotated[float | None, _run(help="Stop then; going on is possible.")] = None
     """Time spent training, earlier parts of a resumed run included."""

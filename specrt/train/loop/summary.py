@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,11 +58,3 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(out / SUMMARY_FILE)) from error
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at most allocated on a GPU so far, or resident in this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

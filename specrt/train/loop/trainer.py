@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from specrt.device import Posted
 from specrt.train.batches import BatchPlan
+from specrt.train.device import TrainDevice
 from specrt.train.loop.options import TrainOptions
+from specrt.train.loop.progress import Progress, Settled, Taken, speed
 from specrt.train.loop.report import Reporter
 from specrt.train.loop.state import StateFolder
 from specrt.train.loop.stopping import StopRequest
-from specrt.train.loop.summary import peak_memory
 from specrt.train.task import TaskBatch, TrainData, TrainTask
 
 _BETAS = (0.9, 0.95)
@@ -47,16 +50,6 @@ class Outcome:
     """The signal that stopped it; no drafter is written then."""
     summary: dict[str, Any]
     """What ``training.json`` holds; empty after a signal, and in all but the main process."""
-
-
-@dataclass
-class _Progress:
-    """How far a run is; saved with its state."""
-
-    step: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def run_identity(
@@ -94,6 +87,7 @@ class Trainer:
         out: where the drafter and its summary go.
         state: where the running state goes; one that is there is taken up.
         accelerator: this process's place among all.
+        device: where it trains; None: where the accelerator says.
 
     Raises:
         ValueError: no sequences, or a batch that cannot be split evenly.
@@ -108,6 +102,7 @@ class Trainer:
         out: Path,
         state: StateFolder,
         accelerator: Accelerator,
+        device: TrainDevice | None = None,
     ) -> None:
         if not data.train:
             raise ValueError("data: no sequence to train on")
@@ -123,9 +118,15 @@ class Trainer:
             )
         self._total = options.total_steps(self._plan.steps_per_epoch)
         is_bf16 = accelerator.mixed_precision == "bf16"
-        module = task.start(accelerator.device, torch.bfloat16 if is_bf16 else torch.float32)
+        self._device = device or TrainDevice.at(accelerator.device)
+        peak = self._device.product_peak if is_bf16 else None
+        self._peak = peak and accelerator.num_processes * peak
+        module = task.start(self._device, torch.bfloat16 if is_bf16 else torch.float32)
         self._model, self._optimizer = self._prepare(module)
-        self._progress = _Progress()
+        self._clip_groups = task.clip_groups(self._model)
+        self._progress = Progress()
+        self._taken: deque[Taken] = deque()
+        self._last_seconds = 0.0
         self._saved_at = time.monotonic()
         self._saved_step: int | None = None
 
@@ -165,20 +166,19 @@ class Trainer:
         if is_save_due:
             self._save(reporter)
         is_logged = (progress.step + 1) % self._options.log_steps == 0 or progress.step == 0
-        means, norm = self._gradients(batches, count, is_logged)
-        self._check_finite(means, norm, indices, batches)
         rate = self._options.learning_rate(progress.step, self._total)
+        figures = self._gradients(batches, count, is_logged)
+        num_flop = self._accelerator.num_processes * sum(map(self._task.num_flop, batches))
+        parts = indices, num_tokens, num_flop
+        self._taken.append(Taken(progress.step + 1, epoch, *parts, rate, is_logged, figures))
+        settled = self._settle(self._device.num_late)
         self._apply(rate)
         progress.step += 1
         progress.num_tokens += num_tokens
-        seconds = time.perf_counter() - began
-        progress.seconds += seconds
-        values = None
-        if is_logged:
-            speed = {"lr": rate, "tokens_per_second": num_tokens / seconds}
-            values = {**self._task.named(means), "gradient_norm": norm, **speed}
-            progress.history.append({"step": progress.step, **values})
-        reporter.update(progress.step, self._total, values)
+        progress.num_flop += num_flop
+        self._last_seconds = time.perf_counter() - began
+        progress.seconds += self._last_seconds
+        self._log(reporter, settled)
         return True
 
     def _batches(self, epoch: int, indices: list[int]) -> list[TaskBatch]:
@@ -192,19 +192,19 @@ class Trainer:
 
     def _agree(self, batches: list[TaskBatch], stop: StopRequest) -> tuple[int, int, bool, bool]:
         """Counted positions and tokens of the whole step; whether to stop, and to save, now."""
-        count = sum(int(batch.is_counted.sum()) for batch in batches)
+        count = sum(batch.num_counted for batch in batches)
         num_tokens = sum(batch.num_tokens for batch in batches)
         is_main = self._accelerator.is_main_process  # whose clock goes for all
         is_stopped = stop.signal is not None or (is_main and self._is_time_up())
         is_save_due = is_main and self._is_save_due()
+        if self._accelerator.num_processes == 1:
+            return count, num_tokens, is_stopped, is_save_due
         mine = torch.tensor([count, num_tokens, is_stopped, is_save_due], dtype=torch.int64)
         said = self._accelerator.reduce(mine.to(self._accelerator.device), "sum").tolist()
         return int(said[0]), int(said[1]), said[2] > 0, said[3] > 0
 
-    def _gradients(
-        self, batches: list[TaskBatch], count: int, has_hits: bool
-    ) -> tuple[list[float], float]:
-        """The means of the whole step's losses and hits, and its gradient's norm."""
+    def _gradients(self, batches: list[TaskBatch], count: int, has_hits: bool) -> Posted:
+        """Make them, clipped by norm; the step's figures."""
         accelerator = self._accelerator
         # A gradient is that of the sum over all positions, of which DDP takes the processes' mean.
         share = accelerator.num_processes / max(1, count)
@@ -216,14 +216,9 @@ class Trainer:
                 accelerator.backward(losses.total * share)
             sums.append(losses.sums)
         means = accelerator.reduce(reduce(torch.add, sums), "sum") / max(1, count)
-        return means.tolist(), self._clip_norms()
-
-    def _clip_norms(self) -> float:
-        """The gradient's norm before clipping."""
         limit = self._options.clip_norm or math.inf
-        groups = self._task.clip_groups(self._model)
-        norms = [float(self._accelerator.clip_grad_norm_(group, limit)) for group in groups]
-        return math.hypot(*norms)
+        norms = [accelerator.clip_grad_norm_(group, limit) for group in self._clip_groups]
+        return self._device.memory.post(torch.cat([means, torch.stack(norms)]))
 
     def _apply(self, rate: float) -> None:
         if self._options.clip_value:
@@ -234,21 +229,50 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _check_finite(
-        self, means: list[float], norm: float, indices: list[int], batches: list[TaskBatch]
-    ) -> None:
-        """The gradient's norm is checked before clipping, which would hide an infinite one."""
-        if all(map(math.isfinite, means)) and math.isfinite(norm):
-            return
+    # --- what steps gave --------------------------------------------------------------------------
+
+    def _settle(self, num_left: int) -> list[Settled]:
+        """The steps that were taken, but for the last ``num_left``.
+
+        Raises:
+            TrainingError: what one of these gave is not finite.
+        """
+        settled = []
+        while len(self._taken) > num_left:
+            settled.append(Settled.read(self._taken.popleft(), len(self._clip_groups)))
+            if not settled[-1].is_finite:
+                raise self._not_finite(settled[-1])
+        return settled
+
+    def _log(self, reporter: Reporter, settled: list[Settled]) -> None:
+        for one in settled:
+            values, taken = None, one.taken
+            if taken.is_logged:
+                rates = {"lr": taken.rate, **speed(taken, self._last_seconds, self._peak)}
+                values = {**self._task.named(one.means), "gradient_norm": one.norm, **rates}
+                self._progress.history.append({"step": taken.number, **values})
+            reporter.update(taken.number, self._total, values)
+
+    def _settle_all(self, reporter: Reporter) -> None:
+        """Wait for every step that was taken."""
+        began = time.perf_counter()
+        settled = self._settle(0)
+        if settled:
+            self._progress.seconds += time.perf_counter() - began
+        self._log(reporter, settled)
+
+    def _not_finite(self, settled: Settled) -> TrainingError:
+        taken = settled.taken
+        batches = self._batches(taken.epoch, taken.indices)
         bad = [index for batch in batches for index in batch.bad_rows()]
         cause = "features that are not finite" if bad else "none with features out of range"
-        names = [self._data.describe(index) for index in (bad or indices)]
+        names = [self._data.describe(index) for index in (bad or taken.indices)]
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-        values = {**self._task.named(means), "gradient norm": norm}
+        values = {**self._task.named(settled.means), "gradient norm": settled.norm}
         said = [f"{name} {v:g}" for name, v in values.items() if not math.isfinite(v)]
         kept = self._state.latest()
-        raise TrainingError(
-            f"step {self._progress.step + 1}: not finite: {', '.join(said)}; sequences "
+        return TrainingError(
+            f"step {taken.number}: not finite: {', '.join(said)}; sequences "
             f"{', '.join(names[:_MAX_NAMED])}{more} ({cause}); the last good state is "
             f"{kept or 'none, none was saved yet'}"
         )
@@ -273,13 +297,14 @@ class Trainer:
             reporter.say(f"going on from step {self._progress.step}")
 
     def _load(self, state: Path, progress: dict[str, Any]) -> None:
-        self._progress = _Progress(**progress)
+        self._progress = Progress(**progress)
         self._accelerator.load_state(str(state))
 
     def _save(self, reporter: Reporter) -> None:
         accelerator = self._accelerator
         if self._saved_step == self._progress.step:
             return
+        self._settle_all(reporter)
         is_bad = any(not bool(torch.isfinite(p).all()) for p in self._model.parameters())
         bad = torch.tensor(float(is_bad), device=accelerator.device)
         if float(accelerator.reduce(bad, "sum")):
@@ -322,9 +347,11 @@ class Trainer:
             "num_epochs": progress.step / self._plan.steps_per_epoch,
             "num_sequences": len(self._data.train),
             "num_tokens": progress.num_tokens,
+            "num_flop": progress.num_flop,
             "seconds": progress.seconds,
-            "tokens_per_second": progress.num_tokens / max(progress.seconds, 1e-9),
-            "peak_memory_bytes": peak_memory(accelerator.device),
+            **speed(progress, progress.seconds, self._peak),
+            "peak_memory_bytes": self._device.peak_memory(),
+            "device": str(self._device.place),
             "num_processes": accelerator.num_processes,
             "mixed_precision": str(accelerator.mixed_precision),
             "options": asdict(self._options),

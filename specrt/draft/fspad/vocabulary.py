@@ -1,0 +1,90 @@
+"""Which tokens a drafter proposes: lists of the most frequent ones.
+
+V vocabulary of the target, R tokens that are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig
+from specrt.types import CheckpointError
+
+HotTokens = str | os.PathLike[str] | Sequence[int]
+"""Token ids, most frequent first, or a file of them."""
+
+
+def keep_tokens(
+    config: DraftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    tokens: HotTokens,
+    size: int | None = None,
+) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
+    """Let a drafter propose the tokens of a list only; its text stays the target's own.
+
+    Args:
+        config: the drafter's; one that was reduced before may be reduced anew.
+        tensors: its tensors; they are shared with the result.
+        tokens: ids, or a file: JSON (``.json``), or what ``torch.save`` wrote (``.pt``), as the
+            lists of FR-Spec and SGLang are; a list or a tensor of them.
+        size: R, the first so many of the list; None: all.
+
+    Returns:
+        The configuration, and the tensors with ``TOKEN_IDS [R]`` int32, increasing.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds something else.
+        ValueError: the list has no token, one twice, one that is not in 0..V-1, or fewer than
+            ``size``.
+    """
+    vocab_size = config.layer.vocab_size
+    name, given = "hot_tokens", tokens
+    if isinstance(given, str | os.PathLike):
+        name, given = str(given), _read(Path(given))
+    ids = _flat(given)
+    if ids is None:
+        raise ValueError(f"{name}: expected a list of token ids")
+    if size is not None and not 1 <= size <= len(ids):
+        raise ValueError(f"{name}: expected at least {max(size, 1)} token ids, got {len(ids)}")
+    kept = torch.tensor(ids[:size], dtype=torch.int64).sort().values
+    if len(kept) == 0 or int(kept[0]) < 0 or int(kept[-1]) >= vocab_size:
+        raise ValueError(f"{name}: expected token ids in 0..{vocab_size - 1}, got {_ends(kept)}")
+    if bool((kept[1:] == kept[:-1]).any()):
+        twice = int(kept[1:][kept[1:] == kept[:-1]][0])
+        raise ValueError(f"{name}: expected each token once, got {twice} twice")
+    changed = {**tensors, TOKEN_IDS: kept.to(torch.int32)}
+    return replace(config, draft_vocab_size=len(kept)), changed
+
+
+def _flat(given: Any) -> list[int] | None:
+    """Whole numbers, or None."""
+    if isinstance(given, torch.Tensor):
+        given = given.tolist() if given.dim() == 1 else None
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        return None
+    return list(given) if all(type(token) is int for token in given) else None
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        if file.suffix == ".json":
+            return json.loads(file.read_bytes())
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{file}: expected a list of token ids, as JSON (.json) or by torch.save (.pt)"
+        ) from error
+
+
+def _ends(ids: torch.Tensor) -> str:
+    return f"{int(ids[0])}..{int(ids[-1])}" if len(ids) else "none"
