@@ -7,6 +7,7 @@ drawn is as good as the mean, which is what the torch expressions decide by.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,8 @@ class Embed:
 
 
 class FeatureSample:
-    """torch: the formula, with products of its own."""
+    """torch: the formula, with products of its own. apart: ours, but rows are gathered before, and
+    gate and up are written before the activation."""
 
     def __init__(self, model: Model, rows: int, place: Place, *, is_folded: bool = False) -> None:
         hidden, wide = model.hidden_size, model.intermediate_size
@@ -108,6 +110,23 @@ class FeatureSample:
             h, gate = F.linear(torch.cat([e, f], -1), self._fc), F.linear(e, self._gate)
         up = F.linear(F.rms_norm(h, h.shape[1:], self._torch_norm, EPS), self._up)
         return (h + F.linear(F.silu(gate) * up, self._down),)
+
+    def apart(self) -> Tensors:
+        f, tokens = self._features[self._source], self._tokens
+        pairs = self._out.new_empty(len(tokens), 2 * self._wide)
+        gate, up = pairs[:, : self._wide], pairs[:, self._wide :]
+        multiply = partial(ops.linear, workspace=self._lent)
+        if self._token_fc is not None and self._token_gate is not None:
+            gate.copy_(self._token_gate[tokens])
+            h = multiply(f, self._fc, residual=self._token_fc[tokens])
+        else:
+            assert self._embed is not None
+            assert self._gate is not None
+            e = self._embed[tokens]
+            multiply(e, self._gate, out=gate)
+            h = multiply(torch.cat([e, f], -1), self._fc)
+        multiply(ops.rms_norm(h, self._norm, EPS), self._up, out=up)
+        return (multiply(ops.silu_mul(pairs), self._down, residual=h),)
 
 
 @dataclass

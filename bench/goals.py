@@ -81,9 +81,10 @@ def _all() -> Iterator[Goal]:
     of_trees = dict.fromkeys(("rms_norm", "silu_mul", "tree_settle", "history_append"), 60)
     for op, rows in {**of_trees, "kv_commit": 8}.items():
         yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", 3.0)
-    # 1.3 times what reading the weights takes, which is 92 % of the copy rate.
-    where = {"op": "feature_sample", "model": "Llama-3-8B", "rows": 10}
-    yield Goal(SMALL, where, "% of limit", 70.8, is_least=True)
+    # 1.1 times what reading the weights takes, which is 92 % of the copy rate.
+    for op in ("feature_sample", "feature_sample_folded"):
+        where = {"op": op, "model": "Llama-3-8B", "rows": 10}
+        yield Goal(SMALL, where, "% of limit", 83.6, is_least=True)
     of_rounds = ("tree_expand", 10, 8.0), ("tree_rerank", 60, 6.0), ("tree_accept", 60, 8.0)
     for op, rows, most in (*of_rounds, ("tree_accept_filtered", 60, 20.0)):
         yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", most)

@@ -83,6 +83,7 @@ def run_linear(place: Place) -> int:
                 _assert_near(out, expected, num_inputs)
             if is_on_gpu:
                 check_maxima(place, x, weight)
+                check_operands(x, weight, sums - bias)
             check_float8(x, weight, is_on_gpu=is_on_gpu)
             done += 1
     return done
@@ -119,6 +120,21 @@ def check_maxima(place: Place, x: torch.Tensor, weight: torch.Tensor) -> None:
     best = padded.unflatten(1, (-1, 64)).argmax(-1)
     tokens = (~keys & (2**32 - 1)) % 64
     torch.testing.assert_close(tokens[::2], best[::2])
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """Rows of tables, read from their ends; K in two parts, and the sums for gate and residual."""
+    num_rows, begin = len(x), x.shape[1] // 16 * 8
+    back = torch.arange(num_rows, device=x.device).flip(0).int()
+    first, second, gate, residual = (
+        ops.GatheredRows(table.flip(0).contiguous(), back)
+        for table in (x[:, :begin], x[:, begin:], sums.to(x.dtype), sums.to(x.dtype))
+    )
+    out = ops.linear(first, weight, None, residual, second=second, gate=gate)
+    rounded = sums.to(x.dtype).float()
+    expected = torch.nn.functional.silu(rounded) * sums + rounded
+    # The gate multiplies what sums differ by.
+    torch.testing.assert_close(out, expected.to(x.dtype), rtol=1e-2, atol=1e-2)
 
 
 def main() -> None:

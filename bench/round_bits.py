@@ -17,7 +17,6 @@ from bench.gpu import Place
 from specrt import ops
 from specrt.ops import registry
 from specrt.ops.draft_control import ControlKind, ControlSettings, prior_beliefs
-from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from specrt.ops.history_append import report_size
 from specrt.ops.tree_accept import gpu_workspace_size, workspace_size
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
@@ -67,7 +66,6 @@ def run_round_bits(place: Place, *, is_quick: bool = False) -> int:
         *_accepts(is_quick),
         *_growths(is_quick),
         *_controls(),
-        *_gathers(),
         _append(),
         _lookup(),
     ]
@@ -221,50 +219,6 @@ def _grow(a: Arguments) -> None:
         above = below[1], below[2], below[4]
     out = a["draft_tokens"], a["parents"], a["num_nodes"], a["node_scores"]
     ops.tree_rerank(*pool, pool[0].shape[1], a["roots"], *out)
-
-
-# --- features -------------------------------------------------------------------------------------
-
-
-def _gathers() -> Iterator[Call]:
-    """In pieces of 16 bytes and value by value; tables that are folded, and EAGLE's pairs."""
-    for size in (16, 11):
-        for kind in ("folded", "sampled", "paired"):
-            yield _gather(size, kind)
-
-
-def _gather(size: int, kind: str) -> Call:
-    vocab, wide, generator = 50, 24, torch.Generator().manual_seed(size)
-
-    def matrix(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).bfloat16()
-
-    is_folded, is_paired = kind == "folded", kind == "paired"
-    workspace = ops.feature_sample_workspace(size, 0 if is_paired else wide)
-    arguments = {
-        "tokens": torch.tensor([4, -5, 10**6], dtype=torch.int32),  # clamped
-        "source": torch.tensor([4, 0, 99], dtype=torch.int32),
-        "features": matrix(5, size),
-        "embed": None if is_folded else matrix(vocab, size),
-        "fc": matrix(size, size if is_folded else 2 * size),
-        "fc_bias": None,
-        "norm": None if is_paired else torch.ones(size),
-        "gate": None if kind != "sampled" else matrix(wide, size),
-        "up": None if is_paired else matrix(wide, size),
-        "down": None if is_paired else matrix(size, wide),
-        "token_fc": matrix(vocab, size) if is_folded else None,
-        "token_gate": matrix(vocab, wide) if is_folded else None,
-        "scratch": torch.zeros(3, workspace, dtype=torch.bfloat16),
-        "out": torch.zeros(3, size, dtype=torch.bfloat16),
-    }
-
-    def run(a: Arguments) -> None:
-        weights = FeatureWeights(**{name: a[name] for name in FeatureWeights._fields})
-        feature_gather(
-            a["tokens"], a["source"], a["features"], weights, 1e-5, a["scratch"], a["out"]
-        )  # fmt: skip
-
-    return Call(f"feature_gather, {kind}", run, arguments, ("scratch",))
 
 
 # --- how long to draft, and what is told ----------------------------------------------------------

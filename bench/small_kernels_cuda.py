@@ -1,7 +1,8 @@
 """The small kernels on a GPU against plain torch expressions, all in bfloat16.
 
 Inputs rotate over sets that together exceed the cache, up to 64 sets: a few rows stay in it, as
-they do in a model, where the kernel before has just written them.
+they do in a model, where the kernel before has just written them. ``apart`` is ``feature_sample``
+with rows that are gathered before its products and an activation behind them.
 """
 
 from __future__ import annotations
@@ -263,10 +264,14 @@ def contenders(sets: Sequence[InputSet], reset: Launch | None) -> dict[str, Cont
     for ours, torchs in zip(sets[0].ours(), sets[0].torchs(), strict=True):
         # Slots that nobody wrote are still poison, in both.
         torch.testing.assert_close(ours, torchs, atol=_TOLERANCE, rtol=_TOLERANCE, equal_nan=True)
-    return {
+    found = {
         OURS: Contender([one.ours for one in sets], reset),
         "torch": Contender([one.torchs for one in sets], reset),
     }
+    apart = [one.apart for one in sets if isinstance(one, FeatureSample)]
+    for ours, alike in zip(sets[0].ours(), apart[0]() if apart else (), strict=False):
+        torch.testing.assert_close(ours, alike, atol=_TOLERANCE, rtol=_TOLERANCE)
+    return found | ({"apart": Contender(apart, reset)} if apart else {})
 
 
 def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: int) -> Measured:
@@ -279,6 +284,7 @@ def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: in
     sets = kernel.sets(model, case.rows, num_sets, device.place)
     timings = device.measure(contenders(*sets))
     ours, torchs = timings.graph[OURS], timings.graph.get("torch")
+    apart = timings.graph.get("apart")
     row: Row = {
         "op": case.kernel,
         "model": case.model,
@@ -287,6 +293,7 @@ def one_case(case: Case, device: Device, ceilings: limits.Ceilings, l2_bytes: in
         "eager_us": 1e6 * timings.eager[OURS],
         "torch_us": None if torchs is None else 1e6 * torchs,
         "torch/ours": None if torchs is None else ratio_to(torchs, ours),
+        "apart/ours": None if apart is None else ratio_to(apart, ours),
         "input_sets": num_sets,
     }
     return row, timings.failures

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +20,28 @@ from specrt.models.gate_up import ROWS_IN_TURN
 from tests.oracles.tile_maxima import draft_maxima, tile_maxima
 
 Tensor = torch.Tensor
+Rows = Tensor | ops.GatheredRows
 _NO_MAXIMA = (None,) * 6 + (0,)
+_NOT_GATHERED = (None,) * 6
+
+
+def taken(rows: Rows) -> Tensor:
+    """As an index says, which is clamped into the table."""
+    if not isinstance(rows, ops.GatheredRows):
+        return rows
+    return rows.table[rows.rows.clamp(0, len(rows.table) - 1).long()]
 
 
 def product(
-    x: Tensor,
+    x: Rows,
     weight: ops.Matrix,
     bias: Tensor | None,
-    residual: Tensor | None,
+    residual: Rows | None,
     out: Tensor,
     workspace: Tensor | None = None,
     *,
+    second: Rows | None = None,
+    gate: Rows | None = None,
     is_gated: bool = False,
     maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
     is_open: Tensor | None = None,
@@ -37,6 +49,7 @@ def product(
     """As ``ops.linear`` on a GPU: float32 within, one rounding at the end."""
     if is_open is not None and not is_open.any():
         return
+    x = taken(x) if second is None else torch.cat([taken(x), taken(second)], -1)
     num_rows, num_outputs = len(x), len(weight)
     scale = None
     if isinstance(weight, ops.Float8Matrix):
@@ -46,9 +59,13 @@ def product(
     if workspace is not None:
         size = ops.linear_workspace(*weight.shape, num_rows)
         assert workspace.dtype == torch.float32 and workspace.numel() >= size, workspace.shape
-    residual = None if residual is None else residual.float()
-    sums = torch.empty(num_rows, num_outputs)
-    _C.linear(x.float(), weight, bias, residual, sums, None, False, 0, 0, *_NO_MAXIMA, None, scale)
+    added = None if residual is None else taken(residual).float()
+    sums, rest = torch.empty(num_rows, num_outputs), (*_NO_MAXIMA, None, scale, *_NOT_GATHERED)
+    last = None if gate is not None else added
+    _C.linear(x.float(), weight, bias, last, sums, None, False, 0, 0, *rest)
+    if gate is not None:
+        _C.silu_mul(torch.cat([taken(gate).float(), sums], -1), sums)
+        sums = sums if added is None else sums + added
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)
@@ -78,26 +95,22 @@ def stand_in(
     usual = ops.linear
 
     def linear(
-        x: Tensor,
+        x: Rows,
         weight: ops.Matrix,
         bias: Tensor | None = None,
-        residual: Tensor | None = None,
+        residual: Rows | None = None,
         out: Tensor | None = None,
         workspace: Tensor | None = None,
-        *,
-        is_gated: bool = False,
-        maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
-        is_open: Tensor | None = None,
+        **asked: Any,
     ) -> Tensor:
-        if not is_for_gpu(x):
-            assert maxima is None, "the CPU makes none"
-            return usual(
-                x, weight, bias, residual, out, workspace, is_gated=is_gated, is_open=is_open
-            )
+        table, *index = x if isinstance(x, ops.GatheredRows) else (x,)
+        if not is_for_gpu(table):
+            assert asked.get("maxima") is None, "the CPU makes none"
+            return usual(x, weight, bias, residual, out, workspace, **asked)
         if out is None:
-            out = x.new_empty(len(x), len(weight) // (2 if is_gated else 1))
-        tensors = x, weight, bias, residual, out, workspace
-        run(partial(product, *tensors, is_gated=is_gated, maxima=maxima, is_open=is_open))
+            num_rows = len(index[0] if index else table)
+            out = table.new_empty(num_rows, len(weight) // (2 if asked.get("is_gated") else 1))
+        run(partial(product, x, weight, bias, residual, out, workspace, **asked))
         return out
 
     for user in (ops, sys.modules["specrt.ops.feature_sample"]):

@@ -8,7 +8,7 @@ namespace {
 using ViewOf = TensorView (*)(py::handle, const char*, bool);
 
 FeatureSampleArgs args_of(const py::args& t, ViewOf view) {
-    SPECRT_CHECK(t.size() == 16, "feature_sample: expected 16 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 20, "feature_sample: expected 20 arguments, got ", t.size());
     return {view(t[0], "tokens", false),     view(t[1], "source", true),
             view(t[2], "features", false),   view(t[3], "embed", true),
             view(t[4], "fc", false),         view(t[5], "fc_bias", true),
@@ -16,7 +16,9 @@ FeatureSampleArgs args_of(const py::args& t, ViewOf view) {
             view(t[8], "up", true),          view(t[9], "down", true),
             view(t[10], "token_fc", true),   view(t[11], "token_gate", true),
             view(t[13], "workspace", false), view(t[14], "out", false),
-            view(t[15], "is_open", true),    t[12].cast<float>()};
+            view(t[15], "is_open", true),    view(t[16], "fc_scale", true),
+            view(t[17], "gate_scale", true), view(t[18], "up_scale", true),
+            view(t[19], "down_scale", true), t[12].cast<float>()};
 }
 
 // Where h and gate begin in a row of the workspace, and its size.
@@ -32,8 +34,7 @@ void register_feature_sample(py::module_& m) {
         const auto launches = feature_sample(args_of(t, &view_of));
         submit_released(launches.data(), launches.size());
     });
-    m.def("feature_gather",
-          [](const py::args& t) { submit_released(feature_gather(args_of(t, &device_view_of))); });
+    m.def("feature_check", [](const py::args& t) { feature_check(args_of(t, &device_view_of)); });
     m.def("feature_sample_layout", &layout);
 }
 

@@ -10,7 +10,9 @@ void register_linear(py::module_& m) {
           [](py::handle x, py::handle weight, py::handle bias, py::handle residual, py::handle out,
              py::handle workspace, bool is_gated, int tile_rows, int num_stages, py::handle maxima,
              py::handle sampling, py::handle history_len, py::handle depth, py::handle masses,
-             py::handle token_map, int64_t level, py::handle is_open, py::handle scale) {
+             py::handle token_map, int64_t level, py::handle is_open, py::handle scale,
+             py::handle x_rows, py::handle second, py::handle second_rows, py::handle residual_rows,
+             py::handle gate, py::handle gate_rows) {
               submit_released(linear({device_view_of(x, "x"),
                                       device_view_of(weight, "weight"),
                                       device_view_of(bias, "bias", true),
@@ -27,7 +29,13 @@ void register_linear(py::module_& m) {
                                       device_view_of(token_map, "token_map", true),
                                       level,
                                       device_view_of(is_open, "is_open", true),
-                                      device_view_of(scale, "scale", true)}));
+                                      device_view_of(scale, "scale", true),
+                                      device_view_of(x_rows, "x_rows", true),
+                                      device_view_of(second, "second", true),
+                                      device_view_of(second_rows, "second_rows", true),
+                                      device_view_of(residual_rows, "residual_rows", true),
+                                      device_view_of(gate, "gate", true),
+                                      device_view_of(gate_rows, "gate_rows", true)}));
           });
 }
 

@@ -33,4 +33,15 @@ inline void expect_weight(const TensorView& t, const char* wanted, Sizes... size
     expect_contiguous(t);
 }
 
+// The factors of e4m3 weights, which no other weights have.
+inline void expect_scale(const TensorView& weight, const TensorView& scale) {
+    const bool is_narrow = weight && weight.dtype == DType::kE4M3;
+    SPECRT_CHECK(is_narrow || !scale, scale.name, ": expected None, as ", weight.name, " is ",
+                 weight ? name_of(weight.dtype) : "None", ", got ", scale.describe());
+    if (!is_narrow) return;
+    SPECRT_CHECK(scale, scale.name, ": expected [N] = [", weight.shape[0], "] float32, as ",
+                 weight.name, " is float8_e4m3fn, got None");
+    expect(scale, DType::kFloat32, "[N]", weight.shape[0]);
+}
+
 }  // namespace specrt

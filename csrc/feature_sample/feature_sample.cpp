@@ -66,8 +66,13 @@ int64_t check_tables(const FeatureSampleArgs& a, int64_t hidden, int64_t interme
     return vocab;
 }
 
-std::array<const TensorView*, 4> matrices(const FeatureSampleArgs& a) {
-    return {&a.fc, &a.gate, &a.up, &a.down};
+struct Matrix {
+    const TensorView &values, &scale;
+};
+
+std::array<Matrix, 4> matrices(const FeatureSampleArgs& a) {
+    return {Matrix{a.fc, a.fc_scale}, Matrix{a.gate, a.gate_scale}, Matrix{a.up, a.up_scale},
+            Matrix{a.down, a.down_scale}};
 }
 
 Sizes check(const FeatureSampleArgs& a) {
@@ -79,6 +84,7 @@ Sizes check(const FeatureSampleArgs& a) {
     SPECRT_CHECK(a.features.shape[0] >= enough, a.features.name, ": expected at least ", enough,
                  " rows, got ", a.features.describe());
     check_fc(a, hidden);
+    for (const Matrix& m : matrices(a)) expect_scale(m.values, m.scale);
     const int64_t intermediate = check_mlp(a, hidden);
     const int64_t vocab = check_tables(a, hidden, intermediate);
     SPECRT_CHECK(vocab > 0 || rows == 0, (a.token_fc ? a.token_fc : a.embed).name,
@@ -91,57 +97,50 @@ Sizes check(const FeatureSampleArgs& a) {
     return {rows, hidden, intermediate, vocab, static_cast<bool>(a.down)};
 }
 
-RowSource row_source(const TensorView& t, int64_t to) {
-    return {t.data, t.stride[0], t.shape[1], to, t.dtype};
+RowSource row_source(const TensorView& t, const TensorView& index, int64_t to) {
+    return {{t.data, t.stride[0], index.as<int32_t>(), t.shape[0]}, t.shape[1], to, t.dtype};
 }
 
-GatherParams gather(const FeatureSampleArgs& a, const Sizes& n) {
+Launch gather(const FeatureSampleArgs& a, const Sizes& n) {
     const FeatureSampleLayout at{n.hidden, n.intermediate};
     GatherParams p{};
-    p.tokens = a.tokens.as<int32_t>();
-    p.source = a.source.as<int32_t>();
-    p.workspace = a.workspace.data;
+    p.workspace = a.workspace.as<float>();
     p.workspace_stride = a.workspace.stride[0];
     p.num_rows = n.rows;
-    p.vocab = n.vocab;
-    p.num_features = a.features.shape[0];
-    p.dtype = a.workspace.dtype;
-    p.from[p.num_sources++] = row_source(a.features, at.f());
-    if (!a.token_fc || a.gate) p.from[p.num_sources++] = row_source(a.embed, at.e());
-    if (a.token_fc) p.from[p.num_sources++] = row_source(a.token_fc, at.h());
-    if (a.token_gate) p.from[p.num_sources++] = row_source(a.token_gate, at.gate());
-    return p;
-}
-
-Launch gather_on_cpu(const GatherParams& p, const FeatureSampleLayout& at) {
-    const int64_t parts = 1 + p.num_rows * at.size() / 16384;
-    return make_launch(feature_gather_part_for(active_isa()), p, parts);
+    const auto add = [&](const TensorView& t, const TensorView& index, int64_t to) {
+        p.from[p.num_sources++] = row_source(t, index, to);
+    };
+    add(a.features, a.source, at.f());
+    if (!a.token_fc || a.gate) add(a.embed, a.tokens, at.e());
+    if (a.token_fc) add(a.token_fc, a.tokens, at.h());
+    if (a.token_gate) add(a.token_gate, a.tokens, at.gate());
+    return make_launch(feature_gather_part_for(active_isa()), p, 1 + n.rows * at.size() / 16384);
 }
 
 }  // namespace
 
-Launch feature_gather(const FeatureSampleArgs& a) {
+void feature_check(const FeatureSampleArgs& a) {
     const DType type = a.features.dtype;
-    const bool is_wide = type == DType::kFloat32 && a.features.device == kCpu;
-    SPECRT_CHECK(is_wide || type == DType::kBFloat16 || type == DType::kFloat16,
+    SPECRT_CHECK(type == DType::kBFloat16 || type == DType::kFloat16,
                  "features: expected bfloat16 or float16, got ", a.features.describe());
     for (const TensorView* t : {&a.embed, &a.token_fc, &a.token_gate})
-        if (*t && !is_wide) expect_dtype_of(a.features, *t);
-    for (const TensorView* t : matrices(a))
-        if (*t && !is_wide && t->dtype != DType::kE4M3) expect_dtype_of(a.features, *t);
+        if (*t) expect_dtype_of(a.features, *t);
+    for (const Matrix& m : matrices(a))
+        if (m.values && m.values.dtype != DType::kE4M3) expect_dtype_of(a.features, m.values);
     const Sizes n = check(a);
-    const int device =
-        common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate,
-                      a.up, a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open);
-    const GatherParams p = gather(a, n);
-    if (device != kCpu) return make_cuda_launch(feature_gather_cuda, p, device);
-    return gather_on_cpu(p, {n.hidden, n.intermediate});
+    SPECRT_CHECK(n.hidden % 8 == 0 && n.intermediate % 8 == 0,
+                 (n.intermediate ? a.down : a.fc).name,
+                 ": expected H and I to be multiples of 8 in 16 bits, got ", n.hidden, " and ",
+                 n.intermediate);
+    for (const TensorView* t : {&a.features, &a.embed, &a.workspace})
+        if (*t) expect_rows_of_16_bytes(*t);
+    common_device(a.features, a.tokens, a.source, a.embed, a.fc, a.fc_bias, a.norm, a.gate, a.up,
+                  a.down, a.token_fc, a.token_gate, a.workspace, a.out, a.is_open, a.fc_scale,
+                  a.gate_scale, a.up_scale, a.down_scale);
 }
 
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     expect(a.features, DType::kFloat32, "[S, H]", -1, -1);
-    for (const TensorView* t : matrices(a))
-        if (*t) expect_float(*t);
     const Sizes n = check(a);
     const FeatureSampleLayout at{n.hidden, n.intermediate};
     float* const ws = a.workspace.as<float>();
@@ -149,29 +148,31 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     float* const out = a.out.as<float>();
     const Isa isa = active_isa();
     const Openness openness = openness_of(a.is_open);  // the rest is in scratch
-    const auto multiply = [&](int64_t x, const TensorView& w, const float* bias, int64_t residual,
+    const auto [fc, gate_of, up, down] = matrices(a);
+    const auto multiply = [&](int64_t x, const Matrix& matrix, const float* bias, int64_t residual,
                               float* y, int64_t y_stride) {
+        const TensorView& w = matrix.values;
         return matmul({ws + x, w.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
-                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype, nullptr,
-                       openness});
+                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype,
+                       matrix.scale.as<float>(), openness});
     };
     std::vector<Launch> launches;
     launches.reserve(7);
-    launches.push_back(gather_on_cpu(gather(a, n), at));
+    launches.push_back(gather(a, n));
     float* const h = n.has_feature_sampling ? ws + at.h() : out;
-    launches.push_back(multiply(a.token_fc ? at.f() : at.e(), a.fc, a.fc_bias.as<float>(),
+    launches.push_back(multiply(a.token_fc ? at.f() : at.e(), fc, a.fc_bias.as<float>(),
                                 a.token_fc ? at.h() : -1, h,
                                 n.has_feature_sampling ? stride : out_stride));
     if (!n.has_feature_sampling) return launches;
     const NormParams norm{h, a.norm.as<float>(), ws + at.f(), stride, n.rows, n.hidden, a.eps};
     launches.push_back(
         make_launch(feature_norm_part_for(isa), norm, 1 + n.rows * n.hidden / 16384));
-    if (a.gate) launches.push_back(multiply(at.e(), a.gate, nullptr, -1, ws + at.gate(), stride));
-    launches.push_back(multiply(at.f(), a.up, nullptr, -1, ws + at.up(), stride));
+    if (a.gate) launches.push_back(multiply(at.e(), gate_of, nullptr, -1, ws + at.gate(), stride));
+    launches.push_back(multiply(at.f(), up, nullptr, -1, ws + at.up(), stride));
     const GateParams gate{ws + at.gate(), ws + at.up(), stride, n.rows, n.intermediate};
     launches.push_back(
         make_launch(feature_gate_part_for(isa), gate, 1 + n.rows * n.intermediate / 4096));
-    launches.push_back(multiply(at.gate(), a.down, nullptr, at.h(), out, out_stride));
+    launches.push_back(multiply(at.gate(), down, nullptr, at.h(), out, out_stride));
     return launches;
 }
 

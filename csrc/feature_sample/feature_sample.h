@@ -1,12 +1,11 @@
 // A draft model's input: h = W_fc [e ; f] + b_fc, and with feature sampling
-// out = h + W_down (silu(W_gate e) * (W_up rmsnorm(h))). Several launches, run in order; of rows of
-// 16 bits the first one alone, for those behind it are other kernels'
-// (specrt/ops/feature_sample.py).
+// out = h + W_down (silu(W_gate e) * (W_up rmsnorm(h))). Several launches, run in order. Rows of 16
+// bits are a GPU's, where all launches are other kernels' (specrt/ops/feature_sample.py).
 #pragma once
 #include <vector>
 
 #include "core/dispatch.h"
-#include "core/host_device.h"
+#include "core/row_operand.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
 
@@ -25,30 +24,19 @@ struct FeatureSampleLayout {
     int64_t size() const { return gate() + line(2 * intermediate); }
 };
 
-// Rows to copy to offset `to` of the workspace's rows, in the workspace's type.
+// Rows to copy to offset `to` of the workspace's rows.
 struct RowSource {
-    const void* rows;
-    int64_t stride, width, to;
+    RowOperand chosen;
+    int64_t width, to;
     DType dtype;
 };
 
 struct GatherParams {
-    const int32_t* tokens;  // [M], clamped to [0, vocab)
-    const int32_t* source;  // [M], clamped to [0, num_features), or nullptr: row m
-    void* workspace;
-    int64_t workspace_stride, num_rows, vocab, num_features;
+    float* workspace;
+    int64_t workspace_stride, num_rows;
     RowSource from[4];  // the feature's, then those that a token chooses
     int num_sources;
-    DType dtype;  // the workspace's; of 16 bits all sources have it too
 };
-
-// The row of p.from[i] that row m takes.
-SPECRT_HD int64_t chosen_row(const GatherParams& p, int i, int64_t m) {
-    if (i == 0 && !p.source) return m;
-    const int64_t row = i == 0 ? p.source[m] : p.tokens[m];
-    const int64_t count = i == 0 ? p.num_features : p.vocab;
-    return row < 0 ? 0 : row < count ? row : count - 1;
-}
 
 struct NormParams {
     const float* x;  // [M, H]
@@ -65,22 +53,20 @@ struct GateParams {
 };
 
 SPECRT_DECLARE_CPU(feature_gather_part)
-SPECRT_DECLARE_CUDA(feature_gather_cuda)
 SPECRT_DECLARE_CPU(feature_norm_part)
 SPECRT_DECLARE_CPU(feature_gate_part)
 
 // Views may be empty where specrt/ops/feature_sample.py allows None.
 struct FeatureSampleArgs {
     TensorView tokens, source, features, embed, fc, fc_bias, norm, gate, up, down, token_fc,
-        token_gate, workspace, out, is_open;
+        token_gate, workspace, out, is_open, fc_scale, gate_scale, up_scale, down_scale;
     float eps;
 };
 
 // Of float32 rows, on the CPU.
 std::vector<Launch> feature_sample(const FeatureSampleArgs& a);
 
-// Of rows of 16 bits, on either device: checks all arguments, and fetches what a row's token and
-// source choose into the workspace (e, f, and from tables h, gate).
-Launch feature_gather(const FeatureSampleArgs& a);
+// Of rows of 16 bits, on either device: that all arguments fit.
+void feature_check(const FeatureSampleArgs& a);
 
 }  // namespace specrt

@@ -11,21 +11,17 @@ void widen(const T* from, float* to, int64_t width) {
     for (; i < width; ++i) to[i] = to_float(from[i]);
 }
 
-void copy_row(const GatherParams& p, const RowSource& from, int64_t row, int64_t m) {
-    const int64_t start = row * from.stride, end = m * p.workspace_stride + from.to;
-    if (p.dtype != DType::kFloat32) {
-        memcpy(static_cast<bf16*>(p.workspace) + end, static_cast<const bf16*>(from.rows) + start,
-               static_cast<size_t>(from.width) * sizeof(bf16));
-        return;
-    }
-    float* to = static_cast<float*>(p.workspace) + end;
+void copy_row(const GatherParams& p, const RowSource& from, int64_t m) {
+    const int64_t start = chosen_row(from.chosen, m) * from.chosen.stride;
+    const void* rows = from.chosen.rows;
+    float* to = p.workspace + m * p.workspace_stride + from.to;
     switch (from.dtype) {
         case DType::kBFloat16:
-            return widen(static_cast<const bf16*>(from.rows) + start, to, from.width);
+            return widen(static_cast<const bf16*>(rows) + start, to, from.width);
         case DType::kFloat16:
-            return widen(static_cast<const f16*>(from.rows) + start, to, from.width);
+            return widen(static_cast<const f16*>(rows) + start, to, from.width);
         default:
-            return widen(static_cast<const float*>(from.rows) + start, to, from.width);
+            return widen(static_cast<const float*>(rows) + start, to, from.width);
     }
 }
 
@@ -34,7 +30,7 @@ void copy_row(const GatherParams& p, const RowSource& from, int64_t row, int64_t
 void feature_gather_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const GatherParams*>(params);
     for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m)
-        for (int i = 0; i < p.num_sources; ++i) copy_row(p, p.from[i], chosen_row(p, i, m), m);
+        for (int i = 0; i < p.num_sources; ++i) copy_row(p, p.from[i], m);
 }
 
 void feature_norm_part(const void* params, int part, int num_parts) {

@@ -123,6 +123,13 @@ __device__ __forceinline__ Pack<float, 8> results_of(const LinearParams& p, cons
     return result;
 }
 
+template <typename T>
+__device__ __forceinline__ Pack<T, 8> operand_of(const RowOperand& o, const Target& t, int row,
+                                                 int first) {
+    const T* from = static_cast<const T*>(o.rows) + chosen_row(o, row) * o.stride;
+    return load_piece<8>(from, first, t.num_results, t.is_whole);
+}
+
 template <typename Out>
 __device__ __forceinline__ void store_results(const LinearParams& p, const Target& t, int row,
                                               int first, const Pack<float, 8>& result) {
@@ -145,9 +152,14 @@ __device__ __forceinline__ void write_results(const LinearParams& p, const Targe
         if (row >= p.num_rows) return;
         if (first >= t.num_results) continue;
         Pack<float, 8> result = results_of(p, staged + column * kStaged<G>, t.first_weight, at);
-        if (p.residual) {
-            const T* from = static_cast<const T*>(p.residual) + row * p.residual_stride;
-            const auto residual = load_piece<8>(from, first, t.num_results, t.is_whole);
+        if (p.gate.rows) {
+            const Pack<T, 8> gate = operand_of<T>(p.gate, t, row, first);
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+                result.at[e] = __fmul_rn(silu(to_float(gate.at[e])), result.at[e]);
+        }
+        if (p.residual.rows) {
+            const Pack<T, 8> residual = operand_of<T>(p.residual, t, row, first);
 #pragma unroll
             for (int e = 0; e < 8; ++e)
                 result.at[e] = __fadd_rn(result.at[e], to_float(residual.at[e]));

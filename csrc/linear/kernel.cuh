@@ -20,9 +20,11 @@ __device__ __forceinline__ Work<T, W> work_of(const KernelParams& k) {
     const bool is_once = k.plan.num_pieces == 1;  // read, so that nothing need stay in the cache
     Work<T, W> w;
     w.weights = static_cast<const W*>(p.weight) + first_weight * p.depth;
-    w.rows = static_cast<const T*>(p.x) + first_row * p.x_stride;
+    w.x = p.x;
+    w.second = p.second;
     w.depth = p.depth;
-    w.row_stride = p.x_stride;
+    w.second_begin = static_cast<int>(p.second_begin);
+    w.first_row = static_cast<int>(first_row);
     w.num_weights = static_cast<int>(min(p.num_outputs - first_weight, int64_t{G::kTile}));
     w.num_rows = static_cast<int>(min(p.num_rows - first_row, int64_t{G::kColumns}));
     w.begin = static_cast<int>(begin);

@@ -26,15 +26,9 @@ void expect_plan(const LinearPlan& plan) {
                  ", got ", plan.tile_rows, " and ", plan.num_stages);
 }
 
-void expect_rows_of_16_bytes(const TensorView& t) {
-    expect_aligned(t, 16);
-    SPECRT_CHECK(t.stride[0] * size_of(t.dtype) % 16 == 0 || t.shape[0] <= 1, t.name,
-                 ": expected rows at multiples of 16 bytes on a GPU");
-}
-
 // Zeros before the first launch, and as large as this one needs.
-float* expect_workspace(const LinearArgs& a, int64_t num_outputs, int64_t depth) {
-    const int64_t needed = linear_workspace(num_outputs, depth, a.x.shape[0]);
+float* expect_workspace(const LinearArgs& a, int64_t num_rows, int64_t num_outputs, int64_t depth) {
+    const int64_t needed = linear_workspace(num_outputs, depth, num_rows);
     if (needed == 0) return nullptr;
     SPECRT_CHECK(a.workspace, "workspace: expected a tensor for this shape on a GPU, got None");
     expect(a.workspace, DType::kFloat32, "[floats]", -1);
@@ -48,16 +42,9 @@ bool is_narrow(const LinearArgs& a) {
     return a.weight.dtype == DType::kE4M3;
 }
 
-void expect_scale(const LinearArgs& a) {
-    const int64_t num_outputs = a.weight.shape[0];
-    SPECRT_CHECK(is_narrow(a) || !a.scale, "scale: expected None, as weight is ",
-                 name_of(a.weight.dtype), ", got ", a.scale.describe());
-    SPECRT_CHECK(!is_narrow(a) || a.scale, "scale: expected [N] = [", num_outputs,
-                 "] float32, as weight is float8_e4m3fn, got None");
-    if (a.scale) expect(a.scale, DType::kFloat32, "[N]", num_outputs);
-}
-
 void expect_gpu_weight(const LinearArgs& a) {
+    SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
+                 "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
     if (!is_narrow(a)) expect_dtype_of(a.x, a.weight);
     expect(a.weight, a.weight.dtype, "[N, K]", -1, -1);
     expect_contiguous(a.weight);
@@ -68,12 +55,15 @@ void expect_gpu_weight(const LinearArgs& a) {
                  " on a GPU, and N to be at most 4194240, got ", a.weight.describe());
     SPECRT_CHECK(!is_narrow(a) || a.plan.tile_rows != 64,
                  "plan: expected tile_rows of 128 with float8_e4m3fn weights, got 64");
+    SPECRT_CHECK(!a.is_gated || num_outputs % 16 == 0,
+                 "weight: expected a multiple of 16 rows, gate and up by turns of 8, got ",
+                 a.weight.describe());
     expect_rows_of_16_bytes(a.weight);
 }
 
 // Of a drafter's logits: all rows are of one level.
-TileMaxima draft_maxima_of(const LinearArgs& a) {
-    const int64_t rows = a.x.shape[0], vocab = a.weight.shape[0];
+TileMaxima draft_maxima_of(const LinearArgs& a, int64_t rows) {
+    const int64_t vocab = a.weight.shape[0];
     expect(a.masses, DType::kFloat32, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
     expect_contiguous(a.masses);
     if (a.token_map) expect(a.token_map, DType::kInt32, "[N]", vocab);
@@ -103,8 +93,7 @@ TileMaxima draft_maxima_of(const LinearArgs& a) {
             static_cast<int32_t>(a.level)};
 }
 
-TileMaxima target_maxima_of(const LinearArgs& a) {
-    const int64_t rows = a.x.shape[0];
+TileMaxima target_maxima_of(const LinearArgs& a, int64_t rows) {
     expect(a.sampling, DType::kInt64, "[B, 8]", -1, kSamplingWords);
     const int64_t batch = a.sampling.shape[0];
     expect(a.history_len, DType::kInt32, "[B]", batch);
@@ -122,65 +111,115 @@ TileMaxima target_maxima_of(const LinearArgs& a) {
     return maxima;
 }
 
-TileMaxima maxima_of(const LinearArgs& a) {
+TileMaxima maxima_of(const LinearArgs& a, int64_t rows) {
     if (!a.maxima) return {};
-    const int64_t rows = a.x.shape[0], vocab = a.weight.shape[0];
+    const int64_t vocab = a.weight.shape[0];
     SPECRT_CHECK(a.out.dtype == DType::kFloat32 && !a.is_gated && !a.residual,
                  "maxima: expected float32 logits, neither gated nor with a residual");
     expect(a.maxima, DType::kInt64, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
     expect_contiguous(a.maxima);
-    return a.masses ? draft_maxima_of(a) : target_maxima_of(a);
+    return a.masses ? draft_maxima_of(a, rows) : target_maxima_of(a, rows);
+}
+
+// Rows of a tensor that has one for each row of the result, or of a table as `index` says.
+RowOperand rows_of(const TensorView& t, const TensorView& index, DType dtype, const char* wanted,
+                   int64_t num_rows, int64_t width) {
+    SPECRT_CHECK(t || !index, index.name, ": expected None without rows to choose from");
+    if (!t) return {};
+    expect(t, dtype, wanted, index ? -1 : num_rows, width);
+    if (index) expect(index, DType::kInt32, "[M]", num_rows);
+    SPECRT_CHECK(t.shape[0] > 0 || num_rows == 0, t.name, ": expected at least one row");
+    return {t.data, t.stride[0], index.as<int32_t>(), t.shape[0]};
+}
+
+// That writing `out` changes no row that is yet to be read. Both may be columns of one tensor.
+void expect_unwritten(const TensorView& t, const TensorView& out) {
+    if (!t) return;
+    const int64_t stride = out.stride[0] * size_of(out.dtype);
+    if (stride > 0 && stride == t.stride[0] * size_of(t.dtype)) {
+        const int64_t behind =
+            (static_cast<const char*>(out.data) - static_cast<const char*>(t.data)) % stride;
+        const int64_t first = behind < 0 ? behind + stride : behind;
+        if (first >= t.shape[1] * size_of(t.dtype) &&
+            first + out.shape[1] * size_of(out.dtype) <= stride)
+            return;
+    }
+    expect_apart(t, out);
+}
+
+// What a row of x consists of: K values of one tensor, or of one the first and of another the rest.
+void expect_depth(const LinearArgs& a, int64_t depth) {
+    if (!a.second) return expect(a.x, a.x.dtype, "[M, K]", -1, depth);
+    expect(a.x, a.x.dtype, "[M, K']", -1, -1);
+    const int64_t first = a.x.shape[1];
+    SPECRT_CHECK(first > 0 && first < depth && first % 8 == 0, a.x.name,
+                 ": expected a multiple of 8 values a row, fewer than K = ", depth, ", got ",
+                 a.x.describe());
+    expect(a.second, a.x.dtype, "[M, K - K']", -1, depth - first);
+    expect_rows_of_16_bytes(a.second);
+}
+
+void expect_result(const LinearArgs& a, DType dtype, int64_t num_rows) {
+    const int64_t num_results = a.is_gated ? a.weight.shape[0] / 2 : a.weight.shape[0];
+    expect(a.out, dtype, a.is_gated ? "[M, N / 2]" : "[M, N]", num_rows, num_results);
+    if (a.bias) expect(a.bias, DType::kFloat32, "[N]", a.weight.shape[0]);
+    SPECRT_CHECK(!a.is_gated || !a.residual, "residual: expected None with is_gated");
+    SPECRT_CHECK(!a.gate || !(a.is_gated || a.maxima),
+                 "gate: expected None with is_gated or maxima");
+    expect_unwritten(a.x, a.out);
+    expect_unwritten(a.second, a.out);
+    if (a.gate_rows) expect_unwritten(a.gate, a.out);
+    if (a.residual_rows) expect_unwritten(a.residual, a.out);
 }
 
 LinearParams gpu_params(const LinearArgs& a) {
-    SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
-                 "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
     expect_gpu_weight(a);
     const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
-    SPECRT_CHECK(!a.is_gated || num_outputs % 16 == 0,
-                 "weight: expected a multiple of 16 rows, gate and up by turns of 8, got ",
-                 a.weight.describe());
-    SPECRT_CHECK(!a.is_gated || !a.residual, "residual: expected None with is_gated");
-    expect(a.x, a.x.dtype, "[M, K]", -1, depth);
-    SPECRT_CHECK(a.x.shape[0] <= INT32_MAX, "x: expected fewer rows, got ", a.x.describe());
+    expect_depth(a, depth);
     expect_rows_of_16_bytes(a.x);
-    const int64_t num_results = a.is_gated ? num_outputs / 2 : num_outputs;
-    const char* wanted = a.is_gated ? "[M, N / 2]" : "[M, N]";
+    const int64_t num_rows = (a.x_rows ? a.x_rows : a.x).shape[0];
+    SPECRT_CHECK(num_rows <= INT32_MAX, "x: expected fewer rows, got ", a.x.describe());
     const DType out_dtype = a.out.dtype == DType::kFloat32 ? a.out.dtype : a.x.dtype;
-    expect(a.out, out_dtype, wanted, a.x.shape[0], num_results);
-    if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
-    if (a.residual) expect(a.residual, a.x.dtype, "[M, N]", a.x.shape[0], num_outputs);
-    return {a.x.data,
-            a.weight.data,
-            a.bias.as<float>(),
-            a.residual.data,
-            a.out.data,
-            expect_workspace(a, num_outputs, depth),
-            a.x.stride[0],
-            a.residual.stride[0],
-            a.out.stride[0],
-            a.x.shape[0],
-            num_outputs,
-            depth,
-            a.x.dtype,
-            out_dtype,
-            a.weight.dtype,
-            a.is_gated,
-            a.plan,
-            maxima_of(a),
-            openness_of(a.is_open),
-            a.scale.as<float>()};
+    expect_result(a, out_dtype, num_rows);
+    LinearParams p{};
+    p.x = rows_of(a.x, a.x_rows, a.x.dtype, "[M, K]", num_rows, a.x.shape[1]);
+    p.second =
+        rows_of(a.second, a.second_rows, a.x.dtype, "[M, K - K']", num_rows, depth - a.x.shape[1]);
+    p.gate = rows_of(a.gate, a.gate_rows, a.x.dtype, "[M, N]", num_rows, num_outputs);
+    p.residual = rows_of(a.residual, a.residual_rows, a.x.dtype, "[M, N]", num_rows, num_outputs);
+    p.weight = a.weight.data;
+    p.bias = a.bias.as<float>();
+    p.out = a.out.data;
+    p.workspace = expect_workspace(a, num_rows, num_outputs, depth);
+    p.out_stride = a.out.stride[0];
+    p.num_rows = num_rows;
+    p.num_outputs = num_outputs;
+    p.depth = depth;
+    p.second_begin = a.x.shape[1];
+    p.dtype = a.x.dtype;
+    p.out_dtype = out_dtype;
+    p.weight_dtype = a.weight.dtype;
+    p.is_gated = a.is_gated;
+    p.plan = a.plan;
+    p.maxima = maxima_of(a, num_rows);
+    p.openness = openness_of(a.is_open);
+    p.scale = a.scale.as<float>();
+    return p;
 }
 
 Launch on_cpu(const LinearArgs& a) {
     SPECRT_CHECK(!a.is_gated, "is_gated: expected False on the CPU, where silu_mul follows");
     SPECRT_CHECK(!a.maxima, "maxima: expected None on the CPU");
+    for (const TensorView* t :
+         {&a.x_rows, &a.second, &a.second_rows, &a.residual_rows, &a.gate, &a.gate_rows})
+        SPECRT_CHECK(!*t, t->name, ": expected None on the CPU");
     expect_weight(a.weight, "[N, K]", -1, -1);
     const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
     expect(a.x, DType::kFloat32, "[M, K]", -1, depth);
     expect(a.out, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
     if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
     if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
+    expect_unwritten(a.x, a.out);
     return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
                    a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
                    a.x.shape[0], num_outputs, depth, a.weight.dtype, a.scale.as<float>(),
@@ -204,9 +243,10 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
 Launch linear(const LinearArgs& a) {
     const int device =
         common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace, a.maxima, a.sampling,
-                      a.history_len, a.depth, a.masses, a.token_map, a.is_open, a.scale);
+                      a.history_len, a.depth, a.masses, a.token_map, a.is_open, a.scale, a.x_rows,
+                      a.second, a.second_rows, a.residual_rows, a.gate, a.gate_rows);
     expect_plan(a.plan);
-    expect_scale(a);
+    expect_scale(a.weight, a.scale);
     if (device == kCpu) return on_cpu(a);
     return make_cuda_launch(linear_cuda, gpu_params(a), device);
 }

@@ -41,9 +41,12 @@ void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, i
 
 bool can_move_16_bytes(const LinearParams& p) {
     const int64_t results = p.is_gated ? p.num_outputs / 2 : p.num_outputs;
-    return results % 8 == 0 && is_multiple_of_16(p.out) && is_multiple_of_16(p.residual) &&
-           is_multiple_of_16(p.out_stride * size_of(p.out_dtype)) &&
-           is_multiple_of_16(p.residual_stride * size_of(p.dtype));
+    const auto fits = [&](const void* rows, int64_t stride, DType dtype) {
+        return is_multiple_of_16(rows) && is_multiple_of_16(stride * size_of(dtype));
+    };
+    return results % 8 == 0 && fits(p.out, p.out_stride, p.out_dtype) &&
+           fits(p.residual.rows, p.residual.stride, p.dtype) &&
+           fits(p.gate.rows, p.gate.stride, p.dtype);
 }
 
 Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
@@ -64,13 +67,10 @@ Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
 
 // The rows from `first` on, at most `count`.
 LinearParams rows_from(const LinearParams& p, int64_t first, int64_t count) {
-    const auto at = [first](const void* rows, int64_t stride, DType dtype) {
-        return rows ? static_cast<const char*>(rows) + first * stride * size_of(dtype) : nullptr;
-    };
     LinearParams part = p;
-    part.x = at(p.x, p.x_stride, p.dtype);
-    part.residual = at(p.residual, p.residual_stride, p.dtype);
-    part.out = const_cast<char*>(at(p.out, p.out_stride, p.out_dtype));
+    for (RowOperand* o : {&part.x, &part.second, &part.gate, &part.residual})
+        *o = rows_behind(*o, first, size_of(p.dtype));
+    part.out = static_cast<char*>(p.out) + first * p.out_stride * size_of(p.out_dtype);
     part.num_rows = p.num_rows - first < count ? p.num_rows - first : count;
     part.maxima.first_row = first;
     return part;

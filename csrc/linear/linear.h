@@ -1,8 +1,10 @@
 // y = x W^T (+ bias) (+ residual), weights streamed once, each row's bits its own. On the CPU it is
 // core's multiplication; on a GPU a kernel for tensor cores, which can also take gate and up
-// together and write silu(gate) * up.
+// together and write silu(gate) * up, or multiply by silu(gate) of a gate that there is, and takes
+// rows out of tables as it needs them.
 #pragma once
 #include "core/matmul.h"
+#include "core/row_operand.h"
 #include "core/tile_maxima.h"
 
 namespace specrt {
@@ -30,17 +32,20 @@ struct LinearArgs {
     int64_t level;
     TensorView is_open;
     TensorView scale;  // of e4m3 weights
+    // On a GPU: which rows of tables these are, what stands behind x in a row, and the gate.
+    TensorView x_rows, second, second_rows, residual_rows, gate, gate_rows;
 };
 
 struct LinearParams {
-    const void* x;         // [M, K] of `dtype`
-    const void* weight;    // [N, K] contiguous, of `weight_dtype`
-    const float* bias;     // [N] or nullptr
-    const void* residual;  // [M, N] of `dtype`, or nullptr; may be out
-    void* out;             // [M, N], or [M, N / 2] if gated
+    RowOperand x, second;       // [M, K'] and [M, K - K'], together a row of x, of `dtype`
+    RowOperand gate, residual;  // [M, N] of `dtype`; the residual may be out
+    const void* weight;         // [N, K] contiguous, of `weight_dtype`
+    const float* bias;          // [N] or nullptr
+    void* out;                  // [M, N], or [M, N / 2] if gated
     float* workspace;
-    int64_t x_stride, residual_stride, out_stride;
+    int64_t out_stride;
     int64_t num_rows, num_outputs, depth;
+    int64_t second_begin;  // K', a multiple of 8; K if there is no second
     DType dtype, out_dtype, weight_dtype;
     bool is_gated;
     LinearPlan plan;

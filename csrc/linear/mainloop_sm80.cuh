@@ -16,6 +16,7 @@
 //     fetch         3    4    5    6        into the stage that held step i - 1
 //     multiply      0    1    2    3
 #pragma once
+#include "core/open.cuh"
 #include "core/pack.cuh"
 #include "core/ptx.cuh"
 #include "linear/e4m3.cuh"
@@ -58,11 +59,13 @@ __device__ __forceinline__ int column_of(int group) {
 // What a block works on.
 template <typename T, typename W>
 struct Work {
-    const W* weights;           // the tile's first
-    const T* rows;              // the piece's first
-    int64_t depth, row_stride;  // from one to the next
+    const W* weights;  // the tile's first
+    RowOperand x, second;
+    int64_t depth;              // from one row of weights to the next
+    int first_row;              // the piece's
     int num_weights, num_rows;  // that there are; at least one
     int begin, end;             // of K
+    int second_begin;
     uint64_t weight_policy, row_policy;
 
     __device__ int num_steps() const { return (end - begin + kDepth - 1) / kDepth; }
@@ -75,37 +78,76 @@ __device__ __forceinline__ int place_of(int row, int chunk) {
     return row * kDepth + (chunk ^ row / kRowsInLine % kChunks) * (kDepth / kChunks);
 }
 
-// Values k .. k + 63 of kRows rows, of which `num_rows` are there; zeros for the others and past
-// the slice's end, where nothing is read.
-template <typename G, int kRows, typename E>
-__device__ __forceinline__ void fetch(const E* rows, int64_t stride, int num_rows, int k, int end,
-                                      E* to, uint64_t policy) {
-    constexpr int kChunks = kDepth * sizeof(E) / 16, kAtOnce = G::kThreads / kChunks;
-    const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-    const int at = k + chunk * (kDepth / kChunks);
-    if (kRows < kAtOnce && first >= kRows) return;
-    const E* from = rows + first * stride + at;
-#pragma unroll
-    for (int i = 0; i < kRows; i += kAtOnce, from += kAtOnce * stride)
-        ptx::cp_async_16(to + place_of<E>(first + i, chunk), from, at < end && first + i < num_rows,
-                         policy);
-}
+// Values k .. k + 63 of the tile's rows of weights; zeros where there is none and past the slice's
+// end, where nothing is read.
 template <typename G, typename T, typename W>
 __device__ __forceinline__ void fetch_weights(const Work<T, W>& w, T* stage, int k) {
+    constexpr int kChunks = kDepth * sizeof(W) / 16, kAtOnce = G::kThreads / kChunks;
+    const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+    const int at = k + chunk * (kDepth / kChunks);
     W* to = reinterpret_cast<W*>(stage);
-    fetch<G, G::kTile>(w.weights, w.depth, w.num_weights, k, w.end, to, w.weight_policy);
+    const W* from = w.weights + first * w.depth + at;
+#pragma unroll
+    for (int i = 0; i < G::kTile; i += kAtOnce, from += kAtOnce * w.depth)
+        ptx::cp_async_16(to + place_of<W>(first + i, chunk), from,
+                         at < w.end && first + i < w.num_weights, w.weight_policy);
 }
+
+// Which rows of the tables the thread fetches: eight threads share one, and it has kEach.
+template <typename G>
+struct Chosen {
+    static constexpr int kAtOnce = G::kThreads / 8;
+    static constexpr int kEach = G::kColumns > kAtOnce ? G::kColumns / kAtOnce : 1;
+    int x[kEach], second[kEach];
+
+    // Within the piece. With fewer rows than threads for them, several threads have the same.
+    __device__ static int column(int i) { return threadIdx.x / 8 % G::kColumns + i * kAtOnce; }
+};
+
 template <typename G, typename T, typename W>
-__device__ __forceinline__ void fetch_rows(const Work<T, W>& w, T* stage, int k) {
+__device__ __forceinline__ Chosen<G> choose_rows(const Work<T, W>& w) {
+    Chosen<G> chosen;
+#pragma unroll
+    for (int i = 0; i < Chosen<G>::kEach; ++i) {
+        const bool is_there = chosen.column(i) < w.num_rows;
+        const int row = w.first_row + chosen.column(i);
+        chosen.x[i] = is_there ? static_cast<int>(chosen_row(w.x, row)) : 0;
+        chosen.second[i] = is_there ? static_cast<int>(chosen_row(w.second, row)) : 0;
+    }
+    return chosen;
+}
+
+// Where the values from `at` on, eight of which lie side by side, are in the thread's row i.
+template <typename G, typename T, typename W>
+__device__ __forceinline__ const T* values_at(const Work<T, W>& w, const Chosen<G>& chosen, int i,
+                                              int at) {
+    const bool is_second = at >= w.second_begin;
+    const auto* rows = static_cast<const T*>(is_second ? w.second.rows : w.x.rows);
+    const int64_t row = is_second ? chosen.second[i] : chosen.x[i];
+    const int64_t stride = is_second ? w.second.stride : w.x.stride;
+    return rows + row * stride + (is_second ? at - w.second_begin : at);
+}
+
+// As fetch_weights, of the piece's rows of x.
+template <typename G, typename T, typename W>
+__device__ __forceinline__ void fetch_rows(const Work<T, W>& w, const Chosen<G>& chosen, T* stage,
+                                           int k) {
+    const int chunk = threadIdx.x % 8, at = k + chunk * 8;
+    if (threadIdx.x / 8 >= G::kColumns) return;
     T* to = stage + G::kWeights;
-    fetch<G, G::kColumns>(w.rows, w.row_stride, w.num_rows, k, w.end, to, w.row_policy);
+#pragma unroll
+    for (int i = 0; i < Chosen<G>::kEach; ++i)
+        ptx::cp_async_16(to + place_of(chosen.column(i), chunk), values_at(w, chosen, i, at),
+                         at < w.end && chosen.column(i) < w.num_rows, w.row_policy);
 }
 
 // The same of the first `count` stages, before weights that are on their way: through registers,
 // as groups of cp.async end in their order only.
 template <typename G, typename T, typename W>
-__device__ __forceinline__ void copy_rows(const Work<T, W>& w, T* ring, int count) {
+__device__ __forceinline__ void copy_rows(const Work<T, W>& w, const Chosen<G>& chosen, T* ring,
+                                          int count) {
     constexpr int kBatch = 8, kChunks = G::kColumns * 8;  // of a stage
+    static_assert(kBatch % Chosen<G>::kEach == 0, "a batch begins with the thread's first row");
     const int total = count * kChunks;
     for (int first = threadIdx.x; first < total; first += kBatch * G::kThreads) {
         Pack<T, 8> chunk[kBatch];
@@ -115,7 +157,7 @@ __device__ __forceinline__ void copy_rows(const Work<T, W>& w, T* ring, int coun
             const int at = w.begin + i / kChunks * kDepth + i % 8 * 8;
             chunk[b] = {};
             if (i < total && at < w.end && row < w.num_rows)
-                chunk[b] = load_pack<8>(w.rows + row * w.row_stride + at);
+                chunk[b] = load_pack<8>(values_at(w, chosen, b % Chosen<G>::kEach, at));
         }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
@@ -207,33 +249,43 @@ __device__ __forceinline__ void wait_for_stage(int num_stages) {
     }
 }
 
-// Weights are constants: they are on their way before the launch before has ended, which may have
-// written x. That is spared where it seems that nothing is open; what holds is known afterwards.
+template <typename G, typename T, typename W>
+__device__ __forceinline__ void fetch_weights_ahead(const Work<T, W>& w, T* ring, int num_ahead) {
+    for (int i = 0; i < num_ahead; ++i) {
+        if (i < w.num_steps()) fetch_weights<G>(w, ring + i * G::kStage, w.begin + i * kDepth);
+        ptx::cp_async_commit();
+    }
+}
+
+// Fills all stages but one. Weights are constants: they are on their way before the launch before
+// has ended, which may have written x. That is spared where it seems that no sequence is open;
+// where it seems that one is, nobody waits for the flags before x is there too. False: none is
+// open.
 template <typename G, typename T, typename W>
 __device__ __forceinline__ bool fetch_ahead(const Work<T, W>& w, const Openness& openness, T* ring,
-                                            int num_ahead) {
-    const auto fetch_all = [&] {
-        for (int i = 0; i < num_ahead; ++i) {
-            if (i < w.num_steps()) fetch_weights<G>(w, ring + i * G::kStage, w.begin + i * kDepth);
-            ptx::cp_async_commit();
-        }
-    };
-    const bool seems_open = is_any_open(openness);
-    if (seems_open) fetch_all();
+                                            int num_ahead, Chosen<G>& chosen) {
+    const bool seems_open = is_any_open(ask_flags(openness));
+    if (seems_open) fetch_weights_ahead<G>(w, ring, num_ahead);
     ptx::wait_for_previous();
-    const bool is_open = is_any_open(openness);
-    if (is_open && !seems_open) fetch_all();
+    const int32_t flags = ask_flags(openness);
+    if (!seems_open) {
+        if (!is_any_open(flags)) return false;
+        fetch_weights_ahead<G>(w, ring, num_ahead);
+    }
+    chosen = choose_rows<G>(w);
+    copy_rows(w, chosen, ring, min(num_ahead, w.num_steps()));
+    const bool is_open = is_any_open(flags);
     if (!is_open) ptx::cp_async_wait<0>();
     return is_open;
 }
 
-// False, and nothing done, where no sequence is open.
+// False, and nothing written, where no sequence is open.
 template <typename G, typename T, typename W>
 __device__ __forceinline__ bool multiply(const Work<T, W>& w, const Openness& openness, T* ring,
                                          int num_stages, Sums<G>& sums) {
     const int num_steps = w.num_steps(), num_ahead = num_stages - 1;
-    if (!fetch_ahead<G>(w, openness, ring, num_ahead)) return false;
-    copy_rows<G>(w, ring, min(num_ahead, num_steps));
+    Chosen<G> chosen;
+    if (!fetch_ahead(w, openness, ring, num_ahead, chosen)) return false;
     int now = 0, next = num_ahead;  // stages
     for (int i = 0; i < num_steps; ++i) {
         wait_for_stage(num_stages);
@@ -241,7 +293,7 @@ __device__ __forceinline__ bool multiply(const Work<T, W>& w, const Openness& op
         if (i + num_ahead < num_steps) {
             const int k = w.begin + (i + num_ahead) * kDepth;
             fetch_weights<G>(w, ring + next * G::kStage, k);
-            fetch_rows<G>(w, ring + next * G::kStage, k);
+            fetch_rows(w, chosen, ring + next * G::kStage, k);
         }
         ptx::cp_async_commit();
         multiply_stage<G>(ring + now * G::kStage, sums);

@@ -160,8 +160,8 @@ TreeExpand tree_expand(const TreeExpandArgs& a) {
     SPECRT_CHECK(0 <= a.level && a.level < 65536, "level: expected 0..65535, got ", a.level);
     // A chain has one node at every level.
     SPECRT_CHECK(width == 1 || (a.level > 0 && width == top_k), "logits: expected F = 1",
-                 a.level > 0 ? " or " + std::to_string(top_k) : "", " at level ", a.level,
-                 ", got ", a.logits.describe());
+                 a.level > 0 ? " or " + std::to_string(top_k) : "", " at level ", a.level, ", got ",
+                 a.logits.describe());
     check_frontiers(a, batch, width, top_k);
     check_pool(a.pool_tokens, a.pool_parents, a.pool_scores, batch, pool_end(a.level, top_k));
     check_noise(a, batch);

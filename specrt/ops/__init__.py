@@ -14,6 +14,7 @@ from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import (
     DraftMaxima,
     Float8Matrix,
+    GatheredRows,
     LinearPlan,
     Matrix,
     TileMaxima,
@@ -42,6 +43,7 @@ __all__ = [
     "DraftMaxima",
     "Ending",
     "Float8Matrix",
+    "GatheredRows",
     "LinearPlan",
     "Matrix",
     "Purpose",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from specrt import _C
-from specrt.ops.linear import Float8Matrix, Matrix, linear
+from specrt.ops.linear import Float8Matrix, GatheredRows, Matrix, Rows, linear
 from specrt.ops.registry import register
 from specrt.ops.rms_norm import rms_norm
-from specrt.ops.silu_mul import silu_mul
 
 _INPUTS = (
     "Tensor tokens, Tensor? source, Tensor features, Tensor? embed, Tensor fc, Tensor? fc_bias, "
     "Tensor? norm, Tensor? gate, Tensor? up, Tensor? down, Tensor? token_fc, Tensor? token_gate, "
     "float eps, Tensor(a!) workspace"
 )
-register(f"feature_sample({_INPUTS}, Tensor(b!) out, Tensor? is_open) -> ()", _C.feature_sample)
-register(f"feature_gather({_INPUTS}, Tensor out, Tensor? is_open) -> ()", _C.feature_gather)
+_REST = (
+    "Tensor? is_open, Tensor? fc_scale, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale"
+)
+register(f"feature_sample({_INPUTS}, Tensor(b!) out, {_REST}) -> ()", _C.feature_sample)
+register(f"feature_check({_INPUTS}, Tensor out, {_REST}) -> ()", _C.feature_check)
 
 
 class FeatureWeights(NamedTuple):
@@ -36,44 +39,33 @@ class FeatureWeights(NamedTuple):
     token_gate: torch.Tensor | None
 
     @property
-    def has_float8(self) -> bool:
-        """Whether any matrix is one of :func:`~specrt.ops.linear.linear`'s alone."""
-        return any(isinstance(weight, Float8Matrix) for weight in self)
-
-    @property
     def tensors(self) -> list[torch.Tensor | None]:
         """In this order; of matrices with a scale, the values."""
         return [one.values if isinstance(one, Float8Matrix) else one for one in self]
+
+    @property
+    def scales(self) -> list[torch.Tensor | None]:
+        """Of ``fc``, ``gate``, ``up`` and ``down``, where they have any."""
+        matrices = self.fc, self.gate, self.up, self.down
+        return [one.scale if isinstance(one, Float8Matrix) else None for one in matrices]
 
 
 class _Scratch(NamedTuple):
     """Parts of M rows of a workspace."""
 
-    pair: torch.Tensor
-    """``[M, 2 H]``: e and f."""
-    e: torch.Tensor
-    f: torch.Tensor
-    """Later h's norm."""
+    normed: torch.Tensor
+    """``[M, H]``: the norm of h."""
     h: torch.Tensor
-    gate_up: torch.Tensor
-    """``[M, 2 I]``"""
     gate: torch.Tensor
-    """Later silu(gate) * up."""
-    up: torch.Tensor
+    """``[M, I]``"""
+    gated: torch.Tensor
+    """Likewise: silu(gate) * up."""
 
     @classmethod
     def of(cls, workspace: torch.Tensor, hidden: int, wide: int) -> _Scratch:
         h, gate, _ = _layout(hidden, wide)
-        pair, gate_up = workspace[:, : 2 * hidden], workspace[:, gate : gate + 2 * wide]
-        return cls(
-            pair,
-            pair[:, :hidden],
-            pair[:, hidden:],
-            workspace[:, h : h + hidden],
-            gate_up,
-            gate_up[:, :wide],
-            gate_up[:, wide:],
-        )
+        firsts, widths = (0, h, gate, gate + wide), (hidden, hidden, wide, wide)
+        return cls(*(workspace[:, i : i + n] for i, n in zip(firsts, widths, strict=True)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -120,10 +112,11 @@ def feature_sample(
     folded argument is then left out, and ``fc`` is its feature half.
 
     Of float32 rows (on the CPU) all of it is one call of the extension, and weights and tables are
-    float32, bfloat16 or float16, each as it likes. Rows of 16 bits (on a GPU) are multiplied by
-    :func:`~specrt.ops.linear.linear`: features, weights, tables, ``workspace`` and ``out`` have one
-    type, and what is kept between two launches is rounded to it. Where a matrix is a
-    :class:`~specrt.ops.linear.Float8Matrix`, rows of either type go that way.
+    float32, bfloat16, float16 or (matrices) a :class:`~specrt.ops.linear.Float8Matrix`, each as it
+    likes. Rows of 16 bits (on a GPU) are launches of :func:`~specrt.ops.linear.linear` and a norm:
+    features, weights, tables, ``workspace`` and ``out`` have one type, but for matrices of
+    float8, and what is kept between two launches is rounded to it. H and I are multiples of 8
+    then, and rows of ``features``, ``embed`` and ``workspace`` lie at multiples of 16 bytes.
 
     Token ids and source rows out of range are clamped into it, for padding rows may hold anything;
     what such a row gives is of no meaning. Nothing is read out of bounds.
@@ -168,62 +161,52 @@ def feature_sample(
     if out is None:
         out = features.new_empty(num_rows, hidden_size)
     weights = FeatureWeights(embed, fc, fc_bias, norm, gate, up, down, token_fc, token_gate)
-    if features.dtype != torch.float32 or weights.has_float8:
-        feature_gather(tokens, source, features, weights, eps, workspace, out)
-        parts = _Scratch.of(workspace[:num_rows], hidden_size, 0 if up is None else len(up))
-        _multiply(weights, eps, parts, linear_workspace, out, is_open)
+    given = (
+        tokens,
+        source,
+        features,
+        *weights.tensors,
+        eps,
+        workspace,
+        out,
+        is_open,
+        *weights.scales,
+    )
+    module = torch.ops.specrt if torch.compiler.is_compiling() else _C
+    if features.dtype == torch.float32:
+        module.feature_sample(*given)
         return out
-    op = torch.ops.specrt.feature_sample if torch.compiler.is_compiling() else _C.feature_sample
-    op(tokens, source, features, *weights.tensors, eps, workspace, out, is_open)
+    module.feature_check(*given)
+    parts = _Scratch.of(workspace[:num_rows], hidden_size, 0 if up is None else len(up))
+    multiply = partial(linear, workspace=linear_workspace, is_open=is_open)
+    _launch(weights, tokens, source, features, eps, parts, out, multiply)
     return out
 
 
-def feature_gather(
+def _launch(
+    w: FeatureWeights,
     tokens: torch.Tensor,
     source: torch.Tensor | None,
     features: torch.Tensor,
-    weights: FeatureWeights,
-    eps: float,
-    workspace: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """The first launch of :func:`feature_sample` of rows of 16 bits; it checks all arguments. On
-    the CPU rows may be float32.
-
-    What a row's token and source choose comes into its row of ``workspace``: e, f, and from tables
-    h and gate.
-
-    Args:
-        tokens, source, features, eps, workspace, out: as for :func:`feature_sample`.
-        weights: its other tensors.
-
-    Raises:
-        ValueError: as :func:`feature_sample`.
-    """
-    op = torch.ops.specrt.feature_gather if torch.compiler.is_compiling() else _C.feature_gather
-    op(tokens, source, features, *weights.tensors, eps, workspace, out, None)
-
-
-def _multiply(
-    w: FeatureWeights,
     eps: float,
     at: _Scratch,
-    scratch: torch.Tensor | None,
     out: torch.Tensor,
-    is_open: torch.Tensor | None,
+    multiply: Callable[..., torch.Tensor],
 ) -> None:
-    """The launches behind the gather: ``linear``'s, with a norm and an activation between them."""
+    """Rows of 16 bits: products that fetch what a row's token and source choose, and a norm."""
+    f = features[: len(tokens)] if source is None else GatheredRows(features, source)
     h = out if w.down is None else at.h
-    product = partial(linear, workspace=scratch, is_open=is_open)
-    if w.token_fc is None:
-        product(at.pair, w.fc, w.fc_bias, out=h)
-    else:
-        product(at.f, w.fc, residual=at.h, out=h)
+    gate: Rows = at.gate
+    if w.token_gate is not None:
+        gate = GatheredRows(w.token_gate, tokens)
+    elif w.gate is not None and w.embed is not None:
+        multiply(GatheredRows(w.embed, tokens), w.gate, out=gate)
+    if w.token_fc is not None:
+        multiply(f, w.fc, residual=GatheredRows(w.token_fc, tokens), out=h)
+    elif w.embed is not None:
+        multiply(GatheredRows(w.embed, tokens), w.fc, w.fc_bias, second=f, out=h)
     if w.norm is None or w.up is None or w.down is None:
         return
-    rms_norm(h, w.norm, eps, out=at.f)
-    if w.gate is not None:
-        product(at.e, w.gate, out=at.gate)
-    product(at.f, w.up, out=at.up)
-    silu_mul(at.gate_up, out=at.gate)
-    product(at.gate, w.down, residual=h, out=out)
+    rms_norm(h, w.norm, eps, out=at.normed)
+    multiply(at.normed, w.up, gate=gate, out=at.gated)
+    multiply(at.gated, w.down, residual=h, out=out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +15,9 @@ register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out,"
     " Tensor(b!)? workspace, bool is_gated, int tile_rows, int num_stages,"
     " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
-    " Tensor(d!)? masses, Tensor? token_map, int level, Tensor? is_open, Tensor? scale) -> ()",
+    " Tensor(d!)? masses, Tensor? token_map, int level, Tensor? is_open, Tensor? scale,"
+    " Tensor? x_rows, Tensor? second, Tensor? second_rows, Tensor? residual_rows, Tensor? gate,"
+    " Tensor? gate_rows) -> ()",
     _C.linear,
 )
 
@@ -114,14 +117,28 @@ def _parts_of(maxima: TileMaxima | DraftMaxima | None) -> tuple[torch.Tensor | i
     return (maxima.keys, *drafts, maxima.masses, maxima.token_map, maxima.level)
 
 
+class GatheredRows(NamedTuple):
+    """On a GPU: rows that :func:`linear` takes out of a table as it needs them."""
+
+    table: torch.Tensor
+    """``[S, width]``, S at least 1."""
+    rows: torch.Tensor
+    """``[M]`` int32: row m is ``table[rows[m]]``, clamped into it."""
+
+
+Rows = torch.Tensor | GatheredRows
+
+
 def linear(
-    x: torch.Tensor,
+    x: Rows,
     weight: Matrix,
     bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
+    residual: Rows | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     *,
+    second: Rows | None = None,
+    gate: Rows | None = None,
     is_gated: bool = False,
     plan: LinearPlan | None = None,
     maxima: TileMaxima | DraftMaxima | None = None,
@@ -136,17 +153,22 @@ def linear(
 
     Args:
         x: ``[M, K]`` float32; on a GPU bfloat16 or float16. Rows may be strided; on a GPU they lie
-            at multiples of 16 bytes.
+            at multiples of 16 bytes, and may be gathered.
         weight: ``[N, K]`` contiguous; float32, bfloat16 or float16, on a GPU of ``x``'s dtype, K a
             multiple of 8. With ``is_gated`` N is a multiple of 16, and rows come by turns: 8 of
             gate, 8 of up. Of a :class:`Float8Matrix` values are multiplied as if they were
             ``x``'s, and the sum by ``scale`` in float32, before the bias.
         bias: ``[N]`` float32.
         residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``. None with ``is_gated``.
+            On a GPU it may be gathered, as ``second`` and ``gate`` may.
         out: ``[M, N]``, with ``is_gated`` ``[M, N / 2]``, of ``x``'s dtype, on a GPU also float32;
             made if not given. Each step before is in float32, and it is rounded once.
         workspace: on a GPU, float32, at least :func:`linear_workspace`, zeroed when it was made;
             launches of any matrices may share it, one after another. Made if not given.
+        second: on a GPU, what stands behind ``x`` in each row: ``[M, K']``, and ``x`` is
+            ``[M, K - K']``, both of multiples of 8 values.
+        gate: on a GPU, ``[M, N]`` of ``x``'s dtype. The product, with bias and before the residual,
+            is multiplied by its silu. None with ``is_gated`` or ``maxima``.
         is_gated: on a GPU, ``silu(gate) * up`` instead of both.
         plan: on a GPU, another layout of the launch than the one chosen for the shape.
         maxima: on a GPU, of float32 results that are logits: their keys are written besides.
@@ -158,15 +180,19 @@ def linear(
         ``out``.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit, there is no such plan, or
-            ``is_gated`` on the CPU; the argument is named.
+        ValueError: a shape, dtype, stride or device does not fit, there is no such plan, or what
+            only a GPU has is asked of the CPU; the argument is named.
     """
+    table, x_rows = _parts(x)
+    added, residual_rows = _parts(residual)
+    rest = x_rows, *_parts(second), residual_rows, *_parts(gate)
+    num_rows = table.shape[0] if x_rows is None else x_rows.shape[0]
     if out is None:
-        out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
-    if registry.is_on_gpu(x):
+        out = table.new_empty(num_rows, weight.shape[0] // 2 if is_gated else weight.shape[0])
+    if registry.is_on_gpu(table):
         if workspace is None:
-            floats = linear_workspace(weight.shape[0], weight.shape[1], x.shape[0])
-            workspace = torch.zeros(floats, device=x.device)
+            floats = linear_workspace(weight.shape[0], weight.shape[1], num_rows)
+            workspace = torch.zeros(floats, device=table.device)
     else:
         workspace = None
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
@@ -175,8 +201,14 @@ def linear(
     if isinstance(weight, Float8Matrix):
         scale, weight = weight.scale, weight.values
     keyed = _parts_of(maxima)
-    kernel(x, weight, bias, residual, out, workspace, is_gated, *choice, *keyed, is_open, scale)
+    given = table, weight, bias, added, out, workspace, is_gated, *choice, *keyed, is_open, scale
+    kernel(*given, *rest)
     return out
+
+
+def _parts(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:
+    """The tensor, and which of its rows."""
+    return rows if isinstance(rows, GatheredRows) else (rows, None)
 
 
 def linear_workspace(num_outputs: int, num_inputs: int, num_rows: int) -> int:

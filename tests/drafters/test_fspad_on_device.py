@@ -272,9 +272,9 @@ class Counted:
         return proposal
 
 
-FIRST_STEP = 8
-"""Launches of the accepted pairs' step: gather, norm and activation of feature sampling; append,
-attention and norm of the layer; expand's two."""
+FIRST_STEP = 6
+"""Launches of the accepted pairs' step: feature sampling's norm; append, attention and norm of the
+layer; expand's two."""
 
 
 @only_simulated

@@ -160,3 +160,11 @@ def test_tracked_files_are_counted(checkout: Path) -> None:
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
     subprocess.run(["git", "add", "setup.py"], cwd=checkout, check=True)
     assert package.tracked_bytes(checkout) == len("setup.py")
+
+
+def test_problems_that_were_brought_along(checkout: Path) -> None:
+    assert package.problems(checkout) is None
+    file = checkout / package.FOLDER / "problems.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("{}")
+    assert package.problems(checkout) == file

@@ -12,7 +12,6 @@ import torch
 
 from specrt import ops
 from specrt.ops.draft_control import NUM_COSTS, ControlSettings, prior_beliefs
-from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from specrt.ops.history_append import report_size
 from specrt.ops.tree_accept import gpu_workspace_size, workspace_size
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
@@ -170,6 +169,36 @@ def linear_with_maxima(a: Arguments) -> None:
     if a["x"].dtype != torch.float32:  # a GPU's
         maxima = ops.TileMaxima(a["keys"], a["sampling"], a["history_len"], a["depth"])
     ops.linear(a["x"], a["weight"], out=a["logits"], workspace=a["workspace"], maxima=maxima)
+
+
+def operands_arguments(variant: int, backend: Backend) -> Arguments:
+    """Every operand that may be gathered is."""
+    g, dtype = generator(variant), dtype_of(backend, variant)
+
+    def matrix(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=g)
+        return values.to(dtype) if backend.runs_cuda_source else values
+
+    return {
+        "x": matrix(5, 16),
+        "second": matrix(VOCAB, 24),
+        "weight": torch.randn(72, 40, generator=g).to(dtype),
+        "gate": matrix(VOCAB, 72),
+        "residual": matrix(VOCAB, 72),
+        "x_rows": ints(4, 0, 2),
+        "second_rows": ints(69, 3, 0),
+        "gate_rows": ints(1, 2, 69),
+        "residual_rows": ints(5, 5, 68),
+        "out": matrix(BATCH, 72),
+    }
+
+
+def linear_with_operands(a: Arguments) -> None:
+    names = "x", "second", "gate", "residual"
+    rows = {name: ops.GatheredRows(a[name], a[f"{name}_rows"]) for name in names}
+    if a["x"].dtype == torch.float32:  # the CPU's has rows only
+        rows = {"x": torch.cat([a["x"][:BATCH], a["second"][:BATCH]], -1)}
+    ops.linear(weight=a["weight"], out=a["out"], **rows)
 
 
 # --- trees
@@ -448,39 +477,6 @@ def feature_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
-def gather_arguments(variant: int, backend: Backend) -> Arguments:
-    """Of 16 bits on every backend: folded tables or not, in rows of 16-byte pieces or not."""
-    g, dtype = generator(variant), (torch.bfloat16, torch.float16)[variant % 2]
-    size, wide = (16, 11)[variant // 3], 24
-    is_folded = variant % 3 == 0
-
-    def matrix(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype)
-
-    return {
-        "tokens": ints(4, 0, 69),
-        "source": ints(1, 4, 0) if variant % 3 else None,
-        "features": matrix(5, size),
-        "embed": None if is_folded else matrix(VOCAB, size),
-        "fc": matrix(size, size if is_folded else 2 * size),
-        "norm": torch.ones(size),
-        "gate": None if is_folded else matrix(wide, size),
-        "up": matrix(wide, size),
-        "down": matrix(size, wide),
-        "token_fc": matrix(VOCAB, size) if is_folded else None,
-        "token_gate": matrix(VOCAB, wide) if is_folded else None,
-        "workspace": torch.zeros(BATCH, ops.feature_sample_workspace(size, wide), dtype=dtype),
-        "out": torch.zeros(BATCH, size, dtype=dtype),
-    }
-
-
-def gather(a: Arguments) -> None:
-    """The rest of feature sampling reads no ids."""
-    rest = {name: a[name] for name in ("tokens", "source", "features", "workspace", "out")}
-    tensors = {name: a.get(name) for name in FeatureWeights._fields}
-    feature_gather(**rest, weights=FeatureWeights(**tensors), eps=1e-5)
-
-
 COUNTS = ("block_table", "kv_len", "first_node", "num_nodes")
 CACHES = {"k_cache": 0, "v_cache": 0}
 KERNELS = {
@@ -530,6 +526,13 @@ KERNELS = {
         linear_with_maxima,
         own=("sampling", "history_len", "depth"),
         results=("keys",),
+        has_cuda_source=True,
+    ),
+    "linear_operands": Kernel(
+        operands_arguments,
+        linear_with_operands,
+        own=("x_rows", "second_rows", "gate_rows", "residual_rows"),
+        results=("out",),
         has_cuda_source=True,
     ),
     "tree_expand": Kernel(
@@ -636,13 +639,6 @@ KERNELS = {
         lambda a: ops.feature_sample(**a),
         own=("tokens", "source"),
         results=("out",),
-    ),
-    "feature_gather": Kernel(
-        gather_arguments,
-        gather,
-        own=("tokens", "source"),
-        results=("workspace",),
-        has_cuda_source=True,
     ),
 }  # fmt: skip
 

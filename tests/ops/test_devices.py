@@ -80,7 +80,6 @@ def test_every_kernel_with_a_cuda_source_is_called_here() -> None:
     kernels = sources & {path.stem for path in (ROOT / "csrc/bindings").glob("*.cpp")}
     ops_of = {
         "draft_control": ("draft_control", "draft_control_update"),
-        "feature_sample": ("feature_gather",),  # the rest of it is others' launches
         "graph": (),
         "time_stamp": (),  # no two give the same: test_time_stamp.py
         "token_recycle": ("recycle_propose", "recycle_learn"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from specrt import _C
 from specrt.ops import feature_sample, feature_sample_workspace, rms_norm
-from specrt.ops.feature_sample import FeatureWeights, feature_gather
+from specrt.ops.feature_sample import FeatureWeights
 from specrt.ops.graph import CpuGraph
 from tests.ops.conftest import OnAnotherGpu
 
@@ -323,24 +323,17 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("name", ["fc", "down", "norm", "embed"])
 def test_tensors_on_two_devices_are_named(name: str) -> None:
-    """By the gather, which takes a GPU's too."""
+    """By the check of 16-bit rows, which are a GPU's."""
     tensors = {
         n: None if t is None else t.bfloat16() if t.dim() == 2 else t
-        for n, t in vars(Weights.random(8, 6)).items()
+        for n, t in vars(Weights.random(8, 8)).items()
     }
     tensors[name] = OnAnotherGpu(tensors[name])  # type: ignore[assignment]
     message = f"^{name}: expected a tensor on cpu as features is, got one on cuda:1"
-    rows = torch.zeros(3, 48, dtype=torch.bfloat16)
+    weights = FeatureWeights(**tensors)  # type: ignore[arg-type]
+    rows, tokens = torch.zeros(3, 48, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        feature_gather(
-            torch.zeros(3, dtype=torch.int32),
-            None,
-            rows[:, :8],
-            FeatureWeights(**tensors),  # type: ignore[arg-type]
-            EPS,
-            rows,
-            rows[:, 8:16],
-        )
+        _C.feature_check(tokens, None, rows[:, :8], *weights, EPS, rows, rows[:, 8:16], *[None] * 5)
 
 
 def test_compiles() -> None:

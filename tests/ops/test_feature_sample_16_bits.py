@@ -1,9 +1,9 @@
-"""``feature_sample`` of 16-bit rows, a GPU's: gather, products by ``linear``, norm, activation."""
+"""``feature_sample`` of 16-bit rows, a GPU's: products that take rows out of tables, and a norm."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from specrt.ops import feature_sample_workspace, linear_workspace
-from specrt.ops.feature_sample import FeatureWeights, feature_gather
 from tests.ops.conftest import Backend, load_simt
 from tests.ops.test_feature_sample import EPS, NAN, Weights, by_torch, inputs
 
 pytestmark = pytest.mark.usefixtures("stand_in_linear")
 
 DTYPES = [torch.bfloat16, torch.float16]
-TABLES = ("embed", "token_fc", "token_gate")
 VOCAB = 50
 
 
@@ -136,62 +134,34 @@ def test_nothing_to_do(backend: Backend) -> None:
     assert weights.run(none, none, features).shape == (0, 16)
 
 
-@pytest.mark.parametrize(("wide", "expected"), [(None, 1), (40, 3)])
-def test_the_cuda_sources_are_what_runs(backend: Backend, wide: int | None, expected: int) -> None:
-    """Gather, norm and activation; the products are ``linear``'s."""
+@pytest.mark.parametrize(
+    ("wide", "form", "expected"),
+    [(None, "plain", 1), (None, "folded", 1), (40, "plain", 5), (40, "folded", 4)],
+)
+def test_launches(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, wide: int | None, form: str, expected: int
+) -> None:
+    """Products, and the norm, which is the only one of the shim's here."""
     if backend.name != "simt":
         pytest.skip("the extension's launches are not counted")
-    weights = made(24, wide, "plain", torch.bfloat16, backend)
+    weights = made(24, wide, form, torch.bfloat16, backend)
+    module: Any = sys.modules["specrt.ops.feature_sample"]
+    product, calls = module.linear, []
+
+    def count(*args: Any, **asked: Any) -> torch.Tensor:
+        calls.append(args)
+        return product(*args, **asked)
+
+    monkeypatch.setattr(module, "linear", count)
     before = load_simt().num_launches()
     tokens, features = given(5, 24, torch.bfloat16, backend)
     weights.run(tokens, None, features)
-    assert load_simt().num_launches() - before == expected
-
-
-# --- the gather -----------------------------------------------------------------------------------
-
-
-def gathered(
-    weights: Weights, tokens: torch.Tensor, source: torch.Tensor | None, features: torch.Tensor
-) -> torch.Tensor:
-    """The workspace ``[M + 1, size]``, poisoned before."""
-    hidden, wide = features.shape[1], 0 if weights.up is None else len(weights.up)
-    size = feature_sample_workspace(hidden, wide)
-    workspace = features.new_full((len(tokens) + 1, size), NAN)
-    out = features.new_empty(len(tokens), hidden)
-    operands = FeatureWeights(**vars(weights))
-    feature_gather(tokens, source, features, operands, EPS, workspace, out)
-    return workspace
-
-
-@pytest.mark.parametrize("offset", [0, 8, 3])
-@pytest.mark.parametrize(("hidden", "wide"), [(64, 1104), (264, 48), (24, 37), (67, 8)])
-def test_rows_come_to_their_places(backend: Backend, hidden: int, wide: int, offset: int) -> None:
-    """Of slices at multiples of 16 bytes or not, e, f, h and gate and nothing else."""
-    for fc, gate in product((False, True), repeat=2):
-        weights = there(Weights.random(hidden, wide).folded(fc, gate), torch.bfloat16, backend)
-        if offset:
-            wider = {
-                name: F.pad(t, (offset, 16 - offset), value=NAN)[:, offset : offset + t.shape[1]]
-                for name in TABLES
-                if (t := getattr(weights, name)) is not None
-            }
-            weights = replace(weights, **wider)
-        tokens, features = given(5, hidden, torch.bfloat16, backend)
-        source = torch.tensor([4, 0, 0, 3, 2], dtype=torch.int32, device=backend.device)
-        workspace = gathered(weights, tokens, source, features)
-        line = [-(-n // 16) * 16 for n in (2 * hidden, hidden)]
-        expected = torch.full_like(workspace, NAN)
-        expected[:5, hidden : 2 * hidden] = features[source.long()]
-        places = {"embed": 0, "token_fc": line[0], "token_gate": sum(line)}
-        for name, place in places.items():
-            table = getattr(weights, name)
-            if table is not None:
-                expected[:5, place : place + table.shape[1]] = table[tokens.long()]
-        assert same_bits(workspace, expected), (fc, gate)
+    assert len(calls) + load_simt().num_launches() - before == expected
 
 
 # --- what is refused ------------------------------------------------------------------------------
+
+NARROW = {"up": (6, 8), "gate": (6, 8), "down": (8, 6)}
 
 
 @pytest.mark.parametrize(
@@ -199,16 +169,23 @@ def test_rows_come_to_their_places(backend: Backend, hidden: int, wide: int, off
     [
         ({"features": torch.zeros(3, 8).double()}, "^features: expected bfloat16 or float16, got"),
         ({"embed": torch.zeros(5, 8)}, "^embed: expected bfloat16 like features, got"),
-        ({"down": torch.zeros(8, 6).half()}, "^down: expected bfloat16 like features, got"),
+        ({"down": torch.zeros(8, 8).half()}, "^down: expected bfloat16 like features, got"),
         ({"norm": torch.zeros(8).bfloat16()}, r"^norm: expected \[H\] = \[8\] float32"),
-        ({"up": torch.zeros(6, 9).bfloat16()}, r"^up: expected \[I, H\]"),
+        ({"up": torch.zeros(8, 9).bfloat16()}, r"^up: expected \[I, H\]"),
         ({"workspace": torch.zeros(3, 48)}, r"^workspace: expected .* bfloat16, got"),
         ({"workspace": torch.zeros(3, 47).bfloat16()}, r"^workspace: expected at least \[3, 48\]"),
+        ({"workspace": torch.zeros(3, 60).bfloat16()}, "^workspace: expected rows at multiples of"),
+        ({"features": torch.zeros(3, 12).bfloat16()[:, :8]}, "^features: expected rows at"),
+        ({"embed": torch.zeros(5, 12).bfloat16()[:, :8]}, "^embed: expected rows at multiples of"),
+        (
+            {n: torch.zeros(s).bfloat16() for n, s in NARROW.items()},
+            "^down: expected H and I to be multiples of 8 in 16 bits, got 8 and 6",
+        ),
         ({"out": torch.zeros(3, 8)}, r"^out: expected \[M, H\] = \[3, 8\] bfloat16"),
     ],
 )
 def test_wrong_arguments_are_named(backend: Backend, change: dict[str, Any], message: str) -> None:
-    weights = there(Weights.random(8, 6, vocab=5), torch.bfloat16, backend)
+    weights = there(Weights.random(8, 8, vocab=5), torch.bfloat16, backend)
     tokens, features = given(3, 8, torch.bfloat16, backend)
     change = {name: t.to(backend.device) for name, t in change.items()}
     wrong = replace(weights, **{n: t for n, t in change.items() if n in vars(weights)})

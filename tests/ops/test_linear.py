@@ -77,6 +77,22 @@ def test_strided_rows_and_output_in_place() -> None:
     assert torch.equal(residual, expected)
 
 
+def test_results_are_not_written_over_rows() -> None:
+    """Beside them they may be, where rows are columns of one tensor."""
+    weight, wide = random(16, 16, seed=1), random(9, 40)
+    expected = ops.linear(wide[:, 24:].clone(), weight)
+    for x, out in (
+        (wide[:, :16], wide[:, :16]),
+        (wide[:, 8:24], wide[:, 20:36]),
+        (wide[:4, 24:], wide[3:7, 24:]),
+        (wide.view(-1)[:144].view(9, 16), wide[:, 24:]),
+    ):
+        with pytest.raises(ValueError, match="x: expected memory that is not out's"):
+            ops.linear(x, weight, out=out)
+    assert torch.equal(ops.linear(wide[:, 24:], weight, out=wide[:, 8:24]), expected)
+    assert torch.equal(ops.linear(wide[:4, 24:], weight, out=wide[5:, 24:]), expected[:4])
+
+
 def test_nothing_to_do() -> None:
     assert ops.linear(torch.empty(0, 16), random(3, 16)).shape == (0, 3)
 
