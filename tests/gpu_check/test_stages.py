@@ -51,7 +51,7 @@ def test_flashinfer_compiles_while_tests_run() -> None:
 
 
 def test_the_last_of_the_end_to_end_stage_takes_what_time_is_left() -> None:
-    names = ["extension", "generate_cuda", "predicted", "fspad round", "eesd round"]
+    names = ["extension", "generate_cuda", "demo", "predicted", "fspad round", "eesd round"]
     names += ["eagle2 round", "round", "prefill"]
     names += ["end_to_end_cuda", "slow gpu tests", "racecheck"]
     assert list(commands(WITH_GPU, "C")) == names
