@@ -291,11 +291,11 @@ def _predict(save: Path) -> tuple[str, ...]:
 
 
 def _demo(machine: Machine) -> Command:
-    """As a user sees it, in its log; its exit code says whether texts are equal."""
+    """As a user sees it, in its log."""
     if machine.is_dry:
         return _left_out("demo", "a dry run has no GPU to show")
     argv = (machine.python, "-m", "specrt", "demo", "--device", "cuda")
-    return Command("demo", argv, judge.by_exit, 45)
+    return Command("demo", argv, judge.demo, 45)
 
 
 def _drafted_rounds(machine: Machine, save: Path, drafter: str, seconds: float) -> Command:

@@ -227,3 +227,11 @@ def test_judging_the_rest() -> None:
     assert spilled == (FAILED, "1 kernels spill: k (sm_90a): 8 bytes")
     said_again = judge.resources(1, '{"kernels": 9, "spills": ["k: 8 bytes"]}\nk: 8 bytes\n')
     assert said_again == (FAILED, "1 kernels spill: k: 8 bytes")
+
+
+def test_verdicts_on_a_demo() -> None:
+    """By its last sum."""
+    told = "equal: 64 of 64 tokens\nwords\nequal: {} of 224 tokens\ntau: mean\n"
+    assert judge.demo(0, told.format(224)) == (OK, "equal: 224 of 224 tokens")
+    for code, output in ((0, told.format(223)), (1, told.format(224)), (0, "")):
+        assert judge.demo(code, output)[0] == FAILED
