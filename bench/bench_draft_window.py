@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,14 +22,12 @@ from bench.draft_contenders import Tree
 from bench.harness import Row, parser, report, start
 from bench.prompts import HELDOUT
 from specrt import SamplingParams, load
-from specrt.cache import CacheBatch
-from specrt.draft.base import Budget, Drafter
+from specrt.draft.base import Budget, Drafter, EmptyDrafter
 from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import load_drafter
 from specrt.draft.length.costs import RoundCost
 from specrt.engine.engine import Engine
 from specrt.loading import BUILTIN
-from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP
 from specrt.tree import MAX_NODES
 from specrt.types import AcceptResult, Proposal, SequenceState
@@ -42,7 +41,7 @@ class Text:
     """Of the prompt."""
     ids: list[int]
     features: torch.Tensor
-    """``[len(ids), H]``"""
+    """``[len(ids) - 1, H]``: the target's, of all tokens but the last."""
 
 
 def parse_window(text: str) -> DraftWindow | None:
@@ -65,8 +64,7 @@ def solved_problems(engine: Engine, args: argparse.Namespace) -> list[Text]:
         examples = "".join(solved[args.num_texts + 20 * index :][:20])
         ids = engine.encode(f"{examples}Question: {lines[index]['question']}\nAnswer:")
         for length in args.lengths:
-            said = _said(engine, ids[-length:], args.max_new_tokens)
-            texts.append(Text(min(length, len(ids)), said, features_of(engine.target, said)))
+            texts.append(said(engine, ids[-length:], args.max_new_tokens))
     return texts
 
 
@@ -76,25 +74,41 @@ def own_texts(engine: Engine, args: argparse.Namespace) -> list[Text]:
     for line in HELDOUT.read_text(encoding="utf-8").splitlines()[: args.num_texts]:
         prompt = engine.encode(f"Question: {json.loads(line)['question']}\nAnswer:")
         prompt = prompt[: min(args.lengths)]
-        said = _said(engine, prompt, max(args.lengths) + args.max_new_tokens - len(prompt))
-        features = features_of(engine.target, said)
+        whole = said(engine, prompt, max(args.lengths) + args.max_new_tokens - len(prompt))
         for length in args.lengths:
             end = length + args.max_new_tokens
-            texts.append(Text(length, said[:end], features[:end]))
+            texts.append(Text(length, whole.ids[:end], whole.features[: end - 1]))
     return texts
 
 
-def _said(engine: Engine, prompt: list[int], num_tokens: int) -> list[int]:
+class _Listener(EmptyDrafter):
+    """Drafts nothing, and keeps the features of one sequence: of all its tokens but the last."""
+
+    taps = (FINAL_TAP,)
+
+    def __init__(self) -> None:
+        self.features: list[torch.Tensor] = []
+
+    def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
+        self.features.append(taps[FINAL_TAP][0].clone())
+
+    def observe(
+        self,
+        states: Sequence[SequenceState],
+        proposal: Proposal,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.features.append(taps[FINAL_TAP][0, :1].clone())
+
+
+def said(engine: Engine, prompt: list[int], num_tokens: int) -> Text:
+    """What the target says behind a prompt, past every end."""
+    listener = _Listener()
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    return prompt + engine.generate(prompt, sampling).token_ids
-
-
-def features_of(model: LlamaModel, ids: list[int]) -> torch.Tensor:
-    """The target's features ``[len(ids), H]`` of a text."""
-    cache = model.new_cache()
-    batch = CacheBatch(cache, [cache.open(len(ids) + MAX_NODES)])
-    taps = (taps[FINAL_TAP][0].clone() for _, taps in model.extend(ids, batch, (FINAL_TAP,)))
-    return torch.cat(list(taps))
+    speaker = Engine(engine.target, listener, engine.tokenizer)
+    result = speaker.generate(prompt, sampling)
+    return Text(len(prompt), prompt + result.token_ids, torch.cat(listener.features))
 
 
 # --- drafters along them ----------------------------------------------------------------------
@@ -148,6 +162,7 @@ def bench(args: argparse.Namespace) -> list[Row]:
             rounds = sum(num_rounds(drafter, text, budget) for text in some)
             row[str(length)] = sum(len(text.ids) - length for text in some) / rounds
         rows.append(row)
+        print(row, file=sys.stderr, flush=True)
     return rows
 
 

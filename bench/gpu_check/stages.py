@@ -159,12 +159,12 @@ def _trained(machine: Machine, save: Path) -> list[Command]:
     would have been seen among the figures."""
     return [
         _extension(machine),
-        _bench(machine, "train_cuda", save, 60),
-        _step(machine, "answers", save, 75),
-        _step(machine, "fspad", save, 65),
-        _step(machine, "eesd", save, 60),
-        _step(machine, "eagle2", save, 55),
-        _step(machine, "speed", save, 190),
+        _bench(machine, "train_cuda", save, 50),
+        _step(machine, "answers", save, 70),
+        _step(machine, "fspad", save, 90),
+        _step(machine, "eesd", save, 80),
+        _step(machine, "eagle2", save, 75),
+        _step(machine, "speed", save, 170),
         _step(machine, "exact", save, 120, is_spare=True),
     ]
 

@@ -76,8 +76,11 @@ def said(done: Rounds) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("kind", "draft"),
-    [("fixed", DraftParams(depth=3)), ("calibration-ts", None)],
-    ids=["fixed depth", "controlled"],
+    [
+        ("calibration-ts", None),
+        pytest.param("fixed", DraftParams(depth=3), marks=pytest.mark.slow),
+    ],
+    ids=["controlled", "fixed depth"],
 )
 def test_chains_are_those_of_hosted_rounds(
     model: LlamaModel, loaded: Loaded, kind: str, draft: DraftParams | None

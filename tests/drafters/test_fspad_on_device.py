@@ -21,6 +21,7 @@ from specrt.draft.fspad.checkpoint import (
 )
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import Activations, Rows
+from specrt.draft.kind import DraftWindow
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.envelope import GPU_ENVELOPES
 from specrt.models.gate_up import interleaved
@@ -83,7 +84,7 @@ CASES: list[Case] = [
     ("fspad", "seed", SHAPE, {}),
     ("fspad", "greedy", None, {}),
     ("fspad", "seed", None, {"control": BY_CHANCE, "fold": True}),
-    ("eagle2", "greedy", SHAPE, {"fold": False}),
+    ("eagle2", "greedy", SHAPE, {"fold": False, "window": DraftWindow(20, 2)}),
     ("reduced", "seed", SHAPE, {"fold": False}),
     ("fspad", "seed", SHAPE, {"fold": False, "weights": "fp8"}),
     ("fspad", "greedy", SHAPE, {"fold": True, "weights": "fp8", "hot_tokens": range(5, VOCAB)}),

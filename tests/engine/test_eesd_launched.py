@@ -21,7 +21,6 @@ from tests.engine.exits import EXIT_LAYER, NUM_LAYERS, make_launched_drafter
 from tests.engine.support import make_engine, texts
 from tests.engine.test_eesd_on_device import (
     CHEAP,
-    FAST_KINDS,
     GREEDY,
     PARAMS,
     PROMPTS,
@@ -84,12 +83,13 @@ class Flighty(LaunchedEesdDrafter):
         return None if self.rng.random() < 0.3 else plan
 
 
-@pytest.mark.parametrize("is_eager", [False, True], ids=["captured", "eager"])
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind in FAST_KINDS else pytest.mark.slow)
+    ("kind", "is_eager"),
+    [("calibration-ts", False), ("cost-aware", True)]
+    + [
+        pytest.param(kind, is_eager, marks=pytest.mark.slow)
         for kind in CONTROLLERS
+        for is_eager in (False, True)
     ],
 )
 def test_chains(
@@ -111,6 +111,7 @@ def test_chains(
     assert set(launched) == {4} and taken and all(taken)
 
 
+@pytest.mark.slow
 def test_an_exit_that_is_never_wrong(
     model: LlamaModel, loaded: Loaded, expected: list[list[int]]
 ) -> None:

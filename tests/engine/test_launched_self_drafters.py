@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ from tests.engine.support import make_engine, texts
 
 VOCAB, LEVELS, NUM_LAYERS = 97, 3, 2
 PROMPTS = [[5, 9, 5, 9, 5], [7, 8]]
-GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
-PARAMS = [GREEDY, SamplingParams(max_new_tokens=6, ignore_eos=True, temperature=0.9, seed=3)]
+GREEDY = SamplingParams(max_new_tokens=7, ignore_eos=True)
+PARAMS = [GREEDY, replace(GREEDY, max_new_tokens=5, temperature=0.9, seed=3)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,13 +230,13 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     ("trick", "is_taken"),
     [
         (honest, {True}),
-        (runs_what_is_nothing, {True}),
         (closes_a_level, {True}),
         (writes_to_what_it_sees, {True}),
-        (launches_the_round_before, {True}),
-        (proposes_what_it_did_not_run, {False}),
         (runs_fewer_levels, {False}),
         (proposes_the_round_before, {True, False}),
+        pytest.param(runs_what_is_nothing, {True}, marks=pytest.mark.slow),
+        pytest.param(launches_the_round_before, {True}, marks=pytest.mark.slow),
+        pytest.param(proposes_what_it_did_not_run, {False}, marks=pytest.mark.slow),
     ],
 )
 def test_a_text_is_what_plain_decoding_says(

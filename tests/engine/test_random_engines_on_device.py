@@ -26,7 +26,7 @@ from specrt.sampling import SamplingParams
 from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.checkpoints import make_draft_checkpoint
 from tests.drafters.fspad_rig import make_drafter
-from tests.engine.exits import make_device_drafter, make_exit_pair
+from tests.engine.exits import make_exit_pair, make_launched_drafter
 from tests.engine.support import RandomTreeDrafter, make_engine
 
 VOCAB, MOST = 41, 128  # tokens of the longest text: two pages
@@ -144,7 +144,7 @@ def drafter_of(
         case "fspad":
             return make_drafter(model, loaded.fspad)
         case "eesd":
-            return make_device_drafter(model, loaded.exit, "cost-aware", max_draft=4)
+            return make_launched_drafter(model, loaded.exit, "cost-aware", max_draft=4)
         case "recycle":
             return DeviceRecycleDrafter(VOCAB, model.device)
         case "small model":
