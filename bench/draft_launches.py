@@ -146,19 +146,29 @@ def eesd_launches(model: Model, num_layers: int, prefix: int) -> Iterator[Launch
         prefix: tokens before it.
     """
     lower, exit_layer = (replace(model, num_layers=count) for count in (num_layers, 1))
-    embed = Launch("", "embed", limits.embed(model, 1), is_before_linear=True)
-    first = [embed, *layer_launches(lower, 1, prefix, num_layers)]
-    calibration = limits.linear(2, model.hidden_size, 1)
+    control = Launch("", "draft_control", limits.draft_control(model, 1), is_before_linear=True)
+    # Of the exit keys and values first, for they are wanted of every token.
+    kept = [one for one in layer_launches(exit_layer, 1, prefix, 0) if one.count]
+    others = {one.kernel: one.count for one in kept}
+    rest = [
+        replace(one, count=max(0, one.count - others.get(one.kernel, 0)))
+        for one in layer_launches(exit_layer, 1, prefix, 1)
+    ]
+    first = [
+        Launch("", "embed", limits.embed(model, 1), is_before_linear=True),
+        *layer_launches(lower, 1, prefix, num_layers),
+        *kept,
+        control,
+    ]
     exits = [
-        *layer_launches(exit_layer, 1, prefix, 1),
+        *rest,
         final_norm(model, 1),
         head(model, 1),
-        Launch("", "calibration", calibration, is_linear=True),
+        Launch("", "calibration", limits.linear(2, model.hidden_size, 1), is_linear=True),
         expand("", 1, model.vocab_size, is_before_linear=True),
     ]
     for launch in (*first, *exits):
         yield replace(launch, stage=TOKEN, count=CHAIN * launch.count)
-    for launch in (*first, *layer_launches(exit_layer, 1, prefix, 0)):
-        if launch.count:
-            yield replace(launch, stage=LAST)
-    yield Launch(OBSERVE, "kv_commit", limits.kv_commit(exit_layer, CHAIN + 1))
+    for launch in first:
+        yield replace(launch, stage=LAST)
+    yield Launch(OBSERVE, "draft_control_update", limits.draft_control_update(model, 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,16 +58,18 @@ class Case:
             return f"{self.model} {self.drafter}"
         head = "whole head" if self.layer.head_rows is None else f"head of {self.layer.head_rows:,}"
         fold = ", folded" if self.layer.is_folded else ""
-        return f"{self.model} {self.drafter}, {head}{fold}"
+        size = ", fp8" if self.layer.is_narrow else ""
+        return f"{self.model} {self.drafter}, {head}{fold}{size}"
 
 
 def cases(model: str, drafter: str, vocab_size: int, is_quick: bool) -> Iterator[Case]:
-    """That of the goals first: a reduced vocabulary and, of FSPAD, folded tables."""
+    """Those of the goals first: a reduced vocabulary and, of FSPAD, folded tables."""
     if drafter == EESD:
         yield Case(model, drafter)
         return
-    head_rows = min(REDUCED, vocab_size // 2)
-    yield Case(model, drafter, LayerKind(KINDS[drafter], head_rows, drafter == FSPAD))
+    kind = LayerKind(KINDS[drafter], min(REDUCED, vocab_size // 2), drafter == FSPAD)
+    yield Case(model, drafter, kind)
+    yield Case(model, drafter, replace(kind, is_narrow=True))
     if not is_quick:
         yield Case(model, drafter, LayerKind(KINDS[drafter]))
 

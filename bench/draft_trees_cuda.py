@@ -28,6 +28,8 @@ class TreeExpand:
     torch: log_softmax, the best of each row, the best of those.
     """
 
+    _maxima: ops.DraftMaxima | None = None
+
     def __init__(self, model: Model, rows: int, place: Place) -> None:
         self._logits = 3 * torch.randn(1, rows, model.vocab_size, device=place.device)
         self._top_k = rows
@@ -56,13 +58,29 @@ class TreeExpand:
         level = 0 if self._top_k == 1 else 1
         ops.tree_expand(
             self._logits, *self._read, None, None, None, level, self._workspace, *self._pool,
-            *self._written,
+            *self._written, maxima=self._maxima,
         )  # fmt: skip
         return (self._scores,)
 
     def torchs(self) -> Tensors:
         best = self._logits[0].log_softmax(-1).topk(self._top_k).values
         return ((best + self._read[0][0, :, None]).view(-1).topk(self._top_k).values[None],)
+
+
+class TreeExpandByMaxima(TreeExpand):
+    """The same by what the product that makes the logits leaves of every 64, which a GPU's does."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        super().__init__(model, rows, place)
+        if not registry.is_on_gpu(self._logits):
+            return
+        x, weight = (
+            torch.randn(size, 8, device=place.device).bfloat16()
+            for size in (rows, model.vocab_size)
+        )
+        keys = torch.zeros(rows, -(-model.vocab_size // 64), dtype=torch.int64, device=x.device)
+        self._maxima = ops.DraftMaxima(keys, torch.zeros_like(keys, dtype=torch.float32))
+        ops.linear(x, weight, out=self._logits[0], maxima=self._maxima)
 
 
 class TreeRerank:

@@ -85,9 +85,11 @@ def _all() -> Iterator[Goal]:
     for op in ("feature_sample", "feature_sample_folded"):
         where = {"op": op, "model": "Llama-3-8B", "rows": 10}
         yield Goal(SMALL, where, "% of limit", 83.6, is_least=True)
-    of_rounds = ("tree_expand", 10, 5.0), ("tree_rerank", 60, 6.0), ("tree_accept", 60, 8.0)
+    of_rounds = ("tree_expand", 10, 8.0), ("tree_rerank", 60, 6.0), ("tree_accept", 60, 8.0)
     for op, rows, most in (*of_rounds, ("tree_accept_filtered", 60, 20.0)):
         yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", most)
+    where = {"op": "tree_expand_by_maxima", "model": "Vicuna-7B", "rows": 10}  # of 32,000 tokens
+    yield Goal(SMALL, where, "us", 5.0)
     for op in ("rms_norm", "silu_mul"):
         where = {"op": op, "model": "Llama-3-8B", "rows": 8192}
         yield Goal(SMALL, where, "% of limit", 80.0, is_least=True)
@@ -133,10 +135,11 @@ def _of_training() -> Iterator[Goal]:
 def _of_drafts() -> Iterator[Goal]:
     """Of trees of 60 nodes, six levels, a reduced draft vocabulary and folded tables."""
     where = {"drafter": "fspad, head of 32,000, folded"}
-    yield Goal(FSPAD, where, "ms a round", 5.8, is_streaming=True)
-    yield Goal(FSPAD, where, "x plain round", 1.5)
-    yield Goal(FSPAD, where, "draft x streaming", 1.1)
-    yield Goal(FSPAD, where, "host gap %", 2.0)
+    for most, named in ((5.8, where), (5.1, {"drafter": f"{where['drafter']}, fp8"})):
+        yield Goal(FSPAD, named, "ms a round", most, is_streaming=True)
+        yield Goal(FSPAD, named, "x plain round", 1.5)
+        yield Goal(FSPAD, named, "draft x streaming", 1.1)
+        yield Goal(FSPAD, named, "host gap %", 2.0)
 
 
 GOALS = (*_all(), *_of_linear(), *_of_rounds(), *_of_drafts(), *_of_training())

@@ -34,6 +34,7 @@ def library_linear(
     *,
     is_gated: bool = False,
     maxima: ops.TileMaxima | None = None,
+    is_open: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``ops.linear``, in as few launches as the library allows; but it leaves no ``maxima``.
 
@@ -41,6 +42,7 @@ def library_linear(
     another one, as fast.
     """
     assert maxima is None, "in_place_of_ours lets nobody ask for them"
+    assert is_open is None, "a target's own levels are all open"
     num_outputs = len(weight) // 2 if is_gated else len(weight)
     if out is None:
         out = x.new_empty(len(x), num_outputs)

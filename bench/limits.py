@@ -137,6 +137,13 @@ def tree_expand(model: Model, rows: int) -> Work:
     return Work(rows * model.vocab_size * FLOAT + rows * rows * (2 * INT + FLOAT))
 
 
+def tree_expand_by_maxima(model: Model, rows: int) -> Work:
+    """Keys and masses of all tiles of 64 logits, and as many tiles a node as it has children."""
+    tiles = -(-model.vocab_size // 64)
+    read = rows * (tiles * (DOUBLE + FLOAT) + rows * 64 * FLOAT)
+    return Work(read + rows * rows * (2 * INT + FLOAT))
+
+
 def pool_size() -> int:
     """Candidates that a tree is chosen from."""
     return TREE_TOP_K + TREE_DEPTH * TREE_TOP_K**2

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 
 from bench import limits
 from bench.draft_sets import DraftControl, DraftControlUpdate, Embed, FeatureSample
-from bench.draft_trees_cuda import RecycleLearn, RecyclePropose, TreeExpand, TreeRerank
+from bench.draft_trees_cuda import (
+    RecycleLearn,
+    RecyclePropose,
+    TreeExpand,
+    TreeExpandByMaxima,
+    TreeRerank,
+)
 from bench.gpu import OURS, Contender, Device, Launch, Place
 from bench.gpu_report import Measured, run_bench
 from bench.harness import Row, ratio_to
@@ -230,6 +236,9 @@ KERNELS = {
         separate(DraftControlUpdate), limits.draft_control_update, SEQUENCES
     ),
     "tree_expand": Kernel(separate(TreeExpand), limits.tree_expand, CHILDREN),
+    "tree_expand_by_maxima": Kernel(
+        separate(TreeExpandByMaxima), limits.tree_expand_by_maxima, CHILDREN
+    ),
     "recycle_propose": Kernel(separate(RecyclePropose), limits.recycle_propose, NODES),
     "recycle_learn": Kernel(separate(RecycleLearn), limits.recycle_learn, NODES),
     "tree_rerank": Kernel(separate(TreeRerank), limits.tree_rerank, NODES[1:]),

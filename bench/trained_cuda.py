@@ -43,7 +43,7 @@ class Sizes:
     answer_tokens: int = 192
     answer_batch: int = 64
     batch: int = 64
-    epochs: int = 12
+    epochs: int = 8
     max_steps: int | None = None
 
     @property

@@ -22,7 +22,7 @@ from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig, tensor_shapes
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.on_device import DeviceFspadDrafter
-from specrt.draft.fspad.weights import DraftWeights, fold, folding_pays, pack_weights
+from specrt.draft.fspad.weights import DraftWeights, fold, folding_pays, narrow, pack_weights
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
@@ -59,6 +59,8 @@ class LayerKind:
     """Of a reduced draft vocabulary; None: all."""
     is_folded: bool | None = None
     """None: where serving would."""
+    is_narrow: bool = False
+    """Whether matrices have a byte a weight."""
 
 
 Layer = tuple[DraftConfig, DraftWeights]
@@ -86,7 +88,9 @@ def random_layer(target: LlamaModel, kind: LayerKind) -> Layer:
     is_folded = kind.is_folded
     if is_folded is None:
         is_folded = folding_pays(packed, weights.arena.nbytes)
-    return config, fold(packed, device) if is_folded else packed
+    if is_folded:
+        packed = fold(packed, device)
+    return config, narrow(packed, device) if kind.is_narrow else packed
 
 
 def layer_round(target: LlamaModel, layer: Layer) -> WholeRound:

@@ -48,11 +48,12 @@ def test_bytes_of_a_step_are_the_drafters() -> None:
 def test_eesd_verifies_from_where_it_drafted() -> None:
     rows, said = draft_rounds.prediction("eesd", {NAME: LLAMA}, 2048, 3.0)
     launches = {row["stage"]: row["launches"] for row in rows}
-    # Four layers of seven and the embedding; another layer, norm, head, calibration, ranking.
-    assert launches["a token"] == 1 + 4 * 7 + 7 + 4
-    assert launches["the last token"] == 1 + 4 * 7 + 3
+    # Embedding, four layers of seven, the exit's keys and values, the decision; its other half,
+    # norm, head, calibration, ranking.
+    assert launches["a token"] == 1 + 4 * 7 + 3 + 1 + 5 + 4
+    assert launches["the last token"] == 1 + 4 * 7 + 3 + 1
     assert launches["target"] == 28 * 7 + 2 + 6  # settle, three of acceptance, history, commit
-    assert launches["draft"] == 4 * 40 + 32 + 1 and said == {}
+    assert launches["draft"] == 4 * 42 + 33 + 1 and said == {}
 
 
 @pytest.mark.parametrize("drafter", draft_rounds.DRAFTERS)

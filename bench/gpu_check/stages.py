@@ -143,6 +143,7 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
+        _demo(machine),
         _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
         *(_drafted_rounds(machine, save, name, most) for name, most in DRAFTERS.items()),
         _bench(machine, "bench_round", save, 120, "--device", "cuda"),
@@ -158,12 +159,12 @@ def _trained(machine: Machine, save: Path) -> list[Command]:
     would have been seen among the figures."""
     return [
         _extension(machine),
-        _bench(machine, "train_cuda", save, 60),
-        _step(machine, "answers", save, 75),
-        _step(machine, "fspad", save, 65),
-        _step(machine, "eesd", save, 60),
-        _step(machine, "eagle2", save, 55),
-        _step(machine, "speed", save, 190),
+        _bench(machine, "train_cuda", save, 50),
+        _step(machine, "answers", save, 70),
+        _step(machine, "fspad", save, 90),
+        _step(machine, "eesd", save, 80),
+        _step(machine, "eagle2", save, 75),
+        _step(machine, "speed", save, 170),
         _step(machine, "exact", save, 120, is_spare=True),
     ]
 
@@ -287,6 +288,14 @@ def _resources(machine: Machine) -> Command:
 def _predict(save: Path) -> tuple[str, ...]:
     """What a round should take, beside what it does."""
     return "--predict", "--save", str(save)
+
+
+def _demo(machine: Machine) -> Command:
+    """As a user sees it, in its log."""
+    if machine.is_dry:
+        return _left_out("demo", "a dry run has no GPU to show")
+    argv = (machine.python, "-m", "specrt", "demo", "--device", "cuda")
+    return Command("demo", argv, judge.demo, 45)
 
 
 def _drafted_rounds(machine: Machine, save: Path, drafter: str, seconds: float) -> Command:

@@ -62,8 +62,8 @@ void expect_gpu_weight(const LinearArgs& a) {
 }
 
 // Of a drafter's logits: all rows are of one level.
-TileMaxima draft_maxima_of(const LinearArgs& a, int64_t rows) {
-    const int64_t vocab = a.weight.shape[0];
+TileMaxima draft_maxima_of(const LinearArgs& a) {
+    const int64_t rows = a.out.shape[0], vocab = a.weight.shape[0];
     expect(a.masses, DType::kFloat32, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
     expect_contiguous(a.masses);
     if (a.token_map) expect(a.token_map, DType::kInt32, "[N]", vocab);
@@ -93,7 +93,8 @@ TileMaxima draft_maxima_of(const LinearArgs& a, int64_t rows) {
             static_cast<int32_t>(a.level)};
 }
 
-TileMaxima target_maxima_of(const LinearArgs& a, int64_t rows) {
+TileMaxima target_maxima_of(const LinearArgs& a) {
+    const int64_t rows = a.out.shape[0];
     expect(a.sampling, DType::kInt64, "[B, 8]", -1, kSamplingWords);
     const int64_t batch = a.sampling.shape[0];
     expect(a.history_len, DType::kInt32, "[B]", batch);
@@ -111,14 +112,14 @@ TileMaxima target_maxima_of(const LinearArgs& a, int64_t rows) {
     return maxima;
 }
 
-TileMaxima maxima_of(const LinearArgs& a, int64_t rows) {
+TileMaxima maxima_of(const LinearArgs& a) {
     if (!a.maxima) return {};
-    const int64_t vocab = a.weight.shape[0];
+    const int64_t rows = a.out.shape[0], vocab = a.weight.shape[0];
     SPECRT_CHECK(a.out.dtype == DType::kFloat32 && !a.is_gated && !a.residual,
                  "maxima: expected float32 logits, neither gated nor with a residual");
     expect(a.maxima, DType::kInt64, "[M, ceil(N / 64)]", rows, num_token_tiles(vocab));
     expect_contiguous(a.maxima);
-    return a.masses ? draft_maxima_of(a, rows) : target_maxima_of(a, rows);
+    return a.masses ? draft_maxima_of(a) : target_maxima_of(a);
 }
 
 // Rows of a tensor that has one for each row of the result, or of a table as `index` says.
@@ -201,7 +202,7 @@ LinearParams gpu_params(const LinearArgs& a) {
     p.weight_dtype = a.weight.dtype;
     p.is_gated = a.is_gated;
     p.plan = a.plan;
-    p.maxima = maxima_of(a, num_rows);
+    p.maxima = maxima_of(a);
     p.openness = openness_of(a.is_open);
     p.scale = a.scale.as<float>();
     return p;

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from specrt.device import Device
+from specrt.ops.linear import TILE_TOKENS
 from specrt.ops.tree_build import expand_gpu_workspace_size, expand_workspace_size
 from specrt.types import SequenceState
 
@@ -57,3 +58,17 @@ def expand_scratch(
         return device.zeros(expand_gpu_workspace_size(batch, num_nodes, num_tokens, num_children))
     num_parts = max(1, min(batch * num_nodes, torch.get_num_threads()))
     return device.empty(num_parts, expand_workspace_size(num_tokens))
+
+
+def draft_tiles(
+    num_rows: int, num_tokens: int, device: Device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the keys and masses of ``ops.DraftMaxima``.
+
+    Args:
+        num_rows: of logits, at most.
+        num_tokens: of a row.
+        device: where they are, a GPU.
+    """
+    tiles = num_rows, -(-num_tokens // TILE_TOKENS)
+    return device.zeros(*tiles, dtype=torch.int64), device.zeros(*tiles)

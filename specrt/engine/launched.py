@@ -246,7 +246,7 @@ def _addresses(tables: BatchTables) -> list[Hashable]:
     parts += [tables.cached.block_table, tables.cached.kv_len]
     for part in parts:
         if isinstance(part, torch.Tensor):
-            found.append((part.data_ptr(), *part.shape))
+            found.append((part.data_ptr(), part.shape, part.stride()))
         elif not isinstance(part, SamplingTable):
             found.append(id(part))
     return found

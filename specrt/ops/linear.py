@@ -183,9 +183,9 @@ def linear(
         ValueError: a shape, dtype, stride or device does not fit, there is no such plan, or what
             only a GPU has is asked of the CPU; the argument is named.
     """
-    table, x_rows = _parts(x)
-    added, residual_rows = _parts(residual)
-    rest = x_rows, *_parts(second), residual_rows, *_parts(gate)
+    table, x_rows = _split(x)
+    added, residual_rows = _split(residual)
+    rest = x_rows, *_split(second), residual_rows, *_split(gate)
     num_rows = table.shape[0] if x_rows is None else x_rows.shape[0]
     if out is None:
         out = table.new_empty(num_rows, weight.shape[0] // 2 if is_gated else weight.shape[0])
@@ -200,13 +200,12 @@ def linear(
     scale = None
     if isinstance(weight, Float8Matrix):
         scale, weight = weight.scale, weight.values
-    keyed = _parts_of(maxima)
-    given = table, weight, bias, added, out, workspace, is_gated, *choice, *keyed, is_open, scale
-    kernel(*given, *rest)
+    given = table, weight, bias, added, out, workspace, is_gated, *choice, *_parts_of(maxima)
+    kernel(*given, is_open, scale, *rest)
     return out
 
 
-def _parts(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:
+def _split(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:
     """The tensor, and which of its rows."""
     return rows if isinstance(rows, GatheredRows) else (rows, None)
 

@@ -138,19 +138,21 @@ class _Fused:
     """A function compiled for any number of rows; as it is where that fails, and the log says why.
 
     Args:
-        function: of tensors; what it returns must not depend on how often it is called.
+        function: of tensors ``[n, ...]``, which it leaves as they are.
         backend: of ``torch.compile``.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: str = "inductor") -> None:
+    def __init__(self, function: Callable[..., Any], backend: Any = "inductor") -> None:
         self._function = function
         self._compiled: Callable[..., Any] | None = torch.compile(
-            function, dynamic=True, backend=backend
+            function, fullgraph=True, backend=backend
         )
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: torch.Tensor) -> Any:
         if self._compiled is not None:
             try:
+                for tensor in args:  # else every other size would be compiled anew
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 return self._compiled(*args)
             except torch.OutOfMemoryError:
                 raise

@@ -19,8 +19,8 @@ from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
 from tests.checkpoints import make_draft_checkpoint
 from tests.drafters.fspad_rig import make_drafter as make_fspad
-from tests.engine.exits import make_device_drafter as make_eesd
 from tests.engine.exits import make_exit_pair
+from tests.engine.exits import make_launched_drafter as make_eesd
 from tests.engine.support import make_engine
 
 

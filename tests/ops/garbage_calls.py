@@ -190,6 +190,7 @@ def operands_arguments(variant: int, backend: Backend) -> Arguments:
         "gate_rows": ints(1, 2, 69),
         "residual_rows": ints(5, 5, 68),
         "out": matrix(BATCH, 72),
+        "workspace": torch.zeros(0) if backend.runs_cuda_source else None,
     }
 
 
@@ -198,7 +199,7 @@ def linear_with_operands(a: Arguments) -> None:
     rows = {name: ops.GatheredRows(a[name], a[f"{name}_rows"]) for name in names}
     if a["x"].dtype == torch.float32:  # the CPU's has rows only
         rows = {"x": torch.cat([a["x"][:BATCH], a["second"][:BATCH]], -1)}
-    ops.linear(weight=a["weight"], out=a["out"], **rows)
+    ops.linear(weight=a["weight"], out=a["out"], workspace=a["workspace"], **rows)
 
 
 # --- trees

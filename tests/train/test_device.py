@@ -23,9 +23,10 @@ from specrt.device import Device
 from specrt.draft.eesd.checkpoint import NUM_MODES
 from specrt.train import run as running
 from specrt.train.batches import BatchPlan
-from specrt.train.device import TrainDevice, parse_place
+from specrt.train.device import TrainDevice, _Fused, parse_place
 from specrt.train.features import source as sources
 from specrt.train.features.cache import cache_features
+from specrt.train.features.frozen import PackedTarget, load_frozen_target
 from specrt.train.features.source import HeldFeatures
 from specrt.train.loop.options import DataOptions, FspadOptions
 from specrt.train.loop.processes import make_accelerator
@@ -36,7 +37,7 @@ from specrt.train.losses import FrozenHead, draft_losses
 from specrt.types import CheckpointError
 from tests.simulated_gpu import SimulatedGpu
 from tests.train import exit_support, support
-from tests.train.feature_support import make_dataset
+from tests.train.feature_support import error, make_dataset
 from tests.train.support import HIDDEN, OPTIONS, VOCAB, curve, make_source, train
 
 CUDA = TrainDevice(Device(torch.device("cuda", 0)))
@@ -330,13 +331,31 @@ def test_memory_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_the_losses_compile_whole() -> None:
-    """To one graph for any number of rows."""
+def test_the_losses_compile_whole_and_once() -> None:
+    """To one graph for any number of rows, to the same bits."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     weight = torch.randn(VOCAB, HIDDEN)
-    plain, compiled = FrozenHead(weight), FrozenHead(weight)
-    compiled.num_rows = 4  # and a rest of one
-    compiled.divergence = torch.compile(
-        plain.divergence, dynamic=True, fullgraph=True, backend="aot_eager"
-    )
-    for got, wanted in zip(losses_of(compiled), losses_of(plain), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    heads = FrozenHead(weight), FrozenHead(weight)
+    heads[1].divergence = _Fused(heads[0].divergence, backend)
+    for num_rows in (4, 5, 7, 3):  # and rests of 1, 4, 2 and none
+        for head in heads:
+            head.num_rows = num_rows
+        assert all(map(torch.equal, *map(losses_of, heads)))
+    assert len(graphs) == 2  # a single row is another
+
+
+def test_attention_of_all_sequences_together(target: Path) -> None:
+    """As on a GPU."""
+    dataset = make_dataset()
+    sequences = [dataset[index].token_ids for index in range(len(dataset))]
+    alone, together = (load_frozen_target(target, device="cpu") for _ in range(2))
+    assert isinstance(together, PackedTarget)
+    together._device.is_gpu = True
+    together._device.there = lambda host: host  # type: ignore[method-assign]
+    for got, wanted in zip(together.features(sequences), alone.features(sequences), strict=True):
+        assert error(got, wanted) < 1e-5

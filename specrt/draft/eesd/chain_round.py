@@ -24,12 +24,11 @@ from specrt import ops
 from specrt.cache import CacheBatch
 from specrt.device import Device
 from specrt.draft.base import BatchTables
-from specrt.draft.coupling import expand_scratch
+from specrt.draft.coupling import draft_tiles, expand_scratch
 from specrt.draft.eesd.checkpoint import NUM_MODES
 from specrt.draft.eesd.model import ExitModel
 from specrt.draft.length.device_control import DeviceControlRound
 from specrt.models.launched_run import LaunchedRun
-from specrt.ops.linear import TILE_TOKENS
 from specrt.types import Proposal
 
 _NUM_BEST = 2  # the runner-up tells how sure a coupled draft is
@@ -102,8 +101,7 @@ class ChainRound:
         self._hidden = device.empty(*sizes, dtype=target.activation_dtype)
         self._logits = device.empty(batch, target.config.vocab_size)
         self._evidence = device.zeros(batch, NUM_MODES)
-        tiles = batch, -(-target.config.vocab_size // TILE_TOKENS)
-        self._tiles = device.zeros(*tiles, dtype=torch.int64), device.zeros(*tiles)
+        self._tiles = draft_tiles(batch, target.config.vocab_size, device)
         self._above, self._best = (_Best.make(batch, width, device) for width in (1, _NUM_BEST))
         pool = batch, _NUM_BEST + key.num_levels * _NUM_BEST**2
         tokens, parents = device.zeros(2, *pool, dtype=torch.int32)

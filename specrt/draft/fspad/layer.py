@@ -266,6 +266,7 @@ class DraftLayer:
         work: Activations,
         regressed: torch.Tensor,
         is_open: torch.Tensor | None = None,
+        maxima: ops.DraftMaxima | None = None,
     ) -> torch.Tensor:
         """Attention, MLP and head of the first B·N rows of ``work.pair``.
 
@@ -277,6 +278,7 @@ class DraftLayer:
             work: scratch.
             regressed: ``[B·N, H]``, of the activations' dtype, filled with r.
             is_open: as for :meth:`sample_features`.
+            maxima: on a GPU, of the logits, written besides.
 
         Returns:
             The draft logits ``[B·N, R]``, a view of ``work.logits``.
@@ -321,7 +323,7 @@ class DraftLayer:
             linear(activated, w.down_regress, residual=hidden, out=regressed)
         linear(activated, w.down_predict, residual=hidden, out=predicted)
         logits = work.logits[:num]
-        linear(predicted, w.head, out=logits)
+        linear(predicted, w.head, out=logits, maxima=maxima)
         return logits
 
     @property
@@ -337,9 +339,12 @@ class DraftLayer:
         *,
         out: torch.Tensor,
         is_open: torch.Tensor | None,
+        maxima: ops.DraftMaxima | None = None,
     ) -> None:
         scratch = self._linear_workspace
-        ops.linear(x, weight, bias, residual, out=out, workspace=scratch, is_open=is_open)
+        ops.linear(
+            x, weight, bias, residual, out, workspace=scratch, is_open=is_open, maxima=maxima
+        )
 
 
 def _shape(matrix: ops.Matrix) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.device import Device
-from specrt.draft.coupling import Coupling, expand_scratch
+from specrt.draft.coupling import Coupling, draft_tiles, expand_scratch
 from specrt.draft.fspad.layer import DraftLayer, Rows
 from specrt.draft.fspad.pairs import BIT_WORDS, MAX_PAIRS, PairTable
 from specrt.types import Proposal, SequenceState
@@ -152,6 +152,9 @@ class RoundBuffers:
         self._frontiers = [Frontier.make(batch, width, device) for _ in range(2)]
         self._pool = Pool.make(batch, num_candidates(1 + max_levels, width), device)
         self._scratch = expand_scratch(batch, width, len(layer.weights.head), width, device)
+        self._tiles = None
+        if device.is_gpu:
+            self._tiles = draft_tiles(batch * width, len(layer.weights.head), device)
         self._choices: dict[int, Choice] = {}
         self.level_score = device.zeros(batch)
         """``[B]`` float32, where some trees may not grow on: ln of the chance that a path goes on
@@ -184,11 +187,11 @@ class RoundBuffers:
         """
         at, pairs, size = places or self._staged, self.pairs, self.key.batch
         last, q = self.append_pairs(most, cache, at)
-        regressed = self._regressed[0][:size]
+        regressed, maxima = self._regressed[0][:size], self._maxima(0, size, at)
         logits = self._layer.finish(
-            q, pairs.last_bits, last, cache, self._work, regressed, at.is_open
+            q, pairs.last_bits, last, cache, self._work, regressed, at.is_open, maxima
         )
-        self._score(0, logits.view(size, 1, -1), at)
+        self._score(0, logits.view(size, 1, -1), at, maxima)
 
     def append_pairs(self, most: int, cache: KVCache, places: Places) -> tuple[Rows, torch.Tensor]:
         """Keys and values of the waiting pairs; rows and queries of the last ones."""
@@ -214,9 +217,11 @@ class RoundBuffers:
         depth, first = self._level_depth[level], self._level_first[level]
         rows = Rows(depth, self.pairs.kv_len_after, first, self._width, at.block_table)
         q = self._layer.append(0, rows, cache, work)
-        regressed = self._regressed[level % 2]
-        logits = self._layer.finish(q, above.ancestors, rows, cache, work, regressed, at.is_open)
-        self._score(level, logits.view(size, width, -1), at)
+        regressed, maxima = self._regressed[level % 2], self._maxima(level, size * width, at)
+        logits = self._layer.finish(
+            q, above.ancestors, rows, cache, work, regressed, at.is_open, maxima
+        )
+        self._score(level, logits.view(size, width, -1), at, maxima)
 
     def choose(self, num_levels: int, choice: Choice, places: Places | None = None) -> None:
         """Fill ``choice`` with the best nodes of the levels scored so far."""
@@ -233,7 +238,18 @@ class RoundBuffers:
             choice.node_scores,
         )
 
-    def _score(self, level: int, logits: torch.Tensor, places: Places) -> None:
+    def _maxima(self, level: int, num_rows: int, places: Places) -> ops.DraftMaxima | None:
+        """What the head is to leave of a level's rows, with the noise that they are ranked with."""
+        if self._tiles is None:
+            return None
+        keys, masses = (tiles[:num_rows] for tiles in self._tiles)
+        sampling, position = places.coupling or (None, None)
+        ids = self._layer.weights.token_ids
+        return ops.DraftMaxima(keys, masses, sampling, position, level, ids)
+
+    def _score(
+        self, level: int, logits: torch.Tensor, places: Places, maxima: ops.DraftMaxima | None
+    ) -> None:
         """Children of the level's nodes from ``logits [B, F, R]``, and the next frontier."""
         above = self._root if level == 0 else self._frontiers[(level - 1) % 2]
         below = self._frontiers[level % 2]
@@ -258,6 +274,7 @@ class RoundBuffers:
             below.ancestors,
             is_open=places.is_open,
             level_score=None if places.is_open is None else self.level_score,
+            maxima=maxima,
         )
 
     # --- what Python looks at between steps ---------------------------------------------------

@@ -63,7 +63,8 @@ def load_frozen_target(
 class PackedTarget:
     """The Llama family in plain torch; sequences lie behind one another, so nothing is padding.
 
-    Linear layers see all rows at once, attention one sequence at a time. On a CPU it computes in
+    Linear layers see all rows at once, attention one sequence at a time, on a GPU all of a pass,
+    padded. On a CPU it computes in
     float32 on weights of ``dtype`` and rounds keys and values to it, as the engine does: features
     then agree with the engine's taps.
 
@@ -142,19 +143,31 @@ class PackedTarget:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         q, k = _rotated(q, angles), _rotated(k, angles)
         k, v = k.to(self._dtype).to(q.dtype), v.to(self._dtype).to(q.dtype)  # as the engine's cache
+        if self._device.is_gpu:
+            return self._attended_together(q, k, v, lengths)
         parts = []
         for q_part, k_part, v_part in zip(
             q.split(lengths), k.split(lengths), v.split(lengths), strict=True
         ):
-            attended = functional.scaled_dot_product_attention(
-                q_part.transpose(0, 1)[None],
-                k_part.transpose(0, 1)[None],
-                v_part.transpose(0, 1)[None],
-                is_causal=True,
-                enable_gqa=True,
-            )
-            parts.append(attended[0].transpose(0, 1).reshape(len(q_part), -1))
-        return torch.cat(parts)
+            attended = _attended(q_part[None], k_part[None], v_part[None])
+            parts.append(attended[0])
+        return torch.cat(parts).flatten(1)
+
+    def _attended_together(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        """All sequences in one launch, padded at the end, where nobody attends to it."""
+        longest = max(lengths)
+        places = torch.cat([torch.arange(n) + row * longest for row, n in enumerate(lengths)])
+        places = self._device.there(places)
+
+        def padded(heads: torch.Tensor) -> torch.Tensor:
+            rows = heads.new_zeros(len(lengths) * longest, *heads.shape[1:])
+            rows.index_copy_(0, places, heads)
+            return rows.view(len(lengths), longest, *heads.shape[1:])
+
+        attended = _attended(padded(q), padded(k), padded(v)).flatten(0, 1)
+        return attended.index_select(0, places).flatten(1)
 
 
 class TransformersTarget:
@@ -263,6 +276,15 @@ def _check(config: ModelConfig, sequences: Sequence[torch.Tensor]) -> None:
             raise ValueError(
                 f"token_ids: token id {largest} is outside the vocabulary 0..{vocab - 1}"
             )
+
+
+def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of ``[B, n, heads, d]`` each; ``[B, n, Q, d]``."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attended: torch.Tensor = functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
 
 
 def _rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

@@ -124,14 +124,15 @@ class HeldFeatures:
         self._rows: list[torch.Tensor] = []
         for part in passes(self.lengths, device.pass_tokens):
             sequences = [examples[i].token_ids for i in range(part.start, part.stop)]
-            self._rows += [rows.to(features_dtype) for rows in target.features(sequences)]
+            # Copied, or they would keep the padding of the pass.
+            self._rows += [r.to(features_dtype, copy=True) for r in target.features(sequences)]
         good = torch.stack([torch.isfinite(rows).all() for rows in self._rows])
         if bad := [i for i, is_good in enumerate(device.memory.read(good)) if not is_good]:
             raise CheckpointError(f"{target_path}: NaN or infinite features of example {bad[0]}")
 
     @staticmethod
     def num_bytes(examples: Dataset, hidden_size: int, num_taps: int) -> int:
-        """What the features of data take, beside padding."""
+        """What the features of data take."""
         return 2 * sum(examples.lengths) * hidden_size * (num_taps + 1)
 
     @property
