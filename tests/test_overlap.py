@@ -32,9 +32,12 @@ void start(const AddParams& p) {
 
 
 def waits(body: str, functions: dict[str, str]) -> bool:
-    """The body does, or a function of its folder that it calls."""
-    called = [functions[name] for name in re.findall(r"\w+", body) if name in functions]
-    return any("ptx::wait_for_previous();" in text for text in (body, *called))
+    """The body does, or a function of its folder that it calls, or one that this calls."""
+    if "ptx::wait_for_previous();" in body:
+        return True
+    called = {name for name in re.findall(r"\w+", body) if name in functions}
+    others = {name: text for name, text in functions.items() if name not in called}
+    return any(waits(functions[name], others) for name in called)
 
 
 def violations(csrc: Path) -> list[str]:

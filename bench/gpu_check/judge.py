@@ -40,6 +40,14 @@ def by_last_line(code: int, output: str) -> Verdict:
     return (OK, last_line(output)) if code == 0 else _failed(code, output)
 
 
+def demo(code: int, output: str) -> Verdict:
+    """It must have said that all tokens were equal."""
+    said = re.findall(r"^equal: (\d+) of (\d+) tokens$", output, re.MULTILINE)
+    if code != 0 or not said or said[-1][0] != said[-1][1]:
+        return _failed(code, output)
+    return OK, f"equal: {said[-1][0]} of {said[-1][1]} tokens"
+
+
 def tests(code: int, output: str) -> Verdict:
     """Tests must have passed: a run that skips all of them proves nothing."""
     # Not always the last line: libraries may complain when the process ends.

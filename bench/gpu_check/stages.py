@@ -143,6 +143,7 @@ def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
         _bench(machine, "generate_cuda", save, 75),
+        _demo(machine),
         _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
         *(_drafted_rounds(machine, save, name, most) for name, most in DRAFTERS.items()),
         _bench(machine, "bench_round", save, 120, "--device", "cuda"),
@@ -287,6 +288,14 @@ def _resources(machine: Machine) -> Command:
 def _predict(save: Path) -> tuple[str, ...]:
     """What a round should take, beside what it does."""
     return "--predict", "--save", str(save)
+
+
+def _demo(machine: Machine) -> Command:
+    """As a user sees it, in its log."""
+    if machine.is_dry:
+        return _left_out("demo", "a dry run has no GPU to show")
+    argv = (machine.python, "-m", "specrt", "demo", "--device", "cuda")
+    return Command("demo", argv, judge.demo, 45)
 
 
 def _drafted_rounds(machine: Machine, save: Path, drafter: str, seconds: float) -> Command:

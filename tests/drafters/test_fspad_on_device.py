@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from specrt import ops
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams
@@ -35,6 +36,7 @@ from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.drafters.fspad_rig import Rig, budget, make_drafter
 from tests.engine.support import make_engine, texts
 from tests.ops.conftest import load_simt
+from tests.oracles.tile_maxima import draft_maxima
 from tests.simulated_gpu import only_simulated
 
 VOCAB = 41  # so few that random drafters are right now and then
@@ -184,6 +186,15 @@ class Scripted:
         logits = work.logits[: rows.depth.numel()]
         script = (4 * torch.randn(logits.shape, generator=self._rng)).round(decimals=1)  # ties
         logits.copy_(self._device.there(script))
+        maxima = rest[-1]
+        if maxima is not None:  # a head on a GPU leaves these
+            read = self._device.read
+            told = (
+                t if not isinstance(t, torch.Tensor) else read(t) for t in vars(maxima).values()
+            )
+            left = draft_maxima(script, ops.DraftMaxima(*told))
+            for there, host in zip((maxima.keys, maxima.masses), left, strict=True):
+                there.copy_(self._device.there(host))
         return logits
 
 
@@ -273,9 +284,9 @@ class Counted:
         return proposal
 
 
-FIRST_STEP = 6
+FIRST_STEP = 5
 """Launches of the accepted pairs' step: feature sampling's norm; append, attention and norm of the
-layer; expand's two."""
+layer; expand."""
 
 
 @only_simulated

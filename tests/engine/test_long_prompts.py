@@ -14,7 +14,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import Drafter, DraftParams
+from specrt.draft.base import Drafter, DraftParams, LaunchedDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
@@ -83,6 +83,8 @@ def generated(
         return proposal
 
     monkeypatch.setattr(drafter, "propose", propose)
+    if isinstance(drafter, LaunchedDrafter):  # its trees are to be looked at
+        monkeypatch.setattr(drafter, "plan", lambda *_: None)
     engine = make_engine(model, drafter, max_batch=1)
     return texts(engine.generate([PROMPT], GREEDY, draft=SHAPE)), trees
 

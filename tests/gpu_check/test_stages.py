@@ -51,7 +51,7 @@ def test_flashinfer_compiles_while_tests_run() -> None:
 
 
 def test_the_last_of_the_end_to_end_stage_takes_what_time_is_left() -> None:
-    names = ["extension", "generate_cuda", "predicted", "fspad round", "eesd round"]
+    names = ["extension", "generate_cuda", "demo", "predicted", "fspad round", "eesd round"]
     names += ["eagle2 round", "round", "prefill"]
     names += ["end_to_end_cuda", "slow gpu tests", "racecheck"]
     assert list(commands(WITH_GPU, "C")) == names
@@ -228,3 +228,11 @@ def test_judging_the_rest() -> None:
     assert spilled == (FAILED, "1 kernels spill: k (sm_90a): 8 bytes")
     said_again = judge.resources(1, '{"kernels": 9, "spills": ["k: 8 bytes"]}\nk: 8 bytes\n')
     assert said_again == (FAILED, "1 kernels spill: k: 8 bytes")
+
+
+def test_verdicts_on_a_demo() -> None:
+    """By its last sum."""
+    told = "equal: 64 of 64 tokens\nwords\nequal: {} of 224 tokens\ntau: mean\n"
+    assert judge.demo(0, told.format(224)) == (OK, "equal: 224 of 224 tokens")
+    for code, output in ((0, told.format(223)), (1, told.format(224)), (0, "")):
+        assert judge.demo(code, output)[0] == FAILED
