@@ -21,10 +21,12 @@ struct FilterShared {
 };
 
 // By distance from the best, which has the largest digit. (As subtraction is monotone, of two
-// tokens with different digits the larger has the larger.)
+// tokens with different digits the larger has the larger.) What lies above the best, as keys of
+// other logits would have it, counts as the best.
 __device__ __forceinline__ uint32_t digit_of(float x, float top) {
     const float distance = (top - x) * 8.0f;
-    return distance < kDistances - 1 ? kDistances - 1 - static_cast<uint32_t>(distance) : 0;
+    if (!(distance < kDistances - 1)) return 0;
+    return kDistances - 1 - (distance > 0.0f ? static_cast<uint32_t>(distance) : 0);
 }
 
 // Adds the slice's weights to the row's. All threads of the block must call.

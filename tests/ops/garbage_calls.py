@@ -224,7 +224,8 @@ def expand_arguments(variant: int, backend: Backend) -> Arguments:
     if backend.runs_cuda_source:
         workspace = torch.zeros(expand_gpu_workspace_size(BATCH, TOP_K, VOCAB, TOP_K))
     if backend.runs_cuda_source and variant % 4 < 2:
-        tiles = {"keys": torch.randint(-(2**40), 0, (*width, 2)), "masses": torch.rand(*width, 2)}
+        rows = BATCH * TOP_K, 2
+        tiles = {"keys": torch.randint(-(2**40), 0, rows), "masses": torch.rand(rows)}
     return (coupling() if variant % 2 else dict.fromkeys(coupling())) | {
         "logits": torch.randn(*width, VOCAB, generator=g),
         "scores": -torch.rand(width, generator=g),
@@ -251,7 +252,7 @@ def grow_level(a: Arguments) -> None:
     rest = dict(a)
     keys, masses = rest.pop("keys"), rest.pop("masses")
     if keys is not None:
-        rest["maxima"] = ops.DraftMaxima(keys.flatten(0, 1), masses.flatten(0, 1))
+        rest["maxima"] = ops.DraftMaxima(keys, masses)
     ops.tree_expand(**rest)
 
 
@@ -551,11 +552,8 @@ KERNELS = {
     "tree_expand": Kernel(
         expand_arguments,
         grow_level,
-        own=(
-            "sampling", "position", "scores", "candidates", "ancestors", "is_open", "keys",
-            "masses",
-        ),
-        shared=("token_map", "workspace"),
+        own=("sampling", "position", "scores", "candidates", "ancestors", "is_open"),
+        shared=("token_map", "workspace", "keys", "masses"),
         results=(
             "pool_tokens", "pool_parents", "pool_scores", "frontier_tokens", "frontier_scores",
             "frontier_candidates", "frontier_source", "frontier_ancestors", "level_score",
