@@ -25,7 +25,7 @@ from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.pairs import MAX_PAIRS
 from specrt.draft.fspad.round import Places, RoundBuffers, num_candidates
-from specrt.draft.fspad.tree_control import TreeControl, decide
+from specrt.draft.fspad.tree_control import LevelControl, TreeControl
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.controlled import NODES_A_LEVEL, ControlledPolicy
 from specrt.draft.length.costs import DraftCosts, RoundCost
@@ -154,18 +154,17 @@ class DeviceFspadDrafter(FspadDrafter):
         step = plan.shape
         assert isinstance(step, Step)
         buffers, places = step.buffers, self._places(step, tables)
-        num_levels, length, score = step.num_levels, tables.history_len, buffers.level_score
+        num_levels = step.num_levels
         if num_levels == 0:
             if step.num_pairs:
                 buffers.append_pairs(step.num_pairs, self._cache, places)
             roots = tables.roots[:, None]  # nothing of a root is read
             return Proposal(roots, roots, tables.history_len)
-        decide(step.control, 0, score, length)
+        if places.control is not None:
+            places.control.begin()
         buffers.extend(step.num_pairs, self._cache, places)
         for level in range(1, num_levels):
-            decide(step.control, level, score, length)
             buffers.expand(level, self._cache, places)
-        decide(step.control, num_levels, score, length)
         choice = buffers.choice(plan.num_nodes)
         buffers.choose(num_levels, choice, places)
         return Proposal(choice.draft_tokens, choice.parents, choice.num_nodes)
@@ -177,7 +176,7 @@ class DeviceFspadDrafter(FspadDrafter):
             self._batch.block_table,
             tables.roots,
             Coupling(tables.sampling.rows, tables.history_len) if is_coupled else None,
-            None if control is None else control.is_open,
+            None if control is None else LevelControl(control, tables.history_len),
         )
 
     def launch_observe(

@@ -21,6 +21,7 @@ from specrt.device import Device
 from specrt.draft.coupling import Coupling, draft_tiles, expand_scratch
 from specrt.draft.fspad.layer import DraftLayer, Rows
 from specrt.draft.fspad.pairs import BIT_WORDS, MAX_PAIRS, PairTable
+from specrt.draft.fspad.tree_control import LevelControl
 from specrt.types import Proposal, SequenceState
 
 
@@ -117,9 +118,13 @@ class Places(NamedTuple):
     """Of the draft caches."""
     roots: torch.Tensor
     coupling: Coupling | None
-    is_open: torch.Tensor | None = None
-    """``[B]`` int32, whose trees grow on; a level that nobody wants is launched and streams
-    nothing. None: all."""
+    control: LevelControl | None = None
+    """Whose trees grow on, and who decides on it; None: all do."""
+
+    @property
+    def is_open(self) -> torch.Tensor | None:
+        """``[B]`` int32: a level that nobody wants is launched and streams nothing. None: all."""
+        return None if self.control is None else self.control.control.is_open
 
 
 class RoundBuffers:
@@ -156,9 +161,9 @@ class RoundBuffers:
         if device.is_gpu:
             self._tiles = draft_tiles(batch * width, len(layer.weights.head), device)
         self._choices: dict[int, Choice] = {}
-        self.level_score = device.zeros(batch)
-        """``[B]`` float32, where some trees may not grow on: ln of the chance that a path goes on
-        into the last level, given that it came so far."""
+        # Where some trees may not grow on: ln of the chance that a path goes on into the last
+        # level, given that it came so far.
+        self._level_score = device.zeros(batch)
 
     def stage(
         self,
@@ -254,6 +259,7 @@ class RoundBuffers:
         above = self._root if level == 0 else self._frontiers[(level - 1) % 2]
         below = self._frontiers[level % 2]
         sampling, position = places.coupling or (None, None)
+        control = places.control
         ops.tree_expand(
             logits,
             above.scores,
@@ -273,8 +279,9 @@ class RoundBuffers:
             below.source,
             below.ancestors,
             is_open=places.is_open,
-            level_score=None if places.is_open is None else self.level_score,
+            level_score=None if control is None else self._level_score,
             maxima=maxima,
+            control=None if control is None else control.after(level, self._level_score),
         )
 
     # --- what Python looks at between steps ---------------------------------------------------

@@ -8,9 +8,11 @@ it came so far. All levels are launched; one that no sequence wants streams noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from specrt import ops
 from specrt.device import Device
 from specrt.draft.length.control import ControlOptions
 from specrt.draft.length.costs import DraftCosts
@@ -70,16 +72,22 @@ class TreeControl:
             self._rest_left = _REST
 
 
-def decide(
-    control: DeviceControlRound | None, level: int, score: torch.Tensor, position: torch.Tensor
-) -> None:
-    """Decide on the level after the ``level``-th; nothing but a launch.
+class LevelControl(NamedTuple):
+    """Who decides in a launched round, behind each of its levels."""
 
-    Args:
-        control: None: all trees grow on.
-        level: 0 before the first, whose score is not looked at.
-        score: ``[B]`` float32, of the last level.
-        position: ``[B]`` int32, the histories' lengths.
-    """
-    if control is not None:
-        control.decide(level, score if level else None, position=position)
+    control: DeviceControlRound
+    position: torch.Tensor
+    """``[B]`` int32: the histories' lengths."""
+
+    def begin(self) -> None:
+        """Decide on the first level; nothing but a launch."""
+        self.control.decide(0, position=self.position)
+
+    def after(self, level: int, score: torch.Tensor) -> ops.DraftDecision:
+        """What decides on the level behind ``level`` (0: the root's children).
+
+        Args:
+            level: that the same launch scores.
+            score: ``[B]`` float32 that it writes: of the level.
+        """
+        return self.control.decision(1 + level, score, position=self.position)

@@ -20,7 +20,7 @@ from specrt.draft.length.control import CONTROLLERS, DISCOUNT_PLACE, ControlOpti
 from specrt.draft.length.costs import DraftCosts
 from specrt.draft.length.inputs import HostInputs, RoundInputs
 from specrt.ops import draft_control, draft_control_update
-from specrt.ops.draft_control import ControlKind, prior_beliefs
+from specrt.ops.draft_control import ControlKind, DraftDecision, prior_beliefs
 from specrt.types import SequenceState
 
 _FIRST_ROWS = 64
@@ -166,8 +166,19 @@ class DeviceControlRound:
         Raises:
             ValueError: an argument does not fit.
         """
+        draft_control(*self.decision(step, score, evidence, position=position))
+
+    def decision(
+        self,
+        step: int,
+        score: torch.Tensor | None = None,
+        evidence: torch.Tensor | None = None,
+        *,
+        position: torch.Tensor | None = None,
+    ) -> DraftDecision:
+        """What :meth:`decide` is told, for another launch that decides."""
         at = self._inputs
-        draft_control(
+        return DraftDecision(
             self._kind,
             step,
             self._settings,
