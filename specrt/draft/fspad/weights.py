@@ -22,7 +22,7 @@ from specrt.ops import Matrix
 # Folding replaces streamed weights by rows looked up; worth it where it spares this share of a
 # step's bytes and its tables stay within this share of the target's weights.
 _MIN_SPARED = 0.1
-_MAX_TABLES = 0.25
+_MAX_TABLES = 0.3
 _STREAMED = (
     "fc",
     "sample_gate",
