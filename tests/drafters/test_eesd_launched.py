@@ -126,8 +126,8 @@ def test_a_rounds_size(model: LlamaModel, loaded: Loaded) -> None:
     def levels(draft: DraftParams | None = None, length: int = 20, max_nodes: int = 64) -> int:
         """-1 where the host is needed."""
         state = SequenceState([1] * length, length, 320, 0, 0.0)
-        drafter._num_ahead = 13
         drafter.start(state)
+        drafter._drafts[state].num_ahead = 13
         plan = drafter.plan([state], Budget(max_nodes, RoundCost(), draft))
         drafter.finish(state)
         return -1 if plan is None else plan.num_nodes - 1
@@ -144,6 +144,20 @@ def test_a_rounds_size(model: LlamaModel, loaded: Loaded) -> None:
     drafter = make_launched_drafter(model, loaded.exit, "threshold", max_draft=12)
     drafter.cache.fix(2)
     assert levels(DraftParams(depth=5), 110) == 5 and levels(DraftParams(depth=5), 111) == -1
+
+
+def test_pages_are_for_a_sequences_own_round_that_is_under_way(
+    model: LlamaModel, loaded: Loaded
+) -> None:
+    """Whoever else's was planned since."""
+    drafter = make_launched_drafter(model, loaded.exit)
+    one, other = (SequenceState([1] * 60, 60, 320, 0, 0.0) for _ in range(2))
+    for state, depth in ((one, 5), (other, 0), (one, 0)):
+        if state not in drafter._drafts:
+            drafter.start(state)
+        assert drafter.plan([state], Budget(64, RoundCost(), DraftParams(depth=depth)))
+    held = [len(drafter._drafts[state].cached.pages) for state in (one, other)]
+    assert held == [2, 1]  # of 64 rows each: 59 + 6 + 1, and 59 + 1
 
 
 def test_where_drafting_does_not_pay_it_rests(model: LlamaModel, loaded: Loaded) -> None:

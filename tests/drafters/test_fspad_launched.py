@@ -15,6 +15,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams, LaunchedDrafter, RoundPlan, StageTimes
 from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.on_device import DeviceFspadDrafter, Step
 from specrt.draft.fspad.pairs import MAX_PAIRS
 from specrt.draft.length.control import ControlOptions
@@ -95,6 +96,28 @@ def same_trees(one: Rounds, other: Rounds) -> None:
         for name in ("draft_tokens", "parents", "num_nodes"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert [s.token_ids for s in one.states] == [s.token_ids for s in other.states]
+
+
+def test_batches_of_several_engines_keep_to_their_own(
+    checkpoints: Mapping[str, Path], model: LlamaModel
+) -> None:
+    """Each has a round under way while the other's is planned, or asks the host."""
+    shared = make_drafter(model, checkpoints["fspad"])
+
+    def batch(row: int, drafter: FspadDrafter) -> Rounds:
+        return Rounds(model, drafter, [PROMPTS[row]], [PARAMS[row]], SHAPE)
+
+    one, other = batch(0, shared), batch(3, shared)
+    for step in (one.launch, other.launch, one.launch, other.catch_up):
+        step()
+    other.told_at_once(1)
+    one.launched(1)
+    alone, next_door = (batch(row, make_drafter(model, checkpoints["fspad"])) for row in (0, 3))
+    alone.launched(3)
+    next_door.launched(1)
+    next_door.told_at_once(1)
+    same_trees(one, alone)
+    same_trees(other, next_door)
 
 
 FEW = [("fspad", 2, {"fold": False}), ("eagle2", 1, {"fold": True})]

@@ -58,9 +58,13 @@ class DeviceControl:
 
     def finish(self, state: SequenceState) -> None:
         """A sequence leaves."""
-        slot = self._slots.pop(state, None)
-        if slot is not None and not self.options.shares:
-            self._free.append(slot)
+        slot = self._slots.get(state)
+        if slot is None:
+            return
+        free = self._free if self.options.shares else [*self._free, slot]
+        # Ctrl-C comes behind a call: there is none between these, and no row is lost.
+        del self._slots[state]
+        self._free = free
 
     def slots_of(self, states: Sequence[SequenceState]) -> list[int]:
         """The row of each.
