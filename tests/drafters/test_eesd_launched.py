@@ -24,6 +24,7 @@ from specrt.sampling import SamplingParams
 from specrt.types import RoundReport, SequenceState
 from tests.drafters.launched_rig import Rounds
 from tests.engine.exits import make_exit_pair, make_launched_drafter
+from tests.interrupts import interrupted
 
 SIZES = {
     "head_dim": 64,
@@ -158,6 +159,21 @@ def test_pages_are_for_a_sequences_own_round_that_is_under_way(
         assert drafter.plan([state], Budget(64, RoundCost(), DraftParams(depth=depth)))
     held = [len(drafter._drafts[state].cached.pages) for state in (one, other)]
     assert held == [2, 1]  # of 64 rows each: 59 + 6 + 1, and 59 + 1
+
+
+def test_an_interrupted_end_is_made_up_for(model: LlamaModel, loaded: Loaded) -> None:
+    drafter = make_launched_drafter(model, loaded.exit)
+    state, number, was_interrupted = SequenceState([1] * 60, 60, 320, 0, 0.0), 1, True
+    num_free = len(drafter.control._free)
+    while was_interrupted:
+        drafter.start(state)
+        drafter.cache.reserve(drafter._drafts[state].cached, 70)
+        was_interrupted = interrupted(lambda: drafter.finish(state), number)
+        drafter.finish(state)
+        assert drafter.cache.num_held_pages == 0 and not drafter._drafts, number
+        assert len(drafter.control._free) == num_free
+        number += 1
+    assert number > 4
 
 
 def test_where_drafting_does_not_pay_it_rests(model: LlamaModel, loaded: Loaded) -> None:

@@ -32,6 +32,7 @@ from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.drafters.fspad_rig import make_drafter
 from tests.drafters.launched_rig import Rounds
 from tests.engine.support import make_engine
+from tests.interrupts import interrupted
 
 VOCAB = 41  # so few that random drafters are right now and then
 SIZES: dict[str, Any] = {
@@ -104,8 +105,10 @@ def test_batches_of_several_engines_keep_to_their_own(
     """Each has a round under way while the other's is planned, or asks the host."""
     shared = make_drafter(model, checkpoints["fspad"])
 
+    shape = DraftParams(depth=2, top_k=2, total_tokens=5)
+
     def batch(row: int, drafter: FspadDrafter) -> Rounds:
-        return Rounds(model, drafter, [PROMPTS[row]], [PARAMS[row]], SHAPE)
+        return Rounds(model, drafter, [PROMPTS[row]], [PARAMS[row]], shape)
 
     one, other = batch(0, shared), batch(3, shared)
     for step in (one.launch, other.launch, one.launch, other.catch_up):
@@ -343,3 +346,22 @@ def test_sequences_that_come_back_begin_anew(
     assert drafter._drafts[state].cached.length == len(state.token_ids) - 2
     drafter.finish(state)
     assert drafter.cache.num_held_pages == 0
+
+
+def test_an_interrupted_end_is_made_up_for(
+    checkpoints: Mapping[str, Path], model: LlamaModel
+) -> None:
+    planning = Planning(model, checkpoints["fspad"], control=ControlOptions("beta-ts"))
+    drafter, state = planning.drafter, planning.state
+    assert drafter._control is not None
+    control, number, was_interrupted = drafter._control._control, 1, True
+    num_free = len(control._free)
+    while was_interrupted:
+        drafter.cache.reserve(drafter._drafts[state].cached, 70)
+        was_interrupted = interrupted(lambda: drafter.finish(state), number)
+        drafter.finish(state)
+        assert drafter.cache.num_held_pages == 0 and not drafter._drafts, number
+        drafter.start(state)
+        assert len(control._free) == num_free
+        number += 1
+    assert number > 4
