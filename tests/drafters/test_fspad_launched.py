@@ -305,6 +305,11 @@ def test_sizes_are_learned_of_reports_and_times(
     assert levels > 1
     planning.told(plan, taken=3, draft=4.0)  # the first of its kind is not timed
     planning.told(plan, taken=0, draft=4.0)  # it has ended
+    for _ in range(2):  # once for its kind, and once as it is captured anew
+        again = planning.plan(None)
+        assert again is not None
+        planning.told(again, taken=0, draft=9.0)
+        model.device.forget()
     level = 4.0 / levels
     assert seen == [[2.0], (level, level * (levels - 1), levels - 1)]
     for _ in range(30):

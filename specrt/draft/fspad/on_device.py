@@ -55,6 +55,8 @@ class Step(NamedTuple):
     """Whether sizes were chosen here, and are learned of."""
     control: DeviceControlRound | None
     """Who decides how deep each tree grows; None: to the last level."""
+    version: int
+    """Of the device's steps: once they were forgotten, it is launched piece by piece again."""
 
 
 @dataclass(eq=False)
@@ -150,7 +152,8 @@ class DeviceFspadDrafter(FspadDrafter):
         if is_chosen and num_levels and self._control is not None:
             control = self._control.staged(states, self._price(len(states), budget.cost))
         num_pairs = self._num_pairs(states, seats.before, num_levels)
-        step = Step(buffers, table, num_pairs, num_levels, is_chosen, control)
+        version = self.layer.device.version
+        step = Step(buffers, table, num_pairs, num_levels, is_chosen, control, version)
         seats.before = step
         return RoundPlan(sizes.num_nodes, step)
 
