@@ -53,7 +53,11 @@ class DeviceControl:
             self._slots[state] = 0
             return
         if state not in self._slots:
-            self._slots[state] = self._take_row()
+            if not self._free:
+                self._grow()
+            free = self._free
+            # Ctrl-C comes behind a call: there is none in this line, and no row is lost.
+            self._slots[state], self._free = free[-1], free[:-1]
         self.beliefs[self._slots[state]].copy_(self._prior)
 
     def finish(self, state: SequenceState) -> None:
@@ -62,7 +66,7 @@ class DeviceControl:
         if slot is None:
             return
         free = self._free if self.options.shares else [*self._free, slot]
-        # Ctrl-C comes behind a call: there is none between these, and no row is lost.
+        # As in `start`: no call between these.
         del self._slots[state]
         self._free = free
 
@@ -89,13 +93,13 @@ class DeviceControl:
         """
         return DeviceControlRound(self, batch, slope)
 
-    def _take_row(self) -> int:
-        if not self._free:
-            size = len(self.beliefs)
-            self.device.forget()
-            self.beliefs = torch.cat([self.beliefs, self._prior.repeat(size, 1)])
-            self._free = list(range(size, 2 * size))[::-1]
-        return self._free.pop()
+    def _grow(self) -> None:
+        """Twice as many rows."""
+        size = len(self.beliefs)
+        longer = torch.cat([self.beliefs, self._prior.repeat(size, 1)])
+        free = list(range(size, 2 * size))[::-1]
+        self.device.forget()  # first: an interrupt must not leave launches over what is gone
+        self.beliefs, self._free = longer, free
 
 
 class DeviceControlRound:
