@@ -10,12 +10,14 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, CachedSequence
+from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.engine.core import EngineCore
 from specrt.engine.drafting import Drafting
 from specrt.engine.results import StreamChunk
 from specrt.models.model import LlamaModel
 from specrt.ops.graph import CpuGraph
 from specrt.tree import chain_tree
+from specrt.types import SequenceState
 from tests.engine.support import make_engine, make_model
 from tests.interrupts import interrupted
 
@@ -70,6 +72,20 @@ def test_no_launch_outlives_its_buffers(checkpoint: Path) -> None:
         number += 1
     assert number > 4
     assert has_moved
+
+
+def test_an_interrupted_end_of_a_sequence_is_made_up_for(checkpoint: Path) -> None:
+    """A small model's; trained drafters' are in their own files."""
+    drafter, number, was_interrupted = SmallModelDrafter(make_model(checkpoint)), 1, True
+    while was_interrupted:
+        state = SequenceState([1] * 9, 9, 20, 0, 0.0)
+        drafter.start(state)
+        drafter.cache.reserve(drafter._cached[state], 9)
+        was_interrupted = interrupted(lambda: drafter.finish(state), number)  # noqa: B023
+        drafter.finish(state)
+        assert drafter.cache.num_held_pages == 0, number
+        number += 1
+    assert number > 3
 
 
 def test_what_a_step_gave_is_handed_over_once(checkpoint: Path) -> None:

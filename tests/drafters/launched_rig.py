@@ -123,6 +123,7 @@ class Rounds:
             rows.table(len(prompts)),
         )
         self._runs: dict[RoundPlan, LaunchedRun] = {}
+        self._waiting: tuple[RoundPlan, torch.Tensor, int] | None = None  # launched, and not read
         self.trees: list[Proposal] = []
         """What was proposed, round by round, on the host."""
 
@@ -132,18 +133,26 @@ class Rounds:
 
     def launched(self, count: int) -> None:
         """Run so many rounds, each launched before the one before it was read."""
-        drafter, waiting = self.drafter, None
-        assert isinstance(drafter, LaunchedDrafter)
         for _ in range(count):
-            plan = drafter.plan(self.states, self._budget)
-            assert plan is not None
-            proposal = self._launched(drafter, plan)
-            tree, result, taps, report = self._verify(proposal)
-            with only_launches(self._model.device):
-                drafter.launch_observe(plan, self.tables, tree, result, taps)
-            if waiting is not None:
-                self._tell(*waiting)
-            waiting = plan, report, tree.draft_tokens.shape[1]
+            self.launch()
+        self.catch_up()
+
+    def launch(self) -> None:
+        """Launch a round, and read the one before."""
+        drafter = self.drafter
+        assert isinstance(drafter, LaunchedDrafter)
+        plan = drafter.plan(self.states, self._budget)
+        assert plan is not None
+        proposal = self._launched(drafter, plan)
+        tree, result, taps, report = self._verify(proposal)
+        with only_launches(self._model.device):
+            drafter.launch_observe(plan, self.tables, tree, result, taps)
+        self.catch_up()
+        self._waiting = plan, report, tree.draft_tokens.shape[1]
+
+    def catch_up(self) -> None:
+        """Read the round that is under way, if there is one."""
+        waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._tell(*waiting)
 

@@ -19,6 +19,7 @@ from specrt.draft.length.control import CONTROLLERS, ControlOptions, DraftContro
 from specrt.draft.length.costs import DraftCosts
 from specrt.draft.length.device_control import DeviceControl
 from specrt.types import SequenceState
+from tests.interrupts import interrupted
 from tests.ops.conftest import Backend, backend, load_simt, pytest_generate_tests
 from tests.simulated_gpu import simulated_gpu
 
@@ -268,3 +269,23 @@ def test_nothing_waits_for_the_gpu(backend: Backend) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert round_.length.tolist() == [3, 3]
+
+
+def test_no_row_is_lost_by_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a start for which the table has to grow, or of the end that follows."""
+    monkeypatch.setattr(device_control, "_FIRST_ROWS", 1)
+    for end in (False, True):
+        number, was_interrupted = 1, True
+        while was_interrupted:
+            control = DeviceControl(ControlOptions("beta-ts"), Device())
+            one, other = sequence(0), sequence(1)
+            control.start(one)
+            call = control.finish if end else control.start
+            if end:
+                control.start(other)
+            was_interrupted = interrupted(lambda: call(other), number)  # noqa: B023
+            control.finish(other)
+            control.finish(one)
+            assert sorted(control._free) == list(range(len(control.beliefs))), number
+            number += 1
+        assert number > 2

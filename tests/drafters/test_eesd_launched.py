@@ -24,6 +24,7 @@ from specrt.sampling import SamplingParams
 from specrt.types import RoundReport, SequenceState
 from tests.drafters.launched_rig import Rounds
 from tests.engine.exits import make_exit_pair, make_launched_drafter
+from tests.interrupts import interrupted
 
 SIZES = {
     "head_dim": 64,
@@ -126,8 +127,8 @@ def test_a_rounds_size(model: LlamaModel, loaded: Loaded) -> None:
     def levels(draft: DraftParams | None = None, length: int = 20, max_nodes: int = 64) -> int:
         """-1 where the host is needed."""
         state = SequenceState([1] * length, length, 320, 0, 0.0)
-        drafter._num_ahead = 13
         drafter.start(state)
+        drafter._drafts[state].num_ahead = 13
         plan = drafter.plan([state], Budget(max_nodes, RoundCost(), draft))
         drafter.finish(state)
         return -1 if plan is None else plan.num_nodes - 1
@@ -144,6 +145,35 @@ def test_a_rounds_size(model: LlamaModel, loaded: Loaded) -> None:
     drafter = make_launched_drafter(model, loaded.exit, "threshold", max_draft=12)
     drafter.cache.fix(2)
     assert levels(DraftParams(depth=5), 110) == 5 and levels(DraftParams(depth=5), 111) == -1
+
+
+def test_pages_are_for_a_sequences_own_round_that_is_under_way(
+    model: LlamaModel, loaded: Loaded
+) -> None:
+    """Whoever else's was planned since."""
+    drafter = make_launched_drafter(model, loaded.exit)
+    one, other = (SequenceState([1] * 60, 60, 320, 0, 0.0) for _ in range(2))
+    for state, depth in ((one, 5), (other, 0), (one, 0)):
+        if state not in drafter._drafts:
+            drafter.start(state)
+        assert drafter.plan([state], Budget(64, RoundCost(), DraftParams(depth=depth)))
+    held = [len(drafter._drafts[state].cached.pages) for state in (one, other)]
+    assert held == [2, 1]  # of 64 rows each: 59 + 6 + 1, and 59 + 1
+
+
+def test_an_interrupted_end_is_made_up_for(model: LlamaModel, loaded: Loaded) -> None:
+    drafter = make_launched_drafter(model, loaded.exit)
+    state, number, was_interrupted = SequenceState([1] * 60, 60, 320, 0, 0.0), 1, True
+    num_free = len(drafter.control._free)
+    while was_interrupted:
+        drafter.start(state)
+        drafter.cache.reserve(drafter._drafts[state].cached, 70)
+        was_interrupted = interrupted(lambda: drafter.finish(state), number)
+        drafter.finish(state)
+        assert drafter.cache.num_held_pages == 0 and not drafter._drafts, number
+        assert len(drafter.control._free) == num_free
+        number += 1
+    assert number > 4
 
 
 def test_where_drafting_does_not_pay_it_rests(model: LlamaModel, loaded: Loaded) -> None:

@@ -15,6 +15,7 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Budget, DraftParams, LaunchedDrafter, RoundPlan, StageTimes
 from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.on_device import DeviceFspadDrafter, Step
 from specrt.draft.fspad.pairs import MAX_PAIRS
 from specrt.draft.length.control import ControlOptions
@@ -31,6 +32,7 @@ from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.drafters.fspad_rig import make_drafter
 from tests.drafters.launched_rig import Rounds
 from tests.engine.support import make_engine
+from tests.interrupts import interrupted
 
 VOCAB = 41  # so few that random drafters are right now and then
 SIZES: dict[str, Any] = {
@@ -95,6 +97,30 @@ def same_trees(one: Rounds, other: Rounds) -> None:
         for name in ("draft_tokens", "parents", "num_nodes"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert [s.token_ids for s in one.states] == [s.token_ids for s in other.states]
+
+
+def test_batches_of_several_engines_keep_to_their_own(
+    checkpoints: Mapping[str, Path], model: LlamaModel
+) -> None:
+    """Each has a round under way while the other's is planned, or asks the host."""
+    shared = make_drafter(model, checkpoints["fspad"])
+
+    shape = DraftParams(depth=2, top_k=2, total_tokens=5)
+
+    def batch(row: int, drafter: FspadDrafter) -> Rounds:
+        return Rounds(model, drafter, [PROMPTS[row]], [PARAMS[row]], shape)
+
+    one, other = batch(0, shared), batch(3, shared)
+    for step in (one.launch, other.launch, one.launch, other.catch_up):
+        step()
+    other.told_at_once(1)
+    one.launched(1)
+    alone, next_door = (batch(row, make_drafter(model, checkpoints["fspad"])) for row in (0, 3))
+    alone.launched(3)
+    next_door.launched(1)
+    next_door.told_at_once(1)
+    same_trees(one, alone)
+    same_trees(other, next_door)
 
 
 FEW = [("fspad", 2, {"fold": False}), ("eagle2", 1, {"fold": True})]
@@ -279,6 +305,11 @@ def test_sizes_are_learned_of_reports_and_times(
     assert levels > 1
     planning.told(plan, taken=3, draft=4.0)  # the first of its kind is not timed
     planning.told(plan, taken=0, draft=4.0)  # it has ended
+    for _ in range(2):  # once for its kind, and once as it is captured anew
+        again = planning.plan(None)
+        assert again is not None
+        planning.told(again, taken=0, draft=9.0)
+        model.device.forget()
     level = 4.0 / levels
     assert seen == [[2.0], (level, level * (levels - 1), levels - 1)]
     for _ in range(30):
@@ -320,3 +351,22 @@ def test_sequences_that_come_back_begin_anew(
     assert drafter._drafts[state].cached.length == len(state.token_ids) - 2
     drafter.finish(state)
     assert drafter.cache.num_held_pages == 0
+
+
+def test_an_interrupted_end_is_made_up_for(
+    checkpoints: Mapping[str, Path], model: LlamaModel
+) -> None:
+    planning = Planning(model, checkpoints["fspad"], control=ControlOptions("beta-ts"))
+    drafter, state = planning.drafter, planning.state
+    assert drafter._control is not None
+    control, number, was_interrupted = drafter._control._control, 1, True
+    num_free = len(control._free)
+    while was_interrupted:
+        drafter.cache.reserve(drafter._drafts[state].cached, 70)
+        was_interrupted = interrupted(lambda: drafter.finish(state), number)
+        drafter.finish(state)
+        assert drafter.cache.num_held_pages == 0 and not drafter._drafts, number
+        drafter.start(state)
+        assert len(control._free) == num_free
+        number += 1
+    assert number > 4

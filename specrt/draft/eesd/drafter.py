@@ -121,8 +121,8 @@ class EesdDrafter(ExitSequences):
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
-        if self._close(state):
-            self.control.finish(state)
+        self.control.finish(state)
+        self._close(state)
 
     # --- a round ------------------------------------------------------------------------------
 

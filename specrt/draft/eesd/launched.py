@@ -42,8 +42,6 @@ class LaunchedEesdDrafter(DeviceEesdDrafter):
         super().__init__(exit_model, control, is_coupled=is_coupled, costs=costs)
         self._pages = CacheBatch(self._cache)
         self._rounds: Recent[ChainKey, ChainRound] = Recent(_MAX_ROUNDS)
-        self._num_ahead = 0
-        """Nodes of the round that was planned last: it may be under way."""
         self._was_idle = False
 
     # --- the protocol -------------------------------------------------------------------------
@@ -55,14 +53,17 @@ class LaunchedEesdDrafter(DeviceEesdDrafter):
         if (params.top_k or 1) > 1:
             return None
         num_levels = self._levels_of(budget)
-        ahead, self._num_ahead = self._num_ahead + 1 + num_levels, 1 + num_levels
+        drafts = [self._drafts[state] for state in states]
+        ahead = max(draft.num_ahead for draft in drafts) + 1 + num_levels
+        for draft in drafts:
+            draft.num_ahead = 1 + num_levels
         longest = max(len(state.token_ids) for state in states)
         if longest - 1 + ahead > self.exit_model.target.config.max_positions:
             return None
         try:
             self._catch_up(states)  # with plain rounds of the host's: none is under way then
-            for state in states:
-                self._cache.reserve(self._drafts[state].cached, len(state.token_ids) - 1 + ahead)
+            for state, draft in zip(states, drafts, strict=True):
+                self._cache.reserve(draft.cached, len(state.token_ids) - 1 + ahead)
         except MemoryError:  # a round at a time needs less
             return None
         is_controlled = num_levels > 0 and params.depth is None

@@ -147,8 +147,8 @@ class DeviceEesdDrafter(ExitSequences):
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
-        if self._close(state):
-            self.control.finish(state)
+        self.control.finish(state)
+        self._close(state)
 
     # --- how many levels ----------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ class _Draft:
     cached: CachedSequence
     pending: list[torch.Tensor]
     """``[1, H]`` each: g of the roots of plain rounds, which the exit's cache lacks."""
+    num_ahead: int = 0
+    """Nodes of its launched round that was planned last: it may be under way."""
 
 
 class Plan(NamedTuple):
@@ -189,12 +191,12 @@ class ExitSequences:
     def _open(self, state: SequenceState) -> None:
         self._drafts[state] = _Draft(self._cache.open(), [])
 
-    def _close(self, state: SequenceState) -> bool:
-        """Free the sequence's pages; whether it had been opened."""
-        draft = self._drafts.pop(state, None)
+    def _close(self, state: SequenceState) -> None:
+        """Free the sequence's pages, if it had been opened."""
+        draft = self._drafts.get(state)
         if draft is not None:
             self._cache.close(draft.cached)
-        return draft is not None
+            self._drafts.pop(state)  # not before: interrupted, it is found again
 
     def _batch_of(self, states: Sequence[SequenceState]) -> CacheBatch:
         return self._batch.update([self._drafts[state].cached for state in states])

@@ -117,8 +117,8 @@ class FspadDrafter:
         self._policy: TreePolicy = measured
         if control is not None:
             self._policy = ControlledPolicy(control, measured=measured)
-        self._pairs: dict[int, PairTable] = {}  # by the number of sequences
-        self._rounds: Recent[RoundKey, RoundBuffers] = Recent(_MAX_ROUNDS)
+        self._pairs: dict[int, list[PairTable]] = {}  # by the number of sequences
+        self._rounds: Recent[tuple[RoundKey, PairTable], RoundBuffers] = Recent(_MAX_ROUNDS)
         self._batch = CacheBatch(self._cache)
 
     @property
@@ -160,7 +160,7 @@ class FspadDrafter:
             roots = [[state.token_ids[-1]] for state in states]
             return chain(torch.tensor(roots, dtype=torch.int32))
         batch = self._batch_of(states, plan)
-        buffers = self._buffers(states, batch, plan.top_k)
+        buffers = self._buffers(states, batch, plan.top_k, self._pairs_of(len(states)))
         marks = [self._device.mark()]
         is_known = self._extend(states, batch, buffers)
         marks.append(self._device.mark())
@@ -190,9 +190,10 @@ class FspadDrafter:
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
-        draft = self._drafts.pop(state, None)
+        draft = self._drafts.get(state)
         if draft is not None:
             self._cache.close(draft.cached)
+            self._drafts.pop(state)  # not before: interrupted, it is found again
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -312,23 +313,29 @@ class FspadDrafter:
         return batch
 
     def _buffers(
-        self, states: Sequence[SequenceState], batch: CacheBatch, top_k: int
+        self, states: Sequence[SequenceState], batch: CacheBatch, top_k: int, pairs: PairTable
     ) -> RoundBuffers:
         is_coupled = self.is_coupled and any(state.temperature > 0 for state in states)
         key = RoundKey(len(states), batch.block_table.shape[1], top_k, is_coupled)
-        buffers = self._rounds.get(key)
+        buffers = self._rounds.get((key, pairs))
         if buffers is None:
             max_levels = min(MAX_LEVELS - 1, MAX_NODES // top_k)
-            made = RoundBuffers(key, self.layer, self._pairs_of(len(states)), max_levels)
-            buffers = self._rounds.put(key, made)
+            made = RoundBuffers(key, self.layer, pairs, max_levels)
+            buffers = self._rounds.put((key, pairs), made)
         return buffers
 
     def _pairs_of(self, size: int) -> PairTable:
-        """Those of a batch of so many sequences."""
-        found = self._pairs.get(size)
+        """Of a batch of so many sequences, and in nobody else's use."""
+        tables = self._pairs.setdefault(size, [])
+        found = next((table for table in tables if not self._is_taken(table)), None)
         if found is None:
-            found = self._pairs[size] = PairTable(size, self.layer)
+            found = PairTable(size, self.layer)
+            tables.append(found)
         return found
+
+    def _is_taken(self, table: PairTable) -> bool:
+        """Whether pairs wait in a table from one round to the next."""
+        return False
 
     def _absorb(self, state: SequenceState, keep: int) -> None:
         """Run pending pairs but the last ``keep``: they leave keys and values, nothing more."""

@@ -14,6 +14,7 @@ with the next launched round; so they do where sequences join, leave or change r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from specrt.draft.base import BatchTables, Budget, DraftParams, RoundPlan, Stage
 from specrt.draft.coupling import Coupling
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
-from specrt.draft.fspad.pairs import MAX_PAIRS
+from specrt.draft.fspad.pairs import MAX_PAIRS, PairTable
 from specrt.draft.fspad.round import Places, RoundBuffers, num_candidates
 from specrt.draft.fspad.tree_control import LevelControl, TreeControl
 from specrt.draft.length.control import ControlOptions
@@ -54,6 +55,22 @@ class Step(NamedTuple):
     """Whether sizes were chosen here, and are learned of."""
     control: DeviceControlRound | None
     """Who decides how deep each tree grows; None: to the last level."""
+    version: int
+    """Of the device's steps: once they were forgotten, it is launched piece by piece again."""
+
+
+@dataclass(eq=False)
+class _Seats:
+    """Sequences whose pairs lie in the rows of a table, as long as the batch stays what it is.
+
+    There is one for each engine that asks: of these each may have a round under way.
+    """
+
+    states: list[SequenceState | None]
+    """None: it has left."""
+    table: PairTable
+    before: Step | None = None
+    """Planned last, and maybe under way."""
 
 
 class _Sizes(NamedTuple):
@@ -82,11 +99,9 @@ class DeviceFspadDrafter(FspadDrafter):
     ) -> None:
         super().__init__(layer, is_coupled=is_coupled, control=control)
         self._control = None if control is None else TreeControl(control, layer.device)
-        # Whose pairs lie in the rows of the table of so many sequences, and how many of each, as
-        # far as reports have been read.
-        self._seated: list[SequenceState | None] = []
+        self._seats: list[_Seats] = []
+        # Pairs of those who have a seat, as far as reports have been read.
         self._waiting: dict[SequenceState, int] = {}
-        self._before: Step | None = None  # planned last, and maybe under way
         self._timed: Recent[Step, bool] = Recent(_MAX_TIMED)
         self._longest_ms = 0.0  # that a level of a controlled round took of late
 
@@ -98,7 +113,9 @@ class DeviceFspadDrafter(FspadDrafter):
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
-        self._seated = [None if one is state else one for one in self._seated]
+        for seats in self._seats:
+            seats.states = [None if one is state else one for one in seats.states]
+        self._seats = [seats for seats in self._seats if any(seats.states)]
         self._waiting.pop(state, None)
         super().finish(state)
         if self._control is not None:
@@ -108,7 +125,7 @@ class DeviceFspadDrafter(FspadDrafter):
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """As :meth:`FspadDrafter.propose`."""
-        self._unseat()
+        self._unseat(states)
         return super().propose(states, budget)
 
     # --- rounds of launches alone -------------------------------------------------------------
@@ -117,15 +134,16 @@ class DeviceFspadDrafter(FspadDrafter):
         """Pages for a tree and for what is accepted meanwhile, and how large the tree is to be."""
         depth, top_k, _ = self._shape(budget.params)
         try:
-            if not self._seat(states):
+            seats = self._seat(states)
+            if seats is None:
                 return None
-            self._reserve(states, max(0, depth - 1) * top_k)
+            self._reserve(states, seats.before, max(0, depth - 1) * top_k)
         except MemoryError:  # a round at a time needs less
             return None
         cached = [self._drafts[state].cached for state in states]
         batch = self._batch.update(cached, is_ahead=True)
         self.layer.prepare(batch, top_k)
-        buffers = self._buffers(states, batch, top_k)
+        buffers = self._buffers(states, batch, top_k, seats.table)
         sizes = self._sizes(len(states), budget)
         buffers.choice(sizes.num_nodes)  # made here, as launches make nothing
         table = batch.block_table.data_ptr(), *batch.block_table.stride(), *batch.block_table.shape
@@ -133,17 +151,21 @@ class DeviceFspadDrafter(FspadDrafter):
         control = None
         if is_chosen and num_levels and self._control is not None:
             control = self._control.staged(states, self._price(len(states), budget.cost))
-        num_pairs = self._num_pairs(num_levels)
-        self._before = Step(buffers, table, num_pairs, num_levels, is_chosen, control)
-        return RoundPlan(sizes.num_nodes, self._before)
+        num_pairs = self._num_pairs(states, seats.before, num_levels)
+        version = self.layer.device.version
+        step = Step(buffers, table, num_pairs, num_levels, is_chosen, control, version)
+        seats.before = step
+        return RoundPlan(sizes.num_nodes, step)
 
-    def _reserve(self, states: Sequence[SequenceState], num_expanded: int) -> None:
+    def _reserve(
+        self, states: Sequence[SequenceState], before: Step | None, num_expanded: int
+    ) -> None:
         """Pages for all pairs there may be and the nodes that are expanded.
 
         Raises:
             MemoryError: there are none.
         """
-        num_unread = 0 if self._before is None else 1 + self._before.num_levels
+        num_unread = 0 if before is None else 1 + before.num_levels
         for state in states:
             # There is a pair less than tokens; in its row writes who has none waiting.
             rows = len(state.token_ids) + num_unread + num_expanded
@@ -219,41 +241,49 @@ class DeviceFspadDrafter(FspadDrafter):
 
     # --- whose pairs lie where ----------------------------------------------------------------
 
-    def _seat(self, states: Sequence[SequenceState]) -> bool:
-        """See to it that the sequences' pairs lie in the rows of their table; False: one has none.
+    def _seat(self, states: Sequence[SequenceState]) -> _Seats | None:
+        """See to it that the sequences' pairs lie in the rows of a table; None: one has none.
 
-        Where they do not, no round is under way.
+        Where they do not, no round of theirs is under way.
         """
-        if list(states) == self._seated:
-            return True
-        self._unseat()
+        for seats in self._seats:
+            if list(states) == seats.states:
+                return seats
+        self._unseat(states)
         drafts = [self._drafts[state] for state in states]
         if not all(len(draft.pending) for draft in drafts):
-            return False
+            return None
         for state, draft in zip(states, drafts, strict=True):
             if len(draft.pending) > MAX_PAIRS:
                 self._absorb(state, keep=1)
         batch = self._batch.update([draft.cached for draft in drafts])
         pending = [draft.pending for draft in drafts]
-        self._pairs_of(len(states)).stage(states, batch, pending, is_coupled=False)
+        made = _Seats(list(states), self._pairs_of(len(states)))
+        made.table.stage(states, batch, pending, is_coupled=False)
         for state, draft in zip(states, drafts, strict=True):
             self._waiting[state] = len(draft.pending)
             draft.pending = draft.pending[:0]
-        self._seated, self._before = list(states), None
-        return True
+        self._seats.append(made)
+        return made
 
-    def _unseat(self) -> None:
-        """Give all pairs back to their sequences. No round is under way."""
-        for row, state in enumerate(self._seated):
-            count = 0 if state is None else self._waiting.pop(state, 0)
-            if state is not None and count:
-                table = self._pairs[len(self._seated)]
-                self._drafts[state].pending = table.waiting(row, count).clone()
-        self._seated = []
+    def _unseat(self, states: Sequence[SequenceState]) -> None:
+        """Give all pairs back to ``states``, and to those who sat beside one of them. No round of
+        theirs is under way."""
+        for seats in [s for s in self._seats if any(state in s.states for state in states)]:
+            for row, state in enumerate(seats.states):
+                count = 0 if state is None else self._waiting.pop(state, 0)
+                if state is not None and count:
+                    self._drafts[state].pending = seats.table.waiting(row, count).clone()
+            self._seats.remove(seats)
 
-    def _num_pairs(self, num_levels: int) -> int:
+    def _is_taken(self, table: PairTable) -> bool:
+        return any(seats.table is table for seats in self._seats)
+
+    def _num_pairs(
+        self, states: Sequence[SequenceState], before: Step | None, num_levels: int
+    ) -> int:
         """Pairs of a sequence that the next round is to run; 0: they go on waiting."""
-        most, before = max(self._waiting.values()), self._before
+        most = max(self._waiting[state] for state in states)
         if before is not None:
             most = max(most, 1 + before.num_levels) if before.num_pairs else most + 1
         if num_levels == 0 and most < MAX_PAIRS:

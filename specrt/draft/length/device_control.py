@@ -53,14 +53,22 @@ class DeviceControl:
             self._slots[state] = 0
             return
         if state not in self._slots:
-            self._slots[state] = self._take_row()
+            if not self._free:
+                self._grow()
+            free = self._free
+            # Ctrl-C comes behind a call: there is none in this line, and no row is lost.
+            self._slots[state], self._free = free[-1], free[:-1]
         self.beliefs[self._slots[state]].copy_(self._prior)
 
     def finish(self, state: SequenceState) -> None:
         """A sequence leaves."""
-        slot = self._slots.pop(state, None)
-        if slot is not None and not self.options.shares:
-            self._free.append(slot)
+        slot = self._slots.get(state)
+        if slot is None:
+            return
+        free = self._free if self.options.shares else [*self._free, slot]
+        # As in `start`: no call between these.
+        del self._slots[state]
+        self._free = free
 
     def slots_of(self, states: Sequence[SequenceState]) -> list[int]:
         """The row of each.
@@ -85,13 +93,13 @@ class DeviceControl:
         """
         return DeviceControlRound(self, batch, slope)
 
-    def _take_row(self) -> int:
-        if not self._free:
-            size = len(self.beliefs)
-            self.device.forget()
-            self.beliefs = torch.cat([self.beliefs, self._prior.repeat(size, 1)])
-            self._free = list(range(size, 2 * size))[::-1]
-        return self._free.pop()
+    def _grow(self) -> None:
+        """Twice as many rows."""
+        size = len(self.beliefs)
+        longer = torch.cat([self.beliefs, self._prior.repeat(size, 1)])
+        free = list(range(size, 2 * size))[::-1]
+        self.device.forget()  # first: an interrupt must not leave launches over what is gone
+        self.beliefs, self._free = longer, free
 
 
 class DeviceControlRound:

@@ -71,12 +71,15 @@ class DeviceTables:
 
     def close(self, state: SequenceState) -> None:
         """Forget the sequence, but not what it has learned."""
-        place = self._places.pop(state, None)
+        place = self._places.get(state)
         if place is None:
             return
         is_own = self.slots.is_own[place, :, None] != 0
         self._known = torch.where(is_own, self.slots.rows[place], self._known)
-        self._free.append(place)
+        free = [*self._free, place]
+        # Ctrl-C comes behind a call: there is none between these, and no place is lost.
+        del self._places[state]
+        self._free = free
 
     def numbers(self, states: Sequence[SequenceState]) -> list[int]:
         """Where the tables of these are."""

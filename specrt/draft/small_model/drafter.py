@@ -171,9 +171,10 @@ class SmallModelDrafter:
 
     def finish(self, state: SequenceState) -> None:
         """Free the sequence's pages."""
-        cached = self._cached.pop(state, None)
+        cached = self._cached.get(state)
         if cached is not None:
             self._cache.close(cached)
+            self._cached.pop(state)  # not before: interrupted, it is found again
 
     # --- sizes --------------------------------------------------------------------------------
 
