@@ -147,7 +147,9 @@ def load(
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
-        window = DraftWindow(draft_window) if isinstance(draft_window, int) else draft_window
+        window = draft_window
+        if not (window is None or isinstance(window, DraftWindow)):
+            window = DraftWindow(window)
         options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
     else:
