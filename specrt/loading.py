@@ -147,7 +147,7 @@ def load(
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
-        window = DraftWindow(draft_window) if isinstance(draft_window, int) else draft_window
+        window = _window_of(draft_window)
         options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
     else:
@@ -160,6 +160,10 @@ def load(
         for name in (name for name, value in named.items() if value is not None):
             raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, **asdict(limits))
+
+
+def _window_of(given: int | DraftWindow | None) -> DraftWindow | None:
+    return given if given is None or isinstance(given, DraftWindow) else DraftWindow(given)
 
 
 def default_drafter(target: str | os.PathLike[str]) -> str:

@@ -148,6 +148,20 @@ void expect_unwritten(const TensorView& t, const TensorView& out) {
     expect_apart(t, out);
 }
 
+// Of what is read where it is written, row by row: it may be `out` itself.
+void expect_out_or_unwritten(const TensorView& t, const TensorView& out) {
+    const bool is_out = t.data == out.data && t.dtype == out.dtype &&
+                        (t.stride[0] == out.stride[0] || out.shape[0] <= 1);
+    if (!is_out) expect_unwritten(t, out);
+}
+
+void expect_unwritten_operands(const LinearArgs& a) {
+    expect_unwritten(a.x, a.out);
+    expect_unwritten(a.second, a.out);
+    (a.gate_rows ? expect_unwritten : expect_out_or_unwritten)(a.gate, a.out);
+    (a.residual_rows ? expect_unwritten : expect_out_or_unwritten)(a.residual, a.out);
+}
+
 // What a row of x consists of: K values of one tensor, or of one the first and of another the rest.
 void expect_depth(const LinearArgs& a, int64_t depth) {
     if (!a.second) return expect(a.x, a.x.dtype, "[M, K]", -1, depth);
@@ -167,10 +181,7 @@ void expect_result(const LinearArgs& a, DType dtype, int64_t num_rows) {
     SPECRT_CHECK(!a.is_gated || !a.residual, "residual: expected None with is_gated");
     SPECRT_CHECK(!a.gate || !(a.is_gated || a.maxima),
                  "gate: expected None with is_gated or maxima");
-    expect_unwritten(a.x, a.out);
-    expect_unwritten(a.second, a.out);
-    if (a.gate_rows) expect_unwritten(a.gate, a.out);
-    if (a.residual_rows) expect_unwritten(a.residual, a.out);
+    expect_unwritten_operands(a);
 }
 
 LinearParams gpu_params(const LinearArgs& a) {
@@ -220,7 +231,7 @@ Launch on_cpu(const LinearArgs& a) {
     expect(a.out, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
     if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
     if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
-    expect_unwritten(a.x, a.out);
+    expect_unwritten_operands(a);
     return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
                    a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
                    a.x.shape[0], num_outputs, depth, a.weight.dtype, a.scale.as<float>(),

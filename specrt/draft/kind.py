@@ -27,7 +27,7 @@ class DraftWindow:
     """What a drafter's layer sees of a long text beside the tree itself.
 
     Raises:
-        ValueError: ``size`` is below 1 or ``num_sinks`` below 0.
+        ValueError: ``size`` is no number from 1 on, or ``num_sinks`` none from 0 on.
     """
 
     size: int
@@ -36,10 +36,10 @@ class DraftWindow:
     """And the text's first ones."""
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"draft_window: expected at least 1 token, got {self.size}")
-        if self.num_sinks < 0:
-            raise ValueError(f"num_sinks: expected 0 or more tokens, got {self.num_sinks}")
+        given = ("draft_window", self.size, 1), ("num_sinks", self.num_sinks, 0)
+        for name, value, least in given:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: expected a number of tokens from {least}, got {value!r}")
 
     @property
     def num_seen(self) -> int:
@@ -111,4 +111,5 @@ class Kind:
     has_control: bool = False
     """Whether a controller may say how long it drafts."""
     has_narrowing: bool = False
-    """Whether its matrices may be rounded and its tokens be chosen as it is loaded."""
+    """Whether its matrices may be rounded, its tokens be chosen as it is loaded, and a window be
+    set to what it sees."""

@@ -195,7 +195,12 @@ def _refuse_control(options: DrafterOptions) -> None:
 
 
 def _refuse_narrowing(options: DrafterOptions) -> None:
-    for name, value in (("draft_weights", options.weights), ("hot_tokens", options.hot_tokens)):
+    narrowing = {
+        "draft_weights": options.weights,
+        "hot_tokens": options.hot_tokens,
+        "draft_window": options.window,
+    }
+    for name, value in narrowing.items():
         if value is not None:
             raise ValueError(f"{name}: only FSPAD and EAGLE drafters take it")
 

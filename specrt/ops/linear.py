@@ -168,7 +168,7 @@ def linear(
         second: on a GPU, what stands behind ``x`` in each row: ``[M, K']``, and ``x`` is
             ``[M, K - K']``, both of multiples of 8 values.
         gate: on a GPU, ``[M, N]`` of ``x``'s dtype. The product, with bias and before the residual,
-            is multiplied by its silu. None with ``is_gated`` or ``maxima``.
+            is multiplied by its silu; may be ``out``. None with ``is_gated`` or ``maxima``.
         is_gated: on a GPU, ``silu(gate) * up`` instead of both.
         plan: on a GPU, another layout of the launch than the one chosen for the shape.
         maxima: on a GPU, of float32 results that are logits: their keys are written besides.

@@ -48,6 +48,9 @@ class AttentionPlan:
     enough. 0: as many as run at a time, 1 or 2."""
 
 
+_ALL = 2**31  # more slots than there are
+
+
 def tree_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -97,7 +100,8 @@ def tree_attention(
         plan: on a GPU, another layout of the launch than the one chosen for the shape.
         window: committed slots that are seen, the last ones, at least 1; None: all.
         num_sinks: and the first ones that are seen besides; of no meaning without a window.
-        is_open: ``[B]`` int32. If all are 0 nothing is read or written. None: all are open.
+        is_open: ``[B]`` int32. If all are 0 nothing is read or written, but for ``rope_append`` on
+            the CPU. None: all are open.
 
     Returns:
         ``out``.
@@ -129,7 +133,7 @@ def tree_attention(
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
     kernel(
         q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out,
-        workspace, *new, *_choice(plan), window or 0, num_sinks, is_open,
+        workspace, *new, *_choice(plan), min(window or 0, _ALL), min(num_sinks, _ALL), is_open,
     )  # fmt: skip
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,10 +75,19 @@ def test_no_text_changes(model: LlamaModel, path: Path) -> None:
     assert sum(result.stats.num_draft_tokens for result in results) > 0
 
 
-@pytest.mark.parametrize(("size", "num_sinks"), [(0, 0), (-1, 2), (4, -1)])
-def test_a_window_that_cannot_be_is_refused(size: int, num_sinks: int) -> None:
+WRONG = [(0, 0), (-1, 2), (4, -1), (True, 0), (2.0, 0), ("64", 0), (4, 1.5), (4, "1")]
+
+
+@pytest.mark.parametrize(("size", "num_sinks"), WRONG)
+def test_a_window_that_cannot_be_is_refused(size: Any, num_sinks: Any) -> None:
     with pytest.raises(ValueError, match=r"^(draft_window|num_sinks): expected"):
         DraftWindow(size, num_sinks)
+
+
+@needs_target
+def test_what_is_no_window_is_refused_before_anything_is_drafted() -> None:
+    with pytest.raises(ValueError, match=r"^draft_window: expected a number of tokens from 1, got"):
+        load("builtin", "eagle2", draft_window="64", progress=False)  # type: ignore[arg-type]
 
 
 @needs_target

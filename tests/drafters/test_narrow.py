@@ -122,7 +122,7 @@ def test_what_is_refused(model: LlamaModel, target: Path, drafters: Path, tmp_pa
     make_exit_checkpoint(target, tmp_path, 1)
     only = "only FSPAD and EAGLE drafters take it"
     for drafter in (None, "none", "prompt-lookup", tmp_path):
-        for options in ({"draft_weights": "fp8"}, {"hot_tokens": HOT}):
+        for options in ({"draft_weights": "fp8"}, {"hot_tokens": HOT}, {"draft_window": 9}):
             with pytest.raises(ValueError, match=f"{next(iter(options))}: {only}"):
                 specrt.load(target, drafter, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draft_weights: expected one of fp8, got 'int3'"):
@@ -184,6 +184,7 @@ def test_convert_takes_the_first_of_a_list(
         ([], r"hot_tokens: expected token ids in 0\.\.96, got none"),
         ([5, 97], r"hot_tokens: expected token ids in 0\.\.96, got 5\.\.97"),
         ([-1, 4], r"hot_tokens: expected token ids in 0\.\.96, got -1\.\.4"),
+        ([1, 10**30], r"hot_tokens: expected token ids in 0\.\.96, got 1\.\.1000"),
         ([4, 7, 4], "hot_tokens: expected each token once, got 4 twice"),
         ([1.5], "hot_tokens: expected a list of token ids"),
         ([True], "hot_tokens: expected a list of token ids"),
@@ -202,10 +203,12 @@ def test_files_that_are_none(model: LlamaModel, drafters: Path, tmp_path: Path) 
 
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "none.pt")
-    for name in ("broken.pt", "broken.json"):
-        (tmp_path / name).write_bytes(b"{3")
+    broken = {"a.json": b"{3", "b.pt": b"{3", "c.pt": b"hello", "d.pt": b"\x80\x02s."}
+    for name, content in broken.items():  # each is another error to who reads it
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{name}: expected a list of token ids, as JSON"):
             load(tmp_path / name)
-    torch.save(torch.zeros(2, 2), tmp_path / "matrix.pt")
-    with pytest.raises(ValueError, match=r"matrix\.pt: expected a list of token ids"):
-        load(tmp_path / "matrix.pt")
+    for wrong in (torch.zeros(2, 2), torch.arange(3).to_sparse(), torch.arange(3, device="meta")):
+        torch.save(wrong, tmp_path / "wrong.pt")
+        with pytest.raises(ValueError, match=r"wrong\.pt: expected a list of token ids"):
+            load(tmp_path / "wrong.pt")

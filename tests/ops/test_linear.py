@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specrt import _C, ops
+from tests.ops.conftest import Backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -91,6 +92,24 @@ def test_results_are_not_written_over_rows() -> None:
             ops.linear(x, weight, out=out)
     assert torch.equal(ops.linear(wide[:, 24:], weight, out=wide[:, 8:24]), expected)
     assert torch.equal(ops.linear(wide[:4, 24:], weight, out=wide[5:, 24:]), expected[:4])
+
+
+def test_a_residual_is_the_output_or_lies_apart(backend: Backend) -> None:
+    """A row that is read where another is written would be old or new by chance."""
+    dtype = torch.bfloat16 if backend.runs_cuda_source else torch.float32
+    x, weight = random(9, 16).to(backend.device, dtype), random(16, 16).to(backend.device, dtype)
+    wide = torch.zeros(9, 48, dtype=dtype, device=backend.device)
+    names = ("residual", "gate") if backend.runs_cuda_source else ("residual",)
+    for name in names:
+        for read, out in (
+            (wide[:, :16], wide[:, 8:24]),
+            (wide.view(-1)[:144].view(9, 16), wide[:, :16]),
+            (wide[:, :16], wide.view(-1)[48:192].view(9, 16)),
+        ):
+            with pytest.raises(ValueError, match=f"^{name}: expected memory that is not out's"):
+                ops.linear(x, weight, out=out, **{name: read})
+        for out in (wide[:, :16], wide[:, 16:32]):
+            ops.linear(x, weight, out=out, **{name: wide[:, :16]})
 
 
 def test_nothing_to_do() -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,22 @@ def keep_tokens(
         raise ValueError(f"{name}: expected a list of token ids")
     if size is not None and not 1 <= size <= len(ids):
         raise ValueError(f"{name}: expected at least {max(size, 1)} token ids, got {len(ids)}")
-    kept = torch.tensor(ids[:size], dtype=torch.int64).sort().values
-    if len(kept) == 0 or int(kept[0]) < 0 or int(kept[-1]) >= vocab_size:
-        raise ValueError(f"{name}: expected token ids in 0..{vocab_size - 1}, got {_ends(kept)}")
-    if bool((kept[1:] == kept[:-1]).any()):
-        twice = int(kept[1:][kept[1:] == kept[:-1]][0])
+    kept = sorted(ids[:size])
+    if not kept or kept[0] < 0 or kept[-1] >= vocab_size:
+        got = f"{kept[0]}..{kept[-1]}" if kept else "none"
+        raise ValueError(f"{name}: expected token ids in 0..{vocab_size - 1}, got {got}")
+    twice = next((token for token, after in pairwise(kept) if token == after), None)
+    if twice is not None:
         raise ValueError(f"{name}: expected each token once, got {twice} twice")
-    changed = {**tensors, TOKEN_IDS: kept.to(torch.int32)}
+    changed = {**tensors, TOKEN_IDS: torch.tensor(kept, dtype=torch.int32)}
     return replace(config, draft_vocab_size=len(kept)), changed
 
 
 def _flat(given: Any) -> list[int] | None:
     """Whole numbers, or None."""
     if isinstance(given, torch.Tensor):
-        given = given.tolist() if given.dim() == 1 else None
+        is_list = given.dim() == 1 and given.layout == torch.strided and not given.is_meta
+        given = given.tolist() if is_list and not given.is_quantized else None
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         return None
     return list(given) if all(type(token) is int for token in given) else None
@@ -80,11 +82,7 @@ def _read(file: Path) -> Any:
         if file.suffix == ".json":
             return json.loads(file.read_bytes())
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a broken pickle makes its reader raise anything
         raise CheckpointError(
             f"{file}: expected a list of token ids, as JSON (.json) or by torch.save (.pt)"
         ) from error
-
-
-def _ends(ids: torch.Tensor) -> str:
-    return f"{int(ids[0])}..{int(ids[-1])}" if len(ids) else "none"
