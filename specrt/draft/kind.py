@@ -27,6 +27,7 @@ class DraftWindow:
     """What a drafter's layer sees of a long text beside the tree itself.
 
     Raises:
+        TypeError: one of them is no int.
         ValueError: ``size`` is below 1 or ``num_sinks`` below 0.
     """
 
@@ -36,6 +37,9 @@ class DraftWindow:
     """And the text's first ones."""
 
     def __post_init__(self) -> None:
+        for name, value in (("draft_window", self.size), ("num_sinks", self.num_sinks)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
         if self.size < 1:
             raise ValueError(f"draft_window: expected at least 1 token, got {self.size}")
         if self.num_sinks < 0:
@@ -111,4 +115,5 @@ class Kind:
     has_control: bool = False
     """Whether a controller may say how long it drafts."""
     has_narrowing: bool = False
-    """Whether its matrices may be rounded and its tokens be chosen as it is loaded."""
+    """Whether its matrices may be rounded, its tokens chosen and its sight bounded
+    (``options.weights``, ``hot_tokens``, ``window``) as it is loaded."""

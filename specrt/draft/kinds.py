@@ -110,8 +110,9 @@ def load_drafter(
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
-        ValueError: a controller for a drafter that takes none; on a GPU, a model that its kernels
-            do not run; an installed drafter that is broken.
+        ValueError: a controller, or narrower weights, tokens or sight, for a drafter that takes
+            none; on a GPU, a model that its kernels do not run; an installed drafter that is
+            broken.
     """
     from specrt.draft.base import EmptyDrafter
 
@@ -195,7 +196,12 @@ def _refuse_control(options: DrafterOptions) -> None:
 
 
 def _refuse_narrowing(options: DrafterOptions) -> None:
-    for name, value in (("draft_weights", options.weights), ("hot_tokens", options.hot_tokens)):
+    narrowing = {
+        "draft_weights": options.weights,
+        "hot_tokens": options.hot_tokens,
+        "draft_window": options.window,
+    }
+    for name, value in narrowing.items():
         if value is not None:
             raise ValueError(f"{name}: only FSPAD and EAGLE drafters take it")
 

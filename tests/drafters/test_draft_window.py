@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,13 @@ def test_no_text_changes(model: LlamaModel, path: Path) -> None:
 def test_a_window_that_cannot_be_is_refused(size: int, num_sinks: int) -> None:
     with pytest.raises(ValueError, match=r"^(draft_window|num_sinks): expected"):
         DraftWindow(size, num_sinks)
+
+
+@pytest.mark.parametrize("window", ["16", 2.5, True])
+def test_a_window_that_is_no_number_is_refused(checkpoint: Path, path: Path, window: Any) -> None:
+    """And not met in each round, which would go undrafted."""
+    with pytest.raises(TypeError, match=r"^draft_window: expected an int, got "):
+        load(checkpoint, path, draft_window=window, progress=False)
 
 
 @needs_target
