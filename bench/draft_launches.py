@@ -31,8 +31,9 @@ CHAIN = 4
 EXPAND_LATENCY = 4.5e-6
 """Keys of a row's tiles, the tiles that can hold one of the best, those sorted (2.8), and in the
 last block of a sequence the frontier and the decision on it."""
-RERANK_LATENCY = 5.0e-6
-"""55 steps of a sort of 1,024 keys, and a tree's parents within six."""
+RERANK_LATENCY = 2.6e-6
+"""Scores, a bound of the best, those in order, their parents and the walk up (``docs/kernels.md``);
+the launch comes besides."""
 LEVEL, CHILDREN, RERANK, OBSERVE = "a level below", "level 0", "rerank", "observe"
 TOKEN, LAST = "a token", "the last token"
 _SAMPLING = ("fc", "sample_gate", "sample_up", "sample_down")

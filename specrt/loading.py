@@ -111,13 +111,15 @@ def load(
             SGLang have it).
         draft_window: FSPAD and EAGLE: tokens of the text that the drafter sees, the last ones;
             None: all. As many as it was trained on keep its steps cheap where a text gets longer.
+            A :class:`specrt.draft.kind.DraftWindow` keeps the text's first tokens besides.
         eager: capture no steps: the same text, launch by launch, which is slower.
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
-        ValueError: an argument out of range; a device that is not there or that this build has no
-            kernels for; a model or drafter that the device's kernels do not run; a GPU of a kind
-            not seen before, on which rows of a product turn out to depend on one another.
+        ValueError: an argument out of range, or one that this drafter does not take; a device that
+            is not there or that this build has no kernels for; a model or drafter that the device's
+            kernels do not run; a GPU of a kind not seen before, on which rows of a product turn out
+            to depend on one another.
         TypeError: ``target`` is no path, or ``drafter`` lacks a method.
         MemoryError: no room for the weights; on a GPU, for them and the least cache that is of use.
     """
@@ -126,6 +128,7 @@ def load(
     if not (drafter is None or isinstance(drafter, str | os.PathLike)):
         check_drafter(drafter, "drafter")
     limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)
+    window = _parse_window(draft_window)
     place = parse_device(device)
     path = builtin.target_path() if target == BUILTIN else Path(target)
     config = ModelConfig.from_directory(path)
@@ -147,7 +150,6 @@ def load(
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
-        window = _window_of(draft_window)
         options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
     else:
@@ -160,10 +162,6 @@ def load(
         for name in (name for name, value in named.items() if value is not None):
             raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, **asdict(limits))
-
-
-def _window_of(given: int | DraftWindow | None) -> DraftWindow | None:
-    return given if given is None or isinstance(given, DraftWindow) else DraftWindow(given)
 
 
 def default_drafter(target: str | os.PathLike[str]) -> str:
@@ -187,6 +185,10 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
     return _DTYPES[dtype]
+
+
+def _parse_window(window: int | DraftWindow | None) -> DraftWindow | None:
+    return window if window is None or isinstance(window, DraftWindow) else DraftWindow(window)
 
 
 _LOADING = Lock()  # of threads that ask for one engine at once, one loads it

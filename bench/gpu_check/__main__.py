@@ -74,7 +74,8 @@ def arguments() -> argparse.ArgumentParser:
         "--archive",
         type=Path,
         metavar="FILE",
-        help="results and logs in one, kept up to date; default: results.tar.gz beside the logs",
+        help="results and logs in one, kept up to date; default: results.tar.gz in "
+        "build/gpu_check or in its dry",
     )
     parser.add_argument(
         "--fits", action="store_true", help="only say by the exit code if this Python has it all"

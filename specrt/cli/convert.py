@@ -26,7 +26,8 @@ def convert(
     destination: Annotated[str, typer.Argument(help="The directory to write.")],
     target: Target,
     draft_vocab: Annotated[
-        int | None, typer.Option(help="Draft only so many tokens, the corpus' most frequent.")
+        int | None,
+        typer.Option(help="Draft only so many tokens, the most frequent of the corpus or list."),
     ] = None,
     corpus: Annotated[
         list[Path] | None,
@@ -34,7 +35,10 @@ def convert(
     ] = None,
     hot_tokens: Annotated[
         Path | None,
-        typer.Option(help="In place of a corpus, a file of token ids, most frequent first."),
+        typer.Option(
+            help="In place of a corpus, a file of token ids, most frequent first (JSON, or .pt "
+            "as FR-Spec and SGLang have it); default: all of them are kept."
+        ),
     ] = None,
 ) -> None:
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
@@ -128,7 +132,9 @@ def _check_reduction(
     if corpus and hot_tokens is not None:
         raise ValueError("corpus, hot_tokens: expected one of them")
     if hot_tokens is None and (draft_vocab is None) != (not corpus):
-        raise ValueError("draft_vocab, corpus: expected both or neither")
+        raise ValueError(
+            "draft_vocab, corpus: expected both or neither, or hot_tokens in the corpus' place"
+        )
     if draft_vocab is not None and not 1 <= draft_vocab <= vocab_size:
         raise ValueError(f"draft_vocab: expected 1..{vocab_size}, got {draft_vocab}")
 

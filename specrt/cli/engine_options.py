@@ -32,14 +32,15 @@ Controller = Annotated[
 DraftWeights = Annotated[
     str | None,
     typer.Option(
-        help="Of an FSPAD or EAGLE drafter: fp8 rounds them to one byte each.",
+        help="fp8: an FSPAD or EAGLE drafter's matrices are rounded to one byte a weight.",
         rich_help_panel=RUNTIME,
     ),
 ]
 HotTokens = Annotated[
     str | None,
     typer.Option(
-        help="A file of the only tokens that an FSPAD or EAGLE drafter shall propose.",
+        help="A file with the ids of the only tokens that an FSPAD or EAGLE drafter shall propose "
+        "(JSON or .pt).",
         rich_help_panel=RUNTIME,
     ),
 ]

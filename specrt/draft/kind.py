@@ -111,5 +111,5 @@ class Kind:
     has_control: bool = False
     """Whether a controller may say how long it drafts."""
     has_narrowing: bool = False
-    """Whether its matrices may be rounded, its tokens be chosen as it is loaded, and a window be
-    set to what it sees."""
+    """Whether its matrices may be rounded, its tokens chosen and its sight bounded
+    (``options.weights``, ``hot_tokens``, ``window``) as it is loaded."""

@@ -110,8 +110,9 @@ def load_drafter(
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
-        ValueError: a controller for a drafter that takes none; on a GPU, a model that its kernels
-            do not run; an installed drafter that is broken.
+        ValueError: a controller, or narrower weights, tokens or sight, for a drafter that takes
+            none; on a GPU, a model that its kernels do not run; an installed drafter that is
+            broken.
     """
     from specrt.draft.base import EmptyDrafter
 

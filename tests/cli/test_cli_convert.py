@@ -309,7 +309,7 @@ def test_a_bundled_drafter_has_a_name(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--draft-vocab", "5"), "draft_vocab, corpus: expected both or neither"),
+        (("--draft-vocab", "5"), "draft_vocab, corpus: expected both or neither, or hot_tokens"),
         (("--corpus", "CORPUS"), "draft_vocab, corpus: expected both or neither"),
         (("--draft-vocab", "0", "--corpus", "CORPUS"), "draft_vocab: expected 1..97, got 0"),
         (("--draft-vocab", "98", "--corpus", "CORPUS"), "draft_vocab: expected 1..97, got 98"),

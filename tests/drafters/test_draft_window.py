@@ -84,10 +84,11 @@ def test_a_window_that_cannot_be_is_refused(size: Any, num_sinks: Any) -> None:
         DraftWindow(size, num_sinks)
 
 
-@needs_target
-def test_what_is_no_window_is_refused_before_anything_is_drafted() -> None:
+@pytest.mark.parametrize("window", ["16", 2.5, True])
+def test_a_window_that_is_no_number_is_refused(checkpoint: Path, path: Path, window: Any) -> None:
+    """And not met in each round, which would go undrafted."""
     with pytest.raises(ValueError, match=r"^draft_window: expected a number of tokens from 1, got"):
-        load("builtin", "eagle2", draft_window="64", progress=False)  # type: ignore[arg-type]
+        load(checkpoint, path, draft_window=window, progress=False)
 
 
 @needs_target

@@ -122,7 +122,7 @@ def test_what_is_refused(model: LlamaModel, target: Path, drafters: Path, tmp_pa
     make_exit_checkpoint(target, tmp_path, 1)
     only = "only FSPAD and EAGLE drafters take it"
     for drafter in (None, "none", "prompt-lookup", tmp_path):
-        for options in ({"draft_weights": "fp8"}, {"hot_tokens": HOT}, {"draft_window": 9}):
+        for options in ({"draft_weights": "fp8"}, {"hot_tokens": HOT}, {"draft_window": 4}):
             with pytest.raises(ValueError, match=f"{next(iter(options))}: {only}"):
                 specrt.load(target, drafter, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draft_weights: expected one of fp8, got 'int3'"):
@@ -186,13 +186,12 @@ def test_convert_takes_the_first_of_a_list(
         ([-1, 4], r"hot_tokens: expected token ids in 0\.\.96, got -1\.\.4"),
         ([1, 10**30], r"hot_tokens: expected token ids in 0\.\.96, got 1\.\.1000"),
         ([4, 7, 4], "hot_tokens: expected each token once, got 4 twice"),
-        ([1.5], "hot_tokens: expected a list of token ids"),
+        ([1.5], "hot_tokens: expected a list of token ids, got 1.5 in it"),
+        ({3}, "hot_tokens: expected a list of token ids, got set"),
         ([True], "hot_tokens: expected a list of token ids"),
     ],
 )
-def test_lists_that_are_none(
-    model: LlamaModel, drafters: Path, tokens: list[Any], message: str
-) -> None:
+def test_lists_that_are_none(model: LlamaModel, drafters: Path, tokens: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_drafter(model, drafters / "fspad", hot_tokens=tokens)
 

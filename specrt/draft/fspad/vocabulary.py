@@ -51,7 +51,7 @@ def keep_tokens(
         name, given = str(given), _read(Path(given))
     ids = _flat(given)
     if ids is None:
-        raise ValueError(f"{name}: expected a list of token ids")
+        raise ValueError(f"{name}: expected a list of token ids, got {_told(given)}")
     if size is not None and not 1 <= size <= len(ids):
         raise ValueError(f"{name}: expected at least {max(size, 1)} token ids, got {len(ids)}")
     kept = sorted(ids[:size])
@@ -73,6 +73,16 @@ def _flat(given: Any) -> list[int] | None:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         return None
     return list(given) if all(type(token) is int for token in given) else None
+
+
+def _told(given: Any) -> str:
+    """What came in place of a list of ids: its kind, and of a list the first item that is none."""
+    if isinstance(given, torch.Tensor):
+        return f"a tensor {list(given.shape)} of {str(given.dtype).removeprefix('torch.')}"
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        return type(given).__name__
+    other = next(token for token in given if type(token) is not int)
+    return f"{other!r} in it"
 
 
 def _read(file: Path) -> Any:
