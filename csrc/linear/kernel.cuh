@@ -95,7 +95,8 @@ void start_tile(const KernelParams& k, CudaStream stream) {
 
 template <typename T, bool kHasMaxima>
 void start(const KernelParams& k, CudaStream stream) {
-    if (k.plan.tile_rows == 64) return start_tile<T, kHasMaxima, 64>(k, stream);
+    if constexpr (!kHasMaxima)
+        if (k.plan.tile_rows == 64) return start_tile<T, kHasMaxima, 64>(k, stream);
     start_tile<T, kHasMaxima, 128>(k, stream);
 }
 

@@ -20,14 +20,16 @@ int most_stages(const Plan& plan, size_t per_sm, const DeviceLimits& limits) {
 }
 
 // Rows are read by each tile, from the L2 cache: large tiles halve that, where they leave enough
-// blocks. As many stages as fit beside the blocks that there are for an SM.
-void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, int64_t outputs) {
+// blocks; few kernels are compiled of narrow weights and of logits that leave keys, and all of them
+// are of large ones. As many stages as fit beside the blocks that there are for an SM.
+void lay_out(Plan& plan, const LinearPlan& choice, const DeviceLimits& limits, int64_t outputs,
+             bool leaves_keys) {
     const int64_t others = int64_t{plan.slices.count} * plan.num_pieces;
     const int64_t large = ceil_div(outputs, 128) * others;
     const bool is_small =
         plan.columns <= 32 ? large < 2 * limits.num_sms : 2 * large < limits.num_sms;
     plan.tile_rows = choice.tile_rows > 0 ? choice.tile_rows : is_small ? 64 : 128;
-    if (plan.weight_bytes == 1) plan.tile_rows = 128;
+    if (plan.weight_bytes == 1 || leaves_keys) plan.tile_rows = 128;
     plan.num_tiles = static_cast<int>(ceil_div(outputs, plan.tile_rows));
     const bool has_pairs = plan.columns <= 64 && plan.num_tiles * others > limits.num_sms;
     const int alone = most_stages(plan, 1, limits);
@@ -61,7 +63,7 @@ Plan make_plan(const LinearParams& p, const DeviceLimits& limits) {
     plan.num_pieces = static_cast<int>(ceil_div(p.num_rows, plan.columns));
     plan.slices = slices_of(p.num_outputs, p.depth);
     plan.is_whole = can_move_16_bytes(p);
-    lay_out(plan, choice, limits, p.num_outputs);
+    lay_out(plan, choice, limits, p.num_outputs, p.maxima.keys != nullptr);
     return plan;
 }
 

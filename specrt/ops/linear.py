@@ -32,7 +32,7 @@ class LinearPlan:
 
     tile_rows: int = 0
     """Rows of weights that a block of threads takes: 64 or 128. 0: 64 where 128 would give a GPU
-    too few blocks."""
+    too few blocks. Always 128 with ``maxima`` or float8 weights."""
     num_stages: int = 0
     """Of 64 columns of weights, on their way to shared memory: 2 to 8, or as many as there is room
     for. 0: as many as two blocks on an SM have room for; one, where there are no more blocks than

@@ -88,7 +88,6 @@ CASES: list[Case] = [
     ("fspad", "seed", None, {"control": BY_CHANCE, "fold": True}),
     ("eagle2", "greedy", SHAPE, {"fold": False, "window": DraftWindow(20, 2)}),
     ("reduced", "seed", SHAPE, {"fold": False}),
-    ("fspad", "seed", SHAPE, {"fold": False, "weights": "fp8"}),
     ("fspad", "greedy", SHAPE, {"fold": True, "weights": "fp8", "hot_tokens": range(5, VOCAB)}),
 ]
 MORE_CASES: list[Case] = [
@@ -98,6 +97,7 @@ MORE_CASES: list[Case] = [
     for shape in (SHAPE, None)
     for is_folded in (False, True)
 ]
+MORE_CASES.append(("fspad", "seed", SHAPE, {"fold": False, "weights": "fp8"}))
 
 
 @pytest.fixture(scope="module")

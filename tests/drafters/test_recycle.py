@@ -248,6 +248,7 @@ for _ in range(30):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draft_alike() -> None:
     here: dict[str, object] = {}
     exec(SCRIPT, here)

@@ -106,6 +106,7 @@ def check(bundled: Engine, setting: str, prompts: list[str], max_new_tokens: int
 MORE_SEEDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("seed 2", "seed 3")]
 
 
+@ONE_DTYPE
 @pytest.mark.parametrize("setting", ["seed 1", *MORE_SEEDS])
 def test_a_sample(bundled: Engine, setting: str) -> None:
     check(bundled, setting, heldout_prompts(4), max_new_tokens=32)

@@ -242,7 +242,7 @@ SETTINGS: Mapping[str, SamplingParams] = {
     [
         ("llama", "greedy"),
         ("llama", "seed"),
-        ("qwen3", "seed"),
+        pytest.param("qwen3", "seed", marks=pytest.mark.slow),
         pytest.param("qwen3", "greedy", marks=pytest.mark.slow),
     ],
     indirect=["checkpoint"],

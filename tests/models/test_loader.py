@@ -482,7 +482,7 @@ print((memory("VmHWM") - before) / weights.arena.numel())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+@pytest.mark.parametrize("layout", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 def test_loading_needs_hardly_more_memory_than_the_weights(layout: str, tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     make_checkpoint("llama", small)
