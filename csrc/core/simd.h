@@ -175,6 +175,22 @@ inline V16 scale_pow2(V16 value, V16 magic) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
 }
+// Sixteen 32-bit integers, whose sums wrap.
+struct I16 {
+    __m512i v;
+};
+inline I16 zero_ints() {
+    return {_mm512_setzero_si512()};
+}
+inline V16 to_float(I16 a) {
+    return {_mm512_cvtepi32_ps(a.v)};
+}
+inline I16 add(I16 a, I16 b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+inline void store(I16 a, uint32_t* p) {
+    _mm512_storeu_si512(p, a.v);
+}
 inline __m128 fold_to_4(V16 a) {
     const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
     const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
@@ -280,7 +296,7 @@ inline __m256 scale_pow2(__m256 value, __m256 magic) {
 inline V16 scale_pow2(V16 value, V16 magic) {
     return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
 }
-// Sixteen 32-bit integers, whose sums wrap: not of AVX-512, which sums 64-bit ones.
+// Sixteen 32-bit integers, whose sums wrap; AVX-512 truncates to 64-bit ones where it needs them.
 struct I16 {
     __m256i lo, hi;
 };

@@ -1,0 +1,240 @@
+// Dot products of 8-bit weights and 16-bit values in sixteen lanes, and the planes of
+// core/block_format.h as their operands. Everything is exact, so that how it is done is speed
+// alone: vpdpbusd multiplies bytes, the weights by both bytes of a value; the rest multiplies words.
+#pragma once
+#include "core/block_format.h"
+#include "core/simd.h"
+
+namespace specrt::SPECRT_ISA {
+
+// 32 values of a row of x as operands, dword by dword for planes 0 to 7: with bytes `first` is of
+// upper bytes a, `second` of lower ones b, value = 256 a + b, both signed; with words of values
+// 4i and 4i + 2, and 4i + 1 and 4i + 3.
+struct XGroup {
+    uint32_t first[8], second[8];
+};
+
+#if defined(__AVX512VNNI__)
+constexpr bool kMultipliesBytes = true;
+#else
+constexpr bool kMultipliesBytes = false;
+#endif
+
+#if defined(__AVX512F__)
+
+struct Plane {
+    __m512i v;
+};
+inline Plane load_plane(const uint8_t* p) {
+    return {_mm512_load_si512(p)};
+}
+inline Plane low_nibbles(Plane a) {
+    return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))};
+}
+inline Plane high_nibbles(Plane a) {
+    return low_nibbles({_mm512_srli_epi16(a.v, 4)});
+}
+// Bits 2 f and 2 f + 1 of `upper` above the four of `nibbles`.
+template <int f>
+inline Plane with_upper(Plane nibbles, Plane upper) {
+    const __m512i at_4 =
+        f < 2 ? _mm512_slli_epi16(upper.v, 4 - 2 * (f & 1)) : _mm512_srli_epi16(upper.v, 2 * f - 4);
+    return {_mm512_or_si512(nibbles.v, _mm512_and_si512(at_4, _mm512_set1_epi8(0x30)))};
+}
+inline V16 load_bytes(const uint8_t* p) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline V16 load_bytes(const int8_t* p) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+
+#if defined(__AVX512VNNI__)
+using Operand = Plane;
+inline Operand operand_of(Plane a) {
+    return a;
+}
+struct Dot {
+    __m512i first, second;
+};
+inline Dot start_dot(int32_t from) {
+    return {_mm512_setzero_si512(), _mm512_set1_epi32(from)};
+}
+inline __m512i all(uint32_t x) {
+    return _mm512_set1_epi32(static_cast<int>(x));
+}
+inline void multiply(Dot& dot, const Operand& w, uint32_t first, uint32_t second) {
+    dot.first = _mm512_dpbusd_epi32(dot.first, w.v, all(first));
+    dot.second = _mm512_dpbusd_epi32(dot.second, w.v, all(second));
+}
+inline I16 total(const Dot& dot) {
+    return {_mm512_add_epi32(_mm512_slli_epi32(dot.first, 8), dot.second)};
+}
+#else
+struct Operand {
+    __m512i first, second;
+};
+inline Operand operand_of(Plane a) {
+    return {_mm512_and_si512(a.v, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(a.v, 8)};
+}
+struct Dot {
+    __m512i first, second;
+};
+inline Dot start_dot(int32_t from) {
+    return {_mm512_setzero_si512(), _mm512_set1_epi32(from)};
+}
+inline __m512i madd(__m512i w, uint32_t x) {
+    return _mm512_madd_epi16(w, _mm512_set1_epi32(static_cast<int>(x)));
+}
+inline void multiply(Dot& dot, const Operand& w, uint32_t first, uint32_t second) {
+    dot.first = _mm512_add_epi32(dot.first, madd(w.first, first));
+    dot.second = _mm512_add_epi32(dot.second, madd(w.second, second));
+}
+inline I16 total(const Dot& dot) {
+    return {_mm512_add_epi32(dot.first, dot.second)};
+}
+#endif
+
+#elif defined(__AVX2__)
+
+struct Plane {
+    __m256i lo, hi;
+};
+inline Plane load_plane(const uint8_t* p) {
+    const auto* at = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
+}
+inline Plane low_nibbles(Plane a) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+inline Plane high_nibbles(Plane a) {
+    return low_nibbles({_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
+}
+template <int f>
+inline __m256i with_upper(__m256i nibbles, __m256i upper) {
+    const __m256i at_4 =
+        f < 2 ? _mm256_slli_epi16(upper, 4 - 2 * (f & 1)) : _mm256_srli_epi16(upper, 2 * f - 4);
+    return _mm256_or_si256(nibbles, _mm256_and_si256(at_4, _mm256_set1_epi8(0x30)));
+}
+template <int f>
+inline Plane with_upper(Plane nibbles, Plane upper) {
+    return {with_upper<f>(nibbles.lo, upper.lo), with_upper<f>(nibbles.hi, upper.hi)};
+}
+inline V16 load_bytes(const uint8_t* p) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline V16 load_bytes(const int8_t* p) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+struct Operand {
+    Plane first, second;
+};
+inline Operand operand_of(Plane a) {
+    const __m256i mask = _mm256_set1_epi16(0xff);
+    return {{_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)},
+            {_mm256_srli_epi16(a.lo, 8), _mm256_srli_epi16(a.hi, 8)}};
+}
+struct Dot {
+    I16 sum;
+};
+inline Dot start_dot(int32_t from) {
+    return {{_mm256_set1_epi32(from), _mm256_set1_epi32(from)}};
+}
+inline I16 madd(const Plane& w, uint32_t x) {
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(x));
+    return {_mm256_madd_epi16(w.lo, all), _mm256_madd_epi16(w.hi, all)};
+}
+inline void multiply(Dot& dot, const Operand& w, uint32_t first, uint32_t second) {
+    dot.sum = add(dot.sum, madd(w.first, first));
+    dot.sum = add(dot.sum, madd(w.second, second));
+}
+inline I16 total(const Dot& dot) {
+    return dot.sum;
+}
+
+#else
+
+struct Plane {
+    uint8_t v[kPlaneBytes];
+};
+template <typename F>
+inline Plane bytes_of(F&& f) {
+    Plane r;
+    for (int i = 0; i < kPlaneBytes; ++i) r.v[i] = static_cast<uint8_t>(f(i));
+    return r;
+}
+inline Plane load_plane(const uint8_t* p) {
+    return bytes_of([&](int i) { return p[i]; });
+}
+inline Plane low_nibbles(const Plane& a) {
+    return bytes_of([&](int i) { return a.v[i] & 15; });
+}
+inline Plane high_nibbles(const Plane& a) {
+    return bytes_of([&](int i) { return a.v[i] >> 4; });
+}
+template <int f>
+inline Plane with_upper(const Plane& nibbles, const Plane& upper) {
+    return bytes_of([&](int i) { return nibbles.v[i] | (upper.v[i] >> 2 * f & 3) << 4; });
+}
+template <typename T>
+inline V16 load_bytes(const T* p) {
+    return lanes([&](int i) { return static_cast<float>(p[i]); });
+}
+using Operand = Plane;
+inline Operand operand_of(const Plane& a) {
+    return a;
+}
+struct Dot {
+    I16 sum;
+};
+inline Dot start_dot(int32_t from) {
+    Dot dot;
+    for (uint32_t& lane : dot.sum.v) lane = static_cast<uint32_t>(from);
+    return dot;
+}
+inline void multiply(Dot& dot, const Operand& w, uint32_t first, uint32_t second) {
+    const int32_t x[4] = {static_cast<int16_t>(first), static_cast<int16_t>(second),
+                          static_cast<int16_t>(first >> 16), static_cast<int16_t>(second >> 16)};
+    for (int n = 0; n < 16; ++n) {
+        int32_t sum = 0;
+        for (int i = 0; i < 4; ++i) sum += w.v[4 * n + i] * x[i];
+        dot.sum.v[n] += static_cast<uint32_t>(sum);
+    }
+}
+inline I16 total(const Dot& dot) {
+    return dot.sum;
+}
+
+#endif
+
+// The eight operands of a group.
+template <int kBits>
+inline void load_group(const uint8_t* group, Operand (&w)[8]) {
+    if constexpr (kBits == 8) {
+        for (int i = 0; i < 8; ++i) w[i] = operand_of(load_plane(group + i * kPlaneBytes));
+    } else if constexpr (kBits == 4) {
+        for (int i = 0; i < 4; ++i) {
+            const Plane plane = load_plane(group + i * kPlaneBytes);
+            w[i] = operand_of(low_nibbles(plane));
+            w[4 + i] = operand_of(high_nibbles(plane));
+        }
+    } else {
+        Plane nibbles[4], upper[2];
+        for (int i = 0; i < 4; ++i) nibbles[i] = load_plane(group + i * kPlaneBytes);
+        for (int i = 0; i < 2; ++i) upper[i] = load_plane(group + (4 + i) * kPlaneBytes);
+        for (int i = 0; i < 2; ++i) {
+            w[i] = operand_of(with_upper<0>(low_nibbles(nibbles[i]), upper[i]));
+            w[2 + i] = operand_of(with_upper<1>(low_nibbles(nibbles[2 + i]), upper[i]));
+            w[4 + i] = operand_of(with_upper<2>(high_nibbles(nibbles[i]), upper[i]));
+            w[6 + i] = operand_of(with_upper<3>(high_nibbles(nibbles[2 + i]), upper[i]));
+        }
+    }
+}
+
+}  // namespace specrt::SPECRT_ISA
