@@ -69,7 +69,7 @@ struct Scales<MatrixFormat::kQ4_K> {
         return mul(load_half(record), load_bytes(record + 64 + 16 * i));
     }
     static V16 offset(const uint8_t* record, int i) {
-        return sub(zero(), mul(load_half(record + 32), load_bytes(record + 192 + 16 * i)));
+        return sub(splat(-0.0f), mul(load_half(record + 32), load_bytes(record + 192 + 16 * i)));
     }
 };
 

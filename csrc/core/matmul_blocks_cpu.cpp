@@ -202,10 +202,11 @@ inline void add_group(const uint8_t* record, int g, const RoundedRows& x, const 
 template <MatrixFormat F>
 void add_strip(const uint8_t* strip, const RoundedRows& x, const RowBlock& rows, Sums<F>& sums) {
     constexpr BlockFormat f = block_format(F);
+    constexpr int64_t kLines = divide_up(f.record_bytes() / 64, f.num_groups);  // of a group
     const uint8_t* record = strip + f.head_bytes;
     for (int64_t group = 0; group < x.num_groups; record += f.record_bytes()) {
-        for (int64_t i = 0; i < f.record_bytes(); i += 64) prefetch(record + kAhead + i);
         for (int g = 0; g < f.num_groups; ++g, ++group) {
+            for (int64_t i = 0; i < kLines; ++i) prefetch(record + kAhead + (g * kLines + i) * 64);
             if constexpr (F == MatrixFormat::kInt8) {
                 add_group_int8(record, x, rows, group, sums);
             } else {
