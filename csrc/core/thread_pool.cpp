@@ -31,9 +31,10 @@ constexpr nanoseconds kIdle = std::chrono::milliseconds(1);
 // A worker that lost its core with a piece in hand rests for so many times the caller's wait, so
 // such waits cost an eighth of the time at most, however busy the machine is.
 constexpr int kRestFactor = 8;
-// A part is about the least work that is worth another thread. In a piece of so many of them what
-// beginning it costs does not show, and it is short beside kPatience.
-constexpr int kPartsAPiece = 32;
+// A thread claims so much of what is left of a range: more at once would bind the pieces to a
+// thread that is slow or has lost its core, less would be claims without end. Half leaves a launch
+// waiting 1.5 times as long for one thread of half the speed, an eighth 1.1 (simulated).
+constexpr int kClaimsOfRest = 8;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -145,7 +146,7 @@ struct Pieces {
     int begin = 0, end = 0;
 };
 
-// Half of a range's pieces that nobody has begun, of `size`: few claims, and the last are small.
+// Some of a range's pieces that nobody has begun, of `size`: few claims, and the last are small.
 // None: all are begun, or the launch is over. An ended launch has every piece begun, so its number
 // and size can claim nothing.
 Pieces claim(Seat& seat, uint64_t number, int size) {
@@ -153,7 +154,7 @@ Pieces claim(Seat& seat, uint64_t number, int size) {
     for (;;) {
         const int begin = number_of(begun) == number ? count_of(begun) : 0;
         if (number_of(begun) > number || begin >= size) return {};
-        const int end = begin + (size - begin + 1) / 2;
+        const int end = begin + (size - begin + kClaimsOfRest - 1) / kClaimsOfRest;
         const Word more = word_of(number, static_cast<uint64_t>(end));
         if (seat.begun.compare_exchange_weak(begun, more, std::memory_order_relaxed))
             return {begin, end};
@@ -211,7 +212,7 @@ class Pool {
 
     int pieces_of(const Launch& launch) const {
         if (launch.max_parts < num_threads_) return launch.max_parts;
-        const int each = launch.max_parts / (kPartsAPiece * num_threads_);
+        const int each = launch.max_parts / launch.parts_a_piece / num_threads_;
         return num_threads_ * (each < 1 ? 1 : each);
     }
 

@@ -48,8 +48,8 @@ bool job_is_right(std::mt19937& random, int length, int num_threads) {
     for (size_t k = 0; k < size; ++k) {
         const uint64_t delay = random() % 4 == 0 ? 3 + random() % 200 : 0;
         const Step step{values[k].data(), values[k + 1].data(), num_done[k].data(), delay};
-        launches.push_back(
-            make_launch(step_part, step, random() % 3 == 0 ? 1 : 1 + random() % 300));
+        const int64_t parts = random() % 3 == 0 ? 1 : 1 + random() % 300;
+        launches.push_back(make_launch(step_part, step, Split{parts, 1 + int64_t(random() % 40)}));
         std::vector<int> ignored(kUnits);
         const Step alone{expected[k].data(), expected[k + 1].data(), ignored.data(), 0};
         step_part(&alone, 0, 1);
