@@ -12,6 +12,8 @@
 #include <mutex>
 #include <thread>
 
+#include "core/cpu_topology.h"
+
 namespace specrt {
 namespace {
 
@@ -164,7 +166,10 @@ Pieces claim(Seat& seat, uint64_t number, int size) {
 class Pool {
   public:
     explicit Pool(int num_threads)
-        : num_wanted_(num_threads), seats_(new Seat[static_cast<size_t>(num_threads)]) {
+        : num_wanted_(num_threads),
+          preferred_(worker_cpus(num_threads)),
+          allowed_(allowed_cpus()),
+          seats_(new Seat[static_cast<size_t>(num_threads)]) {
         workers_.reserve(static_cast<size_t>(num_threads) - 1);
         try {
             for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -277,10 +282,12 @@ class Pool {
         return is_last;
     }
 
-    // The caller waited in vain for long. If that is because this worker had no core, it rests.
+    // The caller waited in vain for long. If that is because this worker had no core, it rests, and
+    // does without its preference: others, maybe a pool as this one, keep those CPUs busy.
     void rest_if_off(Seat& seat, int64_t awaited_since) {
         const int64_t now = nanoseconds_of(Clock::now()), wait = now - awaited_since;
         if (seat.time_off().count() <= wait / 2) return;
+        if (!preferred_.empty()) run_on(allowed_);
         int64_t none = 0;  // a rest that was asked for stays
         seat.rest_until.compare_exchange_strong(none, now + kRestFactor * wait);
     }
@@ -315,6 +322,7 @@ class Pool {
 
     void work(int thread) {
         Seat& seat = seats_[thread];
+        if (!preferred_.empty()) run_on(preferred_);
         seat.time_off();
         for (Word seen = 0; !stopping_.load(std::memory_order_seq_cst);) {
             if (seat.rest_until.load(std::memory_order_relaxed) != 0) rest(seat);
@@ -355,7 +363,8 @@ class Pool {
     }
 
     const int num_wanted_;
-    int num_threads_ = 1;  // read by workers once a launch is open
+    const Cpus preferred_, allowed_;  // the workers'; the caller's thread is its owner's to place
+    int num_threads_ = 1;             // read by workers once a launch is open
     std::unique_ptr<Seat[]> seats_;
     std::vector<std::thread> workers_;
     // The job: read only by who holds a piece of it, or opens its next launch.
