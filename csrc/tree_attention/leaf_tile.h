@@ -10,7 +10,7 @@ namespace specrt::SPECRT_ISA {
 
 constexpr int kLeaf = 64, kMaxDim = 256;
 #if defined(__AVX512F__)
-// Five sums of the tree are open at most, so scores take 20 registers of 32; values take 24.
+// Six sums of the tree are open at most, so scores take 24 registers of 32, as values do.
 constexpr int kScoreRows = 2, kScoreVectors = 2, kValueRows = 6, kValueVectors = 4;
 #else
 constexpr int kScoreRows = 2, kScoreVectors = 1, kValueRows = 2, kValueVectors = 2;
@@ -53,29 +53,43 @@ struct Scores {
     V16 of[R][kScoreVectors];
 };
 
+template <int R>
+Scores<R> sum_of(const Scores<R>& a, const Scores<R>& b) {
+    Scores<R> sums;
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kScoreVectors; ++c) sums.of[r][c] = add(a.of[r][c], b.of[r][c]);
+    return sums;
+}
+
+// Lanes `lane` and `lane` + 8 of the scores, summed: two at a time keep the multipliers busy.
+template <int R>
+inline __attribute__((always_inline)) Scores<R> sum_of_two(const float* const (&q)[R],
+                                                           const float* keys, int head_dim,
+                                                           int lane) {
+    Scores<R> low, high;
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kScoreVectors; ++c) low.of[r][c] = high.of[r][c] = zero();
+    const auto step = [&](Scores<R>& sums, int i) {
+        V16 k[kScoreVectors];
+        for (int c = 0; c < kScoreVectors; ++c) k[c] = load(keys + i * kScoreKeys + 16 * c);
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < kScoreVectors; ++c)
+                sums.of[r][c] = fma(splat(q[r][i]), k[c], sums.of[r][c]);
+    };
+    for (int i = lane; i < head_dim; i += 16) step(low, i), step(high, i + 8);
+    return sum_of(low, high);
+}
+
 // What the fixed tree makes of lanes kLane, kLane + kWidth, .. of the scores.
 template <int R, int kLane, int kWidth>
 inline __attribute__((always_inline)) Scores<R> sum_of_lanes(const float* const (&q)[R],
                                                              const float* keys, int head_dim) {
-    Scores<R> sums;
-    if constexpr (kWidth < 16) {
-        sums = sum_of_lanes<R, kLane, 2 * kWidth>(q, keys, head_dim);
-        const auto others = sum_of_lanes<R, kLane + kWidth, 2 * kWidth>(q, keys, head_dim);
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < kScoreVectors; ++c)
-                sums.of[r][c] = add(sums.of[r][c], others.of[r][c]);
+    if constexpr (kWidth == 8) {
+        return sum_of_two<R>(q, keys, head_dim, kLane);
     } else {
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < kScoreVectors; ++c) sums.of[r][c] = zero();
-        for (int i = kLane; i < head_dim; i += 16) {
-            V16 k[kScoreVectors];
-            for (int c = 0; c < kScoreVectors; ++c) k[c] = load(keys + i * kScoreKeys + 16 * c);
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < kScoreVectors; ++c)
-                    sums.of[r][c] = fma(splat(q[r][i]), k[c], sums.of[r][c]);
-        }
+        const auto these = sum_of_lanes<R, kLane, 2 * kWidth>(q, keys, head_dim);
+        return sum_of(these, sum_of_lanes<R, kLane + kWidth, 2 * kWidth>(q, keys, head_dim));
     }
-    return sums;
 }
 
 // The first scores of R rows, one for each key of a tile and of what fills its last block.

@@ -20,7 +20,7 @@ namespace {
 constexpr int kKeys = 4;
 constexpr int kMostRows = 64, kFewRows = 16;  // of an item
 constexpr int kMostFloats = kMostRows * 128;  // of its rows
-constexpr int kTileRows = 24;                 // for so many a leaf becomes a tile
+constexpr int kTileRows = 12;                 // for so many a leaf becomes a tile
 constexpr int kMaxNodes = 64 * TreeAttentionParams::kMaxWords;
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 4, kColumns = 4;  // 16 accumulators of one register each
