@@ -177,8 +177,7 @@ inline V16 scale_pow2(V16 value, V16 magic) {
 }
 // a0 b0 a1 b1 .. a7 b7, and a8 b8 .. a15 b15.
 inline V16 interleave_lo(V16 a, V16 b) {
-    const __m512i order =
-        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     return {_mm512_permutex2var_ps(a.v, order, b.v)};
 }
 inline V16 interleave_hi(V16 a, V16 b) {

@@ -1,5 +1,5 @@
-// Keys, and then values, of one leaf in float32, and products of blocks of rows with them: where many
-// rows see a leaf, each key is looked up and converted once for all.
+// Keys, and then values, of one leaf in float32, and products of blocks of rows with them: where
+// many rows see a leaf, each key is looked up and converted once for all.
 //
 // The bits are those of one row with one key. A score's sixteen lanes are sixteen sums here, each a
 // vector of as many keys, and the fixed tree adds vectors; values are accumulated key by key.
@@ -43,8 +43,7 @@ template <typename T>
 void read_values(LeafTile& tile, const T* values, const int64_t* offsets, int count) {
     const int d = tile.head_dim;
     for (int j = 0; j < count; ++j)
-        for (int i = 0; i < d; i += 16)
-            store(load(values + offsets[j] + i), tile.data + j * d + i);
+        for (int i = 0; i < d; i += 16) store(load(values + offsets[j] + i), tile.data + j * d + i);
 }
 
 // Of R rows with a block of keys.
@@ -97,8 +96,7 @@ template <int R>
 void score_tile(const LeafTile& tile, const float* const (&q)[R], int count, float scale,
                 float* const (&score)[R]) {
     for (int j = 0; j < count; j += kScoreKeys) {
-        const auto sums =
-            sum_of_lanes<R, 0, 1>(q, tile.data + j * tile.head_dim, tile.head_dim);
+        const auto sums = sum_of_lanes<R, 0, 1>(q, tile.data + j * tile.head_dim, tile.head_dim);
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < kScoreVectors; ++c)
                 store(mul(sums.of[r][c], splat(scale)), score[r] + j + 16 * c);

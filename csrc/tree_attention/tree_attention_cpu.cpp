@@ -11,88 +11,18 @@
 // no row sees are never read, and a row's values end with its own last key: short blocks repeat a
 // visible key and drop its score, as a tile's scores beyond a row's range are dropped.
 #include "core/simd.h"
-#include "tree_attention/leaf_tile.h"
-#include "tree_attention/tree_attention.h"
+#include "tree_attention/row_keys.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
 
-constexpr int kKeys = 4;
-constexpr int kMostRows = 64, kFewRows = 16;  // of an item
-constexpr int kMostFloats = kMostRows * 128;  // of its rows
-constexpr int kTileRows = 12;                 // for so many a leaf becomes a tile
-constexpr int kMaxNodes = 64 * TreeAttentionParams::kMaxWords;
+constexpr int kKeys = 4, kFewRows = 16;
+constexpr int kTileRows = 12;  // for so many a leaf becomes a tile
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 4, kColumns = 4;  // 16 accumulators of one register each
 #else
 constexpr int kBlockRows = 2, kColumns = 2;  // V16 is two registers (or a loop) here
 #endif
-
-int clamp(int count, int most) {
-    return count < 0 ? 0 : count < most ? count : most;
-}
-
-template <typename T>
-struct Item {
-    // A constructor, since braces would clear all the scratch below.
-    Item(const TreeAttentionParams& params, int seq, int head)
-        : p(params),
-          keys(static_cast<const T*>(params.k_cache) + int64_t{head} * params.head_dim),
-          values(static_cast<const T*>(params.v_cache) + int64_t{head} * params.head_dim),
-          seq(seq),
-          prefix(clamp(params.kv_len[seq], params.table.num_slots)),
-          hidden(prefix > params.max_seen ? prefix - params.max_seen : 0),
-          num_rows(0) {
-        prefix -= hidden;
-        tile.head_dim = params.head_dim;
-    }
-
-    const TreeAttentionParams& p;
-    const T *keys, *values;  // this kv head's
-    int seq;
-    int prefix, hidden, num_rows;  // keys seen of it, and not; active rows
-    bool is_tiled = false;
-    const float* q[kMostRows];
-    int64_t out[kMostRows];             // offsets
-    int node[kMostRows];                // of those here; rows of one node are neighbours
-    int range[kMostRows];               // by node: its keys that follow one another, from the first
-    int num_own[kMostRows];             // by node
-    int64_t own[kMostRows][kMaxNodes];  // by node: offsets of the visible keys behind, in order
-    float score[kMostRows][kLeaf];      // then the exponentials
-    float leaf_max[kMostRows], leaf_sum[kMostRows], max[kMostRows], sum[kMostRows];
-    // Rows of head_dim: queries of 16 bits, widened; the leaf's values; those of all leaves.
-    alignas(64) float query[kMostFloats], leaf_value[kMostFloats], value[kMostFloats];
-    LeafTile tile;
-
-    float* row_of(float* rows, int row) { return rows + row * p.head_dim; }
-};
-
-// Where the key numbered `key` among those of a row lies.
-template <typename T>
-int slot_of(const Item<T>& it, int key) {
-    return key < it.p.num_sinks ? key : key + it.hidden;
-}
-
-template <typename T>
-int64_t offset_of(const Item<T>& it, int key) {
-    const uint32_t slot = static_cast<uint32_t>(slot_of(it, key));
-    // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
-    const uint32_t known = clamp_index(slot, it.p.table.num_slots);
-    return row_of_slot(it.p.table, it.seq, known) * it.p.num_kv_heads * it.p.head_dim;
-}
-
-// Offsets of keys begin..begin+count of a range, a page at a time: one division a page.
-template <typename T>
-void range_offsets(const Item<T>& it, int begin, int count, int64_t* offsets) {
-    const int64_t step = int64_t{it.p.num_kv_heads} * it.p.head_dim;
-    for (int i = 0; i < count;) {
-        const int in_page = slot_of(it, begin + i) % it.p.table.page_size;
-        int end = begin + i + it.p.table.page_size - in_page;
-        if (begin + i < it.p.num_sinks && end > it.p.num_sinks) end = it.p.num_sinks;
-        int64_t offset = offset_of(it, begin + i);
-        for (; i < count && begin + i < end; offset += step) offsets[i++] = offset;
-    }
-}
 
 // Scores of R rows with up to four keys.
 template <int R, typename T>
@@ -213,8 +143,7 @@ void over_own_keys(const Item<T>& it, const Leaf& leaf, Body&& body) {
         const int count = leaf.count[begin] - column;
         if (count == 0) continue;
         const int64_t* offsets = it.own[node] + (leaf.begin + column - it.range[node]);
-        in_blocks(begin, end,
-                  [&](auto size, int row) { body(size, row, offsets, count, column); });
+        in_blocks(begin, end, [&](auto size, int row) { body(size, row, offsets, count, column); });
     }
 }
 
@@ -327,8 +256,7 @@ void run_leaf(Item<T>& it, int index) {
     find_keys(it, leaf);
     score_leaf(it, leaf);
     for (int r = 0; r < it.num_rows; ++r)
-        if (leaf.count[r] > 0)
-            soften(it.score[r], leaf.count[r], &it.leaf_max[r], &it.leaf_sum[r]);
+        if (leaf.count[r] > 0) soften(it.score[r], leaf.count[r], &it.leaf_max[r], &it.leaf_sum[r]);
     value_leaf(it, leaf);
     if (index > 0) return merge_leaf(it, leaf);
     for (int r = 0; r < it.num_rows; ++r) {
@@ -359,54 +287,6 @@ const float* read_row(const TreeAttentionParams& p, int64_t at, float* scratch) 
     if (p.q_dtype == DType::kBFloat16) return widen(static_cast<const bf16*>(p.q));
     if (p.q_dtype == DType::kFloat16) return widen(static_cast<const f16*>(p.q));
     return static_cast<const float*>(p.q) + at;
-}
-
-// The bits of a node's ancestors, itself among them. Nothing above a node has a greater index: a
-// stray bit must not read an unwritten slot.
-struct Ancestors {
-    uint64_t bits[TreeAttentionParams::kMaxWords] = {};
-
-    // How many there are before the first that is none.
-    int num_first() const {
-        if (~bits[0]) return __builtin_ctzll(~bits[0]);
-        return 64 + (~bits[1] ? __builtin_ctzll(~bits[1]) : 64);
-    }
-};
-
-template <typename T>
-Ancestors ancestors_of(const Item<T>& it, int node) {
-    const uint64_t* bits =
-        it.p.ancestors + it.seq * it.p.ancestors_stride[0] + node * it.p.ancestors_stride[1];
-    const int end = clamp(it.p.first_node[it.seq], kMaxNodes) + node + 1;
-    Ancestors found;
-    for (int w = 0; w < it.p.num_words; ++w) {
-        const int left = end - 64 * w;
-        found.bits[w] = left >= 64 ? bits[w] : left > 0 ? bits[w] & ((1ull << left) - 1) : 0;
-    }
-    return found;
-}
-
-// The range and the own keys of all nodes.
-template <typename T>
-void divide_keys(Item<T>& it, const Ancestors* nodes, int num_nodes) {
-    // Slots behind the table's last one are looked up one by one.
-    const int room = it.p.table.num_slots - it.hidden - it.prefix;
-    int least = room;
-    for (int i = 0; i < num_nodes; ++i) {
-        const int first = nodes[i].num_first();
-        it.range[i] = first < room ? first : room;
-        least = it.range[i] < least ? it.range[i] : least;
-    }
-    for (int i = 0; i < num_nodes; ++i) {
-        if (!it.is_tiled) it.range[i] = least;
-        it.num_own[i] = 0;
-        for (int w = 0; w < it.p.num_words; ++w)
-            for (uint64_t rest = nodes[i].bits[w]; rest; rest &= rest - 1) {
-                const int j = 64 * w + __builtin_ctzll(rest);
-                if (j >= it.range[i]) it.own[i][it.num_own[i]++] = offset_of(it, it.prefix + j);
-            }
-        it.range[i] += it.prefix;
-    }
 }
 
 template <typename T>
