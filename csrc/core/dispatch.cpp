@@ -8,17 +8,18 @@ namespace specrt {
 namespace {
 
 Isa best_isa() {
-    if (cpu_has(Isa::kAvx512)) return Isa::kAvx512;
-    return cpu_has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kPortable;
+    for (Isa isa : {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2})
+        if (cpu_has(isa)) return isa;
+    return Isa::kPortable;
 }
 
 Isa parse_isa(const char* name) {
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
         if (std::strcmp(name, isa_name(isa)) != 0) continue;
         SPECRT_CHECK(cpu_has(isa), "isa: this CPU has no ", name);
         return isa;
     }
-    fail("isa: expected portable, avx2 or avx512, got ", name);
+    fail("isa: expected portable, avx2, avx512 or avx512_vnni, got ", name);
 }
 
 // The one process-wide setting: which of several bit-identical implementations runs.
@@ -33,7 +34,7 @@ std::atomic<Isa>& chosen_isa() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+    constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
     return kNames[static_cast<int>(isa)];
 }
 
@@ -42,9 +43,11 @@ bool cpu_has(Isa isa) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::kAvx2) return avx2;
-    if (isa == Isa::kAvx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (isa == Isa::kAvx512) return avx512;
+    if (isa == Isa::kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == Isa::kPortable;
 }
