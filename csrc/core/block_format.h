@@ -23,7 +23,7 @@ struct BlockFormat {
     int32_t block_depth, block_bytes;  // of a file's block; 0 bytes: no file has it
     int32_t num_groups, scale_bytes;   // of a record
     int32_t quant_bits, zero_point;
-    int32_t head_bytes;                // of a strip, in front of its records
+    int32_t head_bytes;  // of a strip, in front of its records
 
     constexpr int64_t record_depth() const { return num_groups * kGroupDepth; }
     constexpr int64_t group_bytes() const { return 8 * kPlaneBytes * quant_bits / 8; }

@@ -1,6 +1,7 @@
 // Dot products of 8-bit weights and 16-bit values in sixteen lanes, and the planes of
 // core/block_format.h as their operands. Everything is exact, so that how it is done is speed
-// alone: vpdpbusd multiplies bytes, the weights by both bytes of a value; the rest multiplies words.
+// alone: vpdpbusd multiplies bytes, the weights by both bytes of a value; the rest multiplies
+// words.
 #pragma once
 #include "core/block_format.h"
 #include "core/simd.h"

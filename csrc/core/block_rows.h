@@ -178,8 +178,7 @@ inline void read_row(const uint8_t* strip, int64_t depth, int lane, float* out) 
     constexpr BlockFormat f = block_format(F);
     for (int64_t group = 0; group * kGroupDepth < depth; ++group) {
         float floats[32];
-        const uint8_t* record =
-            strip + f.head_bytes + group / f.num_groups * f.record_bytes();
+        const uint8_t* record = strip + f.head_bytes + group / f.num_groups * f.record_bytes();
         read_floats<F>(strip, record, static_cast<int>(group % f.num_groups), lane, floats);
         const int64_t left = depth - group * kGroupDepth;
         const int64_t count = left < kGroupDepth ? left : kGroupDepth;

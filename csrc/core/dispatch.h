@@ -9,7 +9,8 @@ namespace specrt {
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
 
 Isa active_isa();                // the best this CPU has, or what set_isa / SPECRT_ISA chose
-void set_isa(const char* name);  // "portable" | "avx2" | "avx512" | "avx512_vnni"; throws if the CPU lacks it
+void set_isa(const char* name);  // "portable" | "avx2" | "avx512" | "avx512_vnni"; throws if the
+                                 // CPU lacks it
 const char* isa_name(Isa isa);
 bool cpu_has(Isa isa);
 
@@ -38,22 +39,22 @@ using CudaFn = void (*)(const void* params, CudaStream stream);
         return isa >= Isa::kAvx512 ? avx512::fn : isa == Isa::kAvx2 ? avx2::fn : portable::fn; \
     }
 // Of a kernel that is compiled for kAvx512Vnni too.
-#define SPECRT_DECLARE_CPU_VNNI(fn)                                                    \
-    namespace portable {                                                               \
-    void fn(const void*, int, int);                                                    \
-    }                                                                                  \
-    namespace avx2 {                                                                   \
-    void fn(const void*, int, int);                                                    \
-    }                                                                                  \
-    namespace avx512 {                                                                 \
-    void fn(const void*, int, int);                                                    \
-    }                                                                                  \
-    namespace avx512_vnni {                                                            \
-    void fn(const void*, int, int);                                                    \
-    }                                                                                  \
-    inline PartFn fn##_for(Isa isa) {                                                  \
+#define SPECRT_DECLARE_CPU_VNNI(fn)                                                      \
+    namespace portable {                                                                 \
+    void fn(const void*, int, int);                                                      \
+    }                                                                                    \
+    namespace avx2 {                                                                     \
+    void fn(const void*, int, int);                                                      \
+    }                                                                                    \
+    namespace avx512 {                                                                   \
+    void fn(const void*, int, int);                                                      \
+    }                                                                                    \
+    namespace avx512_vnni {                                                              \
+    void fn(const void*, int, int);                                                      \
+    }                                                                                    \
+    inline PartFn fn##_for(Isa isa) {                                                    \
         constexpr PartFn kFns[] = {portable::fn, avx2::fn, avx512::fn, avx512_vnni::fn}; \
-        return kFns[static_cast<int>(isa)];                                            \
+        return kFns[static_cast<int>(isa)];                                              \
     }
 #else
 #define SPECRT_DECLARE_CPU_VNNI SPECRT_DECLARE_CPU

@@ -243,8 +243,7 @@ void store_outputs(const MatmulParams& p, int64_t row, int64_t first, V16 y) {
 template <MatrixFormat F>
 void multiply_strip(const MatmulParams& p, const RoundedRows& x, const RowBlock& rows,
                     int64_t output) {
-    const auto* strip =
-        reinterpret_cast<const uint8_t*>(strip_of(p.weight, F, p.depth, output));
+    const auto* strip = reinterpret_cast<const uint8_t*>(strip_of(p.weight, F, p.depth, output));
     Sums<F> sums;
     sums.clear(rows.count);
     add_strip<F>(strip, x, rows, sums);
@@ -287,9 +286,8 @@ void round_rows_part(const void* params, int part, int num_parts) {
 void matmul_blocks_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const MatmulParams*>(params);
     if (p.num_rows == 0 || !is_any_open(p.openness)) return;
-    with_blocks(p.format, [&](auto named) {
-        strips_of_part<decltype(named)::kFormat>(p, part, num_parts);
-    });
+    with_blocks(p.format,
+                [&](auto named) { strips_of_part<decltype(named)::kFormat>(p, part, num_parts); });
 }
 
 }  // namespace specrt::SPECRT_ISA
