@@ -9,16 +9,17 @@ namespace specrt::SPECRT_ISA {
 // Output `lane` of a group: its 32 quants.
 template <int kBits>
 inline void write_group(const uint8_t (&w)[32], uint8_t* group, int lane) {
-    uint8_t plane[6][4] = {};
     uint8_t* at = group + 4 * lane;
-    for (int i = 0; i < 32 && kBits == 8; i += 4) std::memcpy(at + 16 * i, w + i, 4);
-    if constexpr (kBits == 8) return;
-    for (int i = 0; i < 16; ++i)
-        plane[i / 4][i % 4] = static_cast<uint8_t>((w[i] & 15) | w[16 + i] << 4);
-    if constexpr (kBits == 6)
-        for (int i = 0; i < 32; ++i)
-            plane[4 + i / 4 % 2][i % 4] |= static_cast<uint8_t>(w[i] >> 4 << i / 8 * 2);
-    for (int i = 0; i < (kBits == 6 ? 6 : 4); ++i) std::memcpy(at + i * kPlaneBytes, plane[i], 4);
+    if constexpr (kBits == 8) {
+        for (int i = 0; i < 8; ++i) std::memcpy(at + i * kPlaneBytes, w + 4 * i, 4);
+        return;
+    }
+    uint8_t planes[24];
+    for (int i = 0; i < 16; ++i) planes[i] = static_cast<uint8_t>((w[i] & 15) | w[16 + i] << 4);
+    for (int i = 0; i < 8; ++i)
+        planes[16 + i] = static_cast<uint8_t>(w[i] >> 4 | w[8 + i] >> 4 << 2 | w[16 + i] >> 4 << 4 |
+                                              w[24 + i] >> 4 << 6);
+    for (int i = 0; i < kBits; ++i) std::memcpy(at + i * kPlaneBytes, planes + 4 * i, 4);
 }
 
 template <int kBits>
@@ -123,30 +124,32 @@ inline bool write_row(const uint8_t* source, int64_t depth, uint8_t* strip, int 
 // even. Whether all are finite.
 template <typename T>
 inline bool write_row_int8(const T* source, int64_t depth, uint8_t* strip, int lane) {
-    float largest = 0.0f;
-    bool is_finite = true;
+    uint32_t largest_bits = 0;
     for (int64_t k = 0; k < depth; ++k) {
-        const float magnitude = __builtin_fabsf(to_float(source[k]));
-        is_finite &= magnitude <= 3.4028235e38f;
-        largest = magnitude > largest ? magnitude : largest;
+        const uint32_t magnitude = to_bits(to_float(source[k])) & 0x7fffffffu;
+        largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
     }
-    const float scale = largest / 127.0f;
+    const float largest = from_bits(largest_bits), scale = largest / 127.0f;
     std::memcpy(strip + 4 * lane, &scale, 4);
     const double steps = largest > 0.0f ? 127.0 / static_cast<double>(largest) : 0.0;
     uint8_t* group = strip + kInt8Blocks.head_bytes;
     for (int64_t k = 0; k < depth; k += kGroupDepth, group += kInt8Blocks.group_bytes()) {
-        const int count = static_cast<int>(depth - k < kGroupDepth ? depth - k : kGroupDepth);
+        T last[32] = {};
+        const bool is_last = depth - k < kGroupDepth;
+        for (int64_t i = 0; is_last && i < depth - k; ++i) last[i] = source[k + i];
+        const T* values = is_last ? last : source + k;
         uint8_t w[32];
         for (int i = 0; i < 32; ++i) {
             // Adding 1.5 * 2^52 leaves no room for a fraction.
-            const double rounded = i < count ? to_float(source[k + i]) * steps + 0x1.8p52 : 0.0;
+            const double value = to_float(values[i]);
+            const double rounded = value * steps + 0x1.8p52;
             uint64_t bits;
             std::memcpy(&bits, &rounded, 8);
             w[i] = static_cast<uint8_t>(bits ^ 0x80);
         }
         write_group<8>(w, group, lane);
     }
-    return is_finite;
+    return largest_bits < 0x7f800000u;
 }
 
 // Group `g` of a record as floats.
