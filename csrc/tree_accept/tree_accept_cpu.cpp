@@ -238,7 +238,6 @@ struct Walk {
         at.filter = apply_min_p(at.top.value, s.min_p, at.filter);
         if (p.draft_probs && has_children()) {
             draw_by_rejection();
-            if (at.child < 0 && at.token != kBadRow) return found(at.token);
             return at.token == kBadRow ? end_without() : Next::kDescend;
         }
         GumbelSearch search{at.row, p.vocab, at.filter, s.seed, position(), {}};
