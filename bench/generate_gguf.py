@@ -30,7 +30,8 @@ from bench.contenders import (
 from bench.harness import Row, report
 from bench.stream import Triad
 from specrt import Engine, SamplingParams, load
-from specrt.draft.base import EmptyDrafter
+from specrt.draft.base import DraftParams, EmptyDrafter
+from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.models.loader import Weights
 
@@ -38,16 +39,16 @@ DRAFTERS = "prompt-lookup,recycle"
 
 
 class EngineOf:
-    """Our engine, past the ends of texts."""
+    """Our engine, past the ends of texts; ``draft`` is its trees' shape."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, draft: DraftParams | None = None) -> None:
+        self._engine, self._draft = engine, draft
 
     def run(self, request: Request) -> Output:
         """As :meth:`~bench.contenders.Contender.run`, but for the end of a sequence."""
         params = SamplingParams(max_new_tokens=request.max_new_tokens, ignore_eos=True)
         started = time.perf_counter()
-        result = self._engine.generate(request.prompt_ids, params)
+        result = self._engine.generate(request.prompt_ids, params, self._draft)
         seconds = time.perf_counter() - started
         if result.error is not None:
             raise RuntimeError(result.error)
@@ -148,7 +149,7 @@ def make_race(args: argparse.Namespace) -> Race:
     plain = Engine(model, EmptyDrafter(), loaded.tokenizer)
     contenders: dict[str, Contender] = {PLAIN: EngineOf(plain)}
     for name in [] if args.drafters == "none" else args.drafters.split(","):
-        drafter = load_drafter(name, model, None)
+        drafter = load_drafter(name, model, None, DrafterOptions())
         contenders[f"ours {name}"] = EngineOf(Engine(model, drafter, loaded.tokenizer))
     if LLAMA_CPP in args.peers and has_llama_cpp():
         context = args.prompt_tokens + args.max_new_tokens + 1
