@@ -21,7 +21,7 @@ from bench.random_target import DEVIATION
 from bench.stream import Triad
 from specrt import load
 
-NUM_LAYER_WEIGHTS = {"llama-1b": 1_235_746_816, "qwen-0.5b": 493_961_216}
+NUM_WEIGHTS = {"llama-1b": 1_235_746_816, "qwen-0.5b": 493_961_216}
 """Of the models whose shapes these are, by their authors' files: norms and biases left out."""
 
 
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CPU_MODELS)
 def test_shapes_are_the_models(name: str) -> None:
-    assert CPU_MODELS[name].num_weights() == NUM_LAYER_WEIGHTS[name]
+    assert CPU_MODELS[name].num_weights() == NUM_WEIGHTS[name]
     whole, part = CPU_MODELS[name].matrices(), CPU_MODELS[name].matrices(share=4)
     assert sum(n * k for n, k in part) * 4 == sum(n * k for n, k in whole)
 
