@@ -1,13 +1,11 @@
-"""The shape of a target model, read from a GGUF file's metadata."""
+"""What a GGUF file's metadata say of its model, in the words of a ``config.json``."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from specrt.config.gguf_header import GgufHeader
 from specrt.config.gguf_rope import LINEAR, read_gguf_rope
-from specrt.config.model import ModelConfig
 from specrt.config.values import decimal, flag, positive, size_of
 from specrt.types import CheckpointError
 
@@ -49,16 +47,27 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBED = "token_embd.weight"
 
 
-def gguf_config(header: GgufHeader) -> ModelConfig:
-    """The configuration of a GGUF file's model.
+class GgufSettings(NamedTuple):
+    """What :class:`specrt.config.ModelConfig` is made from."""
 
-    Its dtype is that of the matrices, float16 where they lie in blocks.
+    data: dict[str, Any]
+    """As the content of a ``config.json``; the dtype is that of the matrices, float16 where they
+    lie in blocks."""
+    generation: dict[str, Any]
+    """As the content of a ``generation_config.json``."""
+    has_attention_bias: bool
+    has_output_bias: bool
+    has_mlp_bias: bool
+
+
+def read_gguf_settings(header: GgufHeader) -> GgufSettings:
+    """Read the metadata of a GGUF file's model.
 
     Raises:
         CheckpointError: another architecture, a key that is missing, malformed or may change what
             is computed, or a vocabulary that does not fit the embedding.
     """
-    return _Reader(header).config()
+    return _Reader(header).settings()
 
 
 class _Reader:
@@ -70,30 +79,26 @@ class _Reader:
         self._source = str(header.file)
         self._family = self._architecture()
 
-    def config(self) -> ModelConfig:
+    def settings(self) -> GgufSettings:
         self._refuse_others()
-        data = {ours: self._size(key) for key, ours in _SIZES.items()}
+        data: dict[str, Any] = {ours: self._size(key) for key, ours in _SIZES.items()}
         head_dim = self._head_dim(data["hidden_size"], data["num_attention_heads"])
-        config = ModelConfig.from_dict(
-            {
-                **data,
-                **read_gguf_rope(self._header, self._family, head_dim),
-                "model_type": self._family,
-                "num_key_value_heads": self._size(_KV_HEADS, data["num_attention_heads"]),
-                "head_dim": head_dim,
-                "rms_norm_eps": decimal(positive(self._get(_EPSILON), *self._named(_EPSILON))),
-                "vocab_size": self._vocab_size(),
-                "tie_word_embeddings": "output.weight" not in self._header.tensors,
-                "bos_token_id": self._token("bos"),
-                "eos_token_id": self._ends(),
-                "torch_dtype": _DTYPES.get(self._matrix_kind(), "float16"),
-            },
+        data |= {
+            **read_gguf_rope(self._header, self._family, head_dim),
+            "model_type": self._family,
+            "num_key_value_heads": self._size(_KV_HEADS, data["num_attention_heads"]),
+            "head_dim": head_dim,
+            "rms_norm_eps": decimal(positive(self._get(_EPSILON), *self._named(_EPSILON))),
+            "vocab_size": self._vocab_size(),
+            "tie_word_embeddings": "output.weight" not in self._header.tensors,
+            "bos_token_id": self._token("bos"),
+            "eos_token_id": self._ends(),
+            "torch_dtype": _DTYPES.get(self._matrix_kind(), "float16"),
+        }
+        return GgufSettings(
+            data,
             self._generation(),
-            source=self._source,
-        )
-        return replace(
-            config,
-            has_attention_bias=self._has("attn_q.bias") or config.has_attention_bias,
+            has_attention_bias=self._has("attn_q.bias") or self._family == "qwen2",
             has_output_bias=self._has("attn_output.bias"),
             has_mlp_bias=self._has("ffn_down.bias"),
         )

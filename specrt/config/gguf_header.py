@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specrt.config.directory import check_file
+from specrt.config.directory import GGUF_MAGIC, check_file
 from specrt.types import CheckpointError
 
-MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # 1 counts in 32 bits
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
@@ -126,8 +125,8 @@ class _Reader:
     def _start(self) -> tuple[int, int]:
         """The numbers of tensors and of keys."""
         magic = self._data[:4]
-        if magic != MAGIC:
-            raise self._fail(f"not a GGUF file: begins with {magic!r}, expected {MAGIC!r}")
+        if magic != GGUF_MAGIC:
+            raise self._fail(f"not a GGUF file: begins with {magic!r}, expected {GGUF_MAGIC!r}")
         self._position = 4
         version = self._number("<u4")
         if version & 0xFFFF == 0 and version:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from specrt.config import ModelConfig
-from specrt.config.gguf import gguf_config
 from specrt.config.gguf_header import BLOCK_SIZES, TensorPlace, read_gguf_header
 from specrt.models.layouts import EMBED, HEAD, expected_shapes
 from specrt.types import CheckpointError
@@ -107,7 +106,7 @@ class GgufFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.header = read_gguf_header(self.path)
-        self.config: ModelConfig = gguf_config(self.header)
+        self.config = ModelConfig.from_gguf(self.header)
         self._places = self._named(self.header.tensors)
         self._check()
         self._map: mmap.mmap | None = None

@@ -203,8 +203,8 @@ class _Reader:
             "bos": self._flag("add_bos_token", adds_bos),
             "eos": self._flag("add_eos_token", False),
         }
-        ends = {name: self._named_token(name) for name, is_wanted in wanted.items() if is_wanted}
-        ends = {name: token for name, token in ends.items() if token is not None}
+        tokens = {name: self._named_token(name) for name, is_wanted in wanted.items() if is_wanted}
+        ends = {name: token for name, token in tokens.items() if token is not None}
         if ends:
             parts = [ends.get("bos"), "$A", ends.get("eos")]
             fast.post_processor = processors.TemplateProcessing(
