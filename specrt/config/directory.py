@@ -76,9 +76,7 @@ def gguf_path(path: str | os.PathLike[str]) -> Path | None:
     found = sorted(file for file in path.glob("*.gguf") if file.is_file())
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise CheckpointError(
-            f"{path}: expected one GGUF file, found {names}: name the one to load"
-        )
+        raise CheckpointError(f"{path}: expected one GGUF file, got {names} (name the one to load)")
     return found[0] if found else None
 
 

@@ -79,7 +79,9 @@ class _Reader:
         self._metadata = header.metadata
         self._source = str(header.file)
         self._tokens: list[str] = self._list("tokens", str)
-        self._kinds: list[int] = self._list("token_type", int, [_NORMAL] * len(self._tokens))
+        self._kinds: list[int] = self._of_each_token(
+            "token_type", int, [_NORMAL] * len(self._tokens)
+        )
 
     def tokenizer(self) -> Tokenizer:
         makers: Mapping[str, Callable[[], tuple[FastTokenizer, bool]]] = {
