@@ -160,6 +160,11 @@ class GgufFile:
 
     def _check(self) -> None:
         """Compare what is there with what the metadata tell of."""
+        if self.config.num_layers > len(self._places):  # before a name is made for each
+            raise CheckpointError(
+                f"{self.path}: {self.config.architecture}.block_count: expected no more layers "
+                f"than there are tensors ({len(self._places)}), got {self.config.num_layers}"
+            )
         expected = expected_shapes(self.config)
         for key, shape in expected.items():
             if key not in self._places:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -13,13 +15,18 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
+from specrt.builtin import target_path
 from specrt.config import ModelConfig
 from specrt.config.gguf_header import read_gguf_header
 from specrt.models.gguf_file import GgufFile
 from specrt.models.layouts import expected_shapes
+from specrt.models.loader import load_weights
+from specrt.models.tokenizer import load_tokenizer
 from specrt.types import CheckpointError
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.gguf_files import write_gguf
+from tools.export_checkpoint import state_dict
+from tools.make_gguf import make_gguf
 
 Tensors = dict[str, torch.Tensor]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -79,6 +86,26 @@ def test_rows_stay_after_pages_are_given_back(tmp_path: Path) -> None:
     assert torch.equal(rows, before)
 
 
+def test_the_bundled_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    make_gguf("builtin", file, "bfloat16")
+    config, ours = ModelConfig.from_directory(target_path()), GgufFile(file)
+    apart = {"dtype": torch.bfloat16, "float8_scale_suffix": None, "generation": ANY}
+    assert ours.config == replace(config, **apart)
+    weights = load_weights(target_path(), config, torch.bfloat16)
+    for key, tensor in state_dict(config, weights).items():
+        values = ours.tensors[key].values(0, tensor.shape[0])
+        assert torch.equal(values.float(), tensor.float()), key
+    theirs, tokenizer = load_tokenizer(target_path()), load_tokenizer(file)
+    for text in ("Question: How many legs have 16 cats?\nAnswer:", "", "é…€😀 </s> x", " a  b"):
+        ids = theirs.encode(text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids)
+    assert tokenizer.special_tokens == theirs.special_tokens
+    chat = [{"role": "user", "content": "How many?"}]
+    assert tokenizer.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+
+
 # --- What is refused ------------------------------------------------------------------------------
 
 
@@ -122,6 +149,14 @@ def test_other_tensors(edit: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         GgufFile(tmp_path / "model.gguf")
     assert str(caught.value).startswith(str(tmp_path / "model.gguf"))
+
+
+def test_more_layers_than_tensors(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    file = tmp_path / "model.gguf"
+    write_gguf(tmp_path, file, edit=lambda metadata: metadata.update({"llama.block_count": 2**30}))
+    with pytest.raises(CheckpointError, match=r"block_count: expected no more layers than there"):
+        GgufFile(file)
 
 
 @pytest.fixture(scope="module")
