@@ -201,6 +201,16 @@ inline V16 interleave_hi(V16 a, V16 b) {
         _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     return {_mm512_permutex2var_ps(a.v, order, b.v)};
 }
+// Packs the lanes that are not below `least` to the front, and their indices, the first lane's
+// being `first`; returns how many. All sixteen of both outputs may be written.
+inline int pack_not_less(V16 x, V16 least, int32_t first, float* values, int32_t* indices) {
+    const __mmask16 taken = _mm512_cmp_ps_mask(x.v, least.v, _CMP_GE_OQ);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(taken, x.v));
+    _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(taken, index));
+    return __builtin_popcount(taken);
+}
 inline __m128 fold_to_4(V16 a) {
     const __m256 hi = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
     const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), hi);
@@ -530,6 +540,21 @@ inline float reduce_max(V16 a) {
 }
 inline void reduce_add4(const V16 a[4], float* out) {
     for (int i = 0; i < 4; ++i) out[i] = reduce_add(a[i]);
+}
+#endif
+
+#if !defined(__AVX512F__)
+inline int pack_not_less(V16 x, V16 least, int32_t first, float* values, int32_t* indices) {
+    float lane[16], bound[16];
+    store(x, lane);
+    store(least, bound);
+    int count = 0;
+    for (int i = 0; i < 16; ++i) {
+        values[count] = lane[i];
+        indices[count] = first + i;
+        count += lane[i] >= bound[i];
+    }
+    return count;
 }
 #endif
 
