@@ -8,6 +8,7 @@
 namespace specrt::bindings {
 
 void register_linear(py::module_& m);
+void register_matrix_pack(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_rope_append(py::module_& m);
 void register_silu_mul(py::module_& m);
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("rest_workers", &rest_workers);
     register_graph(m);
     register_linear(m);
+    register_matrix_pack(m);
     register_rms_norm(m);
     register_rope_append(m);
     register_silu_mul(m);
