@@ -5,12 +5,18 @@
 
 namespace specrt {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+// Each has what those before it have. kAvx512Bf16 and kAmx have kernels of their own for products
+// by packed matrices alone.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 Isa active_isa();                // the best this CPU has, or what set_isa / SPECRT_ISA chose
-void set_isa(const char* name);  // "portable" | "avx2" | "avx512"; throws if the CPU lacks it
+void set_isa(const char* name);  // by isa_name; throws if the CPU lacks it
 const char* isa_name(Isa isa);
+// Whether it may run. Of kAmx the first call asks Linux for tile registers, once for the process.
 bool cpu_has(Isa isa);
+// Why a set that the CPU has may not run, nullptr if there is none.
+const char* refused_isa();
 
 // A launch's body: does share `part` of `num_parts` of the work that `params` describes.
 using PartFn = void (*)(const void* params, int part, int num_parts);
@@ -34,7 +40,7 @@ using CudaFn = void (*)(const void* params, CudaStream stream);
     void fn(const void*, int, int);                                                            \
     }                                                                                          \
     inline PartFn fn##_for(Isa isa) {                                                          \
-        return isa == Isa::kAvx512 ? avx512::fn : isa == Isa::kAvx2 ? avx2::fn : portable::fn; \
+        return isa >= Isa::kAvx512 ? avx512::fn : isa == Isa::kAvx2 ? avx2::fn : portable::fn; \
     }
 #else
 #define SPECRT_DECLARE_CPU(fn)      \

@@ -8,13 +8,50 @@ int64_t matmul_workspace(int64_t depth, int64_t num_rows) {
     return divide_up(num_rows, kStripOutputs) * kStripOutputs * (2 * padded + padded / 8 + 32);
 }
 
-void matmul(const MatmulParams& p, std::vector<Launch>* launches) {
-    // A part of less than ~8k multiply-adds is not worth another thread.
-    const int64_t parts = 1 + p.num_rows * p.num_outputs * p.depth / 8192;
+namespace {
+
+// A part of less than ~8k multiply-adds is not worth another thread.
+constexpr int64_t kPartWork = 8192;
+// A split of so many values is not.
+constexpr int64_t kPartValues = 2048;
+// The pool makes pieces of so many parts: a piece of a packed matrix is a panel at least.
+constexpr int64_t kPartsAPanel = 32, kPanelOutputs = 2 * kStripOutputs;
+
+struct TileProduct {
+    PartFn split, multiply;
+};
+
+TileProduct tile_product(Isa isa) {
+#if defined(SPECRT_X86)
+    if (isa == Isa::kAmx) return {amx::matmul_tiles_split, amx::matmul_tiles_part};
+    if (isa == Isa::kAvx512Bf16)
+        return {avx512bf16::matmul_tiles_split, avx512bf16::matmul_tiles_part};
+#endif
+    return {matmul_tiles_split_for(isa), matmul_tiles_part_for(isa)};
+}
+
+// A lone row waits for memory whatever multiplies, and vectors need no launch to split it first.
+Isa isa_of_lone_row() {
     const Isa isa = active_isa();
-    const bool is_packed = p.format != MatrixFormat::kRows;
-    launches->push_back(
-        make_launch(is_packed ? matmul_tiles_part_for(isa) : matmul_part_for(isa), p, parts));
+    if (isa != Isa::kAmx) return isa;
+    return cpu_has(Isa::kAvx512Bf16) ? Isa::kAvx512Bf16 : Isa::kAvx512;
+}
+
+void matmul_tiles(const MatmulParams& p, int64_t parts, std::vector<Launch>* launches) {
+    const bool is_lone = p.num_rows == 1;
+    const TileProduct product = tile_product(is_lone ? isa_of_lone_row() : active_isa());
+    if (!is_lone)
+        launches->push_back(make_launch(product.split, p, 1 + p.num_rows * p.depth / kPartValues));
+    const int64_t most = kPartsAPanel * divide_up(p.num_outputs, kPanelOutputs);
+    launches->push_back(make_launch(product.multiply, p, parts < most ? parts : most));
+}
+
+}  // namespace
+
+void matmul(const MatmulParams& p, std::vector<Launch>* launches) {
+    const int64_t parts = 1 + p.num_rows * p.num_outputs * p.depth / kPartWork;
+    if (p.format != MatrixFormat::kRows) return matmul_tiles(p, parts, launches);
+    launches->push_back(make_launch(matmul_part_for(active_isa()), p, parts));
 }
 
 }  // namespace specrt

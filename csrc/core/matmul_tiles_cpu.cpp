@@ -303,6 +303,44 @@ void panel(const MatmulParams& p, const Rows& rows, int64_t first_strip, int64_t
 
 }  // namespace
 
+#if defined(SPECRT_BF16_PAIRS)
+
+// Whether the CPU's products of pairs are chains of two fused multiplications, over numbers of all
+// sizes, denormals and infinities among them.
+bool has_chained_pairs() {
+    const FlushDenormals guard;
+    const auto upper = [](__m512i v) {
+        const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        return Part{_mm512_castsi512_ps(_mm512_and_si512(v, mask))};
+    };
+    const auto lower = [](__m512i v) {
+        return Part{_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))};
+    };
+    __m512i bits = _mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+    const auto next = [&] {
+        bits = _mm512_add_epi32(_mm512_mullo_epi32(bits, _mm512_set1_epi32(1664525)),
+                                _mm512_set1_epi32(1013904223));
+        return _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 15));
+    };
+    for (int i = 0; i < 1024; ++i) {
+        const __m512i x = next(), w = next();
+        // Every other sum cancels the first product but for its rounding.
+        const Part sum =
+            i % 2 ? Part{_mm512_castsi512_ps(next())} : sub(zero(), mul(upper(x), upper(w)));
+        const Part found =
+            Arithmetic::multiply({_mm512_castsi512_ps(x)}, {_mm512_castsi512_ps(w)}, sum);
+        const Part wanted = fma(lower(x), lower(w), fma(upper(x), upper(w), sum));
+        const __mmask16 equal =
+            _mm512_cmpeq_epi32_mask(_mm512_castps_si512(found.v), _mm512_castps_si512(wanted.v));
+        const __mmask16 both_nan = _mm512_cmp_ps_mask(found.v, found.v, _CMP_UNORD_Q) &
+                                   _mm512_cmp_ps_mask(wanted.v, wanted.v, _CMP_UNORD_Q);
+        if ((equal | both_nan) != 0xffff) return false;
+    }
+    return true;
+}
+
+#endif
+
 void matmul_tiles_split(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const MatmulParams*>(params);
     if (p.num_rows == 0 || !is_any_open(p.openness)) return;
