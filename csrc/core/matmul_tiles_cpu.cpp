@@ -20,8 +20,8 @@ namespace {
 // A panel's weights come from memory for the first block of rows; the later ones find them cached.
 constexpr int kLanes = sizeof(Part) / sizeof(float);
 constexpr int64_t kPanelStrips = 2 * kLanes / 16;
-constexpr int kMostRows = 6;   // virtual ones
-constexpr int kLoneSteps = 8;  // of a lone row, which is split as it is multiplied
+constexpr int kMostRows = 6;    // virtual ones
+constexpr int kLoneSteps = 64;  // of a lone row, which is split where it is multiplied
 
 #if defined(__AVX512F__)
 
@@ -247,6 +247,7 @@ struct Rows {
           num_steps(divide_up(p.depth, kTileDepth)),
           num_parts(num_parts_of(p.format)) {}
 
+    bool is_lone() const { return num_rows == 1; }
     int64_t begin(int64_t block) const { return num_rows * block / num_blocks; }
     int64_t block_of(int64_t row) const { return ((row + 1) * num_blocks - 1) / num_rows; }
     // Words of the rows in front of a block's step, in [block][step][row][part][word].
@@ -255,6 +256,10 @@ struct Rows {
         return (first * num_steps + step * size) * num_parts * kWords;
     }
 };
+
+float* words_of(const MatmulParams& p) {
+    return static_cast<float*>(p.workspace);
+}
 
 // One step of one row, as words of all its parts.
 void place_step(const MatmulParams& p, int64_t row, int64_t step, float* words) {
@@ -265,22 +270,33 @@ void place_step(const MatmulParams& p, int64_t row, int64_t step, float* words) 
     if (num_parts_of(p.format) == 2) Arithmetic::place(low, words + kWords);
 }
 
-// A lone row's words are made where they are used, which costs less than a launch for them.
+// Some steps of a lone row as words, which are made where they are used: that costs less than a
+// launch for them.
+struct LoneWords {
+    alignas(64) float words[kLoneSteps * 2 * kWords];
+
+    void place(const MatmulParams& p, int64_t first, int64_t count) {
+        const int stride = num_parts_of(p.format) * kWords;
+        for (int64_t i = 0; i < count; ++i) place_step(p, 0, first + i, words + i * stride);
+    }
+};
+
+// A row too long to be kept as words while a piece lasts.
 template <int P>
-void accumulate_lone(const MatmulParams& p, Block b, int64_t num_steps, bool is_whole) {
-    alignas(64) float words[kLoneSteps * P * kWords];
-    for (int64_t step = 0; step < num_steps; step += kLoneSteps) {
-        const int64_t left = num_steps - step;
-        const Block some = {b.weights + step * kTileBytes, b.stride,
-                            left < kLoneSteps ? left : kLoneSteps, words, b.sums};
-        for (int64_t i = 0; i < some.num_steps; ++i)
-            place_step(p, 0, step + i, words + i * P * kWords);
-        accumulate_rows<P, 1>(some, 1, is_whole);
+void accumulate_long(const MatmulParams& p, Block b, LoneWords& lone, bool is_whole) {
+    b.x = lone.words;
+    for (int64_t left = b.num_steps, step = 0; left > 0; left -= kLoneSteps) {
+        b.num_steps = left < kLoneSteps ? left : kLoneSteps;
+        lone.place(p, step, b.num_steps);
+        accumulate_rows<P, 1>(b, 1, is_whole);
+        b.weights += b.num_steps * kTileBytes;
+        step += b.num_steps;
     }
 }
 
 template <int P>
-void panel(const MatmulParams& p, const Rows& rows, int64_t first_strip, int64_t num_strips) {
+void panel(const MatmulParams& p, const Rows& rows, LoneWords& lone, int64_t first_strip,
+           int64_t num_strips) {
     const int64_t bytes = strip_bytes(p.format, p.depth);
     const bool is_whole = num_strips == kPanelStrips;
     for (int64_t i = 0; i < rows.num_blocks; ++i) {
@@ -288,9 +304,9 @@ void panel(const MatmulParams& p, const Rows& rows, int64_t first_strip, int64_t
         alignas(64) float sums[kMostRows / P * 2 * kLanes] = {};
         const Block b = {static_cast<const char*>(p.weight) + first_strip * bytes,
                          kLanes == 16 ? bytes : kLanes * 4, rows.num_steps,
-                         static_cast<const float*>(p.workspace) + rows.offset(i, 0), sums};
-        if (p.num_rows == 1) {
-            accumulate_lone<P>(p, b, rows.num_steps, is_whole);
+                         rows.is_lone() ? lone.words : words_of(p) + rows.offset(i, 0), sums};
+        if (rows.is_lone() && rows.num_steps > kLoneSteps) {
+            accumulate_long<P>(p, b, lone, is_whole);
         } else {
             accumulate_rows<P>(b, count, is_whole);
         }
@@ -350,7 +366,7 @@ void matmul_tiles_split(const void* params, int part, int num_parts) {
     for (int64_t i = total * part / num_parts; i < total * (part + 1) / num_parts; ++i) {
         const int64_t row = i / rows.num_steps, step = i % rows.num_steps;
         const int64_t block = rows.block_of(row);
-        float* words = static_cast<float*>(p.workspace) + rows.offset(block, step);
+        float* words = words_of(p) + rows.offset(block, step);
         place_step(p, row, step, words + (row - rows.begin(block)) * rows.num_parts * kWords);
     }
 }
@@ -360,12 +376,15 @@ void matmul_tiles_part(const void* params, int part, int num_parts) {
     if (p.num_rows == 0 || !is_any_open(p.openness)) return;
     const FlushDenormals guard;
     const Rows rows(p);
+    LoneWords lone;
+    if (rows.is_lone() && rows.num_steps <= kLoneSteps) lone.place(p, 0, rows.num_steps);
     const int64_t strips = divide_up(p.num_outputs, kStripOutputs);
     const int64_t panels = divide_up(strips, kPanelStrips);
     for (int64_t i = panels * part / num_parts; i < panels * (part + 1) / num_parts; ++i) {
         const int64_t first = i * kPanelStrips, left = strips - first;
         const int64_t count = left < kPanelStrips ? left : kPanelStrips;
-        rows.num_parts == 2 ? panel<2>(p, rows, first, count) : panel<1>(p, rows, first, count);
+        rows.num_parts == 2 ? panel<2>(p, rows, lone, first, count)
+                            : panel<1>(p, rows, lone, first, count);
     }
 }
 
