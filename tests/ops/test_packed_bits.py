@@ -111,6 +111,38 @@ def test_bits_of_the_definition(exponents: tuple[range, range], kind: MatrixKind
                 assert same_bits(case.product(isa, matrix, 0, count), expected[:count]), isa
 
 
+LEAST = 2.0**-126
+BELOW = LEAST - 2.0**-149  # the largest denormal, which bfloat16 would round up to LEAST
+
+EDGES = {
+    # Products of even k: 2^-126, then little less. What is tiny is told at 24 bits of mantissa.
+    "rounds up to a normal number": (((2.0**-63, 2.0**-63), (2.0**-76, -(2.0**-76))), LEAST),
+    "stays below": (((2.0**-63, 2.0**-63), (1.5 * 2.0**-75, -(2.0**-76))), 0.0),
+    "a denormal input": (((BELOW, 2.0**100),), 0.0),
+    "a denormal weight": (((2.0**100, 2.0**-130),), 0.0),
+    "a denormal rest of the input": (((LEAST * (1 + 2.0**-9), 2.0**100),), 2.0**-26),
+}
+
+
+@pytest.mark.parametrize(("products", "expected"), list(EDGES.values()), ids=EDGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_denormals_begin(
+    kind: MatrixKind, products: tuple[tuple[float, float], ...], expected: float
+) -> None:
+    x, weight = torch.zeros(2, 40), torch.zeros(3, 40)
+    for i, (value, factor) in enumerate(products):
+        x[:, 2 * i], weight[:, 2 * i] = value, factor
+    nothing = torch.full((2, 3), BELOW)  # a denormal residual
+    case = Case(x, weight.bfloat16(), torch.zeros(3), nothing)
+    given = x.numpy(), weight.numpy(), None, nothing.numpy()
+    num_parts = 2 if kind == MatrixKind.BF16_SPLIT else 1
+    assert (packed_bf16.product(*given, num_parts=num_parts) == expected).all()
+    for isa in (*ISAS, MODEL):
+        for count in (1, 2):
+            found = case.product(isa, case.packed(kind), 0, count)
+            assert found.eq(expected).all(), (isa, count)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_its_bits_whatever_the_others_are(kind: MatrixKind) -> None:
     case = Case.of(EXPONENTS["usual"], 130, 37, 70)
