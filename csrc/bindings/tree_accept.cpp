@@ -12,7 +12,7 @@ Purpose purpose_of(uint32_t purpose) {
 }
 
 TreeAcceptArgs args_of(const py::args& t) {
-    SPECRT_CHECK(t.size() == 16, "tree_accept: expected 16 arguments, got ", t.size());
+    SPECRT_CHECK(t.size() == 18, "tree_accept: expected 18 arguments, got ", t.size());
     return {device_view_of(t[0], "draft_tokens"),
             device_view_of(t[1], "parents"),
             device_view_of(t[2], "num_nodes"),
@@ -28,7 +28,9 @@ TreeAcceptArgs args_of(const py::args& t) {
             device_view_of(t[13], "tokens"),
             device_view_of(t[14], "logprobs", true),
             device_view_of(t[10], "workspace", true),
-            device_view_of(t[15], "maxima", true)};
+            device_view_of(t[15], "maxima", true),
+            device_view_of(t[16], "logit_rows", true),
+            device_view_of(t[17], "next_node", true)};
 }
 
 // noise: [n] float32, filled for indices 0..n-1.
@@ -69,7 +71,11 @@ py::tuple bind_philox4x32(py::tuple counter, py::tuple key) {
 }  // namespace
 
 void register_tree_accept(py::module_& m) {
-    m.def("tree_accept", [](const py::args& t) { submit_released(tree_accept(args_of(t))); });
+    m.def("tree_accept", [](const py::args& t) {
+        const std::vector<Launch> launches = tree_accept(args_of(t));
+        if (launches.size() == 1) return submit_released(launches[0]);
+        submit_released(launches.data(), launches.size());
+    });
     m.def("processed_logits", [](py::handle out, const py::args& t) {
         submit_released(processed_logits(args_of(t), view_of(out, "out")));
     });

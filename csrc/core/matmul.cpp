@@ -10,12 +10,9 @@ int64_t matmul_workspace(int64_t depth, int64_t num_rows) {
 
 namespace {
 
-// A part of less than ~8k multiply-adds is not worth another thread.
-constexpr int64_t kPartWork = 8192;
-// A split of so many values is not.
+// Splitting fewer values is not worth another thread.
 constexpr int64_t kPartValues = 2048;
-// The pool makes pieces of so many parts: a piece of a packed matrix is a panel at least.
-constexpr int64_t kPartsAPanel = 32, kPanelOutputs = 2 * kStripOutputs;
+constexpr int64_t kPanelStrips = 2;  // of the widest kernels, which halve none
 
 struct TileProduct {
     PartFn split, multiply;
@@ -37,20 +34,22 @@ Isa isa_of_lone_row() {
     return cpu_has(Isa::kAvx512Bf16) ? Isa::kAvx512Bf16 : Isa::kAvx512;
 }
 
-void matmul_tiles(const MatmulParams& p, int64_t parts, std::vector<Launch>* launches) {
+void matmul_tiles(const MatmulParams& p, std::vector<Launch>* launches) {
     const bool is_lone = p.num_rows == 1;
     const TileProduct product = tile_product(is_lone ? isa_of_lone_row() : active_isa());
     if (!is_lone)
         launches->push_back(make_launch(product.split, p, 1 + p.num_rows * p.depth / kPartValues));
-    const int64_t most = kPartsAPanel * divide_up(p.num_outputs, kPanelOutputs);
-    launches->push_back(make_launch(product.multiply, p, parts < most ? parts : most));
+    const int64_t panels = divide_up(p.num_outputs, kPanelStrips * kStripOutputs);
+    const int64_t bytes = kPanelStrips * strip_bytes(p.format, p.depth);
+    launches->push_back(make_launch(product.multiply, p, split_strips(panels, bytes, p.num_rows)));
 }
 
 }  // namespace
 
 void matmul(const MatmulParams& p, std::vector<Launch>* launches) {
-    const int64_t parts = 1 + p.num_rows * p.num_outputs * p.depth / kPartWork;
-    if (p.format != MatrixFormat::kRows) return matmul_tiles(p, parts, launches);
+    if (p.format != MatrixFormat::kRows) return matmul_tiles(p, launches);
+    // A part of less than ~8k multiply-adds is not worth another thread.
+    const int64_t parts = 1 + p.num_rows * p.num_outputs * p.depth / 8192;
     launches->push_back(make_launch(matmul_part_for(active_isa()), p, parts));
 }
 

@@ -52,21 +52,37 @@ inline RowMax scan_row(const float* src, float* dst, float divisor, int64_t voca
     return row;
 }
 
+// Blocks of a row, the last of which may end early: passes over slices of a row add up to those
+// over all of it.
+struct Blocks {
+    int64_t begin, end;
+};
+
+inline Blocks all_blocks(int64_t vocab) {
+    return {0, (vocab + kBlock - 1) / kBlock};
+}
+
 // The mass of a row whose maximum is `top`. With the blocks' maxima, blocks without any are not
 // read.
-inline uint64_t total_mass(const float* row, const float* block_max, int64_t vocab, float top) {
+inline uint64_t total_mass(const float* row, const float* block_max, int64_t vocab, float top,
+                           Blocks blocks) {
     const V16 t = splat(top);
     MassSum sum;
     int num_added = 0;
-    const int64_t whole = vocab / kBlock * kBlock;
-    for (int64_t start = 0; start < whole; start += kBlock) {
+    const int64_t last = blocks.end * kBlock;
+    const int64_t end = last < vocab ? last : vocab, whole = end / kBlock * kBlock;
+    for (int64_t start = blocks.begin * kBlock; start < whole; start += kBlock) {
         if (block_max && block_max[start / kBlock] - top < -28.0f) continue;
         for (int i = 0; i < kBlock; i += 16) sum.add(sub(load(row + start + i), t));
         if (++num_added % (kMassSteps / (kBlock / 16)) == 0) sum.flush();
     }
     sum.flush();
-    for (int64_t v = whole; v < vocab; ++v) sum.total += mass_of(row[v] - top);
+    for (int64_t v = whole; v < end; ++v) sum.total += mass_of(row[v] - top);
     return sum.total;
+}
+
+inline uint64_t total_mass(const float* row, const float* block_max, int64_t vocab, float top) {
+    return total_mass(row, block_max, vocab, top, all_blocks(vocab));
 }
 
 // --- a row's mass by its tiles' (core/tile_maxima.h), which a GPU's blocks leave before the row's

@@ -154,52 +154,140 @@ inline Filter nucleus_cut(Candidates c, int64_t n, uint64_t mass) {
     return {score_of(c.keys[lo]), index_of(c.keys[lo])};
 }
 
-// Candidates as they are found, a block's worth at a time to be weighed.
-struct Found {
-    float values[2 * kBlock];
-    int32_t ids[2 * kBlock];
-    int64_t count = 0;
+// The masses of tokens by their distance from the row's maximum, nearest first: only the tokens of
+// one bin have to be put in order. Sums of integers, so slices of a row have bins that add up.
+struct MassBins {
+    static constexpr int kCount = 1024;
+    static constexpr float kPerUnit = 32.0f;  // no mass is below the last
+    uint64_t masses[kCount] = {};
 
-    int64_t move_to(Candidates c, int64_t at, float top) {
-        store_masses(values, count, top, c.masses + at);
-        for (int64_t i = 0; i < count; ++i) c.keys[at + i] = key_of(values[i], ids[i]);
-        at += count;
-        count = 0;
-        return at;
+    static int bin_of(float value, float top) {
+        const float bin = (top - value) * kPerUnit;
+        return bin < kCount - 1 ? static_cast<int>(bin) : kCount - 1;
+    }
+    // No token of the bin is below it; the slack covers rounding.
+    static float least_of(int bin, float top) {
+        return bin == kCount - 1 ? -kInf : top - (static_cast<float>(bin + 1) / kPerUnit + 0.001f);
+    }
+    void add(const MassBins& other) {
+        for (int i = 0; i < kCount; ++i) masses[i] += other.masses[i];
+    }
+    uint64_t total() const {
+        uint64_t sum = 0;
+        for (int i = 0; i < kCount; ++i) sum += masses[i];
+        return sum;
+    }
+    // The bin in which `mass` is reached; `before` gets that of the bins before it.
+    int reaching(uint64_t mass, uint64_t* before) const {
+        int bin = 0;
+        for (*before = 0; bin < kCount - 1 && *before + masses[bin] < mass; ++bin)
+            *before += masses[bin];
+        return bin;
     }
 };
 
-// The tokens whose logit is `cut` at least and, less `top`, `light`; returns their number.
-inline int64_t collect(const float* row, const float* block_max, int64_t vocab, float top,
-                       float cut, float light, Candidates c) {
-    int64_t n = 0;
-    Found found;
-    for (int64_t start = 0, block = 0; start < vocab; start += kBlock, ++block) {
-        if (block_max[block] < cut || block_max[block] - top < light) continue;
-        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
-        for (int64_t v = start; v < end; ++v) {
-            found.values[found.count] = row[v];
-            found.ids[found.count] = static_cast<int32_t>(v);
-            found.count += (row[v] >= cut) & (row[v] - top >= light);
-        }
-        if (found.count >= kBlock) n = found.move_to(c, n, top);
+// Tokens as they are found, a block's worth at a time to be weighed.
+struct Found {
+    float values[2 * kBlock + 16];
+    int32_t ids[2 * kBlock + 16];
+    uint64_t masses[2 * kBlock];
+    int64_t count = 0;
+
+    void take(V16 x, V16 least, int64_t first) {
+        count += pack_not_less(x, least, static_cast<int32_t>(first), values + count, ids + count);
     }
-    return found.move_to(c, n, top);
+    void take(float x, float least, int64_t id) {
+        values[count] = x;
+        ids[count] = static_cast<int32_t>(id);
+        count += x >= least;
+    }
+};
+
+// Calls visit(values, ids, masses, count) for the tokens whose logit is `least` at least.
+template <typename Visit>
+inline void weigh_from(const float* row, const float* block_max, int64_t vocab, float top,
+                       float least, Blocks blocks, Visit&& visit) {
+    Found found;
+    const auto flush = [&] {
+        store_masses(found.values, found.count, top, found.masses);
+        visit(found.values, found.ids, found.masses, found.count);
+        found.count = 0;
+    };
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        if (block_max[block] < least) continue;
+        const int64_t start = block * kBlock;
+        const int64_t end = start + kBlock < vocab ? start + kBlock : vocab;
+        int64_t v = start;
+        for (; v + 16 <= end; v += 16) found.take(load(row + v), splat(least), v);
+        for (; v < end; ++v) found.take(row[v], least, v);
+        if (found.count >= kBlock) flush();
+    }
+    flush();
 }
+
+inline void add_to_bins(const float* row, const float* block_max, int64_t vocab, float top,
+                        float least, Blocks blocks, MassBins* bins) {
+    weigh_from(row, block_max, vocab, top, least, blocks,
+               [&](const float* values, const int32_t*, const uint64_t* masses, int64_t count) {
+                   for (int64_t i = 0; i < count; ++i)
+                       bins->masses[MassBins::bin_of(values[i], top)] += masses[i];
+               });
+}
+
+// The tokens of a bin whose logit is `least` at least; returns their number.
+inline int64_t collect_bin(const float* row, const float* block_max, int64_t vocab, float top,
+                           float least, int bin, Candidates c) {
+    const float lowest = MassBins::least_of(bin, top);
+    int64_t n = 0;
+    weigh_from(row, block_max, vocab, top, lowest > least ? lowest : least, all_blocks(vocab),
+               [&](const float* values, const int32_t* ids, const uint64_t* masses, int64_t count) {
+                   for (int64_t i = 0; i < count; ++i) {
+                       c.keys[n] = key_of(values[i], ids[i]);
+                       c.masses[n] = masses[i];
+                       n += MassBins::bin_of(values[i], top) == bin;
+                   }
+               });
+    return n;
+}
+
+// top_p's choice, which begins with the bins of the tokens from `least` on.
+struct Nucleus {
+    uint64_t total;  // mass of what is chosen from
+    float least;     // nothing below it can be kept
+    double top_p;
+
+    // Of a whole row. No token of light_mass is kept.
+    static Nucleus of_row(double top_p, uint64_t total, int64_t vocab, float top) {
+        return {total, top + logit_of_mass(light_mass(top_p, total, vocab)), top_p};
+    }
+
+    Filter cut(const float* row, int64_t vocab, float top, const MassBins& bins,
+               const FilterScratch& w) const {
+        const Candidates c{w.keys, w.masses};
+        const uint64_t mass = nucleus_mass(top_p, total);
+        uint64_t before;
+        const int bin = bins.reaching(mass, &before);
+        return nucleus_cut(c, collect_bin(row, w.block_max, vocab, top, least, bin, c),
+                           mass - before);
+    }
+};
 
 inline Filter apply_top_p(const float* row, int64_t vocab, float top, double top_p, Filter filter,
                           const FilterScratch& w) {
-    const Candidates c{w.keys, w.masses};
-    uint64_t total = 0;
-    float light = -kInf;  // behind top_k there are few enough
     const bool is_whole = filter.cut == -kInf;
-    if (is_whole) {
-        total = total_mass(row, w.block_max, vocab, top);
-        light = logit_of_mass(light_mass(top_p, total, vocab));
-    }
-    const int64_t n = collect(row, w.block_max, vocab, top, filter.cut, light, c);
-    for (int64_t i = 0; i < n && !is_whole; ++i) total += c.masses[i];
-    return nucleus_cut(c, n, nucleus_mass(top_p, total));
+    const uint64_t total = is_whole ? total_mass(row, w.block_max, vocab, top) : 0;
+    Nucleus nucleus{total, filter.cut, top_p};  // behind top_k there are few enough
+    if (is_whole) nucleus = Nucleus::of_row(top_p, total, vocab, top);
+    MassBins bins;
+    add_to_bins(row, w.block_max, vocab, top, nucleus.least, all_blocks(vocab), &bins);
+    if (!is_whole) nucleus.total = bins.total();
+    return nucleus.cut(row, vocab, top, bins, w);
+}
+
+inline Filter apply_min_p(float top, float min_p, Filter filter) {
+    if (!(min_p > 0.0f)) return filter;
+    const float cut = top + log_of(min_p < 1.2e-38f ? 1.2e-38f : min_p);
+    return cut > filter.cut ? Filter{cut, INT32_MAX} : filter;
 }
 
 inline Filter make_filter(const float* row, int64_t vocab, float top, const FilterParams& s,
@@ -209,11 +297,7 @@ inline Filter make_filter(const float* row, int64_t vocab, float top, const Filt
         filter.cut =
             kth_largest(row, w.block_max, vocab, s.top_k, reinterpret_cast<float*>(w.keys));
     if (s.top_p < 1.0) filter = apply_top_p(row, vocab, top, s.top_p, filter, w);
-    if (s.min_p > 0.0f) {
-        const float cut = top + log_of(s.min_p < 1.2e-38f ? 1.2e-38f : s.min_p);
-        if (cut > filter.cut) filter = {cut, INT32_MAX};
-    }
-    return filter;
+    return apply_min_p(top, s.min_p, filter);
 }
 
 }  // namespace specrt::SPECRT_ISA

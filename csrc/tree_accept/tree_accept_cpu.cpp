@@ -1,22 +1,43 @@
-#include "core/noise_bits.h"
-#include "core/sampling_filter.h"
+#include "tree_accept/draw.h"
 #include "tree_accept/tree_accept.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
 
-constexpr int32_t kBadRow = -1;               // NaN, +inf, or every token masked
-const float kNoLogprob = __builtin_nanf("");  // -1 would be a plausible log-probability
+// What is to be done next for the node that a walk stands at. At kTotal, kBins and kNoise all of
+// its row is gone through first, in slices (RowSlice) that any thread may do.
+enum class Next : int32_t { kProcess, kTotal, kBins, kNoise, kDescend, kEnd };
 
-// One part's scratch, in pieces of S floats (V rounded up to whole blocks of 64); what is not
-// touched costs no memory:
+// What was found in a slice of a row, for the step that wants it.
+struct RowSlice {
+    uint64_t mass;
+    Draw best;
+    MassBins bins;
+};
+
+// Where a walk stands: all that it needs besides its scratch to go on in another launch.
+struct WalkState {
+    Next next;
+    int32_t node, depth, token, child;
+    int64_t num_seen;
+    const float* row;  // processed logits
+    RowMax top;
+    Nucleus nucleus;
+    Filter filter;
+    Draw best;
+};
+
+// One walk's scratch, in pieces of S floats (V rounded up to whole blocks of 64), then a WalkState
+// and the slices; what is not touched costs no memory:
 //
 //     0           1        2        3      4      5           6        7      8 S
-//     | processed |      masses     |     keys    | block_max | counts | seen |
+//     | processed |      masses     |     keys    | block_max | counts | seen | state | slices |
 struct Workspace {
     float *processed, *block_max;
     uint64_t *masses, *keys;
     int32_t *counts, *seen;
+    WalkState* state;
+    RowSlice* slices;
 
     Workspace(float* base, int64_t vocab) {
         const int64_t size = (vocab + 63) / 64 * 64;
@@ -26,136 +47,23 @@ struct Workspace {
         block_max = base + 5 * size;
         counts = reinterpret_cast<int32_t*>(base + 6 * size);
         seen = reinterpret_cast<int32_t*>(base + 7 * size);
+        state = reinterpret_cast<WalkState*>(base + 8 * size);
+        slices = reinterpret_cast<RowSlice*>(state + 1);
     }
     FilterScratch filter_scratch() const { return {masses, keys, block_max}; }
 };
-
-// --- processing: transformers' order -------------------------------------------------------------
-bool has_penalty(const SamplingRow& s) {
-    return s.repetition_penalty != 1.0f || s.presence_penalty != 0.0f ||
-           s.frequency_penalty != 0.0f;
-}
-
-// counts[v] is 1 + the number of output tokens v once v was seen at all, else 0.
-struct TokenCounts {
-    int32_t *counts, *seen;
-    int64_t num_seen = 0, vocab;
-
-    void add(int64_t token, bool is_output) {
-        if (token < 0 || token >= vocab) return;
-        if (counts[token] == 0) {
-            counts[token] = 1;
-            seen[num_seen++] = static_cast<int32_t>(token);
-        }
-        counts[token] += is_output;
-    }
-};
-
-void penalise(float* row, const SamplingRow& s, const TokenCounts& tokens) {
-    for (int64_t i = 0; i < tokens.num_seen; ++i) {
-        const int32_t v = tokens.seen[i];
-        const int32_t num_output = tokens.counts[v] - 1;
-        float x = row[v];
-        x = x < 0.0f ? x * s.repetition_penalty : x / s.repetition_penalty;
-        x -= s.frequency_penalty * static_cast<float>(num_output);
-        if (num_output > 0) x -= s.presence_penalty;
-        row[v] = x;
-    }
-}
-
-// --- draws ---------------------------------------------------------------------------------------
-int32_t first_equal(const float* row, int64_t start, float value) {
-    while (row[start] != value) ++start;
-    return static_cast<int32_t>(start);
-}
-
-struct GumbelSearch {
-    const float* row;
-    int64_t vocab;
-    Filter filter;
-    uint64_t seed, position;
-    float best = -kInf;
-    int32_t token = -1;
-
-    // Skipping never changes the winner: float addition is monotone, so a value below `best` under
-    // an upper bound of its noise is below it under the noise itself.
-    void visit(int64_t block, float top) {
-        if (top < filter.cut || top == -kInf || top + kMaxGumbel < best) return;
-        uint32_t bits[kBlock];
-        noise_bits(seed, position, static_cast<uint32_t>(block), bits);
-        const int64_t start = block * kBlock;
-        const int n = static_cast<int>(start + kBlock < vocab ? kBlock : vocab - start);
-        uint32_t lowest = bits[0];
-        for (int i = 1; i < kBlock; ++i) lowest = bits[i] < lowest ? bits[i] : lowest;
-        const float bound = gumbel_bound(lowest);
-        if (top + bound < best) return;
-        for (int i = 0; i < n; ++i) {
-            const float x = row[start + i];
-            if (x == -kInf || x + bound < best || !filter.keeps(x, start + i)) continue;
-            const float score = x + gumbel_from(bits[i]);
-            const int32_t id = static_cast<int32_t>(start + i);
-            if (score > best || (score == best && id < token)) {
-                best = score;
-                token = id;
-            }
-        }
-    }
-};
-
-int32_t draw_seeded(const float* row, int64_t vocab, const RowMax& top, const Filter& filter,
-                    uint64_t seed, uint64_t position, const float* block_max) {
-    GumbelSearch search{row, vocab, filter, seed, position};
-    search.visit(top.block, top.value);  // a good first bound
-    for (int64_t block = 0; block * kBlock < vocab; ++block)
-        if (block != top.block) search.visit(block, block_max[block]);
-    return search.token;
-}
-
-// The first token whose inclusive prefix sum is above floor(u * total), which is below the total.
-int32_t draw_by_mass(const uint64_t* masses, int64_t vocab, uint64_t total, float u) {
-    const uint64_t drawn = drawn_mass(u, total);
-    uint64_t sum = 0;
-    for (int64_t v = 0; v < vocab; ++v) {
-        sum += masses[v];
-        if (sum > drawn) return static_cast<int32_t>(v);
-    }
-    return kBadRow;
-}
-
-// A law's masses, and room for those of its residual.
-struct Law {
-    uint64_t *masses, *spare, total;
-
-    // The law becomes relu(law - q), normalised; nothing changes if that is empty (then the two are
-    // equal up to rounding, and the masses as they are serve as well).
-    void subtract(const float* q, int64_t vocab) {
-        uint64_t rest = 0;
-        for (int64_t v = 0; v < vocab; ++v) {
-            spare[v] = residual_mass(masses[v], total, q[v]);
-            rest += spare[v];
-        }
-        if (rest == 0) return;
-        uint64_t* former = masses;
-        masses = spare;
-        spare = former;
-        total = rest;
-    }
-};
-
-float logprob_of(const float* row, int64_t vocab, int32_t token) {
-    const RowMax top = scan_row(row, nullptr, 1.0f, vocab, nullptr);
-    if (top.is_bad || top.value == -kInf) return kNoLogprob;  // edits may have mended the row
-    return row[token] - top.value - log_of_mass(total_mass(row, nullptr, vocab, top.value));
-}
+static_assert(sizeof(WalkState) + kMostRowSlices * sizeof(RowSlice) <=
+              kWalkStateFloats * sizeof(float));
 
 // --- one sequence --------------------------------------------------------------------------------
 // What a sequence gets that cannot be drawn from.
 void write_nothing(const TreeAcceptParams& p, int64_t b) {
     for (int64_t i = b * p.path_size; i < (b + 1) * p.path_size; ++i) {
         p.path[i] = p.tokens[i] = -1;
-        if (p.logprobs) p.logprobs[i] = kNoLogprob;
+        if (p.logprobs) p.logprobs[i] = no_logprob();
     }
     p.accept_length[b] = -1;
+    if (p.next_node) p.next_node[b] = -1;
 }
 
 struct Walk {
@@ -163,30 +71,53 @@ struct Walk {
     int64_t b;
     Workspace w;
     const SamplingRow& s;
+    WalkState at;
     TokenCounts counts;
     bool is_greedy, edits_row, counts_tokens;
     int64_t num_nodes;
 
-    Walk(const TreeAcceptParams& params, int64_t sequence, float* scratch)
+    // `state`: of the walk that goes on; nullptr: one that begins.
+    Walk(const TreeAcceptParams& params, int64_t sequence, float* scratch, const WalkState* state)
         : p(params),
           b(sequence),
           w(scratch, params.vocab),
           s(params.sampling[sequence]),
+          at{},
           counts{w.counts, w.seen, 0, params.vocab},
           is_greedy(s.temperature == 0.0f) {
         counts_tokens = has_penalty(s);
         edits_row = counts_tokens || s.bias_end > s.bias_begin;
         num_nodes = p.num_nodes[b] < 1 ? 1 : p.num_nodes[b] > p.nodes ? p.nodes : p.num_nodes[b];
-        if (counts_tokens) count_history();
+        if (state) {
+            at = *state;
+            counts.num_seen = at.num_seen;
+        } else {
+            begin();
+        }
     }
 
     const int32_t* parents() const { return p.parents + b * p.nodes; }
     const int32_t* draft_tokens() const { return p.draft_tokens + b * p.nodes; }
+    // nullptr: the node's logits are not there yet.
     const float* logits(int64_t node) const {
-        return p.logits + b * p.logits_stride[0] + node * p.logits_stride[1];
+        if (!p.logit_rows) return p.logits + b * p.logits_stride[0] + node * p.logits_stride[1];
+        const int64_t row = p.logit_rows[b * p.nodes + node];
+        return 0 <= row && row < p.num_logit_rows ? p.logits + row * p.logits_stride[1] : nullptr;
     }
-    uint64_t position(int64_t depth) const {
-        return static_cast<uint64_t>(p.history_len[b]) + static_cast<uint64_t>(depth);
+    uint64_t position() const {
+        return static_cast<uint64_t>(p.history_len[b]) + static_cast<uint64_t>(at.depth);
+    }
+
+    // At the root, or where the walk before this one lacked logits.
+    void begin() {
+        if (p.next_node) at.node = p.next_node[b];
+        if (at.node > 0) at.depth = p.accept_length[b] + 1;
+        // No walk says other numbers; contents are not trusted.
+        const bool is_sane = 0 <= at.depth && at.depth <= at.node && at.node < num_nodes;
+        at.next = at.node < 0 ? Next::kEnd : Next::kProcess;
+        if (at.node >= 0 && (at.node == 0 || !is_sane)) write_nothing(p, b);
+        if (at.node >= 0 && !is_sane) at.next = Next::kEnd;
+        if (counts_tokens && at.next != Next::kEnd) count_history();
     }
 
     void count_history() {
@@ -194,6 +125,7 @@ struct Walk {
         const int32_t* tokens = p.history + b * p.history_stride;
         const int64_t n = p.history_len[b] < p.history_size ? p.history_len[b] : p.history_size;
         for (int64_t i = 0; i < n; ++i) counts.add(tokens[i], i >= s.prompt_len);
+        for (int64_t i = 0; i < at.depth; ++i) counts.add(p.tokens[b * p.path_size + i], true);
     }
 
     // Ids outside of the vocabulary have no logit to add to.
@@ -206,8 +138,7 @@ struct Walk {
     }
 
     // The node's logits after bias, penalties and temperature, and their maximum.
-    const float* process(int64_t node, RowMax* top) {
-        const float* row = logits(node);
+    const float* process(const float* row, RowMax* top) {
         const bool scales = !is_greedy && s.temperature != 1.0f;
         if (edits_row) {
             std::memcpy(w.processed, row, static_cast<size_t>(p.vocab) * sizeof(float));
@@ -220,112 +151,238 @@ struct Walk {
         return dst ? dst : row;
     }
 
-    Filter kept_set(const float* row, float top) const {
-        return make_filter(row, p.vocab, top, {s.top_k, s.top_p, s.min_p}, w.filter_scratch());
-    }
-
-    int64_t child_holding(int64_t node, int32_t token) const {
-        for (int64_t j = node + 1; j < num_nodes; ++j)
-            if (parents()[j] == node && draft_tokens()[j] == token) return j;
+    int64_t child_holding(int32_t token) const {
+        for (int64_t j = at.node + 1; j < num_nodes; ++j)
+            if (parents()[j] == at.node && draft_tokens()[j] == token) return j;
         return -1;
     }
 
-    bool has_children(int64_t node) const {
-        for (int64_t j = node + 1; j < num_nodes; ++j)
-            if (parents()[j] == node) return true;
+    bool has_children() const {
+        for (int64_t j = at.node + 1; j < num_nodes; ++j)
+            if (parents()[j] == at.node) return true;
         return false;
     }
 
-    // Rejection over the children in order; returns the token, and the child that holds it or -1.
-    int32_t draw_by_rejection(int64_t node, int64_t depth, const float* row, float top,
-                              const Filter& filter, int64_t* child) {
-        Law law{w.masses, w.keys, fill_masses(row, p.vocab, top, filter, w.masses)};
-        const float* q = p.draft_probs + b * p.probs_stride[0] + node * p.probs_stride[1];
+    // Rejection over the children in order; the token, and the child that holds it or -1.
+    void draw_by_rejection() {
+        Law law{w.masses, w.keys, fill_masses(at.row, p.vocab, at.top.value, at.filter, w.masses)};
+        const float* q = p.draft_probs + b * p.probs_stride[0] + at.node * p.probs_stride[1];
         uint32_t sibling = 0;
-        for (int64_t j = node + 1; j < num_nodes; ++j) {
-            if (parents()[j] != node) continue;
+        at.child = -1;
+        for (int64_t j = at.node + 1; j < num_nodes; ++j) {
+            if (parents()[j] != at.node) continue;
             const int32_t x = draft_tokens()[j];
-            const float u =
-                uniform_from(philox(s.seed, position(depth), Purpose::kAccept, sibling++));
+            const float u = uniform_from(philox(s.seed, position(), Purpose::kAccept, sibling++));
             // A child its own law excludes was not drawn from it: subtracting would bias.
             if (x < 0 || x >= p.vocab || !(q[x] > 0.0f)) continue;
             if (accepts(u, q[x], law.masses[x], law.total)) {
-                *child = j;
-                return x;
+                at.child = static_cast<int32_t>(j);
+                at.token = x;
+                return;
             }
             law.subtract(q, p.vocab);
         }
-        return draw_by_mass(law.masses, p.vocab, law.total,
-                            uniform_from(philox(s.seed, position(depth), Purpose::kResidual, 0)));
+        at.token = draw_by_mass(law.masses, p.vocab, law.total,
+                                uniform_from(philox(s.seed, position(), Purpose::kResidual, 0)));
     }
 
-    // The target's token at `node`, and the child to descend into or -1.
-    int32_t draw(int64_t node, int64_t depth, int64_t* child) {
-        RowMax top;
-        *child = -1;
-        const float* row = process(node, &top);
-        if (top.is_bad || top.value == -kInf) return kBadRow;
-        int32_t token;
-        if (is_greedy) {
-            token = first_equal(row, top.block * kBlock, top.value);
-        } else {
-            const Filter filter = kept_set(row, top.value);
-            if (p.draft_probs && has_children(node))
-                return draw_by_rejection(node, depth, row, top.value, filter, child);
-            token = draw_seeded(row, p.vocab, top, filter, s.seed, position(depth), w.block_max);
-        }
-        *child = child_holding(node, token);
-        return token;
-    }
-
-    void run() {
-        int32_t* path = p.path + b * p.path_size;
-        int32_t* tokens = p.tokens + b * p.path_size;
-        float* logprobs = p.logprobs ? p.logprobs + b * p.path_size : nullptr;
+    // --- steps: each gives the next one -------------------------------------------------------
+    Next end_without() {
         write_nothing(p, b);
-        int64_t node = 0, child = -1;
-        for (int64_t depth = 0;; ++depth) {
-            const int32_t token = draw(node, depth, &child);
-            if (token == kBadRow) return write_nothing(p, b);
-            path[depth] = static_cast<int32_t>(node);
-            tokens[depth] = token;
-            if (logprobs) logprobs[depth] = logprob_of(logits(node), p.vocab, token);
-            p.accept_length[b] = static_cast<int32_t>(depth);
-            if (child < 0) return;
-            if (counts_tokens) counts.add(token, true);
-            node = child;
+        return Next::kEnd;
+    }
+
+    Next found(int32_t token) {
+        at.token = token;
+        at.child = static_cast<int32_t>(child_holding(token));
+        return Next::kDescend;
+    }
+
+    Next processed() {
+        const float* row = logits(at.node);
+        if (!row) {
+            if (p.next_node) p.next_node[b] = at.node;
+            return Next::kEnd;
         }
+        at.row = process(row, &at.top);
+        if (at.top.is_bad || at.top.value == -kInf) return end_without();
+        if (is_greedy) return found(first_equal(at.row, at.top.block * kBlock, at.top.value));
+        at.filter = {};
+        if (has_top_k(s, p.vocab))
+            at.filter.cut = kth_largest(at.row, w.block_max, p.vocab, s.top_k,
+                                        reinterpret_cast<float*>(w.keys));
+        if (!has_top_p(s)) return filtered();
+        at.nucleus = {0, at.filter.cut, s.top_p};
+        return is_whole() ? Next::kTotal : Next::kBins;
+    }
+
+    bool is_whole() const { return at.filter.cut == -kInf; }
+
+    Next weighed(int num_slices) {
+        uint64_t total = 0;
+        for (int i = 0; i < num_slices; ++i) total += w.slices[i].mass;
+        at.nucleus = Nucleus::of_row(s.top_p, total, p.vocab, at.top.value);
+        return Next::kBins;
+    }
+
+    Next binned(int num_slices) {
+        MassBins& bins = w.slices[0].bins;
+        for (int i = 1; i < num_slices; ++i) bins.add(w.slices[i].bins);
+        if (!is_whole()) at.nucleus.total = bins.total();
+        at.filter = at.nucleus.cut(at.row, p.vocab, at.top.value, bins, w.filter_scratch());
+        return filtered();
+    }
+
+    Next filtered() {
+        at.filter = apply_min_p(at.top.value, s.min_p, at.filter);
+        if (p.draft_probs && has_children()) {
+            draw_by_rejection();
+            return at.token == kBadRow ? end_without() : Next::kDescend;
+        }
+        GumbelSearch search{at.row, p.vocab, at.filter, s.seed, position(), {}};
+        search.visit(at.top.block, at.top.value);  // a good first bound
+        at.best = search.best;
+        return Next::kNoise;
+    }
+
+    Next drawn(int num_slices) {
+        for (int i = 0; i < num_slices; ++i) at.best.offer(w.slices[i].best);
+        return at.best.token < 0 ? end_without() : found(at.best.token);
+    }
+
+    Next descended() {
+        const int64_t i = b * p.path_size + at.depth;
+        p.path[i] = at.node;
+        p.tokens[i] = at.token;
+        if (p.logprobs) p.logprobs[i] = logprob_of(logits(at.node), p.vocab, at.token);
+        p.accept_length[b] = at.depth;
+        if (at.child < 0) {
+            if (p.next_node) p.next_node[b] = -1;
+            return Next::kEnd;
+        }
+        if (counts_tokens) counts.add(at.token, true);
+        at.node = at.child;
+        ++at.depth;
+        return Next::kProcess;
+    }
+
+    Next after(int num_slices) {
+        switch (at.next) {
+            case Next::kProcess:
+                return processed();
+            case Next::kTotal:
+                return weighed(num_slices);
+            case Next::kBins:
+                return binned(num_slices);
+            case Next::kNoise:
+                return drawn(num_slices);
+            case Next::kDescend:
+                return descended();
+            default:
+                return Next::kEnd;
+        }
+    }
+
+    bool reads_row() const {
+        return at.next == Next::kTotal || at.next == Next::kBins || at.next == Next::kNoise;
+    }
+
+    // Whether all threads are to read the row: few blocks have tokens that top_k or min_p keep.
+    bool shares_row() const {
+        return reads_row() && !has_top_k(s, p.vocab) && !(has_min_p(s) && at.next == Next::kNoise);
+    }
+
+    void read_slice(RowSlice* slice, Blocks blocks) const {
+        const float top = at.top.value;
+        if (at.next == Next::kTotal) {
+            slice->mass = total_mass(at.row, w.block_max, p.vocab, top, blocks);
+        } else if (at.next == Next::kBins) {
+            slice->bins = {};
+            add_to_bins(at.row, w.block_max, p.vocab, top, at.nucleus.least, blocks, &slice->bins);
+        } else {
+            GumbelSearch search{at.row, p.vocab, at.filter, s.seed, position(), at.best};
+            for (int64_t i = blocks.begin; i < blocks.end; ++i)
+                if (i != at.top.block) search.visit(i, w.block_max[i]);
+            slice->best = search.best;
+        }
+    }
+
+    // From a state whose slices, if any, were read; until the end, or with `may_share` until there
+    // is a row for all threads.
+    void run(int num_slices, bool may_share) {
+        while (at.next != Next::kEnd) {
+            at.next = after(num_slices);
+            if (!reads_row()) continue;
+            if (may_share && shares_row()) break;
+            read_slice(&w.slices[0], all_blocks(p.vocab));
+            num_slices = 1;
+        }
+        at.num_seen = counts.num_seen;
     }
 
     void write_processed(float* out) {
         RowMax top;
-        const float* row = process(0, &top);
+        const float* row = process(logits(0), &top);
         Filter filter;
-        if (!is_greedy) filter = kept_set(row, top.value);
+        if (!is_greedy)
+            filter = make_filter(row, p.vocab, top.value, {s.top_k, s.top_p, s.min_p},
+                                 w.filter_scratch());
         for (int64_t v = 0; v < p.vocab; ++v) out[v] = filter.keeps(row[v], v) ? row[v] : -kInf;
     }
 };
+
+float* scratch_of(const TreeAcceptParams& p, int64_t index) {
+    return p.workspace ? p.workspace + index * tree_accept_workspace(p.vocab) : nullptr;
+}
 
 }  // namespace
 
 void tree_accept_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const TreeAcceptParams*>(params);
-    float* scratch = p.workspace ? p.workspace + part * tree_accept_workspace(p.vocab) : nullptr;
+    float* scratch = scratch_of(p, part);
     for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b) {
         // The host saw to it, but rows may have changed since the launch was recorded.
         if (!scratch && !is_plain_greedy(p.sampling[b])) {
             write_nothing(p, b);
         } else {
-            Walk(p, b, scratch).run();
+            Walk(p, b, scratch, nullptr).run(0, false);
         }
+    }
+}
+
+// Of a walk with shared rows: a sequence has the scratch of its own number.
+void tree_accept_step_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const TreeAcceptParams*>(params);
+    for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b) {
+        float* scratch = scratch_of(p, b);
+        WalkState* state = Workspace(scratch, p.vocab).state;
+        const bool begins = p.stage == WalkStage::kBegin;
+        if (!begins && state->next == Next::kEnd) continue;
+        Walk walk(p, b, scratch, begins ? nullptr : state);
+        walk.run(begins ? 0 : num_row_slices(p.vocab), p.stage != WalkStage::kEnd);
+        *state = walk.at;
+    }
+}
+
+void tree_accept_slice_part(const void* params, int part, int num_parts) {
+    const auto& p = *static_cast<const TreeAcceptParams*>(params);
+    const int64_t num_slices = num_row_slices(p.vocab), count = p.batch * num_slices;
+    const int64_t num_blocks = all_blocks(p.vocab).end;
+    for (int64_t i = count * part / num_parts; i < count * (part + 1) / num_parts; ++i) {
+        const int64_t b = i / num_slices, slice = i % num_slices;
+        float* scratch = scratch_of(p, b);
+        const Workspace w(scratch, p.vocab);
+        if (w.state->next == Next::kEnd) continue;
+        Walk(p, b, scratch, w.state)
+            .read_slice(w.slices + slice,
+                        {num_blocks * slice / num_slices, num_blocks * (slice + 1) / num_slices});
     }
 }
 
 void processed_logits_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const TreeAcceptParams*>(params);
-    float* scratch = p.workspace + part * tree_accept_workspace(p.vocab);
     for (int64_t b = p.batch * part / num_parts; b < p.batch * (part + 1) / num_parts; ++b)
-        Walk(p, b, scratch).write_processed(p.logprobs + b * p.vocab);
+        Walk(p, b, scratch_of(p, part), nullptr).write_processed(p.logprobs + b * p.vocab);
 }
 
 void exponentials_part(const void* params, int, int) {

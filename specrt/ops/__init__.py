@@ -20,7 +20,8 @@ from specrt.ops.linear import (
     linear_workspace,
     row_scratch,
 )
-from specrt.ops.matrix import Float8Matrix, Matrix, MatrixKind, PackedMatrix, matrix_pack
+from specrt.ops.matrix import Float8Matrix, Matrix, MatrixKind, PackedMatrix
+from specrt.ops.matrix_pack import matrix_pack
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append

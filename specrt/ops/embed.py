@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specrt import _C
-from specrt.ops.matrix import Matrix, PackedMatrix, layout_of, values_of
+from specrt.ops.matrix import PackedMatrix, layout_of, values_of
 from specrt.ops.registry import register
 
 register(
@@ -17,7 +17,7 @@ register(
 
 def embed(
     tokens: torch.Tensor,
-    table: Matrix,
+    table: torch.Tensor | PackedMatrix,
     out: torch.Tensor | None = None,
     *,
     ids: torch.Tensor | None = None,
@@ -45,7 +45,7 @@ def embed(
             memory with another argument; the argument is named.
     """
     if out is None:
-        dtype = torch.float32 if isinstance(table, PackedMatrix) else table.dtype
+        dtype = table.dtype if isinstance(table, torch.Tensor) else torch.float32
         out = tokens.new_empty(*tokens.shape[:1], *table.shape[1:], dtype=dtype)
     given = tokens, values_of(table), out, ids, is_open, layout_of(table)
     if torch.compiler.is_compiling():

@@ -31,7 +31,7 @@ register(f"feature_check({_INPUTS}, Tensor out, {_REST}) -> ()", _C.feature_chec
 class FeatureWeights(NamedTuple):
     """What :func:`feature_sample` multiplies by and looks up."""
 
-    embed: Matrix | None
+    embed: torch.Tensor | PackedMatrix | None
     fc: Matrix
     fc_bias: torch.Tensor | None
     norm: torch.Tensor | None
@@ -97,7 +97,7 @@ def feature_sample(
     tokens: torch.Tensor,
     source: torch.Tensor | None,
     features: torch.Tensor,
-    embed: Matrix | None,
+    embed: torch.Tensor | PackedMatrix | None,
     fc: Matrix,
     fc_bias: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
@@ -218,11 +218,11 @@ def _launch(
     gate: Rows = at.gate
     if w.token_gate is not None:
         gate = GatheredRows(w.token_gate, tokens)
-    elif w.gate is not None and w.embed is not None:
+    elif w.gate is not None and isinstance(w.embed, torch.Tensor):
         multiply(GatheredRows(w.embed, tokens), w.gate, out=gate)
     if w.token_fc is not None:
         multiply(f, w.fc, residual=GatheredRows(w.token_fc, tokens), out=h)
-    elif w.embed is not None:
+    elif isinstance(w.embed, torch.Tensor):
         multiply(GatheredRows(w.embed, tokens), w.fc, w.fc_bias, second=f, out=h)
     if w.norm is None or w.up is None or w.down is None:
         return

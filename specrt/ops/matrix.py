@@ -12,13 +12,6 @@ from enum import IntEnum
 import torch
 
 from specrt import _C
-from specrt.ops.registry import register
-
-register(
-    "matrix_pack(Tensor source, Tensor(a!) values, Tensor(b!) is_bad, int[] layout,"
-    " int first_row) -> ()",
-    _C.matrix_pack,
-)
 
 STRIP_OUTPUTS = 16
 """Outputs that lie side by side in a packed matrix."""
@@ -116,23 +109,3 @@ def layout_of(matrix: Matrix | None) -> list[int]:
     if not isinstance(matrix, PackedMatrix):
         return []
     return [int(matrix.kind), matrix.num_outputs, matrix.num_inputs]
-
-
-def matrix_pack(source: torch.Tensor, matrix: PackedMatrix, first_row: int = 0) -> bool:
-    """Write rows into a packed matrix.
-
-    Args:
-        source: ``[R, K]`` float32, bfloat16 or float16, on the CPU; rows may be strided. Rounded to
-            nearest, ties to even.
-        matrix: whose rows ``first_row .. first_row + R`` are written, and the padding of their K.
-        first_row: of them.
-
-    Returns:
-        Whether all that was written is finite.
-
-    Raises:
-        ValueError: a shape or dtype does not fit, or rows are outside; the argument is named.
-    """
-    is_bad = torch.zeros(1, dtype=torch.int32)
-    _C.matrix_pack(source, matrix.values, is_bad, layout_of(matrix), first_row)
-    return not is_bad.item()

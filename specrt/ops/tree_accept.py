@@ -13,7 +13,8 @@ register(
     "tree_accept(Tensor draft_tokens, Tensor parents, Tensor num_nodes, Tensor? draft_probs, "
     "Tensor logits, Tensor sampling, Tensor? bias_ids, Tensor? bias_values, Tensor history, "
     "Tensor history_len, Tensor(a!)? workspace, Tensor(b!) path, Tensor(c!) accept_length, "
-    "Tensor(d!) tokens, Tensor(e!)? logprobs, Tensor? maxima) -> ()",
+    "Tensor(d!) tokens, Tensor(e!)? logprobs, Tensor? maxima, "
+    "Tensor? logit_rows, Tensor(f!)? next_node) -> ()",
     _C.tree_accept,
 )
 
@@ -29,7 +30,7 @@ class Purpose(IntEnum):
 
 
 def workspace_size(vocab_size: int) -> int:
-    """Floats of scratch that one thread of ``tree_accept`` needs on a CPU."""
+    """Floats of scratch that one walk of ``tree_accept`` needs on a CPU."""
     return _C.tree_accept_workspace(vocab_size)
 
 
@@ -67,6 +68,8 @@ def tree_accept(
     tokens: torch.Tensor,
     logprobs: torch.Tensor | None,
     maxima: torch.Tensor | None = None,
+    logit_rows: torch.Tensor | None = None,
+    next_node: torch.Tensor | None = None,
 ) -> None:
     """Walk each sequence's tree; see ``specrt.accept.accept`` for the rules.
 
@@ -86,8 +89,9 @@ def tree_accept(
         history: ``[B, T]`` int32.
         history_len: ``[B]`` int32.
         workspace: ``[parts, workspace_size(V)]`` float32; None if all sequences are greedy without
-            bias or penalties. On a GPU always: ``[gpu_workspace_size(...)]`` float32 or longer,
-            zeros before the first call.
+            bias or penalties. With B parts all threads share the rows of a large vocabulary. On a
+            GPU always: ``[gpu_workspace_size(...)]`` float32 or longer, zeros before the first
+            call.
         path: ``[B, N]`` int32, written.
         accept_length: ``[B]`` int32, written.
         tokens: ``[B, N]`` int32, written.
@@ -95,6 +99,11 @@ def tree_accept(
         maxima: on a GPU, ``TileMaxima.keys`` that :func:`linear` left of these very logits,
             ``sampling``, ``history_len`` and the trees' depths. The best of a row that has neither
             bias nor penalties is found in them: the logits need not be read for it.
+        logit_rows: ``[B, N]`` int32, on a CPU; ``logits`` are then ``[R, V]``, and this says which
+            row of them a node has. Any other number: none yet.
+        next_node: ``[B]`` int32, with ``logit_rows``: where each walk begins, 0 at first; written:
+            the node whose logits it lacks, -1 where it has ended. Called again with them and the
+            same results, it goes on there.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the argument is named.
@@ -117,6 +126,8 @@ def tree_accept(
         tokens,
         logprobs,
         maxima,
+        logit_rows,
+        next_node,
     )
 
 

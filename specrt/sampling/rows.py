@@ -174,7 +174,7 @@ class SamplingRows:
         return bias_ids, bits.view(torch.float32)
 
     def _scratch(self, count: int) -> torch.Tensor:
-        num_parts = max(1, min(count, torch.get_num_threads()))
-        if self._workspace is None or len(self._workspace) < num_parts:
-            self._workspace = torch.empty(num_parts, workspace_size(self._vocab_size))
-        return self._workspace[:num_parts]
+        """A part a sequence: threads share rows, and memory is taken as it is touched."""
+        if self._workspace is None or len(self._workspace) < count:
+            self._workspace = torch.empty(count, workspace_size(self._vocab_size))
+        return self._workspace[:count]

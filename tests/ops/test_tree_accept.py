@@ -95,7 +95,7 @@ def processed(logits, params, history, prompt_len) -> torch.Tensor:
         out, one, one - 1, one[0] + 1, None, logits.view(1, 1, -1), table.rows, table.bias_ids,
         table.bias_values, i32([history]), i32([len(history)]),
         torch.full((1, workspace_size(vocab)), NAN), one.clone(), one[0].clone(), one.clone(),
-        None, None,
+        None, None, None, None,
     )  # fmt: skip
     return out[0]
 
