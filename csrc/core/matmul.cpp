@@ -9,12 +9,15 @@ int64_t matmul_workspace(int64_t depth, int64_t num_rows) {
 }
 
 void matmul(const MatmulParams& p, std::vector<Launch>* launches) {
-    // A part of less than ~8k multiply-adds is not worth another thread.
-    const int64_t parts = 1 + p.num_rows * p.num_outputs * p.depth / 8192;
     const Isa isa = active_isa();
-    const bool is_packed = p.format != MatrixFormat::kRows;
-    launches->push_back(
-        make_launch(is_packed ? matmul_tiles_part_for(isa) : matmul_part_for(isa), p, parts));
+    if (p.format == MatrixFormat::kRows) {
+        // A part of less than ~8k multiply-adds is not worth another thread.
+        const int64_t parts = 1 + p.num_rows * p.num_outputs * p.depth / 8192;
+        return launches->push_back(make_launch(matmul_part_for(isa), p, parts));
+    }
+    const int64_t strips = divide_up(p.num_outputs, kStripOutputs);
+    const Split split = split_strips(strips, strip_bytes(p.format, p.depth), p.num_rows);
+    launches->push_back(make_launch(matmul_tiles_part_for(isa), p, split));
 }
 
 }  // namespace specrt
