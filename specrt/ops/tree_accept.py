@@ -89,8 +89,9 @@ def tree_accept(
         history: ``[B, T]`` int32.
         history_len: ``[B]`` int32.
         workspace: ``[parts, workspace_size(V)]`` float32; None if all sequences are greedy without
-            bias or penalties. With B parts all threads share the rows of a large vocabulary. On a GPU always: ``[gpu_workspace_size(...)]`` float32 or longer,
-            zeros before the first call.
+            bias or penalties. With B parts all threads share the rows of a large vocabulary. On a
+            GPU always: ``[gpu_workspace_size(...)]`` float32 or longer, zeros before the first
+            call.
         path: ``[B, N]`` int32, written.
         accept_length: ``[B]`` int32, written.
         tokens: ``[B, N]`` int32, written.
