@@ -86,7 +86,7 @@ class HeadByNeed:
         self._num_rounds += 1
         by_need = self._num_passes * self._cost.relative(_ROWS_A_PASS)
         pays = by_need < self._cost.relative(num_rows)
-        is_probe = self._num_rounds in (2, 4, 8, 16) or self._num_rounds % _PROBE_EVERY == 0
+        is_probe = self._num_rounds in (2, 16) or self._num_rounds % _PROBE_EVERY == 0
         return pays != is_probe
 
     def _multiply(self, features: torch.Tensor, wanted: Sequence[int], begin: int) -> None:
