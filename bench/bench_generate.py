@@ -7,6 +7,8 @@ positions (behind a first difference everything usually differs), ``prompts`` wh
 
 ``share_of_streaming`` is how near plain decoding comes to reading its weights and doing nothing
 else: the time of our ``linear`` over the very matrices of a step, by the time of a step.
+
+``--gguf FILE`` alone has that file run by us and by llama.cpp: ``generate_gguf.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bench import generate_gguf
 from bench.bench_linear import Pass
 from bench.contenders import (
     LLAMA_CPP,
@@ -283,16 +286,17 @@ def bench(args: argparse.Namespace, dtype: str, scratch: Path) -> tuple[list[Row
 def _arguments() -> argparse.ArgumentParser:
     arguments = parser(__doc__)
     add = arguments.add_argument
-    add("--target", default=BUILTIN, help="a checkpoint directory; default: the bundled model")
-    add("--drafters", default="all", help="all, none, or names and paths with commas between")
+    add("--target", help="a checkpoint directory; default: the bundled model")
+    add("--drafters", help="all (the default), none, or names and paths with commas between")
     add("--peers", default="all", help=f"all, none, or some of: {', '.join(PEERS)}")
     add("--prompts", default="heldout", help="heldout, self-quoting, novel, unpredictable or JSONL")
     add("--problems", type=Path, default=HELDOUT, help="what the named sets are made of")
     add("--num-prompts", type=int, default=12)
-    add("--max-new-tokens", type=int, default=192)
+    add("--max-new-tokens", type=int, help="default: 192; of --gguf alone 64")
+    add("--prompt-tokens", type=int, default=512, help="of --gguf alone: tokens of its prompt")
     add("--repeats", type=int, default=3)
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    add("--gguf", type=Path, help="the target for llama.cpp (of one --dtype)")
+    add("--gguf", type=Path, help="for llama.cpp in place of --target; alone: for us too")
     add("--make-gguf", action="store_true", help="make it from the target")
     add("--no-memory", action="store_true", help="skip the processes that measure memory")
     return arguments
@@ -307,19 +311,26 @@ def _parse() -> argparse.Namespace:
     }.get(args.peers, set(args.peers.split(",")))
     if args.peers - set(PEERS):
         arguments.error(f"--peers: expected some of {', '.join(PEERS)}")
-    if args.gguf and len(args.dtype) > 1:
+    if args.gguf and args.target and len(args.dtype) > 1:
         arguments.error("--gguf: name its --dtype")
+    args.is_of_gguf = args.gguf is not None and args.target is None
+    args.drafters = args.drafters or (generate_gguf.DRAFTERS if args.is_of_gguf else "all")
+    args.max_new_tokens = args.max_new_tokens or (64 if args.is_of_gguf else 192)
+    args.target = args.target or BUILTIN
     if args.target != BUILTIN:
         args.target = str(Path(args.target).resolve())
     if args.quick:
         args.num_prompts, args.repeats, args.max_new_tokens, args.no_memory = 1, 1, 8, True
-        args.dtype = args.dtype[:1]
+        args.prompt_tokens, args.dtype = 16, args.dtype[:1]
     return args
 
 
 def main() -> None:
     """Measure, report, and fail if a drafter changed the text."""
     args = _parse()
+    if args.is_of_gguf:
+        generate_gguf.run(args)
+        return
     rows: list[Row] = []
     summary: dict[str, Any] = {
         "prompts": Path(args.prompts).name,

@@ -7,37 +7,47 @@ memory unless the caches hold them all. Ours runs as the engine runs it, as a ca
 Before any timing every row of 1..128 rows is compared with the row computed alone; one bit of
 difference ends the run.
 
+``cost`` is a pass in passes of one row, ``torch_cost`` torch's in its own. ``% triad`` is the
+weights' bytes a second by those of STREAM's triad in the same turns, as STREAM counts them (its
+stores are ordinary ones: with the lines that are read to be written it moves 4/3 as much).
+
+``--shapes llama-1b`` or ``qwen-0.5b`` is a quarter of that model's layers and of its head's rows, a
+part that no cache holds; the embedding is not multiplied by.
+
 ``--device cuda`` has the shapes of large models and cuBLAS beside it: ``linear_cuda.py``.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from bench import gpu
+from bench.cpu_models import CPU_MODELS
 from bench.harness import Row, measure_interleaved, parser, ratio_to, report, start
+from bench.stream import Triad
+from bench.weight_kinds import KINDS, SMALL_KINDS
 from specrt import ops
-from specrt.device import Device
-from specrt.models.float8 import float8_matrix
 from specrt.ops.graph import CpuGraph
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_ROWS = ROWS[-1]
-FLOAT8 = "float8"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, FLOAT8: torch.bfloat16}
-"""Of torch's matrices, which has no product by float8 on a CPU; of ours too, but for that one."""
+TRIAD = "triad"
 
 _H, _I = 512, 1408
-SHAPES: dict[str, list[tuple[int, int]]] = {
+_SHARE = 4
+SMALL_SHAPES: dict[str, list[tuple[int, int]]] = {
     # One matrix a layer with about a layer's weights: 86 MB in float32.
-    "8 x 512": [((2 * _H + 3 * _I) // 12 * 12, _H)] * 8,
+    "8x512": [((2 * _H + 3 * _I) // 12 * 12, _H)] * 8,
     # The bundled model's layers: qkv, o, gate_up, down.
     "builtin": [(512, 256), (256, 256), (1408, 256), (256, 704)] * 24,
 }
+SHAPES = SMALL_SHAPES | {name: model.matrices(_SHARE) for name, model in CPU_MODELS.items()}
 """``(N, K)`` of every matrix of a pass."""
 
 
@@ -78,77 +88,117 @@ class Pass:
             F.linear(x, weight)
 
 
-def check_rows(matrices: Sequence[torch.Tensor], counts: Iterable[int]) -> None:
+def check_rows(matrices: Sequence[ops.Matrix], counts: Iterable[int]) -> None:
     """Compare row i of M rows with row i alone, bit for bit.
 
     Raises:
         SystemExit: they differ.
     """
-    for weight in {matrix.shape: matrix for matrix in matrices}.values():
+    for weight in {tuple(matrix.shape): matrix for matrix in matrices}.values():
         x = torch.randn(MAX_ROWS, weight.shape[1])
         alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
         for count in counts:
             together = ops.linear(x[:count], weight)
             if not torch.equal(together.view(torch.int32), alone[:count].view(torch.int32)):
                 raise SystemExit(
-                    f"linear {list(weight.shape)} {weight.dtype}: a row of {count} rows differs "
-                    "from the same row alone"
+                    f"linear {list(weight.shape)} {type(weight).__name__}: a row of {count} rows "
+                    "differs from the same row alone"
                 )
 
 
-def bench(shape: str, dtype: str, counts: Sequence[int], rounds: int) -> list[Row]:
-    """One line for each number of rows; all of them and torch's are timed in turn."""
-    matrices = allocate(SHAPES[shape], DTYPES[dtype])
-    ours = [float8_matrix(one, Device()) for one in matrices] if dtype == FLOAT8 else None
-    passes = {count: Pass(matrices, count, ours) for count in counts}
-    contenders: dict[str, Callable[[], None]] = {}
-    for count, one in passes.items():
-        contenders |= {
-            f"ours {count}": one.ours,
-            f"eager {count}": one.eager,
-            f"torch {count}": one.torch,
-        }
-    seconds = measure_interleaved(contenders, min_time=0, rounds=rounds)
-    rows = []
-    for count, one in passes.items():
+@dataclass(frozen=True)
+class Bench:
+    """What is measured of every kind of every shape."""
+
+    counts: Sequence[int]
+    """Rows."""
+    checked: Sequence[int]
+    """Rows that are compared with a row alone."""
+    rounds: int
+    triad: Triad
+
+    def rows(self, shape: str, kind: str) -> list[Row]:
+        """One line for each number of rows; all of them, torch's and the triad in turn.
+
+        Raises:
+            SystemExit: a row depends on the others.
+        """
+        matrices = allocate(SHAPES[shape], KINDS[kind].dtype)
+        ours = [KINDS[kind].of(matrix) for matrix in matrices]
+        check_rows(ours, self.checked)
+        passes = {count: Pass(matrices, count, ours) for count in self.counts}
+        contenders: dict[str, Callable[[], None]] = {TRIAD: self.triad.run}
+        for count, one in passes.items():
+            contenders |= {f"ours {count}": one.ours, f"torch {count}": one.torch}
+            if shape in SMALL_SHAPES:  # elsewhere a call is nothing beside its time
+                contenders[f"eager {count}"] = one.eager
+        seconds = measure_interleaved(contenders, min_time=0, rounds=self.rounds)
+        facts: Row = {"shape": shape, "kind": kind}
+        return [facts | self._row(count, one, seconds) for count, one in passes.items()]
+
+    def _row(self, count: int, one: Pass, seconds: Mapping[str, float]) -> Row:
         ours, torchs = seconds[f"ours {count}"], seconds[f"torch {count}"]
-        rows.append(
-            {
-                "shape": shape,
-                "dtype": dtype,
-                "rows": count,
-                "ms": 1e3 * ours,
-                "GB/s": one.num_bytes / ours / 1e9,
-                "GFLOP/s": one.num_flops / ours / 1e9,
-                "eager_ms": 1e3 * seconds[f"eager {count}"],
-                "torch_ms": 1e3 * torchs,
-                "torch/ours": ratio_to(torchs, ours),
-                "cost": ours / seconds[f"ours {counts[0]}"],
-                "torch_cost": torchs / seconds[f"torch {counts[0]}"],
-            }
-        )
-    return rows
+        eager = seconds.get(f"eager {count}")
+        stream = self.triad.num_bytes / seconds[TRIAD]
+        return {
+            "rows": count,
+            "ms": 1e3 * ours,
+            "GB/s": one.num_bytes / ours / 1e9,
+            "% triad": 100 * one.num_bytes / ours / stream,
+            "GFLOP/s": one.num_flops / ours / 1e9,
+            "eager_ms": None if eager is None else 1e3 * eager,
+            "torch_ms": 1e3 * torchs,
+            "torch/ours": ratio_to(torchs, ours),
+            "cost": ours / seconds[f"ours {self.counts[0]}"],
+            "torch_cost": torchs / seconds[f"torch {self.counts[0]}"],
+            "triad GB/s": stream / 1e9,
+        }
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _parse() -> argparse.Namespace:
+    arguments = parser(__doc__)
+    gpu.add_arguments(arguments)
+    add = arguments.add_argument
+    add("--shapes", type=_names, default=list(SMALL_SHAPES), help=f"of {', '.join(SHAPES)}")
+    add("--kinds", type=_names, help=f"of {', '.join(KINDS)}; default: all, of small shapes few")
+    add("--rows", type=int, nargs="+", help="default: 1 to 128 by doubling")
+    add("--rounds", type=int, help="timings of each; default: 30, of a real model's shapes 9")
+    args = start(arguments)
+    for name, known in (("shapes", SHAPES), ("kinds", KINDS)):
+        wrong = set(getattr(args, name) or ()) - set(known)
+        if wrong:
+            arguments.error(
+                f"--{name}: expected some of {', '.join(known)}, got {', '.join(wrong)}"
+            )
+    return args
 
 
 def main() -> None:
     """Check, measure and report."""
-    arguments = parser(__doc__)
-    gpu.add_arguments(arguments)
-    args = start(arguments)
+    args = _parse()
     if args.device == "cuda":
         device = gpu.chosen_device(args)
         from bench import linear_cuda
 
         linear_cuda.run(args, device)
         return
-    counts = (1, 8) if args.quick else ROWS
-    checked = (2, 3, 5, 8, 17, MAX_ROWS) if args.quick else range(1, MAX_ROWS + 1)
+    counts = args.rows or ((1, 8) if args.quick else ROWS)
+    every = (2, 3, 5, 8, 17, MAX_ROWS)
+    triad = Triad(1 << 20 if args.quick else None)
     rows = []
-    for shape, sizes in SHAPES.items():
-        for dtype in DTYPES:
-            check_rows(allocate(sizes, DTYPES[dtype]), checked)
-            rows += bench(shape, dtype, counts, 3 if args.quick else 30)
-    report("linear", rows, save=args.save, summary={"rows_bit_equal": True})
+    for shape in args.shapes:
+        is_small = shape in SMALL_SHAPES
+        checked = every if args.quick or not is_small else range(1, MAX_ROWS + 1)
+        rounds = args.rounds or (3 if args.quick else 30 if is_small else 9)
+        bench = Bench(counts, checked, rounds, triad)
+        for kind in args.kinds or (SMALL_KINDS if is_small else KINDS):
+            rows += bench.rows(shape, kind)
+    name = "linear" if args.shapes == list(SMALL_SHAPES) else f"linear_{'_'.join(args.shapes)}"
+    report(name, rows, save=args.save, summary={"rows_bit_equal": True})
 
 
 if __name__ == "__main__":

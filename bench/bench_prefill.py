@@ -1,10 +1,12 @@
 """Prompts by the rows of a piece: what a prompt's pass takes, and whether its bits stay.
 
-One prompt over a target of random weights, in memory: a small one on the CPU; with ``--device
-cuda`` one of Llama-3-8B's shape, made there, beside ``transformers`` on the same memory (one pass,
-the logits of the last row). Columns: rows of a piece at the most; milliseconds and tokens a second;
-the products' FLOP a second; ``ratio``, how often the time fits into that of 128 rows a piece;
-whether keys and values are those of 128 rows a piece, to the bit.
+One prompt over a target of random weights, in memory, beside ``transformers`` on the same weights
+(one pass, the logits of the last row): on the CPU layers of ``--shapes``; with ``--device cuda`` a
+model of Llama-3-8B's shape, made there. Columns: rows of a piece at the most; milliseconds and
+tokens a second; the products' FLOP a second, as if all were made (of the last layer ours makes keys
+and values alone, which shows where there are few layers); ``ratio``, how often the time fits into
+that of 128 rows a piece; whether keys and values are those of 128 rows a piece, to the bit; our
+time over that of ``transformers``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -44,10 +46,25 @@ _SMALL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
+    "head_dim": 64,
+    "max_position_embeddings": 16384,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+)
+SHAPES = {
+    "small": (1024, 2816, 16, 4, 4),
+    "llama-1b": (2048, 8192, 32, 8, 16),
+    "qwen-0.5b": (896, 4864, 14, 2, 24),
+    "builtin": (256, 704, 4, 2, 24),
+}
+"""By name, ``_SIZES``: Llama-3.2-1B's, Qwen2.5-0.5B's (without biases) and the bundled target's."""
 
 
 class Target:
@@ -111,23 +128,59 @@ class Target:
 # --- on the CPU -------------------------------------------------------------------------------
 
 
+def cpu_config(args: argparse.Namespace) -> dict[str, object]:
+    """The content of a ``config.json``: of the shape and the number of layers asked for."""
+    described = _SMALL | dict(zip(_SIZES, SHAPES[args.shapes], strict=True))
+    if args.quick:
+        described |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        described |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if args.layers:
+        described["num_hidden_layers"] = args.layers
+    return described
+
+
 def on_cpu(args: argparse.Namespace) -> None:
-    """Sizes in turn."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512} if args.quick else {}
-    config = ModelConfig.from_dict(_SMALL | sizes)
-    rows = []
-    for dtype in (torch.float32,) if args.quick else (torch.float32, torch.bfloat16):
-        target = Target(config, random_weights(config, "cpu", dtype), 256 if args.quick else 512)
+    """Sizes and ``transformers`` in turn."""
+    described, rows = cpu_config(args), []
+    config = ModelConfig.from_dict(described)
+    dtypes = [torch.float32] * (args.shapes == "small") + [torch.bfloat16] * (not args.quick)
+    for dtype in dtypes or [torch.bfloat16]:
+        weights = random_weights(config, "cpu", dtype)
+        target = Target(config, weights, args.prompt or (256 if args.quick else 512))
+        contenders: dict[str, Callable[[], object]] = {
+            str(size): functools.partial(target.run, size) for size in SIZES[:3]
+        }
+        if find_spec(TRANSFORMERS) is not None:
+            contenders[TRANSFORMERS] = their_pass(described, weights, target.ids)
         taken = measure_interleaved(
-            {str(size): functools.partial(target.run, size) for size in SIZES[:3]},
+            contenders,
             warmup=1,
             min_time=0.05 if args.quick else 1.0,
             rounds=1 if args.quick else 6,
         )
+        theirs = taken.get(TRANSFORMERS)
         for name, seconds in taken.items():
-            row = target.row(int(name), seconds, taken[str(LEAST)])
+            is_ours = name != TRANSFORMERS
+            size = int(name) if is_ours else len(target.ids)
+            row = target.row(size, seconds, taken[str(LEAST)], OURS if is_ours else TRANSFORMERS)
+            if is_ours and theirs:
+                row["x transformers"] = seconds / theirs
             rows.append({"dtype": str(dtype).removeprefix("torch.")} | row)
     report("prefill", rows, save=args.save)
+
+
+def their_pass(
+    described: Mapping[str, object], weights: Weights, ids: Sequence[int]
+) -> Callable[[], object]:
+    """``transformers``' pass over the whole prompt, which leaves keys and values too."""
+    twin = transformers_twin(described, weights)
+    there = torch.tensor([ids], device=weights.embed.device)
+
+    def run() -> object:
+        with torch.no_grad():
+            return twin(there, use_cache=True, logits_to_keep=1)
+
+    return run
 
 
 # --- on a GPU ---------------------------------------------------------------------------------
@@ -169,11 +222,8 @@ class Bench:
 
     @cached_property
     def their_seconds(self) -> float:
-        """Of ``transformers``' pass over the whole prompt, which leaves keys and values too."""
-        twin, ids = transformers_twin(self.hf_config, self.weights), torch.tensor([self.target.ids])
-        there = ids.to(self.weights.embed.device)
-        with torch.no_grad():
-            return self.seconds(lambda: twin(there, use_cache=True, logits_to_keep=1))
+        """Of ``transformers``' pass."""
+        return self.seconds(their_pass(self.hf_config, self.weights, self.target.ids))
 
     def theirs(self) -> Row:
         """The row of ``transformers``."""
@@ -214,7 +264,7 @@ def cases(is_quick: bool) -> Iterator[int | str]:
 def run(args: argparse.Namespace, device: gpu.Device) -> None:
     """Measure and report what the budget allows."""
     is_real = device.place.device == "cuda"
-    bench = Bench.make(device, args.model, args.prompt if is_real else 300)
+    bench = Bench.make(device, args.model, (args.prompt or 2048) if is_real else 300)
     measured = functools.partial(one_case, bench=bench)
     run_bench("prefill_cuda", cases(args.quick), measured, args, device)
 
@@ -224,7 +274,9 @@ def main() -> None:
     arguments = parser(__doc__)
     gpu.add_arguments(arguments)
     arguments.add_argument("--model", choices=list(SPECS), default="Llama-3-8B")
-    arguments.add_argument("--prompt", type=int, default=2048, help="tokens, on a GPU")
+    arguments.add_argument("--prompt", type=int, help="tokens; default: 512, on a GPU 2048")
+    arguments.add_argument("--shapes", choices=list(SHAPES), default="small", help="on the CPU")
+    arguments.add_argument("--layers", type=int, help="on the CPU; default: the model's")
     args = start(arguments)
     if args.device == "cpu" and not args.dry:
         on_cpu(args)

@@ -250,6 +250,12 @@ def _cpu_field(name: str) -> str:
     return ""
 
 
+def l3_bytes() -> int:
+    """Of the last cache; 0 where the system does not say."""
+    digits = (_l3_size() or "").removesuffix("K")
+    return 1024 * int(digits) if digits.isdecimal() else 0
+
+
 def _l3_size() -> str | None:
     """Weights that fit in it are not streamed from memory."""
     try:

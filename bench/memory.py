@@ -64,7 +64,7 @@ def peak_growth(probe: Probe) -> int | None:
     return int(done.stdout.split()[-1])
 
 
-def _import_all(kind: str) -> None:
+def import_all(kind: str) -> None:
     """What a contender imports late (transformers, 90 MB of it), so that only data counts."""
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def _load_empty_tokenizer(directory: Path) -> None:
     load_tokenizer(directory)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -111,11 +111,11 @@ def main() -> None:
     """Run the probe given as the argument."""
     probe = Probe(**json.loads(sys.argv[1]))
     torch.set_num_threads(probe.threads)
-    _import_all(probe.kind)
-    before = _status("VmRSS")
+    import_all(probe.kind)
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     probe.make().run(Request(probe.prompt_ids, probe.max_new_tokens, 0.0, 0))
-    print(_status("VmHWM") - before)
+    print(status("VmHWM") - before)
 
 
 if __name__ == "__main__":

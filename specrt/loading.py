@@ -77,8 +77,8 @@ def load(
     """Load a target and a drafter.
 
     Args:
-        target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, or
-            ``"builtin"`` for the bundled model.
+        target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, a GGUF file
+            of these, or ``"builtin"`` for the bundled model.
         drafter: None or ``"none"`` (plain decoding), ``"auto"`` (bundled FSPAD for the bundled
             target, else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
             (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
@@ -124,7 +124,7 @@ def load(
         MemoryError: no room for the weights; on a GPU, for them and the least cache that is of use.
     """
     if not isinstance(target, str | os.PathLike):
-        raise TypeError(f"target: expected a directory or {BUILTIN!r}, got {target!r}")
+        raise TypeError(f"target: expected a path or {BUILTIN!r}, got {target!r}")
     if not (drafter is None or isinstance(drafter, str | os.PathLike)):
         check_drafter(drafter, "drafter")
     limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)

@@ -22,7 +22,7 @@ from tests.oracles.tile_maxima import draft_maxima, tile_maxima
 Tensor = torch.Tensor
 Rows = Tensor | ops.GatheredRows
 _NO_MAXIMA = (None,) * 6 + (0,)
-_NOT_GATHERED = (None,) * 6
+_NOT_GATHERED = (*(None,) * 6, [])
 
 
 def taken(rows: Rows) -> Tensor:

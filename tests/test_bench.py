@@ -31,6 +31,7 @@ from tools.export_checkpoint import export, state_dict
 ROOT = Path(__file__).parents[1]
 END_TO_END = {
     "bench_generate", "bench_drafters", "bench_draft_window", "bench_control", "bench_arrivals",
+    "bench_load",
 }  # fmt: skip
 ON_A_GPU = {"bench_round"}
 BENCHES = {file.stem for file in (ROOT / "bench").glob("bench_*.py")}

@@ -71,7 +71,7 @@ def test_paths_that_hold_no_model(role: str, target: Path, tmp_path: Path) -> No
 
 
 def test_a_target_that_is_no_path() -> None:
-    with pytest.raises(TypeError, match="target: expected a directory or 'builtin', got None"):
+    with pytest.raises(TypeError, match="target: expected a path or 'builtin', got None"):
         specrt.load(None)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Write a target as GGUF, so that llama.cpp can be timed on the very same weights.
+"""Write a target as GGUF, which llama.cpp can be timed on with the very same weights.
 
 Reads through specrt's loader, so the bundled float8 model works too. Plain-rotary Llama and Mistral
 models with a byte-level BPE ``tokenizer.json`` are supported.
@@ -18,6 +18,7 @@ import torch
 
 from specrt.config import ModelConfig, read_json
 from specrt.models.loader import load_weights
+from specrt.models.tokenizer import Tokenizer, load_tokenizer
 from tools.export_checkpoint import DTYPES, state_dict, target_directory
 
 _NAMES = {
@@ -55,6 +56,7 @@ def make_gguf(target: str, out: Path, dtype: str) -> None:
     writer = gguf.GGUFWriter(out, "llama")
     _add_config(writer, config)
     _add_tokenizer(writer, config, read_json(source / "tokenizer.json"))
+    _add_use(writer, load_tokenizer(source))
     for key, value in state_dict(config, weights).items():
         _add_tensor(writer, _gguf_name(key), _reordered(key, value, config))
     writer.write_header_to_file()
@@ -79,7 +81,6 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
 
 
 def _add_tokenizer(writer: Any, config: ModelConfig, tokenizer: dict[str, Any]) -> None:
-    """Good enough to load: the benchmark hands over token ids, never text."""
     bpe = tokenizer.get("model", {})
     if bpe.get("type") != "BPE":
         raise ValueError("tokenizer.json: expected a BPE model")
@@ -88,19 +89,36 @@ def _add_tokenizer(writer: Any, config: ModelConfig, tokenizer: dict[str, Any]) 
     by_id |= {token["id"]: token["content"] for token in added}
     special = {token["id"] for token in added if token.get("special")}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
     writer.add_token_list([by_id.get(i, f"<unused{i}>") for i in range(config.vocab_size)])
-    writer.add_token_types(
-        [
-            gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
-            for i in range(config.vocab_size)
-        ]
-    )
+    kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
+    kinds |= dict.fromkeys(special, gguf.TokenType.CONTROL)
+    writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in range(config.vocab_size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
     if config.bos_id is not None:
         writer.add_bos_token_id(config.bos_id)
     if config.eos_ids:
         writer.add_eos_token_id(config.eos_ids[0])
+
+
+def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
+    """What llama.cpp calls the way in which texts are cut."""
+    cutting = tokenizer.get("pre_tokenizer") or {}
+    steps = cutting.get("pretokenizers", [cutting])
+    kinds = [step.get("type") for step in steps]
+    if kinds[-1:] == ["ByteLevel"] and steps[-1].get("use_regex", True):
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            return "smollm"
+    return "default"  # enough for ids; specrt refuses to cut texts so
+
+
+def _add_use(writer: Any, tokenizer: Tokenizer) -> None:
+    """How texts and chats are begun."""
+    writer.add_add_bos_token(bool(tokenizer.encode("")))
+    if tokenizer.inner.chat_template is not None:
+        writer.add_chat_template(tokenizer.inner.chat_template)
 
 
 def _gguf_name(key: str) -> str:

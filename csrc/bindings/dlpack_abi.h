@@ -11,7 +11,7 @@ constexpr const char* kCapsuleName = "dlpack_exchange_api";
 constexpr uint32_t kMajorVersion = 1;
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBFloat = 4, kFloat8E4M3 = 10 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kFloat8E4M3 = 10 };
 
 struct Tensor {
     void* data;

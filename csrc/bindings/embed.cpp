@@ -1,15 +1,17 @@
 #include "embed/embed.h"
 
+#include <pybind11/stl.h>
+
 #include "bindings/tensor.h"
 
 namespace specrt::bindings {
 
 void register_embed(py::module_& m) {
     m.def("embed", [](py::handle tokens, py::handle table, py::handle out, py::handle ids,
-                      py::handle is_open) {
+                      py::handle is_open, const std::vector<int64_t>& layout) {
         submit_released(embed({device_view_of(tokens, "tokens"), device_view_of(table, "table"),
                                device_view_of(out, "out"), device_view_of(ids, "ids", true),
-                               device_view_of(is_open, "is_open", true)}));
+                               device_view_of(is_open, "is_open", true), layout}));
     });
 }
 

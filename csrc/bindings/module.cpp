@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include "bindings/tensor.h"
+#include "core/cpu_topology.h"
 #include "core/dispatch.h"
 
 namespace specrt::bindings {
 
 void register_linear(py::module_& m);
+void register_matrix_pack(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_rope_append(py::module_& m);
 void register_silu_mul(py::module_& m);
@@ -59,8 +61,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_stream_source", &set_stream_source);
     m.def("pieces_by_thread", &pieces_by_thread);
     m.def("rest_workers", &rest_workers);
+    m.def("worker_cpus", &worker_cpus);
+    m.def("choose_cpus", [](const std::string& devices, const Cpus& allowed, int here, int count) {
+        return choose_cpus(read_places(devices, allowed), here, count);
+    });
     register_graph(m);
     register_linear(m);
+    register_matrix_pack(m);
     register_rms_norm(m);
     register_rope_append(m);
     register_silu_mul(m);

@@ -48,7 +48,7 @@ DType dtype_of(PyObject* dtype, const char* name) {
         if (object == dtype) return value;
     const std::string text = py::str(dtype);
     for (DType value : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32,
-                        DType::kInt64, DType::kFloat64, DType::kE4M3}) {
+                        DType::kInt64, DType::kFloat64, DType::kE4M3, DType::kUInt8}) {
         if (text != std::string("torch.") + name_of(value)) continue;
         Py_INCREF(dtype);
         known.emplace_back(dtype, value);
@@ -121,6 +121,9 @@ bool read_dtype(const dlpack::Tensor& t, DType* dtype) {
             return true;
         case dlpack::kInt * 100 + 64:
             *dtype = DType::kInt64;
+            return true;
+        case dlpack::kUInt * 100 + 8:
+            *dtype = DType::kUInt8;
             return true;
         default:
             return false;

@@ -50,4 +50,11 @@ inline void submit_released(const Launch& launch) {
     run_on_gpu(launch, stream);
 }
 
+// The launches of one op, all of one device.
+inline void submit_released(const std::vector<Launch>& launches) {
+    if (launches.empty()) return;
+    if (launches.front().device == kCpu) return submit_released(launches.data(), launches.size());
+    for (const Launch& launch : launches) submit_released(launch);
+}
+
 }  // namespace specrt::bindings

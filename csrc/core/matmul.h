@@ -1,7 +1,10 @@
 // y = x W^T (+ bias) (+ residual), weights streamed once, each row's bits its own: the one
 // multiplication of all kernels that multiply by weights.
 #pragma once
+#include <vector>
+
 #include "core/dispatch.h"
+#include "core/matrix.h"
 #include "core/open.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
@@ -10,7 +13,7 @@ namespace specrt {
 
 struct MatmulParams {
     const float* x;         // [M, K]
-    const void* weight;     // [N, K] contiguous, of `weight_dtype`
+    const void* weight;     // [N, K], as `format` says; rows are of `weight_dtype`
     const float* bias;      // [N] or nullptr
     const float* residual;  // [M, N] or nullptr; may be out
     float* out;             // [M, N]
@@ -19,29 +22,17 @@ struct MatmulParams {
     DType weight_dtype;
     const float* scale;  // [N], of e4m3 weights: before the bias; otherwise nullptr
     Openness openness = {};
+    MatrixFormat format = MatrixFormat::kRows;
+    void* workspace = nullptr;  // of matmul_workspace(K, M) floats, where the format is packed
 };
 
 SPECRT_DECLARE_CPU(matmul_part)
+SPECRT_DECLARE_CPU(matmul_tiles_part)
 
-Launch matmul(const MatmulParams& p);
+// Floats of scratch in which a product by a packed matrix keeps rows of x as it multiplies them.
+int64_t matmul_workspace(int64_t depth, int64_t num_rows);
 
-// A matrix that matmul can stream: contiguous, float32, bfloat16, float16 or (scaled) e4m3.
-template <typename... Sizes>
-inline void expect_weight(const TensorView& t, const char* wanted, Sizes... sizes) {
-    if (t.dtype != DType::kE4M3) expect_float(t);
-    expect(t, t.dtype, wanted, sizes...);
-    expect_contiguous(t);
-}
-
-// The factors of e4m3 weights, which no other weights have.
-inline void expect_scale(const TensorView& weight, const TensorView& scale) {
-    const bool is_narrow = weight && weight.dtype == DType::kE4M3;
-    SPECRT_CHECK(is_narrow || !scale, scale.name, ": expected None, as ", weight.name, " is ",
-                 weight ? name_of(weight.dtype) : "None", ", got ", scale.describe());
-    if (!is_narrow) return;
-    SPECRT_CHECK(scale, scale.name, ": expected [N] = [", weight.shape[0], "] float32, as ",
-                 weight.name, " is float8_e4m3fn, got None");
-    expect(scale, DType::kFloat32, "[N]", weight.shape[0]);
-}
+// Appends the launches of one product.
+void matmul(const MatmulParams& p, std::vector<Launch>* launches);
 
 }  // namespace specrt

@@ -175,6 +175,16 @@ inline V16 scale_pow2(V16 value, V16 magic) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), n))};
 }
+// a0 b0 a1 b1 .. a7 b7, and a8 b8 .. a15 b15.
+inline V16 interleave_lo(V16 a, V16 b) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
+}
+inline V16 interleave_hi(V16 a, V16 b) {
+    const __m512i order =
+        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
+}
 // Packs the lanes that are not below `least` to the front, and their indices, the first lane's
 // being `first`; returns how many. All sixteen of both outputs may be written.
 inline int pack_not_less(V16 x, V16 least, int32_t first, float* values, int32_t* indices) {
@@ -290,6 +300,16 @@ inline __m256 scale_pow2(__m256 value, __m256 magic) {
 inline V16 scale_pow2(V16 value, V16 magic) {
     return {scale_pow2(value.lo, magic.lo), scale_pow2(value.hi, magic.hi)};
 }
+inline V16 interleave(__m256 a, __m256 b) {
+    const __m256 lo = _mm256_unpacklo_ps(a, b), hi = _mm256_unpackhi_ps(a, b);
+    return {_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31)};
+}
+inline V16 interleave_lo(V16 a, V16 b) {
+    return interleave(a.lo, b.lo);
+}
+inline V16 interleave_hi(V16 a, V16 b) {
+    return interleave(a.hi, b.hi);
+}
 // Sixteen 32-bit integers, whose sums wrap: not of AVX-512, which sums 64-bit ones.
 struct I16 {
     __m256i lo, hi;
@@ -377,6 +397,12 @@ inline V16 scale_pow2(V16 value, V16 magic) {
     return lanes(
         [&](int i) { return from_bits(to_bits(value.v[i]) + (to_bits(magic.v[i]) << 23)); });
 }
+inline V16 interleave_lo(V16 a, V16 b) {
+    return lanes([&](int i) { return (i % 2 ? b : a).v[i / 2]; });
+}
+inline V16 interleave_hi(V16 a, V16 b) {
+    return lanes([&](int i) { return (i % 2 ? b : a).v[8 + i / 2]; });
+}
 struct I16 {
     uint32_t v[16];
 };
@@ -403,6 +429,18 @@ inline void prefetch(const void* p) {
 }
 
 #endif
+
+// Lane j of vector i becomes lane i of vector j: four perfect shuffles of all 256.
+inline void transpose(V16 (&square)[16]) {
+    for (int round = 0; round < 4; ++round) {
+        V16 next[16];
+        for (int i = 0; i < 8; ++i) {
+            next[2 * i] = interleave_lo(square[i], square[i + 8]);
+            next[2 * i + 1] = interleave_hi(square[i], square[i + 8]);
+        }
+        for (int i = 0; i < 16; ++i) square[i] = next[i];
+    }
+}
 
 // --- accumulators ---
 // A dot product may keep its sixteen lanes in one V16, or go over its operands once per Part, a

@@ -7,16 +7,25 @@
 
 namespace specrt {
 
-enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kFloat64, kE4M3 };
+enum class DType : uint8_t {
+    kFloat32,
+    kBFloat16,
+    kFloat16,
+    kInt32,
+    kInt64,
+    kFloat64,
+    kE4M3,
+    kUInt8
+};
 
 inline const char* name_of(DType dtype) {
-    constexpr const char* kNames[] = {"float32", "bfloat16", "float16",      "int32",
-                                      "int64",   "float64",  "float8_e4m3fn"};
+    constexpr const char* kNames[] = {"float32", "bfloat16", "float16",       "int32",
+                                      "int64",   "float64",  "float8_e4m3fn", "uint8"};
     return kNames[static_cast<int>(dtype)];
 }
 
 inline int64_t size_of(DType dtype) {
-    constexpr int64_t kSizes[] = {4, 2, 2, 4, 8, 8, 1};
+    constexpr int64_t kSizes[] = {4, 2, 2, 4, 8, 8, 1, 1};
     return kSizes[static_cast<int>(dtype)];
 }
 

@@ -12,6 +12,8 @@
 #include <mutex>
 #include <thread>
 
+#include "core/cpu_topology.h"
+
 namespace specrt {
 namespace {
 
@@ -31,9 +33,10 @@ constexpr nanoseconds kIdle = std::chrono::milliseconds(1);
 // A worker that lost its core with a piece in hand rests for so many times the caller's wait, so
 // such waits cost an eighth of the time at most, however busy the machine is.
 constexpr int kRestFactor = 8;
-// A part is about the least work that is worth another thread. In a piece of so many of them what
-// beginning it costs does not show, and it is short beside kPatience.
-constexpr int kPartsAPiece = 32;
+// A thread claims so much of what is left of a range: more at once would bind the pieces to a
+// thread that is slow or has lost its core, less would be claims without end. Half leaves a launch
+// waiting 1.5 times as long for one thread of half the speed, an eighth 1.1 (simulated).
+constexpr int kClaimsOfRest = 8;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -145,7 +148,7 @@ struct Pieces {
     int begin = 0, end = 0;
 };
 
-// Half of a range's pieces that nobody has begun, of `size`: few claims, and the last are small.
+// Some of a range's pieces that nobody has begun, of `size`: few claims, and the last are small.
 // None: all are begun, or the launch is over. An ended launch has every piece begun, so its number
 // and size can claim nothing.
 Pieces claim(Seat& seat, uint64_t number, int size) {
@@ -153,7 +156,7 @@ Pieces claim(Seat& seat, uint64_t number, int size) {
     for (;;) {
         const int begin = number_of(begun) == number ? count_of(begun) : 0;
         if (number_of(begun) > number || begin >= size) return {};
-        const int end = begin + (size - begin + 1) / 2;
+        const int end = begin + (size - begin + kClaimsOfRest - 1) / kClaimsOfRest;
         const Word more = word_of(number, static_cast<uint64_t>(end));
         if (seat.begun.compare_exchange_weak(begun, more, std::memory_order_relaxed))
             return {begin, end};
@@ -163,7 +166,10 @@ Pieces claim(Seat& seat, uint64_t number, int size) {
 class Pool {
   public:
     explicit Pool(int num_threads)
-        : num_wanted_(num_threads), seats_(new Seat[static_cast<size_t>(num_threads)]) {
+        : num_wanted_(num_threads),
+          preferred_(worker_cpus(num_threads)),
+          allowed_(allowed_cpus()),
+          seats_(new Seat[static_cast<size_t>(num_threads)]) {
         workers_.reserve(static_cast<size_t>(num_threads) - 1);
         try {
             for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -211,7 +217,7 @@ class Pool {
 
     int pieces_of(const Launch& launch) const {
         if (launch.max_parts < num_threads_) return launch.max_parts;
-        const int each = launch.max_parts / (kPartsAPiece * num_threads_);
+        const int each = launch.max_parts / launch.parts_a_piece / num_threads_;
         return num_threads_ * (each < 1 ? 1 : each);
     }
 
@@ -276,10 +282,12 @@ class Pool {
         return is_last;
     }
 
-    // The caller waited in vain for long. If that is because this worker had no core, it rests.
+    // The caller waited in vain for long. If that is because this worker had no core, it rests, and
+    // does without its preference: others, maybe a pool as this one, keep those CPUs busy.
     void rest_if_off(Seat& seat, int64_t awaited_since) {
         const int64_t now = nanoseconds_of(Clock::now()), wait = now - awaited_since;
         if (seat.time_off().count() <= wait / 2) return;
+        if (!preferred_.empty()) run_on(allowed_);
         int64_t none = 0;  // a rest that was asked for stays
         seat.rest_until.compare_exchange_strong(none, now + kRestFactor * wait);
     }
@@ -314,6 +322,7 @@ class Pool {
 
     void work(int thread) {
         Seat& seat = seats_[thread];
+        if (!preferred_.empty()) run_on(preferred_);
         seat.time_off();
         for (Word seen = 0; !stopping_.load(std::memory_order_seq_cst);) {
             if (seat.rest_until.load(std::memory_order_relaxed) != 0) rest(seat);
@@ -354,7 +363,8 @@ class Pool {
     }
 
     const int num_wanted_;
-    int num_threads_ = 1;  // read by workers once a launch is open
+    const Cpus preferred_, allowed_;  // the workers'; the caller's thread is its owner's to place
+    int num_threads_ = 1;             // read by workers once a launch is open
     std::unique_ptr<Seat[]> seats_;
     std::vector<std::thread> workers_;
     // The job: read only by who holds a piece of it, or opens its next launch.

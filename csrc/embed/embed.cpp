@@ -10,6 +10,13 @@ int64_t expect_ids(TensorView t, int64_t rows) {
     return t.shape[0];
 }
 
+// Rows of a float type, which may be strided, or a packed matrix.
+void expect_table(const MatrixView& m) {
+    if (m.is_packed()) return expect_matrix(m, "[V, H]", -1, -1);
+    expect_float(m.values);
+    expect(m.values, m.values.dtype, "[V, H]", -1, -1);
+}
+
 void expect_all_apart(const EmbedArgs& a) {
     for (const TensorView* read : {&a.tokens, &a.table, &a.is_open})
         for (const TensorView* written : {&a.out, &a.ids})
@@ -22,13 +29,13 @@ void expect_all_apart(const EmbedArgs& a) {
 Launch embed(const EmbedArgs& a) {
     const TensorView &table = a.table, &out = a.out;
     const int64_t rows = expect_ids(a.tokens, -1);
-    expect_float(table);
-    expect(table, table.dtype, "[V, H]", -1, -1);
-    const int64_t vocab = table.shape[0], width = table.shape[1];
+    const MatrixView matrix = matrix_view(table, {}, a.layout);
+    expect_table(matrix);
+    const int64_t vocab = matrix.num_outputs, width = matrix.depth;
     SPECRT_CHECK(vocab <= INT32_MAX && (vocab > 0 || rows == 0),
                  "table: expected 1 to 2^31 - 1 rows, got ", table.describe());
     expect_float(out);
-    expect(out, out.dtype, "[M, H]", rows, width);
+    expect(out, matrix.is_packed() ? DType::kFloat32 : out.dtype, "[M, H]", rows, width);
     SPECRT_CHECK(rows <= INT32_MAX && width <= INT32_MAX,
                  "out: expected at most 2^31 - 1 rows of as many elements, got ", out.describe());
     if (a.ids) expect_ids(a.ids, rows);
@@ -48,7 +55,10 @@ Launch embed(const EmbedArgs& a) {
                         width,
                         static_cast<int32_t>(vocab),
                         table.dtype,
-                        out.dtype};
+                        out.dtype,
+                        matrix.format};
+    SPECRT_CHECK(device == kCpu || !matrix.is_packed(),
+                 "table: expected rows on a GPU, got a packed matrix");
     if (device != kCpu) return make_cuda_launch(embed_cuda, p, device);
     // Below ~32k elements one thread is done before a second could have started.
     return make_launch(embed_part_for(active_isa()), p, 1 + rows * width / 32768);

@@ -6,6 +6,7 @@
 #pragma once
 #include "core/dispatch.h"
 #include "core/host_device.h"
+#include "core/matrix.h"
 #include "core/open.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
@@ -22,6 +23,7 @@ struct EmbedParams {
     int64_t num_rows, width;
     int32_t vocab;  // V, at least 1 where there is a row
     DType table_dtype, out_dtype;
+    MatrixFormat format;  // of the table; packed on the CPU only, and to float32
 };
 
 // Which row of the table row `row` of `out` is.
@@ -39,6 +41,7 @@ SPECRT_DECLARE_CUDA(embed_cuda)
 
 struct EmbedArgs {
     TensorView tokens, table, out, ids, is_open;
+    std::vector<int64_t> layout;  // of a packed table (core/matrix.h), or empty
 };
 Launch embed(const EmbedArgs& args);
 

@@ -1,3 +1,4 @@
+#include "core/matrix_rows.h"
 #include "core/rows.h"
 #include "embed/embed.h"
 
@@ -22,10 +23,20 @@ void one_span(const EmbedParams& p, int64_t row, int64_t begin, int64_t end) {
             static_cast<To*>(p.out) + row * p.out_stride + begin, end - begin);
 }
 
+void packed_rows(const EmbedParams& p, int part, int num_parts) {
+    const bool is_open = is_any_open(p.open);
+    for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m) {
+        write_id(p, m, is_open);
+        float* out = static_cast<float*>(p.out) + m * p.out_stride;
+        if (is_open) unpack_row(p.table, p.format, p.width, source_row(p, m), out);
+    }
+}
+
 }  // namespace
 
 void embed_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const EmbedParams*>(params);
+    if (p.format != MatrixFormat::kRows) return packed_rows(p, part, num_parts);
     const bool is_open = is_any_open(p.open);
     with_float_type(p.table_dtype, [&](auto from) {
         with_float_type(p.out_dtype, [&](auto to) {

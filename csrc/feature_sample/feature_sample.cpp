@@ -1,7 +1,5 @@
 #include "feature_sample/feature_sample.h"
 
-#include <array>
-
 #include "core/matmul.h"
 
 namespace specrt {
@@ -25,32 +23,44 @@ void expect_given(const TensorView& t, const char* wanted, const char* why) {
     SPECRT_CHECK(static_cast<bool>(t), t.name, ": expected ", wanted, ", ", why, ", got None");
 }
 
-void check_fc(const FeatureSampleArgs& a, int64_t hidden) {
+// What rows are multiplied by.
+struct Matrices {
+    MatrixView fc, gate, up, down;
+};
+
+Matrices matrices(const FeatureSampleArgs& a) {
+    return {matrix_view(a.fc, a.fc_scale, a.fc_layout),
+            matrix_view(a.gate, a.gate_scale, a.gate_layout),
+            matrix_view(a.up, a.up_scale, a.up_layout),
+            matrix_view(a.down, a.down_scale, a.down_layout)};
+}
+
+void check_fc(const FeatureSampleArgs& a, const Matrices& m, int64_t hidden) {
     if (a.token_fc) {
         expect_absent(a.fc_bias, "token_fc holds it");
-        expect_weight(a.fc, "[H, H]", hidden, hidden);
+        expect_matrix(m.fc, "[H, H]", hidden, hidden);
     } else {
         if (a.fc_bias) expect(a.fc_bias, DType::kFloat32, "[H]", hidden);
-        expect_weight(a.fc, "[H, 2 H]", hidden, 2 * hidden);
+        expect_matrix(m.fc, "[H, 2 H]", hidden, 2 * hidden);
     }
 }
 
 // Returns I, or 0 without feature sampling.
-int64_t check_mlp(const FeatureSampleArgs& a, int64_t hidden) {
+int64_t check_mlp(const FeatureSampleArgs& a, const Matrices& m, int64_t hidden) {
     if (!a.norm && !a.gate && !a.up && !a.down && !a.token_gate) return 0;
     constexpr const char* kTogether = "for norm, gate, up and down come together";
     expect_given(a.norm, "[H]", kTogether);
     expect_given(a.up, "[I, H]", kTogether);
     expect_given(a.down, "[H, I]", kTogether);
     expect(a.norm, DType::kFloat32, "[H]", hidden);
-    expect_weight(a.up, "[I, H]", -1, hidden);
-    const int64_t intermediate = a.up.shape[0];
-    expect_weight(a.down, "[H, I]", hidden, intermediate);
+    expect_matrix(m.up, "[I, H]", -1, hidden);
+    const int64_t intermediate = m.up.num_outputs;
+    expect_matrix(m.down, "[H, I]", hidden, intermediate);
     if (a.token_gate) {
         expect_absent(a.gate, "token_gate replaces it");
     } else {
         expect_given(a.gate, "[I, H]", "or token_gate");
-        expect_weight(a.gate, "[I, H]", intermediate, hidden);
+        expect_matrix(m.gate, "[I, H]", intermediate, hidden);
     }
     return intermediate;
 }
@@ -59,20 +69,16 @@ int64_t check_mlp(const FeatureSampleArgs& a, int64_t hidden) {
 int64_t check_tables(const FeatureSampleArgs& a, int64_t hidden, int64_t intermediate) {
     if (!a.token_fc) expect_given(a.embed, "[V, H]", "unless token_fc is given");
     if (a.gate) expect_given(a.embed, "[V, H]", "unless token_gate is given");
-    const int64_t vocab = a.token_fc ? a.token_fc.shape[0] : a.embed.shape[0];
+    const MatrixView embed = matrix_view(a.embed, {}, a.embed_layout);
+    const int64_t vocab = a.token_fc ? a.token_fc.shape[0] : embed.num_outputs;
     if (a.token_fc) expect_table(a.token_fc, "[V, H]", -1, hidden);
-    if (a.embed) expect_table(a.embed, "[V, H]", vocab, hidden);
+    if (embed.is_packed()) {
+        expect_matrix(embed, "[V, H]", vocab, hidden);
+    } else if (embed) {
+        expect_table(a.embed, "[V, H]", vocab, hidden);
+    }
     if (a.token_gate) expect_table(a.token_gate, "[V, I]", vocab, intermediate);
     return vocab;
-}
-
-struct Matrix {
-    const TensorView &values, &scale;
-};
-
-std::array<Matrix, 4> matrices(const FeatureSampleArgs& a) {
-    return {Matrix{a.fc, a.fc_scale}, Matrix{a.gate, a.gate_scale}, Matrix{a.up, a.up_scale},
-            Matrix{a.down, a.down_scale}};
 }
 
 Sizes check(const FeatureSampleArgs& a) {
@@ -83,9 +89,11 @@ Sizes check(const FeatureSampleArgs& a) {
     const int64_t hidden = a.features.shape[1], enough = a.source ? (rows > 0) : rows;
     SPECRT_CHECK(a.features.shape[0] >= enough, a.features.name, ": expected at least ", enough,
                  " rows, got ", a.features.describe());
-    check_fc(a, hidden);
-    for (const Matrix& m : matrices(a)) expect_scale(m.values, m.scale);
-    const int64_t intermediate = check_mlp(a, hidden);
+    const Matrices m = matrices(a);
+    check_fc(a, m, hidden);
+    for (const MatrixView* one : {&m.fc, &m.gate, &m.up, &m.down})
+        SPECRT_CHECK(*one || !one->scale, one->scale.name, ": expected None without a matrix");
+    const int64_t intermediate = check_mlp(a, m, hidden);
     const int64_t vocab = check_tables(a, hidden, intermediate);
     SPECRT_CHECK(vocab > 0 || rows == 0, (a.token_fc ? a.token_fc : a.embed).name,
                  ": expected at least one token's row");
@@ -97,8 +105,10 @@ Sizes check(const FeatureSampleArgs& a) {
     return {rows, hidden, intermediate, vocab, static_cast<bool>(a.down)};
 }
 
-RowSource row_source(const TensorView& t, const TensorView& index, int64_t to) {
-    return {{t.data, t.stride[0], index.as<int32_t>(), t.shape[0]}, t.shape[1], to, t.dtype};
+RowSource row_source(const MatrixView& m, const TensorView& index, int64_t to) {
+    const TensorView& t = m.values;
+    return {
+        {t.data, t.stride[0], index.as<int32_t>(), m.num_outputs}, m.depth, to, t.dtype, m.format};
 }
 
 Launch gather(const FeatureSampleArgs& a, const Sizes& n) {
@@ -107,14 +117,28 @@ Launch gather(const FeatureSampleArgs& a, const Sizes& n) {
     p.workspace = a.workspace.as<float>();
     p.workspace_stride = a.workspace.stride[0];
     p.num_rows = n.rows;
-    const auto add = [&](const TensorView& t, const TensorView& index, int64_t to) {
-        p.from[p.num_sources++] = row_source(t, index, to);
+    const auto add = [&](const TensorView& t, const TensorView& index, int64_t to,
+                         const std::vector<int64_t>& layout = {}) {
+        p.from[p.num_sources++] = row_source(matrix_view(t, {}, layout), index, to);
     };
     add(a.features, a.source, at.f());
-    if (!a.token_fc || a.gate) add(a.embed, a.tokens, at.e());
+    if (!a.token_fc || a.gate) add(a.embed, a.tokens, at.e(), a.embed_layout);
     if (a.token_fc) add(a.token_fc, a.tokens, at.h());
     if (a.token_gate) add(a.token_gate, a.tokens, at.gate());
     return make_launch(feature_gather_part_for(active_isa()), p, 1 + n.rows * at.size() / 16384);
+}
+
+// Scratch for rows of x, which packed matrices are multiplied by in other forms.
+float* expect_linear_workspace(const FeatureSampleArgs& a, const MatrixView& m, int64_t rows) {
+    if (!m.is_packed()) return nullptr;
+    const TensorView& scratch = a.linear_workspace;
+    const int64_t needed = matmul_workspace(m.depth, rows);
+    SPECRT_CHECK(scratch, scratch.name, ": expected a tensor with packed matrices, got None");
+    expect(scratch, DType::kFloat32, "[floats]", -1);
+    SPECRT_CHECK(scratch.shape[0] >= needed, scratch.name, ": expected at least ", needed,
+                 " floats, got ", scratch.describe());
+    expect_aligned(scratch, 64);
+    return scratch.as<float>();
 }
 
 }  // namespace
@@ -125,8 +149,8 @@ void feature_check(const FeatureSampleArgs& a) {
                  "features: expected bfloat16 or float16, got ", a.features.describe());
     for (const TensorView* t : {&a.embed, &a.token_fc, &a.token_gate})
         if (*t) expect_dtype_of(a.features, *t);
-    for (const Matrix& m : matrices(a))
-        if (m.values && m.values.dtype != DType::kE4M3) expect_dtype_of(a.features, m.values);
+    for (const TensorView* t : {&a.fc, &a.gate, &a.up, &a.down})
+        if (*t && t->dtype != DType::kE4M3) expect_dtype_of(a.features, *t);
     const Sizes n = check(a);
     SPECRT_CHECK(n.hidden % 8 == 0 && n.intermediate % 8 == 0,
                  (n.intermediate ? a.down : a.fc).name,
@@ -149,30 +173,29 @@ std::vector<Launch> feature_sample(const FeatureSampleArgs& a) {
     const Isa isa = active_isa();
     const Openness openness = openness_of(a.is_open);  // the rest is in scratch
     const auto [fc, gate_of, up, down] = matrices(a);
-    const auto multiply = [&](int64_t x, const Matrix& matrix, const float* bias, int64_t residual,
-                              float* y, int64_t y_stride) {
-        const TensorView& w = matrix.values;
-        return matmul({ws + x, w.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
-                       stride, y_stride, n.rows, w.shape[0], w.shape[1], w.dtype,
-                       matrix.scale.as<float>(), openness});
-    };
     std::vector<Launch> launches;
-    launches.reserve(7);
+    launches.reserve(11);
+    const auto multiply = [&](int64_t x, const MatrixView& w, const float* bias, int64_t residual,
+                              float* y, int64_t y_stride) {
+        matmul({ws + x, w.values.data, bias, residual < 0 ? nullptr : ws + residual, y, stride,
+                stride, y_stride, n.rows, w.num_outputs, w.depth, w.values.dtype,
+                w.scale.as<float>(), openness, w.format, expect_linear_workspace(a, w, n.rows)},
+               &launches);
+    };
     launches.push_back(gather(a, n));
     float* const h = n.has_feature_sampling ? ws + at.h() : out;
-    launches.push_back(multiply(a.token_fc ? at.f() : at.e(), fc, a.fc_bias.as<float>(),
-                                a.token_fc ? at.h() : -1, h,
-                                n.has_feature_sampling ? stride : out_stride));
+    multiply(a.token_fc ? at.f() : at.e(), fc, a.fc_bias.as<float>(), a.token_fc ? at.h() : -1, h,
+             n.has_feature_sampling ? stride : out_stride);
     if (!n.has_feature_sampling) return launches;
     const NormParams norm{h, a.norm.as<float>(), ws + at.f(), stride, n.rows, n.hidden, a.eps};
     launches.push_back(
         make_launch(feature_norm_part_for(isa), norm, 1 + n.rows * n.hidden / 16384));
-    if (a.gate) launches.push_back(multiply(at.e(), gate_of, nullptr, -1, ws + at.gate(), stride));
-    launches.push_back(multiply(at.f(), up, nullptr, -1, ws + at.up(), stride));
+    if (a.gate) multiply(at.e(), gate_of, nullptr, -1, ws + at.gate(), stride);
+    multiply(at.f(), up, nullptr, -1, ws + at.up(), stride);
     const GateParams gate{ws + at.gate(), ws + at.up(), stride, n.rows, n.intermediate};
     launches.push_back(
         make_launch(feature_gate_part_for(isa), gate, 1 + n.rows * n.intermediate / 4096));
-    launches.push_back(multiply(at.gate(), down, nullptr, at.h(), out, out_stride));
+    multiply(at.gate(), down, nullptr, at.h(), out, out_stride);
     return launches;
 }
 

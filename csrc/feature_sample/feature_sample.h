@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/matrix.h"
 #include "core/row_operand.h"
 #include "core/tensor_view.h"
 #include "core/thread_pool.h"
@@ -29,6 +30,7 @@ struct RowSource {
     RowOperand chosen;
     int64_t width, to;
     DType dtype;
+    MatrixFormat format;
 };
 
 struct GatherParams {
@@ -61,6 +63,9 @@ struct FeatureSampleArgs {
     TensorView tokens, source, features, embed, fc, fc_bias, norm, gate, up, down, token_fc,
         token_gate, workspace, out, is_open, fc_scale, gate_scale, up_scale, down_scale;
     float eps;
+    // On the CPU: scratch of the products, and how packed matrices lie (core/matrix.h).
+    TensorView linear_workspace;
+    std::vector<int64_t> embed_layout, fc_layout, gate_layout, up_layout, down_layout;
 };
 
 // Of float32 rows, on the CPU.

@@ -1,3 +1,4 @@
+#include "core/matrix_rows.h"
 #include "core/rows.h"
 #include "feature_sample/feature_sample.h"
 
@@ -12,9 +13,11 @@ void widen(const T* from, float* to, int64_t width) {
 }
 
 void copy_row(const GatherParams& p, const RowSource& from, int64_t m) {
-    const int64_t start = chosen_row(from.chosen, m) * from.chosen.stride;
+    const int64_t row = chosen_row(from.chosen, m), start = row * from.chosen.stride;
     const void* rows = from.chosen.rows;
     float* to = p.workspace + m * p.workspace_stride + from.to;
+    if (from.format != MatrixFormat::kRows)
+        return unpack_row(rows, from.format, from.width, row, to);
     switch (from.dtype) {
         case DType::kBFloat16:
             return widen(static_cast<const bf16*>(rows) + start, to, from.width);

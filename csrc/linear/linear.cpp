@@ -46,8 +46,7 @@ void expect_gpu_weight(const LinearArgs& a) {
     SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
                  "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
     if (!is_narrow(a)) expect_dtype_of(a.x, a.weight);
-    expect(a.weight, a.weight.dtype, "[N, K]", -1, -1);
-    expect_contiguous(a.weight);
+    expect_matrix(matrix_view(a.weight, a.scale, {}), "[N, K]", -1, -1);
     const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
     const int64_t unit = is_narrow(a) ? 16 : 8;  // of 16 bytes
     SPECRT_CHECK(depth > 0 && depth % unit == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,
@@ -219,23 +218,40 @@ LinearParams gpu_params(const LinearArgs& a) {
     return p;
 }
 
-Launch on_cpu(const LinearArgs& a) {
+// Scratch for rows of x, which packed weights are multiplied by in other forms.
+float* expect_cpu_workspace(const LinearArgs& a, const MatrixView& weight, int64_t num_rows) {
+    if (!weight.is_packed()) return nullptr;
+    const int64_t needed = matmul_workspace(weight.depth, num_rows);
+    SPECRT_CHECK(a.workspace, "workspace: expected a tensor with packed weights, got None");
+    expect(a.workspace, DType::kFloat32, "[floats]", -1);
+    SPECRT_CHECK(a.workspace.shape[0] >= needed, "workspace: expected at least ", needed,
+                 " floats for ", num_rows, " rows, got ", a.workspace.describe());
+    expect_aligned(a.workspace, 64);
+    return a.workspace.as<float>();
+}
+
+std::vector<Launch> on_cpu(const LinearArgs& a) {
     SPECRT_CHECK(!a.is_gated, "is_gated: expected False on the CPU, where silu_mul follows");
     SPECRT_CHECK(!a.maxima, "maxima: expected None on the CPU");
     for (const TensorView* t :
          {&a.x_rows, &a.second, &a.second_rows, &a.residual_rows, &a.gate, &a.gate_rows})
         SPECRT_CHECK(!*t, t->name, ": expected None on the CPU");
-    expect_weight(a.weight, "[N, K]", -1, -1);
-    const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
+    const MatrixView weight = matrix_view(a.weight, a.scale, a.layout);
+    expect_matrix(weight, "[N, K]", -1, -1);
+    const int64_t num_outputs = weight.num_outputs, depth = weight.depth;
     expect(a.x, DType::kFloat32, "[M, K]", -1, depth);
-    expect(a.out, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
+    const int64_t num_rows = a.x.shape[0];
+    expect(a.out, DType::kFloat32, "[M, N]", num_rows, num_outputs);
     if (a.bias) expect(a.bias, DType::kFloat32, "[N]", num_outputs);
-    if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", a.x.shape[0], num_outputs);
+    if (a.residual) expect(a.residual, DType::kFloat32, "[M, N]", num_rows, num_outputs);
     expect_unwritten_operands(a);
-    return matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
-                   a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0],
-                   a.x.shape[0], num_outputs, depth, a.weight.dtype, a.scale.as<float>(),
-                   openness_of(a.is_open)});
+    std::vector<Launch> launches;
+    matmul({a.x.as<float>(), a.weight.data, a.bias.as<float>(), a.residual.as<float>(),
+            a.out.as<float>(), a.x.stride[0], a.residual.stride[0], a.out.stride[0], num_rows,
+            num_outputs, depth, a.weight.dtype, a.scale.as<float>(), openness_of(a.is_open),
+            weight.format, expect_cpu_workspace(a, weight, num_rows)},
+           &launches);
+    return launches;
 }
 
 }  // namespace
@@ -252,15 +268,15 @@ int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows) {
     return product::kMaxTickets + slices * tiles * 128 * pieces * columns;
 }
 
-Launch linear(const LinearArgs& a) {
+std::vector<Launch> linear(const LinearArgs& a) {
     const int device =
         common_device(a.x, a.weight, a.bias, a.residual, a.out, a.workspace, a.maxima, a.sampling,
                       a.history_len, a.depth, a.masses, a.token_map, a.is_open, a.scale, a.x_rows,
                       a.second, a.second_rows, a.residual_rows, a.gate, a.gate_rows);
     expect_plan(a.plan);
-    expect_scale(a.weight, a.scale);
     if (device == kCpu) return on_cpu(a);
-    return make_cuda_launch(linear_cuda, gpu_params(a), device);
+    SPECRT_CHECK(a.layout.empty(), "weight: expected rows on a GPU, got a packed matrix");
+    return {make_cuda_launch(linear_cuda, gpu_params(a), device)};
 }
 
 }  // namespace specrt

@@ -24,8 +24,9 @@ constexpr bool is_valid(const LinearPlan& plan) {
 
 struct LinearArgs {
     TensorView x, weight, bias, residual, out;
-    TensorView workspace;  // on a GPU: tickets, zero between launches, and scratch
-    bool is_gated;         // on a GPU: rows of weights by turns 8 of gate and 8 of up
+    TensorView
+        workspace;  // on a GPU: tickets, zero between launches, and scratch; on the CPU: scratch
+    bool is_gated;  // on a GPU: rows of weights by turns 8 of gate and 8 of up
     LinearPlan plan;
     TensorView maxima, sampling, history_len, depth;  // on a GPU: keys of logits, or none of these
     TensorView masses, token_map;                     // of a drafter's logits
@@ -34,6 +35,7 @@ struct LinearArgs {
     TensorView scale;  // of e4m3 weights
     // On a GPU: which rows of tables these are, what stands behind x in a row, and the gate.
     TensorView x_rows, second, second_rows, residual_rows, gate, gate_rows;
+    std::vector<int64_t> layout;  // on the CPU: of packed weights (core/matrix.h), or empty
 };
 
 struct LinearParams {
@@ -71,6 +73,7 @@ int padded(int64_t num_rows, DType weights);  // e4m3: to 16 or 64
 // more. Tickets at its beginning are to be zeroed once.
 int64_t linear_workspace(int64_t num_outputs, int64_t depth, int64_t num_rows);
 
-Launch linear(const LinearArgs& args);
+// One launch on a GPU; on the CPU one or more, in order.
+std::vector<Launch> linear(const LinearArgs& args);
 
 }  // namespace specrt

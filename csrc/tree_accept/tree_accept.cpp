@@ -142,8 +142,7 @@ int64_t num_levels(const TreeAcceptParams& p) {
         for (int64_t j = 1; j < p.nodes; ++j) {
             const int64_t parent = p.parents[i * p.nodes + j];
             const bool is_below = 0 <= parent && parent < j && j < p.num_nodes[i];
-            level[static_cast<size_t>(j)] =
-                is_below ? 1 + level[static_cast<size_t>(parent)] : 1;
+            level[static_cast<size_t>(j)] = is_below ? 1 + level[static_cast<size_t>(parent)] : 1;
             deepest = std::max(deepest, level[static_cast<size_t>(j)]);
         }
     return std::min(deepest, kMost);
@@ -197,7 +196,8 @@ std::vector<Launch> tree_accept(const TreeAcceptArgs& a) {
                       a.bias_ids, a.bias_values, a.history, a.history_len, a.workspace, a.path,
                       a.accept_length, a.tokens, a.logprobs, a.maxima, a.logit_rows, a.next_node);
     if (device != kCpu) {
-        SPECRT_CHECK(!a.logit_rows, "logit_rows: expected None on a GPU, which draws for all nodes");
+        SPECRT_CHECK(!a.logit_rows,
+                     "logit_rows: expected None on a GPU, which draws for all nodes");
         check_for_gpu(a);
         return {make_cuda_launch(tree_accept_cuda, params_of(a), device)};
     }

@@ -1,86 +1,28 @@
-// The work is cut into items: one sequence, one kv head, up to kRows rows (a row is one query head
-// of one node; nodes and the heads of the group are flattened, so all rows of an item read the same
-// prefix keys). For each leaf an item computes scores, softmax terms and weighted values, with the
-// leaf's prefix keys shared by blocks of rows and the ancestors read node by node. Blocking decides
-// only how often a key is loaded. Every score is one dot product (sixteen lanes over d, then the
-// fixed tree); the values are accumulated key by key in order.
+// The work is cut into items: one sequence, one kv head, some rows (a row is one query head of one
+// node; nodes and the heads of the group are flattened, so all rows of an item read the same prefix
+// keys). For each leaf an item computes scores, softmax terms and weighted values. Of a row's keys
+// those that follow one another from the first, its range, are shared by blocks of rows: the prefix
+// and the first nodes of the tree, so in a chain all. The other ancestors, its own keys, are read
+// node by node. With many rows the keys of a leaf are brought to float32 once (leaf_tile.h).
+// Blocking decides only how often a key is loaded. Every score is one dot product (sixteen lanes
+// over d, then the fixed tree); the values are accumulated key by key in order.
 //
-// Hazard: slots that are not visible hold garbage, NaN included, and 0 * NaN is NaN. So they are
-// never read: short blocks repeat a visible key and drop its score.
+// Hazard: slots that are not visible hold garbage, NaN included, and 0 * NaN is NaN. So slots that
+// no row sees are never read, and a row's values end with its own last key: short blocks repeat a
+// visible key and drop its score, as a tile's scores beyond a row's range are dropped.
 #include "core/simd.h"
-#include "tree_attention/tree_attention.h"
+#include "tree_attention/row_keys.h"
 
 namespace specrt::SPECRT_ISA {
 namespace {
 
-constexpr int kLeaf = 64, kRows = 16, kKeys = 4, kMaxDim = 256;
-constexpr int kMaxNodes = 64 * TreeAttentionParams::kMaxWords;
+constexpr int kKeys = 4, kFewRows = 16;
+constexpr int kTileRows = 12;  // for so many a leaf becomes a tile
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 4, kColumns = 4;  // 16 accumulators of one register each
 #else
 constexpr int kBlockRows = 2, kColumns = 2;  // V16 is two registers (or a loop) here
 #endif
-
-int clamp(int count, int most) {
-    return count < 0 ? 0 : count < most ? count : most;
-}
-
-template <typename T>
-struct Item {
-    // A constructor, since braces would clear all the scratch below.
-    Item(const TreeAttentionParams& params, int seq, int head)
-        : p(params),
-          keys(static_cast<const T*>(params.k_cache) + int64_t{head} * params.head_dim),
-          values(static_cast<const T*>(params.v_cache) + int64_t{head} * params.head_dim),
-          seq(seq),
-          prefix(clamp(params.kv_len[seq], params.table.num_slots)),
-          hidden(prefix > params.max_seen ? prefix - params.max_seen : 0),
-          num_rows(0) {
-        prefix -= hidden;
-    }
-
-    const TreeAttentionParams& p;
-    const T *keys, *values;  // this kv head's
-    int seq;
-    int prefix, hidden, num_rows;  // keys seen of it, and not; active rows
-    const float* q[kRows];
-    float query[kRows][kMaxDim];         // queries of 16 bits, widened
-    int64_t out[kRows];                  // offsets
-    int node[kRows];                     // index into ancestor_*, rows of one node are neighbours
-    int num_ancestors[kRows];            // by node
-    int64_t ancestor[kRows][kMaxNodes];  // by node: offsets of the visible tree keys, in order
-    float score[kRows][kLeaf];           // then the exponentials
-    float leaf_max[kRows], leaf_sum[kRows], max[kRows], sum[kRows];
-    alignas(64) float leaf_value[kRows][kMaxDim];
-    alignas(64) float value[kRows][kMaxDim];
-};
-
-// Where the key numbered `key` among those of a row lies.
-template <typename T>
-int slot_of(const Item<T>& it, int key) {
-    return key < it.p.num_sinks ? key : key + it.hidden;
-}
-
-template <typename T>
-int64_t offset_of(const Item<T>& it, int key) {
-    const uint32_t slot = static_cast<uint32_t>(slot_of(it, key));
-    // A slot past the sequence's pages belongs to no node that counts, but is not read elsewhere.
-    const uint32_t known = clamp_index(slot, it.p.table.num_slots);
-    return row_of_slot(it.p.table, it.seq, known) * it.p.num_kv_heads * it.p.head_dim;
-}
-
-// Offsets of the prefix' keys begin..begin+count, a page at a time: one division a page.
-template <typename T>
-void prefix_offsets(const Item<T>& it, int begin, int count, int64_t* offsets) {
-    const int64_t step = int64_t{it.p.num_kv_heads} * it.p.head_dim;
-    for (int i = 0; i < count;) {
-        const int in_page = slot_of(it, begin + i) % it.p.table.page_size;
-        int end = begin + i + it.p.table.page_size - in_page;
-        if (begin + i < it.p.num_sinks && end > it.p.num_sinks) end = it.p.num_sinks;
-        int64_t offset = offset_of(it, begin + i);
-        for (; i < count && begin + i < end; offset += step) offsets[i++] = offset;
-    }
-}
 
 // Scores of R rows with up to four keys.
 template <int R, typename T>
@@ -117,7 +59,8 @@ template <int R, int C, typename T>
 void value_block(Item<T>& it, int row, const int64_t* offsets, int count, int column, int at) {
     V16 acc[R][C];
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) acc[r][c] = load(it.leaf_value[row + r] + at + 16 * c);
+        for (int c = 0; c < C; ++c)
+            acc[r][c] = load(it.row_of(it.leaf_value, row + r) + at + 16 * c);
     for (int j = 0; j < count; ++j) {
         const T* value = it.values + offsets[j] + at;
         V16 v[C];
@@ -128,7 +71,8 @@ void value_block(Item<T>& it, int row, const int64_t* offsets, int count, int co
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) store(acc[r][c], it.leaf_value[row + r] + at + 16 * c);
+        for (int c = 0; c < C; ++c)
+            store(acc[r][c], it.row_of(it.leaf_value, row + r) + at + 16 * c);
 }
 
 template <int R, typename T>
@@ -153,37 +97,112 @@ void in_blocks(int begin, int end, Body&& body) {
     for (; row < end; ++row) body(Size<1>{}, row);
 }
 
-// One leaf: the prefix keys all rows share, then each node's own.
+// The same for blocks of up to R rows, as even as can be.
+template <int R, typename Body>
+void sized(int num_rows, int row, Body&& body) {
+    if constexpr (R > 1)
+        if (num_rows < R) return sized<R - 1>(num_rows, row, body);
+    body(Size<R>{}, row);
+}
+template <int R, typename Body>
+void in_even_blocks(int num_rows, Body&& body) {
+    const int num_blocks = (num_rows + R - 1) / R;
+    for (int i = 0, row = 0, end; i < num_blocks; ++i, row = end) {
+        end = num_rows * (i + 1) / num_blocks;
+        sized<R>(end - row, row, body);
+    }
+}
+
+// One leaf.
 struct Leaf {
-    int begin, shared;       // first position; prefix keys in the leaf
-    int64_t offsets[kLeaf];  // of the shared keys
+    int begin;              // its first key
+    int most;               // keys of the longest range in it
+    int count[kMostRows];   // keys of a row in it,
+    int ranged[kMostRows];  // and those of its range
+    int64_t offsets[kLeaf];
 };
 
 template <typename T>
-int own_count(const Item<T>& it, const Leaf& leaf, int row, int* first) {
-    const int start = leaf.begin + leaf.shared - it.prefix;  // ancestors in earlier leaves
-    *first = start > 0 ? start : 0;
-    const int left = it.num_ancestors[it.node[row]] - *first, room = kLeaf - leaf.shared;
-    // A full leaf of prefix keys has no room; then start is negative or zero.
-    return left < 0 ? 0 : left < room ? left : room;
+void find_keys(const Item<T>& it, Leaf& leaf) {
+    leaf.most = 0;
+    for (int r = 0; r < it.num_rows; ++r) {
+        const int node = it.node[r], range = it.range[node] - leaf.begin;
+        leaf.ranged[r] = clamp(range, kLeaf);
+        leaf.count[r] = clamp(range + it.num_own[node], kLeaf);
+        leaf.most = leaf.ranged[r] > leaf.most ? leaf.ranged[r] : leaf.most;
+    }
+    range_offsets(it, leaf.begin, leaf.most, leaf.offsets);
 }
 
-// Calls body(R, row, offsets, count, column): the shared keys by blocks of rows, then the own ones.
+// Calls body(R, row, offsets, count, column) for the rows' own keys, node by node.
 template <typename T, typename Body>
-void over_keys(const Item<T>& it, const Leaf& leaf, Body&& body) {
-    if (leaf.shared > 0)
-        in_blocks(0, it.num_rows,
-                  [&](auto size, int row) { body(size, row, leaf.offsets, leaf.shared, 0); });
-    if (leaf.shared == kLeaf) return;
+void over_own_keys(const Item<T>& it, const Leaf& leaf, Body&& body) {
     for (int begin = 0, end; begin < it.num_rows; begin = end) {
-        for (end = begin + 1; end < it.num_rows && it.node[end] == it.node[begin];) ++end;
-        int first;
-        const int count = own_count(it, leaf, begin, &first);
-        const int64_t* offsets = it.ancestor[it.node[begin]] + first;
-        if (count > 0)
-            in_blocks(begin, end,
-                      [&](auto size, int row) { body(size, row, offsets, count, leaf.shared); });
+        const int node = it.node[begin], column = leaf.ranged[begin];
+        for (end = begin + 1; end < it.num_rows && it.node[end] == node;) ++end;
+        const int count = leaf.count[begin] - column;
+        if (count == 0) continue;
+        const int64_t* offsets = it.own[node] + (leaf.begin + column - it.range[node]);
+        in_blocks(begin, end, [&](auto size, int row) { body(size, row, offsets, count, column); });
     }
+}
+
+template <typename T>
+void score_leaf(Item<T>& it, const Leaf& leaf) {
+    const auto keys = [&](auto size, int row, const int64_t* offsets, int count, int column) {
+        score_keys<decltype(size)::value>(it, row, offsets, count, column);
+    };
+    if (it.is_tiled) {
+        read_keys(it.tile, it.keys, leaf.offsets, leaf.most);
+        in_even_blocks<kScoreRows>(it.num_rows, [&](auto size, int row) {
+            constexpr int R = decltype(size)::value;
+            const float* q[R];
+            float* score[R];
+            for (int r = 0; r < R; ++r) q[r] = it.q[row + r], score[r] = it.score[row + r];
+            score_tile<R>(it.tile, q, leaf.most, it.p.scale, score);
+        });
+    } else if (leaf.most > 0) {
+        in_blocks(0, it.num_rows,
+                  [&](auto size, int row) { keys(size, row, leaf.offsets, leaf.most, 0); });
+    }
+    over_own_keys(it, leaf, keys);
+}
+
+// Values of the tile: those that all rows of a block see, then what each sees besides.
+template <typename T>
+void value_ranges(Item<T>& it, const Leaf& leaf) {
+    read_values(it.tile, it.values, leaf.offsets, leaf.most);
+    in_even_blocks<kValueRows>(it.num_rows, [&](auto size, int row) {
+        constexpr int R = decltype(size)::value;
+        const float* weight[R];
+        float* out[R];
+        int shared = kLeaf;
+        for (int r = 0; r < R; ++r) {
+            weight[r] = it.score[row + r];
+            out[r] = it.row_of(it.leaf_value, row + r);
+            if (leaf.ranged[row + r] < shared) shared = leaf.ranged[row + r];
+        }
+        value_tile<R>(it.tile, weight, 0, shared, out);
+        for (int r = 0; r < R; ++r)
+            if (leaf.ranged[row + r] > shared)
+                value_tile<1>(it.tile, {weight[r]}, shared, leaf.ranged[row + r], {out[r]});
+    });
+}
+
+template <typename T>
+void value_leaf(Item<T>& it, const Leaf& leaf) {
+    const auto keys = [&](auto size, int row, const int64_t* offsets, int count, int column) {
+        value_keys<decltype(size)::value>(it, row, offsets, count, column);
+    };
+    if (it.is_tiled) {
+        value_ranges(it, leaf);
+    } else {
+        const int64_t floats = int64_t{it.num_rows} * it.p.head_dim;
+        std::memset(it.leaf_value, 0, sizeof(float) * static_cast<size_t>(floats));
+        in_blocks(0, it.num_rows,
+                  [&](auto size, int row) { keys(size, row, leaf.offsets, leaf.most, 0); });
+    }
+    over_own_keys(it, leaf, keys);
 }
 
 // Scores to exponentials; lanes past the count become exp(-inf) = 0.
@@ -204,18 +223,29 @@ void soften(float* score, int count, float* max_out, float* sum_out) {
 
 // (max, sum, value) of the leaves so far joined with the next leaf's, both rescaled to their max.
 template <typename T>
-void merge(Item<T>& it, int row) {
-    const float old_max = it.max[row], leaf_max = it.leaf_max[row];
-    const float top = old_max > leaf_max ? old_max : leaf_max;
-    const V16 keep = exp(splat(old_max - top)), take = exp(splat(leaf_max - top));
-    float a[16], b[16];
-    store(keep, a);
-    store(take, b);
+void merge(Item<T>& it, int row, float top, float keep, float take) {
     it.max[row] = top;
-    it.sum[row] = it.sum[row] * a[0] + it.leaf_sum[row] * b[0];
+    it.sum[row] = it.sum[row] * keep + it.leaf_sum[row] * take;
+    const float* leaf_value = it.row_of(it.leaf_value, row);
+    float* value = it.row_of(it.value, row);
     for (int i = 0; i < it.p.head_dim; i += 16) {
-        float* value = it.value[row] + i;
-        store(fma(load(it.leaf_value[row] + i), take, mul(load(value), keep)), value);
+        const V16 kept = mul(load(value + i), splat(keep));
+        store(fma(load(leaf_value + i), splat(take), kept), value + i);
+    }
+}
+
+template <typename T>
+void merge_leaf(Item<T>& it, const Leaf& leaf) {
+    for (int begin = 0; begin < it.num_rows; begin += 16) {
+        // Lanes of no row, or of one that has no key here, come to nothing.
+        const V16 old_max = load(it.max + begin), leaf_max = load(it.leaf_max + begin);
+        const V16 most = max(old_max, leaf_max);
+        float top[16], keep[16], take[16];
+        store(most, top);
+        store(exp(sub(old_max, most)), keep);
+        store(exp(sub(leaf_max, most)), take);
+        for (int r = 0; r < 16 && begin + r < it.num_rows; ++r)
+            if (leaf.count[begin + r] > 0) merge(it, begin + r, top[r], keep[r], take[r]);
     }
 }
 
@@ -223,49 +253,19 @@ template <typename T>
 void run_leaf(Item<T>& it, int index) {
     Leaf leaf;
     leaf.begin = index * kLeaf;
-    const int left = it.prefix - leaf.begin;
-    leaf.shared = left < 0 ? 0 : left < kLeaf ? left : kLeaf;
-    prefix_offsets(it, leaf.begin, leaf.shared, leaf.offsets);
-    over_keys(it, leaf, [&](auto size, int row, const int64_t* offsets, int count, int column) {
-        score_keys<decltype(size)::value>(it, row, offsets, count, column);
-    });
-    int counts[kRows], first;
-    const size_t row_bytes = sizeof(float) * static_cast<size_t>(it.p.head_dim);
+    find_keys(it, leaf);
+    score_leaf(it, leaf);
+    for (int r = 0; r < it.num_rows; ++r)
+        if (leaf.count[r] > 0) soften(it.score[r], leaf.count[r], &it.leaf_max[r], &it.leaf_sum[r]);
+    value_leaf(it, leaf);
+    if (index > 0) return merge_leaf(it, leaf);
     for (int r = 0; r < it.num_rows; ++r) {
-        counts[r] = leaf.shared + own_count(it, leaf, r, &first);
-        if (counts[r] > 0) soften(it.score[r], counts[r], &it.leaf_max[r], &it.leaf_sum[r]);
-        std::memset(it.leaf_value[r], 0, row_bytes);
-    }
-    over_keys(it, leaf, [&](auto size, int row, const int64_t* offsets, int count, int column) {
-        value_keys<decltype(size)::value>(it, row, offsets, count, column);
-    });
-    for (int r = 0; r < it.num_rows; ++r) {
-        if (counts[r] == 0) continue;
-        if (index > 0) {
-            merge(it, r);
-            continue;
-        }
+        if (leaf.count[r] == 0) continue;
         it.max[r] = it.leaf_max[r];
         it.sum[r] = it.leaf_sum[r];
-        std::memcpy(it.value[r], it.leaf_value[r], row_bytes);
+        std::memcpy(it.row_of(it.value, r), it.row_of(it.leaf_value, r),
+                    sizeof(float) * static_cast<size_t>(it.p.head_dim));
     }
-}
-
-// Reads one node's ancestor bits; returns how many there are.
-template <typename T>
-int read_ancestors(const Item<T>& it, int node, int64_t* offsets) {
-    const uint64_t* bits =
-        it.p.ancestors + it.seq * it.p.ancestors_stride[0] + node * it.p.ancestors_stride[1];
-    const int self = clamp(it.p.first_node[it.seq], kMaxNodes) + node;
-    int count = 0;
-    for (int w = 0; w < it.p.num_words; ++w)
-        for (uint64_t rest = bits[w]; rest; rest &= rest - 1) {
-            const int j = 64 * w + __builtin_ctzll(rest);
-            // Nothing above a node has a greater index: a stray bit must not read an unwritten
-            // slot.
-            if (j <= self) offsets[count++] = offset_of(it, it.prefix + j);
-        }
-    return count;
 }
 
 // head_dim floats to `out` at an offset, in its type.
@@ -291,9 +291,9 @@ const float* read_row(const TreeAttentionParams& p, int64_t at, float* scratch) 
 
 template <typename T>
 void run_item(Item<T>& it) {
-    int longest = it.prefix;
+    int longest = 0;
     for (int r = 0; r < it.num_rows; ++r) {
-        const int length = it.prefix + it.num_ancestors[it.node[r]];
+        const int length = it.range[it.node[r]] + it.num_own[it.node[r]];
         longest = length > longest ? length : longest;
         it.sum[r] = 0.0f;  // stays so only if nothing at all is visible
     }
@@ -301,18 +301,18 @@ void run_item(Item<T>& it) {
     for (int r = 0; r < it.num_rows; ++r) {
         const V16 sum = splat(it.sum[r]);
         const bool is_blind = it.sum[r] == 0.0f;
+        float* value = it.row_of(it.value, r);
         for (int i = 0; i < it.p.head_dim; i += 16)
-            store(is_blind ? zero() : div(load(it.value[r] + i), sum), it.value[r] + i);
-        write_row(it.p, it.value[r], it.out[r]);
+            store(is_blind ? zero() : div(load(value + i), sum), value + i);
+        write_row(it.p, value, it.out[r]);
     }
 }
 
 template <typename T>
-void item(const TreeAttentionParams& p, int seq, int head, int first_row) {
+void item(const TreeAttentionParams& p, int seq, int head, int first_row, int end) {
     Item<T> it(p, seq, head);
-    const int all_rows = p.num_nodes_max * p.group;
-    const int end = first_row + kRows < all_rows ? first_row + kRows : all_rows;
-    int nodes_seen = 0, last_node = -1;
+    Ancestors nodes[kMostRows];
+    int num_nodes = 0, last_node = -1;
     for (int row = first_row; row < end; ++row) {
         const int node = row / p.group, q_head = head * p.group + row % p.group;
         const int64_t out =
@@ -322,28 +322,38 @@ void item(const TreeAttentionParams& p, int seq, int head, int first_row) {
             write_row(p, zeros, out);
             continue;
         }
-        if (node != last_node) {
-            it.num_ancestors[nodes_seen] = read_ancestors(it, node, it.ancestor[nodes_seen]);
-            ++nodes_seen;
-            last_node = node;
-        }
+        if (node != last_node) nodes[num_nodes++] = ancestors_of(it, node);
+        last_node = node;
         const int r = it.num_rows++;
-        it.node[r] = nodes_seen - 1;
+        it.node[r] = num_nodes - 1;
         it.out[r] = out;
         const int64_t q = seq * p.q_stride[0] + node * p.q_stride[1] + q_head * p.q_stride[2];
-        it.q[r] = read_row(p, q, it.query[r]);
+        it.q[r] = read_row(p, q, it.row_of(it.query, r));
     }
-    if (it.num_rows > 0) run_item(it);
+    if (it.num_rows == 0) return;
+    it.is_tiled = it.num_rows >= kTileRows;
+    divide_keys(it, nodes, num_nodes);
+    run_item(it);
+}
+
+// Items of a pair of sequence and kv head: of many rows, unless threads would go without.
+int64_t items_of_pair(const TreeAttentionParams& p, int num_parts) {
+    const int64_t rows = int64_t{p.num_nodes_max} * p.group;
+    const int64_t pairs = int64_t{p.num_seqs} * p.num_kv_heads;
+    int most = kMostFloats / p.head_dim < kMostRows ? kMostFloats / p.head_dim : kMostRows;
+    while (most > kFewRows && (rows + most - 1) / most * pairs < num_parts) most /= 2;
+    return (rows + most - 1) / most;
 }
 
 template <typename T>
 void items_of_part(const TreeAttentionParams& p, int part, int num_parts) {
-    const int64_t blocks = (int64_t{p.num_nodes_max} * p.group + kRows - 1) / kRows;
-    const int64_t total = p.num_seqs * p.num_kv_heads * blocks;
+    const int64_t rows = int64_t{p.num_nodes_max} * p.group, items = items_of_pair(p, num_parts);
+    const int64_t total = p.num_seqs * p.num_kv_heads * items;
     for (int64_t i = total * part / num_parts; i < total * (part + 1) / num_parts; ++i) {
-        const int64_t pair = i / blocks;
+        const int64_t pair = i / items, index = i % items;
         item<T>(p, static_cast<int>(pair / p.num_kv_heads), static_cast<int>(pair % p.num_kv_heads),
-                static_cast<int>(i % blocks) * kRows);
+                static_cast<int>(rows * index / items),
+                static_cast<int>(rows * (index + 1) / items));
     }
 }
 

@@ -22,6 +22,7 @@ def collect() -> dict[str, Any]:
     import specrt
     from specrt.builtin import target_path
     from specrt.ops.build import build_info
+    from specrt.ops.threads import worker_cpus
 
     build = build_info()
     return {
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "instruction_sets": list(build.cpu_isas),
         "active_instruction_set": build.active_isa,
         "threads": torch.get_num_threads(),
+        "worker_cpus": worker_cpus(),
         **_nvidia(),
         "bundled": _bundled(target_path().parent),
     }
@@ -68,7 +70,7 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         "CUDA kernels": cuda,
         "CPU": facts["cpu"],
         "instruction sets": ", ".join(sets),
-        "threads": str(facts["threads"]),
+        "threads": f"{facts['threads']}, {_placed(facts['worker_cpus'])}",
         "driver": driver,
         "GPUs": "\n".join(facts["gpus"]) or "none found",
         "bundled models": "\n".join(bundled) or "none",
@@ -87,6 +89,18 @@ def machine_of(device: Device) -> str:
         return torch.cuda.get_device_name(device.place)
     threads = torch.get_num_threads()
     return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _placed(cpus: list[int]) -> str:
+    """``kept on CPUs 0-7, 16``, or that the system places them."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    shown = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"kept on CPUs {', '.join(shown)}" if cpus else "placed by the system"
 
 
 def cpu_model() -> str:

@@ -15,7 +15,10 @@ RUNTIME = "Runtime"
 SAMPLING = "Sampling"
 
 Target = Annotated[
-    str, typer.Option(help="A Hugging Face directory, or 'builtin'.", rich_help_panel=RUNTIME)
+    str,
+    typer.Option(
+        help="A Hugging Face directory, a GGUF file, or 'builtin'.", rich_help_panel=RUNTIME
+    ),
 ]
 Dtype = Annotated[
     str,

@@ -1,9 +1,15 @@
-"""What a checkpoint directory says in words: a target's shape, and how its authors would sample.
+"""What a checkpoint says in words: a target's shape, and how its authors would sample.
 
 Only what specrt computes exactly is accepted; all else is refused with one line that says what.
 """
 
-from specrt.config.directory import check_file, checkpoint_directory, config_file, read_json
+from specrt.config.directory import (
+    check_file,
+    checkpoint_directory,
+    config_file,
+    gguf_path,
+    read_json,
+)
 from specrt.config.foreign import foreign_files, foreign_tensors
 from specrt.config.generation import GenerationDefaults
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
@@ -18,5 +24,6 @@ __all__ = [
     "config_fingerprint",
     "foreign_files",
     "foreign_tensors",
+    "gguf_path",
     "read_json",
 ]

@@ -6,12 +6,17 @@ import json
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from specrt.config.foreign import foreign_files
 from specrt.types import CheckpointError
 
+GGUF_MAGIC = b"GGUF"
+"""What a GGUF file begins with."""
+# Where a directory has one of these, its weights are not in GGUF.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # As repositories are called, OWNER/NAME.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,13 +60,35 @@ def config_file(path: str | os.PathLike[str]) -> Path:
     return file
 
 
+def gguf_path(path: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a path is, or that a directory without other weights has; None: neither.
+
+    Raises:
+        CheckpointError: the directory has several; names them.
+    """
+    path = Path(path)
+    if path.is_file():
+        with suppress(OSError), path.open("rb") as content:
+            is_gguf = content.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+            return path if is_gguf or path.suffix.lower() == ".gguf" else None
+    if any((path / f"{name}{end}").exists() for name in _WEIGHTS for end in ("", ".index.json")):
+        return None
+    found = sorted(file for file in path.glob("*.gguf") if file.is_file())
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path}: expected one GGUF file, got {names} (name the one to load)")
+    return found[0] if found else None
+
+
 def _no_directory(path: Path) -> str:
+    is_gguf = path.suffix.lower() == ".gguf"
     if not path.exists():
+        if is_gguf:
+            return f"{path}: no such file"
         is_hub_name = _HUB_NAME.fullmatch(str(path))
         how = f"; from the Hub: hf download {path} --local-dir {path.name}" if is_hub_name else ""
         return f"{path}: no such directory (specrt loads local directories only{how})"
-    is_gguf = path.suffix.lower() == ".gguf"
-    note = "; GGUF files are not supported: load the model they were made from" if is_gguf else ""
+    note = "; a GGUF file can be run as a target, and nothing else" if is_gguf else ""
     return f"{path}: expected a checkpoint directory, got a file{note}"
 
 

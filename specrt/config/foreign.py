@@ -16,7 +16,6 @@ _OTHERS = "(save_pretrained of transformers 4 turns them into safetensors)"
 _FILES = {
     "adapter_config.json": _ADAPTER,
     "adapter_model.*": _ADAPTER,
-    "*.gguf": "GGUF (take the model it was made from)",
     "*.npz": _MLX,
     "consolidated*": _ORIGINAL,
     "params.json": _ORIGINAL,

@@ -1,4 +1,4 @@
-"""The shape of a target model, read from a Hugging Face ``config.json``."""
+"""The shape of a target model, read from a Hugging Face ``config.json`` or a GGUF file."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specrt.config.directory import config_file, read_json
+from specrt.config.directory import config_file, gguf_path, read_json
 from specrt.config.families import ARCHITECTURES, DEFAULTS
 from specrt.config.foreign import foreign_files
 from specrt.config.generation import GenerationDefaults, read_generation
+from specrt.config.gguf import read_gguf_settings
+from specrt.config.gguf_header import GgufHeader, read_gguf_header
 from specrt.config.keys import refuse_unknown_keys
 from specrt.config.rope import Rope, read_rope
 from specrt.config.values import flag, positive, size_of
@@ -80,12 +82,16 @@ class ModelConfig:
         """Read ``config.json`` and, where there is one, ``generation_config.json``.
 
         Args:
-            path: a local Hugging Face directory.
+            path: a local Hugging Face directory; or a GGUF file, or a directory with one in place
+                of other weights, of which its metadata are read.
 
         Raises:
             CheckpointError: no such directory or file, not JSON, a model specrt cannot run, a key
                 that nobody knows and that may change the model, or a LoRA adapter beside it.
         """
+        gguf = gguf_path(path)
+        if gguf is not None:
+            return cls.from_gguf(read_gguf_header(gguf))
         file = config_file(path)
         directory = file.parent
         if (directory / "adapter_config.json").exists():
@@ -96,6 +102,23 @@ class ModelConfig:
         config = cls.from_dict(data, generation, source=str(file))
         refuse_unknown_keys(data, str(file))
         return config
+
+    @classmethod
+    def from_gguf(cls, header: GgufHeader) -> ModelConfig:
+        """Read a GGUF file's metadata.
+
+        Raises:
+            CheckpointError: a key is missing, malformed or may change what is computed, or the
+                model is not one specrt runs.
+        """
+        settings = read_gguf_settings(header)
+        config = cls.from_dict(settings.data, settings.generation, source=str(header.file))
+        return replace(
+            config,
+            has_attention_bias=settings.has_attention_bias,
+            has_output_bias=settings.has_output_bias,
+            has_mlp_bias=settings.has_mlp_bias,
+        )
 
     @classmethod
     def from_dict(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from specrt.types import CheckpointError
 
 # Kernels count positions in 32 bits, past the context's end too.
@@ -49,6 +51,11 @@ def number(value: Any, key: str, source: str, least: float, most: float) -> floa
     if not is_number or not least <= value <= most:
         raise _refusal(value, key, source, f"a number in {least:g}..{most:g}")
     return float(value)
+
+
+def decimal(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def flag(value: Any, key: str, source: str) -> bool:

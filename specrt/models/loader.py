@@ -19,6 +19,7 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.models.checkpoint import Checkpoint, TensorInfo
+from specrt.models.gguf_checkpoint import open_checkpoint
 from specrt.models.heads import pad_heads
 from specrt.models.layouts import (
     EMBED,
@@ -101,11 +102,11 @@ def load_weights(
     head_dim: int | None = None,
     check_size: Callable[[int], None] = lambda num_bytes: None,
 ) -> Weights:
-    """Load safetensors or PyTorch weights, single or sharded, into one arena.
+    """Load safetensors or PyTorch weights, single or sharded, or a GGUF file's, into one arena.
 
     Args:
-        path: a local Hugging Face directory.
-        config: that directory's configuration.
+        path: a local Hugging Face directory, or a GGUF file.
+        config: that model's configuration.
         dtype: of the matrices: float32, bfloat16 or float16.
         progress: show a bar on stderr, if that is a terminal.
         tables: embedding and LM head of another model, ``[V, H]`` each, where the checkpoint has
@@ -123,7 +124,7 @@ def load_weights(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     config = fit(checkpoint, config, dtype, has_tables=tables is None, others=others)
     padded = replace(config, head_dim=head_dim or config.head_dim)
     check_size(weight_bytes(padded, dtype, has_tables=tables is None))
@@ -139,7 +140,7 @@ def load_tables(
     Raises:
         CheckpointError: as for :func:`load_weights`; all tensors are checked but not all read.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     config = fit(checkpoint, config, dtype)
     weights = _Loader(checkpoint, replace(config, num_layers=0), dtype).load(lambda: None)
     return weights.embed, weights.lm_head

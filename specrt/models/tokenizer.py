@@ -10,13 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from specrt.config import check_file, checkpoint_directory, read_json
+from specrt.config import check_file, checkpoint_directory, gguf_path, read_json
+from specrt.config.gguf_header import read_gguf_header
 from specrt.models.chat import check_characters, template_messages
 from specrt.types import CheckpointError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""What a tokenizer is read from, the first that is there; ``transformers`` makes up an empty one
-where there is none."""
+# The first that is there; transformers makes up an empty tokenizer where there is none.
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Texts on which a converted tokenizer may differ from SentencePiece.
 _PROBES = ("a", " a", "  ", "The quick  brown\n\tfox, 1234.5 ", "é…€😀中")
@@ -156,18 +156,34 @@ class Tokenizer:
             ) from error
 
 
+def tokenizer_file(path: str | os.PathLike[str]) -> Path | None:
+    """What a checkpoint's tokenizer is read from: a file of its directory, or a GGUF file.
+
+    Raises:
+        CheckpointError: a directory has several GGUF files.
+    """
+    gguf = gguf_path(path)
+    files = [gguf] if gguf is not None else [Path(path) / name for name in _FILES]
+    return next((file for file in files if file.is_file()), None)
+
+
 def load_tokenizer(path: str | os.PathLike[str], vocab_size: int = 0) -> Tokenizer:
     """Load a directory's tokenizer, chat template included; nothing is downloaded or executed.
 
     Args:
         path: a local Hugging Face directory. Of several forms ``tokenizer.json`` goes first, then
-            SentencePiece's ``tokenizer.model``, whose own ids are given.
+            SentencePiece's ``tokenizer.model``, whose own ids are given. Or a GGUF file.
         vocab_size: as for :class:`Tokenizer`.
 
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be read as what it should be.
     """
-    file = _tokenizer_file(checkpoint_directory(path))
+    gguf = gguf_path(path)
+    if gguf is not None:
+        from specrt.models.gguf_tokenizer import gguf_tokenizer  # which makes one of this class
+
+        return gguf_tokenizer(read_gguf_header(gguf))
+    file = _checked_file(path)
     try:
         if file.suffix == ".model":
             return _from_sentencepiece(file, vocab_size)
@@ -216,15 +232,15 @@ def _from_sentencepiece(file: Path, vocab_size: int) -> Tokenizer:
     raise CheckpointError(f"{file}: {kind} of transformers gives other ids than SentencePiece")
 
 
-def _tokenizer_file(directory: Path) -> Path:
-    """The file that the tokenizer is read from."""
-    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if not found:
+def _checked_file(path: str | os.PathLike[str]) -> Path:
+    """The file that a directory's tokenizer is read from, with what it needs beside it."""
+    directory = checkpoint_directory(path)
+    file = tokenizer_file(directory)
+    if file is None:
         reason = _remote_code(directory) or f"{directory}: no tokenizer"
         if (directory / "tekken.json").is_file():
             reason = f"{directory / 'tekken.json'}: a tokenizer in Mistral's own form"
-        raise CheckpointError(f"{reason}; expected one of {', '.join(TOKENIZER_FILES)}")
-    file = found[0]
+        raise CheckpointError(f"{reason}; expected one of {', '.join(_FILES)}")
     check_file(file)
     if file.name == "vocab.json" and not file.with_name("merges.txt").is_file():
         raise CheckpointError(f"{file}: expected merges.txt beside it, found none")

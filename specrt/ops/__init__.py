@@ -13,14 +13,15 @@ from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
 from specrt.ops.linear import (
     DraftMaxima,
-    Float8Matrix,
     GatheredRows,
     LinearPlan,
-    Matrix,
     TileMaxima,
     linear,
     linear_workspace,
+    row_scratch,
 )
+from specrt.ops.matrix import Float8Matrix, Matrix, MatrixKind, PackedMatrix
+from specrt.ops.matrix_pack import matrix_pack
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
@@ -47,6 +48,8 @@ __all__ = [
     "GatheredRows",
     "LinearPlan",
     "Matrix",
+    "MatrixKind",
+    "PackedMatrix",
     "Purpose",
     "ReportWord",
     "TileMaxima",
@@ -62,12 +65,14 @@ __all__ = [
     "kv_commit",
     "linear",
     "linear_workspace",
+    "matrix_pack",
     "prompt_lookup",
     "recycle_learn",
     "recycle_learn_workspace",
     "recycle_propose",
     "rms_norm",
     "rope_append",
+    "row_scratch",
     "silu_mul",
     "time_stamp",
     "tree_accept",

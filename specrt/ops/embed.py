@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from specrt import _C
+from specrt.ops.matrix import PackedMatrix, layout_of, values_of
 from specrt.ops.registry import register
 
 register(
-    "embed(Tensor tokens, Tensor table, Tensor(a!) out, Tensor(b!)? ids, Tensor? is_open) -> ()",
+    "embed(Tensor tokens, Tensor table, Tensor(a!) out, Tensor(b!)? ids, Tensor? is_open,"
+    " int[] layout) -> ()",
     _C.embed,
 )
 
 
 def embed(
     tokens: torch.Tensor,
-    table: torch.Tensor,
+    table: torch.Tensor | PackedMatrix,
     out: torch.Tensor | None = None,
     *,
     ids: torch.Tensor | None = None,
@@ -25,7 +27,8 @@ def embed(
 
     Args:
         tokens: ``[M]`` int32, may be strided.
-        table: ``[V, H]`` float32, bfloat16 or float16; rows may be strided.
+        table: ``[V, H]`` float32, bfloat16 or float16; rows may be strided. On the CPU also a
+            packed matrix, with ``out`` float32: values as they are multiplied.
         out: ``[M, H]`` of the same dtype, or of another of them, to which values are converted
             (16 bits to float32 exactly, any other way rounded once); rows may be strided. Made if
             not given.
@@ -42,9 +45,11 @@ def embed(
             memory with another argument; the argument is named.
     """
     if out is None:
-        out = table.new_empty(*tokens.shape[:1], *table.shape[1:])
+        dtype = table.dtype if isinstance(table, torch.Tensor) else torch.float32
+        out = tokens.new_empty(*tokens.shape[:1], *table.shape[1:], dtype=dtype)
+    given = tokens, values_of(table), out, ids, is_open, layout_of(table)
     if torch.compiler.is_compiling():
-        torch.ops.specrt.embed(tokens, table, out, ids, is_open)
+        torch.ops.specrt.embed(*given)
     else:
-        _C.embed(tokens, table, out, ids, is_open)
+        _C.embed(*given)
     return out

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from specrt import _C
-from specrt.ops.linear import Float8Matrix, GatheredRows, Matrix, Rows, linear
+from specrt.ops.linear import GatheredRows, Rows, linear, row_scratch
+from specrt.ops.matrix import Matrix, PackedMatrix, layout_of, scale_of, values_of
 from specrt.ops.registry import register
 from specrt.ops.rms_norm import rms_norm
 
@@ -19,7 +20,9 @@ _INPUTS = (
     "float eps, Tensor(a!) workspace"
 )
 _REST = (
-    "Tensor? is_open, Tensor? fc_scale, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale"
+    "Tensor? is_open, Tensor? fc_scale, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale, "
+    "Tensor? linear_workspace, int[] embed_layout, int[] fc_layout, int[] gate_layout, "
+    "int[] up_layout, int[] down_layout"
 )
 register(f"feature_sample({_INPUTS}, Tensor(b!) out, {_REST}) -> ()", _C.feature_sample)
 register(f"feature_check({_INPUTS}, Tensor out, {_REST}) -> ()", _C.feature_check)
@@ -28,7 +31,7 @@ register(f"feature_check({_INPUTS}, Tensor out, {_REST}) -> ()", _C.feature_chec
 class FeatureWeights(NamedTuple):
     """What :func:`feature_sample` multiplies by and looks up."""
 
-    embed: torch.Tensor | None
+    embed: torch.Tensor | PackedMatrix | None
     fc: Matrix
     fc_bias: torch.Tensor | None
     norm: torch.Tensor | None
@@ -40,14 +43,24 @@ class FeatureWeights(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
-        """In this order; of matrices with a scale, the values."""
-        return [one.values if isinstance(one, Float8Matrix) else one for one in self]
+        """In this order; of matrices that are no tensors, the values."""
+        return [values_of(one) for one in self]
 
     @property
     def scales(self) -> list[torch.Tensor | None]:
         """Of ``fc``, ``gate``, ``up`` and ``down``, where they have any."""
+        return [scale_of(one) for one in (self.fc, self.gate, self.up, self.down)]
+
+    @property
+    def layouts(self) -> list[list[int]]:
+        """Of ``embed``, ``fc``, ``gate``, ``up`` and ``down``."""
+        return [layout_of(one) for one in (self.embed, self.fc, self.gate, self.up, self.down)]
+
+    @property
+    def packed_depth(self) -> int:
+        """The most columns of a packed one."""
         matrices = self.fc, self.gate, self.up, self.down
-        return [one.scale if isinstance(one, Float8Matrix) else None for one in matrices]
+        return max([0, *(m.num_inputs for m in matrices if isinstance(m, PackedMatrix))])
 
 
 class _Scratch(NamedTuple):
@@ -84,7 +97,7 @@ def feature_sample(
     tokens: torch.Tensor,
     source: torch.Tensor | None,
     features: torch.Tensor,
-    embed: torch.Tensor | None,
+    embed: torch.Tensor | PackedMatrix | None,
     fc: Matrix,
     fc_bias: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
@@ -112,11 +125,12 @@ def feature_sample(
     folded argument is then left out, and ``fc`` is its feature half.
 
     Of float32 rows (on the CPU) all of it is one call of the extension, and weights and tables are
-    float32, bfloat16, float16 or (matrices) a :class:`~specrt.ops.linear.Float8Matrix`, each as it
-    likes. Rows of 16 bits (on a GPU) are launches of :func:`~specrt.ops.linear.linear` and a norm:
-    features, weights, tables, ``workspace`` and ``out`` have one type, but for matrices of
-    float8, and what is kept between two launches is rounded to it. H and I are multiples of 8
-    then, and rows of ``features``, ``embed`` and ``workspace`` lie at multiples of 16 bytes.
+    float32, bfloat16, float16, packed (``embed`` and matrices) or (matrices) a
+    :class:`~specrt.ops.matrix.Float8Matrix`, each as it likes. Rows of 16 bits (on a GPU) are
+    launches of :func:`~specrt.ops.linear.linear` and a norm: features, weights, tables,
+    ``workspace`` and ``out`` have one type, but for matrices of float8, and what is kept between
+    two launches is rounded to it. H and I are multiples of 8 then, and rows of ``features``,
+    ``embed`` and ``workspace`` lie at multiples of 16 bytes.
 
     Token ids and source rows out of range are clamped into it, for padding rows may hold anything;
     what such a row gives is of no meaning. Nothing is read out of bounds.
@@ -137,7 +151,8 @@ def feature_sample(
         eps: added to the mean square; unused by EAGLE.
         workspace: ``[>= M, >= feature_sample_workspace(H, I)]`` of the features' type, contents of
             no meaning; made if not given, which a captured graph must not rely on.
-        linear_workspace: ``linear``'s on a GPU, for all of its matrices here; likewise.
+        linear_workspace: ``linear``'s on a GPU, or with packed matrices, for all of those here;
+            likewise.
         out: ``[M, H]`` of the features' type; made if not given. Must not overlap any other
             argument.
         is_open: ``[B]`` int32 flags of sequences, whatever the rows. If all of them are 0 ``out``
@@ -161,6 +176,8 @@ def feature_sample(
     if out is None:
         out = features.new_empty(num_rows, hidden_size)
     weights = FeatureWeights(embed, fc, fc_bias, norm, gate, up, down, token_fc, token_gate)
+    if linear_workspace is None and weights.packed_depth > 0:
+        linear_workspace = row_scratch(weights.packed_depth, num_rows)
     given = (
         tokens,
         source,
@@ -171,6 +188,8 @@ def feature_sample(
         out,
         is_open,
         *weights.scales,
+        linear_workspace,
+        *weights.layouts,
     )
     module = torch.ops.specrt if torch.compiler.is_compiling() else _C
     if features.dtype == torch.float32:
@@ -199,11 +218,11 @@ def _launch(
     gate: Rows = at.gate
     if w.token_gate is not None:
         gate = GatheredRows(w.token_gate, tokens)
-    elif w.gate is not None and w.embed is not None:
+    elif w.gate is not None and isinstance(w.embed, torch.Tensor):
         multiply(GatheredRows(w.embed, tokens), w.gate, out=gate)
     if w.token_fc is not None:
         multiply(f, w.fc, residual=GatheredRows(w.token_fc, tokens), out=h)
-    elif w.embed is not None:
+    elif isinstance(w.embed, torch.Tensor):
         multiply(GatheredRows(w.embed, tokens), w.fc, w.fc_bias, second=f, out=h)
     if w.norm is None or w.up is None or w.down is None:
         return

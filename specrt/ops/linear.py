@@ -9,6 +9,7 @@ import torch
 
 from specrt import _C
 from specrt.ops import registry
+from specrt.ops.matrix import Matrix, PackedMatrix, layout_of, scale_of, values_of
 from specrt.ops.registry import register
 
 register(
@@ -17,7 +18,7 @@ register(
     " Tensor(c!)? maxima, Tensor? sampling, Tensor? history_len, Tensor? depth,"
     " Tensor(d!)? masses, Tensor? token_map, int level, Tensor? is_open, Tensor? scale,"
     " Tensor? x_rows, Tensor? second, Tensor? second_rows, Tensor? residual_rows, Tensor? gate,"
-    " Tensor? gate_rows) -> ()",
+    " Tensor? gate_rows, int[] layout) -> ()",
     _C.linear,
 )
 
@@ -57,34 +58,6 @@ class TileMaxima:
     """``[B]`` int32."""
     depth: torch.Tensor
     """``[B, N]`` int32, of the trees' nodes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Float8Matrix:
-    """A matrix ``[N, K]`` of one byte a weight (e4m3) and a factor a row."""
-
-    values: torch.Tensor
-    """``[N, K]`` float8_e4m3fn, contiguous; codes of NaN count as 480. On a GPU K is a multiple of
-    16, and of each sixteen columns the two eights lie by turns: 0, 8, 1, 9, .. 7, 15."""
-    scale: torch.Tensor
-    """``[N]`` float32"""
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def shape(self) -> torch.Size:
-        """N and K."""
-        return self.values.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Of both tensors."""
-        return self.values.nbytes + self.scale.nbytes
-
-
-Matrix = torch.Tensor | Float8Matrix
-"""What :func:`linear` multiplies by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,14 +130,16 @@ def linear(
         weight: ``[N, K]`` contiguous; float32, bfloat16 or float16, on a GPU of ``x``'s dtype, K a
             multiple of 8. With ``is_gated`` N is a multiple of 16, and rows come by turns: 8 of
             gate, 8 of up. Of a :class:`Float8Matrix` values are multiplied as if they were
-            ``x``'s, and the sum by ``scale`` in float32, before the bias.
+            ``x``'s, and the sum by ``scale`` in float32, before the bias. By a
+            :class:`PackedMatrix`, on the CPU, as its kind says.
         bias: ``[N]`` float32.
         residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``. None with ``is_gated``.
             On a GPU it may be gathered, as ``second`` and ``gate`` may.
         out: ``[M, N]``, with ``is_gated`` ``[M, N / 2]``, of ``x``'s dtype, on a GPU also float32;
             made if not given. Each step before is in float32, and it is rounded once.
         workspace: on a GPU, float32, at least :func:`linear_workspace`, zeroed when it was made;
-            launches of any matrices may share it, one after another. Made if not given.
+            launches of any matrices may share it, one after another. On the CPU, with packed
+            weights, :func:`row_scratch`, likewise. Made if not given.
         second: on a GPU, what stands behind ``x`` in each row: ``[M, K']``, and ``x`` is
             ``[M, K - K']``, both of multiples of 8 values.
         gate: on a GPU, ``[M, N]`` of ``x``'s dtype. The product, with bias and before the residual,
@@ -193,21 +168,30 @@ def linear(
         if workspace is None:
             floats = linear_workspace(weight.shape[0], weight.shape[1], num_rows)
             workspace = torch.zeros(floats, device=table.device)
-    else:
-        workspace = None
+    elif workspace is None and isinstance(weight, PackedMatrix):
+        workspace = row_scratch(weight.num_inputs, num_rows)
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
-    scale = None
-    if isinstance(weight, Float8Matrix):
-        scale, weight = weight.scale, weight.values
-    given = table, weight, bias, added, out, workspace, is_gated, *choice, *_parts_of(maxima)
-    kernel(*given, is_open, scale, *rest)
+    values = values_of(weight)
+    given = table, values, bias, added, out, workspace, is_gated, *choice, *_parts_of(maxima)
+    kernel(*given, is_open, scale_of(weight), *rest, layout_of(weight))
     return out
 
 
 def _split(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:
     """The tensor, and which of its rows."""
     return rows if isinstance(rows, GatheredRows) else (rows, None)
+
+
+def row_scratch(num_inputs: int, num_rows: int) -> torch.Tensor:
+    """A ``workspace`` on the CPU, for packed matrices of up to ``num_inputs`` columns.
+
+    Args:
+        num_inputs: K.
+        num_rows: M.
+    """
+    floats = torch.empty(int(_C.matmul_workspace(num_inputs, num_rows)) + 16)
+    return floats[-floats.data_ptr() % 64 // 4 :]
 
 
 def linear_workspace(num_outputs: int, num_inputs: int, num_rows: int) -> int:

@@ -1,4 +1,4 @@
-"""How many threads kernels run on, where the user has not said."""
+"""How many threads kernels run on, where the user has not said; and on which CPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from specrt import _C
 
 _CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch's, read when it is loaded
 
@@ -85,3 +87,13 @@ def respect_quota() -> None:
     allowed = threads_within(cpu_quota(), threads, len(os.sched_getaffinity(0)))
     if allowed < threads:
         torch.set_num_threads(allowed)
+
+
+def worker_cpus() -> list[int]:
+    """The CPUs that a pool of so many threads as torch has now keeps its workers on, ascending.
+
+    One of each core of the calling thread's socket if that has so many cores, or of all cores;
+    empty where the system places threads: where it does not tell what shares a core, where there
+    are fewer cores than threads or nothing to choose from, and where ``SPECRT_AFFINITY`` is "off".
+    """
+    return _C.worker_cpus(torch.get_num_threads())

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import specrt
 from specrt.cli import app as commands
-from specrt.cli import main
+from specrt.cli import info, main
 from specrt.ops import build
 from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_draft_checkpoint
@@ -103,10 +103,19 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["specrt"] == specrt.__version__
     assert facts["active_instruction_set"] in facts["instruction_sets"]
     assert facts["threads"] >= 1
+    assert set(facts["worker_cpus"]) <= os.sched_getaffinity(0)
     code, out, _ = run(capsys, "info")
     assert code == 0
     for shown in (specrt.__version__, facts["torch"], facts["active_instruction_set"]):
         assert shown in out
+
+
+@pytest.mark.parametrize(
+    ("cpus", "said"),
+    [([], "placed by the system"), ([0, 1, 2, 7, 16, 17], "kept on CPUs 0-2, 7, 16-17")],
+)
+def test_info_says_where_threads_are(cpus: list[int], said: str) -> None:
+    assert info._placed(cpus) == said
 
 
 def test_info_says_which_driver_there_is_and_which_is_needed(

@@ -180,7 +180,6 @@ def test_names_of_another_kind(prefix: str, part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "part"),
     [
-        ("model-q4.gguf", "is GGUF"),
         ("adapter_model.safetensors", "is a LoRA adapter (merge it"),
         ("weights.00.npz", "MLX"),
         ("consolidated.00.pth", "the authors' own format"),
@@ -210,10 +209,3 @@ def test_git_lfs_pointers(name: str, tmp_path: Path) -> None:
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476\n"
     (tmp_path / name).write_text(text)
     assert f"{name}: a Git-LFS pointer" in refusal(tmp_path)
-
-
-def test_a_single_gguf_file(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="got a file; GGUF"):
-        ModelConfig.from_directory(file)

@@ -1,5 +1,7 @@
 // The thread pool alone, for a sanitizer: random jobs of dependent launches from several threads at
 // once. Each unit of a launch is done once and reads all of the launch before; some delay theirs.
+// CPUs are made up: workers ask for the preferred ones, those that delay later for any; callers for
+// none.
 #include <sched.h>
 #include <unistd.h>
 
@@ -8,11 +10,36 @@
 #include <random>
 #include <thread>
 
+#include "core/cpu_topology.h"
 #include "core/thread_pool.h"
 
 namespace {
 
 using namespace specrt;
+
+const Cpus kPreferred{7}, kAllowed{0, 7};
+std::atomic<int> num_settled{0}, num_let_go{0}, num_misplaced{0};
+thread_local bool is_caller = false, is_settled = false;
+
+}  // namespace
+
+namespace specrt {
+
+Cpus worker_cpus(int) {
+    return kPreferred;
+}
+Cpus allowed_cpus() {
+    return kAllowed;
+}
+void run_on(const Cpus& cpus) {
+    if (is_caller || cpus != (is_settled ? kAllowed : kPreferred)) ++num_misplaced;
+    ++(is_settled ? num_let_go : num_settled);
+    is_settled = true;
+}
+
+}  // namespace specrt
+
+namespace {
 
 constexpr int kUnits = 48;
 using Values = std::vector<uint64_t>;
@@ -48,8 +75,8 @@ bool job_is_right(std::mt19937& random, int length, int num_threads) {
     for (size_t k = 0; k < size; ++k) {
         const uint64_t delay = random() % 4 == 0 ? 3 + random() % 200 : 0;
         const Step step{values[k].data(), values[k + 1].data(), num_done[k].data(), delay};
-        launches.push_back(
-            make_launch(step_part, step, random() % 3 == 0 ? 1 : 1 + random() % 300));
+        const int64_t parts = random() % 3 == 0 ? 1 : 1 + random() % 300;
+        launches.push_back(make_launch(step_part, step, Split{parts, 1 + int64_t(random() % 40)}));
         std::vector<int> ignored(kUnits);
         const Step alone{expected[k].data(), expected[k + 1].data(), ignored.data(), 0};
         step_part(&alone, 0, 1);
@@ -62,6 +89,7 @@ bool job_is_right(std::mt19937& random, int length, int num_threads) {
 }
 
 void call(unsigned seed, int num_jobs, std::atomic<int>* num_wrong) {
+    is_caller = true;
     std::mt19937 random(seed);
     int num_threads = 2;
     for (int job = 0; job < num_jobs; ++job) {
@@ -80,6 +108,7 @@ int main() {
     std::vector<std::thread> callers;
     for (unsigned seed = 2; seed < 5; ++seed) callers.emplace_back(call, seed, 200, &num_wrong);
     for (std::thread& caller : callers) caller.join();
-    std::printf("%d jobs of 1000 wrong\n", num_wrong.load());
-    return num_wrong != 0;
+    std::printf("%d jobs of 1000 wrong; %d workers settled, %d times let go, %d misplaced\n",
+                num_wrong.load(), num_settled.load(), num_let_go.load(), num_misplaced.load());
+    return num_wrong != 0 || num_settled == 0 || num_let_go == 0 || num_misplaced != 0;
 }

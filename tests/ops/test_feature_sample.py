@@ -333,7 +333,9 @@ def test_tensors_on_two_devices_are_named(name: str) -> None:
     weights = FeatureWeights(**tensors)  # type: ignore[arg-type]
     rows, tokens = torch.zeros(3, 48, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        _C.feature_check(tokens, None, rows[:, :8], *weights, EPS, rows, rows[:, 8:16], *[None] * 5)
+        _C.feature_check(
+            tokens, None, rows[:, :8], *weights, EPS, rows, rows[:, 8:16], *[None] * 6, *[[]] * 5
+        )
 
 
 def test_compiles() -> None:

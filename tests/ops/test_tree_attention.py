@@ -181,6 +181,18 @@ def test_a_chain_of_128_crosses_leaves_inside_the_tree(backend: Backend, prefix:
         assert torch.equal(out[node], alone(case, node, backend)), node
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (20, 1)])
+def test_what_later_rows_of_a_chain_hold_reaches_no_earlier_one(
+    heads: tuple[int, int],
+) -> None:
+    case = make_case(50, 40, heads, chain=True)
+    k, v = case.k.clone(), case.v.clone()
+    k[50 + 21], v[50 + 21] = float("inf"), float("nan")
+    out = run(replace(case, k=k, v=v))
+    assert torch.equal(out[:21], run(case)[:21])
+    assert out[21:].isnan().all()
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (7, 1), (40, 2)])
 def test_error_within_twice_torchs(dim: int, heads: tuple[int, int]) -> None:

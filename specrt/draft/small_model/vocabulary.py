@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specrt.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+from specrt.models.tokenizer import load_tokenizer, tokenizer_file
 from specrt.types import CheckpointError
 
 
@@ -21,28 +21,28 @@ def check_vocabulary(
     Args:
         directory: of the smaller model.
         vocab_size: rows of its embedding.
-        target: the target's directory; None: not known.
+        target: the target's directory or GGUF file; None: not known.
         target_size: rows of the target's embedding.
 
     Raises:
         CheckpointError: the tokenizers differ, or cannot be compared and the sizes differ.
     """
-    files = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    theirs = [name for name in TOKENIZER_FILES if target is not None and (target / name).is_file()]
-    if target is None or not files or not theirs:
+    file = tokenizer_file(directory)
+    theirs = None if target is None else tokenizer_file(target)
+    if target is None or file is None or theirs is None:
         if vocab_size != target_size:
             raise CheckpointError(
                 f"{directory / 'config.json'}: a drafter without the target's tokenizer needs its "
                 f"vocabulary of {target_size}, got {vocab_size}"
             )
         return
-    if files[0] == theirs[0] and _is_same_file(directory / files[0], target / files[0]):
+    if file.name == theirs.name and _is_same_file(file, theirs):
         return
     ours, others = _ordinary_tokens(directory), _ordinary_tokens(target)
     for number in sorted(ours.keys() & others.keys()):
         if ours[number] != others[number]:
             raise CheckpointError(
-                f"{directory / files[0]}: a drafter needs the target's tokenizer: token {number} "
+                f"{file}: a drafter needs the target's tokenizer: token {number} "
                 f"is {ours[number]!r} here and {others[number]!r} in {target}"
             )
 

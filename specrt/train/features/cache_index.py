@@ -22,7 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from specrt.config import ModelConfig, checkpoint_directory, config_fingerprint, read_json
+from specrt.config import (
+    ModelConfig,
+    checkpoint_directory,
+    config_fingerprint,
+    gguf_path,
+    read_json,
+)
 from specrt.models.checkpoint import Checkpoint
 from specrt.train.data.dataset import Dataset
 from specrt.types import CheckpointError
@@ -249,7 +255,8 @@ def weights_hash(directory: Path) -> str:
     nearly every byte.
     """
     digest = hashlib.sha256()
-    files = sorted({info.file for info in Checkpoint(directory).infos.values()})
+    gguf = gguf_path(directory)
+    files = [gguf] if gguf else sorted({info.file for info in Checkpoint(directory).infos.values()})
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())

@@ -1,0 +1,35 @@
+"""Rows of weights into a packed matrix, as they are read from a file."""
+
+from __future__ import annotations
+
+import torch
+
+from specrt import _C
+from specrt.ops.matrix import PackedMatrix, layout_of
+from specrt.ops.registry import register
+
+register(
+    "matrix_pack(Tensor source, Tensor(a!) values, Tensor(b!) is_bad, int[] layout,"
+    " int first_row) -> ()",
+    _C.matrix_pack,
+)
+
+
+def matrix_pack(source: torch.Tensor, matrix: PackedMatrix, first_row: int = 0) -> bool:
+    """Write rows into a packed matrix.
+
+    Args:
+        source: ``[R, K]`` float32, bfloat16 or float16, on the CPU; rows may be strided. Rounded to
+            nearest, ties to even.
+        matrix: whose rows ``first_row .. first_row + R`` are written, and the padding of their K.
+        first_row: of them.
+
+    Returns:
+        Whether all that was written is finite.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or rows are outside; the argument is named.
+    """
+    is_bad = torch.zeros(1, dtype=torch.int32)
+    _C.matrix_pack(source, matrix.values, is_bad, layout_of(matrix), first_row)
+    return not is_bad.item()
