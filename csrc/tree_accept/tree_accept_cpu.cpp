@@ -165,8 +165,7 @@ struct Walk {
 
     // Rejection over the children in order; the token, and the child that holds it or -1.
     void draw_by_rejection() {
-        Law law{w.masses, w.keys,
-                fill_masses(at.row, p.vocab, at.top.value, at.filter, w.masses)};
+        Law law{w.masses, w.keys, fill_masses(at.row, p.vocab, at.top.value, at.filter, w.masses)};
         const float* q = p.draft_probs + b * p.probs_stride[0] + at.node * p.probs_stride[1];
         uint32_t sibling = 0;
         at.child = -1;
@@ -375,8 +374,8 @@ void tree_accept_slice_part(const void* params, int part, int num_parts) {
         const Workspace w(scratch, p.vocab);
         if (w.state->next == Next::kEnd) continue;
         Walk(p, b, scratch, w.state)
-            .read_slice(w.slices + slice, {num_blocks * slice / num_slices,
-                                           num_blocks * (slice + 1) / num_slices});
+            .read_slice(w.slices + slice,
+                        {num_blocks * slice / num_slices, num_blocks * (slice + 1) / num_slices});
     }
 }
 

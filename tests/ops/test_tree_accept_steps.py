@@ -127,9 +127,7 @@ def test_shared_rows_have_the_bits_of_one_threads(mode: str, threads: int) -> No
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = accept(
-            tree, logits, table, HISTORY, HISTORY_LEN, want_logprobs=table.want_logprobs
-        )
+        got = accept(tree, logits, table, HISTORY, HISTORY_LEN, want_logprobs=table.want_logprobs)
     finally:
         torch.set_num_threads(before)
     assert_equal(got, expected)
