@@ -1,7 +1,8 @@
 """Acceptance against the same job in torch: argmax or softmax/top-p pipeline, then a walk.
 
 Only rows on the path cost the kernel anything; the torch pipeline processes every row first, as
-engines do, because it cannot know the path. The path is the full depth of a binary tree.
+engines do, because it cannot know the path, and leaves penalties out. The greedy path is the full
+depth of a binary tree.
 """
 
 from __future__ import annotations
