@@ -1,4 +1,4 @@
-"""Packing rows of weights for the CPU, beside a copy of the same bytes."""
+"""Packing rows of weights for the CPU, beside torch's copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
                 "shape": f"{shape[0]} x {shape[1]}",
                 "ms": 1e3 * seconds["pack"],
                 "GB/s": 2 * source.nbytes / seconds["pack"] / 1e9,
-                "copy/ours": ratio_to(seconds["copy"], seconds["pack"]),
+                "torch/ours": ratio_to(seconds["copy"], seconds["pack"]),
             }
         )
     report("matrix_pack", rows, save=args.save)
