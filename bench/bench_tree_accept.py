@@ -1,7 +1,8 @@
 """Acceptance against the same job in torch: argmax or softmax/top-p pipeline, then a walk.
 
 Only rows on the path cost the kernel anything; the torch pipeline processes every row first, as
-engines do, because it cannot know the path. The path is the full depth of a binary tree.
+engines do, because it cannot know the path, and leaves penalties out. The greedy path is the full
+depth of a binary tree.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from specrt.types import DraftTree
 MODES = {
     "greedy": SamplingParams(),
     "temperature": SamplingParams(temperature=0.8, seed=1),
-    "top_p": SamplingParams(temperature=0.8, seed=1, top_p=0.9),
+    "top_p": SamplingParams(temperature=0.8, seed=1, top_p=0.95),
+    "top_k": SamplingParams(temperature=0.8, seed=1, top_k=50),
+    "min_p": SamplingParams(temperature=0.8, seed=1, min_p=0.05),
+    "penalties": SamplingParams(repetition_penalty=1.1, presence_penalty=0.3),
 }
 HISTORY = torch.zeros(1, 1, dtype=torch.int32)
 HISTORY_LEN = torch.ones(1, dtype=torch.int32)
@@ -38,6 +42,11 @@ def torch_accept(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) 
         drawn = rows.argmax(-1).tolist()
     else:
         probs = (rows / params.temperature).softmax(-1)
+        if params.top_k:
+            least = probs.topk(params.top_k).values[:, -1:]
+            probs = probs.masked_fill(probs < least, 0.0)
+        if params.min_p > 0.0:
+            probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
         if params.top_p < 1.0:
             ordered, index = probs.sort(dim=-1, descending=True)
             ordered[ordered.cumsum(-1) - ordered >= params.top_p] = 0.0
@@ -71,7 +80,7 @@ def main() -> None:
     """Measure and report."""
     args = start(parser(__doc__))
     rows: list[Row] = []
-    for vocab in (4096,) if args.quick else (4096, 32000, 128256):
+    for vocab in (4096,) if args.quick else (4096, 32000, 128256, 262144):
         for nodes in (1, 8) if args.quick else (1, 8, 60):
             generator = torch.Generator().manual_seed(vocab + nodes)
             logits = torch.randn(1, nodes, vocab, generator=generator) * 3

@@ -31,6 +31,8 @@ def accept(
     workspace: torch.Tensor | None = None,
     out: AcceptResult | None = None,
     maxima: TileMaxima | None = None,
+    logit_rows: torch.Tensor | None = None,
+    next_node: torch.Tensor | None = None,
 ) -> AcceptResult:
     """Walk each tree from its root; every emitted token follows the target's law exactly.
 
@@ -65,6 +67,8 @@ def accept(
         out: of :func:`empty_result`, to be written; None: a new one.
         maxima: on a GPU, what the product that made ``logits`` left of them: the same result,
             sooner.
+        logit_rows, next_node: on a CPU, where logits come by and by, as for ``ops.tree_accept``:
+            ``logits`` are ``[R, V]``. Called again with the same ``out``, walks go on.
 
     Returns:
         ``path`` and ``tokens`` ``[B, N]`` int32 padded with -1, ``accept_length`` ``[B]`` int32,
@@ -93,6 +97,8 @@ def accept(
         result.tokens,
         result.logprobs,
         None if maxima is None else maxima.keys,
+        logit_rows,
+        next_node,
     )
     return result
 

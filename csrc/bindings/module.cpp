@@ -43,10 +43,12 @@ py::dict build_info() {
     info["cuda_archs"] = py::none();
 #endif
     py::list isas;
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni})
+    for (Isa isa : kAllIsas)
         if (cpu_has(isa)) isas.append(isa_name(isa));
     info["cpu_isas"] = isas;
     info["active_isa"] = isa_name(active_isa());
+    const char* refused = refused_isa();
+    info["refused_isa"] = refused ? py::object(py::str(refused)) : py::none();
     return info;
 }
 

@@ -80,6 +80,7 @@ void register_tree_accept(py::module_& m) {
         submit_released(processed_logits(args_of(t), view_of(out, "out")));
     });
     m.def("tree_accept_workspace", &tree_accept_workspace);
+    m.def("tree_accept_parts", &tree_accept_parts);
     m.def("tree_accept_gpu_workspace", &tree_accept_gpu_workspace);
     m.def("gumbel_noise", &bind_gumbel);
     m.def("philox", [](uint64_t seed, uint64_t position, uint32_t purpose, uint32_t index) {

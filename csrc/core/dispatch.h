@@ -5,14 +5,19 @@
 
 namespace specrt {
 
-// kAvx512Vnni is AVX-512 with products of bytes, which few kernels have a use for.
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
+// Each has what those before it have. Those from kAvx512Vnni on have kernels of their own for
+// products by packed matrices alone: of bytes, of bfloat16, of both.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
+constexpr Isa kAllIsas[] = {Isa::kPortable,   Isa::kAvx2,       Isa::kAvx512,
+                            Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
 
 Isa active_isa();                // the best this CPU has, or what set_isa / SPECRT_ISA chose
-void set_isa(const char* name);  // "portable" | "avx2" | "avx512" | "avx512_vnni"; throws if the
-                                 // CPU lacks it
+void set_isa(const char* name);  // by isa_name; throws if the CPU lacks it
 const char* isa_name(Isa isa);
+// Whether it may run. Of kAmx the first call asks Linux for tile registers, once for the process.
 bool cpu_has(Isa isa);
+// Why a set that the CPU has may not run, nullptr if there is none.
+const char* refused_isa();
 
 // A launch's body: does share `part` of `num_parts` of the work that `params` describes.
 using PartFn = void (*)(const void* params, int part, int num_parts);
@@ -49,12 +54,14 @@ using CudaFn = void (*)(const void* params, CudaStream stream);
     namespace avx512 {                                                                   \
     void fn(const void*, int, int);                                                      \
     }                                                                                    \
-    namespace avx512_vnni {                                                              \
+    namespace avx512vnni {                                                              \
     void fn(const void*, int, int);                                                      \
     }                                                                                    \
     inline PartFn fn##_for(Isa isa) {                                                    \
-        constexpr PartFn kFns[] = {portable::fn, avx2::fn, avx512::fn, avx512_vnni::fn}; \
-        return kFns[static_cast<int>(isa)];                                              \
+        return isa >= Isa::kAvx512Vnni ? avx512vnni::fn                                  \
+               : isa >= Isa::kAvx512   ? avx512::fn                                      \
+               : isa == Isa::kAvx2     ? avx2::fn                                        \
+                                       : portable::fn;                                   \
     }
 #else
 #define SPECRT_DECLARE_CPU_VNNI SPECRT_DECLARE_CPU

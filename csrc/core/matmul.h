@@ -27,9 +27,21 @@ struct MatmulParams {
 };
 
 SPECRT_DECLARE_CPU(matmul_part)
+// Products by packed bfloat16, and what they need of the rows of x first: both of one set.
+SPECRT_DECLARE_CPU(matmul_tiles_split)
 SPECRT_DECLARE_CPU(matmul_tiles_part)
 SPECRT_DECLARE_CPU_VNNI(round_rows_part)
 SPECRT_DECLARE_CPU_VNNI(matmul_blocks_part)
+#if defined(SPECRT_X86)
+namespace avx512bf16 {
+void matmul_tiles_split(const void*, int, int);
+void matmul_tiles_part(const void*, int, int);
+}  // namespace avx512bf16
+namespace amx {
+void matmul_tiles_split(const void*, int, int);
+void matmul_tiles_part(const void*, int, int);
+}  // namespace amx
+#endif
 
 // Floats of scratch in which a product by a packed matrix keeps rows of x as it multiplies them.
 int64_t matmul_workspace(int64_t depth, int64_t num_rows);

@@ -183,4 +183,10 @@ SPECRT_HD float gumbel_bound(uint32_t min_bits) {
     return 0.01f - log_of((static_cast<float>(min_bits) + 0.25f) * 0x1p-32f);
 }
 
+// The same by the place of the highest bit alone: up to 0.7 more, without a logarithm.
+inline float coarse_gumbel_bound(uint32_t min_bits) {
+    const int num_zeros = min_bits ? __builtin_clz(min_bits) : 33;
+    return 0.02f + 0.6931472f * static_cast<float>(1 + num_zeros);
+}
+
 }  // namespace specrt

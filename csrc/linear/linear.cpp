@@ -43,10 +43,10 @@ bool is_narrow(const LinearArgs& a) {
 }
 
 void expect_gpu_weight(const LinearArgs& a) {
+    expect_matrix(matrix_view(a.weight, a.scale, {}), "[N, K]", -1, -1);
     SPECRT_CHECK(a.x.dtype == DType::kBFloat16 || a.x.dtype == DType::kFloat16,
                  "x: expected bfloat16 or float16 on a GPU, got ", a.x.describe());
     if (!is_narrow(a)) expect_dtype_of(a.x, a.weight);
-    expect_matrix(matrix_view(a.weight, a.scale, {}), "[N, K]", -1, -1);
     const int64_t num_outputs = a.weight.shape[0], depth = a.weight.shape[1];
     const int64_t unit = is_narrow(a) ? 16 : 8;  // of 16 bytes
     SPECRT_CHECK(depth > 0 && depth % unit == 0 && depth <= INT32_MAX && num_outputs <= 64 * 65535,

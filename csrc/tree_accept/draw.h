@@ -74,6 +74,7 @@ struct GumbelSearch {
         const int n = static_cast<int>(start + kBlock < vocab ? kBlock : vocab - start);
         uint32_t lowest = bits[0];
         for (int i = 1; i < kBlock; ++i) lowest = bits[i] < lowest ? bits[i] : lowest;
+        if (top + coarse_gumbel_bound(lowest) < best.score) return;
         const float bound = gumbel_bound(lowest);
         if (top + bound < best.score) return;
         for (int i = 0; i < n; ++i) {

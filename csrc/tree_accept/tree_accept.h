@@ -70,6 +70,11 @@ constexpr int64_t tree_accept_workspace(int64_t vocab) {
     return 8 * ((vocab + 63) / 64 * 64) + kWalkStateFloats;
 }
 
+// How many of them `batch` walks use: one each where threads share rows, else one a thread.
+constexpr int64_t tree_accept_parts(int64_t batch, int64_t vocab, int64_t num_threads) {
+    return vocab >= kLeastSharedVocab || batch < num_threads ? batch : num_threads;
+}
+
 // Floats of a launch's workspace on a GPU, of any contents but for the first call's: zeros.
 int64_t tree_accept_gpu_workspace(int64_t batch, int64_t nodes, int64_t vocab,
                                   bool has_draft_probs);

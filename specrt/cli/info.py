@@ -40,6 +40,7 @@ def collect() -> dict[str, Any]:
         "cpu": cpu_model(),
         "instruction_sets": list(build.cpu_isas),
         "active_instruction_set": build.active_isa,
+        "refused_instruction_set": build.refused_isa,
         "threads": torch.get_num_threads(),
         "worker_cpus": worker_cpus(),
         **_nvidia(),
@@ -56,10 +57,11 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
     cuda, driver = "not built", facts["driver"] or "none found"
     if build["cuda"]:
         cuda = f"{build['cuda']} for {build['cuda_archs']}; they need {build['needs']}"
-    sets = (
+    sets = ", ".join(
         f"{name} (active)" if name == facts["active_instruction_set"] else name
         for name in facts["instruction_sets"]
     )
+    refused = facts["refused_instruction_set"]
     bundled = (f"{m['name']}  {m['bytes'] / 1e6:.1f} MB  {m['kind']}" for m in facts["bundled"])
     rows = {
         "specrt": facts["specrt"],
@@ -69,7 +71,7 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         "compiler": build["compiler"],
         "CUDA kernels": cuda,
         "CPU": facts["cpu"],
-        "instruction sets": ", ".join(sets),
+        "instruction sets": f"{sets}\n{refused}" if refused else sets,
         "threads": f"{facts['threads']}, {_placed(facts['worker_cpus'])}",
         "driver": driver,
         "GPUs": "\n".join(facts["gpus"]) or "none found",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from specrt.accept import Accepting
 from specrt.cache import CacheBatch
 from specrt.draft.base import Drafter
 from specrt.engine.batch import Batch
@@ -24,7 +23,7 @@ from specrt.engine.results import StreamChunk
 from specrt.engine.round import Round, Stages, run_round
 from specrt.engine.scheduler import Scheduler
 from specrt.models.model import LlamaModel
-from specrt.tree import MAX_NODES, Settler
+from specrt.tree import MAX_NODES
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class EngineCore:
         vocab_size = target.config.vocab_size
         self._drafting = Drafting(drafter, target, limits.max_nodes)
         self._batch = Batch(self.cache, limits.max_batch, vocab_size)
-        settler = Settler(vocab_size, target.device)
-        self._stages = Stages(target, self.cache, settler, Accepting(vocab_size, target.device))
+        self._stages = Stages.of(target, self.cache)
         self._launched = LaunchedRounds(self._stages, self._drafting)
         self._pending: Pending | None = None  # launched, and not read
         self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)

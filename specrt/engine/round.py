@@ -8,13 +8,16 @@ from itertools import pairwise
 from time import perf_counter
 
 from specrt.accept import Accepting, Read
-from specrt.cache import CachedSequence, KVCache
+from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.device import Device
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
+from specrt.engine.head_by_need import HeadByNeed
+from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
+from specrt.models.step import FINAL_TAP
 from specrt.tree import Settler
-from specrt.types import AcceptResult, Proposal
+from specrt.types import AcceptResult, DraftTree, Proposal, VerifyOutput
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Round:
     """Proposing, and settling what was proposed."""
     verify_ms: float
     accept_ms: float
-    """From logits to the report, and what the drafter makes of it, by the host's clock."""
+    """From logits to the report, and what the drafter makes of it, by the host's clock; logits by
+    need are made in it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,32 @@ class Stages:
     """The target's."""
     settler: Settler
     accepting: Accepting
+    head: HeadByNeed
+
+    @classmethod
+    def of(cls, target: LlamaModel, cache: KVCache) -> Stages:
+        """A target's, with its cache."""
+        vocab_size, device = target.config.vocab_size, target.device
+        settler, accepting = Settler(vocab_size, device), Accepting(vocab_size, device)
+        return cls(target, cache, settler, accepting, HeadByNeed(target))
+
+    def verify(
+        self, tree: DraftTree, cached: CacheBatch, taps: tuple[str, ...], lower: LowerLayers | None
+    ) -> VerifyOutput:
+        """The target's pass; without logits where they come by need (:meth:`accept`)."""
+        if not self.head.takes(tree, taps):
+            return self.target.forward(tree, cached, taps=taps, lower=lower)
+        if FINAL_TAP not in taps:
+            taps = (*taps, FINAL_TAP)
+        return self.target.forward(tree, cached, taps=taps, has_logits=False, lower=lower)
+
+    def accept(self, tree: DraftTree, output: VerifyOutput, batch: Batch) -> AcceptResult:
+        """What comes of :meth:`verify`."""
+        if output.logits.shape[1] == 0:
+            return self.head.accept(tree, output.taps[FINAL_TAP], batch)
+        return self.accepting.accept(
+            tree, output.logits, batch.sampling, batch.history, batch.history_len
+        )
 
 
 def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
@@ -61,11 +91,9 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     tree = stages.settler.settle(draft.proposal, batch.roots, batch.room, size)
     marks.append(device.mark())
     cached, taps = batch.cached(), drafting.taps(batch.requests)
-    output = stages.target.forward(tree, cached, taps=taps, lower=draft.lower)
+    output = stages.verify(tree, cached, taps, draft.lower)
     marks.append(device.mark())
-    result = stages.accepting.accept(
-        tree, output.logits, batch.sampling, batch.history, batch.history_len
-    )
+    result = stages.accept(tree, output, batch)
     rows = batch.append(tree, result)
     cached.move(result.path, batch.num_path)
     marks.append(device.mark())
@@ -77,7 +105,7 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
         told = AcceptResult(
             result.path, result.accept_length, result.tokens, result.logprobs, read.for_drafters()
         )
-        drafting.observe(draft, told, output.taps)
+        drafting.observe(draft, told, {tap: output.taps[tap] for tap in taps})
     draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
     accept_ms += 1e3 * (perf_counter() - known)
     drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)

@@ -24,6 +24,8 @@ class BuildInfo:
     """Instruction sets this CPU has and the extension has kernels for."""
     active_isa: str
     """The one that runs: the best, or what ``SPECRT_ISA`` asks for."""
+    refused_isa: str | None
+    """Which the CPU has and may not run, and why; None if there is none."""
 
     @property
     def least_driver(self) -> str | None:
@@ -52,4 +54,5 @@ def build_info() -> BuildInfo:
         cuda_archs=facts["cuda_archs"],
         cpu_isas=tuple(facts["cpu_isas"]),
         active_isa=str(facts["active_isa"]),
+        refused_isa=facts["refused_isa"],
     )

@@ -34,6 +34,12 @@ def workspace_size(vocab_size: int) -> int:
     return _C.tree_accept_workspace(vocab_size)
 
 
+def workspace_parts(batch: int, vocab_size: int) -> int:
+    """How many times :func:`workspace_size` B walks use on a CPU: one each where threads share the
+    rows of a large vocabulary, else one a thread."""
+    return max(1, _C.tree_accept_parts(batch, vocab_size, torch.get_num_threads()))
+
+
 def gpu_workspace_size(
     batch: int, num_nodes: int, vocab_size: int, *, has_draft_probs: bool = False
 ) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from specrt.device import Device
-from specrt.ops.tree_accept import workspace_size
+from specrt.ops.tree_accept import workspace_parts, workspace_size
 from specrt.reuse import power_of_two
 from specrt.sampling.params import SamplingParams, refusal
 
@@ -174,7 +174,7 @@ class SamplingRows:
         return bias_ids, bits.view(torch.float32)
 
     def _scratch(self, count: int) -> torch.Tensor:
-        """A part a sequence: threads share rows, and memory is taken as it is touched."""
-        if self._workspace is None or len(self._workspace) < count:
-            self._workspace = torch.empty(count, workspace_size(self._vocab_size))
-        return self._workspace[:count]
+        num_parts = workspace_parts(count, self._vocab_size)
+        if self._workspace is None or len(self._workspace) < num_parts:
+            self._workspace = torch.empty(num_parts, workspace_size(self._vocab_size))
+        return self._workspace[:num_parts]

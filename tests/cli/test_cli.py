@@ -110,6 +110,17 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert shown in out
 
 
+def test_info_says_which_instruction_set_was_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = "amx: Linux refused tile registers: Operation not permitted"
+    facts = {**build._C.build_info(), "refused_isa": refused}
+    monkeypatch.setattr(build._C, "build_info", lambda: facts)
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert out.count(refused) == 1
+
+
 @pytest.mark.parametrize(
     ("cpus", "said"),
     [([], "placed by the system"), ([0, 1, 2, 7, 16, 17], "kept on CPUs 0-2, 7, 16-17")],

@@ -17,6 +17,7 @@ from specrt.draft import kinds
 from specrt.draft.base import Budget, Drafter, DraftParams
 from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.engine import head_by_need
 from specrt.models.model import LlamaModel
 from specrt.types import AcceptResult, Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint, make_exit_checkpoint
@@ -96,6 +97,18 @@ def test_every_kind_is_held_against_it() -> None:
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 def test_contract(subject: contract.Subject, check: Callable[[contract.Subject], None]) -> None:
+    check(subject)
+
+
+@pytest.mark.parametrize("check", [contract.greedy, contract.seeded], ids=["greedy", "seeded"])
+def test_contract_where_logits_come_by_need(
+    subject: contract.Subject,
+    check: Callable[[contract.Subject], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_LEAST_BYTES", "_LEAST_NODES"):
+        monkeypatch.setattr(head_by_need, name, 0)
+    monkeypatch.setattr(head_by_need, "_ROWS_A_PASS", 2)
     check(subject)
 
 

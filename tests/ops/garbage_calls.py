@@ -128,12 +128,15 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
     workspace = None if variant == 5 else torch.zeros(1, workspace_size(VOCAB))
     if backend.runs_cuda_source:
         workspace = torch.zeros(gpu_workspace_size(*shape, VOCAB, has_draft_probs=True))
+    by_need = variant in (1, 4) and not backend.runs_cuda_source
+    logits = torch.randn(*shape, VOCAB, generator=g)
+    logit_rows = torch.arange(BATCH * NODES, dtype=torch.int32).view(shape)
     return {
         "draft_tokens": torch.randint(0, VOCAB, shape, generator=g, dtype=torch.int32),
         "parents": parents,
         "num_nodes": ints(6, 4, 1),
         "draft_probs": law if variant % 2 else None,
-        "logits": torch.randn(*shape, VOCAB, generator=g),
+        "logits": logits.flatten(0, 1) if by_need else logits,
         "sampling": table.rows.clone(),
         "bias_ids": table.bias_ids,
         "bias_values": table.bias_values,
@@ -145,6 +148,8 @@ def accept_arguments(variant: int, backend: Backend) -> Arguments:
         "tokens": torch.zeros(shape, dtype=torch.int32),
         "logprobs": torch.zeros(shape) if variant % 3 else None,
         "maxima": keys if backend.runs_cuda_source and variant in (0, 2, 5) else None,
+        "logit_rows": logit_rows if by_need else None,
+        "next_node": ints(0, 2, -1) if by_need else None,
     }
 
 
@@ -530,9 +535,12 @@ KERNELS = {
     "tree_accept": Kernel(
         accept_arguments,
         lambda a: ops.tree_accept(**a),
-        own=("draft_tokens", "parents", "num_nodes", "history", "history_len", "sampling"),
+        own=(
+            "draft_tokens", "parents", "num_nodes", "history", "history_len", "sampling",
+            "logit_rows",
+        ),
         shared=("bias_ids", "bias_values", "maxima"),
-        results=("path", "accept_length", "tokens", "logprobs"),
+        results=("path", "accept_length", "tokens", "logprobs", "next_node"),
         has_cuda_source=True,
     ),
     "linear_maxima": Kernel(

@@ -13,7 +13,7 @@ from transformers.generation import logits_process as hf
 from specrt import _C
 from specrt.accept import accept
 from specrt.ops import TileMaxima, gumbel_noise
-from specrt.ops.tree_accept import gpu_workspace_size, workspace_size
+from specrt.ops.tree_accept import gpu_workspace_size, workspace_parts, workspace_size
 from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import AcceptResult, DraftTree
 from tests.ops.conftest import Backend
@@ -417,3 +417,11 @@ def test_errors_name_the_argument(backend: Backend) -> None:
     ones = i32([1]).to(backend.device)
     with pytest.raises(ValueError, match=r"sampling: expected \[B, 8\]"):
         accept(on(backend, tree), logits.to(backend.device), table, ones[None], ones)
+
+
+def test_many_walks_share_the_scratch_of_threads() -> None:
+    """But for those of a large vocabulary, whose rows all threads share."""
+    threads = torch.get_num_threads()
+    assert workspace_parts(50_000, 32_000) == threads
+    assert workspace_parts(5, 128_256) == 5
+    assert workspace_parts(0, 128_256) == 1

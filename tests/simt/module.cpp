@@ -22,6 +22,8 @@ namespace specrt::bindings {
 #include "simt_kernels.inc"
 #undef SIMT_KERNEL
 
+void register_tile_product(py::module_& m);
+
 namespace {
 
 // As `function`, with copies of its tensors that live as long as a call.
@@ -127,6 +129,7 @@ PYBIND11_MODULE(_simt, m) {
 #define SIMT_KERNEL(name) register_##name(m);
 #include "simt_kernels.inc"
 #undef SIMT_KERNEL
+    register_tile_product(m);
     m.def("run_probe", &run_probe, py::arg("name"), py::arg("tensors"),
           py::arg("numbers") = std::vector<int>{}, py::arg("grid") = std::vector<unsigned>{1},
           py::arg("block") = std::vector<unsigned>{32}, py::arg("shared_bytes") = 0,
