@@ -20,10 +20,12 @@ struct HistoryTailParams {
     int32_t batch, room, width;  // room: T, width: W
 };
 
-// Lengths may be anything; one that is below W begins at 0.
+// Lengths may be anything; one that is below W begins at 0. It is clamped from below too: nvcc
+// makes max(end - width, 0) of the choice, which wraps where `end` is near the least of all
+// integers.
 SPECRT_HD int32_t tail_start(const HistoryTailParams& p, int64_t seq) {
     const int32_t length = p.history_len[seq];
-    const int32_t end = length < p.room ? length : p.room;
+    const int32_t end = length < 0 ? 0 : length < p.room ? length : p.room;
     return end > p.width ? end - p.width : 0;
 }
 

@@ -33,6 +33,14 @@ class Backend:
     def runs_cuda_source(self) -> bool:
         return self.name != "cpu"
 
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It on the device, strides and offset included: ``to`` leaves neither of a part of one."""
+        whole = tensor.as_strided(
+            (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), storage_offset=0
+        )
+        there = whole.to(self.device)
+        return there.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
 
 class OnAnotherGpu:
     """A tensor as the extension sees it, by duck type, but on GPU 1: only the shim may read it."""
@@ -98,7 +106,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if name == "simt":
         seed, arithmetic = settings
         use_simt(seed, monkeypatch.setattr).set_arithmetic(arithmetic)
-    return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
+    return Backend(name, torch.device("cuda:0" if name == "cuda" else "cpu"))
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_errors_name_the_argument(backend: Backend) -> None:
         ({"keys": good.keys[:, :1]}, r"keys: expected .*ceil\(N / 64\)"),
         ({"masses": good.masses[:, :1]}, r"masses: expected .*ceil\(N / 64\)"),
         ({"position": None}, "position: expected a tensor, as sampling is given"),
-        ({"position": i32([1])}, r"position: expected \[B\] = \[6\] int32"),
+        ({"position": i32([1]).to(backend.device)}, r"position: expected \[B\] = \[6\] int32"),
         (
             {"sampling": good.sampling[:4], "position": good.position[:4]},
             "sampling: expected a row",

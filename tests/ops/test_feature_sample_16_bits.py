@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specrt.ops import feature_sample_workspace, linear_workspace
+from specrt.ops import feature_sample, feature_sample_workspace, linear_workspace
 from tests.ops.conftest import Backend, load_simt
 from tests.ops.test_feature_sample import EPS, NAN, Weights, by_torch, inputs
 
@@ -187,7 +187,7 @@ NARROW = {"up": (6, 8), "gate": (6, 8), "down": (8, 6)}
 def test_wrong_arguments_are_named(backend: Backend, change: dict[str, Any], message: str) -> None:
     weights = there(Weights.random(8, 8, vocab=5), torch.bfloat16, backend)
     tokens, features = given(3, 8, torch.bfloat16, backend)
-    change = {name: t.to(backend.device) for name, t in change.items()}
+    change = {name: backend.hold(t) for name, t in change.items()}
     wrong = replace(weights, **{n: t for n, t in change.items() if n in vars(weights)})
     rest = {n: t for n, t in change.items() if n not in vars(weights)}
     features = rest.pop("features", features)
@@ -199,9 +199,10 @@ def test_wrong_arguments_are_named(backend: Backend, change: dict[str, Any], mes
 def test_compiles(backend: Backend) -> None:
     weights = made(64, 176, "plain", torch.bfloat16, backend)
     tokens, features = given(6, 64, torch.bfloat16, backend)
+    fields = dict(vars(weights))  # dynamo does not look into a frozen dataclass
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        return weights.run(tokens, None, features) * 2
+        return feature_sample(tokens, None, features, **fields, eps=EPS) * 2
 
     assert torch.equal(step(tokens, features), weights.run(tokens, None, features) * 2)

@@ -284,7 +284,7 @@ def test_wrong_arguments_are_named(
         **change,
     }
     there = {
-        name: value.to(backend.device) if isinstance(value, Tensor) else value
+        name: backend.hold(value) if isinstance(value, Tensor) else value
         for name, value in given.items()
     }
     with pytest.raises(ValueError, match=message):

@@ -93,4 +93,4 @@ def test_a_closed_level_keeps_its_features(
 def test_flags_that_are_none(backend: Backend, given: Tensor, message: str) -> None:
     x = torch.zeros(2, 16, dtype=dtype_of(backend), device=backend.device)
     with pytest.raises(ValueError, match=message):
-        ops.linear(x, x, is_open=given.to(backend.device))
+        ops.linear(x, x, is_open=backend.hold(given))

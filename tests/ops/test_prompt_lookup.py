@@ -311,7 +311,7 @@ def test_under_torch_compile(device: torch.device) -> None:
 )
 def test_wrong_arguments_are_named(backend: Backend, change: dict[str, Any], message: str) -> None:
     moved = {
-        name: value.to(backend.device) if isinstance(value, Tensor) else value
+        name: backend.hold(value) if isinstance(value, Tensor) else value
         for name, value in change.items()
     }
     with pytest.raises(ValueError, match=f"^{message}"):

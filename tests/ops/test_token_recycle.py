@@ -326,7 +326,7 @@ def zeros(*shape: int) -> Tensor:
     ],
 )
 def test_a_wrong_argument_is_named(backend: Backend, op: Any, name: str, value: Tensor) -> None:
-    arguments = arguments_of(backend, op) | {name: value.to(backend.device)}
+    arguments = arguments_of(backend, op) | {name: backend.hold(value)}
     with pytest.raises(ValueError, match=f"^{name}: (expected|must be contiguous)"):
         op(**arguments)
 

@@ -99,9 +99,9 @@ def test_no_step_waits_and_all_is_logged(
     assert gpu.num_reads == 4  # a step
     if gpu.place.type == "cpu":  # the same sums
         assert curve(got) == curve(wanted)
-    else:
-        assert [entry["step"] for entry in got.summary["history"]] == [1, 2, 3, 4]
-        assert got.summary["history"][3]["loss"] < got.summary["history"][0]["loss"]
+    else:  # float32 in another order: an H100's losses differ in the seventh digit
+        losses = [[entry["loss"] for entry in out.summary["history"]] for out in (got, wanted)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
 
 
 def test_a_bad_step_is_named_when_it_is_read(
