@@ -72,6 +72,7 @@ class Pass:
         self.num_flops = 2 * num_rows * sum(math.prod(matrix.shape) for matrix in ours)
         x = {k: torch.randn(num_rows, k) for k in {matrix.shape[1] for matrix in matrices}}
         out = {n: torch.empty(num_rows, n) for n in {matrix.shape[0] for matrix in matrices}}
+        self._scratch = ops.row_scratch(max(x), num_rows)
         cast = {k: value.to(matrices[0].dtype) for k, value in x.items()}
         self._calls = [(x[w.shape[1]], w, out[w.shape[0]]) for w in ours]
         self._torch_calls = [(cast[w.shape[1]], w) for w in matrices]
@@ -80,7 +81,7 @@ class Pass:
     def eager(self) -> None:
         """Our kernel, one Python call a matrix."""
         for x, weight, out in self._calls:
-            ops.linear(x, weight, out=out)
+            ops.linear(x, weight, out=out, workspace=self._scratch)
 
     def torch(self) -> None:
         """Torch's, with activations of the weights' dtype."""
