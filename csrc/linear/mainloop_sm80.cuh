@@ -25,8 +25,8 @@
 namespace specrt::product {
 
 // How a block's tile of kTile weights and kColumns rows of x is shared by its warps: four along the
-// weights, and as many along the rows as give each no more than 32 of them. A warp waits for its own
-// last instruction most of the time, so many of few products hide more than few of many.
+// weights, and as many along the rows as give each no more than 32 of them. A warp waits for its
+// own last instruction most of the time, so many of few products hide more than few of many.
 template <typename T, int kTileRows, int kPadded, typename W = T>
 struct Tiling {
     using Value = T;
