@@ -12,6 +12,12 @@ from specrt import ops
 from tests.ops.conftest import Backend
 
 
+def test_one_of_each_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    assert one_of_each.run_small_kernels(Place("cpu")) == 19 * 3 * 3
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_in_linear")
 def test_one_of_each(backend: Backend) -> None:
     torch.manual_seed(0)
