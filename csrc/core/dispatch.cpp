@@ -110,8 +110,8 @@ std::atomic<Isa>& chosen_isa() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512vnni",
-                                      "avx512bf16", "amx"};
+    constexpr const char* kNames[] = {"portable",   "avx2",       "avx512",
+                                      "avx512vnni", "avx512bf16", "amx"};
     return kNames[static_cast<int>(isa)];
 }
 

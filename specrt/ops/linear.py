@@ -216,6 +216,7 @@ def row_scratch(num_inputs: int, num_rows: int) -> torch.Tensor:
     return floats[-floats.data_ptr() % 64 // 4 :]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def linear_workspace(num_outputs: int, num_inputs: int, num_rows: int) -> int:
     """Floats of ``workspace`` that :func:`linear` needs on a GPU; often none.
 

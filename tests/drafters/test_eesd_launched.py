@@ -87,7 +87,8 @@ def test_chains_are_those_of_hosted_rounds(
     model: LlamaModel, loaded: Loaded, kind: str, draft: DraftParams | None
 ) -> None:
     """Greedy and coupled; each goes on where the other ended, and learns what it learned."""
-    launched, hosted = (rounds(model, loaded, kind, draft, max_draft=3) for _ in range(2))
+    options = {"draft_len": 3} if kind == "fixed" else {"max_draft": 3}
+    launched, hosted = (rounds(model, loaded, kind, draft, **options) for _ in range(2))
     launched.launched(2)
     hosted.told_at_once(2)
     launched.told_at_once(1)

@@ -12,8 +12,8 @@ import torch
 from specrt import _C, ops
 from specrt.ops import MatrixKind, PackedMatrix
 from specrt.ops.matrix import layout_of
+from tests.ops.conftest import load_simt
 from tests.oracles import packed_bf16
-from tests.simt import _simt
 
 KINDS = (MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED)
 ISAS = _C.build_info()["cpu_isas"]
@@ -77,7 +77,7 @@ class Case:
         if isa == MODEL:
             layout, pieces = layout_of(matrix), 1 + count % 3
             values = matrix.values
-            _simt.tile_product(x, values, self.bias, residual, out, scratch, layout, pieces)
+            load_simt().tile_product(x, values, self.bias, residual, out, scratch, layout, pieces)
         else:
             _C.set_isa(isa)
             ops.linear(x, matrix, self.bias, residual, out, scratch)
