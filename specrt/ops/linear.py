@@ -9,7 +9,14 @@ import torch
 
 from specrt import _C
 from specrt.ops import registry
-from specrt.ops.matrix import Matrix, PackedMatrix, layout_of, scale_of, values_of
+from specrt.ops.matrix import (
+    Matrix,
+    PackedMatrix,
+    StackedMatrix,
+    layout_of,
+    scale_of,
+    values_of,
+)
 from specrt.ops.registry import register
 
 register(
