@@ -16,9 +16,10 @@ import torch
 
 from bench.limits import Model
 from specrt.config import ModelConfig
+from specrt.models.arena import ALIGNMENT
 from specrt.models.gate_up import ROWS_IN_TURN
 from specrt.models.layouts import layer_matrices
-from specrt.models.loader import ALIGNMENT, LayerWeights, Weights
+from specrt.models.loader import LayerWeights, Weights
 
 DEVIATION = 0.02
 """Of the weights: what models of this family begin their training with."""
@@ -99,7 +100,9 @@ def random_weights(config: ModelConfig, device: str, dtype: torch.dtype, seed: i
     layers = tuple(_layer(norm, four) for four in per_layer)
     lm_head, embed = matrices
     # Rows drawn at random may lie in any order.
-    return Weights(arena, embed, layers, norm, lm_head, is_interleaved=device != "cpu")
+    return Weights(
+        arena, embed, layers, norm, lm_head, lm_head.dtype, is_interleaved=device != "cpu"
+    )
 
 
 def _aligned(size: int) -> int:

@@ -25,8 +25,9 @@ from specrt.engine.engine import Engine
 from specrt.engine.memory import size_check
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.results import GenerationResult
-from specrt.models.loader import load_weights
+from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
+from specrt.models.packing import Packing, choose_packing
 from specrt.models.placement import (
     check_sizes,
     choose_dtype,
@@ -73,6 +74,8 @@ def load(
     hot_tokens: str | os.PathLike[str] | Sequence[int] | None = None,
     draft_window: int | DraftWindow | None = None,
     eager: bool = False,
+    quantize: str | None = None,
+    activations: str | None = None,
 ) -> Engine:
     """Load a target and a drafter.
 
@@ -87,8 +90,9 @@ def load(
             :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and with it all drafters that are named here.
-        dtype: of weights and KV cache: ``"auto"`` (the checkpoint's; on a GPU bfloat16 instead of
-            float32), ``"float32"`` (CPU only), ``"bfloat16"`` or ``"float16"``. Activations are
+        dtype: of weights and KV cache: ``"auto"`` (the checkpoint's, of a GGUF file in blocks
+            float16; on a GPU bfloat16 instead of float32), ``"float32"`` (CPU only), ``"bfloat16"``
+            or ``"float16"``; where weights are in blocks, of the KV cache alone. Activations are
             float32 on the CPU, and of this dtype on a GPU.
         max_batch: prompts that run together.
         max_nodes: the largest tree that is verified, root included, 1..128.
@@ -113,6 +117,13 @@ def load(
             None: all. As many as it was trained on keep its steps cheap where a text gets longer.
             A :class:`specrt.draft.kind.DraftWindow` keeps the text's first tokens besides.
         eager: capture no steps: the same text, launch by launch, which is slower.
+        quantize: CPU: ``"int8"`` rounds the target's matrices to bytes as they are loaded, with a
+            scale an output, and rows to 16 bits where they are multiplied. The text is then that of
+            the rounded model, however it is drafted. None: as the checkpoint has them; a GGUF
+            file's blocks stay blocks on the CPU, and become rows of ``dtype`` on a GPU.
+        activations: CPU, bfloat16 weights: what rows are made of where these multiply them:
+            ``"split"`` (two parts, 16 bits of mantissa), ``"bfloat16"`` (one part: faster, as a GPU
+            would round them) or ``"float32"`` (unrounded, by slower kernels). None: ``"split"``.
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
@@ -135,17 +146,13 @@ def load(
     _log_defaults(path, config)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
-    head_dim = choose_head_dim(config, place)
-    padded = replace(config, head_dim=head_dim)
-    check_sizes(padded, limits.max_nodes, place)
+    packing = choose_packing(target_dtype, place, quantize, activations)
+    check_sizes(replace(config, head_dim=choose_head_dim(config, place)), limits.max_nodes, place)
     tokenizer = load_tokenizer(path, config.vocab_size)
     there = Device(place, is_eager=eager)
     check_rows(there, target_dtype)
-    has_room = size_check(padded, target_dtype, limits, there)
-    loaded = load_weights(
-        path, config, target_dtype, progress=progress, head_dim=head_dim, check_size=has_room
-    )
-    model = LlamaModel(config, place_weights(loaded, there), there)
+    weights = _load_target(path, config, target_dtype, packing, there, limits, progress=progress)
+    model = LlamaModel(config, weights, there)
     if drafter == AUTO:
         drafter = default_drafter(target)
     if drafter is None or isinstance(drafter, str | os.PathLike):
@@ -162,6 +169,30 @@ def load(
         for name in (name for name, value in named.items() if value is not None):
             raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
     return Engine(model, drafter, tokenizer, **asdict(limits))
+
+
+def _load_target(
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    packing: Packing,
+    device: Device,
+    limits: EngineLimits,
+    *,
+    progress: bool,
+) -> Weights:
+    """A target's weights, where they run."""
+    head_dim = choose_head_dim(config, device.place)
+    loaded = load_weights(
+        path,
+        config,
+        dtype,
+        progress=progress,
+        head_dim=head_dim,
+        packing=packing,
+        check_size=size_check(replace(config, head_dim=head_dim), dtype, limits, device),
+    )
+    return place_weights(loaded, device)
 
 
 def default_drafter(target: str | os.PathLike[str]) -> str:

@@ -151,11 +151,16 @@ def store_as_float8(path: Path) -> dict[str, torch.Tensor]:
 
 
 def make_draft_checkpoint(
-    target: Path, path: Path, arch: str = "fspad", *, seed: int = 0
+    target: Path,
+    path: Path,
+    arch: str = "fspad",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """Write a random drafter of ``arch`` for a target's directory in our format; its tensors."""
     config = DraftConfig.for_target(ModelConfig.from_directory(target), arch, name="tiny")
-    config = replace(config, layer=replace(config.layer, dtype=torch.float32))
+    config = replace(config, layer=replace(config.layer, dtype=dtype))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
@@ -195,7 +200,13 @@ def random_draft_tensors(config: DraftConfig, dtype: torch.dtype) -> dict[str, t
 
 
 def make_exit_checkpoint(
-    target: Path, path: Path, exit_layer: int, *, noise: float = 0.0, seed: int = 0
+    target: Path,
+    path: Path,
+    exit_layer: int,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """An EESD drafter as training begins it: the target's last layer and final norm; its tensors.
 
@@ -204,7 +215,7 @@ def make_exit_checkpoint(
     """
     target_config = ModelConfig.from_directory(target)
     config = ExitConfig.for_target(target_config, exit_layer, name="tiny")
-    config = replace(config, layer=replace(config.layer, dtype=torch.float32))
+    config = replace(config, layer=replace(config.layer, dtype=dtype))
     stored = load_file(target / "model.safetensors")
     last = f"model.layers.{target_config.num_layers - 1}."
     generator = torch.Generator().manual_seed(seed)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
 from gguf.constants import MODEL_ARCH
 from gguf.quants import quantize
 from safetensors.torch import load_file
 
+from bench.random_blocks import random_rows
 from specrt.models.rope import rope_table
 
 _ARCHITECTURES = {
@@ -58,6 +62,7 @@ def write_gguf(
     out: Path,
     *,
     kind: str = "F32",
+    kinds: Mapping[str, str] = MappingProxyType({}),
     vocabulary: Vocabulary | None = None,
     template: str | None = None,
     edit: Callable[[dict[str, Any]], object] = lambda metadata: None,
@@ -68,7 +73,9 @@ def write_gguf(
     Args:
         directory: of :func:`tests.checkpoints.make_checkpoint`.
         out: the file.
-        kind: of the matrices: ``F32``, ``F16``, ``BF16``, ``Q8_0``, ``Q4_0`` or ``Q4_1``.
+        kind: of the matrices: ``F32``, ``F16``, ``BF16``, ``Q8_0``, ``Q4_0`` or ``Q4_1``; of
+            ``Q4_K`` and ``Q6_K`` blocks are drawn at random.
+        kinds: of matrices with these words in their names, another kind.
         vocabulary: None: :func:`letters`.
         template: a chat template.
         edit: may change the keys of the architecture and all others, by their whole names; ``...``
@@ -88,12 +95,20 @@ def write_gguf(
     tensors = _tensors(directory, config)
     edit_tensors(tensors)
     for name, tensor in tensors.items():
-        stored = GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
-        writer.add_tensor(name, quantize(tensor.float().numpy(), stored), raw_dtype=stored)
+        own = next((other for part, other in kinds.items() if part in name), kind)
+        stored = GGMLQuantizationType[own if tensor.dim() == 2 else "F32"]
+        writer.add_tensor(name, _stored(name, tensor, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _stored(name: str, tensor: torch.Tensor, kind: GGMLQuantizationType) -> npt.NDArray[Any]:
+    if kind in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K):
+        # The package does not quantise to these.
+        return random_rows(kind.name.lower(), *tensor.shape, seed=zlib.crc32(name.encode()))
+    return quantize(tensor.float().numpy(), kind)
 
 
 def _model_keys(config: dict[str, Any], family: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from bench.whole_rounds import EESD, FSPAD, MAKERS, SIZES, whole_round
 from specrt import ops
 from specrt.device import Device
 from specrt.draft.base import EmptyDrafter
-from specrt.models.loader import ALIGNMENT
+from specrt.models.arena import ALIGNMENT
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 

@@ -106,6 +106,13 @@ def test_a_drafter_of_an_unknown_kind(target: Path, tmp_path: Path) -> None:
         ({"max_nodes": 0}, r"max_nodes: expected 1\.\.128, got 0"),
         ({"max_nodes": 129}, r"max_nodes: expected 1\.\.128, got 129"),
         ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
+        ({"quantize": "int4"}, "quantize: expected int8, got 'int4'"),
+        ({"activations": "half"}, "activations: expected one of split, bfloat16, float32, got"),
+        ({"activations": "split"}, "activations: 'split' is of bfloat16 weights, the target's are"),
+        (
+            {"activations": "float32", "quantize": "int8"},
+            "activations: 'float32' is of bfloat16 weights, got quantize='int8'",
+        ),
     ],
 )
 def test_options_out_of_range(target: Path, options: dict[str, object], words: str) -> None:
@@ -114,22 +121,23 @@ def test_options_out_of_range(target: Path, options: dict[str, object], words: s
 
 
 @pytest.mark.parametrize(
-    ("asked", "stored", "expected"),
+    ("asked", "stored", "expected", "form"),
     [
-        ("auto", torch.float32, torch.float32),
-        ("auto", torch.bfloat16, torch.bfloat16),
-        ("auto", torch.float16, torch.float16),
-        ("bf16", torch.float32, torch.bfloat16),
-        (torch.float16, torch.float32, torch.float16),
-        ("float32", torch.bfloat16, torch.float32),
+        ("auto", torch.float32, torch.float32, "float32"),
+        ("auto", torch.bfloat16, torch.bfloat16, "BF16_SPLIT"),
+        ("auto", torch.float16, torch.float16, "float16"),
+        ("bf16", torch.float32, torch.bfloat16, "BF16_SPLIT"),
+        (torch.float16, torch.float32, torch.float16, "float16"),
+        ("float32", torch.bfloat16, torch.float32, "float32"),
     ],
 )
 def test_dtypes(
-    asked: str | torch.dtype, stored: torch.dtype, expected: torch.dtype, tmp_path: Path
+    asked: str | torch.dtype, stored: torch.dtype, expected: torch.dtype, form: str, tmp_path: Path
 ) -> None:
     engine = specrt.load(make_target(tmp_path, dtype=stored), dtype=asked)
     assert engine.target.dtype == engine.cache.kv.dtype == expected
-    assert engine.target.weights.layers[0].qkv.dtype == expected
+    assert engine.target.weights.form == form
+    assert f"weights {form} " in repr(engine.target)
 
 
 def test_drafters_by_name(target: Path, drafter: Path) -> None:

@@ -239,8 +239,8 @@ def model_options(engine: Engine, directory: Path) -> dict[str, str]:
     """
     from specrt.train.features.cache_index import weights_hash
 
-    dtype = str(engine.target.weights.lm_head.dtype).removeprefix("torch.")
-    return {"target": weights_hash(directory), "dtype": dtype}
+    dtype, weights = str(engine.target.dtype).removeprefix("torch."), engine.target.weights.form
+    return {"target": weights_hash(directory), "dtype": dtype, "weights": weights}
 
 
 def digest(content: str) -> str:

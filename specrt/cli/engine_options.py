@@ -64,6 +64,23 @@ Eager = Annotated[
 ]
 
 
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: the target's matrices are rounded to bytes as they are loaded (CPU).",
+        rich_help_panel=RUNTIME,
+    ),
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="What rows are made of where bfloat16 weights multiply them: split (the default), "
+        "bfloat16 or float32 (CPU).",
+        rich_help_panel=RUNTIME,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """A target and a drafter as named on the command line, and how they run."""
@@ -78,6 +95,8 @@ class EngineOptions:
     dtype: Dtype = "auto"
     max_nodes: MaxNodes = 64
     eager: Eager = False
+    quantize: Quantize = None
+    activations: Activations = None
     threads: Threads = None
 
     def load(self, *, max_batch: int = 8) -> Engine:
@@ -99,12 +118,14 @@ def load_engine(
     hot_tokens: str | None = None,
     draft_window: int | None = None,
     eager: bool = False,
+    quantize: str | None = None,
+    activations: str | None = None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
         target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            draft_window, eager: as for :func:`specrt.load`.
+            draft_window, eager, quantize, activations: as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -127,6 +148,8 @@ def load_engine(
         hot_tokens=hot_tokens,
         draft_window=draft_window,
         eager=eager,
+        quantize=quantize,
+        activations=activations,
     )
 
 

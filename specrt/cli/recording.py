@@ -155,7 +155,7 @@ def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> Tra
         drafter=drafter_name(options.drafter, options.target),
         drafter_fingerprint=hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
         exit_layer=drafter.exit_model.num_layers,
-        dtype=str(engine.target.weights.lm_head.dtype).removeprefix("torch."),
+        dtype=engine.target.weights.form,
         max_draft=options.max_draft,
     )
 

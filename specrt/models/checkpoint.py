@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from specrt.config import check_file, checkpoint_directory, foreign_files, read_json
+from specrt.ops import MatrixKind
 from specrt.types import CheckpointError
 
 # In transformers' order of preference.
@@ -47,8 +48,8 @@ class TensorInfo(NamedTuple):
     key: str
     """What the file calls it."""
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    """The dtype, or its name in the file where torch has none."""
+    dtype: torch.dtype | MatrixKind | str
+    """The dtype; of a GGUF file's blocks their kind; a name in the file where neither is one."""
 
 
 class _File(Protocol):
@@ -88,6 +89,16 @@ class Checkpoint:
         """The tensor as stored, mapped from its file: use it before ``release``."""
         info = self.infos[key]
         return self._files[info.file].tensor(info.key)
+
+    def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of :meth:`tensor`; of blocks their bytes, ``[stop - start, bytes of a row]``
+        uint8."""
+        return self.tensor(key)[start:stop]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any tensor lies in blocks."""
+        return any(isinstance(info.dtype, MatrixKind) for info in self.infos.values())
 
     def release(self) -> None:
         """Unmap what was read; otherwise every page touched would stay resident."""

@@ -61,7 +61,9 @@ class Decoder:
         self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
         self.rope = rotary_table(config, head_dim, device, rope)
         self._cos_sin = self.rope.reaching(0)
-        self._workspace = Workspace.make(self._padded, 0, 0, activation_dtype, device)
+        self._workspace = Workspace.make(
+            self._padded, 0, 0, activation_dtype, device, weights.packed_inputs
+        )
         self._scratch: GpuScratch | None = None
         if device.is_gpu:
             shapes = [*matrix_shapes(self._padded), *others]
@@ -260,7 +262,7 @@ class Decoder:
             layer.gate_up_bias,
             work.gate_up[:rows],
             activated,
-            None if self._scratch is None else self._scratch.linear,
+            self._linear_workspace,
             is_interleaved=self.weights.is_interleaved,
             is_open=is_open,
         )
@@ -269,7 +271,7 @@ class Decoder:
     def launch_linear(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: ops.Matrix,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         *,
@@ -278,5 +280,10 @@ class Decoder:
         is_open: torch.Tensor | None = None,
     ) -> None:
         """``ops.linear`` by one of this model's matrices, or of the others that it was told of."""
-        workspace = None if self._scratch is None else self._scratch.linear
-        ops.linear(x, weight, bias, residual, out, workspace, maxima=maxima, is_open=is_open)
+        ops.linear(
+            x, weight, bias, residual, out, self._linear_workspace, maxima=maxima, is_open=is_open
+        )
+
+    @property
+    def _linear_workspace(self) -> torch.Tensor:
+        return self._workspace.linear if self._scratch is None else self._scratch.linear

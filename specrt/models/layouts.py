@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 
 from specrt.config import ModelConfig, foreign_tensors
 from specrt.models.checkpoint import Checkpoint
+from specrt.ops import MatrixKind
 from specrt.types import CheckpointError
 
 EMBED = "model.embed_tokens.weight"
@@ -28,6 +29,15 @@ _BUFFERS = re.compile(
     r"|\bself_attn\.(attn\.)?([qkv]|kv|prob)_(scale|zero_point)$"
     r"|\b[kv]_proj\.([kv]|output)_(scale|zero_point)$"
 )
+
+
+LAYER_MATRICES: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""A layer's matrices as a step reads them, and whose rows they have."""
 
 
 def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -88,6 +98,18 @@ def expected_shapes(config: ModelConfig, has_tables: bool = True) -> dict[str, t
         for name, shape in layer.items():
             shapes[f"model.layers.{index}.{name}"] = shape
     return shapes
+
+
+def matrix_keys(config: ModelConfig, has_tables: bool = True) -> list[tuple[str, ...]]:
+    """Of all matrices, in the order a decode step reads them, the keys whose rows they have."""
+    found = [
+        tuple(f"model.layers.{index}.{name}.weight" for name in names)
+        for index in range(config.num_layers)
+        for names in LAYER_MATRICES.values()
+    ]
+    if has_tables:
+        found += [(EMBED,)] if config.is_head_tied else [(HEAD,), (EMBED,)]
+    return found
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, has_tables: bool = True) -> int:
@@ -186,7 +208,7 @@ def _check_tensors(
         suffix = config.float8_scale_suffix
         if suffix and len(shape) == 2 and info.dtype == torch.float8_e4m3fn:
             known.add(_check_scale(checkpoint, key, key + suffix))
-        elif info.dtype not in _FLOATS:
+        elif info.dtype not in _FLOATS and not isinstance(info.dtype, MatrixKind):
             raise CheckpointError(
                 f"{info.file}: {key}: expected a floating-point tensor, "
                 f"got {dtype_name(info.dtype)}"
@@ -252,6 +274,8 @@ def _and_more(keys: list[str]) -> str:
     return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
 
 
-def dtype_name(dtype: torch.dtype | str) -> str:
+def dtype_name(dtype: torch.dtype | MatrixKind | str) -> str:
     """A dtype as messages call it."""
+    if isinstance(dtype, MatrixKind):
+        return dtype.name
     return str(dtype).removeprefix("torch.")

@@ -1,55 +1,52 @@
-"""Weights of a checkpoint, packed for streaming.
+"""Weights of a checkpoint, arranged for streaming.
 
 Decoding is bound by reading every matrix once a step, so all of them lie in one arena in the order
-a step reads them: layer by layer qkv, o, gate_up, down, then the head. Each tensor is converted
-straight from its mapped file into its place, so loading needs hardly more memory than the arena.
+a step reads them: layer by layer qkv, o, gate_up, down, then the head. Each tensor goes straight
+from its mapped file into its place and its form (:mod:`specrt.models.packing`).
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from specrt.config import ModelConfig
-from specrt.models.checkpoint import Checkpoint, TensorInfo
+from specrt.models.arena import Arena
+from specrt.models.checkpoint import Checkpoint
+from specrt.models.filling import Part, Pieces, parts_of, write_rows
 from specrt.models.gguf_checkpoint import open_checkpoint
 from specrt.models.heads import pad_heads
 from specrt.models.layouts import (
     EMBED,
     HEAD,
+    LAYER_MATRICES,
     dtype_name,
     expected_shapes,
     fit,
-    layer_matrices,
+    matrix_keys,
     weight_bytes,
 )
+from specrt.models.packing import ROWS, Form, Packing
+from specrt.ops import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
 from specrt.types import CheckpointError
-
-ALIGNMENT = 64
-"""Bytes; where a matrix of an arena may begin."""
-_HUGE_PAGE = 2 << 20
-# Elements converted at a time: few enough that torch does not split them over threads (waking those
-# costs more than it wins on a busy machine) and that they are still cached for the check.
-_CHUNK = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. Matrices have the loaded dtype; norms and biases are float32.
+    """One decoder layer. Matrices are kept as was asked for; norms and biases are float32.
 
     H hidden size, I intermediate size, d head size, Q query heads, K key-value heads.
     """
 
     input_norm: torch.Tensor
     """``[H]``"""
-    qkv: torch.Tensor
+    qkv: Matrix
     """``[(Q + 2K) * d, H]``: the rows of q, then k, then v."""
     qkv_bias: torch.Tensor | None
     """``[(Q + 2K) * d]``"""
@@ -57,17 +54,17 @@ class LayerWeights:
     """``[d]``"""
     k_norm: torch.Tensor | None
     """``[d]``"""
-    o: torch.Tensor
+    o: Matrix
     """``[H, Q * d]``"""
     o_bias: torch.Tensor | None
     """``[H]``"""
     post_norm: torch.Tensor
     """``[H]``: the norm before the MLP."""
-    gate_up: torch.Tensor
+    gate_up: Matrix
     """``[2I, H]``: the rows of gate, then up; or interleaved (:attr:`Weights.is_interleaved`)."""
     gate_up_bias: torch.Tensor | None
     """``[2I]``"""
-    down: torch.Tensor
+    down: Matrix
     """``[H, I]``"""
     down_bias: torch.Tensor | None
     """``[H]``"""
@@ -75,20 +72,61 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a target; every matrix is a contiguous view of ``arena``."""
+    """All weights of a target; every matrix lies in ``arena`` in one piece, or in parts."""
 
     arena: torch.Tensor
     """``[bytes]`` uint8: layer by layer qkv, o, gate_up, down; then lm_head; then embed if it is
     another matrix. Starts on a 2 MiB boundary, each matrix on 64 bytes."""
-    embed: torch.Tensor
+    embed: torch.Tensor | PackedMatrix
     """``[V, H]``"""
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
     """``[H]`` float32"""
-    lm_head: torch.Tensor
-    """``[V, H]``; the very tensor ``embed`` when the head is tied."""
+    lm_head: torch.Tensor | PackedMatrix
+    """``[V, H]``; the very matrix ``embed`` when the head is tied."""
+    dtype: torch.dtype
+    """Of keys and values, and of matrices in rows that have no other in their file."""
+    packing: Packing = ROWS
+    """What was asked for; what it came to, each matrix says."""
     is_interleaved: bool = False
     """Whether rows of gate and up lie in turn (:mod:`specrt.models.gate_up`), as on a GPU."""
+
+    @property
+    def matrices(self) -> list[torch.Tensor | PackedMatrix]:
+        """All that lie in the arena or are lent tables, each once, in its order."""
+        found: list[Matrix] = []
+        for one in self.layers:
+            found += (one.qkv, one.o, one.gate_up, one.down)
+        found += [self.lm_head] if self.lm_head is self.embed else [self.lm_head, self.embed]
+        return [part for matrix in found for part in parts_in(matrix)]
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """Bytes of matrices, by the name of a dtype or of a :class:`~specrt.ops.MatrixKind`."""
+        sizes: Counter[str] = Counter()
+        for matrix in self.matrices:
+            form = matrix.kind if isinstance(matrix, PackedMatrix) else matrix.dtype
+            sizes[dtype_name(form)] += matrix.nbytes
+        return dict(sizes.most_common())
+
+    @property
+    def form(self) -> str:
+        """What matrices are kept as: ``"BF16_SPLIT"``, ``"Q4_K + Q6_K"``, ``"float32"``."""
+        return " + ".join(self.forms)
+
+    @property
+    def packed_inputs(self) -> int:
+        """The most columns of a packed matrix; 0 where all lie in rows."""
+        packed = (m.num_inputs for m in self.matrices if isinstance(m, PackedMatrix))
+        return max(packed, default=0)
+
+
+def parts_in(matrix: Matrix) -> tuple[torch.Tensor | PackedMatrix, ...]:
+    """What a matrix of a target is made of: itself, or a stack's parts."""
+    if isinstance(matrix, StackedMatrix):
+        return matrix.parts
+    assert not isinstance(matrix, Float8Matrix), "drafters' alone"
+    return (matrix,)
 
 
 def load_weights(
@@ -97,9 +135,10 @@ def load_weights(
     dtype: torch.dtype,
     *,
     progress: bool = False,
-    tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tables: tuple[torch.Tensor | PackedMatrix, torch.Tensor | PackedMatrix] | None = None,
     others: Collection[str] = (),
     head_dim: int | None = None,
+    packing: Packing = ROWS,
     check_size: Callable[[int], None] = lambda num_bytes: None,
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, or a GGUF file's, into one arena.
@@ -107,18 +146,20 @@ def load_weights(
     Args:
         path: a local Hugging Face directory, or a GGUF file.
         config: that model's configuration.
-        dtype: of the matrices: float32, bfloat16 or float16.
+        dtype: of the weights: float32, bfloat16 or float16. Where a file's blocks are kept, that of
+            keys and values alone, and matrices that are none keep their own.
         progress: show a bar on stderr, if that is a terminal.
         tables: embedding and LM head of another model, ``[V, H]`` each, where the checkpoint has
             none.
         others: keys that the checkpoint has beside the model's; they are left to the caller.
         head_dim: the head size that kernels shall run (:mod:`specrt.models.heads`); None: the
             model's own.
+        packing: how matrices are kept.
         check_size: told the bytes of what is about to be loaded, before any of it is read; may
             raise.
 
     Raises:
-        ValueError: ``dtype`` is another one.
+        ValueError: ``dtype`` is another one, or weights that are quantised are to be quantised.
         CheckpointError: files missing or corrupt; tensors missing, unknown, misshaped, of a wrong
             dtype, not finite, or out of ``dtype``'s range.
     """
@@ -129,57 +170,24 @@ def load_weights(
     padded = replace(config, head_dim=head_dim or config.head_dim)
     check_size(weight_bytes(padded, dtype, has_tables=tables is None))
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
-        return _Loader(checkpoint, config, dtype, tables, head_dim).load(advance)
+        return _Loader(checkpoint, config, dtype, packing, tables, head_dim).load(advance)
 
 
 def load_tables(
     path: str | os.PathLike[str], config: ModelConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load only the embedding and the LM head, ``[V, H]`` each; one tensor when they are tied.
+    """Load only the embedding and the LM head, rows ``[V, H]`` each; one tensor when they are tied.
 
     Raises:
         CheckpointError: as for :func:`load_weights`; all tensors are checked but not all read.
     """
     checkpoint = open_checkpoint(path)
     config = fit(checkpoint, config, dtype)
-    weights = _Loader(checkpoint, replace(config, num_layers=0), dtype).load(lambda: None)
-    return weights.embed, weights.lm_head
-
-
-class _Arena:
-    """Hands out consecutive aligned matrices of one allocation."""
-
-    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._used = 0
-        self.memory = _allocate(sum(self._size(shape) for shape in shapes))
-
-    def take(self, shape: tuple[int, int]) -> torch.Tensor:
-        end = self._used + math.prod(shape) * self._dtype.itemsize
-        matrix = self.memory[self._used : end].view(self._dtype).view(shape)
-        self._used += self._size(shape)
-        return matrix
-
-    def _size(self, shape: tuple[int, int]) -> int:
-        size = math.prod(shape) * self._dtype.itemsize
-        return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _allocate(size: int) -> torch.Tensor:
-    """``[size]`` bytes on a 2 MiB boundary, in huge pages where the system gives them."""
-    room = size + _HUGE_PAGE
-    if hasattr(mmap, "MAP_ANONYMOUS") and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            mapping = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise MemoryError(f"no memory for {size} bytes of weights") from error
-        with suppress(OSError):  # a kernel without huge pages: only slower
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(mapping, dtype=torch.uint8)
-    else:
-        memory = torch.empty(room, dtype=torch.uint8)
-    start = -memory.data_ptr() % _HUGE_PAGE
-    return memory[start : start + size]
+    loader = _Loader(checkpoint, replace(config, num_layers=0), dtype, ROWS)
+    embed, lm_head = loader.own_tables()
+    assert isinstance(embed, torch.Tensor), "rows"
+    assert isinstance(lm_head, torch.Tensor), "rows"
+    return embed, lm_head
 
 
 class _Loader:
@@ -190,60 +198,100 @@ class _Loader:
         checkpoint: Checkpoint,
         config: ModelConfig,
         dtype: torch.dtype,
-        tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        packing: Packing,
+        tables: tuple[torch.Tensor | PackedMatrix, torch.Tensor | PackedMatrix] | None = None,
         head_dim: int | None = None,
     ) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._pieces = checkpoint, Pieces(checkpoint)
         self._head_dim = config.head_dim
         self._config = config = replace(config, head_dim=head_dim or config.head_dim)
         self._tables = tables
+        self._dtype, self._packing = dtype, packing
         self._shapes = expected_shapes(config)
-        table = (config.vocab_size, config.hidden_size)
-        num_tables = 0 if tables is not None else 1 if config.is_head_tied else 2
-        matrices = [*layer_matrices(config).values()] * config.num_layers
-        self._arena = _Arena(matrices + [table] * num_tables, dtype)
+        matrices = matrix_keys(config, has_tables=tables is None)
+        self._forms = {key: self._form_of(key) for keys in matrices for key in keys}
+        parts = (part for keys in matrices for part in self._parts_of(keys))
+        self._arena = Arena(part.num_bytes for part in parts)
 
     def load(self, advance: Callable[[], None]) -> Weights:
         layers = []
         for index in range(self._config.num_layers):
             layers.append(self._layer(f"model.layers.{index}."))
-            self._checkpoint.release()
             advance()
-        embed, lm_head = self._tables or self._own_tables()
+        embed, lm_head = self._tables or self.own_tables()
         final_norm = self._vector(["model.norm.weight"])
         self._checkpoint.release()
         advance()
-        return Weights(self._arena.memory, embed, tuple(layers), final_norm, lm_head)
-
-    def _own_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        is_tied = self._config.is_head_tied
-        lm_head = self._matrix([EMBED if is_tied else HEAD])
-        return (lm_head if is_tied else self._matrix([EMBED])), lm_head
-
-    def _layer(self, prefix: str) -> LayerWeights:
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        qkv = [f"{attention}{name}_proj" for name in "qkv"]
-        gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
-        return LayerWeights(  # in the order a step reads the matrices
-            input_norm=self._vector([f"{prefix}input_layernorm.weight"]),
-            qkv=self._matrix([f"{name}.weight" for name in qkv]),
-            qkv_bias=self._optional_vector([f"{name}.bias" for name in qkv]),
-            q_norm=self._optional_vector([f"{attention}q_norm.weight"]),
-            k_norm=self._optional_vector([f"{attention}k_norm.weight"]),
-            o=self._matrix([f"{attention}o_proj.weight"]),
-            o_bias=self._optional_vector([f"{attention}o_proj.bias"]),
-            post_norm=self._vector([f"{prefix}post_attention_layernorm.weight"]),
-            gate_up=self._matrix([f"{name}.weight" for name in gate_up]),
-            gate_up_bias=self._optional_vector([f"{name}.bias" for name in gate_up]),
-            down=self._matrix([f"{mlp}down_proj.weight"]),
-            down_bias=self._optional_vector([f"{mlp}down_proj.bias"]),
+        return Weights(
+            self._arena.memory,
+            embed,
+            tuple(layers),
+            final_norm,
+            lm_head,
+            self._dtype,
+            self._packing,
         )
 
-    def _matrix(self, keys: list[str]) -> torch.Tensor:
+    def own_tables(self) -> tuple[torch.Tensor | PackedMatrix, torch.Tensor | PackedMatrix]:
+        """Embedding and head of the checkpoint."""
+        is_tied = self._config.is_head_tied
+        lm_head = self._table(EMBED if is_tied else HEAD)
+        return (lm_head if is_tied else self._table(EMBED)), lm_head
+
+    def _form_of(self, key: str) -> Form:
+        """What a matrix becomes."""
+        info, packing = self._checkpoint.infos[key], self._packing
+        if isinstance(info.dtype, MatrixKind):
+            if packing.quantized is not None:
+                raise ValueError(
+                    f"quantize: expected a file whose weights are not quantised, {info.file} has "
+                    f"{info.key} in {info.dtype.name}"
+                )
+            return info.dtype if packing.keeps_blocks else packing.form_of(self._dtype)
+        has_own = packing.keeps_blocks and self._checkpoint.has_blocks
+        if has_own and isinstance(info.dtype, torch.dtype):
+            return packing.form_of(info.dtype)
+        return packing.form_of(self._dtype)
+
+    def _parts_of(self, keys: Sequence[str]) -> list[Part]:
+        return parts_of(keys, self._shapes, self._forms)
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        names = LAYER_MATRICES
+
+        def matrix(name: str) -> Matrix:
+            return self._matrix([f"{prefix}{part}.weight" for part in names[name]])
+
+        def bias(name: str) -> torch.Tensor | None:
+            return self._optional_vector([f"{prefix}{part}.bias" for part in names[name]])
+
+        return LayerWeights(  # in the order a step reads the matrices
+            input_norm=self._vector([f"{prefix}input_layernorm.weight"]),
+            qkv=matrix("qkv"),
+            qkv_bias=bias("qkv"),
+            q_norm=self._optional_vector([f"{prefix}self_attn.q_norm.weight"]),
+            k_norm=self._optional_vector([f"{prefix}self_attn.k_norm.weight"]),
+            o=matrix("o"),
+            o_bias=bias("o"),
+            post_norm=self._vector([f"{prefix}post_attention_layernorm.weight"]),
+            gate_up=matrix("gate_up"),
+            gate_up_bias=bias("gate_up"),
+            down=matrix("down"),
+            down_bias=bias("down"),
+        )
+
+    def _table(self, key: str) -> torch.Tensor | PackedMatrix:
+        (part,) = self._parts_of([key])
+        return self._filled(part)
+
+    def _matrix(self, keys: list[str]) -> Matrix:
         """The arena's next matrix, filled with the rows of ``keys``."""
-        num_rows = sum(self._shapes[key][0] for key in keys)
-        matrix = self._arena.take((num_rows, self._shapes[keys[0]][1]))
-        self._fill(matrix, keys)
+        matrices = [self._filled(part) for part in self._parts_of(keys)]
+        return matrices[0] if len(matrices) == 1 else StackedMatrix(tuple(matrices))
+
+    def _filled(self, part: Part) -> torch.Tensor | PackedMatrix:
+        matrix = part.within(self._arena.take(part.num_bytes))
+        self._fill(matrix, part.keys)
         return matrix
 
     def _optional_vector(self, keys: list[str]) -> torch.Tensor | None:
@@ -256,19 +304,34 @@ class _Loader:
         self._fill(vector, keys)
         return vector
 
-    def _fill(self, destination: torch.Tensor, keys: list[str]) -> None:
-        start = 0
+    def _fill(self, destination: torch.Tensor | PackedMatrix, keys: Sequence[str]) -> None:
+        begin = 0
         for key in keys:
-            end = start + self._shapes[key][0]
             info = self._checkpoint.infos[key]
-            source, scale = self._checkpoint.tensor(key), None
-            if info.dtype == torch.float8_e4m3fn:
-                scale = self._scale(key)
-            if self._config.head_dim != self._head_dim:
-                source, scale = (source if scale is None else source.float() * scale), None
-                source = pad_heads(key, source, self._head_dim, self._config.head_dim)
-            _convert(source, scale, destination[start:end], (key, info))
-            start = end
+            for start, rows in self._stored(key):
+                write_rows(rows, destination, begin + start, (key, info))
+            begin += self._shapes[key][0]
+
+    def _stored(self, key: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """First rows and rows, piece by piece, factors multiplied in and heads padded."""
+        info = self._checkpoint.infos[key]
+        scale = self._scale(key) if info.dtype == torch.float8_e4m3fn else None
+        if self._config.head_dim != self._head_dim:
+            whole = self._checkpoint.rows(key, 0, info.shape[0])
+            whole = whole if scale is None else whole.float().mul_(scale)
+            if isinstance(info.dtype, MatrixKind) and key.endswith("o_proj.weight"):
+                raise CheckpointError(
+                    f"{info.file}: {info.key}: expected heads of a multiple of 16 for weights in "
+                    f"{info.dtype.name}, got {self._head_dim}"
+                )
+            yield 0, pad_heads(key, whole, self._head_dim, self._config.head_dim)
+            return
+        for start, rows in self._pieces.of(key):
+            if scale is None:
+                yield start, rows
+            else:
+                factors = scale[start : start + len(rows)] if len(scale) > 1 else scale
+                yield start, rows.float().mul_(factors)
 
     def _scale(self, key: str) -> torch.Tensor:
         """``[1, 1]`` or ``[rows, 1]`` float32: the factors of a float8 matrix."""
@@ -280,38 +343,6 @@ class _Loader:
             file = self._checkpoint.infos[scale_key].file
             raise CheckpointError(f"{file}: {scale_key}: expected positive powers of two")
         return scale
-
-
-def _convert(
-    source: torch.Tensor,
-    scale: torch.Tensor | None,
-    destination: torch.Tensor,
-    origin: tuple[str, TensorInfo],
-) -> None:
-    """Copy ``source`` (times ``scale``) into ``destination``, refusing NaN and infinity."""
-    num_rows = max(1, _CHUNK // max(1, math.prod(source.shape[1:])))
-    for start in range(0, source.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        chunk = source[rows]
-        if scale is not None:
-            chunk = chunk.to(torch.float32).mul_(scale[rows] if len(scale) > 1 else scale)
-        destination[rows].copy_(chunk)
-        low, high = torch.aminmax(destination[rows])
-        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            raise _not_finite(chunk, destination.dtype, origin)
-
-
-def _not_finite(
-    chunk: torch.Tensor, dtype: torch.dtype, origin: tuple[str, TensorInfo]
-) -> CheckpointError:
-    key, info = origin
-    if not bool(torch.isfinite(chunk).all()):
-        return CheckpointError(f"{info.file}: {key}: has NaN or infinite values")
-    largest = chunk.abs().max().item()
-    return CheckpointError(
-        f"{info.file}: {key}: {largest:g} is out of {dtype_name(dtype)}'s range; "
-        "load as another dtype"
-    )
 
 
 @contextmanager

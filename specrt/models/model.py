@@ -81,8 +81,8 @@ class LlamaModel(Decoder):
         rope: RotaryTable | None = None,
         others: Sequence[tuple[int, int]] = (),
     ) -> None:
-        device = device or Device(weights.embed.device)
-        self.dtype = weights.embed.dtype
+        device = device or Device(weights.arena.device)
+        self.dtype = weights.dtype
         dtype = activation_dtype or device.activation_dtype(self.dtype)
         super().__init__(config, weights, device, dtype, rope, others)
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
@@ -90,6 +90,16 @@ class LlamaModel(Decoder):
         self._caches: WeakSet[KVCache] = WeakSet()
         self.prompts = Prompts(self.device)  # how they are cut into pieces
         self.lock = FairLock()  # who has it may use the buffers, and what `forward` gave
+
+    def __repr__(self) -> str:
+        forms = ", ".join(
+            f"{form} {size / 1e6:.1f} MB" for form, size in self.weights.forms.items()
+        )
+        cache = str(self.dtype).removeprefix("torch.")
+        return (
+            f"LlamaModel({self.config.num_layers} layers of {self.config.hidden_size}, weights "
+            f"{forms}, keys and values {cache}, on {self.device})"
+        )
 
     def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
         """An empty cache of this model's shape and dtype; arguments as of :class:`KVCache`."""

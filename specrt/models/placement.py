@@ -11,6 +11,7 @@ from specrt.device import CPU, Device
 from specrt.models.gate_up import interleaved
 from specrt.models.layouts import layer_shapes
 from specrt.models.loader import LayerWeights, Weights
+from specrt.ops import Matrix
 from specrt.ops.build import build_info
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -194,7 +195,8 @@ def place_weights(weights: Weights, device: Device) -> Weights:
     On a GPU gate and up are interleaved, each matrix by itself and in its place.
 
     Args:
-        weights: with an embedding and a head of their own, or with tables that are there.
+        weights: with an embedding and a head of their own, or with tables that are there; in rows
+            where they are moved.
         device: where to; the weights themselves are returned if they are there, and lie as they
             should.
 
@@ -214,7 +216,8 @@ def place_weights(weights: Weights, device: Device) -> Weights:
             f"no memory for {source.nbytes / 2**20:.0f} MiB of weights on {device}"
         ) from error
 
-    def matrix(tensor: torch.Tensor) -> torch.Tensor:
+    def matrix(tensor: Matrix) -> torch.Tensor:
+        assert isinstance(tensor, torch.Tensor), "rows are what is moved"
         start = tensor.data_ptr() - source.data_ptr()
         if not 0 <= start <= source.nbytes - tensor.nbytes:
             assert device.holds(tensor), "a view of the arena, or a table of another model there"
@@ -227,7 +230,7 @@ def place_weights(weights: Weights, device: Device) -> Weights:
     def layer(there: LayerWeights) -> LayerWeights:
         tensors = {field.name: getattr(there, field.name) for field in fields(there)}
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        placed = {n: matrix(t) if t.dim() == 2 else vector(t) for n, t in given.items()}
+        placed = {n: matrix(t) if len(t.shape) == 2 else vector(t) for n, t in given.items()}
         if device.is_gpu:
             placed["gate_up"].copy_(interleaved(placed["gate_up"]))
             if "gate_up_bias" in placed:
@@ -235,7 +238,8 @@ def place_weights(weights: Weights, device: Device) -> Weights:
         return replace(there, **placed)
 
     lm_head = matrix(weights.lm_head)
-    return Weights(
+    return replace(
+        weights,
         arena=arena,
         embed=lm_head if weights.embed is weights.lm_head else matrix(weights.embed),
         layers=tuple(map(layer, weights.layers)),

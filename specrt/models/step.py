@@ -222,6 +222,10 @@ class Workspace:
     feature: torch.Tensor
     logits: torch.Tensor
     """float32, whatever the activations are."""
+    packed_inputs: int
+    """The most columns of a packed matrix."""
+    linear: torch.Tensor
+    """On the CPU: what ``linear`` makes of rows before packed matrices multiply them."""
 
     @classmethod
     def make(
@@ -231,6 +235,7 @@ class Workspace:
         logit_rows: int,
         dtype: torch.dtype,
         device: Device,
+        packed_inputs: int = 0,
     ) -> Workspace:
         """Buffers for ``rows`` rows of ``dtype``, ``logit_rows`` of them with logits."""
         heads = config.num_heads + 2 * config.num_kv_heads
@@ -249,6 +254,8 @@ class Workspace:
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
             logits=device.empty(logit_rows, config.vocab_size),
+            packed_inputs=packed_inputs,
+            linear=ops.row_scratch(packed_inputs, rows) if packed_inputs else device.empty(0),
         )
 
     def reaching(
@@ -266,4 +273,5 @@ class Workspace:
             max(self.logit_rows, _FEW_ROWS, power_of_two(logit_rows)),
             self.hidden.dtype,
             device,
+            self.packed_inputs,
         )

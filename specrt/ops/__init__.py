@@ -20,7 +20,7 @@ from specrt.ops.linear import (
     linear_workspace,
     row_scratch,
 )
-from specrt.ops.matrix import Float8Matrix, Matrix, MatrixKind, PackedMatrix
+from specrt.ops.matrix import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
 from specrt.ops.matrix_pack import matrix_pack
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
@@ -52,6 +52,7 @@ __all__ = [
     "PackedMatrix",
     "Purpose",
     "ReportWord",
+    "StackedMatrix",
     "TileMaxima",
     "draft_control",
     "draft_control_update",

@@ -9,7 +9,14 @@ import torch
 
 from specrt import _C
 from specrt.ops import registry
-from specrt.ops.matrix import Matrix, PackedMatrix, layout_of, scale_of, values_of
+from specrt.ops.matrix import (
+    Matrix,
+    PackedMatrix,
+    StackedMatrix,
+    layout_of,
+    scale_of,
+    values_of,
+)
 from specrt.ops.registry import register
 
 register(
@@ -131,7 +138,8 @@ def linear(
             multiple of 8. With ``is_gated`` N is a multiple of 16, and rows come by turns: 8 of
             gate, 8 of up. Of a :class:`Float8Matrix` values are multiplied as if they were
             ``x``'s, and the sum by ``scale`` in float32, before the bias. By a
-            :class:`PackedMatrix`, on the CPU, as its kind says.
+            :class:`PackedMatrix`, on the CPU, as its kind says; a :class:`StackedMatrix` is one
+            launch a part there.
         bias: ``[N]`` float32.
         residual: ``[M, N]`` of ``x``'s dtype, added last; may be ``out``. None with ``is_gated``.
             On a GPU it may be gathered, as ``second`` and ``gate`` may.
@@ -168,14 +176,35 @@ def linear(
         if workspace is None:
             floats = linear_workspace(weight.shape[0], weight.shape[1], num_rows)
             workspace = torch.zeros(floats, device=table.device)
-    elif workspace is None and isinstance(weight, PackedMatrix):
-        workspace = row_scratch(weight.num_inputs, num_rows)
+    elif workspace is None and isinstance(weight, PackedMatrix | StackedMatrix):
+        workspace = row_scratch(weight.shape[1], num_rows)
+    if isinstance(weight, StackedMatrix):
+        _launch_parts(table, weight, bias, added, out, workspace, is_open)
+        return out
     choice = (plan.tile_rows, plan.num_stages) if plan else (0, 0)
     kernel = torch.ops.specrt.linear if torch.compiler.is_compiling() else _C.linear
     values = values_of(weight)
     given = table, values, bias, added, out, workspace, is_gated, *choice, *_parts_of(maxima)
     kernel(*given, is_open, scale_of(weight), *rest, layout_of(weight))
     return out
+
+
+def _launch_parts(
+    x: torch.Tensor,
+    weight: StackedMatrix,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None,
+    is_open: torch.Tensor | None,
+) -> None:
+    begin = 0
+    for part in weight.parts:
+        columns = slice(begin, begin + len(part))
+        own_bias = None if bias is None else bias[columns]
+        own_residual = None if residual is None else residual[:, columns]
+        linear(x, part, own_bias, own_residual, out[:, columns], workspace, is_open=is_open)
+        begin = columns.stop
 
 
 def _split(rows: Rows | None) -> tuple[Any, torch.Tensor | None]:

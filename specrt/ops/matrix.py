@@ -6,6 +6,7 @@ outputs side by side, in the order in which they are read (``csrc/core/matrix.h`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -78,10 +79,18 @@ class PackedMatrix:
     @classmethod
     def empty(cls, kind: MatrixKind, num_outputs: int, num_inputs: int) -> PackedMatrix:
         """Memory for such a matrix, all zeros."""
-        size = packed_shape(kind, num_outputs, num_inputs)
-        memory = torch.zeros(size[0] * size[1] + 64, dtype=torch.uint8)
+        size = math.prod(packed_shape(kind, num_outputs, num_inputs))
+        memory = torch.zeros(size + 64, dtype=torch.uint8)
         start = -memory.data_ptr() % 64
-        values = memory[start : start + size[0] * size[1]].view(size)
+        return cls.within(memory[start : start + size], kind, num_outputs, num_inputs)
+
+    @classmethod
+    def within(
+        cls, memory: torch.Tensor, kind: MatrixKind, num_outputs: int, num_inputs: int
+    ) -> PackedMatrix:
+        """In memory that is there: as many bytes as :func:`packed_shape` says, all zeros, at a
+        multiple of 64."""
+        values = memory.view(packed_shape(kind, num_outputs, num_inputs))
         return cls(values, kind, num_outputs, num_inputs)
 
     def __len__(self) -> int:
@@ -98,7 +107,28 @@ class PackedMatrix:
         return self.values.nbytes
 
 
-Matrix = torch.Tensor | Float8Matrix | PackedMatrix
+@dataclass(frozen=True, eq=False)
+class StackedMatrix:
+    """Matrices of several kinds, one below the other: what is multiplied at once and kept apart."""
+
+    parts: tuple[torch.Tensor | PackedMatrix, ...]
+    """At least two, of the same K."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def shape(self) -> torch.Size:
+        """N, of all, and K."""
+        return torch.Size((len(self), self.parts[0].shape[1]))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+
+Matrix = torch.Tensor | Float8Matrix | PackedMatrix | StackedMatrix
 """What :func:`specrt.ops.linear` multiplies by."""
 
 
@@ -109,6 +139,7 @@ def packed_shape(kind: MatrixKind, num_outputs: int, num_inputs: int) -> tuple[i
 
 def values_of(matrix: Matrix | None) -> torch.Tensor | None:
     """The tensor that holds the weights."""
+    assert not isinstance(matrix, StackedMatrix), "its parts are given one by one"
     return matrix.values if isinstance(matrix, Float8Matrix | PackedMatrix) else matrix
 
 

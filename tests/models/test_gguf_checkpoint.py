@@ -10,7 +10,6 @@ import torch
 import specrt
 from specrt.config import ModelConfig
 from specrt.models.loader import load_weights
-from specrt.types import CheckpointError
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import write_gguf
 
@@ -25,12 +24,3 @@ def test_a_file_has_the_weights_of_its_directory(family: str, tmp_path: Path) ->
     theirs = engine.target.weights
     assert torch.equal(theirs.arena, ours.arena)
     assert torch.equal(theirs.final_norm, ours.final_norm)
-
-
-def test_weights_in_blocks_are_refused_by_name(tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path / "model", intermediate_size=128)
-    write_gguf(tmp_path / "model", tmp_path / "model.gguf", kind="Q8_0")
-    with pytest.raises(
-        CheckpointError, match=r"model\.gguf: \S+: expected F32, F16 or BF16, got Q8_0"
-    ):
-        specrt.load(tmp_path / "model.gguf")

@@ -154,9 +154,9 @@ def load_exit(
 ) -> ExitWeights:
     """Load an exit's tensors, to run with its target's tables, where those are.
 
-    On the CPU matrices keep the checkpoint's dtype, whatever the target's: a narrower one is read
-    faster, and its rounding moves no token. On a GPU they get the target's, as its activations
-    have it.
+    On the CPU matrices keep the checkpoint's dtype, whatever the target's, and are packed as its
+    would be: a narrower one is read faster, and its rounding moves no token; a packed head is the
+    target's own. On a GPU they get the target's dtype, as its activations have it.
 
     Args:
         path: its directory.
@@ -170,14 +170,16 @@ def load_exit(
         MemoryError: the device has no room for them.
     """
     device = device or Device()
-    dtype = target.lm_head.dtype if device.is_gpu else config.layer.dtype
+    dtype = target.dtype if device.is_gpu else config.layer.dtype
+    head = target.lm_head
     layer = load_weights(
         path,
         config.layer,
         dtype,
-        tables=(target.embed, target.lm_head.to(dtype)),
+        tables=(target.embed, head.to(dtype) if isinstance(head, torch.Tensor) else head),
         others=CALIBRATION,
         head_dim=choose_head_dim(config.layer, device.place),
+        packing=target.packing.of_drafters(),
     )
     checkpoint, shapes = Checkpoint(path), exit_tensor_shapes(config)
     matrix, *vectors = (_vector(checkpoint, key, shapes[key]) for key in CALIBRATION)

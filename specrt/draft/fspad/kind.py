@@ -48,7 +48,7 @@ def _draft_layer(directory: Path, target: LlamaModel, options: DrafterOptions) -
 
     config, tensors = read_checkpoint(directory, target.config)
     if HEAD in tensors:
-        settle_head(directory, tensors, target.device.read(target.weights.lm_head))
+        settle_head(directory, tensors, _exact_head(target))
     if options.hot_tokens is not None:
         config, tensors = keep_tokens(config, tensors, options.hot_tokens)
     # Rotary positions must reach as far as the target's, whatever a drafter's config says.
@@ -68,7 +68,7 @@ def _placed(
     options: DrafterOptions,
 ) -> DraftWeights:
     """Weights where the target's are. A GPU's kernels take rows and matrices of one type."""
-    from specrt.draft.fspad.weights import fold, folding_pays, narrow, pack_weights
+    from specrt.draft.fspad.weights import fold, folding_pays, narrow, pack_weights, packed
 
     device, dtype = target.device, config.layer.dtype
     if device.is_gpu:
@@ -80,7 +80,21 @@ def _placed(
         is_folded = folding_pays(weights, target.weights.arena.nbytes)
     if is_folded:
         weights = fold(weights, device)
-    return weights if options.weights is None else narrow(weights, device)
+    if options.weights is not None:
+        return narrow(weights, device)
+    return packed(weights, target.weights.packing)
+
+
+def _exact_head(target: LlamaModel) -> torch.Tensor | None:
+    """On the host; None where it is not what it was rounded from."""
+    from specrt.models.dense import dense
+    from specrt.ops import MatrixKind, PackedMatrix
+
+    head = target.weights.lm_head
+    if not isinstance(head, PackedMatrix):
+        return target.device.read(head)
+    is_exact = head.kind in (MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED)
+    return dense(head).bfloat16() if is_exact else None
 
 
 FSPAD = Kind(

@@ -57,6 +57,8 @@ class Activations:
     """``[M, H]``: p"""
     logits: torch.Tensor
     """``[L, R]`` float32"""
+    linear: torch.Tensor | None
+    """On the CPU: what ``linear`` makes of rows before packed matrices multiply them."""
 
     @classmethod
     def make(
@@ -65,8 +67,10 @@ class Activations:
         sizes: tuple[int, int, int],
         dtype: torch.dtype,
         device: Device,
+        packed_inputs: int = 0,
     ) -> Activations:
-        """Buffers of ``sizes`` (M, L, R) for a :attr:`DraftLayer.padded`."""
+        """Buffers of ``sizes`` (M, L, R) for a :attr:`DraftLayer.padded`; ``packed_inputs`` are the
+        most columns of a packed matrix."""
         rows, logit_rows, head_rows = sizes
         hidden, wide = layer.hidden_size, layer.intermediate_size
         heads = layer.num_heads + 2 * layer.num_kv_heads
@@ -85,6 +89,7 @@ class Activations:
             activated=buffer(wide),
             predicted=buffer(hidden),
             logits=device.empty(logit_rows, head_rows),
+            linear=ops.row_scratch(packed_inputs, rows) if packed_inputs else None,
         )
 
     def has_room(self, rows: int, logit_rows: int) -> bool:
@@ -141,7 +146,10 @@ class DraftLayer:
 
     def _activations(self, rows: int, logit_rows: int) -> Activations:
         sizes = rows, logit_rows, len(self.weights.head)
-        return Activations.make(self.padded, sizes, self.activation_dtype, self.device)
+        packed = [m.shape[1] for m in self.weights.matrices.values() if _is_packed(m)]
+        return Activations.make(
+            self.padded, sizes, self.activation_dtype, self.device, max(packed, default=0)
+        )
 
     def prepare(self, batch: CacheBatch, num_nodes: int) -> None:
         """Make room for what steps over ``batch`` read beside their operands. Never captured.
@@ -206,11 +214,12 @@ class DraftLayer:
             w.token_gate,
             eps=self.config.layer.rms_norm_eps,
             workspace=work.sampling[:rows],
-            linear_workspace=self._linear_workspace,
+            linear_workspace=self._linear_workspace(work),
             out=pair,
             is_open=is_open,
         )
-        self._linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows], is_open=is_open)
+        linear = partial(ops.linear, workspace=self._linear_workspace(work), is_open=is_open)
+        linear(pair, w.qkv, w.qkv_bias, out=work.qkv[:rows])
 
     def append(
         self,
@@ -302,7 +311,7 @@ class DraftLayer:
             window=None if self.window is None else self.window.size,
             num_sinks=0 if self.window is None else self.window.num_sinks,
         )
-        linear = partial(self._linear, is_open=is_open)
+        linear = partial(ops.linear, workspace=self._linear_workspace(work), is_open=is_open)
         linear(attended, w.o, residual=work.pair[:num], out=hidden)
         ops.rms_norm(hidden, w.post_norm, layer.rms_norm_eps, out=normed)
         activated = work.activated[:num]
@@ -312,7 +321,7 @@ class DraftLayer:
             None,
             work.gate_up[:num],
             activated,
-            self._linear_workspace,
+            self._linear_workspace(work),
             is_interleaved=w.is_interleaved,
             is_open=is_open,
         )
@@ -326,25 +335,12 @@ class DraftLayer:
         linear(predicted, w.head, out=logits, maxima=maxima)
         return logits
 
-    @property
-    def _linear_workspace(self) -> torch.Tensor | None:
-        return None if self._scratch is None else self._scratch.linear
+    def _linear_workspace(self, work: Activations) -> torch.Tensor | None:
+        return work.linear if self._scratch is None else self._scratch.linear
 
-    def _linear(
-        self,
-        x: torch.Tensor,
-        weight: ops.Matrix,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        *,
-        out: torch.Tensor,
-        is_open: torch.Tensor | None,
-        maxima: ops.DraftMaxima | None = None,
-    ) -> None:
-        scratch = self._linear_workspace
-        ops.linear(
-            x, weight, bias, residual, out, workspace=scratch, is_open=is_open, maxima=maxima
-        )
+
+def _is_packed(matrix: ops.Matrix) -> bool:
+    return isinstance(matrix, ops.PackedMatrix)
 
 
 def _shape(matrix: ops.Matrix) -> tuple[int, int]:

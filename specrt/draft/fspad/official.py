@@ -90,19 +90,20 @@ def official_flags(checkpoint: Checkpoint) -> tuple[bool, bool]:
 
 
 def settle_head(
-    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], head: torch.Tensor
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], head: torch.Tensor | None
 ) -> None:
     """Leave out a copy of the target's ``head [V, H]``, whose own is used.
 
     Args:
         path: the drafter's, for the message.
         tensors: its tensors; changed.
-        head: the target's.
+        head: the target's; None: not as its checkpoint has it, and any copy passes.
 
     Raises:
         CheckpointError: the copy differs by more than rounding.
     """
-    if HEAD in tensors and not is_rounded_copy(tensors.pop(HEAD), head):
+    copy = tensors.pop(HEAD, None)
+    if copy is not None and head is not None and not is_rounded_copy(copy, head):
         raise CheckpointError(
             f"{path}: {HEAD}: differs from the target's; FSPAD and EAGLE-1/2 draft with the "
             "target's own head"

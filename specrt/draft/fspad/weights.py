@@ -13,11 +13,13 @@ import torch
 from specrt import ops
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import EMBED, TOKEN_IDS, DraftConfig
+from specrt.models.dense import dense, rows_of
 from specrt.models.float8 import float8_matrix
 from specrt.models.gate_up import interleaved
 from specrt.models.heads import pad_heads
+from specrt.models.packing import Packing
 from specrt.models.placement import choose_head_dim
-from specrt.ops import Matrix
+from specrt.ops import Matrix, MatrixKind, PackedMatrix
 
 # Folding replaces streamed weights by rows looked up; worth it where it spares this share of a
 # step's bytes and its tables stay within this share of the target's weights.
@@ -39,10 +41,10 @@ _STREAMED = (
 
 @dataclass(frozen=True)
 class DraftWeights:
-    """What a step reads; matrices in the drafter's dtype or of one byte a weight (what is looked up
-    stays wider), vectors float32."""
+    """What a step reads; matrices in the drafter's dtype, packed or of one byte a weight (what is
+    looked up stays wider), vectors float32."""
 
-    embed: torch.Tensor
+    embed: torch.Tensor | PackedMatrix
     """``[V, H]``: the target's, or the checkpoint's own."""
     head: Matrix
     """``[R, H]``: the target's LM head, or the rows of the reduced vocabulary."""
@@ -101,14 +103,15 @@ class DraftWeights:
 def pack_weights(
     config: DraftConfig,
     tensors: Mapping[str, torch.Tensor],
-    embed: torch.Tensor,
-    head: torch.Tensor,
+    embed: torch.Tensor | PackedMatrix,
+    head: torch.Tensor | PackedMatrix,
     dtype: torch.dtype,
     device: Device | None = None,
 ) -> DraftWeights:
     """Arrange a checkpoint's tensors for streaming.
 
-    The target's own tables are shared where their dtype and rows are what the drafter wants.
+    The target's own tables are shared where they are packed, or their dtype is what the drafter
+    wants, and where it wants all rows.
 
     Args:
         config: the architecture.
@@ -145,12 +148,13 @@ def pack_weights(
     if ids is not None and len(ids) == len(head):
         ids = None  # all tokens in their own order
     if EMBED in tensors:
-        embed = device.moved(tensors[EMBED].to(embed.dtype).contiguous())
+        own = tensors[EMBED]
+        wide = own if isinstance(embed, PackedMatrix) else own.to(embed.dtype)
+        embed = device.moved(wide.contiguous())
     token_ids = None if ids is None else device.moved(ids.clone())
     return DraftWeights(
         embed=embed,
-        # A copy only where it differs: a narrower head is read faster and moves no token.
-        head=(head if token_ids is None else head.index_select(0, token_ids)).to(dtype),
+        head=_draft_head(head, token_ids, dtype),
         token_ids=token_ids,
         fc=matrix(f"{fc}.weight"),
         fc_bias=device.moved(bias.float().contiguous()),
@@ -172,6 +176,15 @@ def pack_weights(
     )
 
 
+def _draft_head(
+    head: torch.Tensor | PackedMatrix, token_ids: torch.Tensor | None, dtype: torch.dtype
+) -> Matrix:
+    """A copy only where it differs: a narrower head is read faster and moves no token."""
+    if token_ids is not None:
+        return rows_of(head, token_ids).to(dtype)
+    return head if isinstance(head, PackedMatrix) else head.to(dtype)
+
+
 def fold(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
     """Replace W_gate and the embedding's half of W_fc by tables over the vocabulary.
 
@@ -183,7 +196,7 @@ def fold(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
     """
     fc, device = _wide(weights), device or Device()
     dtype = fc.dtype
-    embed = weights.embed.to(device.activation_dtype(dtype))
+    embed = dense(weights.embed).to(device.activation_dtype(dtype))
     hidden = embed.shape[1]
     token_half = fc[:, :hidden].contiguous()
     device.wait()  # on a GPU linear reads ahead of what was launched last: weights are constants
@@ -215,8 +228,25 @@ def narrow(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
     """
     device, changed = device or Device(), vars(weights).copy()
     for name, matrix in weights.matrices.items():
-        assert isinstance(matrix, torch.Tensor), f"{name} is narrow"
-        changed[name] = float8_matrix(matrix, device)
+        changed[name] = float8_matrix(dense(matrix), device)
+    return DraftWeights(**changed)
+
+
+def packed(weights: DraftWeights, packing: Packing) -> DraftWeights:
+    """Arrange what a step streams as the CPU's kernels read it; a packed head stays as it is.
+
+    Args:
+        weights: as :func:`pack_weights` or :func:`fold` gives them.
+        packing: the target's.
+    """
+    changed = vars(weights).copy()
+    for name, matrix in weights.matrices.items():
+        if not isinstance(matrix, torch.Tensor):
+            continue
+        form = packing.of_drafters().form_of(matrix.dtype)
+        if isinstance(form, MatrixKind):
+            changed[name] = PackedMatrix.empty(form, *matrix.shape)
+            ops.matrix_pack(matrix, changed[name])
     return DraftWeights(**changed)
 
 

@@ -36,7 +36,8 @@ def _load(request: DrafterRequest) -> Drafter:
     chosen = choose_dtype(config, request.dtype, target.device.place)
     head_dim = choose_head_dim(config, target.device.place)
     check_sizes(replace(config, head_dim=head_dim), MAX_NODES, target.device.place)
-    loaded = load_weights(directory, config, chosen, head_dim=head_dim)
+    packing = target.weights.packing
+    loaded = load_weights(directory, config, chosen, head_dim=head_dim, packing=packing)
     weights = place_weights(loaded, target.device)
     model = LlamaModel(config, weights, target.device, rope=target.rope)
     chosen_kind = DeviceSmallModelDrafter if target.device.is_gpu else SmallModelDrafter

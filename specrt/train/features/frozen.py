@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from specrt.config import ModelConfig, checkpoint_directory
 from specrt.device import Device
+from specrt.models.dense import dense
 from specrt.models.loader import LayerWeights, load_weights
 from specrt.models.rope import RotaryTable
 
@@ -95,7 +96,7 @@ class PackedTarget:
             return None if tensor is None else tensor.to(device, compute)
 
         self._layers = [_Layer(layer, placed) for layer in weights.layers]
-        self._embed = weights.embed.to(device, compute)
+        self._embed = dense(weights.embed).to(device, compute)
         self._final_norm = weights.final_norm.to(device)
         self._rope = RotaryTable(config, config.head_dim, self._device)
 
