@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,20 @@ from bench.gpu import OURS
 from bench.gpu_report import Measured, WrongResultError, run_bench
 from bench.harness import Row, measure_interleaved, parser, report, start
 from bench.limits import Ceilings
-from bench.random_target import SPECS, Spec, hf_config, random_weights, transformers_twin
+from bench.random_target import (
+    SPECS,
+    Spec,
+    hf_config,
+    packed,
+    random_weights,
+    transformers_twin,
+)
 from specrt.cache import CacheBatch
 from specrt.config import ModelConfig
 from specrt.models.loader import Weights
 from specrt.models.model import LlamaModel
 from specrt.models.prefill import Prompts
+from specrt.ops import MatrixKind
 
 TRANSFORMERS = "transformers"
 LEAST = 128
@@ -65,6 +74,8 @@ SHAPES = {
     "builtin": (256, 704, 4, 2, 24),
 }
 """By name, ``_SIZES``: Llama-3.2-1B's, Qwen2.5-0.5B's (without biases) and the bundled target's."""
+_FORMS = {"split": MatrixKind.BF16_SPLIT, "rounded": MatrixKind.BF16_ROUNDED}
+"""Of bfloat16 weights that are packed, by what is made of rows."""
 
 
 class Target:
@@ -82,7 +93,7 @@ class Target:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(config.vocab_size, (num_tokens,), generator=generator).tolist()
         matrices = [m for one in weights.layers for m in (one.qkv, one.o, one.gate_up, one.down)]
-        self.flop = 2 * num_tokens * sum(matrix.numel() for matrix in matrices)
+        self.flop = 2 * num_tokens * sum(math.prod(matrix.shape) for matrix in matrices)
         self._cache = self._model.new_cache(max_pages=2 + num_tokens // 64)
 
     def run(self, rows: int) -> torch.Tensor:
@@ -145,13 +156,17 @@ def on_cpu(args: argparse.Namespace) -> None:
     config = ModelConfig.from_dict(described)
     dtypes = [torch.float32] * (args.shapes == "small") + [torch.bfloat16] * (not args.quick)
     for dtype in dtypes or [torch.bfloat16]:
-        weights = random_weights(config, "cpu", dtype)
-        target = Target(config, weights, args.prompt or (256 if args.quick else 512))
+        weights, num_tokens = random_weights(config, "cpu", dtype), args.prompt or (256 if args.quick else 512)
+        targets = {"rows": Target(config, weights, num_tokens)}
+        if dtype == torch.bfloat16:
+            for name, kind in _FORMS.items():
+                targets[name] = Target(config, packed(weights, kind), num_tokens)
+        ways = [(form, size) for form in targets for size in SIZES[:3]]
         contenders: dict[str, Callable[[], object]] = {
-            str(size): functools.partial(target.run, size) for size in SIZES[:3]
+            f"{form} {size}": functools.partial(targets[form].run, size) for form, size in ways
         }
         if find_spec(TRANSFORMERS) is not None:
-            contenders[TRANSFORMERS] = their_pass(described, weights, target.ids)
+            contenders[TRANSFORMERS] = their_pass(described, weights, targets["rows"].ids)
         taken = measure_interleaved(
             contenders,
             warmup=1,
@@ -159,13 +174,16 @@ def on_cpu(args: argparse.Namespace) -> None:
             rounds=1 if args.quick else 6,
         )
         theirs = taken.get(TRANSFORMERS)
-        for name, seconds in taken.items():
-            is_ours = name != TRANSFORMERS
-            size = int(name) if is_ours else len(target.ids)
-            row = target.row(size, seconds, taken[str(LEAST)], OURS if is_ours else TRANSFORMERS)
-            if is_ours and theirs:
-                row["x transformers"] = seconds / theirs
-            rows.append({"dtype": str(dtype).removeprefix("torch.")} | row)
+        facts: Row = {"dtype": str(dtype).removeprefix("torch.")}
+        for form, size in ways:
+            seconds = taken[f"{form} {size}"]
+            row = targets[form].row(size, seconds, taken[f"{form} {LEAST}"])
+            row["x transformers"] = seconds / theirs if theirs else None
+            rows.append(facts | {"weights": form} | row)
+        if theirs:
+            one = targets["rows"]
+            row = one.row(num_tokens, theirs, taken[f"rows {LEAST}"], TRANSFORMERS)
+            rows.append(facts | {"weights": "rows"} | row)
     report("prefill", rows, save=args.save)
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from bench.limits import Model
+from specrt import ops
 from specrt.config import ModelConfig
 from specrt.models.arena import ALIGNMENT
 from specrt.models.gate_up import ROWS_IN_TURN
 from specrt.models.layouts import layer_matrices
 from specrt.models.loader import LayerWeights, Weights
+from specrt.ops import MatrixKind, PackedMatrix
 
 DEVIATION = 0.02
 """Of the weights: what models of this family begin their training with."""
@@ -103,6 +105,20 @@ def random_weights(config: ModelConfig, device: str, dtype: torch.dtype, seed: i
     return Weights(
         arena, embed, layers, norm, lm_head, lm_head.dtype, is_interleaved=device != "cpu"
     )
+
+
+def packed(weights: Weights, kind: MatrixKind) -> Weights:
+    """The same on the CPU with packed matrices, in memory of their own; embedding and head stay."""
+
+    def one(layer: LayerWeights) -> LayerWeights:
+        changed = {}
+        for name in ("qkv", "o", "gate_up", "down"):
+            rows = getattr(layer, name)
+            changed[name] = PackedMatrix.empty(kind, *rows.shape)
+            ops.matrix_pack(rows, changed[name])
+        return replace(layer, **changed)
+
+    return replace(weights, layers=tuple(map(one, weights.layers)))
 
 
 def _aligned(size: int) -> int:
