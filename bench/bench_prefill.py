@@ -156,7 +156,8 @@ def on_cpu(args: argparse.Namespace) -> None:
     config = ModelConfig.from_dict(described)
     dtypes = [torch.float32] * (args.shapes == "small") + [torch.bfloat16] * (not args.quick)
     for dtype in dtypes or [torch.bfloat16]:
-        weights, num_tokens = random_weights(config, "cpu", dtype), args.prompt or (256 if args.quick else 512)
+        weights = random_weights(config, "cpu", dtype)
+        num_tokens = args.prompt or (256 if args.quick else 512)
         targets = {"rows": Target(config, weights, num_tokens)}
         if dtype == torch.bfloat16:
             for name, kind in _FORMS.items():
