@@ -32,7 +32,8 @@ SAMPLING: Sequence[dict[str, Any]] = (
 _SECONDS = 60.0
 """That one process may take."""
 _AT_ONCE = 3
-"""Processes: most of one's time goes into starting it, on one CPU."""
+"""Processes: most of one's time goes into starting it, on one CPU. Each has its own context on the
+GPU, as one by itself has; what is compared is texts, not times."""
 
 
 def prompt_lines(num_tokens: int) -> str:
@@ -45,15 +46,18 @@ def prompt_lines(num_tokens: int) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def generated(drafter: str, device: str, prompts: Path) -> list[dict[str, Any]]:
+def generated(
+    drafter: str, device: str, prompts: Path, seconds: float = _SECONDS
+) -> list[dict[str, Any]]:
     """The results of one run of the command.
 
     Raises:
         RuntimeError: it failed; its last words.
+        subprocess.TimeoutExpired: it took longer than ``seconds``.
     """
     argv = [sys.executable, "-m", "specrt", "generate", "--file", str(prompts), "--json"]
     argv += ["--drafter", drafter, "--device", device]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode != 0:
         raise RuntimeError(" ".join(done.stderr.split())[-400:] or f"exit code {done.returncode}")
     lines = (line for line in done.stdout.splitlines() if line.startswith("{"))
@@ -99,7 +103,8 @@ def _timed(
     begun = time.monotonic()
     if begun > end:
         raise RuntimeError("over the budget")
-    return generated(drafter, device, prompts), time.monotonic() - begun
+    found = generated(drafter, device, prompts, min(_SECONDS, end - begun))
+    return found, time.monotonic() - begun
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ host: what is launched or uploaded is done later, in order, and nobody waits for
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterator
@@ -266,19 +265,12 @@ class Device:
         return _Step(graph.launch, graph.num_bytes)
 
     def _captured(self, capture: Callable[[], G]) -> G:
-        """What ``capture`` makes; steps that are run meanwhile are parts of it.
-
-        No garbage is collected until then: what of CUDA's is freed with it ends a capture.
-        """
-        collects = gc.isenabled()
-        gc.disable()
+        """What ``capture`` makes; steps that are run meanwhile are parts of it."""
         try:
             self._is_capturing = True
             return capture()
         finally:
             self._is_capturing = False
-            if collects:
-                gc.enable()
 
     def _warn(self, reason: str) -> None:
         """Once for each reason: steps that have one in common are many."""

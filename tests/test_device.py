@@ -87,18 +87,6 @@ def test_a_failing_launch_captures_nothing() -> None:
     assert out.tolist() == [[4.0, 4.0]]
 
 
-def test_no_garbage_is_collected_within_a_capture() -> None:
-    seen, device = list[bool](), Device()
-    device.run("step", lambda: seen.append(gc.isenabled()))
-    assert seen == [False] and gc.isenabled()
-    gc.disable()
-    try:
-        device.run("another", lambda: None)
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
 # --- a GPU's steps --------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ def run(
 ) -> tuple[dict[str, Any], str]:
     """The result of a run whose processes say ``answers``, and its last words."""
 
-    def generated(drafter: str, device: str, prompts: Path) -> Results:
+    def generated(drafter: str, device: str, prompts: Path, seconds: float) -> Results:
         if drafter not in answers:
             raise RuntimeError("no such kernel")
         return answers[drafter]

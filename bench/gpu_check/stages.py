@@ -19,7 +19,7 @@ ON_A_GPU = ("A", "B", "C", "D")
 WITHOUT_GPU = "shim"
 SECONDS: Mapping[str, float] = {"A": 480, "B": 540, "C": 420, "D": 540, WITHOUT_GPU: 1800}
 """The most that a stage takes."""
-DRAFTERS: Mapping[str, float] = {"fspad": 70, "eesd": 40, "eagle2": 40}
+DRAFTERS: Mapping[str, float] = {"fspad": 60, "eesd": 45, "eagle2": 45}
 """Whose rounds are measured, and for how long at the most."""
 PREPARES = "extension"
 """The command that others need: it runs again whatever became of it before."""
@@ -142,11 +142,11 @@ def _variants(machine: Machine, save: Path) -> list[Command]:
 def _end_to_end(machine: Machine, save: Path) -> list[Command]:
     return [
         _extension(machine),
-        _bench(machine, "generate_cuda", save, 75),
+        _bench(machine, "generate_cuda", save, 90),
         _demo(machine),
-        _python(machine, "predicted", "bench.bench_round", judge.bench, 60, *_predict(save)),
+        _python(machine, "predicted", "bench.bench_round", judge.bench, 30, *_predict(save)),
         *(_drafted_rounds(machine, save, name, most) for name, most in DRAFTERS.items()),
-        _bench(machine, "bench_round", save, 120, "--device", "cuda"),
+        _bench(machine, "bench_round", save, 100, "--device", "cuda"),
         _bench(machine, "bench_prefill", save, 40, "--device", "cuda"),
         _bench(machine, "end_to_end_cuda", save, 90),
         _slow_gpu_tests(machine, 100),
@@ -295,7 +295,7 @@ def _demo(machine: Machine) -> Command:
     if machine.is_dry:
         return _left_out("demo", "a dry run has no GPU to show")
     argv = (machine.python, "-m", "specrt", "demo", "--device", "cuda")
-    return Command("demo", argv, judge.demo, 45)
+    return Command("demo", argv, judge.demo, 35)
 
 
 def _drafted_rounds(machine: Machine, save: Path, drafter: str, seconds: float) -> Command:

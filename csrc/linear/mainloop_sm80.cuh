@@ -25,13 +25,14 @@
 namespace specrt::product {
 
 // How a block's tile of kTile weights and kColumns rows of x is shared by its warps: four along the
-// weights, and two along 128 rows, so that a thread has no more than 64 sums.
+// weights, and as many along the rows as give each no more than 32 of them. A warp waits for its
+// own last instruction most of the time, so many of few products hide more than few of many.
 template <typename T, int kTileRows, int kPadded, typename W = T>
 struct Tiling {
     using Value = T;
     using Weight = W;
     static constexpr int kTile = kTileRows, kColumns = kPadded;
-    static constexpr int kSides = kColumns > 64 ? 2 : 1;
+    static constexpr int kSides = kColumns > 32 ? kColumns / 32 : 1;
     static constexpr int kThreads = 128 * kSides;
     static constexpr int kStripes = kTile / 64;            // of 16 weights, a warp's
     static constexpr int kGroups = kColumns / kSides / 8;  // of 8 rows of x, a warp's

@@ -69,10 +69,11 @@ class CudaGraph:
         """
 
         def launched() -> None:
-            with _LaunchesAlone(), _uncollected():  # type: ignore[no-untyped-call]
+            with _LaunchesAlone():  # type: ignore[no-untyped-call]
                 launch()
 
-        return cls(_C.CudaGraph(launched, place.index or 0))
+        with _uncollected():
+            return cls(_C.CudaGraph(launched, place.index or 0))
 
 
 @contextmanager

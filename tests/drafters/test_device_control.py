@@ -244,7 +244,9 @@ def test_a_round_is_one_copy_and_its_launches(backend: Backend) -> None:
         for step in range(4):
             round_.decide(step, score if step else None)
         round_.update(control, states, accept_length)
-    copies = [name for name in operators.names if "pin" not in name]
+    # Pinning asks the driver, and copies within the host's memory.
+    pins = {"aten.is_pinned.default", "aten.pin_memory.default", "aten._pin_memory.default"}
+    copies = [name for name in operators.names if name not in pins]
     assert copies == ["aten.copy_.default"]
     if backend.name == "simt":
         assert load_simt().num_launches() - before == 5

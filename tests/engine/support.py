@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import pytest
 import torch
 
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Budget, Drafter, EmptyDrafter
+from specrt.engine.drafting import Drafting
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
 from specrt.models.loader import load_weights
@@ -46,6 +48,19 @@ def make_model(
 
 def make_engine(model: LlamaModel, drafter: Drafter | None = None, **options: int) -> Engine:
     return Engine(model, drafter or EmptyDrafter(), LetterTokenizer(), **options)
+
+
+def raise_what_drafters_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine fail where its drafter does.
+
+    Else the sequences of a batch would start again, be drafted one by one, and no log would say so:
+    texts stay right, and a test of what whole batches do would see nothing of it.
+    """
+
+    def raise_it(self: Drafting, requests: object, error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(Drafting, "_blame", raise_it)
 
 
 def prompts(count: int, vocab_size: int, seed: int = 0) -> list[list[int]]:

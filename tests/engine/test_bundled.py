@@ -109,12 +109,12 @@ MORE_SEEDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("seed 2", 
 @ONE_DTYPE
 @pytest.mark.parametrize("setting", ["seed 1", *MORE_SEEDS])
 def test_a_sample(bundled: Engine, setting: str) -> None:
-    check(bundled, setting, heldout_prompts(4), max_new_tokens=32)
+    check(bundled, setting, heldout_prompts(2), max_new_tokens=24)
 
 
 @ONE_DTYPE
 def test_a_greedy_sample(bundled: Engine) -> None:
-    check(bundled, "greedy", heldout_prompts(4), max_new_tokens=32)
+    check(bundled, "greedy", heldout_prompts(2), max_new_tokens=32)
 
 
 @pytest.mark.slow

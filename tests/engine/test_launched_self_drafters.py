@@ -19,7 +19,7 @@ from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
 from specrt.types import AcceptResult, DraftTree, Proposal, RoundReport, SequenceState
 from tests.checkpoints import make_checkpoint
-from tests.engine.support import make_engine, texts
+from tests.engine.support import make_engine, raise_what_drafters_raise, texts
 
 VOCAB, LEVELS, NUM_LAYERS = 97, 3, 2
 PROMPTS = [[5, 9, 5, 9, 5], [7, 8]]
@@ -214,6 +214,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each launch that was made, whether verification began behind the layers that it ran."""
+    raise_what_drafters_raise(monkeypatch)
     seen: list[bool] = []
     take = LaunchedRun.taken
 

@@ -34,12 +34,15 @@ class Backend:
         return self.name != "cpu"
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
-        """It on the device, strides and offset included: ``to`` leaves neither of a part of one."""
-        whole = tensor.as_strided(
-            (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), storage_offset=0
-        )
-        there = whole.to(self.device)
-        return there.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        """As :func:`held`, where the backend has its tensors."""
+        return held(tensor, self.device)
+
+
+def held(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on a device, strides and offset included: ``to`` leaves neither of a part."""
+    count = tensor.untyped_storage().nbytes() // tensor.itemsize
+    there = tensor.as_strided((count,), (1,), storage_offset=0).to(device)
+    return there.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class OnAnotherGpu:

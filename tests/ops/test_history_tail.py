@@ -30,7 +30,7 @@ def tails(backend: Backend, history: Tensor, lengths: Tensor, width: int) -> tup
     batch, there = len(lengths), backend.device
     room = torch.full((batch, width + 2), POISON, dtype=torch.int32, device=there)
     start = torch.full((batch,), POISON, dtype=torch.int32, device=there)
-    ops.history_tail(history.to(there), lengths.to(there), room[:, 1 : width + 1], start)
+    ops.history_tail(backend.hold(history), lengths.to(there), room[:, 1 : width + 1], start)
     assert (room[:, [0, -1]] == POISON).all()
     return room[:, 1 : width + 1].cpu(), start.cpu()
 
@@ -45,9 +45,9 @@ def test_the_last_token_is_in_the_last_place(backend: Backend, width: int) -> No
 
 
 def test_what_is_too_short_begins_at_its_first_token(backend: Backend) -> None:
-    history = histories(5, 4)
-    tokens, start = tails(backend, history, i32(2, 0, -1, INT_MIN, 4), 6)
-    assert start.tolist() == [0] * 5
+    history = histories(6, 4)
+    tokens, start = tails(backend, history, i32(2, 0, -1, INT_MIN, 4, INT_MIN + 5), 6)
+    assert start.tolist() == [0] * 6
     assert torch.equal(tokens, torch.nn.functional.pad(history, (0, 2)))
 
 

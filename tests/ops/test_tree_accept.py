@@ -81,7 +81,7 @@ def run(
         scratch = scratch_on(backend, logits.shape, tree.draft_probs is not None)
     maxima = maxima_on(backend, tree, logits, table, i32(lens)) if has_maxima else None
     result = accept(
-        on(backend, tree), logits.to(backend.device), table, padded, i32(lens).to(backend.device),
+        on(backend, tree), backend.hold(logits), table, padded, i32(lens).to(backend.device),
         workspace=scratch, maxima=maxima, **kw,
     )  # fmt: skip
     return on(CPU, result)

@@ -134,7 +134,8 @@ def grow(
     scratch = scratch_of(backend, batch, rows, top_k)
     for level, logits in enumerate(levels):
         below = Frontier.empty(batch, top_k, words).to(device)
-        expand(logits.to(device), frontiers[-1], level, pool, below, there, names, scratch, **kw)
+        logits = backend.hold(logits)
+        expand(logits, frontiers[-1], level, pool, below, there, names, scratch, **kw)
         frontiers.append(below)
     host = CPU.device
     return pool.to(host), [frontier.to(host) for frontier in frontiers[1:]]

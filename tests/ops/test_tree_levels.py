@@ -46,7 +46,8 @@ def grown(
         below = Frontier.empty(batch, top_k).to(device)
         score = torch.full((batch,), 9.0, device=device)
         kw: dict[str, Any] = {"is_open": i32(is_open[level]).to(device), "level_score": score}
-        expand(logits.to(device), frontiers[-1], level, pool, below, there, None, scratch, **kw)
+        logits = backend.hold(logits)
+        expand(logits, frontiers[-1], level, pool, below, there, None, scratch, **kw)
         frontiers.append(below)
         scores.append(score.cpu())
     if backend.runs_cuda_source and not any(map(any, is_open)):
@@ -209,7 +210,7 @@ def test_a_chain_has_one_node_a_level(backend: Backend) -> None:
         pool, below = pool.to(backend.device), below.to(backend.device)
         noise = Coupling(SAMPLED.sampling, i32(places))
         there = Coupling(*(t if t is None else t.to(backend.device) for t in noise))
-        expand(logits.to(backend.device), root, level, pool, below, there, None, scratch)
+        expand(backend.hold(logits), root, level, pool, below, there, None, scratch)
         return [below.tokens, below.scores, below.source]
 
     for level, logits in enumerate(levels):

@@ -12,7 +12,7 @@ import torch
 
 from specrt import _C, ops
 from specrt.ops.graph import CpuGraph
-from tests.ops.conftest import Backend, OnAnotherGpu
+from tests.ops.conftest import Backend, OnAnotherGpu, held
 from tests.oracles.tree_settle import settle
 
 Tensor = torch.Tensor
@@ -38,7 +38,7 @@ class Draft:
 
     def to(self, device: torch.device) -> Draft:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vocab_size"}
-        return replace(self, **{name: value.to(device) for name, value in values.items()})
+        return replace(self, **{name: held(value, device) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
