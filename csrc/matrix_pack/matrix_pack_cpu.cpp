@@ -5,22 +5,47 @@
 namespace specrt::SPECRT_ISA {
 namespace {
 
-// Row `n` of tiles of bfloat16, to which values are rounded; zeros past K. Whether all are finite.
+// 32 values of a row, zeros from `count` on.
 template <typename T>
-bool pack_row(const MatrixPackParams& p, const T* source, int64_t n) {
-    auto* lane =
-        reinterpret_cast<bf16*>(const_cast<char*>(strip_of(p.values, p.format, p.depth, n))) +
-        n % kStripOutputs * 2;
-    const int64_t padded = divide_up(p.depth, kTileDepth) * kTileDepth;
-    uint32_t worst = 0;
-    for (int64_t k = 0; k < padded; ++k) {
-        bf16 value{0};
-        if (k < p.depth) from_float(to_float(source[k]), &value);
-        const uint32_t magnitude = value.bits & 0x7fffu;
-        worst = magnitude > worst ? magnitude : worst;
-        lane[k / 2 * 32 + k % 2] = value;
+inline void read_values(const T* row, int64_t count, bf16* out) {
+    if (count >= kTileDepth) {
+        for (int i = 0; i < kTileDepth; i += 16) store(load(row + i), out + i);
+        return;
     }
-    return worst < 0x7f80u;
+    for (int i = 0; i < kTileDepth; ++i) from_float(i < count ? to_float(row[i]) : 0.0f, out + i);
+}
+
+// Pairs of k of each output become, pair by pair, all outputs' pairs.
+inline void transpose(const bf16 (&rows)[kStripOutputs][kTileDepth],
+                      uint32_t (&lines)[kTileDepth / 2][kStripOutputs]) {
+    uint32_t pairs[kStripOutputs][kTileDepth / 2];
+    std::memcpy(pairs, rows, sizeof pairs);
+    for (int p = 0; p < kTileDepth / 2; ++p)
+        for (int n = 0; n < kStripOutputs; ++n) lines[p][n] = pairs[n][p];
+}
+
+// Outputs `n` .. `n + count` of one strip, rounded to bfloat16; zeros past K. Whether all are
+// finite.
+template <typename T>
+bool pack_tiles(const MatrixPackParams& p, const T* source, int64_t n, int count) {
+    char* tile = const_cast<char*>(strip_of(p.values, p.format, p.depth, n));
+    bf16 rows[kStripOutputs][kTileDepth] = {};
+    uint32_t lines[kTileDepth / 2][kStripOutputs], carries = 0;
+    for (int64_t k = 0; k < p.depth; k += kTileDepth, tile += kTileBytes) {
+        for (int r = 0; r < count; ++r)
+            read_values(source + r * p.source_stride + k, p.depth - k, rows[r]);
+        transpose(rows, lines);
+        // An exponent of ones carries into the sign's place.
+        for (const auto& line : lines)
+            for (const uint32_t pair : line) carries |= (pair & 0x7f807f80u) + 0x00800080u;
+        if (count == kStripOutputs) {
+            std::memcpy(tile, lines, sizeof lines);
+            continue;
+        }
+        for (int i = 0; i < kTileDepth / 2; ++i)
+            std::memcpy(tile + sizeof lines[0] * i + 4 * (n % kStripOutputs), lines[i], 4 * count);
+    }
+    return (carries & 0x80008000u) == 0;
 }
 
 // Row `n` in blocks, of a file's own bytes, or int8 of floats.
@@ -42,19 +67,32 @@ bool pack_blocks(const MatrixPackParams& p, const T* source, int64_t n) {
     }
 }
 
+// Outputs `n` .. `n + count` of one strip.
+template <typename T>
+bool pack_some(const MatrixPackParams& p, const T* source, int64_t n, int count) {
+    if constexpr (sizeof(T) > 1)
+        if (!is_in_blocks(p.format)) return pack_tiles(p, source, n, count);
+    bool is_finite = true;
+    for (int r = 0; r < count; ++r)
+        is_finite &= pack_blocks(p, source + r * p.source_stride, n + r);
+    return is_finite;
+}
+
+// A strip is one thread's: its lines hold all sixteen outputs.
 template <typename T>
 void pack_rows(const MatrixPackParams& p, int part, int num_parts) {
     const auto* source = static_cast<const T*>(p.source);
-    for (int64_t r = p.num_rows * part / num_parts; r < p.num_rows * (part + 1) / num_parts; ++r) {
-        const T* row = source + r * p.source_stride;
-        const int64_t n = p.first_row + r;
-        bool is_finite;
-        if constexpr (sizeof(T) == 1) {
-            is_finite = pack_blocks(p, row, n);
-        } else {
-            is_finite = is_in_blocks(p.format) ? pack_blocks(p, row, n) : pack_row(p, row, n);
-        }
-        if (!is_finite) __atomic_store_n(p.is_bad, 1, __ATOMIC_RELAXED);
+    const int64_t last_row = p.first_row + p.num_rows;
+    const int64_t first = p.first_row / kStripOutputs;
+    const int64_t num_strips = divide_up(last_row, kStripOutputs) - first;
+    const int64_t end = first + num_strips * (part + 1) / num_parts;
+    for (int64_t strip = first + num_strips * part / num_parts; strip < end; ++strip) {
+        const int64_t begin = strip * kStripOutputs, behind = begin + kStripOutputs;
+        const int64_t n = begin > p.first_row ? begin : p.first_row;
+        const int64_t to = behind < last_row ? behind : last_row;
+        const T* rows = source + (n - p.first_row) * p.source_stride;
+        if (!pack_some(p, rows, n, static_cast<int>(to - n)))
+            __atomic_store_n(p.is_bad, 1, __ATOMIC_RELAXED);
     }
 }
 
