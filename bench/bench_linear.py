@@ -59,11 +59,11 @@ def allocate(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[torc
 
 
 class Pass:
-    """``num_rows`` rows through every matrix, by us and by torch."""
+    """``num_rows`` rows through every matrix, by us and, of those in rows, by torch."""
 
     def __init__(
         self,
-        matrices: Sequence[torch.Tensor],
+        matrices: Sequence[ops.Matrix],
         num_rows: int,
         ours: Sequence[ops.Matrix] | None = None,
     ) -> None:
@@ -73,9 +73,10 @@ class Pass:
         x = {k: torch.randn(num_rows, k) for k in {matrix.shape[1] for matrix in matrices}}
         out = {n: torch.empty(num_rows, n) for n in {matrix.shape[0] for matrix in matrices}}
         self._scratch = ops.row_scratch(max(x), num_rows)
-        cast = {k: value.to(matrices[0].dtype) for k, value in x.items()}
+        theirs = [matrix for matrix in matrices if isinstance(matrix, torch.Tensor)]
+        cast = {w.shape[1]: x[w.shape[1]].to(w.dtype) for w in theirs}
         self._calls = [(x[w.shape[1]], w, out[w.shape[0]]) for w in ours]
-        self._torch_calls = [(cast[w.shape[1]], w) for w in matrices]
+        self._torch_calls = [(cast[w.shape[1]], w) for w in theirs]
         self.ours: Callable[[], None] = CpuGraph.capture(self.eager).launch
 
     def eager(self) -> None:

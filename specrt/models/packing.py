@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -40,8 +40,10 @@ class Packing:
         return self.bfloat16 if self.bfloat16 and dtype == torch.bfloat16 else dtype
 
     def of_drafters(self) -> Packing:
-        """That of a drafter's own layers, which are small: they are not rounded."""
-        return replace(self, quantized=None)
+        """That of a drafter's own layers, which are small: weights are not rounded, and rows are,
+        for half of the products and no token."""
+        rounded = None if self.bfloat16 is None else MatrixKind.BF16_ROUNDED
+        return Packing(rounded, None, self.keeps_blocks)
 
 
 ROWS = Packing()

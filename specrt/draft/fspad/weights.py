@@ -6,7 +6,7 @@ H hidden size, I intermediate size, V vocabulary, R rows of the draft head.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -233,13 +233,16 @@ def narrow(weights: DraftWeights, device: Device | None = None) -> DraftWeights:
 
 
 def packed(weights: DraftWeights, packing: Packing) -> DraftWeights:
-    """Arrange what a step streams as the CPU's kernels read it; a packed head stays as it is.
+    """Arrange what a step streams as the CPU's kernels read it; a packed head stays where it is.
 
     Args:
         weights: as :func:`pack_weights` or :func:`fold` gives them.
         packing: the target's.
     """
     changed = vars(weights).copy()
+    head = weights.head
+    if isinstance(head, PackedMatrix) and head.kind == MatrixKind.BF16_SPLIT:
+        changed["head"] = replace(head, kind=MatrixKind.BF16_ROUNDED)  # the same bytes
     for name, matrix in weights.matrices.items():
         if not isinstance(matrix, torch.Tensor):
             continue
