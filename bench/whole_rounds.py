@@ -22,7 +22,14 @@ from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig, tensor_shapes
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.fspad.layer import DraftLayer
 from specrt.draft.fspad.on_device import DeviceFspadDrafter
-from specrt.draft.fspad.weights import DraftWeights, fold, folding_pays, narrow, pack_weights
+from specrt.draft.fspad.weights import (
+    DraftWeights,
+    fold,
+    folding_pays,
+    narrow,
+    pack_weights,
+    packed,
+)
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.draft.recycle.drafter import RecycleDrafter
 from specrt.draft.recycle.on_device import DeviceRecycleDrafter
@@ -75,22 +82,23 @@ def random_layer(target: LlamaModel, kind: LayerKind) -> Layer:
     """A drafter's layer of the target's shape, with random weights."""
     config = DraftConfig.for_target(target.config, kind.arch, name="random")
     weights, device = target.weights, target.device
+    is_packed = weights.packed_inputs > 0
+    dtype = torch.bfloat16 if is_packed else weights.dtype
     generator = torch.Generator(device.place).manual_seed(1)
     tensors = {
-        key: _random(shape, weights.embed, generator)
-        for key, shape in tensor_shapes(config).items()
+        key: _random(shape, dtype, generator) for key, shape in tensor_shapes(config).items()
     }
     if kind.head_rows is not None:
         config = replace(config, draft_vocab_size=kind.head_rows)
         tensors[TOKEN_IDS] = torch.arange(kind.head_rows, dtype=torch.int32)
     tables = weights.embed, weights.lm_head
-    packed = pack_weights(config, tensors, *tables, weights.embed.dtype, device)
+    made = pack_weights(config, tensors, *tables, dtype, device)
     is_folded = kind.is_folded
     if is_folded is None:
-        is_folded = folding_pays(packed, weights.arena.nbytes)
+        is_folded = folding_pays(made, weights.arena.nbytes)
     if is_folded:
-        packed = fold(packed, device)
-    return config, narrow(packed, device) if kind.is_narrow else packed
+        made = fold(made, device)
+    return config, narrow(made, device) if kind.is_narrow else packed(made, weights.packing)
 
 
 def layer_round(target: LlamaModel, layer: Layer) -> WholeRound:
@@ -107,9 +115,9 @@ def _fspad(target: LlamaModel) -> WholeRound:
     return layer_round(target, random_layer(target, LayerKind()))
 
 
-def _random(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """A matrix; a vector is a norm's or a bias and small enough to be ones."""
-    made = torch.ones(shape, dtype=like.dtype, device=like.device)
+    made = torch.ones(shape, dtype=dtype, device=generator.device)
     return made if len(shape) == 1 else made.normal_(0.0, DEVIATION, generator=generator)
 
 
@@ -128,7 +136,7 @@ def _eesd(target: LlamaModel) -> WholeRound:
     hidden = target.config.hidden_size
     calibration = ExitWeights(
         layer,
-        device.zeros(2, hidden, dtype=device.activation_dtype(weights.embed.dtype)),
+        device.zeros(2, hidden, dtype=device.activation_dtype(weights.dtype)),
         device.zeros(2),
         device.zeros(2).fill_(1.0),
     )

@@ -123,7 +123,7 @@ def test_info_says_what_weights_are(capsys: pytest.CaptureFixture[str], tmp_path
     assert stored["float32"] == 4 * 3 * 256  # norms
     code, out, _ = run(capsys, "info", "builtin")
     assert code == 0
-    assert "builtin  bfloat16 37." in out
+    assert "builtin  float8_e4m3fn 18." in out
     code, _, err = run(capsys, "info", str(tmp_path / "absent"))
     assert (code, "absent" in err) == (2, True)
 
