@@ -254,7 +254,7 @@ def add_memory(field: Field, rows: Sequence[Row], request: Request) -> None:
     engine = field.contenders[PLAIN].engine  # type: ignore[attr-defined]
     slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     num_slots = len(request.prompt_ids) + request.max_new_tokens
-    itemsize = engine.target.weights.embed.element_size()
+    itemsize = engine.target.dtype.itemsize
     needed = engine.target.weights.arena.nbytes + num_slots * slot * itemsize
     for row in rows:
         probe = replace(

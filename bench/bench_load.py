@@ -2,7 +2,9 @@
 
 Each load is a process of its own, which has imported everything first; the file's pages are read
 once before, so they come from the page cache. ``peak MB`` is the process' whole peak, pages of the
-mapped file among it; ``limit MB`` is 1.05 x the weights + 300 MB.
+mapped file among it; ``limit MB`` is 1.05 x the weights + 300 MB. ``first s`` is the first load of
+a process; ``seconds`` the best of three after it, for which the system has the memory at hand: the
+host of a virtual machine may take seconds to find gigabytes that the machine has not used of late.
 
     python -m bench.bench_load DIR FILE.gguf --repeats 3
 """
@@ -10,6 +12,7 @@ mapped file among it; ``limit MB`` is 1.05 x the weights + 300 MB.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -23,21 +26,33 @@ from bench.memory import import_all, status
 
 _SHARE, _EXTRA = 1.05, 300e6
 _PIECE = 16 << 20
+_AGAIN = 3
 
 
 def load_once(target: str, options: dict[str, Any]) -> dict[str, float]:
     """Load in this process; seconds and bytes."""
-    from specrt import load
-
     import_all("ours")
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    started = time.perf_counter()
-    engine = load(target, progress=False, **options)
-    seconds = time.perf_counter() - started
+    first, weights = _timed(target, options)
     peak = status("VmHWM")
-    weights = engine.target.weights.arena.nbytes
-    return {"seconds": seconds, "before": before, "peak": peak, "weights": weights}
+    seconds = min(_timed(target, options)[0] for _ in range(_AGAIN))
+    return {
+        "first": first, "seconds": seconds, "before": before, "peak": peak, "weights": weights,
+    }  # fmt: skip
+
+
+def _timed(target: str, options: dict[str, Any]) -> tuple[float, int]:
+    """Seconds, and bytes of weights; nothing of it stays."""
+    from specrt import load
+
+    started = time.perf_counter()
+    with load(target, progress=False, **options) as engine:
+        seconds = time.perf_counter() - started
+        size = engine.target.weights.arena.nbytes
+    del engine
+    gc.collect()
+    return seconds, size
 
 
 def row(target: str, options: dict[str, Any], repeats: int) -> Row:
@@ -61,6 +76,7 @@ def row(target: str, options: dict[str, Any], repeats: int) -> Row:
     return {
         "target": Path(target).name,
         "options": " ".join(f"{name}={value}" for name, value in options.items()),
+        "first s": middle["first"],
         "seconds": middle["seconds"],
         "weights MB": middle["weights"] / 1e6,
         "peak MB": middle["peak"] / 1e6,

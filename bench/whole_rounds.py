@@ -82,16 +82,17 @@ def random_layer(target: LlamaModel, kind: LayerKind) -> Layer:
     """A drafter's layer of the target's shape, with random weights."""
     config = DraftConfig.for_target(target.config, kind.arch, name="random")
     weights, device = target.weights, target.device
+    is_packed = weights.packed_inputs > 0
+    dtype = torch.bfloat16 if is_packed else weights.dtype
     generator = torch.Generator(device.place).manual_seed(1)
     tensors = {
-        key: _random(shape, weights.dtype, generator)
-        for key, shape in tensor_shapes(config).items()
+        key: _random(shape, dtype, generator) for key, shape in tensor_shapes(config).items()
     }
     if kind.head_rows is not None:
         config = replace(config, draft_vocab_size=kind.head_rows)
         tensors[TOKEN_IDS] = torch.arange(kind.head_rows, dtype=torch.int32)
     tables = weights.embed, weights.lm_head
-    made = pack_weights(config, tensors, *tables, weights.dtype, device)
+    made = pack_weights(config, tensors, *tables, dtype, device)
     is_folded = kind.is_folded
     if is_folded is None:
         is_folded = folding_pays(made, weights.arena.nbytes)
@@ -135,7 +136,7 @@ def _eesd(target: LlamaModel) -> WholeRound:
     hidden = target.config.hidden_size
     calibration = ExitWeights(
         layer,
-        device.zeros(2, hidden, dtype=device.activation_dtype(weights.embed.dtype)),
+        device.zeros(2, hidden, dtype=device.activation_dtype(weights.dtype)),
         device.zeros(2),
         device.zeros(2).fill_(1.0),
     )

@@ -159,12 +159,15 @@ def bench(
 
 @app.command()
 def info(
+    target: Annotated[
+        str | None, typer.Argument(help="A directory or GGUF file, or 'builtin': its weights too.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Versions, CPU, GPUs and bundled models."""
+    """Versions, CPU, GPUs and bundled models; what a target's weights are."""
     from specrt.cli import info as command
 
-    command.show(command.collect(), is_json=json)
+    command.show(command.collect(target), is_json=json)
 
 
 app.command("distill-data")(distill.distill_data)

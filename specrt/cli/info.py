@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from specrt.device import Device
 
 
-def collect() -> dict[str, Any]:
-    """Everything a bug report needs."""
+def collect(target: str | None = None) -> dict[str, Any]:
+    """Everything a bug report needs, and of a target, if one is named, what its files hold.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     import torch
 
     import specrt
@@ -45,6 +49,7 @@ def collect() -> dict[str, Any]:
         "worker_cpus": worker_cpus(),
         **_nvidia(),
         "bundled": _bundled(target_path().parent),
+        "target": None if target is None else _target(target),
     }
 
 
@@ -77,10 +82,23 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         "GPUs": "\n".join(facts["gpus"]) or "none found",
         "bundled models": "\n".join(bundled) or "none",
     }
+    if facts["target"]:
+        stored = facts["target"]["bytes"]
+        sizes = ", ".join(f"{form} {size / 1e6:.1f} MB" for form, size in stored.items())
+        rows["target"] = f"{facts['target']['name']}  {sizes}"
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def _target(target: str) -> dict[str, Any]:
+    """A target's name, and bytes of its tensors by what they are stored as."""
+    from specrt.cli.engine_options import target_directory
+    from specrt.models.gguf_checkpoint import stored_bytes
+
+    directory, name = target_directory(target)
+    return {"name": name, "bytes": stored_bytes(directory)}
 
 
 def machine_of(device: Device) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 
 import torch
 
 from specrt.config.directory import gguf_path
+from specrt.config.gguf_header import BLOCK_SIZES
 from specrt.models.checkpoint import Checkpoint, TensorInfo
 from specrt.models.gguf_file import GgufFile
+from specrt.models.layouts import dtype_name
 from specrt.ops import MatrixKind
 
 
@@ -51,3 +55,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     file = gguf_path(path)
     return Checkpoint(path) if file is None else GgufCheckpoint(GgufFile(file))
+
+
+def stored_bytes(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of a checkpoint's tensors by dtype or kind of blocks, the most first; none is read.
+
+    Raises:
+        CheckpointError: as :func:`open_checkpoint`.
+    """
+    sizes: Counter[str] = Counter()
+    for info in open_checkpoint(path).infos.values():
+        count = math.prod(info.shape)
+        if isinstance(info.dtype, MatrixKind):
+            block = BLOCK_SIZES[info.dtype.name]
+            sizes[info.dtype.name] += count // block.values * block.bytes
+        elif isinstance(info.dtype, torch.dtype):
+            sizes[dtype_name(info.dtype)] += count * info.dtype.itemsize
+    return dict(sizes.most_common())

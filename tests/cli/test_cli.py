@@ -24,6 +24,7 @@ from specrt.cli import info, main
 from specrt.ops import build
 from specrt.sampling import SamplingParams
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_draft_checkpoint
+from tests.gguf_files import write_gguf
 
 PROMPT = "to be or not to be, that is to be or not"
 TEMPLATE = (
@@ -108,6 +109,23 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     for shown in (specrt.__version__, facts["torch"], facts["active_instruction_set"]):
         assert shown in out
+
+
+def test_info_says_what_weights_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    make_checkpoint("llama", tmp_path / "model", **sizes)
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", kind="Q4_K", kinds={"attn_v": "Q6_K"})
+    code, out, _ = run(capsys, "info", str(tmp_path / "model.gguf"), "--json")
+    assert code == 0
+    stored = json.loads(out)["target"]["bytes"]
+    assert list(stored) == ["Q4_K", "Q6_K", "float32"]
+    assert stored["Q6_K"] == 128 * 210  # rows of one block each
+    assert stored["float32"] == 4 * 3 * 256  # norms
+    code, out, _ = run(capsys, "info", "builtin")
+    assert code == 0
+    assert "builtin  float8_e4m3fn 18." in out
+    code, _, err = run(capsys, "info", str(tmp_path / "absent"))
+    assert (code, "absent" in err) == (2, True)
 
 
 def test_info_says_which_instruction_set_was_refused(
