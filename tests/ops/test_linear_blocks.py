@@ -11,6 +11,7 @@ import torch
 from specrt import _C, ops
 from specrt.ops.matrix import MatrixKind, PackedMatrix
 from specrt.ops.matrix_pack import matrix_pack
+from tests.ops.garbage import guarded
 
 gguf = pytest.importorskip("gguf")
 
@@ -34,12 +35,16 @@ KINDS = [MatrixKind.INT8, *BLOCK]
 ISAS = _C.build_info()["cpu_isas"]
 
 
+ROW_COUNTS = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 130]
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    active = _C.active_isa()
+    active, threads = _C.active_isa(), torch.get_num_threads()
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(active)
+    torch.set_num_threads(threads)
 
 
 def file_rows(kind: MatrixKind, rows: int, width: int, seed: int, most: float = 2.0) -> Array:
@@ -99,7 +104,8 @@ def rounded(x: Array) -> tuple[Array, Array]:
 def int8_oracle(weights: Array, x: Array) -> Array:
     """Weights are the original floats."""
     most = np.abs(weights).max(axis=1)
-    steps = np.rint(weights.astype(np.float64) * (127.0 / most[:, None].astype(np.float64)))
+    inverse = 127.0 / np.where(most > 0, most, 1).astype(np.float64)
+    steps = np.rint(weights.astype(np.float64) * inverse[:, None])
     scale = (most / np.float32(127)).astype(np.float64)
     q, step = rounded(x)
     dots = q @ steps.astype(np.int64).T
@@ -211,20 +217,106 @@ def test_odd_widths(isa: str, kind: MatrixKind) -> None:
 def test_large_sums_of_int8_are_exact(isa: str) -> None:
     weights = torch.ones(16, 20000)
     weights[:, ::3] = -1.0
-    x = torch.ones(2, 20000)
-    x[1, 5:] = -1.0
+    x = torch.ones(20, 20000)  # two blocks of rows, being long
+    x[1:, 5:] = -1.0
     matrix = packed(MatrixKind.INT8, weights, 20000)
     expected = int8_oracle(weights.numpy(), x.numpy())
     assert (bits(ops.linear(x, matrix)) == bits(expected)).all()
 
 
+def extreme_inputs(width: int) -> Array:
+    rng = np.random.default_rng(width)
+    signs = np.sign(rng.normal(size=width))
+    rows = [
+        signs,
+        np.ones(width),
+        np.full(width, -0.0),
+        signs * 3.4e38,
+        signs * 1e-41,  # counts as zeros
+        np.full(width, np.nextafter(np.float32(2.0**-100), np.float32(0))),  # so does this
+        signs * 2.0**-100,
+        np.where(signs > 0, 32512.0, rng.integers(-300, 300, width) + 0.5),  # ties, in steps of 1
+        np.eye(1, width, width - 1)[0],
+    ]
+    return np.array(rows, np.float32)
+
+
+def extreme_rows(kind: MatrixKind, width: int) -> Array:
+    """What a matrix is packed of: all bits ones or zeros, greatest and least scales."""
+    if kind is MatrixKind.INT8:
+        largest = np.array([[3e38], [-3e38], [1.0], [1e-37], [0.0]], np.float32)
+        return np.broadcast_to(largest, (5, width)).copy()
+    halves = np.array([65504, -65504, 6e-8, 1, 0], np.float16)
+    blocks = np.full((5, width // BLOCK[kind][0], BLOCK[kind][1]), 255, np.uint8)
+    blocks[3] = 0
+    for at in HALVES[kind]:
+        blocks[..., at : at + 2] = halves.view(np.uint8).reshape(5, 1, 2)
+    return blocks.reshape(5, -1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_its_own(kind: MatrixKind) -> None:
-    matrix, _, _ = case(kind, 40, 512, seed=3)
-    x = inputs(150, 512, seed=4)  # three blocks of rows
-    together = bits(ops.linear(x, matrix))
-    for rows in [slice(0, 1), slice(7, 9), slice(60, 130), slice(149, 150)]:
-        assert (bits(ops.linear(x[rows], matrix)) == together[rows]).all(), rows
+@np.errstate(over="ignore", invalid="ignore")
+def test_extremes(isa: str, kind: MatrixKind) -> None:
+    source, x = extreme_rows(kind, 512), extreme_inputs(512)
+    matrix = packed(kind, source, 512)
+    is_int8 = kind is MatrixKind.INT8
+    expected = int8_oracle(source, x) if is_int8 else blocks_oracle(kind, source, x)
+    found = ops.linear(torch.from_numpy(x), matrix).numpy()
+    is_nan = np.isnan(expected)  # of the difference of two infinities
+    assert ((bits(found) == bits(expected)) | (is_nan & np.isnan(found))).all()
+    if not is_int8:
+        assert (bits(dense(matrix)) == bits(dequantised(kind, source))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_its_own(isa: str, kind: MatrixKind) -> None:
+    """Whatever others there are, wherever it lies, however many threads share the work."""
+    matrix, _, oracle = case(kind, 37, 256, seed=3)
+    x, residual, bias = inputs(131, 259, 4)[:, :256], inputs(131, 42, 5)[:, :37], torch.randn(37)
+    expected = bits((oracle(x.contiguous().numpy()) + bias.numpy()) + residual.numpy())
+    for count in ROW_COUNTS:
+        torch.set_num_threads(1 + count % 3)
+        rows = slice(count % (132 - count), count % (132 - count) + count)
+        out = torch.full((count, 38), torch.nan)[:, :-1]
+        scratch = ops.row_scratch(256, count).fill_(torch.nan)
+        ops.linear(x[rows], matrix, bias, residual[rows], out, scratch)
+        assert (bits(out) == expected[rows]).all(), count
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_beyond_the_tensors_is_touched(isa: str, kind: MatrixKind, at_end: bool) -> None:
+    for outputs, width in [(1, 32), (21, 96)] if kind.name[-1] != "K" else [(21, 256)]:
+        width += 15 if kind is MatrixKind.INT8 else 0
+        is_int8 = kind is MatrixKind.INT8
+        source = inputs(outputs, width, 1) if is_int8 else file_rows(kind, outputs, width, 1)
+        expected = packed(kind, source, width)
+        values = guarded(torch.zeros_like(expected.values), at_end)
+        matrix = PackedMatrix(values, kind, outputs, width)
+        assert matrix_pack(guarded(torch.as_tensor(source), at_end), matrix)
+        assert torch.equal(values, expected.values)
+        weights = guarded(torch.zeros(outputs, width), at_end)
+        tokens = torch.arange(outputs, dtype=torch.int32)
+        assert torch.equal(ops.embed(tokens, matrix, weights), dense(expected))
+        x, bias, residual, out, scratch = (
+            guarded(t, at_end)
+            for t in (
+                inputs(3, width, 2),
+                torch.ones(outputs),
+                torch.ones(3, outputs),
+                torch.zeros(3, outputs),
+                ops.row_scratch(width, 3),
+            )
+        )
+        ops.linear(x, matrix, bias, residual, out, scratch)
+        assert torch.equal(out, ops.linear(x, expected, bias, residual))
+
+
+def test_nothing_is_written_where_nobody_is_open(isa: str) -> None:
+    matrix, _, _ = case(MatrixKind.Q4_0, 20, 64, seed=3)
+    out = torch.full((3, 20), torch.nan)
+    ops.linear(inputs(3, 64, 1), matrix, out=out, is_open=torch.zeros(2, dtype=torch.int32))
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("kind", list(BLOCK))
