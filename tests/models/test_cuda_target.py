@@ -233,7 +233,7 @@ def test_a_gpu_that_is_lost_in_the_midst(
 
 SETTINGS: Mapping[str, SamplingParams] = {
     "greedy": SamplingParams(max_new_tokens=9, ignore_eos=True),
-    "seed": SamplingParams(max_new_tokens=9, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True),
+    "seed": SamplingParams(max_new_tokens=6, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True),
 }
 
 

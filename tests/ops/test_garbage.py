@@ -38,8 +38,8 @@ def attacked(*arguments: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    """Of 600 calls of each kernel on the CPU and 48 under the shim."""
-    return attacked("--cpu", "600", "--simt", "48", *KERNELS, "planted")
+    """Of 300 calls of each kernel on the CPU and 24 under the shim."""
+    return attacked("--cpu", "300", "--simt", "24", *KERNELS, "planted")
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -57,7 +57,13 @@ def test_trains_and_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=() if arch in ("fspad", "eagle2") else pytest.mark.slow)
+        for arch in ARCHS
+    ],
+)
 def test_serves(data: Path, tmp_path: Path, arch: str) -> None:
     assert run(data, tmp_path, "--arch", arch, "--max-steps", "1", "--no-tensorboard") == 0
     sampling = SamplingParams(max_new_tokens=12)
