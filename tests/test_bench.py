@@ -96,8 +96,8 @@ def run(
 
 
 def test_a_command() -> None:
-    result = as_a_command("bench_history_append")
-    assert result["command"].startswith("python -m bench.bench_history_append --quick")
+    result = as_a_command("bench_matrix_pack")
+    assert result["command"].startswith("python -m bench.bench_matrix_pack --quick")
 
 
 @pytest.mark.parametrize("name", KERNELS)

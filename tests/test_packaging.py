@@ -49,6 +49,7 @@ import specrt
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 print(json.dumps([min(wall, cpu), "transformers" in sys.modules]))
 """
+
     def seconds() -> float:
         taken, has_transformers = json.loads(run_python(code))
         assert not has_transformers
