@@ -18,12 +18,15 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit, marked ``+`` when tracked files differ from it.
+    """What ``$SPECRT_COMMIT`` says, as a copy of the files may lie in another history; else the
+    commit that git knows, marked ``+`` when tracked files differ from it.
 
-    Where git knows of none (a copy of the files alone, or someone else's checkout) it is what
-    ``$SPECRT_COMMIT`` says, else that of the package which was brought along
-    (``bench.gpu_check.package``), and said so: files may have changed since. Else None.
+    Where git knows of none (a copy of the files alone, or someone else's checkout) it is that of
+    the package which was brought along (``bench.gpu_check.package``), and said so: files may have
+    changed since. Else None.
     """
+    if asked := os.environ.get("SPECRT_COMMIT"):
+        return asked
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
@@ -35,8 +38,7 @@ def git_commit() -> str | None:
             "+" if git("status", "--porcelain", "--untracked-files=no") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        asked = os.environ.get("SPECRT_COMMIT")
-        return asked or packed_commit(here.parent / "build/gpu-package/manifest.json")
+        return packed_commit(here.parent / "build/gpu-package/manifest.json")
 
 
 def packed_commit(manifest: Path) -> str | None:

@@ -21,7 +21,7 @@ from specrt.models.arena import ALIGNMENT
 from specrt.models.gate_up import ROWS_IN_TURN
 from specrt.models.layouts import layer_matrices
 from specrt.models.loader import LayerWeights, Weights
-from specrt.ops import MatrixKind, PackedMatrix
+from specrt.ops import MatrixKind
 
 DEVIATION = 0.02
 """Of the weights: what models of this family begin their training with."""
@@ -111,12 +111,8 @@ def packed(weights: Weights, kind: MatrixKind) -> Weights:
     """The same on the CPU with packed matrices, in memory of their own; embedding and head stay."""
 
     def one(layer: LayerWeights) -> LayerWeights:
-        changed = {}
-        for name in ("qkv", "o", "gate_up", "down"):
-            rows = getattr(layer, name)
-            changed[name] = PackedMatrix.empty(kind, *rows.shape)
-            ops.matrix_pack(rows, changed[name])
-        return replace(layer, **changed)
+        names = "qkv", "o", "gate_up", "down"
+        return replace(layer, **{n: ops.pack_matrix(getattr(layer, n), kind) for n in names})
 
     return replace(weights, layers=tuple(map(one, weights.layers)))
 

@@ -12,7 +12,7 @@ from bench.random_blocks import BLOCKS, random_rows
 from specrt import ops
 from specrt.device import Device
 from specrt.models.float8 import float8_matrix
-from specrt.ops import Matrix, MatrixKind, PackedMatrix
+from specrt.ops import Matrix, MatrixKind
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,8 @@ def _packed(kind: MatrixKind, matrix: torch.Tensor) -> Matrix:
     block = BLOCKS.get(kind.name.lower())
     if block is not None and matrix.shape[1] % block.num_weights:
         kind, block = MatrixKind.Q8_0, BLOCKS["q8_0"]
-    packed = PackedMatrix.empty(kind, *matrix.shape)
     source = random_rows(kind.name.lower(), *matrix.shape, seed=0) if block else matrix
-    ops.matrix_pack(torch.as_tensor(source), packed)
-    return packed
+    return ops.pack_matrix(torch.as_tensor(source), kind, matrix.shape[1])
 
 
 def _kind(kind: MatrixKind) -> Kind:

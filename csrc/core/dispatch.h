@@ -43,28 +43,7 @@ using CudaFn = void (*)(const void* params, CudaStream stream);
     inline PartFn fn##_for(Isa isa) {                                                          \
         return isa >= Isa::kAvx512 ? avx512::fn : isa == Isa::kAvx2 ? avx2::fn : portable::fn; \
     }
-// Of a kernel that is compiled for kAvx512Vnni too.
-#define SPECRT_DECLARE_CPU_VNNI(fn)                     \
-    namespace portable {                                \
-    void fn(const void*, int, int);                     \
-    }                                                   \
-    namespace avx2 {                                    \
-    void fn(const void*, int, int);                     \
-    }                                                   \
-    namespace avx512 {                                  \
-    void fn(const void*, int, int);                     \
-    }                                                   \
-    namespace avx512vnni {                              \
-    void fn(const void*, int, int);                     \
-    }                                                   \
-    inline PartFn fn##_for(Isa isa) {                   \
-        return isa >= Isa::kAvx512Vnni ? avx512vnni::fn \
-               : isa >= Isa::kAvx512   ? avx512::fn     \
-               : isa == Isa::kAvx2     ? avx2::fn       \
-                                       : portable::fn;  \
-    }
 #else
-#define SPECRT_DECLARE_CPU_VNNI SPECRT_DECLARE_CPU
 #define SPECRT_DECLARE_CPU(fn)      \
     namespace portable {            \
     void fn(const void*, int, int); \

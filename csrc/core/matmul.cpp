@@ -14,17 +14,26 @@ namespace {
 constexpr int64_t kPartValues = 2048;
 constexpr int64_t kPanelStrips = 2;  // of the widest kernels, which halve none
 
-struct TileProduct {
-    PartFn split, multiply;
+// What is made of the rows of x first, and what multiplies them.
+struct Product {
+    PartFn prepare, multiply;
 };
 
-TileProduct tile_product(Isa isa) {
+Product tile_product(Isa isa) {
 #if defined(SPECRT_X86)
     if (isa == Isa::kAmx) return {amx::matmul_tiles_split, amx::matmul_tiles_part};
     if (isa == Isa::kAvx512Bf16)
         return {avx512bf16::matmul_tiles_split, avx512bf16::matmul_tiles_part};
 #endif
     return {matmul_tiles_split_for(isa), matmul_tiles_part_for(isa)};
+}
+
+Product block_product(Isa isa) {
+#if defined(SPECRT_X86)
+    if (isa >= Isa::kAvx512Vnni)
+        return {avx512vnni::round_rows_part, avx512vnni::matmul_blocks_part};
+#endif
+    return {round_rows_part_for(isa), matmul_blocks_part_for(isa)};
 }
 
 // A lone row waits for memory whatever multiplies, and vectors need no launch to split it first.
@@ -36,21 +45,21 @@ Isa isa_of_lone_row() {
 
 void matmul_tiles(const MatmulParams& p, std::vector<Launch>* launches) {
     const bool is_lone = p.num_rows == 1;
-    const TileProduct product = tile_product(is_lone ? isa_of_lone_row() : active_isa());
+    const Product product = tile_product(is_lone ? isa_of_lone_row() : active_isa());
     if (!is_lone)
-        launches->push_back(make_launch(product.split, p, 1 + p.num_rows * p.depth / kPartValues));
+        launches->push_back(
+            make_launch(product.prepare, p, 1 + p.num_rows * p.depth / kPartValues));
     const int64_t panels = divide_up(p.num_outputs, kPanelStrips * kStripOutputs);
     const int64_t bytes = kPanelStrips * strip_bytes(p.format, p.depth);
     launches->push_back(make_launch(product.multiply, p, split_strips(panels, bytes, p.num_rows)));
 }
 
 void matmul_blocks(const MatmulParams& p, std::vector<Launch>* launches) {
-    const Isa isa = active_isa();
-    const int64_t row_parts = 1 + p.num_rows * p.depth / kPartValues;
-    launches->push_back(make_launch(round_rows_part_for(isa), p, row_parts));
+    const Product product = block_product(active_isa());
+    launches->push_back(make_launch(product.prepare, p, 1 + p.num_rows * p.depth / kPartValues));
     const int64_t strips = divide_up(p.num_outputs, kStripOutputs);
     const Split split = split_strips(strips, strip_bytes(p.format, p.depth), p.num_rows);
-    launches->push_back(make_launch(matmul_blocks_part_for(isa), p, split));
+    launches->push_back(make_launch(product.multiply, p, split));
 }
 
 }  // namespace

@@ -30,9 +30,14 @@ SPECRT_DECLARE_CPU(matmul_part)
 // Products by packed bfloat16, and what they need of the rows of x first: both of one set.
 SPECRT_DECLARE_CPU(matmul_tiles_split)
 SPECRT_DECLARE_CPU(matmul_tiles_part)
-SPECRT_DECLARE_CPU_VNNI(round_rows_part)
-SPECRT_DECLARE_CPU_VNNI(matmul_blocks_part)
+// The same of blocks.
+SPECRT_DECLARE_CPU(round_rows_part)
+SPECRT_DECLARE_CPU(matmul_blocks_part)
 #if defined(SPECRT_X86)
+namespace avx512vnni {
+void round_rows_part(const void*, int, int);
+void matmul_blocks_part(const void*, int, int);
+}  // namespace avx512vnni
 namespace avx512bf16 {
 void matmul_tiles_split(const void*, int, int);
 void matmul_tiles_part(const void*, int, int);

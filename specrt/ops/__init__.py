@@ -21,7 +21,7 @@ from specrt.ops.linear import (
     row_scratch,
 )
 from specrt.ops.matrix import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
-from specrt.ops.matrix_pack import matrix_pack
+from specrt.ops.matrix_pack import matrix_pack, pack_matrix
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
@@ -67,6 +67,7 @@ __all__ = [
     "linear",
     "linear_workspace",
     "matrix_pack",
+    "pack_matrix",
     "prompt_lookup",
     "recycle_learn",
     "recycle_learn_workspace",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specrt import _C
-from specrt.ops.matrix import PackedMatrix, layout_of
+from specrt.ops.matrix import MatrixKind, PackedMatrix, layout_of
 from specrt.ops.registry import register
 
 register(
@@ -34,3 +34,21 @@ def matrix_pack(source: torch.Tensor, matrix: PackedMatrix, first_row: int = 0) 
     is_bad = torch.zeros(1, dtype=torch.int32)
     _C.matrix_pack(source, matrix.values, is_bad, layout_of(matrix), first_row)
     return not is_bad.item()
+
+
+def pack_matrix(
+    source: torch.Tensor, kind: MatrixKind, num_inputs: int | None = None
+) -> PackedMatrix:
+    """A packed matrix of rows, in memory of its own.
+
+    Args:
+        source: ``[N, ...]``, as of :func:`matrix_pack`; what is not finite stays so.
+        kind: of the matrix.
+        num_inputs: K; None: a row's values.
+
+    Raises:
+        ValueError: as of :func:`matrix_pack`.
+    """
+    matrix = PackedMatrix.empty(kind, len(source), num_inputs or source.shape[1])
+    matrix_pack(source, matrix)
+    return matrix

@@ -248,8 +248,7 @@ def packed(weights: DraftWeights, packing: Packing) -> DraftWeights:
             continue
         form = packing.of_drafters().form_of(matrix.dtype)
         if isinstance(form, MatrixKind):
-            changed[name] = PackedMatrix.empty(form, *matrix.shape)
-            ops.matrix_pack(matrix, changed[name])
+            changed[name] = ops.pack_matrix(matrix, form)
     return DraftWeights(**changed)
 
 
