@@ -11,12 +11,15 @@ from specrt.config.directory import (
     read_json,
 )
 from specrt.config.foreign import foreign_files, foreign_tensors
+from specrt.config.form import Form, LayerKind
 from specrt.config.generation import GenerationDefaults
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
 
 __all__ = [
     "FLOAT8_FORMAT",
+    "Form",
     "GenerationDefaults",
+    "LayerKind",
     "ModelConfig",
     "check_file",
     "checkpoint_directory",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from specrt.config.directory import config_file, gguf_path, read_json
 from specrt.config.families import ARCHITECTURES, DEFAULTS
 from specrt.config.foreign import foreign_files
+from specrt.config.form import Form
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.gguf import read_gguf_settings
 from specrt.config.gguf_header import GgufHeader, read_gguf_header
@@ -74,6 +75,8 @@ class ModelConfig:
     """What the checkpoint says its weights are; float32 where it does not say."""
     float8_scale_suffix: str | None = None
     """Set when matrices are stored as float8 beside a scale whose key ends so."""
+    form: Form = field(default_factory=Form)
+    """What the family does where families differ."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What applies where a request says nothing, and how the authors would sample."""
 
@@ -151,6 +154,10 @@ def config_fingerprint(config: ModelConfig) -> str:
     apart = {"bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation"}
     content = {name: value for name, value in vars(config).items() if name not in apart}
     content["rope_scaling"] = dict(config.rope_scaling) if config.rope_scaling else None
+    # Of a Llama it says nothing, so that drafters made before there were others still fit.
+    form = content.pop("form")
+    if form != Form():
+        content["form"] = asdict(form)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

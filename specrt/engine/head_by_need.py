@@ -42,7 +42,6 @@ class HeadByNeed:
         self._cost = RoundCost()  # of a pass over the head, by rows
         self._num_passes = 2.0  # of a round, in the mean
         self._num_rounds = 0
-        self._rows = torch.empty(0, target.config.hidden_size)
         self._logits = torch.empty(0, target.config.vocab_size)
 
     def takes(self, tree: DraftTree, taps: Sequence[str]) -> bool:

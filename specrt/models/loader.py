@@ -44,30 +44,39 @@ class LayerWeights:
     H hidden size, I intermediate size, d head size, Q query heads, K key-value heads.
     """
 
-    input_norm: torch.Tensor
-    """``[H]``"""
+    input_norm: torch.Tensor | None
+    """``[H]``: the norm before attention; None where nothing is normed before."""
     qkv: Matrix
     """``[(Q + 2K) * d, H]``: the rows of q, then k, then v."""
     qkv_bias: torch.Tensor | None
     """``[(Q + 2K) * d]``"""
     q_norm: torch.Tensor | None
-    """``[d]``"""
+    """``[d]``, or ``[Q * d]`` (:attr:`~specrt.config.Form.is_qk_norm_full`)"""
     k_norm: torch.Tensor | None
-    """``[d]``"""
+    """``[d]``, or ``[K * d]``"""
     o: Matrix
     """``[H, Q * d]``"""
     o_bias: torch.Tensor | None
     """``[H]``"""
-    post_norm: torch.Tensor
-    """``[H]``: the norm before the MLP."""
+    post_norm: torch.Tensor | None
+    """``[H]``: the norm before the MLP; None where it has none of its own."""
     gate_up: Matrix
-    """``[2I, H]``: the rows of gate, then up; or interleaved (:attr:`Weights.is_interleaved`)."""
+    """``[2I, H]``: the rows of gate, then up; or interleaved (:attr:`Weights.is_interleaved`).
+    ``[I, H]`` of an MLP that is not gated."""
     gate_up_bias: torch.Tensor | None
-    """``[2I]``"""
+    """``[2I]`` or ``[I]``"""
     down: Matrix
     """``[H, I]``"""
     down_bias: torch.Tensor | None
     """``[H]``"""
+    input_norm_bias: torch.Tensor | None = None
+    """``[H]``"""
+    post_norm_bias: torch.Tensor | None = None
+    """``[H]``"""
+    attended_norm: torch.Tensor | None = None
+    """``[H]``: of what attention gives, before it is added."""
+    mlp_norm: torch.Tensor | None = None
+    """``[H]``: of what the MLP gives, before it is added."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,12 @@ class Weights:
     """What was asked for; what it came to, each matrix says."""
     is_interleaved: bool = False
     """Whether rows of gate and up lie in turn (:mod:`specrt.models.gate_up`), as on a GPU."""
+    final_norm_bias: torch.Tensor | None = None
+    """``[H]`` float32"""
+    head_bias: torch.Tensor | None = None
+    """``[V]`` float32"""
+    positions: torch.Tensor | None = None
+    """``[P, H]`` of ``dtype``: the table of learned positions."""
 
     @property
     def matrices(self) -> list[torch.Tensor | PackedMatrix]:
