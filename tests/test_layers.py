@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "json_lines", "option_hints", "reuse"},
     {"ops"},
     {"device"},
-    {"sampling"},
+    {"sampling", "pages"},
     {"cache", "tree", "accept"},
     {"models"},
     {"draft"},

@@ -156,8 +156,8 @@ class Decoder:
         """Append a layer's keys and values of ``hidden [B * N, H]``, and nothing more."""
         heads = self._project(index, hidden, rows, is_open)
         ops.rope_append(
-            *heads, rows.depth, rows.kv_len, rows.first_node, rows.num_nodes, rows.block_table,
-            self._cos_sin, *cache.layer(index),
+            *heads, rows.depth, rows.kv_len, rows.first_node, rows.num_nodes,
+            rows.block_tables[cache.group_of(index)], self._cos_sin, *cache.layer(index),
         )  # fmt: skip
 
     def launch_rest(
@@ -231,7 +231,7 @@ class Decoder:
         ops.tree_attention(
             heads.q,
             *cache.layer(index),
-            rows.block_table,
+            rows.block_tables[cache.group_of(index)],
             rows.kv_len,
             rows.first_node,
             rows.num_nodes,

@@ -86,8 +86,8 @@ class StepRows:
     """``[B]`` int32: the tree node that the first row is."""
     kv_len: torch.Tensor
     """``[B]`` int32"""
-    block_table: torch.Tensor
-    """``[B, max_pages]`` int32"""
+    block_tables: tuple[torch.Tensor, ...]
+    """``[B, max_pages]`` int32 for each group of layers (:meth:`specrt.cache.KVCache.group_of`)."""
     is_chained: bool = False
     """Whether the B are one sequence, each going on where the one before it ends: then all keys and
     values are in the cache before any row looks there."""
@@ -101,8 +101,8 @@ class Tables(Protocol):
         """``[B]`` int32"""
 
     @property
-    def block_table(self) -> torch.Tensor:
-        """``[B, max_pages]`` int32"""
+    def block_tables(self) -> tuple[torch.Tensor, ...]:
+        """``[B, max_pages]`` int32, of each group of layers."""
 
 
 class Step:
@@ -112,21 +112,24 @@ class Step:
         key: its sizes.
         output: what it gives, in the buffers that it writes.
         device: where it runs.
+        num_groups: of layers, each of which has a table.
     """
 
-    def __init__(self, key: StepKey, output: VerifyOutput, device: Device) -> None:
+    def __init__(self, key: StepKey, output: VerifyOutput, device: Device, num_groups: int) -> None:
         self.output = output
         shape = key.batch, key.num_nodes
         self.tokens, depth = device.zeros(2, *shape, dtype=torch.int32)
-        counts = device.zeros(4, key.batch, dtype=torch.int32)
-        num_nodes, first_node, kv_len, self._no_first = counts
+        numbers = device.zeros(4, key.batch, dtype=torch.int32)
+        num_nodes, first_node, kv_len, self._no_first = numbers
         self._bits = device.zeros(*shape, num_words(MAX_NODES), dtype=torch.int64)
-        table = device.zeros(key.batch, key.table_width, dtype=torch.int32)
+        sizes = num_groups, key.batch, key.table_width
+        tables = device.zeros(*sizes, dtype=torch.int32).unbind()
         self.rows = StepRows(
-            depth, self._bits, num_nodes, first_node, kv_len, table, key.is_chained
+            depth, self._bits, num_nodes, first_node, kv_len, tables, key.is_chained
         )
         self._num_words = 0
-        self._copies = [self.tokens, depth, num_nodes, first_node, kv_len, table, self._bits]
+        counts = num_nodes, first_node, kv_len
+        self._copies = [self.tokens, depth, *counts, *tables, self._bits]
 
     def stage(
         self, tree: DraftTree, tables: Tables, first_node: torch.Tensor | None = None
@@ -148,7 +151,7 @@ class Step:
                 tree.num_nodes,
                 first_node,
                 tables.kv_len,
-                tables.block_table,
+                *tables.block_tables,
                 tree.ancestors,
             ],
         )

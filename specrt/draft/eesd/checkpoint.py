@@ -71,7 +71,10 @@ class ExitConfig:
                 f"exit_layer: expected 1..{target.num_layers - 1} for a target of "
                 f"{target.num_layers} layers, got {exit_layer}"
             )
-        layer = replace(target, num_layers=1, dtype=torch.bfloat16, float8_scale_suffix=None)
+        form = replace(target.form, layers=target.form.layers[-1:])
+        layer = replace(
+            target, num_layers=1, dtype=torch.bfloat16, float8_scale_suffix=None, form=form
+        )
         return cls(layer, exit_layer, name, config_fingerprint(target))
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
+from specrt.config import Form, ModelConfig, config_file, config_fingerprint, read_json
 from specrt.draft.fspad.official import HEAD, LAYER, official_flags, open_drafter
 from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
@@ -85,6 +85,7 @@ class DraftConfig:
             is_head_tied=False,
             dtype=torch.bfloat16,
             float8_scale_suffix=None,
+            form=Form(),
         )
         return cls(layer, *ARCHS[arch], None, name, config_fingerprint(target))
 
