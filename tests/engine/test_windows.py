@@ -1,0 +1,172 @@
+"""Layers that see a window: the same text in any batch, with any trees, from any start, and no more
+of their pages than the window needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+
+from specrt.config import LayerKind, ModelConfig
+from specrt.device import Device
+from specrt.draft.small_model.drafter import SmallModelDrafter
+from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
+from specrt.engine.engine import Engine
+from specrt.models.loader import Weights, load_weights
+from specrt.models.model import LlamaModel
+from specrt.models.placement import place_weights
+from specrt.sampling import SamplingParams
+from tests import windowed_attention
+from tests.checkpoints import make_checkpoint
+from tests.engine.support import RandomTreeDrafter, make_engine, texts
+from tests.engine.test_launched import OneAfterAnother, PlannedTrees
+from tests.ops.conftest import load_simt
+from tests.simulated_gpu import SimulatedGpu, call_host, only_simulated
+
+VOCAB = 97
+PAGE = 64
+MIXED, ALL = (24, None, 40), (24, 24, 24)
+LONG = [(11 * i * i + 3 * i) % VOCAB for i in range(110)]
+PROMPTS = [LONG, [3], [5, 9, 5, 9, 5] * 3, LONG[40:]]
+SIZES = {
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "dtype": torch.bfloat16,
+}
+GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
+
+
+def windowed(config: ModelConfig, windows: Sequence[int | None]) -> ModelConfig:
+    layers = tuple(LayerKind(window) for window in windows)
+    return replace(config, form=replace(config.form, layers=layers))
+
+
+@pytest.fixture(params=[MIXED, ALL], ids=["mixed", "all"])
+def model(
+    request: pytest.FixtureRequest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> LlamaModel:
+    config = ModelConfig.from_directory(checkpoint)
+    weights = load_weights(checkpoint, config, torch.float32)
+    made = LlamaModel(windowed(config, request.param), weights, Device(is_eager=True))
+    windowed_attention.stand_in(monkeypatch, made)
+    return made
+
+
+def held(engine: Engine) -> list[int]:
+    return [pool.num_held_pages for pool in engine.cache.pools]
+
+
+def say(engine: Engine, params: SamplingParams = GREEDY) -> list[list[int]]:
+    results = engine.generate(PROMPTS, params)
+    assert [result.error for result in results] == [None] * len(PROMPTS)
+    assert held(engine) == [0] * len(engine.cache.pools)
+    return texts(results)
+
+
+def test_texts_are_the_same_however_they_are_made(model: LlamaModel) -> None:
+    """One after another, in a batch, with trees, in small chunks, computed again half-way."""
+    expected = say(make_engine(model, max_batch=1))
+    full = LlamaModel(windowed(model.config, [None] * 3), model.weights, Device(is_eager=True))
+    assert say(make_engine(full)) != expected
+    answers = {tuple(p): a for p, a in zip(PROMPTS, expected, strict=True)}
+    drafter = RandomTreeDrafter(answers, VOCAB, 20, hit_rate=0.9)
+    assert say(make_engine(model, drafter, max_nodes=20)) == expected
+    assert say(make_engine(model, max_batch=3, prefill_chunk=7)) == expected
+    # Whoever came last gives its pages up, and its tokens are a prompt then.
+    short = make_engine(model, drafter, max_nodes=20, max_cached_tokens=4 * PAGE)
+    preempted = list[object]()
+    preempt = short._core._preempt
+    short._core._preempt = lambda request: (preempted.append(request), preempt(request))
+    assert say(short) == expected
+    assert preempted
+
+
+def test_a_windowed_model_drafts_too(model: LlamaModel) -> None:
+    expected = say(make_engine(model))
+    drafter = SmallModelDrafter(model, depth=3)
+    engine = make_engine(model, drafter)
+    results = engine.generate(PROMPTS, GREEDY)
+    assert texts(results) == expected
+    # It is its own small model: all that it says is taken.
+    assert min(result.stats.tau for result in results) > 3.5
+    assert drafter.cache.num_held_pages == 0
+
+
+def test_a_long_text_holds_what_its_windows_see(model: LlamaModel) -> None:
+    """Ten times as long as the window, and longer."""
+    engine = make_engine(model, max_nodes=8, prefill_chunk=128)
+    handle, most = engine.add(LONG * 3, replace(GREEDY, max_new_tokens=120)), [0] * 3
+    ends = list[object]()
+    while not engine.is_idle:
+        ends += [chunk.result for chunk in engine.step() if chunk.result is not None]
+        most = [max(pair) for pair in zip_longest(held(engine), most, fillvalue=0)]
+    assert handle is not None and len(ends) == 1
+    windows = [group.window for group in engine.cache.groups]
+    # Before the last round 448 tokens are held; a window and a round lie on two pages.
+    assert most[: len(windows)] == [7 if window is None else 2 for window in windows]
+
+
+def test_a_limit_that_only_a_window_fits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that all see a window tokens are held only while they are seen."""
+    config = ModelConfig.from_directory(checkpoint)
+    weights = load_weights(checkpoint, config, torch.float32)
+    model = LlamaModel(windowed(config, ALL), weights, Device(is_eager=True))
+    windowed_attention.stand_in(monkeypatch, model)
+    engine = make_engine(model, max_nodes=8, prefill_chunk=64, max_cached_tokens=3 * PAGE)
+    result = engine.generate(LONG * 3, GREEDY)
+    assert result.error is None and len(result.token_ids) == 40
+    assert engine.cache.pools[0].num_pages == 3
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Weights]:
+    path = tmp_path_factory.mktemp("target")
+    make_checkpoint("llama", path, **SIZES)
+    config = ModelConfig.from_directory(path)
+    return config, load_weights(path, config, torch.bfloat16)
+
+
+@pytest.fixture
+def there(
+    loaded: tuple[ModelConfig, Weights], gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> LlamaModel:
+    config, weights = loaded
+    made = LlamaModel(windowed(config, (24, None)), place_weights(weights, gpu), gpu)
+    assert isinstance(gpu, SimulatedGpu)
+    windowed_attention.stand_in(monkeypatch, made, partial(call_host, gpu, load_simt()))
+    return made
+
+
+@only_simulated
+def test_launched_rounds_a_round_late(there: LlamaModel) -> None:
+    """Pages are given back by what the host knows, which is a round old."""
+    expected = say(make_engine(there, OneAfterAnother()))
+    engine = make_engine(there)
+    assert say(engine) == expected
+    answers = {tuple(p): a for p, a in zip(PROMPTS, expected, strict=True)}
+    drafter = PlannedTrees(there, list(answers.values()), prompts=PROMPTS)
+    launched = make_engine(there, drafter, max_nodes=8, max_cached_tokens=8 * PAGE)
+    assert say(launched) == expected
+    assert drafter.plans > 10
+    # Four sequences of a window, of two rounds and a drafter's tree; a chunk of 512 tokens.
+    assert [pool.num_pages for pool in launched.cache.pools] == [8, 8]
+
+
+@only_simulated
+def test_a_small_model_runs_its_last_tokens_again(there: LlamaModel) -> None:
+    expected = say(make_engine(there))
+    drafter = DeviceSmallModelDrafter(there, depth=3)
+    results = make_engine(there, drafter).generate(PROMPTS, GREEDY)
+    assert texts(results) == expected
+    assert min(result.stats.tau for result in results) > 3
