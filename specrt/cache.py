@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import is_
 
 import torch
 
@@ -23,7 +22,7 @@ __all__ = ["SCRATCH_PAGE", "CacheBatch", "CachedSequence", "KVCache"]
 
 _UNKNOWN = -1  # of a row's length
 _NO_SIZE = -1, -1  # of tables of which there are no views
-_NO_PAGES: tuple[tuple[list[int], ...], int] = (), -1  # no sequence's
+_NO_PAGES: tuple[list[list[int]], int] = [], -1  # no sequence's
 
 
 @dataclass(eq=False)
@@ -253,9 +252,9 @@ class CacheBatch:
         elif width > widest:
             self._widen(width)
         for row, sequence in enumerate(sequences):
-            stands, count = self._pages[row]
-            if count != len(sequence.pages) or not all(map(is_, stands, sequence.tables)):
-                self._write_pages(row, sequence.tables)
+            (stands, count), tables = self._pages[row], sequence.tables
+            if count != len(tables[0]) or stands != tables:  # lists that are the same are equal
+                self._write_pages(row, tables)
             if self._lengths[row] != sequence.length and not is_ahead:
                 self._write_length(row, sequence.length)
         self.sequences = list(sequences)
@@ -289,10 +288,10 @@ class CacheBatch:
 
     def launch_move(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """What :meth:`move` is to the device; a captured round has it among its launches."""
-        pools, tables = self.cache.pools, self.block_tables
-        for number, (pool, table) in enumerate(zip(pools, tables, strict=True), 1):
-            counts = num_path, self.kv_len, self._tickets
-            ops.kv_commit(pool.kv, table, path, *counts, is_last=number == len(pools))
+        pools, counts = self.cache.pools, (num_path, self.kv_len, self._tickets)
+        for pool, table in zip(pools[1:], self.block_tables[1:], strict=True):
+            ops.kv_commit(pool.kv, table, path, *counts, is_last=False)
+        ops.kv_commit(pools[0].kv, self.block_table, path, *counts)
 
     def advance(self, counts: Sequence[int], *, is_ahead: bool = False) -> None:
         """The other half: so many rows of each sequence were moved.
@@ -337,7 +336,7 @@ class CacheBatch:
     def _write_pages(self, row: int, tables: Sequence[list[int]]) -> None:
         self._pages[row] = _NO_PAGES  # until they stand there, if an interrupt comes in between
         # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
-        width, stands = self._tables.shape[2], tuple(tables)
+        width, stands = self._tables.shape[2], list(tables)
         rows = [[*pages, *[SCRATCH_PAGE] * (width - len(pages))] for pages in stands]
         self.cache.device.upload(torch.tensor(rows, dtype=torch.int32), self._tables[:, row])
         self._pages[row] = stands, len(stands[0])

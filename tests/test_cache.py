@@ -181,6 +181,7 @@ def test_only_the_rows_that_changed_are_written(
     cache.reserve(two, 8)
     assert writes_for(three, two) == [("length", 0), ("pages", 1)]
     cache.close(two)
+    cache.open(4)
     cache.reserve(two, 8)  # as many pages, but others
     assert writes_for(three, two, three) == [("pages", 1), ("length", 2)]
     assert place == (batch.block_table.data_ptr(), batch.kv_len.data_ptr())

@@ -29,7 +29,9 @@ def window_of(model: LlamaModel, k_cache: Tensor) -> int | None:
 
 def seen_by(arguments: tuple[Any, ...], window: int) -> list[tuple[int, int, Tensor]]:
     """Of each row that counts: its sequence, its place there, and the slots that it sees."""
-    _, k_cache, _, table, kv_len, _, num_nodes, ancestors, *_ = arguments
+    _, k_cache, _, *parts = arguments
+    # (The copies are the host's.)
+    table, kv_len, _, num_nodes, ancestors = (part.clone() for part in parts[:5])
     found = []
     for b, count in enumerate(num_nodes.tolist()):
         for i in range(count):

@@ -3,6 +3,7 @@ of their pages than the window needs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,8 +15,10 @@ import torch
 
 from specrt.config import LayerKind, ModelConfig
 from specrt.device import Device
+from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
+from specrt.engine import memory
 from specrt.engine.engine import Engine
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
@@ -24,6 +27,7 @@ from specrt.sampling import SamplingParams
 from tests import windowed_attention
 from tests.checkpoints import make_checkpoint
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
+from tests.engine.test_arrivals import PLANTED, Rig, make_cases, run_all
 from tests.engine.test_launched import OneAfterAnother, PlannedTrees
 from tests.ops.conftest import load_simt
 from tests.simulated_gpu import SimulatedGpu, call_host, only_simulated
@@ -126,6 +130,36 @@ def test_a_limit_that_only_a_window_fits(checkpoint: Path, monkeypatch: pytest.M
     assert engine.cache.pools[0].num_pages == 3
 
 
+def run_windowed(checkpoint: Path, seeds: range, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Arrivals, failures and interrupts at random, on pages so small that many are given back."""
+    monkeypatch.setattr(memory, "PAGE_SIZE", 8)
+    config = ModelConfig.from_directory(checkpoint)
+    weights = load_weights(checkpoint, config, torch.float32)
+    model = LlamaModel(windowed(config, (5, None, 17)), weights, Device(is_eager=True))
+    windowed_attention.stand_in(monkeypatch, model)
+    cases = make_cases(model, 8)
+    answers = {case.prompt: case.expected.token_ids for case in cases}
+    drafters: dict[str, Drafter] = {
+        "random trees": RandomTreeDrafter(answers, VOCAB, 16, hit_rate=0.8),
+        "plain": EmptyDrafter(),
+        "small model": SmallModelDrafter(model, depth=3, width=2),
+    }
+    return run_all(Rig(model, drafters, cases), seeds, 12, monkeypatch)
+
+
+def test_arrivals_at_random(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = run_windowed(checkpoint, range(2), monkeypatch)
+    assert happened["preempted"] and happened["interrupted"] and happened["ended: length"]
+
+
+@pytest.mark.slow
+def test_arrivals_at_random_a_hundred_times(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = run_windowed(checkpoint, range(100, 200), monkeypatch)
+    assert not [name for name in PLANTED if happened[name] == 0], happened
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -156,11 +190,12 @@ def test_launched_rounds_a_round_late(there: LlamaModel) -> None:
     assert say(engine) == expected
     answers = {tuple(p): a for p, a in zip(PROMPTS, expected, strict=True)}
     drafter = PlannedTrees(there, list(answers.values()), prompts=PROMPTS)
-    launched = make_engine(there, drafter, max_nodes=8, max_cached_tokens=8 * PAGE)
+    limits = {"max_batch": 4, "max_nodes": 8, "prefill_chunk": 64}
+    launched = make_engine(there, drafter, **limits, max_cached_tokens=12 * PAGE)
     assert say(launched) == expected
     assert drafter.plans > 10
-    # Four sequences of a window, of two rounds and a drafter's tree; a chunk of 512 tokens.
-    assert [pool.num_pages for pool in launched.cache.pools] == [8, 8]
+    # A window of 24 and three trees of 8 lie on two pages at most; a chunk's is one.
+    assert [pool.num_pages for pool in launched.cache.pools] == [12, 4 * 2 + 1]
 
 
 @only_simulated
