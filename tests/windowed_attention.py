@@ -5,7 +5,7 @@ It also finds a row that would see a page which was given back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,12 +18,13 @@ from specrt.models.model import LlamaModel
 Tensor = torch.Tensor
 
 
-def window_of(model: LlamaModel, k_cache: Tensor) -> int | None:
-    """Of the layer of this model whose keys these are; None of another's."""
-    for cache in model._caches:
-        for layer in range(model.config.num_layers):
-            if cache.layer(layer)[0].data_ptr() == k_cache.data_ptr():
-                return model.config.form.layer(layer).window
+def window_of(models: Sequence[LlamaModel], k_cache: Tensor) -> int | None:
+    """Of the layer of these models whose keys these are; None of another's."""
+    for model in models:
+        for cache in model._caches:
+            for layer in range(model.config.num_layers):
+                if cache.layer(layer)[0].data_ptr() == k_cache.data_ptr():
+                    return model.config.form.layer(layer).window
     return None
 
 
@@ -61,7 +62,7 @@ def attend(arguments: tuple[Any, ...], window: int) -> int:
 
 def stand_in(
     monkeypatch: pytest.MonkeyPatch,
-    model: LlamaModel,
+    models: Sequence[LlamaModel],
     run: Callable[[Callable[[], None]], None] = lambda call: call(),
 ) -> list[int]:
     """Let layers with a window attend so, where the model does not ask for it; look after it where
@@ -69,7 +70,7 @@ def stand_in(
 
     Args:
         monkeypatch: until it is undone.
-        model: whose.
+        models: whose.
         run: runs it; where launches are captured, later.
 
     Returns:
@@ -92,7 +93,7 @@ def stand_in(
     ) -> Tensor:
         given = q, k_cache, v_cache, table, kv_len, first_node, num_nodes, ancestors, scale
         assert out is not None
-        if (window := window_of(model, k_cache)) is None:
+        if (window := window_of(models, k_cache)) is None:
             return usual(*given, out=out, **options)
         append, is_open = options.get("append"), options.get("is_open")
         if options.get("sliding_window") is not None:

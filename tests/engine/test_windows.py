@@ -13,19 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from specrt.config import LayerKind, ModelConfig
+from specrt.config import Form, LayerKind, ModelConfig
 from specrt.device import Device
-from specrt.draft.base import Drafter, EmptyDrafter
+from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
+from specrt.draft.eesd.checkpoint import ExitConfig, load_exit, read_exit
+from specrt.draft.eesd.drafter import EesdDrafter
+from specrt.draft.eesd.launched import LaunchedEesdDrafter
+from specrt.draft.eesd.model import ExitModel
 from specrt.draft.small_model.drafter import SmallModelDrafter
 from specrt.draft.small_model.on_device import DeviceSmallModelDrafter
 from specrt.engine import memory
 from specrt.engine.engine import Engine
-from specrt.models.loader import Weights, load_weights
+from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
 from tests import windowed_attention
-from tests.checkpoints import make_checkpoint
+from tests.engine.exits import COSTS, make_exit_pair
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.engine.test_arrivals import PLANTED, Rig, make_cases, run_all
 from tests.engine.test_launched import OneAfterAnother, PlannedTrees
@@ -36,9 +40,8 @@ VOCAB = 97
 PAGE = 64
 MIXED, ALL = (24, None, 40), (24, 24, 24)
 LONG = [(11 * i * i + 3 * i) % VOCAB for i in range(110)]
-PROMPTS = [LONG, [3], [5, 9, 5, 9, 5] * 3, LONG[40:]]
+PROMPTS = [LONG, [3], LONG[40:]]
 SIZES = {
-    "num_hidden_layers": 2,
     "head_dim": 64,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -60,7 +63,7 @@ def model(
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(checkpoint, config, torch.float32)
     made = LlamaModel(windowed(config, request.param), weights, Device(is_eager=True))
-    windowed_attention.stand_in(monkeypatch, made)
+    windowed_attention.stand_in(monkeypatch, [made])
     return made
 
 
@@ -123,7 +126,7 @@ def test_a_limit_that_only_a_window_fits(checkpoint: Path, monkeypatch: pytest.M
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(checkpoint, config, torch.float32)
     model = LlamaModel(windowed(config, ALL), weights, Device(is_eager=True))
-    windowed_attention.stand_in(monkeypatch, model)
+    windowed_attention.stand_in(monkeypatch, [model])
     engine = make_engine(model, max_nodes=8, prefill_chunk=64, max_cached_tokens=3 * PAGE)
     result = engine.generate(LONG * 3, GREEDY)
     assert result.error is None and len(result.token_ids) == 40
@@ -136,7 +139,7 @@ def run_windowed(checkpoint: Path, seeds: range, monkeypatch: pytest.MonkeyPatch
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(checkpoint, config, torch.float32)
     model = LlamaModel(windowed(config, (5, None, 17)), weights, Device(is_eager=True))
-    windowed_attention.stand_in(monkeypatch, model)
+    windowed_attention.stand_in(monkeypatch, [model])
     cases = make_cases(model, 8)
     answers = {case.prompt: case.expected.token_ids for case in cases}
     drafters: dict[str, Drafter] = {
@@ -153,55 +156,101 @@ def test_arrivals_at_random(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_arrivals_at_random_a_hundred_times(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    happened = run_windowed(checkpoint, range(100, 200), monkeypatch)
+def test_arrivals_at_random_many_times(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = run_windowed(checkpoint, range(100, 150), monkeypatch)
     assert not [name for name in PLANTED if happened[name] == 0], happened
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
+PAIR = [LONG[:50], [3]]
+FEW = replace(GREEDY, max_new_tokens=24)
+
+
+def told(engine: Engine, params: SamplingParams = FEW) -> list[list[int]]:
+    results = engine.generate(PAIR, params)
+    assert [result.error for result in results] == [None] * len(PAIR)
+    assert held(engine) == [0] * len(engine.cache.pools)
+    return texts(results)
+
+
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Weights]:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path, **SIZES)
-    config = ModelConfig.from_directory(path)
-    return config, load_weights(path, config, torch.bfloat16)
+def exits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_exit_pair(tmp_path_factory.mktemp("exits"), **SIZES)
+
+
+def there(exits: tuple[Path, Path], gpu: Device) -> LlamaModel:
+    config = ModelConfig.from_directory(exits[0])
+    weights = place_weights(load_weights(exits[0], config, torch.bfloat16), gpu)
+    return LlamaModel(windowed(config, (24, None, None, 20)), weights, gpu)
+
+
+def exit_of(model: LlamaModel, path: Path) -> ExitModel:
+    """A windowed target's exit, whose layer sees what the target's last one does."""
+    plain = replace(model.config, form=Form())
+    config = read_exit(path, plain)
+    form = ExitConfig.for_target(model.config, config.exit_layer, name="target").layer.form
+    assert form.layers == (LayerKind(20),)
+    config = replace(config, layer=replace(config.layer, form=form))
+    return ExitModel(config, load_exit(path, config, model.weights, model.device), model)
 
 
 @pytest.fixture
-def there(
-    loaded: tuple[ModelConfig, Weights], gpu: Device, monkeypatch: pytest.MonkeyPatch
-) -> LlamaModel:
-    config, weights = loaded
-    made = LlamaModel(windowed(config, (24, None)), place_weights(weights, gpu), gpu)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PAGE_SIZE", 8)
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_drafter_runs_windowed_layers(
+    exits: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By trees in the target's own tables, and a layer of its own that sees a window."""
+    model = there(exits, Device(is_eager=True))
+    drafter = EesdDrafter(exit_of(model, exits[1]), costs=COSTS)
+    windowed_attention.stand_in(monkeypatch, [model, drafter.exit_model._layer])
+    expected = told(make_engine(model))
+    engine = make_engine(model, drafter, max_nodes=16)
+    shape = DraftParams(depth=3, top_k=2, total_tokens=7)
+    assert texts(engine.generate(PAIR, FEW, draft=shape)) == expected
+    assert told(engine) == expected
+    assert drafter.cache.groups[0].window == 20 and drafter.cache.num_held_pages == 0
+
+
+@pytest.fixture
+def on_gpu(exits: tuple[Path, Path], gpu: Device, monkeypatch: pytest.MonkeyPatch) -> ExitModel:
+    """An exit and its target there."""
     assert isinstance(gpu, SimulatedGpu)
-    windowed_attention.stand_in(monkeypatch, made, partial(call_host, gpu, load_simt()))
-    return made
+    exit_model = exit_of(there(exits, gpu), exits[1])
+    run = partial(call_host, gpu, load_simt())
+    windowed_attention.stand_in(monkeypatch, [exit_model.target, exit_model._layer], run)
+    return exit_model
 
 
 @only_simulated
-def test_launched_rounds_a_round_late(there: LlamaModel) -> None:
+@pytest.mark.usefixtures("small_pages")
+def test_launched_rounds_a_round_late(on_gpu: ExitModel) -> None:
     """Pages are given back by what the host knows, which is a round old."""
-    expected = say(make_engine(there, OneAfterAnother()))
-    engine = make_engine(there)
-    assert say(engine) == expected
-    answers = {tuple(p): a for p, a in zip(PROMPTS, expected, strict=True)}
-    drafter = PlannedTrees(there, list(answers.values()), prompts=PROMPTS)
-    limits = {"max_batch": 4, "max_nodes": 8, "prefill_chunk": 64}
-    launched = make_engine(there, drafter, **limits, max_cached_tokens=12 * PAGE)
-    assert say(launched) == expected
-    assert drafter.plans > 10
-    # A window of 24 and three trees of 8 lie on two pages at most; a chunk's is one.
-    assert [pool.num_pages for pool in launched.cache.pools] == [12, 4 * 2 + 1]
+    model, params = on_gpu.target, replace(FEW, max_new_tokens=14)
+    expected = told(make_engine(model, OneAfterAnother()), params)
+    limits = {"max_batch": 2, "max_nodes": 8, "prefill_chunk": 64}
+    drafter = PlannedTrees(model, expected, prompts=PAIR)
+    engine = make_engine(model, drafter, **limits, max_cached_tokens=240)
+    assert told(engine, params) == expected
+    assert drafter.plans > 3
+    # A window and three trees of 8 lie on so many pages of 8 at most; a chunk's are 8.
+    assert [pool.num_pages for pool in engine.cache.pools] == [30, 2 * 7 + 8, 2 * 7 + 8]
 
 
+@pytest.mark.slow
 @only_simulated
-def test_a_small_model_runs_its_last_tokens_again(there: LlamaModel) -> None:
-    expected = say(make_engine(there))
-    drafter = DeviceSmallModelDrafter(there, depth=3)
-    results = make_engine(there, drafter).generate(PROMPTS, GREEDY)
+@pytest.mark.usefixtures("small_pages")
+def test_launched_drafters_of_windowed_layers(on_gpu: ExitModel) -> None:
+    expected = told(make_engine(on_gpu.target))
+    drafter = LaunchedEesdDrafter(on_gpu, costs=COSTS)
+    assert told(make_engine(on_gpu.target, drafter, max_nodes=8)) == expected
+    small = DeviceSmallModelDrafter(on_gpu.target, depth=3)
+    results = make_engine(on_gpu.target, small).generate(PAIR, FEW)
     assert texts(results) == expected
+    # It is its own small model, which runs its last tokens again to the same bits.
     assert min(result.stats.tau for result in results) > 3
