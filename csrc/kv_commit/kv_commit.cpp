@@ -3,8 +3,8 @@
 namespace specrt {
 
 KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const TensorView& path,
-                   const TensorView& num_path, const TensorView& kv_len,
-                   const TensorView& tickets, bool is_last) {
+                   const TensorView& num_path, const TensorView& kv_len, const TensorView& tickets,
+                   bool is_last) {
     expect_float(kv);
     expect(kv, kv.dtype, "[L, 2, P, page_size, Hkv, d]", -1, 2, -1, -1, -1, -1);
     expect_contiguous(kv);

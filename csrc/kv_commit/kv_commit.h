@@ -1,6 +1,6 @@
-// Accepted rows into place, in every layer, then, of the last cache, the lengths: no part may see a new length while
-// another still moves rows by the old one. So two launches on the CPU; on a GPU one, whose last
-// block of a sequence to come knows that all others have read the old length.
+// Accepted rows into place, in every layer, then, of the last cache, the lengths: no part may see a
+// new length while another still moves rows by the old one. So two launches on the CPU; on a GPU
+// one, whose last block of a sequence to come knows that all others have read the old length.
 #pragma once
 #include "core/dispatch.h"
 #include "core/paged.h"
