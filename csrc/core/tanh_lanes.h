@@ -1,0 +1,20 @@
+// tanh_of of core/tanh.h, sixteen at a time: the very bits.
+#pragma once
+#include "core/simd.h"
+#include "core/tanh.h"
+
+namespace specrt::SPECRT_ISA {
+
+inline V16 tanh(V16 x) {
+    const V16 x2 = mul(x, x);
+    V16 series = fma(splat(kTanhSeries[0]), x2, splat(kTanhSeries[1]));
+    for (int i = 2; i < 5; ++i) series = fma(series, x2, splat(kTanhSeries[i]));
+    const V16 small = fma(mul(x, x2), series, x);
+    const V16 rest = div(splat(2.0f), add(exp(mul(splat(2.0f), x)), splat(1.0f)));
+    const V16 large = sub(splat(1.0f), rest);
+    // One of the two is zero: the second number is the one before the first.
+    return add(zero_where_less(large, x2, splat(kTanhSeriesEnd)),
+               zero_where_less(small, splat(0x1.8ffffep-2f), x2));
+}
+
+}  // namespace specrt::SPECRT_ISA
