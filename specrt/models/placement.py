@@ -242,7 +242,8 @@ def place_weights(weights: Weights, device: Device) -> Weights:
 
     lm_head = matrix(weights.lm_head)
     names = "final_norm", "final_norm_bias", "head_bias", "positions"
-    outer: dict[str, Any] = {name: getattr(weights, name) for name in names}
+    there = {name: getattr(weights, name) for name in names}
+    outer: dict[str, Any] = {name: vector(t) for name, t in there.items() if t is not None}
     return replace(
         weights,
         arena=arena,
@@ -250,5 +251,5 @@ def place_weights(weights: Weights, device: Device) -> Weights:
         layers=tuple(map(layer, weights.layers)),
         lm_head=lm_head,
         is_interleaved=is_interleaved,
-        **{name: vector(tensor) for name, tensor in outer.items() if tensor is not None},
+        **outer,
     )
