@@ -8,15 +8,9 @@ from __future__ import annotations
 import torch
 
 from specrt import ops
-from specrt.config import ModelConfig
 
 ROWS_IN_TURN = 8
 """Of gate, and then of up, where they are interleaved: what one thread of ``linear`` holds."""
-
-
-def may_interleave(config: ModelConfig) -> bool:
-    """Whether a GPU takes gate and up of a model in turn: its gated product is silu's."""
-    return config.form.is_gated and config.form.activation == "silu"
 
 
 def interleaved(gate_up: torch.Tensor) -> torch.Tensor:

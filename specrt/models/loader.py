@@ -22,7 +22,6 @@ from specrt.models.arena import Arena
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.families import EMBED, HEAD, HEAD_BIAS, POSITIONS
 from specrt.models.filling import Part, Pieces, parts_of, write_rows
-from specrt.models.gate_up import may_interleave
 from specrt.models.gguf_checkpoint import open_checkpoint
 from specrt.models.heads import HeadLayout
 from specrt.models.layouts import (
@@ -240,7 +239,7 @@ class _Loader:
             layers.append(self._layer(f"model.layers.{index}."))
             advance()
         embed, lm_head = self._tables or self.own_tables()
-        outer = self._outer()
+        form, outer = self._config.form, self._outer()
         self._checkpoint.release()
         advance()
         return Weights(
@@ -250,7 +249,7 @@ class _Loader:
             lm_head=lm_head,
             dtype=self._dtype,
             packing=self._packing,
-            may_interleave=may_interleave(self._config),
+            may_interleave=form.is_gated and form.activation == "silu",
             **outer,
         )
 
