@@ -160,8 +160,7 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
     Raises:
         CheckpointError: a file is missing or corrupt.
     """
-    checkpoint = Checkpoint(path)
-    use_standard_names(checkpoint, is_head_tied=target.is_head_tied)
+    checkpoint = use_standard_names(Checkpoint(path), target)
 
     def read(key: str) -> torch.Tensor:
         tensor = checkpoint.tensor(key).float()
