@@ -14,9 +14,9 @@ void register_embed(py::module_& m) {
         submit_released(embed({device_view_of(tokens, "tokens"), device_view_of(table, "table"),
                                device_view_of(out, "out"), device_view_of(ids, "ids", true),
                                device_view_of(is_open, "is_open", true), layout, scale,
-                               device_view_of(positions, "positions.table", true),
-                               device_view_of(depth, "positions.depth", is_plain),
-                               device_view_of(kv_len, "positions.kv_len", is_plain), offset}));
+                               device_view_of(positions, "positions", true),
+                               device_view_of(depth, "depth", is_plain),
+                               device_view_of(kv_len, "kv_len", is_plain), offset}));
     });
 }
 

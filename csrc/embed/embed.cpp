@@ -31,13 +31,13 @@ PositionRows position_rows(const EmbedArgs& a, int64_t rows, int64_t width) {
     expect(a.positions, a.positions.dtype, "[P, H]", -1, width);
     expect(a.depth, DType::kInt32, "[B, N]", -1, -1);
     const int64_t batch = a.depth.shape[0], num_nodes = a.depth.shape[1];
-    SPECRT_CHECK(batch * num_nodes == rows, "positions.depth: expected [B, N] of ", rows,
+    SPECRT_CHECK(batch * num_nodes == rows, "depth: expected [B, N] of ", rows,
                  " as tokens has, got ", a.depth.describe());
     expect(a.kv_len, DType::kInt32, "[B]", batch);
     SPECRT_CHECK(a.positions.shape[0] > 0 || rows == 0,
-                 "positions.table: expected at least one row, got ", a.positions.describe());
+                 "positions: expected at least one row, got ", a.positions.describe());
     SPECRT_CHECK(a.offset >= INT32_MIN && a.offset <= INT32_MAX,
-                 "positions.offset: expected a number of 32 bits, got ", a.offset);
+                 "offset: expected a number of 32 bits, got ", a.offset);
     return {a.positions.data,
             a.depth.as<int32_t>(),
             a.kv_len.as<int32_t>(),

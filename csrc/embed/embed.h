@@ -39,7 +39,7 @@ struct EmbedParams {
     PositionRows positions;
 };
 
-inline bool is_adjusted(const EmbedParams& p) {
+SPECRT_HD bool is_adjusted(const EmbedParams& p) {
     return p.scale != 1.0f || p.positions.table;
 }
 
