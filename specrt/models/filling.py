@@ -108,6 +108,10 @@ def write_rows(
     Raises:
         CheckpointError: values that are not finite, or not in the destination's dtype.
     """
+    stored = origin[1].dtype
+    kept = destination.kind if isinstance(destination, PackedMatrix) else None
+    if isinstance(stored, MatrixKind) and stored != kept:
+        source = block_values(source, stored, origin)
     if isinstance(destination, PackedMatrix):
         if source.dtype == torch.float64:
             source = source.float()
@@ -116,14 +120,17 @@ def write_rows(
             is_wide = kind in (MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED)
             raise _not_finite(source, torch.bfloat16 if is_wide else torch.float32, origin)
         return
-    stored = origin[1].dtype
-    if isinstance(stored, MatrixKind):
-        source = _values(source, stored, origin)
     _convert(source, destination[first_row : first_row + len(source)], origin)
 
 
-def _values(source: torch.Tensor, kind: MatrixKind, origin: tuple[str, TensorInfo]) -> torch.Tensor:
-    """``[R, K]`` float32 of a tensor's bytes in blocks."""
+def block_values(
+    source: torch.Tensor, kind: MatrixKind, origin: tuple[str, TensorInfo]
+) -> torch.Tensor:
+    """``[R, K]`` float32 of a tensor's bytes in blocks.
+
+    Raises:
+        CheckpointError: NaN or infinite scales.
+    """
     packed = PackedMatrix.empty(kind, len(source), origin[1].shape[1])
     write_rows(source, packed, 0, origin)
     return ops.embed(torch.arange(len(source), dtype=torch.int32), packed)
