@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "json_lines", "option_hints", "reuse"},
+    {"config", "json_lines", "option_hints", "reuse", "targets"},
     {"ops"},
     {"device"},
     {"sampling"},

@@ -114,6 +114,13 @@ def write_rows(
     Raises:
         CheckpointError: values that are not finite, or not in the destination's dtype.
     """
+    stored = origin[1].dtype
+    kept = destination.kind if isinstance(destination, PackedMatrix) else None
+    if isinstance(stored, MatrixKind) and stored != kept:
+        source = block_values(source, stored, origin)
+    kept = destination.kind if isinstance(destination, PackedMatrix) else None
+    if isinstance(info.dtype, MatrixKind) and info.dtype != kept:
+        source = block_values(source, info.dtype, info)
     if isinstance(destination, PackedMatrix):
         if source.dtype == torch.float64:
             source = source.float()
@@ -122,13 +129,15 @@ def write_rows(
             is_wide = kind in (MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED)
             raise _not_finite(source, torch.bfloat16 if is_wide else torch.float32, info)
         return
-    if isinstance(info.dtype, MatrixKind):
-        source = _values(source, info.dtype, info)
     _convert(source, destination[first_row : first_row + len(source)], info)
 
 
-def _values(source: torch.Tensor, kind: MatrixKind, info: TensorInfo) -> torch.Tensor:
-    """``[R, K]`` float32 of a tensor's bytes in blocks."""
+def block_values(source: torch.Tensor, kind: MatrixKind, info: TensorInfo) -> torch.Tensor:
+    """``[R, K]`` float32 of a tensor's bytes in blocks.
+
+    Raises:
+        CheckpointError: NaN or infinite scales.
+    """
     packed = PackedMatrix.empty(kind, len(source), info.shape[1])
     write_rows(source, packed, 0, info)
     return ops.embed(torch.arange(len(source), dtype=torch.int32), packed)

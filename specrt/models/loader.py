@@ -178,7 +178,7 @@ def load_weights(
             raise.
 
     Raises:
-        ValueError: ``dtype`` is another one, or weights that are quantised are to be quantised.
+        ValueError: ``dtype`` is another one.
         CheckpointError: files missing or corrupt; tensors missing, unknown, misshaped, of a wrong
             dtype, not finite, or out of ``dtype``'s range.
     """
@@ -276,12 +276,8 @@ class _Loader:
         """What a matrix becomes."""
         info, packing = self._checkpoint.infos[key], self._packing
         if isinstance(info.dtype, MatrixKind):
-            if packing.quantized is not None:
-                raise ValueError(
-                    f"quantize: expected a file whose weights are not quantised, {info.file} has "
-                    f"{info.key} in {info.dtype.name}"
-                )
-            return info.dtype if packing.keeps_blocks else packing.form_of(self._dtype)
+            stays = packing.keeps_blocks and packing.quantized is None
+            return info.dtype if stays else packing.form_of(self._dtype)
         has_own = packing.keeps_blocks and self._checkpoint.has_blocks
         if has_own and isinstance(info.dtype, torch.dtype):
             return packing.form_of(info.dtype)

@@ -8,12 +8,15 @@ from typing import Any, Protocol
 
 import torch
 
-from specrt.config import ModelConfig, checkpoint_directory
+from specrt.config import ModelConfig, checkpoint_path, gguf_path
 from specrt.device import Device
 from specrt.models.dense import dense
 from specrt.models.loader import load_weights
+from specrt.models.packing import Packing
 from specrt.models.rope import RotaryTable
 from specrt.train.features.decoder import DecoderLayer, Rows, normed
+
+_BLOCKS = Packing(keeps_blocks=True)
 
 
 class FrozenTarget(Protocol):
@@ -39,10 +42,11 @@ def load_frozen_target(
 ) -> FrozenTarget:
     """Load a target for training: by ``transformers`` on a GPU, by specrt's own loader elsewhere.
 
-    specrt's float8 storage is unknown to ``transformers`` and read by specrt on any device.
+    specrt's float8 storage is unknown to ``transformers``, and a GGUF file's blocks have more
+    exact values here: specrt reads both on any device.
 
     Args:
-        path: a local Hugging Face directory.
+        path: a local Hugging Face directory or GGUF file.
         dtype: of its weights; the checkpoint's by default.
         device: where it shall be.
         taps: increasing numbers N of layers: also give the hidden state after the first N, which
@@ -52,11 +56,12 @@ def load_frozen_target(
         CheckpointError: the checkpoint is missing, broken or of an unsupported family.
         ValueError: ``taps`` are not increasing numbers of 1..L-1.
     """
-    directory = checkpoint_directory(path)
+    directory = checkpoint_path(path)
     config = ModelConfig.from_directory(directory)
     chosen = dtype or config.dtype
     place = torch.device(device)
-    if place.type == "cpu" or config.float8_scale_suffix is not None:
+    is_ours = config.float8_scale_suffix is not None or gguf_path(directory) is not None
+    if place.type == "cpu" or is_ours:
         return PackedTarget(directory, config, chosen, place, taps)
     return TransformersTarget(directory, config, chosen, place, taps)
 
@@ -70,9 +75,9 @@ class PackedTarget:
     then agree with the engine's taps.
 
     Args:
-        path: a local Hugging Face directory.
+        path: a local Hugging Face directory or GGUF file, whose blocks stand for their values.
         config: its configuration.
-        dtype: of the weights.
+        dtype: of the weights that are not in blocks.
         device: where to compute.
         taps: as for :func:`load_frozen_target`.
     """
@@ -89,7 +94,7 @@ class PackedTarget:
         self._taps = _checked_taps(config, taps)
         self._device = Device(device)
         compute = torch.float32 if device.type == "cpu" else dtype
-        weights = load_weights(path, config, dtype)
+        weights = load_weights(path, config, dtype, packing=_BLOCKS)
         self._layers = [
             DecoderLayer(
                 config, index, layer, cache_dtype=dtype, device=self._device, compute=compute
