@@ -114,10 +114,6 @@ def write_rows(
     Raises:
         CheckpointError: values that are not finite, or not in the destination's dtype.
     """
-    stored = origin[1].dtype
-    kept = destination.kind if isinstance(destination, PackedMatrix) else None
-    if isinstance(stored, MatrixKind) and stored != kept:
-        source = block_values(source, stored, origin)
     kept = destination.kind if isinstance(destination, PackedMatrix) else None
     if isinstance(info.dtype, MatrixKind) and info.dtype != kept:
         source = block_values(source, info.dtype, info)
