@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specrt.cache import SCRATCH_PAGE
 from specrt.config import Form, LayerKind, ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
@@ -71,7 +72,14 @@ def held(engine: Engine) -> list[int]:
     return [pool.num_held_pages for pool in engine.cache.pools]
 
 
+def poison(engine: Engine) -> None:
+    """What stands where pages were given back reaches no result."""
+    for pool in engine.cache.pools:
+        pool.kv[:, :, SCRATCH_PAGE].fill_(float("nan"))
+
+
 def say(engine: Engine, params: SamplingParams = GREEDY) -> list[list[int]]:
+    poison(engine)
     results = engine.generate(PROMPTS, params)
     assert [result.error for result in results] == [None] * len(PROMPTS)
     assert held(engine) == [0] * len(engine.cache.pools)
@@ -169,6 +177,7 @@ FEW = replace(GREEDY, max_new_tokens=24)
 
 
 def told(engine: Engine, params: SamplingParams = FEW) -> list[list[int]]:
+    poison(engine)
     results = engine.generate(PAIR, params)
     assert [result.error for result in results] == [None] * len(PAIR)
     assert held(engine) == [0] * len(engine.cache.pools)
