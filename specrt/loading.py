@@ -203,7 +203,10 @@ def default_drafter(target: str | os.PathLike[str]) -> str:
 
 
 def _log_defaults(path: Path, config: ModelConfig) -> None:
-    """Say what of the model's own generation settings applies; a warning if not all of it does."""
+    """Say what of the model is not run, and what of its own generation settings applies; a warning
+    if not all of them do."""
+    for said in config.notices:
+        logging.getLogger("specrt").warning("%s: %s", path, said)
     notice = config.generation.notice()
     if notice is not None:
         level = logging.INFO if config.generation.is_complete else logging.WARNING

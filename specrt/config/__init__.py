@@ -15,7 +15,6 @@ from specrt.config.foreign import foreign_files, foreign_tensors
 from specrt.config.form import Form, LayerKind
 from specrt.config.generation import GenerationDefaults
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
-from specrt.config.wrappers import text_key
 
 __all__ = [
     "FLOAT8_FORMAT",
@@ -32,5 +31,4 @@ __all__ = [
     "foreign_tensors",
     "gguf_path",
     "read_json",
-    "text_key",
 ]

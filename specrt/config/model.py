@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specrt.config.directory import config_file, gguf_path, read_json
-from specrt.config.families import FAMILIES, why_refused
+from specrt.config.families import FAMILIES, NOT_THEIR_TEXT, why_refused
 from specrt.config.family import Family
 from specrt.config.foreign import foreign_files
 from specrt.config.form import Form
@@ -94,9 +94,6 @@ class ModelConfig:
     """What the family does where families differ."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What applies where a request says nothing, and how the authors would sample."""
-    wrapper: str | None = None
-    """The ``model_type`` of the multimodal model whose text model this is: its tensors' names have
-    a prefix (:func:`specrt.config.text_key`)."""
     notices: tuple[str, ...] = ()
     """What a user should know of how the model is run."""
 
@@ -123,7 +120,7 @@ class ModelConfig:
         generation = read_json(generation_file) if generation_file.exists() else None
         data = read_json(file)
         config = cls.from_dict(data, generation, source=str(file))
-        text = data if config.wrapper is None else text_data(data)
+        text = text_data(data)
         refuse_unknown_keys(text, str(file), FAMILIES[str(text["model_type"])].known)
         return config
 
@@ -174,7 +171,7 @@ def config_fingerprint(config: ModelConfig) -> str:
     """
     apart = {
         *("bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation"),
-        *("wrapper", "notices"),
+        "notices",
     }
     content = {name: value for name, value in vars(config).items() if name not in apart}
     content["rope_scaling"] = dict(config.rope_scaling) if config.rope_scaling else None
@@ -193,7 +190,7 @@ class _Reader:
     ) -> None:
         self.wrapper = wrapper_of(data)
         self.generation = data if generation is None else generation
-        data = data if self.wrapper is None else text_data(data)
+        data = text_data(data)
         self.data = data
         self.source = source
         is_own = generation is not None
@@ -232,8 +229,7 @@ class _Reader:
             eos_ids=self._token_ids("eos_token_id"),
             dtype=self._dtype(),
             float8_scale_suffix=self._scale_suffix(),
-            form=form_of(family, keys, rope),
-            wrapper=self.wrapper,
+            form=form_of(family, keys, rope, head_dim),
             notices=self._notices(rope),
             generation=read_generation(
                 self.generation, self.generation_source, keys.size("vocab_size")
@@ -246,6 +242,11 @@ class _Reader:
     def _family(self) -> Family:
         family = self.data.get("model_type")
         supported = ", ".join(FAMILIES)
+        if self.wrapper is not None and self.wrapper in NOT_THEIR_TEXT:
+            raise self._fail(
+                f"model_type {self.wrapper!r} is not supported: it has "
+                f"{NOT_THEIR_TEXT[self.wrapper]}"
+            )
         inside = "" if self.wrapper is None else f" (in the text_config of {self.wrapper!r})"
         if not isinstance(family, str) or family not in FAMILIES:
             reason = why_refused(family, self.data)
@@ -286,7 +287,7 @@ class _Reader:
         return read_rope(self.keys, self.family, head_dim)
 
     def _notices(self, rope: Rope) -> tuple[str, ...]:
-        wrapped = self.wrapper and f"of {self.wrapper} the text model alone ({self.model_type})"
+        wrapped = self.wrapper and f"the text model of {self.wrapper} alone ({self.model_type})"
         return tuple(filter(None, (wrapped, rope.notice)))
 
     def _token_ids(self, key: str) -> tuple[int, ...]:

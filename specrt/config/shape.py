@@ -13,8 +13,11 @@ from specrt.config.values import positive
 _LARGEST_HEAD = 256  # of any device; some take less (models/placement.py)
 
 
-def form_of(family: Family, keys: Keys, rope: Rope) -> Form:
-    """The family's form with what keys decide; a window that hides nothing is none.
+def form_of(family: Family, keys: Keys, rope: Rope, head_dim: int) -> Form:
+    """The family's form with what keys decide.
+
+    What comes to the same is the same: a window that hides nothing is none, and the usual scale of
+    attention, stated, is none.
 
     Raises:
         CheckpointError: a key is malformed, or an activation or a kind of layer is not supported.
@@ -36,7 +39,10 @@ def form_of(family: Family, keys: Keys, rope: Rope) -> Form:
         "local_rope_theta": rope.local_theta if uses_local else None,
         "layers": layers if {*layers} - {LayerKind()} else (),
     }
-    return replace(family.form, **{**settled, **family.settle(keys)})
+    settled |= family.settle(keys)
+    if settled.get("attention_scale") == head_dim**-0.5:
+        settled["attention_scale"] = None
+    return replace(family.form, **settled)
 
 
 def _activation(family: Family, keys: Keys) -> Activation:

@@ -19,6 +19,25 @@ _QWEN: dict[str, Any] = {
 _qwen_layers = by_types(
     lambda index, keys: index >= keys.size("max_window_layers"), switch="use_sliding_window"
 )
+# Three positions a token, which are one for text: the order of angles between them is no matter.
+_MROPE = {"mrope": "default"}
+_QWEN_VL = Family(
+    "Qwen2VLForConditionalGeneration",
+    {
+        **_QWEN,
+        "num_key_value_heads": 8,
+        "max_window_layers": 80,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
+    base="Qwen2VLTextModel",
+    runs_as="qwen2",
+    layers=_qwen_layers,
+    qkv_bias=True,
+    rope_types=_MROPE,
+)
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -128,6 +147,22 @@ LLAMAS: Mapping[str, Family] = {
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         has_qk_norm=True,
+    ),
+    **dict.fromkeys(["qwen2_vl_text", "qwen2_5_vl_text"], _QWEN_VL),
+    "qwen3_vl_text": Family(
+        "Qwen3VLForConditionalGeneration",
+        {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 128000,
+            "head_dim": 128,
+            "rope_theta": 5e5,
+        },
+        base="Qwen3VLTextModel",
+        runs_as="qwen3",
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        has_qk_norm=True,
+        rope_types=_MROPE,
     ),
     "internlm3": Family(
         "InternLM3ForCausalLM",

@@ -1,4 +1,4 @@
-"""Families whose norms, of root mean squares too, lie elsewhere than a Llama's or weigh otherwise."""
+"""Families whose norms lie elsewhere than a Llama's, or weigh otherwise."""
 
 from __future__ import annotations
 

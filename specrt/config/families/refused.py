@@ -34,6 +34,11 @@ _GROUPS: Mapping[str, str] = {
     "an encoder and a decoder": "t5",
 }
 _TYPES = {name: reason for reason, names in _GROUPS.items() for name in names.split()}
+NOT_THEIR_TEXT: Mapping[str, str] = {
+    "paligemma": "attention in both directions over a prompt",
+    "mllama": "layers of cross-attention",
+}
+"""Multimodal models that do not run as their text model where there is text alone."""
 # Of a model_type that nobody knows; where the key's value says yes.
 _KEYS: Mapping[str, str] = {
     "is_encoder_decoder": "an encoder and a decoder",
