@@ -136,8 +136,9 @@ def load(
         MemoryError: no room for the weights; on a GPU, for them and the least cache that is of use.
     """
     if not isinstance(target, str | os.PathLike):
-        names = " or ".join(map(repr, target_names()))
-        raise TypeError(f"target: expected a path, {names}, got {target!r}")
+        raise TypeError(
+            f"target: expected a path, {' or '.join(map(repr, target_names()))}, got {target!r}"
+        )
     if not (drafter is None or isinstance(drafter, str | os.PathLike)):
         check_drafter(drafter, "drafter")
     limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)

@@ -58,7 +58,7 @@ def run(
     """Measure and show the demo's prompts, or the one given.
 
     Args:
-        engine: whose target gets messages where it has a chat template, else texts.
+        engine: whose target gets messages, if it is one that chats.
         drafter: its name.
         prompt: in place of the demo's own.
         sampling: of all of them.
@@ -70,7 +70,7 @@ def run(
     from specrt.lab.measure import PLAIN, compare, without_drafter
 
     engines = {PLAIN: without_drafter(engine), drafter: engine}
-    is_chat = engine.tokenizer.inner.chat_template is not None
+    is_chat = target != BUILTIN and engine.tokenizer.inner.chat_template is not None
     shown = CHAT_PROMPTS if is_chat else PROMPTS
     if prompt is not None:
         shown = (("your prompt", prompt),)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specrt.cli.answers import AnswerFile, Plan, answer, digest, model_options
-from specrt.cli.engine_options import BUILTIN, load_engine, target_directory
+from specrt.cli.engine_options import load_engine, target_directory
 from specrt.cli.errors import note
 from specrt.cli.options import (
     INPUT,
@@ -24,6 +24,7 @@ from specrt.cli.options import (
     with_options,
 )
 from specrt.cli.sampling_options import MaxNewTokens
+from specrt.targets import BUILTIN
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
