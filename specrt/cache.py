@@ -7,8 +7,6 @@ that abandoning a round needs no undo.
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,40 +15,46 @@ import torch
 from specrt import ops
 from specrt.config import ModelConfig
 from specrt.device import Device
+from specrt.pages import SCRATCH_PAGE, PageGroup, PagePool, page_groups
 from specrt.reuse import power_of_two
 
-SCRATCH_PAGE = 0
-"""No sequence's: a write past a sequence's pages lands here, and never in a neighbour's."""
+__all__ = ["SCRATCH_PAGE", "CacheBatch", "CachedSequence", "KVCache"]
 
 _UNKNOWN = -1  # of a row's length
 _NO_SIZE = -1, -1  # of tables of which there are no views
-_NO_PAGES: tuple[list[int], int] = [], 0  # no sequence's
-_FIRST_PAGES = 16  # of a cache that grows for the first time
-_NO_MEMORY = RuntimeError, MemoryError, OverflowError, OSError  # torch, Python, the system
+_NO_PAGES: tuple[list[list[int]], int] = [], -1  # no sequence's
 
 
 @dataclass(eq=False)
 class CachedSequence:
     """One sequence's pages and how many of its tokens they hold."""
 
-    pages: list[int] = field(default_factory=list)
-    """In the order of their rows. The list is only ever extended; closing puts another one here."""
+    tables: list[list[int]] = field(default_factory=lambda: [[]])
+    """Of each group of layers, pages in the order of their rows, the scratch page where they were
+    given back. A list is only ever extended; giving back puts another one here."""
     length: int = 0
+
+    @property
+    def pages(self) -> list[int]:
+        """Of the first group; every group's table has as many columns."""
+        return self.tables[0]
 
 
 class KVCache:
-    """The pages of one model: ``kv [L, 2, P, page_size, Hkv, d]``, the first of them for scratch.
+    """The pages of one model, in a pool for each group of its layers (:mod:`specrt.pages`).
 
     Sequences take pages as they need them, the lowest free one first, so that memory that has been
-    touched is used again. Where there are too few, their number at least doubles; captured steps,
-    which hold the old addresses, are then stale.
+    touched is used again; what a window has passed they give back whenever they take.
 
     Args:
         config: the model's.
         dtype: of keys and values.
         page_size: tokens.
         device: where to; None: the CPU.
-        max_pages: that sequences may hold together; None: as many as there is memory for.
+        max_pages: of each group, that sequences may hold together; None: as many as there is memory
+            for.
+        num_again: rows before a sequence's length that may be run again, and so what they see is
+            kept.
 
     Raises:
         ValueError: ``max_pages`` is below 1.
@@ -64,50 +68,83 @@ class KVCache:
         *,
         device: Device | None = None,
         max_pages: int | None = None,
+        num_again: int = 0,
     ) -> None:
         if max_pages is not None and max_pages < 1:
             raise ValueError(f"max_pages: expected at least 1, got {max_pages}")
-        self.page_size = page_size
-        self.max_pages = max_pages
-        self._shape = (config.num_layers, 2, 1, page_size, config.num_kv_heads, config.head_dim)
+        self.page_size, self.num_again = page_size, num_again
         self.device = device or Device()
-        self._is_retired = False
-        self.kv = _untouched_zeros(self._shape, dtype, self.device)
-        self._returned: list[int] = []  # sorted
-        self._num_touched = 1  # pages from here on have never been a sequence's
+        self.pools = tuple(
+            PagePool(group, index, self.device, max_pages)
+            for index, group in enumerate(page_groups(config, dtype, page_size))
+        )
+        self._windowed = [pool for pool in self.pools if pool.group.window is not None]
+        self._places = {
+            layer: (group, place)
+            for group, pool in enumerate(self.pools)
+            for place, layer in enumerate(pool.group.layers)
+        }
+
+    @property
+    def groups(self) -> tuple[PageGroup, ...]:
+        """Of layers, each of which has a pool."""
+        return tuple(pool.group for pool in self.pools)
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """``[layers, 2, P, page_size, Hkv, d]``: the first group's, which has all layers where none
+        has a window."""
+        return self.pools[0].kv
+
+    @property
+    def max_pages(self) -> int | None:
+        """That sequences may hold of the first group."""
+        return self.pools[0].max_pages
 
     @property
     def num_pages(self) -> int:
-        """Pages for sequences, free ones included."""
-        return self.kv.shape[2] - 1
+        """Pages for sequences, free ones included, of all groups."""
+        return sum(pool.num_pages for pool in self.pools)
 
     @property
     def num_free_pages(self) -> int:
         """Pages no sequence holds."""
-        return len(self._returned) + self.kv.shape[2] - self._num_touched
+        return sum(pool.num_free_pages for pool in self.pools)
 
     @property
     def num_held_pages(self) -> int:
         """Pages that sequences hold."""
-        return self._num_touched - 1 - len(self._returned)
+        return sum(pool.num_held_pages for pool in self.pools)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
-        layers, two, _, rows, heads, width = self._shape
-        return layers * two * rows * heads * width * self.kv.element_size()
+        return sum(pool.group.page_bytes for pool in self.pools)
+
+    def group_of(self, layer: int) -> int:
+        """Whose tables a layer's rows are found by (:attr:`CacheBatch.block_tables`)."""
+        return self._places[layer][0]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value pages of a layer, each ``[P, page_size, Hkv, d]``."""
-        return self.kv[index, 0], self.kv[index, 1]
+        group, place = self._places[index]
+        kv = self.pools[group].kv
+        return kv[place, 0], kv[place, 1]
 
     def num_pages_for(self, num_tokens: int) -> int:
-        """Pages that hold ``num_tokens`` rows of one sequence."""
+        """Pages of a group that hold ``num_tokens`` rows of one sequence, if all are kept."""
         return -(-num_tokens // self.page_size)
 
-    def can_reserve(self, num_pages: int) -> bool:
-        """Whether ``max_pages`` lets sequences have so many more (memory is known by trying)."""
-        return self.max_pages is None or num_pages <= self.max_pages - self.num_held_pages
+    def can_hold(self, num_tokens: int, num_rows: int) -> bool:
+        """Whether ``max_pages`` lets one more sequence be so long (memory is known by trying).
+
+        Args:
+            num_tokens: it will have pages for.
+            num_rows: that are run at a time, at most.
+        """
+        return all(
+            pool.can_take(pool.group.num_pages_at_once(num_tokens, num_rows)) for pool in self.pools
+        )
 
     def open(self, num_tokens: int = 0) -> CachedSequence:
         """A new sequence, with pages for ``num_tokens`` rows.
@@ -115,7 +152,7 @@ class KVCache:
         Raises:
             MemoryError: as :meth:`reserve`.
         """
-        sequence = CachedSequence()
+        sequence = CachedSequence([[] for _ in self.pools])
         self.reserve(sequence, num_tokens)
         return sequence
 
@@ -124,101 +161,58 @@ class KVCache:
 
         Raises:
             MemoryError: ``max_pages`` or memory has no room for them; says how much was needed.
-                Sequence and cache are as they were.
+                What the sequence may still see is as it was.
             RuntimeError: the cache's memory was given back.
         """
-        num_more = self.num_pages_for(num_tokens) - len(sequence.pages)
-        if num_more <= 0:
+        num_columns = self.num_pages_for(num_tokens)
+        if num_columns <= len(sequence.pages):
             return
-        if num_more > self.num_free_pages:
-            self._grow(self.num_held_pages + num_more)
-        self._take(sequence.pages, num_more)
+        if self._windowed:
+            self.release(sequence)
+        for pool, pages in zip(self.pools, sequence.tables, strict=True):
+            pool.make_room(num_columns - len(pages))
+        # The first one last: by its columns a sequence's room is told, if an interrupt comes.
+        for pool in reversed(self.pools):
+            pool.take(sequence.tables, num_columns)
+
+    def release(self, sequence: CachedSequence) -> None:
+        """Give back what the windows of all rows that are still to be launched have passed.
+
+        Those that are under way find it as it was: who takes these pages writes them later. So it
+        does not matter how far a device is ahead of the length.
+        """
+        for pool in self._windowed:
+            pool.release(sequence.tables, sequence.length - self.num_again)
 
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages back; closed again it has none to give."""
-        free = sorted([*self._returned, *sequence.pages])
-        # Ctrl-C comes behind a call: there is none between these, and no page is lost.
-        sequence.pages, self._returned = [], free
+        for pool, pages in zip(self.pools, list(sequence.tables), strict=True):
+            pool.give_back(sequence.tables, len(pages), ())
 
-    def fix(self, num_pages: int) -> None:
-        """Have so many pages for sequences, at once and for good, or as many as there are already.
+    def fix(self, *num_pages: int) -> None:
+        """Have so many pages of each group, at once and for good, or as many as there are already.
 
         Raises:
             MemoryError: there is no room for them.
         """
-        self.max_pages = max(num_pages, self.num_pages)
-        if num_pages > self.num_pages:
-            self._grow(num_pages)
+        for pool, count in zip(self.pools, num_pages, strict=True):
+            pool.fix(count)
 
     def retire(self) -> None:
         """Give the memory back for good, if no sequence holds a page of it."""
-        if self.num_held_pages == 0 and not self._is_retired:
-            self._returned.clear()
-            self._num_touched = 1
-            self.kv = _untouched_zeros(self._shape, self.kv.dtype, self.device)
-            self.device.forget()
-            self._is_retired = True
-
-    def _take(self, pages: list[int], count: int) -> None:
-        """Add so many free pages."""
-        num_new = max(0, count - len(self._returned))
-        end = self._num_touched + num_new
-        taken = [*self._returned[:count], *range(self._num_touched, end)]
-        rest = self._returned[count:]
-        # As in `close`: the only call comes last.
-        self._returned, self._num_touched = rest, end
-        pages.extend(taken)
-
-    def _grow(self, needed: int) -> None:
-        """Make room for ``needed`` pages in all, and for more where there is memory."""
-        if self._is_retired:
-            raise RuntimeError("KV cache: expected one in use, got one whose memory was given back")
-        most = needed if self.max_pages is None else self.max_pages
-        if needed > most:
-            raise MemoryError(f"{self._no_room(needed)}: max_pages is {most}")
-        roomy = max(needed, 2 * self.num_pages, _FIRST_PAGES)
-        try:
-            grown = self._pages(roomy if self.max_pages is None else min(roomy, most))
-        except _NO_MEMORY:
-            try:
-                grown = self._pages(needed)
-            except _NO_MEMORY as error:
-                raise MemoryError(self._no_room(needed)) from error
-        touched = slice(self._num_touched)  # reading the others would cost memory
-        grown[:, :, touched] = self.kv[:, :, touched]
-        self.device.forget()  # first: an interrupt must not leave launches over what is gone
-        self.kv = grown
-
-    def _pages(self, num_pages: int) -> torch.Tensor:
-        """``kv`` with so many pages for sequences, zeros."""
-        shape = (*self._shape[:2], 1 + num_pages, *self._shape[3:])
-        return _untouched_zeros(shape, self.kv.dtype, self.device)
-
-    def _no_room(self, num_pages: int) -> str:
-        size = num_pages * self.page_bytes / 2**20
-        pages = f"{num_pages} pages of {self.page_size} tokens, {size:.0f} MiB"
-        return f"KV cache: no memory for {pages}"
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-    """Zeros that on the CPU cost no memory before they are written.
-
-    ``torch.zeros`` writes them: a cache that has grown would hold all of its pages at once.
-    """
-    if device.is_gpu:
-        return device.zeros(*shape, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+        if self.num_held_pages == 0:
+            for pool in self.pools:
+                pool.retire()
 
 
 class CacheBatch:
     """The sequences of one forward pass, as the tables the kernels read.
 
-    ``block_table [B, W]`` and ``kv_len [B]``, both int32, lie where the pages do. They are written
-    row by row where something has changed, in memory that moves only for more sequences or a larger
-    width than ever before. Lengths are also counted on the host, so that nobody waits for a GPU to
-    learn them; while a launched commit has not been heard of, the device's are ahead of them.
+    ``block_tables``, ``[B, W]`` for each group of layers, and ``kv_len [B]``, all int32, lie where
+    the pages do. They are written row by row where something has changed, in memory that moves only
+    for more sequences or a larger width than ever before. Lengths are also counted on the host, so
+    that nobody waits for a GPU to learn them; while a launched commit has not been heard of, the
+    device's are ahead of them.
 
     Args:
         cache: theirs.
@@ -258,9 +252,9 @@ class CacheBatch:
         elif width > widest:
             self._widen(width)
         for row, sequence in enumerate(sequences):
-            pages, count = self._pages[row]
-            if pages is not sequence.pages or count != len(pages):
-                self._write_pages(row, sequence.pages)
+            (stands, count), tables = self._pages[row], sequence.tables
+            if count != len(tables[0]) or stands != tables:  # lists that are the same are equal
+                self._write_pages(row, tables)
             if self._lengths[row] != sequence.length and not is_ahead:
                 self._write_length(row, sequence.length)
         self.sequences = list(sequences)
@@ -294,7 +288,10 @@ class CacheBatch:
 
     def launch_move(self, path: torch.Tensor, num_path: torch.Tensor) -> None:
         """What :meth:`move` is to the device; a captured round has it among its launches."""
-        ops.kv_commit(self.cache.kv, self.block_table, path, num_path, self.kv_len, self._tickets)
+        pools, counts = self.cache.pools, (num_path, self.kv_len, self._tickets)
+        for pool, table in zip(pools[1:], self.block_tables[1:], strict=True):
+            ops.kv_commit(pool.kv, table, path, *counts, is_last=False)
+        ops.kv_commit(pools[0].kv, self.block_table, path, *counts)
 
     def advance(self, counts: Sequence[int], *, is_ahead: bool = False) -> None:
         """The other half: so many rows of each sequence were moved.
@@ -312,35 +309,37 @@ class CacheBatch:
     def _make_tables(self, rows: int, width: int) -> None:
         """Empty ones, without views."""
         assert SCRATCH_PAGE == 0, "zeros are tables of it"
-        table = self.cache.device.zeros(rows, width, dtype=torch.int32)
+        tables = self.cache.device.zeros(len(self.cache.pools), rows, width, dtype=torch.int32)
         kv_len = self.cache.device.zeros(rows, dtype=torch.int32)
         # The CUDA kernel's, zero between launches; made here, so that committing allocates nothing.
         tickets = torch.zeros_like(kv_len)
         # All or none of them (Ctrl-C comes behind calls); the size, that views are made of them.
-        self._table, self._kv_len, self._all_tickets = table, kv_len, tickets
+        self._tables, self._kv_len, self._all_tickets = tables, kv_len, tickets
         self._capacity = rows, width  # asking a tensor takes longer than all else of an update
-        # What stands in the rows: pages (the list itself, and how many of it), and kv_len.
+        # What stands in the rows: pages (the lists themselves, and how many of them), and kv_len.
         self._pages, self._lengths, self._size = [_NO_PAGES] * rows, [0] * rows, _NO_SIZE
 
     def _widen(self, width: int) -> None:
         """More columns; lengths and tickets stay, as launches that are under way leave them."""
-        table = self.cache.device.zeros(len(self._table), width, dtype=torch.int32)
-        pages = [_NO_PAGES] * len(table)
-        self._pages, self._table, self._size = pages, table, _NO_SIZE
+        num_groups, num_rows, _ = self._tables.shape
+        tables = self.cache.device.zeros(num_groups, num_rows, width, dtype=torch.int32)
+        pages = [_NO_PAGES] * num_rows
+        self._pages, self._tables, self._size = pages, tables, _NO_SIZE
         self._capacity = len(pages), width
 
     def _set_views(self, size: int, width: int) -> None:
-        self.block_table, self.kv_len = self._table[:size, :width], self._kv_len[:size]
+        self.block_tables = self._tables[:, :size, :width].unbind()
+        self.block_table, self.kv_len = self.block_tables[0], self._kv_len[:size]
         self._tickets = self._all_tickets[:size] if self.cache.device.is_gpu else None
         self._size = size, width
 
-    def _write_pages(self, row: int, pages: list[int]) -> None:
+    def _write_pages(self, row: int, tables: Sequence[list[int]]) -> None:
         self._pages[row] = _NO_PAGES  # until they stand there, if an interrupt comes in between
         # No kernel reads past kv_len + num_nodes, where the scratch pages lie.
-        scratch = [SCRATCH_PAGE] * (self._table.shape[1] - len(pages))
-        written = torch.tensor(pages + scratch, dtype=torch.int32)
-        self.cache.device.upload(written, self._table[row])
-        self._pages[row] = pages, len(pages)
+        width, stands = self._tables.shape[2], list(tables)
+        rows = [[*pages, *[SCRATCH_PAGE] * (width - len(pages))] for pages in stands]
+        self.cache.device.upload(torch.tensor(rows, dtype=torch.int32), self._tables[:, row])
+        self._pages[row] = stands, len(stands[0])
 
     def _write_length(self, row: int, length: int) -> None:
         self._lengths[row] = _UNKNOWN

@@ -185,7 +185,7 @@ def simulated_gpu(
     monkeypatch.setattr(registry, "is_on_gpu", gpu.holds)
 
     if not has_linear:
-        stand_in(monkeypatch, gpu.holds, partial(_call_host, gpu, simt))
+        stand_in(monkeypatch, gpu.holds, partial(call_host, gpu, simt))
     for name in ("tolist", "numpy", "__array__", "__dlpack__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, _guarded(gpu, getattr(torch.Tensor, name)))
     monkeypatch.setattr(torch.Tensor, "to", _staying(gpu, torch.Tensor.to))
@@ -193,7 +193,7 @@ def simulated_gpu(
         yield gpu
 
 
-def _call_host(gpu: SimulatedGpu, simt: ModuleType, call: Callable[[], None]) -> None:
+def call_host(gpu: SimulatedGpu, simt: ModuleType, call: Callable[[], None]) -> None:
     """Run what stands in for a kernel, in the order of launches; if they are captured, later."""
 
     def moving() -> None:

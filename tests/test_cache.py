@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specrt import cache as cache_module
+from specrt import pages as pages_module
 from specrt.cache import SCRATCH_PAGE, CacheBatch, CachedSequence, KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
@@ -46,7 +46,7 @@ def test_pages_are_taken_as_they_are_needed(config: ModelConfig) -> None:
 def test_a_limit_of_pages(config: ModelConfig) -> None:
     cache = KVCache(config, torch.float32, page_size=4, max_pages=5)
     one, two = cache.open(9), cache.open(4)
-    assert cache.can_reserve(1) and not cache.can_reserve(2)
+    assert cache.can_hold(4, 1) and not cache.can_hold(5, 1)
     pages, kv = list(one.pages), cache.kv
     size = 6 * cache.page_bytes / 2**20
     words = f"KV cache: no memory for 6 pages of 4 tokens, {size:.0f} MiB: max_pages is 5"
@@ -55,7 +55,7 @@ def test_a_limit_of_pages(config: ModelConfig) -> None:
             ask()
         assert one.pages == pages and cache.kv is kv and cache.num_held_pages == 4
     cache.reserve(one, 16)
-    assert cache.num_pages == cache.num_held_pages == 5 and cache.can_reserve(0)
+    assert cache.num_pages == cache.num_held_pages == 5 and cache.can_hold(0, 1)
     cache.close(two)
     cache.reserve(one, 20)
     with pytest.raises(ValueError, match="max_pages: expected at least 1, got 0"):
@@ -68,7 +68,7 @@ def test_no_memory_for_twice_as_many_pages(
     """What is needed is tried before it is given up, which leaves everything as it was."""
     cache = KVCache(config, torch.float32, page_size=4)
     one = cache.open(4)
-    held, asked, make = list(one.pages), list[int](), cache_module._untouched_zeros
+    held, asked, make = list(one.pages), list[int](), pages_module._untouched_zeros
 
     def room_for_41_pages(shape: tuple[int, ...], *place: object) -> torch.Tensor:
         asked.append(shape[2])
@@ -76,7 +76,7 @@ def test_no_memory_for_twice_as_many_pages(
             raise OSError(12, "Cannot allocate memory")
         return make(shape, *place)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache_module, "_untouched_zeros", room_for_41_pages)
+    monkeypatch.setattr(pages_module, "_untouched_zeros", room_for_41_pages)
     cache.reserve(one, 4 * 17)
     assert asked == [33] and cache.num_pages == 32
     kv, taken = cache.kv, list(one.pages)
@@ -181,6 +181,7 @@ def test_only_the_rows_that_changed_are_written(
     cache.reserve(two, 8)
     assert writes_for(three, two) == [("length", 0), ("pages", 1)]
     cache.close(two)
+    cache.open(4)
     cache.reserve(two, 8)  # as many pages, but others
     assert writes_for(three, two, three) == [("pages", 1), ("length", 2)]
     assert place == (batch.block_table.data_ptr(), batch.kv_len.data_ptr())

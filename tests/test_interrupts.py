@@ -39,7 +39,7 @@ def test_capturing_ends_wherever_it_is_interrupted() -> None:
 def test_tables_are_those_of_their_sequences_after_any_interrupt(checkpoint: Path) -> None:
     """One more sequence, a wider table, another order; then the same again, undisturbed."""
     cache = make_model(checkpoint).new_cache(page_size=2)
-    short, other, longer = (CachedSequence(list(range(1, 1 + n)), n) for n in (3, 4, 9))
+    short, other, longer = (CachedSequence([list(range(1, 1 + n))], n) for n in (3, 4, 9))
     for wanted in ([short, other], [short, longer], [other]):
         number, was_interrupted = 1, True
         while was_interrupted:

@@ -3,8 +3,8 @@
 namespace specrt {
 
 KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const TensorView& path,
-                   const TensorView& num_path, const TensorView& kv_len,
-                   const TensorView& tickets) {
+                   const TensorView& num_path, const TensorView& kv_len, const TensorView& tickets,
+                   bool is_last) {
     expect_float(kv);
     expect(kv, kv.dtype, "[L, 2, P, page_size, Hkv, d]", -1, 2, -1, -1, -1, -1);
     expect_contiguous(kv);
@@ -23,6 +23,7 @@ KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const Te
     p.num_seqs = static_cast<int32_t>(seqs);
     p.num_planes = static_cast<int32_t>(2 * kv.shape[0]);
     p.max_path = static_cast<int32_t>(path.shape[1]);
+    p.is_last = is_last;
     const int device = common_device(kv, block_table, path, num_path, kv_len);
     if (device != kCpu) {
         common_device(kv, tickets);
@@ -35,7 +36,7 @@ KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const Te
     return {
         {make_launch(kv_commit_move_part_for(isa), p, parts < p.num_planes ? parts : p.num_planes),
          make_launch(kv_commit_advance_part_for(isa), p, 1)},
-        2};
+        is_last ? 2 : 1};
 }
 
 }  // namespace specrt

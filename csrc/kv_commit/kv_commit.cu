@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kBlock)
             move_batch<Column>(p, seq, column, first, count, nodes);
         }
     }
+    if (!p.is_last) return;
     if (is_last_block(p.tickets + seq, blocks_per_seq, &flag) && threadIdx.x == 0)
         p.kv_len[seq] = advanced(length, count);
 }

@@ -1,6 +1,6 @@
-// Accepted rows into place, in every layer, then the lengths: no part may see a new length while
-// another still moves rows by the old one. So two launches on the CPU; on a GPU one, whose last
-// block of a sequence to come knows that all others have read the old length.
+// Accepted rows into place, in every layer, then, of the last cache, the lengths: no part may see a
+// new length while another still moves rows by the old one. So two launches on the CPU; on a GPU
+// one, whose last block of a sequence to come knows that all others have read the old length.
 #pragma once
 #include "core/dispatch.h"
 #include "core/paged.h"
@@ -18,6 +18,7 @@ struct KvCommitParams {
     PageTable table;
     int64_t path_stride, row_bytes, plane_bytes;  // a plane: one layer's keys or values
     int32_t num_seqs, num_planes, max_path;
+    bool is_last;  // of the caches that hold these rows: then the lengths are advanced
 };
 
 // Modulo 2^32: what is no length may overflow.
@@ -35,6 +36,7 @@ struct KvCommit {
 };
 
 KvCommit kv_commit(const TensorView& kv, const TensorView& block_table, const TensorView& path,
-                   const TensorView& num_path, const TensorView& kv_len, const TensorView& tickets);
+                   const TensorView& num_path, const TensorView& kv_len, const TensorView& tickets,
+                   bool is_last);
 
 }  // namespace specrt

@@ -23,16 +23,17 @@ struct LeafTile {
     alignas(64) float data[kLeaf * kMaxDim];
 };
 
-// The keys at `offsets`; what is left of the last block becomes zero.
+// The keys at `offsets`, from `begin` on; what is left of their first and last block becomes zero.
 template <typename T>
-void read_keys(LeafTile& tile, const T* keys, const int64_t* offsets, int count) {
+void read_keys(LeafTile& tile, const T* keys, const int64_t* offsets, int begin, int count) {
     const int d = tile.head_dim, end = (count + kScoreKeys - 1) / kScoreKeys * kScoreKeys;
-    for (int j = 0; j < end; j += 16) {
+    for (int j = begin / kScoreKeys * kScoreKeys; j < end; j += 16) {
         float* block = tile.data + j / kScoreKeys * kScoreKeys * d + j % kScoreKeys;
         for (int i = 0; i < d; i += 16) {
             V16 square[16];
             for (int r = 0; r < 16; ++r)
-                square[r] = j + r < count ? load(keys + offsets[j + r] + i) : zero();
+                square[r] =
+                    j + r >= begin && j + r < count ? load(keys + offsets[j + r] + i) : zero();
             transpose(square);
             for (int r = 0; r < 16; ++r) store(square[r], block + (i + r) * kScoreKeys);
         }
@@ -40,9 +41,9 @@ void read_keys(LeafTile& tile, const T* keys, const int64_t* offsets, int count)
 }
 
 template <typename T>
-void read_values(LeafTile& tile, const T* values, const int64_t* offsets, int count) {
+void read_values(LeafTile& tile, const T* values, const int64_t* offsets, int begin, int count) {
     const int d = tile.head_dim;
-    for (int j = 0; j < count; ++j)
+    for (int j = begin; j < count; ++j)
         for (int i = 0; i < d; i += 16) store(load(values + offsets[j] + i), tile.data + j * d + i);
 }
 
@@ -91,11 +92,11 @@ inline __attribute__((always_inline)) Scores<R> sum_of_lanes(const float* const 
     }
 }
 
-// The first scores of R rows, one for each key of a tile and of what fills its last block.
+// Scores of R rows, one for each key of a tile and of what fills its first and last block.
 template <int R>
-void score_tile(const LeafTile& tile, const float* const (&q)[R], int count, float scale,
+void score_tile(const LeafTile& tile, const float* const (&q)[R], int begin, int count, float scale,
                 float* const (&score)[R]) {
-    for (int j = 0; j < count; j += kScoreKeys) {
+    for (int j = begin / kScoreKeys * kScoreKeys; j < count; j += kScoreKeys) {
         const auto sums = sum_of_lanes<R, 0, 1>(q, tile.data + j * tile.head_dim, tile.head_dim);
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < kScoreVectors; ++c)
@@ -104,7 +105,7 @@ void score_tile(const LeafTile& tile, const float* const (&q)[R], int count, flo
 }
 
 // out (+)= weight * value over keys begin..end in order, for R rows and C vectors of columns; what
-// begins with key 0 begins with zero.
+// begins with key 0 begins with zero, whatever was there.
 template <int R, int C>
 void value_columns(const LeafTile& tile, const float* const (&weight)[R], int begin, int end,
                    int column, float* const (&out)[R]) {

@@ -24,7 +24,8 @@ struct Item {
           seq(seq),
           prefix(clamp(params.kv_len[seq], params.table.num_slots)),
           hidden(prefix > params.max_seen ? prefix - params.max_seen : 0),
-          num_rows(0) {
+          num_rows(0),
+          scale(params.cap > 0.0f ? params.scale / params.cap : params.scale) {
         prefix -= hidden;
         tile.head_dim = params.head_dim;
     }
@@ -33,12 +34,14 @@ struct Item {
     const T *keys, *values;  // this kv head's
     int seq;
     int prefix, hidden, num_rows;  // keys seen of it, and not; active rows
+    float scale;                   // of scores: with a cap they are first measured in its units
     bool is_tiled = false;
     const float* q[kMostRows];
     int64_t out[kMostRows];             // offsets
     int node[kMostRows];                // of those here; rows of one node are neighbours
     int range[kMostRows];               // by node: its keys that follow one another, from the first
     int num_own[kMostRows];             // by node
+    int first[kMostRows];               // by node: of its keys the first one in its window
     int64_t own[kMostRows][kMaxNodes];  // by node: offsets of the visible keys behind, in order
     float score[kMostRows][kLeaf];      // then the exponentials
     float leaf_max[kMostRows], leaf_sum[kMostRows], max[kMostRows], sum[kMostRows];
@@ -101,7 +104,7 @@ Ancestors ancestors_of(const Item<T>& it, int node) {
     return found;
 }
 
-// The range and the own keys of all nodes.
+// The range, the own keys and the window of all nodes.
 template <typename T>
 void divide_keys(Item<T>& it, const Ancestors* nodes, int num_nodes) {
     // Slots behind the table's last one are looked up one by one.
@@ -121,6 +124,10 @@ void divide_keys(Item<T>& it, const Ancestors* nodes, int num_nodes) {
                 if (j >= it.range[i]) it.own[i][it.num_own[i]++] = offset_of(it, it.prefix + j);
             }
         it.range[i] += it.prefix;
+        // A row that does not see itself is where the root is.
+        const int length = it.range[i] + it.num_own[i], least_length = it.prefix + 1;
+        const int end = length > least_length ? length : least_length;
+        it.first[i] = end > it.p.sliding_window ? end - it.p.sliding_window : 0;
     }
 }
 

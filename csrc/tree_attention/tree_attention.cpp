@@ -77,6 +77,13 @@ void expect_plan(const PlanChoice& plan) {
                  "plan: expected blocks_per_sm from 1 to 16, got ", plan.blocks_per_sm);
 }
 
+int32_t clamped_window(int64_t sliding_window) {
+    SPECRT_CHECK(sliding_window >= 0, "sliding_window: expected at least 1 position, got ",
+                 sliding_window);
+    const bool is_all = sliding_window == 0 || sliding_window > kMaxSlots;
+    return is_all ? kMaxSlots : static_cast<int32_t>(sliding_window);
+}
+
 Launch tree_attention(const TreeAttentionArgs& a) {
     const int device =
         common_device(a.q, a.k_cache, a.v_cache, a.block_table, a.kv_len, a.first_node, a.num_nodes,
@@ -126,6 +133,11 @@ Launch tree_attention(const TreeAttentionArgs& a) {
     p.max_seen = max_seen(a);
     p.num_sinks = static_cast<int32_t>(a.num_sinks < p.max_seen ? a.num_sinks : p.max_seen);
     if (a.is_open) p.is_open = expect_counts(a.is_open, seqs);
+    p.sliding_window = clamped_window(a.sliding_window);
+    SPECRT_CHECK(a.sliding_window == 0 || a.window == 0,
+                 "sliding_window: expected none beside a window, got ", a.sliding_window);
+    SPECRT_CHECK(a.cap >= 0.0f && a.cap <= 3e38f, "cap: expected a number above 0, got ", a.cap);
+    p.cap = a.cap;
     p.q_dtype = a.q.dtype;
     p.cache_dtype = a.k_cache.dtype;
     SPECRT_CHECK(p.table.num_slots > 0 || seqs * nodes == 0,

@@ -5,7 +5,8 @@
 // sequence. Key p belongs to leaf p / 64. Each leaf is reduced on its own (max, exponentials, their
 // sum, weighted values), and leaves are merged left to right. All orders follow from those numbers
 // alone, so verifying a token in a tree and decoding it after its ancestors were committed give the
-// same bits.
+// same bits. With a sliding window a row sees the last so many of its keys, which keep their
+// numbers: leaves before them are passed over, and their first leaf may lack its beginning.
 #pragma once
 #include "core/dispatch.h"
 #include "core/open.h"
@@ -35,6 +36,8 @@ struct TreeAttentionArgs {
     PlanChoice plan;
     int64_t window, num_sinks;  // slots of the prefix that are seen; no window: 0, all
     TensorView is_open;         // or none
+    int64_t sliding_window;     // keys that a row sees, the last ones; 0: all
+    float cap;                  // scaled scores s become cap * tanh(s / cap); 0: s
 };
 
 // On a GPU q and the tree's keys may come before their rotation, as rope_append gets them; they are
@@ -65,6 +68,8 @@ struct TreeAttentionParams {
     DType q_dtype, cache_dtype;  // out's is q's
     PlanChoice plan;
     const int32_t* is_open;  // [B], or nullptr
+    int32_t sliding_window;  // kMaxSlots: none
+    float cap;               // or 0
 };
 
 SPECRT_DECLARE_CPU(tree_attention_part)
@@ -73,7 +78,8 @@ SPECRT_DECLARE_CUDA(tree_attention_cuda)
 namespace attention {
 struct Shape {
     int num_seqs, num_kv_heads, group, num_nodes, head_dim;
-    int64_t max_len;  // keys that are seen of the longest prefix there may be
+    int64_t max_len;     // keys that are seen of the longest prefix there may be
+    int sliding_window;  // kMaxSlots: none
 
     constexpr int rows() const { return num_nodes * group; }  // of a sequence and KV head
     constexpr int64_t pairs() const { return int64_t{num_seqs} * num_kv_heads; }
@@ -82,7 +88,8 @@ struct Shape {
 inline Shape shape_of(const TreeAttentionParams& p) {
     const int64_t slots = int64_t{p.table.max_pages} * p.table.page_size;
     return {p.num_seqs,      p.num_kv_heads, p.group,
-            p.num_nodes_max, p.head_dim,     slots < p.max_seen ? slots : p.max_seen};
+            p.num_nodes_max, p.head_dim,     slots < p.max_seen ? slots : p.max_seen,
+            p.sliding_window};
 }
 }  // namespace attention
 
@@ -97,6 +104,9 @@ inline int64_t tree_attention_workspace(int, const attention::Shape&, const Plan
 #endif
 
 void expect_plan(const PlanChoice& plan);
+
+// As parameters have it; 0 is none.
+int32_t clamped_window(int64_t sliding_window);
 
 Launch tree_attention(const TreeAttentionArgs& args);
 

@@ -8,9 +8,10 @@
 // over d, then the fixed tree); the values are accumulated key by key in order.
 //
 // Hazard: slots that are not visible hold garbage, NaN included, and 0 * NaN is NaN. So slots that
-// no row sees are never read, and a row's values end with its own last key: short blocks repeat a
-// visible key and drop its score, as a tile's scores beyond a row's range are dropped.
-#include "core/simd.h"
+// no row sees are never read, and a row's values begin with its window's first key and end with its
+// own last one: short blocks repeat a visible key and drop its score, as scores are dropped of keys
+// before a row's window and of a tile's keys beyond its range.
+#include "core/tanh_lanes.h"
 #include "tree_attention/row_keys.h"
 
 namespace specrt::SPECRT_ISA {
@@ -44,7 +45,7 @@ void score_block(Item<T>& it, int row, const int64_t* offsets, int count, int co
         float dot[kKeys];
         reduce_add4(acc[r], dot);
         for (int j = 0; j < kKeys && j < count; ++j)
-            it.score[row + r][column + j] = dot[j] * it.p.scale;
+            it.score[row + r][column + j] = dot[j] * it.scale;
     }
 }
 
@@ -116,29 +117,41 @@ void in_even_blocks(int num_rows, Body&& body) {
 // One leaf.
 struct Leaf {
     int begin;              // its first key
-    int most;               // keys of the longest range in it
-    int count[kMostRows];   // keys of a row in it,
-    int ranged[kMostRows];  // and those of its range
+    int least, most;        // of ranges in it: the first key that a row sees, the longest one's end
+    int count[kMostRows];   // where a row's keys in it end; 0 if it has none
+    int from[kMostRows];    // where they begin,
+    int ranged[kMostRows];  // and where those of its range end
     int64_t offsets[kLeaf];
+
+    // Where the range of a row begins.
+    int range_from(int row) const { return from[row] < ranged[row] ? from[row] : ranged[row]; }
 };
 
 template <typename T>
 void find_keys(const Item<T>& it, Leaf& leaf) {
+    leaf.least = kLeaf;
     leaf.most = 0;
     for (int r = 0; r < it.num_rows; ++r) {
         const int node = it.node[r], range = it.range[node] - leaf.begin;
+        leaf.from[r] = clamp(it.first[node] - leaf.begin, kLeaf);
         leaf.ranged[r] = clamp(range, kLeaf);
         leaf.count[r] = clamp(range + it.num_own[node], kLeaf);
+        if (leaf.count[r] <= leaf.from[r]) leaf.count[r] = leaf.ranged[r] = leaf.from[r] = 0;
+        if (leaf.range_from(r) == leaf.ranged[r]) continue;
+        leaf.least = leaf.from[r] < leaf.least ? leaf.from[r] : leaf.least;
         leaf.most = leaf.ranged[r] > leaf.most ? leaf.ranged[r] : leaf.most;
     }
-    range_offsets(it, leaf.begin, leaf.most, leaf.offsets);
+    if (leaf.most == 0) leaf.least = 0;
+    const int count = leaf.most - leaf.least;
+    range_offsets(it, leaf.begin + leaf.least, count, leaf.offsets + leaf.least);
 }
 
 // Calls body(R, row, offsets, count, column) for the rows' own keys, node by node.
 template <typename T, typename Body>
 void over_own_keys(const Item<T>& it, const Leaf& leaf, Body&& body) {
     for (int begin = 0, end; begin < it.num_rows; begin = end) {
-        const int node = it.node[begin], column = leaf.ranged[begin];
+        const int node = it.node[begin], ranged = leaf.ranged[begin];
+        const int column = leaf.from[begin] > ranged ? leaf.from[begin] : ranged;
         for (end = begin + 1; end < it.num_rows && it.node[end] == node;) ++end;
         const int count = leaf.count[begin] - column;
         if (count == 0) continue;
@@ -147,45 +160,64 @@ void over_own_keys(const Item<T>& it, const Leaf& leaf, Body&& body) {
     }
 }
 
+// Calls body(R, row, begin, end) over the ranges of rows row..row+R in order: for all of them
+// where all see the keys, row by row before and behind.
+template <int R, typename Body>
+void over_ranges(const Leaf& leaf, int row, Body&& body) {
+    int begin = 0, end = kLeaf;
+    for (int r = row; r < row + R; ++r) {
+        begin = leaf.range_from(r) > begin ? leaf.range_from(r) : begin;
+        end = leaf.ranged[r] < end ? leaf.ranged[r] : end;
+    }
+    if (begin >= end) begin = end = kLeaf;
+    for (int r = row; r < row + R; ++r) {
+        const int before = leaf.ranged[r] < begin ? leaf.ranged[r] : begin;
+        if (leaf.range_from(r) < before) body(Size<1>{}, r, leaf.range_from(r), before);
+    }
+    if (begin < end) body(Size<R>{}, row, begin, end);
+    for (int r = row; r < row + R; ++r)
+        if (leaf.ranged[r] > end) body(Size<1>{}, r, end, leaf.ranged[r]);
+}
+
 template <typename T>
 void score_leaf(Item<T>& it, const Leaf& leaf) {
     const auto keys = [&](auto size, int row, const int64_t* offsets, int count, int column) {
         score_keys<decltype(size)::value>(it, row, offsets, count, column);
     };
+    const int least = leaf.least, most = leaf.most;
     if (it.is_tiled) {
-        read_keys(it.tile, it.keys, leaf.offsets, leaf.most);
+        read_keys(it.tile, it.keys, leaf.offsets, least, most);
         in_even_blocks<kScoreRows>(it.num_rows, [&](auto size, int row) {
             constexpr int R = decltype(size)::value;
             const float* q[R];
             float* score[R];
             for (int r = 0; r < R; ++r) q[r] = it.q[row + r], score[r] = it.score[row + r];
-            score_tile<R>(it.tile, q, leaf.most, it.p.scale, score);
+            score_tile<R>(it.tile, q, least, most, it.scale, score);
         });
-    } else if (leaf.most > 0) {
-        in_blocks(0, it.num_rows,
-                  [&](auto size, int row) { keys(size, row, leaf.offsets, leaf.most, 0); });
+    } else if (least < most) {
+        in_blocks(0, it.num_rows, [&](auto size, int row) {
+            keys(size, row, leaf.offsets + least, most - least, least);
+        });
     }
     over_own_keys(it, leaf, keys);
 }
 
-// Values of the tile: those that all rows of a block see, then what each sees besides.
+// Values of the tile.
 template <typename T>
 void value_ranges(Item<T>& it, const Leaf& leaf) {
-    read_values(it.tile, it.values, leaf.offsets, leaf.most);
+    read_values(it.tile, it.values, leaf.offsets, leaf.least, leaf.most);
     in_even_blocks<kValueRows>(it.num_rows, [&](auto size, int row) {
-        constexpr int R = decltype(size)::value;
-        const float* weight[R];
-        float* out[R];
-        int shared = kLeaf;
-        for (int r = 0; r < R; ++r) {
-            weight[r] = it.score[row + r];
-            out[r] = it.row_of(it.leaf_value, row + r);
-            if (leaf.ranged[row + r] < shared) shared = leaf.ranged[row + r];
-        }
-        value_tile<R>(it.tile, weight, 0, shared, out);
-        for (int r = 0; r < R; ++r)
-            if (leaf.ranged[row + r] > shared)
-                value_tile<1>(it.tile, {weight[r]}, shared, leaf.ranged[row + r], {out[r]});
+        over_ranges<decltype(size)::value>(leaf, row,
+                                           [&](auto part, int first, int begin, int end) {
+                                               constexpr int R = decltype(part)::value;
+                                               const float* weight[R];
+                                               float* out[R];
+                                               for (int r = 0; r < R; ++r) {
+                                                   weight[r] = it.score[first + r];
+                                                   out[r] = it.row_of(it.leaf_value, first + r);
+                                               }
+                                               value_tile<R>(it.tile, weight, begin, end, out);
+                                           });
     });
 }
 
@@ -194,20 +226,31 @@ void value_leaf(Item<T>& it, const Leaf& leaf) {
     const auto keys = [&](auto size, int row, const int64_t* offsets, int count, int column) {
         value_keys<decltype(size)::value>(it, row, offsets, count, column);
     };
+    // What begins with the tile's first key needs no zeros.
+    for (int r = 0; r < it.num_rows; ++r)
+        if (!it.is_tiled || leaf.range_from(r) > 0 || leaf.ranged[r] == 0)
+            std::memset(it.row_of(it.leaf_value, r), 0,
+                        sizeof(float) * static_cast<size_t>(it.p.head_dim));
     if (it.is_tiled) {
         value_ranges(it, leaf);
     } else {
-        const int64_t floats = int64_t{it.num_rows} * it.p.head_dim;
-        std::memset(it.leaf_value, 0, sizeof(float) * static_cast<size_t>(floats));
-        in_blocks(0, it.num_rows,
-                  [&](auto size, int row) { keys(size, row, leaf.offsets, leaf.most, 0); });
+        in_blocks(0, it.num_rows, [&](auto size, int row) {
+            over_ranges<decltype(size)::value>(
+                leaf, row, [&](auto part, int first, int begin, int end) {
+                    keys(part, first, leaf.offsets + begin, end - begin, begin);
+                });
+        });
     }
     over_own_keys(it, leaf, keys);
 }
 
-// Scores to exponentials; lanes past the count become exp(-inf) = 0.
-void soften(float* score, int count, float* max_out, float* sum_out) {
-    for (int i = count; i < kLeaf; ++i) score[i] = -__builtin_inff();
+// Scores to exponentials; lanes that are not of begin..end become exp(-inf) = 0.
+void soften(float* score, int begin, int end, float cap, float* max_out, float* sum_out) {
+    if (cap > 0.0f)
+        for (int i = 0; i < kLeaf; i += 16)
+            store(mul(tanh(load(score + i)), splat(cap)), score + i);
+    for (int i = 0; i < begin; ++i) score[i] = -__builtin_inff();
+    for (int i = end; i < kLeaf; ++i) score[i] = -__builtin_inff();
     V16 s[4], best = load(score);
     for (int i = 0; i < 4; ++i) s[i] = load(score + 16 * i);
     for (int i = 1; i < 4; ++i) best = max(best, s[i]);
@@ -221,7 +264,16 @@ void soften(float* score, int count, float* max_out, float* sum_out) {
     *sum_out = reduce_add(total);
 }
 
-// (max, sum, value) of the leaves so far joined with the next leaf's, both rescaled to their max.
+// (max, sum, value) of the leaves so far: the first one's,
+template <typename T>
+void begin_row(Item<T>& it, int row) {
+    it.max[row] = it.leaf_max[row];
+    it.sum[row] = it.leaf_sum[row];
+    std::memcpy(it.row_of(it.value, row), it.row_of(it.leaf_value, row),
+                sizeof(float) * static_cast<size_t>(it.p.head_dim));
+}
+
+// then joined with the next leaf's, both rescaled to their max.
 template <typename T>
 void merge(Item<T>& it, int row, float top, float keep, float take) {
     it.max[row] = top;
@@ -237,15 +289,19 @@ void merge(Item<T>& it, int row, float top, float keep, float take) {
 template <typename T>
 void merge_leaf(Item<T>& it, const Leaf& leaf) {
     for (int begin = 0; begin < it.num_rows; begin += 16) {
-        // Lanes of no row, or of one that has no key here, come to nothing.
+        // Lanes of no row, or of one that has no key here or before, come to nothing.
         const V16 old_max = load(it.max + begin), leaf_max = load(it.leaf_max + begin);
         const V16 most = max(old_max, leaf_max);
         float top[16], keep[16], take[16];
         store(most, top);
         store(exp(sub(old_max, most)), keep);
         store(exp(sub(leaf_max, most)), take);
-        for (int r = 0; r < 16 && begin + r < it.num_rows; ++r)
-            if (leaf.count[begin + r] > 0) merge(it, begin + r, top[r], keep[r], take[r]);
+        for (int r = 0; r < 16 && begin + r < it.num_rows; ++r) {
+            const int row = begin + r;
+            if (leaf.count[row] == 0) continue;
+            const bool is_first = it.first[it.node[row]] >= leaf.begin;
+            is_first ? begin_row(it, row) : merge(it, row, top[r], keep[r], take[r]);
+        }
     }
 }
 
@@ -256,16 +312,11 @@ void run_leaf(Item<T>& it, int index) {
     find_keys(it, leaf);
     score_leaf(it, leaf);
     for (int r = 0; r < it.num_rows; ++r)
-        if (leaf.count[r] > 0) soften(it.score[r], leaf.count[r], &it.leaf_max[r], &it.leaf_sum[r]);
+        if (leaf.count[r] > 0)
+            soften(it.score[r], leaf.from[r], leaf.count[r], it.p.cap, &it.leaf_max[r],
+                   &it.leaf_sum[r]);
     value_leaf(it, leaf);
-    if (index > 0) return merge_leaf(it, leaf);
-    for (int r = 0; r < it.num_rows; ++r) {
-        if (leaf.count[r] == 0) continue;
-        it.max[r] = it.leaf_max[r];
-        it.sum[r] = it.leaf_sum[r];
-        std::memcpy(it.row_of(it.value, r), it.row_of(it.leaf_value, r),
-                    sizeof(float) * static_cast<size_t>(it.p.head_dim));
-    }
+    merge_leaf(it, leaf);
 }
 
 // head_dim floats to `out` at an offset, in its type.
@@ -291,13 +342,14 @@ const float* read_row(const TreeAttentionParams& p, int64_t at, float* scratch) 
 
 template <typename T>
 void run_item(Item<T>& it) {
-    int longest = 0;
+    int longest = 0, first = INT32_MAX;
     for (int r = 0; r < it.num_rows; ++r) {
-        const int length = it.range[it.node[r]] + it.num_own[it.node[r]];
+        const int node = it.node[r], length = it.range[node] + it.num_own[node];
         longest = length > longest ? length : longest;
+        first = it.first[node] < first ? it.first[node] : first;
         it.sum[r] = 0.0f;  // stays so only if nothing at all is visible
     }
-    for (int leaf = 0; leaf * kLeaf < longest; ++leaf) run_leaf(it, leaf);
+    for (int leaf = first / kLeaf; leaf * kLeaf < longest; ++leaf) run_leaf(it, leaf);
     for (int r = 0; r < it.num_rows; ++r) {
         const V16 sum = splat(it.sum[r]);
         const bool is_blind = it.sum[r] == 0.0f;

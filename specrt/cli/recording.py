@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from specrt.cli.engine_options import BUILTIN, drafter_name, load_engine, target_directory
+from specrt.cli.engine_options import drafter_name, load_engine, target_directory
 from specrt.cli.errors import note
 from specrt.cli.options import RUNTIME, Dtype, Jsonl, Target, Threads
+from specrt.targets import BUILTIN
 
 if TYPE_CHECKING:
     from specrt.cli.prompts import NamedPrompt

@@ -6,6 +6,7 @@ Only what specrt computes exactly is accepted; all else is refused with one line
 from specrt.config.directory import (
     check_file,
     checkpoint_directory,
+    checkpoint_path,
     config_file,
     gguf_path,
     read_json,
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "check_file",
     "checkpoint_directory",
+    "checkpoint_path",
     "config_file",
     "config_fingerprint",
     "foreign_files",

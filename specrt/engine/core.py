@@ -42,7 +42,8 @@ class EngineLimits:
     """Tokens of prompts that are run between two rounds of those that decode."""
     max_cached_tokens: int | None = None
     """Tokens of all sequences whose keys and values are held, in whole pages; who came last gives
-    way where they run out. None: as memory allows."""
+    way where they run out. Of layers that see a window this holds by itself, of what they keep.
+    None: as memory allows."""
     max_waiting: int | None = None
     """Requests that may wait for a place; None: any number."""
 
@@ -158,8 +159,9 @@ class EngineCore:
     # --- pages --------------------------------------------------------------------------------
 
     def _has_room(self, request: Request) -> bool:
-        wanted = self.cache.num_pages_for(len(request.token_ids) + self._limits.max_nodes)
-        return self.cache.can_reserve(wanted)
+        limits, num_tokens = self._limits, len(request.token_ids)
+        num_rows = max(limits.prefill_chunk, limits.max_nodes)
+        return self.cache.can_hold(num_tokens + limits.max_nodes, num_rows)
 
     def _reserve(self, request: Request, num_tokens: int) -> bool:
         """Pages for an admitted request; False if it had to give way, or to end, itself.
@@ -271,6 +273,7 @@ class EngineCore:
         ids, taps = request.token_ids[first:end], self._drafting.taps([request])
         for start, piece in self._target.extend(ids, batch, taps=taps):
             self._drafting.prefill(request, first + start, piece)
+        self.cache.release(request.cached)  # a chunk's pages are many
 
     # --- rounds -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from specrt.engine.request import Request
 from specrt.engine.results import StreamChunk
 from specrt.engine.stop import OutputEnd, TextTracker
 from specrt.models.tokenizer import Tokenizer
+from specrt.pages import page_groups
 from specrt.sampling import SamplingParams, one_each, sampling_row
 from specrt.types import RequestHandle, SequenceState
 
@@ -96,11 +97,16 @@ class Intake:
             raise ValueError(
                 f"{name}: {num_tokens} tokens leave no room in the context of {context}"
             )
-        if cached is not None and num_tokens >= cached:
+        if cached is not None and self._num_seen(num_tokens) >= cached:
             raise ValueError(
                 f"{name}: {num_tokens} tokens leave no room in the engine's max_cached_tokens, "
                 f"{cached}"
             )
+
+    def _num_seen(self, num_tokens: int) -> int:
+        """Of so many, those that some layer sees behind them."""
+        groups = page_groups(self.config, self.config.dtype, page_size=1)
+        return max(group.num_pages_at_once(num_tokens, 1) for group in groups)
 
     def request(
         self,

@@ -245,7 +245,7 @@ def _addresses(tables: BatchTables) -> list[Hashable]:
     found: list[Hashable] = []
     parts = [getattr(tables, field.name) for field in fields(tables)]
     parts += [getattr(tables.sampling, name) for name in ("rows", "bias_ids")]
-    parts += [tables.cached.block_table, tables.cached.kv_len]
+    parts += [*tables.cached.block_tables, tables.cached.kv_len]
     for part in parts:
         if isinstance(part, torch.Tensor):
             found.append((part.data_ptr(), part.shape, part.stride()))

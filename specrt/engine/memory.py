@@ -7,8 +7,9 @@ old and new pages at once. So it is sized when an engine is made, by what is fre
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import fields, replace
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from specrt.models.layouts import matrix_shapes
 from specrt.models.model import LlamaModel
 from specrt.models.prefill import GPU_PIECE
 from specrt.models.step import GpuScratch, Workspace
+from specrt.pages import PageGroup, page_groups
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES
 
@@ -76,8 +78,8 @@ def size_check(
     def check(weights: int) -> None:
         if not device.is_gpu:
             return
-        pages = (_least_pages(limits) + 1) * _page_bytes(config, dtype)  # with that for scratch
-        parts = {"weights": weights, "KV cache": pages}
+        sizes = _Sizes(page_groups(config, dtype, PAGE_SIZE), config, limits)
+        parts = {"weights": weights, "KV cache": sizes.bytes_of(_least_pages(limits))}
         parts["workspace"] = workspace_bytes(config, dtype, limits)
         free, total = device.free_memory()
         if sum(parts.values()) > free:
@@ -91,7 +93,8 @@ def make_cache(target: LlamaModel, drafter: Drafter, limits: Limits) -> KVCache:
 
     With ``max_cached_tokens`` they are exactly that. Else they are what the free memory holds
     besides :func:`workspace_bytes` and as many pages of the drafter's own cache, and no more than
-    ``max_batch`` sequences of the longest text could use.
+    ``max_batch`` sequences of the longest text could use. Of layers that see a window they are
+    never more than that.
 
     Raises:
         MemoryError: there is no room for ``max_cached_tokens``, or for the least that is of use.
@@ -120,35 +123,74 @@ def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> 
     return 2 * (buffers + rope) + linear.nbytes + MARGIN
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """How many pages a cache has of each group, by how many it has of layers without a window."""
+
+    groups: Sequence[PageGroup]
+    config: ModelConfig
+    limits: Limits
+    num_again: int = 0
+    """As of :class:`KVCache`."""
+
+    def of(self, num_pages: int) -> list[int]:
+        """As many of each group, but no more of a windowed one than ``max_batch`` can use."""
+        return [
+            num_pages if group.window is None else min(num_pages, self._most_of(group))
+            for group in self.groups
+        ]
+
+    def bytes_of(self, num_pages: int) -> int:
+        """Of these, and of the pages for scratch."""
+        counts = zip(self.groups, self.of(num_pages), strict=True)
+        return sum((count + 1) * group.page_bytes for group, count in counts)
+
+    @property
+    def most(self) -> int:
+        """Pages that ``max_batch`` sequences of the longest text can use."""
+        first, *_, last = self.groups[0], *self.groups
+        return self._most_of(first if first.window is None else last)
+
+    def _most_of(self, group: PageGroup) -> int:
+        limits = self.limits
+        longest = self.config.max_positions + limits.max_nodes
+        # Two rounds are under way, and a drafter may look further ahead; one chunk of prompts is.
+        rows = 3 * limits.max_nodes + self.num_again
+        prompts = 0 if group.window is None else -(-limits.prefill_chunk // PAGE_SIZE)
+        return limits.max_batch * group.num_pages_at_once(longest, rows) + prompts
+
+
 def _fix(cache: KVCache, target: LlamaModel, drafter: Drafter, limits: Limits) -> None:
     config = replace(target.config, head_dim=cache.kv.shape[-1])
-    drafts = _cache_of(drafter, target.device)
-    each = cache.page_bytes + (0 if drafts is None else drafts.page_bytes)
+    caches = [cache, *_caches_of(drafter, target.device)]
+    sizes = [_Sizes(one.groups, config, limits, one.num_again) for one in caches]
+
+    def bytes_of(num_pages: int) -> int:
+        return sum(each.bytes_of(num_pages) for each in sizes)
+
     workspace = workspace_bytes(config, target.dtype, limits)
     free, total = target.device.free_memory()
-    least, asked = _least_pages(limits), _asked_pages(limits)
-    fitting = (free - workspace) // each - 1
-    if fitting < least:
-        parts = {"KV cache": (least + 1) * each, "workspace": workspace}
+    least, asked, room = _least_pages(limits), _asked_pages(limits), free - workspace
+    if bytes_of(least) > room:
+        parts = {"KV cache": bytes_of(least), "workspace": workspace}
         raise _no_room(parts, (free, total), limits, target.device)
-    longest = cache.num_pages_for(config.max_positions + limits.max_nodes)
-    num_pages = asked or min(fitting, limits.max_batch * longest)
-    cache.fix(num_pages)
-    if drafts is not None:
-        drafts.fix(num_pages)
+    most = range(sizes[0].most + 1)
+    num_pages = asked or bisect_right(most, room, key=bytes_of) - 1
+    for one, each in zip(caches, sizes, strict=True):
+        one.fix(*each.of(num_pages))
     logging.getLogger("specrt").info(
-        "KV cache: room for %d tokens, %s of %s free on %s (of %s)",
-        num_pages * PAGE_SIZE, _size((num_pages + 1) * each), _size(free), target.device,
-        _size(total),
+        "KV cache: room for %s tokens, %s of %s free on %s (of %s)",
+        " and ".join(str(count * PAGE_SIZE) for count in sizes[0].of(num_pages)),
+        _size(bytes_of(num_pages)), _size(free), target.device, _size(total),
     )  # fmt: skip
 
 
-def _cache_of(drafter: Drafter, device: Device) -> KVCache | None:
+def _caches_of(drafter: Drafter, device: Device) -> list[KVCache]:
     """A drafter's own, if it takes memory of the target's device."""
     cache = drafter.cache if isinstance(drafter, CachingDrafter) else None
     if not isinstance(cache, KVCache) or not cache.device.is_gpu:
-        return None
-    return cache if cache.device.place == device.place else None
+        return []
+    return [cache] if cache.device.place == device.place else []
 
 
 def _asked_pages(limits: Limits) -> int | None:
@@ -158,12 +200,6 @@ def _asked_pages(limits: Limits) -> int | None:
 
 def _least_pages(limits: Limits) -> int:
     return _asked_pages(limits) or 1 + -(-limits.max_nodes // PAGE_SIZE)
-
-
-def _page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """As :attr:`KVCache.page_bytes`."""
-    rows = 2 * config.num_layers * PAGE_SIZE * config.num_kv_heads
-    return rows * config.head_dim * dtype.itemsize
 
 
 def _no_room(

@@ -181,7 +181,7 @@ class Decoder:
         heads = layer.project(hidden, rows, buffers, is_open)
         append = ops.Append(heads.k, heads.v, rows.depth, self._cos_sin[layer.kind.rope])
         layer.finish(
-            heads, hidden, rows.ancestors, rows, cache.layer(index), buffers, out,
+            heads, hidden, rows.ancestors, rows, rows.pages(cache, index), buffers, out,
             append=append, is_open=is_open,
         )  # fmt: skip
 
@@ -198,8 +198,8 @@ class Decoder:
         layer = self._layers[index]
         ops.rope_append(
             *layer.project(hidden, rows, self._buffers, is_open), rows.depth, rows.kv_len,
-            rows.first_node, rows.num_nodes, rows.block_table, self._cos_sin[layer.kind.rope],
-            *cache.layer(index),
+            rows.first_node, rows.num_nodes, rows.block_tables[cache.group_of(index)],
+            self._cos_sin[layer.kind.rope], *cache.layer(index),
         )  # fmt: skip
 
     def launch_rest(
@@ -215,10 +215,8 @@ class Decoder:
         """The rest of :meth:`launch_layer` behind :meth:`launch_kv`, between which this model has
         launched nothing else; the bits are the same."""
         layer, buffers = self._layers[index], self._buffers
-        heads = layer.heads(rows, buffers)
-        layer.finish(
-            heads, hidden, rows.ancestors, rows, cache.layer(index), buffers, out, is_open=is_open
-        )
+        heads, pages = layer.heads(rows, buffers), rows.pages(cache, index)
+        layer.finish(heads, hidden, rows.ancestors, rows, pages, buffers, out, is_open=is_open)
 
     def launch_head(
         self,

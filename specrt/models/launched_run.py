@@ -162,6 +162,6 @@ class LaunchedRun:
             num_nodes=self._ones,
             first_node=self._first_nodes[level],
             kv_len=self._batch.kv_len,
-            block_table=self._batch.block_table,
+            block_tables=self._batch.block_tables,
         )
         return RunLevel(rows, self.states[:, level])

@@ -47,9 +47,15 @@ class Places(Protocol):
     def num_nodes(self) -> torch.Tensor:
         """``[B]`` int32: rows that count."""
 
-    @property
-    def block_table(self) -> torch.Tensor:
-        """``[B, max_pages]`` int32"""
+
+class LayerPages(NamedTuple):
+    """Where a layer's keys and values lie."""
+
+    k: torch.Tensor
+    """``[P, page_size, Hkv, d]``"""
+    v: torch.Tensor
+    block_table: torch.Tensor
+    """``[B, max_pages]`` int32: the sequences'."""
 
 
 class Rooms(Protocol):
@@ -191,7 +197,7 @@ class DecoderLayer:
         hidden: torch.Tensor,
         ancestors: torch.Tensor,
         rows: Places,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        pages: LayerPages,
         buffers: LayerBuffers,
         out: torch.Tensor,
         *,
@@ -205,7 +211,7 @@ class DecoderLayer:
             hidden: ``[B * N, H]``, what it was given; may be :attr:`Rooms.hidden`.
             ancestors: ``[B, N, W]`` int64 bits.
             rows: where they stand.
-            cache: the layer's keys and values.
+            pages: the layer's.
             buffers: as for :meth:`project`.
             out: ``[B * N, H]``, written; may be ``hidden``.
             append: keys and values that are not in the cache yet.
@@ -215,7 +221,7 @@ class DecoderLayer:
         between = rooms.hidden[: hidden.shape[0]]
         if self._form.is_parallel:  # before `hidden` may be written
             self.activate(hidden, buffers, is_open)
-        attended = self.attend(heads.q, ancestors, rows, cache, buffers, append, is_open)
+        attended = self.attend(heads.q, ancestors, rows, pages, buffers, append, is_open)
         branch = attended, weights.o, weights.o_bias, weights.attended_norm
         self._add(branch, hidden, buffers, between, is_open)
         if not self._form.is_parallel:
@@ -229,7 +235,7 @@ class DecoderLayer:
         q: torch.Tensor,
         ancestors: torch.Tensor,
         rows: Places,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        pages: LayerPages,
         buffers: LayerBuffers,
         append: ops.Append | None = None,
         is_open: torch.Tensor | None = None,
@@ -243,8 +249,7 @@ class DecoderLayer:
         attended = buffers.rooms.attended[: size * count]
         ops.tree_attention(
             q,
-            *cache,
-            rows.block_table,
+            *pages,
             rows.kv_len,
             rows.first_node,
             rows.num_nodes,

@@ -80,8 +80,9 @@ class LayerRun:
         self._embedded, self._hidden = device.zeros(2, *sizes, dtype=model.activation_dtype)
         self._trees = make_trees(shape, self._hidden, model.config.vocab_size, device)
         self._kv_len = device.zeros(shape.batch, dtype=torch.int32)
-        self._table = device.zeros(shape.batch, shape.table_width, dtype=torch.int32)
-        self._starts = [self._kv_len, self._table, self._trees.roots]
+        tables = device.zeros(model.num_groups, shape.batch, shape.table_width, dtype=torch.int32)
+        self._all_tables, self._tables = tables, tables.unbind()
+        self._starts = [self._kv_len, self._trees.roots, *self._tables]
         self._orders: dict[int, torch.Tensor] = {}
         self.levels = tuple(self._level(level) for level in range(1 + shape.num_levels))
         rows = [shape.rows(level) for level in range(1 + shape.num_levels)]
@@ -156,7 +157,7 @@ class LayerRun:
             raise ValueError("run: expected one of this cache, got one of another engine's")
         for width in {1, self.shape.width}:
             self.model.reserve(self.shape.batch, width, batch.num_positions)
-        torch._foreach_copy_(self._starts, [batch.kv_len, batch.block_table, roots])
+        torch._foreach_copy_(self._starts, [batch.kv_len, roots, *batch.block_tables])
         self._trees.begin()
         self._embed(0)
         self.cache = batch.cache
@@ -166,7 +167,7 @@ class LayerRun:
     def end(self) -> None:
         """From here on nothing is staged, and its launches write nobody's pages."""
         self._is_begun, self.cache = False, None
-        self._table.fill_(SCRATCH_PAGE)
+        self._all_tables.fill_(SCRATCH_PAGE)
 
     # --- what verification asks ---------------------------------------------------------------
 
@@ -206,7 +207,7 @@ class LayerRun:
             num_nodes=of_each(nodes.stop - nodes.start),
             first_node=of_each(nodes.start),
             kv_len=self._kv_len,
-            block_table=self._table,
+            block_tables=self._tables,
         )
         return RunLevel(stands, self._hidden[self.shape.rows(level)])
 

@@ -38,6 +38,7 @@ from specrt.models.step import (
     layer_tap,
     with_logits_tap,
 )
+from specrt.pages import page_groups
 from specrt.reuse import Recent
 from specrt.tree import MAX_NODES
 from specrt.types import DraftTree, VerifyOutput
@@ -88,6 +89,8 @@ class LlamaModel(Decoder):
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
+        self.num_groups = len(page_groups(config, self.dtype, 1))
+        """Of layers whose rows a cache has tables for."""
         self.prompts = Prompts(self.device)  # how they are cut into pieces
         self.lock = FairLock()  # who has it may use the buffers, and what `forward` gave
 
@@ -101,10 +104,17 @@ class LlamaModel(Decoder):
             f"{forms}, keys and values {cache}, on {self.device})"
         )
 
-    def new_cache(self, page_size: int = 64, max_pages: int | None = None) -> KVCache:
+    def new_cache(
+        self, page_size: int = 64, max_pages: int | None = None, num_again: int = 0
+    ) -> KVCache:
         """An empty cache of this model's shape and dtype; arguments as of :class:`KVCache`."""
         cache = KVCache(
-            self._padded, self.dtype, page_size, device=self.device, max_pages=max_pages
+            self._padded,
+            self.dtype,
+            page_size,
+            device=self.device,
+            max_pages=max_pages,
+            num_again=num_again,
         )
         self._caches.add(cache)
         return cache
@@ -196,7 +206,7 @@ class LlamaModel(Decoder):
             num_nodes=tree.num_nodes,
             first_node=self.device.zeros(key.batch, dtype=torch.int32),
             kv_len=batch.kv_len,
-            block_table=batch.block_table,
+            block_tables=batch.block_tables,
         )
 
         def launch() -> None:
@@ -259,7 +269,9 @@ class LlamaModel(Decoder):
         """The buffers of a step, and room in those that all share."""
         self._ensure_buffers(key, num_positions)
         step = self._steps.get(key)
-        return step or self._steps.put(key, Step(key, self._output(key), self.device))
+        if step is not None:
+            return step
+        return self._steps.put(key, Step(key, self._output(key), self.device, self.num_groups))
 
     def _forget_buffers(self) -> None:
         self._steps.clear()

@@ -82,8 +82,8 @@ class ChainTables:
 
     kv_len: torch.Tensor
     """``[C]`` int32"""
-    block_table: torch.Tensor
-    """``[C, max_pages]`` int32, the sequence's, C times."""
+    block_tables: tuple[torch.Tensor, ...]
+    """``[C, max_pages]`` int32, the sequence's, C times, of each group of layers."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Prompts:
         return Piece(
             cut,
             replace(tree, num_nodes=num_nodes),
-            ChainTables(kv_len, batch.block_table.expand(chains, -1)),
+            ChainTables(kv_len, tuple(one.expand(chains, -1) for one in batch.block_tables)),
             self._path[:, : cut.rows],
             num_path,
         )

@@ -9,9 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 from specrt import ops
+from specrt.cache import KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.models.layer import adds_apart
+from specrt.models.layer import LayerPages, adds_apart
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
@@ -87,11 +88,15 @@ class StepRows:
     """``[B]`` int32: the tree node that the first row is."""
     kv_len: torch.Tensor
     """``[B]`` int32"""
-    block_table: torch.Tensor
-    """``[B, max_pages]`` int32"""
+    block_tables: tuple[torch.Tensor, ...]
+    """``[B, max_pages]`` int32 for each group of layers (:meth:`specrt.cache.KVCache.group_of`)."""
     is_chained: bool = False
     """Whether the B are one sequence, each going on where the one before it ends: then all keys and
     values are in the cache before any row looks there."""
+
+    def pages(self, cache: KVCache, layer: int) -> LayerPages:
+        """Where a layer's rows lie."""
+        return LayerPages(*cache.layer(layer), self.block_tables[cache.group_of(layer)])
 
 
 class Tables(Protocol):
@@ -102,8 +107,8 @@ class Tables(Protocol):
         """``[B]`` int32"""
 
     @property
-    def block_table(self) -> torch.Tensor:
-        """``[B, max_pages]`` int32"""
+    def block_tables(self) -> tuple[torch.Tensor, ...]:
+        """``[B, max_pages]`` int32, of each group of layers."""
 
 
 class Step:
@@ -113,21 +118,24 @@ class Step:
         key: its sizes.
         output: what it gives, in the buffers that it writes.
         device: where it runs.
+        num_groups: of layers, each of which has a table.
     """
 
-    def __init__(self, key: StepKey, output: VerifyOutput, device: Device) -> None:
+    def __init__(self, key: StepKey, output: VerifyOutput, device: Device, num_groups: int) -> None:
         self.output = output
         shape = key.batch, key.num_nodes
         self.tokens, depth = device.zeros(2, *shape, dtype=torch.int32)
-        counts = device.zeros(4, key.batch, dtype=torch.int32)
-        num_nodes, first_node, kv_len, self._no_first = counts
+        numbers = device.zeros(4, key.batch, dtype=torch.int32)
+        num_nodes, first_node, kv_len, self._no_first = numbers
         self._bits = device.zeros(*shape, num_words(MAX_NODES), dtype=torch.int64)
-        table = device.zeros(key.batch, key.table_width, dtype=torch.int32)
+        sizes = num_groups, key.batch, key.table_width
+        tables = device.zeros(*sizes, dtype=torch.int32).unbind()
         self.rows = StepRows(
-            depth, self._bits, num_nodes, first_node, kv_len, table, key.is_chained
+            depth, self._bits, num_nodes, first_node, kv_len, tables, key.is_chained
         )
         self._num_words = 0
-        self._copies = [self.tokens, depth, num_nodes, first_node, kv_len, table, self._bits]
+        counts = num_nodes, first_node, kv_len
+        self._copies = [self.tokens, depth, *counts, *tables, self._bits]
 
     def stage(
         self, tree: DraftTree, tables: Tables, first_node: torch.Tensor | None = None
@@ -149,7 +157,7 @@ class Step:
                 tree.num_nodes,
                 first_node,
                 tables.kv_len,
-                tables.block_table,
+                *tables.block_tables,
                 tree.ancestors,
             ],
         )

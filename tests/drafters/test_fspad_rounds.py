@@ -139,11 +139,11 @@ def test_pages_are_taken_as_they_are_needed(rig: Rig) -> None:
 
 def test_without_memory_for_pages_nothing_has_changed(rig: Rig) -> None:
     cache, state, shape = rig.drafter._cache, rig.state(64), budget(depth=3, top_k=4)
-    cache.max_pages = 1
+    cache.pools[0].max_pages = 1
     rig.begin(state)
     with pytest.raises(MemoryError, match="max_pages is 1"):
         rig.drafter.propose([state], shape)
-    cache.max_pages = None
+    cache.pools[0].max_pages = None
     tree = token_paths(rig.drafter.propose([state], shape))
     assert tree == token_paths(rig.fresh(64, shape))
 

@@ -16,6 +16,7 @@ from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.models.model import LlamaModel
+from specrt.pages import PagePool
 from specrt.sampling import SamplingParams
 from specrt.types import QueueFullError, RequestHandle
 from tests.checkpoints import make_draft_checkpoint
@@ -60,6 +61,17 @@ def random_prompt(rng: random.Random) -> tuple[int, ...]:
     return tuple(piece * rng.choice([1, 1, 2]))
 
 
+def make_cases(model: LlamaModel, count: int = NUM_CASES) -> tuple[Case, ...]:
+    """Requests that differ in all there is."""
+    cases: dict[tuple[int, ...], Case] = {}
+    rng = random.Random(12)
+    while len(cases) < count:
+        prompt, params = random_prompt(rng), random_params(rng)
+        alone = make_engine(model, max_batch=1).generate(prompt, params)
+        cases[prompt] = Case(prompt, params, alone)
+    return tuple(cases.values())
+
+
 @dataclass(frozen=True)
 class Rig:
     """A target, who drafts for it, and what is asked."""
@@ -74,13 +86,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
     folder = tmp_path_factory.mktemp("arrivals")
     target, exit_path = make_exit_pair(folder)
     make_draft_checkpoint(target, folder / "fspad")
-    model, rng = make_model(target), random.Random(12)
-    cases: dict[tuple[int, ...], Case] = {}
-    while len(cases) < NUM_CASES:
-        prompt, params = random_prompt(rng), random_params(rng)
-        alone = make_engine(model, max_batch=1).generate(prompt, params)
-        cases[prompt] = Case(prompt, params, alone)
-    answers = {prompt: case.expected.token_ids for prompt, case in cases.items()}
+    model = make_model(target)
+    cases = make_cases(model)
+    answers = {case.prompt: case.expected.token_ids for case in cases}
     drafters: dict[str, Drafter] = {
         "plain": EmptyDrafter(),
         "random trees": RandomTreeDrafter(answers, VOCAB, 16, hit_rate=0.8),
@@ -88,7 +96,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
         "fspad": make_fspad(model, folder / "fspad"),
         "eesd": make_eesd(model, exit_path),
     }
-    return Rig(model, drafters, tuple(cases.values()))
+    return Rig(model, drafters, cases)
 
 
 # --- what goes wrong --------------------------------------------------------------------------
@@ -133,15 +141,15 @@ class Weather:
         self._wrap(monkeypatch, engine.target, "forward", self._forward)
         self._wrap(monkeypatch, engine._core, "step", self._step)
         self._wrap(monkeypatch, engine._core.scheduler, "preempt", self._preempt)
-        for name in ("reserve", "_grow"):
-            method = getattr(KVCache, name)
+        for owner, name in ((KVCache, "reserve"), (PagePool, "_grow")):
+            method = getattr(owner, name)
 
-            def fail(cache: KVCache, *arguments: Any, method: Any = method) -> None:
+            def fail(pages: KVCache | PagePool, *arguments: Any, method: Any = method) -> None:
                 if arguments[-1] > 0:
-                    self._refuse(cache)
-                method(cache, *arguments)
+                    self._refuse(pages)
+                method(pages, *arguments)
 
-            monkeypatch.setattr(KVCache, name, fail)
+            monkeypatch.setattr(owner, name, fail)
 
     def _wrap(self, monkeypatch: Any, owner: object, name: str, by: Callable[..., Any]) -> None:
         original = getattr(owner, name)
@@ -167,9 +175,10 @@ class Weather:
         self.happened["preempted"] += 1
         preempt(request)
 
-    def _refuse(self, cache: KVCache) -> None:
+    def _refuse(self, pages: KVCache | PagePool) -> None:
         if self._is_hit(0.004):
-            whose = "target" if cache is self._engine.cache else "drafter"
+            cache = self._engine.cache
+            whose = "target" if pages in (cache, *cache.pools) else "drafter"
             self.happened[f"no memory ({whose})"] += 1
             raise MemoryError(NO_MEMORY)
 

@@ -162,7 +162,7 @@ def test_an_exit_without_pages(
     asked = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     expected = texts(make_engine(float_model).generate(asked, params))
     drafter = make_drafter(float_model, folder / "exit-2", "fixed")
-    drafter._cache.max_pages = 4
+    drafter._cache.pools[0].max_pages = 4
     results = make_engine(float_model, drafter).generate(asked, params)
     assert texts(results) == expected
     assert "goes on undrafted: MemoryError: KV cache: no memory for 5 pages" in caplog.text

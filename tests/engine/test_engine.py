@@ -240,7 +240,7 @@ def test_out_of_memory_says_how_much(model: LlamaModel, monkeypatch: pytest.Monk
     def refuse(*shape: object, **_: object) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("specrt.cache._untouched_zeros", refuse)
+    monkeypatch.setattr("specrt.pages._untouched_zeros", refuse)
     result = engine.generate([1, 2, 3], LONG)
     assert result.finish_reason == "error" and result.token_ids == []
     assert re.fullmatch(r"KV cache: no memory for \d+ pages of 64 tokens, \d+ MiB", result.error)

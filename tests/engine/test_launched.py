@@ -60,8 +60,14 @@ class PlannedTrees(RandomTreeDrafter):
     """Random trees that are planned while a round is under way, so that the tokens in them stand
     where they may be right only if that round gave as many as was guessed."""
 
-    def __init__(self, model: LlamaModel, answers: Sequence[list[int]], size: int = 6) -> None:
-        known = {tuple(p): answer for p, answer in zip(PROMPTS, answers, strict=True)}
+    def __init__(
+        self,
+        model: LlamaModel,
+        answers: Sequence[list[int]],
+        size: int = 6,
+        prompts: Sequence[list[int]] = PROMPTS,
+    ) -> None:
+        known = {tuple(p): answer for p, answer in zip(prompts, answers, strict=True)}
         super().__init__(known, VOCAB, size, hit_rate=0.9)
         self._device, self._size = model.device, size
         self._placed: dict[int, Proposal] = {}

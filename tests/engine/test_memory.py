@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from specrt.cache import KVCache
-from specrt.config import ModelConfig
+from specrt.config import LayerKind, ModelConfig
 from specrt.device import Device
 from specrt.draft.base import CachingDrafter, Drafter, EmptyDrafter
 from specrt.draft.kind import DrafterOptions
@@ -187,6 +187,60 @@ def test_what_was_asked_for_is_what_there_is(wide: Path, give: Give) -> None:
     give(rest(model, max_cached_tokens=130) + 4 * page_bytes(model) - 1)
     with pytest.raises(MemoryError, match=r"needed .* \(KV cache .*; a smaller max_cached_tokens"):
         engine_there(model, max_cached_tokens=130)
+
+
+def windowed(model: LlamaModel, *windows: int | None) -> LlamaModel:
+    """Its layers, as many of them as there are windows, see these."""
+    layers = tuple(LayerKind(window) for window in windows)
+    config = replace(model.config, form=replace(model.config.form, layers=layers))
+    return LlamaModel(config, model.weights, model.device)
+
+
+def test_layers_with_windows_have_what_they_can_use(
+    wide: Path, give: Give, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others get the rest."""
+    model = windowed(model_there(wide), 100, None, 100)
+    assert page_bytes(model) % 3 == 0
+    limits = {"max_batch": 2, "max_nodes": 20, "prefill_chunk": 65}
+    # 100 positions and three trees of 20 lie on 4 pages at most; a chunk's are 2.
+    layer = page_bytes(model) // 3
+    for num_bytes, sizes in (
+        (99 * layer, [18, 10]),  # of 512 positions and a tree, 9 each
+        (36 * layer, [13, 10]),  # (13 + 1) + 2 * (10 + 1)
+        (36 * layer - 1, [12, 10]),
+        (30 * layer, [9, 9]),
+        (30 * layer - 1, [8, 8]),
+    ):
+        give(rest(model, **limits) + num_bytes)
+        with caplog.at_level(logging.INFO, logger="specrt"):
+            cache = engine_there(model, **limits).cache
+        assert [pool.num_pages for pool in cache.pools] == sizes
+        assert all(pool.num_pages == pool.max_pages for pool in cache.pools)
+        assert f"room for {64 * sizes[0]} and {64 * sizes[1]} tokens" in caplog.messages[-1]
+    asked = {**limits, "max_cached_tokens": 6400}
+    give(rest(model, **asked) + (101 + 2 * 11) * layer)
+    cache = engine_there(model, **asked).cache
+    assert [pool.num_pages for pool in cache.pools] == [100, 10]
+    size_check(model.config, BF16, EngineLimits(**asked), GPU)(0)
+    give(rest(model, **asked) + (101 + 2 * 11) * layer - 1)
+    for ask in (
+        lambda: engine_there(model, **asked),
+        lambda: size_check(model.config, BF16, EngineLimits(**asked), GPU)(0),
+    ):
+        with pytest.raises(MemoryError, match=r"a smaller max_cached_tokens needs less"):
+            ask()
+
+
+def test_where_all_layers_see_a_window(wide: Path, give: Give) -> None:
+    """No text needs more than it sees, however long it becomes."""
+    model = windowed(model_there(wide), 100, 200, 100)
+    limits = {"max_batch": 2, "max_nodes": 20, "prefill_chunk": 65}
+    give(8 << 30)
+    cache = engine_there(model, **limits).cache
+    assert [pool.num_pages for pool in cache.pools] == [2 * 4 + 2, 2 * 6 + 2]
+    cache = engine_there(model, **limits, max_cached_tokens=640_000).cache
+    assert [pool.num_pages for pool in cache.pools] == [2 * 4 + 2, 2 * 6 + 2]
 
 
 def test_a_drafters_pages_are_counted_too(wide: Path, give: Give) -> None:

@@ -122,6 +122,18 @@ def test_lengths_advance_again_and_again(backend: Backend) -> None:
         check(args)
 
 
+def test_the_last_of_several_caches_advances(backend: Backend) -> None:
+    """Each with a table of its own; none sees a length that another has advanced."""
+    one, other = (make_arguments(device=backend.device) for _ in range(2))
+    other["block_table"] = other["block_table"].flip(0).contiguous()
+    expected, before = expected_of(one), one["kv_len"].tolist()
+    ops.kv_commit(**one, is_last=False)
+    assert torch.equal(one["kv"], expected[0])
+    assert one["kv_len"].tolist() == before and not one["tickets"].any()
+    check(other | {"kv_len": one["kv_len"], "tickets": one["tickets"]})
+    assert one["kv_len"].tolist() == expected[1]
+
+
 def test_empty_paths_and_batches(backend: Backend) -> None:
     args = make_arguments(device=backend.device)
     check(args | {"path": args["path"][:, :0]})

@@ -299,7 +299,7 @@ def test_what_is_trained_is_what_serves(tmp_path: Path) -> None:
         shape.num_nodes,
         torch.zeros_like(shape.num_nodes),
         batch.kv_len,
-        batch.block_table,
+        batch.block_tables,
     )
     served.reserve(1, 50, batch.num_positions)
     served.launch_exit(states, rows, cache, hidden, logits, evidence)

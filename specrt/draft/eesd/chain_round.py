@@ -95,7 +95,7 @@ class ChainRound:
         self.key, self.control = key, control
         self.is_warm = False
         """Whether such a round has been: the first one waits for the host between its launches."""
-        self._exit, self._cache, self._table = exit_model, drafts.cache, drafts.block_table
+        self._exit, self._cache, self._tables = exit_model, drafts.cache, drafts.block_tables
         device, batch, target = exit_model.target.device, key.batch, exit_model.target
         sizes = batch, target.config.hidden_size
         self._hidden = device.empty(*sizes, dtype=target.activation_dtype)
@@ -119,7 +119,7 @@ class ChainRound:
         for level in range(self.key.num_nodes):
             has_token = None if control is None or level == 0 else control.is_open
             here = run.launch(self._best.tokens[:, 0] if level else None, has_token)
-            rows = replace(here.rows, block_table=self._table)
+            rows = replace(here.rows, block_tables=self._tables)
             self._exit.launch_kv(here.hidden, rows, self._cache, is_open=has_token)
             if control is not None:
                 said = (self._best.scores[:, 0], self._evidence) if level else ()

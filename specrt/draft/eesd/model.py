@@ -141,7 +141,7 @@ class ExitModel:
                 shape.num_nodes,
                 torch.zeros_like(shape.num_nodes),
                 batch.kv_len,
-                batch.block_table,
+                batch.block_tables,
             )
             self._layer.reserve(1, len(part), batch.num_positions)
             self.launch_kv(part, rows, batch.cache)

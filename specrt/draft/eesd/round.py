@@ -110,7 +110,7 @@ class EesdBuffers:
         self._exit_hidden = device.zeros(rows, hidden_size, dtype=target.activation_dtype)
         self._logits = device.zeros(rows, vocab_size)
         self._kv_len = device.zeros(batch, dtype=torch.int32)
-        self._table = device.zeros(batch, key.exit_width, dtype=torch.int32)
+        self._table = device.zeros(batch, key.exit_width, dtype=torch.int32)  # of one layer
         self._root_scores = device.zeros(batch, 1)
         self._root_candidates = device.zeros(batch, 1, dtype=torch.int32).fill_(-1)
         self._root_bits = device.zeros(batch, 1, _WORDS, dtype=torch.int64)
@@ -240,7 +240,7 @@ class EesdBuffers:
         next_tokens, sources = ints[0][:, :width], ints[2]
         return Level(
             # Who sees whom is the same in both caches.
-            exit_rows=replace(rows, kv_len=self._kv_len, block_table=self._table),
+            exit_rows=replace(rows, kv_len=self._kv_len, block_tables=(self._table,)),
             evidence=evidence,
             first_evidence=evidence[:, 0],
             first_score=scores[:, 0],

@@ -20,7 +20,13 @@ from specrt.device import Device
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.draft.fspad.weights import DraftWeights
 from specrt.draft.kind import DraftWindow
-from specrt.models.layer import DecoderLayer, LayerBuffers, changes_logits, launch_logit_change
+from specrt.models.layer import (
+    DecoderLayer,
+    LayerBuffers,
+    LayerPages,
+    changes_logits,
+    launch_logit_change,
+)
 from specrt.models.loader import LayerWeights
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch
@@ -314,7 +320,7 @@ class DraftLayer:
             q,
             ancestors,
             rows,
-            cache.layer(0),
+            LayerPages(*cache.layer(0), rows.block_table),
             buffers,
             is_open=is_open,
             window=None if self.window is None else self.window.size,

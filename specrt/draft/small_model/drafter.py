@@ -108,7 +108,8 @@ class SmallModelDrafter:
         if depth < 1 or width < 1:
             raise ValueError(f"depth, width: expected at least 1, got {depth}, {width}")
         self._model = model
-        self._cache = model.new_cache()
+        # In launched rounds the last tokens are run again.
+        self._cache = model.new_cache(num_again=MAX_NODES if model.device.is_gpu else 0)
         self._depth = depth
         self._width = width
         self._is_sampled = is_sampled

@@ -73,7 +73,7 @@ class TreeRound:
     ) -> None:
         self.key = key
         self._model, self._cache, self._num_shared = model, cached.cache, num_shared
-        self._table = cached.block_table
+        self._tables = cached.block_tables
         device, (batch, tail, levels, top_k) = model.device, key[:4]
         rows, config = max(tail, top_k), model.config
         self._hidden = device.empty(batch * rows, config.hidden_size, dtype=model.activation_dtype)
@@ -124,7 +124,7 @@ class TreeRound:
         """The model's layers over ``tokens [B, N]``: hidden states ``[B * N, H]``."""
         model, hidden = self._model, self._hidden[: tokens.numel()]
         depth, first_node, num_nodes = places
-        rows = StepRows(depth, ancestors, num_nodes, first_node, kv_len, self._table)
+        rows = StepRows(depth, ancestors, num_nodes, first_node, kv_len, self._tables)
         model.embed_tokens(tokens.view(-1), rows, hidden)
         for index in range(model.config.num_layers):
             model.launch_layer(index, hidden, rows, self._cache, hidden)
