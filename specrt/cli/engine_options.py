@@ -79,6 +79,14 @@ Activations = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="A directory, or a repository of the Hub, with a LoRA adapter that is merged into the "
+        "target.",
+        rich_help_panel=RUNTIME,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class EngineOptions:
     eager: Eager = False
     quantize: Quantize = None
     activations: Activations = None
+    lora: Lora = None
     threads: Threads = None
 
     def load(self, *, max_batch: int = 8) -> Engine:
@@ -120,12 +129,13 @@ def load_engine(
     eager: bool = False,
     quantize: str | None = None,
     activations: str | None = None,
+    lora: str | None = None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
         target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            draft_window, eager, quantize, activations: as for :func:`specrt.load`.
+            draft_window, eager, quantize, activations, lora: as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -150,6 +160,7 @@ def load_engine(
         eager=eager,
         quantize=quantize,
         activations=activations,
+        lora=lora,
     )
 
 
@@ -178,8 +189,14 @@ def set_threads(threads: int | None) -> None:
 
 
 def target_directory(target: str) -> tuple[Path, str]:
-    """The directory of a target as named on the command line, and its name."""
+    """The directory of a target as named on the command line, and its name.
+
+    Raises:
+        CheckpointError: as :func:`specrt.config.local_path`.
+    """
+    from specrt.config.hub import hub_name, local_path
+
     if target == BUILTIN:
         return target_path(), BUILTIN
-    directory = Path(target)
-    return directory, directory.resolve().name
+    hub = hub_name(target)
+    return local_path(target), Path(target).resolve().name if hub is None else hub.name

@@ -20,7 +20,7 @@ from specrt.config import ModelConfig
 from specrt.models.arena import Arena
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.filling import Part, Pieces, parts_of, write_rows
-from specrt.models.gguf_checkpoint import open_checkpoint
+from specrt.models.opening import open_checkpoint
 from specrt.models.heads import pad_heads
 from specrt.models.layouts import (
     EMBED,
@@ -155,6 +155,7 @@ def load_weights(
     head_dim: int | None = None,
     packing: Packing = ROWS,
     check_size: Callable[[int], None] = lambda num_bytes: None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, or a GGUF file's, into one arena.
 
@@ -172,6 +173,7 @@ def load_weights(
         packing: how matrices are kept.
         check_size: told the bytes of what is about to be loaded, before any of it is read; may
             raise.
+        adapter: a directory with a LoRA adapter that is merged (:mod:`specrt.models.adapted`).
 
     Raises:
         ValueError: ``dtype`` is another one, or weights that are quantised are to be quantised.
@@ -180,7 +182,7 @@ def load_weights(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, adapter)
     config = fit(checkpoint, config, dtype, has_tables=tables is None, others=others)
     padded = replace(config, head_dim=head_dim or config.head_dim)
     check_size(weight_bytes(padded, dtype, has_tables=tables is None))

@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import NUM_MODES, ExitConfig
-from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import layer_shapes, use_standard_names
+from specrt.models.opening import open_checkpoint
 from specrt.train.layers import Attention, GatedMlp, Norm, Rope, product_flop
+from specrt.types import CheckpointError
 
 _EXITS = "exits."
 
@@ -158,9 +159,11 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
         target: that configuration.
 
     Raises:
-        CheckpointError: a file is missing or corrupt.
+        CheckpointError: a file is missing or corrupt, or holds blocks.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.has_blocks:
+        raise CheckpointError(f"{path}: expected weights that are rows, got blocks")
     use_standard_names(checkpoint, is_head_tied=target.is_head_tied)
 
     def read(key: str) -> torch.Tensor:
