@@ -14,15 +14,13 @@ from specrt.config.directory import ADAPTER_CONFIG, checkpoint_directory, read_j
 from specrt.types import CheckpointError
 
 # Read here, or of training, or told by the tensors themselves.
-_HARMLESS = frozenset(
-    """
+_HARMLESS = """
     alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config
     exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
     layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version
     qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_dora
     use_rslora
-    """.split()
-)
+"""
 # Others change the model's own weights before training, to which the adapter then belongs.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -48,13 +46,15 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """Columns of a module's B."""
-        return _matched(self.ranks, module, self.rank)
+        rank: int = _matched(self.ranks, module, self.rank)
+        return rank
 
     def scaling_of(self, module: str) -> float:
         """What a module's product is multiplied by."""
         rank = self.rank_of(module)
         divisor = math.sqrt(rank) if self.is_rank_stabilised else rank
-        return _matched(self.alphas, module, self.alpha) / divisor
+        alpha: float = _matched(self.alphas, module, self.alpha)
+        return alpha / divisor
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> AdapterConfig:
@@ -100,7 +100,7 @@ def _refuse(data: Mapping[str, Any], file: Path) -> None:
             "such an adapter as it saves it)"
         )
     for key, value in data.items():
-        if value and key not in _HARMLESS and not key.startswith("_"):
+        if value and key not in _HARMLESS.split() and not key.startswith("_"):
             raise CheckpointError(
                 f"{file}: {key}: not supported, and {str(value)[:40]!r} may change what the "
                 "adapter does"

@@ -27,7 +27,7 @@ class Scheme:
     """How some of a checkpoint's matrices are stored."""
 
     layout: str
-    """``awq``, ``gptq``, ``packed`` (compressed-tensors' words) or ``scaled`` (a number a value)."""
+    """``awq``, ``gptq``, ``packed`` (words of compressed-tensors) or ``scaled`` (numbers)."""
     bits: int
     group_size: int | None = None
     """Columns of a scale; None: as many as the matrix has, or a block's."""
@@ -161,9 +161,7 @@ class _Reader:
         if any(not str(pattern).startswith("-:") for pattern in dynamic):
             raise self._fail_format("GPTQ with settings of its own for some modules (dynamic)")
         bits = self._bits(said, "bits", allowed=_GPTQ_BITS)
-        scheme = Scheme(
-            "gptq", bits, self._group_size("group_size"), has_offset=version == "gptq"
-        )
+        scheme = Scheme("gptq", bits, self._group_size("group_size"), has_offset=version == "gptq")
         return Quantization("GPTQ", (scheme,))
 
     def _fp8(self) -> Quantization:
@@ -192,7 +190,7 @@ class _Reader:
         if not isinstance(groups, Mapping) or not groups:
             raise self._fail("config_groups: expected some, got none")
         schemes = tuple(self._group(name, group) for name, group in groups.items())
-        notes = []
+        notes: list[str] = []
         for inputs in (group.get("input_activations") for group in groups.values()):
             if inputs and not notes:
                 notes.append(_activations(f"{inputs.get('num_bits', 8)} bits"))

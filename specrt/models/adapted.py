@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from specrt.config.lora import AdapterConfig, read_adapter_config
+from specrt.config.lora import read_adapter_config
 from specrt.models.checkpoint import Checkpoint, TensorInfo
 from specrt.models.layouts import HEAD, dtype_name
 from specrt.types import CheckpointError

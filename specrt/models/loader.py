@@ -20,7 +20,6 @@ from specrt.config import ModelConfig
 from specrt.models.arena import Arena
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.filling import Part, Pieces, parts_of, write_rows
-from specrt.models.opening import open_checkpoint
 from specrt.models.heads import pad_heads
 from specrt.models.layouts import (
     EMBED,
@@ -32,6 +31,7 @@ from specrt.models.layouts import (
     matrix_keys,
     weight_bytes,
 )
+from specrt.models.opening import open_checkpoint
 from specrt.models.packing import ROWS, Form, Packing
 from specrt.ops import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
 from specrt.types import CheckpointError
