@@ -15,7 +15,8 @@ import torch
 
 from specrt.config.lora import read_adapter_config
 from specrt.models.checkpoint import Checkpoint, TensorInfo
-from specrt.models.layouts import HEAD, dtype_name
+from specrt.models.families import HEAD
+from specrt.models.layouts import dtype_name
 from specrt.types import CheckpointError
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
