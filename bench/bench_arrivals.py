@@ -37,8 +37,8 @@ from specrt.config import ModelConfig
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.engine.engine import Engine
-from specrt.loading import BUILTIN
 from specrt.models.model import LlamaModel
+from specrt.targets import BUILTIN
 
 RANDOM, PLAIN = "random", "none"
 

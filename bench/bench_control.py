@@ -27,7 +27,7 @@ from specrt.draft.length.control import CONTROLLERS, parse_control
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
 from specrt.lab.measure import without_drafter
-from specrt.loading import BUILTIN
+from specrt.targets import BUILTIN
 
 PLAIN = "plain"
 ALL = "all"

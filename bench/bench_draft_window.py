@@ -27,8 +27,8 @@ from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import load_drafter
 from specrt.draft.length.costs import RoundCost
 from specrt.engine.engine import Engine
-from specrt.loading import BUILTIN
 from specrt.models.step import FINAL_TAP
+from specrt.targets import BUILTIN
 from specrt.tree import MAX_NODES
 from specrt.types import AcceptResult, Proposal, SequenceState
 

@@ -40,7 +40,7 @@ from bench.draft_contenders import (
 from bench.harness import Row, parser, report, start
 from bench.prompts import HELDOUT, load_prompts
 from specrt.draft.fspad.pairs import MAX_LEVELS
-from specrt.loading import BUILTIN
+from specrt.targets import BUILTIN
 from specrt.tree import MAX_NODES
 from specrt.types import CheckpointError
 

@@ -44,9 +44,9 @@ from bench.harness import Row, parser, report, start
 from bench.memory import Probe, peak_growth
 from bench.prompts import HELDOUT, load_prompts
 from specrt.config import ModelConfig
-from specrt.loading import BUILTIN
+from specrt.targets import BUILTIN, target_path
 from specrt.types import CheckpointError
-from tools.export_checkpoint import export, target_directory
+from tools.export_checkpoint import export
 
 LOOKUP_TOKENS = 10
 PEERS = (TRANSFORMERS, TRANSFORMERS_LOOKUP, LLAMA_CPP)
@@ -69,7 +69,7 @@ class Field:
 
 def make_field(args: argparse.Namespace, dtype: str, scratch: Path) -> Field:
     """Load every contender that was asked for and can be had."""
-    config = ModelConfig.from_directory(target_directory(args.target))
+    config = ModelConfig.from_directory(target_path(args.target))
     plain = Ours(args.target, None, dtype)
     ours: dict[str, Contender] = {PLAIN: plain}
     blank = Probe("ours", args.target, dtype, torch.get_num_threads(), None, None, [], 0, [])
@@ -105,7 +105,7 @@ def _transformers(
     peers: Peers = {}
     if not args.peers & {TRANSFORMERS, TRANSFORMERS_LOOKUP}:
         return peers
-    directory = target_directory(args.target)
+    directory = target_path(args.target)
     if config.float8_scale_suffix:
         directory = scratch / f"hf-{dtype}"
         export(args.target, directory, dtype)

@@ -1,7 +1,8 @@
 """The small kernels against plain torch expressions, and what calling any op costs.
 
-The first table times ``rms_norm``, ``rope_append``, ``silu_mul``, ``embed`` and ``kv_commit`` at 1,
-8 and 64 rows (kv_commit: committed rows, one slot further down) of the bundled model's and of
+The first table times ``rms_norm``, ``layer_norm``, ``rope_append``, ``activate`` (gated silu, and
+ungated gelu), ``scale_add`` (capped too), ``embed`` (with positions too) and ``kv_commit`` at 1, 8
+and 64 rows (kv_commit: committed rows, one slot further down) of the bundled model's and of
 Llama-3-8B's shape, one Python call each. Rows named ``call:`` are every op on the least work it
 takes, that is, wrapper and binding alone; the goal is 3 µs. ``--device cuda`` is
 ``small_kernels_cuda.py``.
@@ -81,12 +82,49 @@ def rms_norm(shape: Shape, num_rows: int) -> Pair:
     )
 
 
-def silu_mul(shape: Shape, num_rows: int) -> Pair:
+def layer_norm(shape: Shape, num_rows: int) -> Pair:
+    """torch: its own fused ``layer_norm``."""
+    x = torch.randn(num_rows, shape.hidden_size)
+    weight, bias, out = torch.randn(shape.hidden_size), torch.randn(shape.hidden_size), x.clone()
+    return (
+        lambda: ops.layer_norm(x, weight, bias, 1e-6, out),
+        lambda: F.layer_norm(x, weight.shape, weight, bias, 1e-6),
+    )
+
+
+def activate(shape: Shape, num_rows: int) -> Pair:
     """torch: ``silu(gate) * up``."""
     gate_up = torch.randn(num_rows, 2 * shape.intermediate_size)
     out = torch.empty(num_rows, shape.intermediate_size)
     gate, up = gate_up.chunk(2, dim=1)
-    return lambda: ops.silu_mul(gate_up, out=out), lambda: torch.mul(F.silu(gate), up, out=out)
+    return lambda: ops.activate(gate_up, out), lambda: torch.mul(F.silu(gate), up, out=out)
+
+
+def activate_gelu(shape: Shape, num_rows: int) -> Pair:
+    """torch: its own ``gelu``."""
+    x = torch.randn(num_rows, shape.intermediate_size)
+    out = torch.empty_like(x)
+    return lambda: ops.activate(x, out, "gelu", False), lambda: F.gelu(x)
+
+
+def scale_add(shape: Shape, num_rows: int) -> Pair:
+    """torch: one fused sum."""
+    x, residual = torch.randn(2, num_rows, shape.hidden_size)
+    out = torch.empty_like(x)
+    return (
+        lambda: ops.scale_add(x, 0.5, residual, out=out),
+        lambda: torch.add(residual, x, alpha=0.5, out=out),
+    )
+
+
+def scale_add_capped(shape: Shape, num_rows: int) -> Pair:
+    """torch: a quotient, a tangent and a product, in place."""
+    x = torch.randn(num_rows, shape.hidden_size)
+    out = torch.empty_like(x)
+    return (
+        lambda: ops.scale_add(x, 1.0, cap=30.0, out=out),
+        lambda: torch.div(x, 30.0, out=out).tanh_().mul_(30.0),
+    )
 
 
 def embed(shape: Shape, num_rows: int) -> Pair:
@@ -94,6 +132,19 @@ def embed(shape: Shape, num_rows: int) -> Pair:
     table = torch.randn(_VOCAB, shape.hidden_size).to(shape.dtype)
     out, tokens = torch.empty(num_rows, shape.hidden_size), torch.arange(num_rows).int() * 7
     return lambda: ops.embed(tokens, table, out), lambda: out.copy_(table.index_select(0, tokens))
+
+
+def embed_positions(shape: Shape, num_rows: int) -> Pair:
+    """torch: two selections, a product and a sum."""
+    table, places = (torch.randn(_VOCAB, shape.hidden_size).to(shape.dtype) for _ in range(2))
+    out, tokens = torch.empty(num_rows, shape.hidden_size), torch.arange(num_rows).int() * 7
+    depth = torch.arange(num_rows, dtype=torch.int32)[None]
+    positions, rows = ops.EmbedPositions(places, depth, ints(PREFIX), 0), PREFIX + depth[0]
+
+    def torchs() -> None:
+        out.copy_(table.index_select(0, tokens)).mul_(2.0).add_(places.index_select(0, rows))
+
+    return lambda: ops.embed(tokens, table, out, scale=2.0, positions=positions), torchs
 
 
 def rope_append(shape: Shape, num_rows: int) -> Pair:
@@ -148,8 +199,13 @@ def kv_commit(shape: Shape, num_rows: int) -> Pair:
 KERNELS: dict[str, Callable[[Shape, int], Pair]] = {
     "rms_norm": rms_norm,
     "rope_append": rope_append,
-    "silu_mul": silu_mul,
+    "layer_norm": layer_norm,
+    "activate": activate,
+    "activate, gelu": activate_gelu,
+    "scale_add": scale_add,
+    "scale_add, capped": scale_add_capped,
     "embed": embed,
+    "embed, positions": embed_positions,
     "kv_commit": kv_commit,
 }
 
@@ -194,7 +250,9 @@ def least_work() -> dict[str, Callable[[], object]]:
         "linear": lambda: ops.linear(x, weight, out=one),
         "rms_norm": lambda: ops.rms_norm(x, vector, 1e-6, out=normed),
         "embed": lambda: ops.embed(zero, weight, normed),
-        "silu_mul": lambda: ops.silu_mul(pair, out=one),
+        "layer_norm": lambda: ops.layer_norm(x, vector, vector, 1e-6, normed),
+        "activate": lambda: ops.activate(pair, one),
+        "scale_add": lambda: ops.scale_add(x, 0.5, out=normed),
         "rope_append": lambda: ops.rope_append(
             q, q, q, depth, cache.kv_len, zero, count, cache.table, table, kv[0], kv[1]
         ),

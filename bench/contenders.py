@@ -20,7 +20,7 @@ import torch
 import specrt
 from specrt import SamplingParams, builtin
 from specrt.draft.kinds import named_kinds
-from specrt.loading import BUILTIN
+from specrt.targets import BUILTIN
 
 PLAIN = "ours plain"
 TRANSFORMERS = "transformers"

@@ -126,7 +126,7 @@ class FeatureSample:
             multiply(e, self._gate, out=gate)
             h = multiply(torch.cat([e, f], -1), self._fc)
         multiply(ops.rms_norm(h, self._norm, EPS), self._up, out=up)
-        return (multiply(ops.silu_mul(pairs), self._down, residual=h),)
+        return (multiply(ops.activate(pairs), self._down, residual=h),)
 
 
 @dataclass

@@ -78,7 +78,7 @@ def _all() -> Iterator[Goal]:
         yield Goal(ATTENTION, where, "flashinfer/ours", 1.5, is_least=True)
         yield Goal(ATTENTION, where, "sdpa/ours", 3.0, is_least=True)
     # A commit moves the accepted path, a handful of rows: 2 MB for 8 of them.
-    of_trees = dict.fromkeys(("rms_norm", "silu_mul", "tree_settle", "history_append"), 60)
+    of_trees = dict.fromkeys(("rms_norm", "activate", "tree_settle", "history_append"), 60)
     for op, rows in {**of_trees, "kv_commit": 8}.items():
         yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", 3.0)
     # 1.1 times what reading the weights takes, which is 92 % of the copy rate.
@@ -90,7 +90,7 @@ def _all() -> Iterator[Goal]:
         yield Goal(SMALL, {"op": op, "model": "Llama-3-8B", "rows": rows}, "us", most)
     where = {"op": "tree_expand_by_maxima", "model": "Vicuna-7B", "rows": 10}  # of 32,000 tokens
     yield Goal(SMALL, where, "us", 5.0)
-    for op in ("rms_norm", "silu_mul"):
+    for op in ("rms_norm", "activate"):
         where = {"op": op, "model": "Llama-3-8B", "rows": 8192}
         yield Goal(SMALL, where, "% of limit", 80.0, is_least=True)
 

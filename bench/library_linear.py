@@ -51,7 +51,7 @@ def library_linear(
     if is_gated:
         both = x.new_empty(len(x), len(weight))
         product(x, weight, both)
-        ops.silu_mul(both if bias is None else both.add_(bias), out=out)
+        ops.activate(both if bias is None else both.add_(bias), out)
     elif residual is not None:
         torch.addmm(residual, x, weight.t(), out=out)
         out = out if bias is None else out.add_(bias)

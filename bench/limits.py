@@ -72,9 +72,19 @@ def rms_norm(model: Model, rows: int) -> Work:
     return Work(4 * rows * model.hidden_size * BF16 + model.hidden_size * FLOAT)
 
 
-def silu_mul(model: Model, rows: int) -> Work:
+def layer_norm(model: Model, rows: int) -> Work:
+    """As ``rms_norm``, and a bias."""
+    return Work(rms_norm(model, rows).num_bytes + model.hidden_size * FLOAT)
+
+
+def activate(model: Model, rows: int) -> Work:
     """Gate and up read, out written."""
     return Work(3 * rows * model.intermediate_size * BF16)
+
+
+def scale_add(model: Model, rows: int) -> Work:
+    """Rows and residual read, out written."""
+    return Work(3 * rows * model.hidden_size * BF16)
 
 
 def rope_append(model: Model, rows: int) -> Work:

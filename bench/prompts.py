@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from specrt import builtin
-from specrt.loading import BUILTIN, load
+from specrt.loading import load
 from specrt.sampling import SamplingParams
+from specrt.targets import BUILTIN
 
 _CANDIDATES_EACH = 5  # problems looked at for each that is taken
 HELDOUT = builtin.target_path().parent / "data" / "gsm8k_heldout.jsonl"

@@ -77,7 +77,41 @@ class RmsNorm:
         return F.rms_norm(residual, residual.shape[1:], self._torch_weight, EPS), residual
 
 
-class SiluMul:
+class LayerNorm:
+    """torch: the sum in place, then its own ``layer_norm``, with weights of the rows' type."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        self._x = place.randn(rows, model.hidden_size)
+        self._residual = place.randn(rows, model.hidden_size)
+        self._torch_residual = self._residual.clone()
+        self._torch_weights = [place.randn(model.hidden_size) for _ in range(2)]
+        self._weights = [weight.float() for weight in self._torch_weights]
+        self._out = place.poison(rows, model.hidden_size)
+
+    def ours(self) -> Tensors:
+        ops.layer_norm(self._x, *self._weights, EPS, self._out, residual=self._residual)
+        return self._out, self._residual
+
+    def torchs(self) -> Tensors:
+        residual = self._torch_residual.add_(self._x)
+        return F.layer_norm(residual, residual.shape[1:], *self._torch_weights, EPS), residual
+
+
+class ScaleAdd:
+    """torch: ``residual + factor * x``, one fused kernel."""
+
+    def __init__(self, model: Model, rows: int, place: Place) -> None:
+        self._x, self._residual = (place.randn(rows, model.hidden_size) for _ in range(2))
+        self._out, self._torch_out = (place.poison(rows, model.hidden_size) for _ in range(2))
+
+    def ours(self) -> Tensors:
+        return (ops.scale_add(self._x, 0.5, self._residual, out=self._out),)
+
+    def torchs(self) -> Tensors:
+        return (torch.add(self._residual, self._x, alpha=0.5, out=self._torch_out),)
+
+
+class Activate:
     """torch: ``silu(gate) * up``."""
 
     def __init__(self, model: Model, rows: int, place: Place) -> None:
@@ -85,7 +119,7 @@ class SiluMul:
         self._out, self._torch_out = (place.poison(rows, model.intermediate_size) for _ in range(2))
 
     def ours(self) -> Tensors:
-        return (ops.silu_mul(self._gate_up, out=self._out),)
+        return (ops.activate(self._gate_up, self._out),)
 
     def torchs(self) -> Tensors:
         gate, up = self._gate_up.chunk(2, dim=1)
@@ -220,7 +254,9 @@ class Kernel:
 
 KERNELS = {
     "rms_norm": Kernel(separate(RmsNorm), limits.rms_norm),
-    "silu_mul": Kernel(separate(SiluMul), limits.silu_mul),
+    "activate": Kernel(separate(Activate), limits.activate),
+    "layer_norm": Kernel(separate(LayerNorm), limits.layer_norm),
+    "scale_add": Kernel(separate(ScaleAdd), limits.scale_add),
     "embed": Kernel(separate(Embed), limits.embed),
     "rope_append": Kernel(separate(RopeAppend), limits.rope_append),
     "kv_commit": Kernel(commits, limits.kv_commit, NODES),

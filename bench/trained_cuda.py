@@ -28,8 +28,7 @@ from bench.harness import Row, environment, parser, report, start
 from bench.prompts import HELDOUT
 from bench.trained_setup import KINDS, Found, Setup
 from specrt.config import ModelConfig
-from specrt.loading import BUILTIN
-from tools.export_checkpoint import target_directory
+from specrt.targets import BUILTIN, target_path
 
 _DRY_PROBLEMS = 12
 _WARM = 25.0
@@ -98,7 +97,7 @@ def trained(kind: str, setup: Setup, sizes: Sizes, budget: float | None) -> list
     Raises:
         RuntimeError: it was not finished in its time, or failed.
     """
-    target = ModelConfig.from_directory(target_directory(setup.target))
+    target = ModelConfig.from_directory(target_path(setup.target))
     out = setup.drafter(kind)
     options = ["eesd", "--exit-layer", str(max(1, target.num_layers // 8))]
     if kind != "eesd":

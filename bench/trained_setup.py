@@ -9,8 +9,8 @@ from bench.harness import Row
 from specrt.engine.engine import Engine
 from specrt.loading import load
 from specrt.models.tokenizer import load_tokenizer
+from specrt.targets import target_path
 from specrt.train.data.prompts import read_prompts
-from tools.export_checkpoint import target_directory
 
 KINDS = ("fspad", "eagle2", "eesd")
 PLAIN = "plain"
@@ -79,7 +79,7 @@ class Setup:
 
     def prompts(self, *, count: int | None = None) -> list[list[int]]:
         """Token ids of the problems to measure on; with ``count`` the last so many of all."""
-        tokenizer = load_tokenizer(target_directory(self.target))
+        tokenizer = load_tokenizer(target_path(self.target))
         trained, measured = self.split()
         files = [measured] if count is None else [trained, measured]
         found = [list(prompt.token_ids) for prompt in read_prompts(files, tokenizer)[0]]

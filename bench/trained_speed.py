@@ -23,9 +23,9 @@ from bench.trained_setup import PLAIN, Found, Setup
 from specrt.config import ModelConfig
 from specrt.engine.engine import Engine
 from specrt.lab.measure import Comparison, compare, summarise
-from specrt.loading import BUILTIN
 from specrt.sampling import SamplingParams
-from tools.export_checkpoint import export, target_directory
+from specrt.targets import BUILTIN, target_path
+from tools.export_checkpoint import export
 
 LOOKUP = "prompt-lookup"
 _TOKENS, _DRY_TOKENS, _DRY_PROMPTS = 192, 6, 2
@@ -178,7 +178,7 @@ def _their_contenders(
 
 def _their_options(setup: Setup, dtype: str) -> dict[str, dict[str, Any]]:
     """Of ``generate``, by the name of the contender."""
-    target = ModelConfig.from_directory(target_directory(setup.target))
+    target = ModelConfig.from_directory(target_path(setup.target))
     assisted: dict[str, Any] = {"assistant_early_exit": max(1, target.num_layers // 8)}
     if setup.assistant is not None:
         from transformers import AutoModelForCausalLM
@@ -197,7 +197,7 @@ def _their_options(setup: Setup, dtype: str) -> dict[str, dict[str, Any]]:
 def _plain_directory(setup: Setup, dtype: str) -> Path:
     """The target as transformers reads it."""
     if setup.target != BUILTIN:
-        return target_directory(setup.target)
+        return target_path(setup.target)
     directory = setup.work / f"target-{dtype}"
     if not (directory / "config.json").exists():
         export(setup.target, directory, dtype)

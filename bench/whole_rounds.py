@@ -106,7 +106,7 @@ def layer_round(target: LlamaModel, layer: Layer) -> WholeRound:
     config, weights = layer
     device = target.device
     kind = DeviceFspadDrafter if device.is_gpu else FspadDrafter
-    drafter = kind(DraftLayer(config, weights, device, target.rope))
+    drafter = kind(DraftLayer(config, weights, device, target.ropes))
     params = DraftParams(depth=_DEPTH, top_k=_TOP_K, total_tokens=NODES)
     return WholeRound(drafter, params, _DEPTH * weights.step_bytes, step_bytes(target.weights))
 

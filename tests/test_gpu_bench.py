@@ -47,7 +47,7 @@ def test_bytes_and_flop_of_tree_attention() -> None:
 def test_bytes_of_the_small_kernels() -> None:
     llama = limits.MODELS["Llama-3-8B"]
     assert limits.rms_norm(llama, 60).num_bytes == 4 * 60 * 4096 * 2 + 4096 * 4
-    assert limits.silu_mul(llama, 60).num_bytes == 3 * 60 * 14336 * 2
+    assert limits.activate(llama, 60).num_bytes == 3 * 60 * 14336 * 2
     assert limits.rope_append(llama, 60).num_bytes == 60 * 128 * ((2 * 32 + 4 * 8) * 2 + 4)
     assert limits.kv_commit(llama, 5).num_bytes == 2 * 5 * 32 * 2 * 8 * 128 * 2
     assert limits.tree_settle(llama, 65).num_bytes == 65 * (5 * 4 + 2 * 8)
@@ -166,7 +166,7 @@ def test_report_of_the_small_kernels(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
     assert [(row["op"], row["rows"]) for row in result["rows"][:2]] == [
         ("rms_norm", 60),
-        ("silu_mul", 60),
+        ("activate", 60),
     ]
     assert all(row["torch/ours"] == 1 and row["us"] == 1 for row in result["rows"])
     assert result["environment"]["gpu"]["device"].startswith("no GPU")
@@ -245,7 +245,7 @@ def test_a_process_that_is_stopped_leaves_what_it_measured(
         small_kernels_cuda.run(arguments(tmp_path), FakeGpu())
     assert [path.name for path in tmp_path.iterdir()] == ["small_kernels_cuda.json"]
     result = json.loads((tmp_path / "small_kernels_cuda.json").read_text())
-    assert [row["op"] for row in result["rows"]] == ["rms_norm", "silu_mul"]
+    assert [row["op"] for row in result["rows"]] == ["rms_norm", "activate"]
 
 
 def _cases(result: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "json_lines", "option_hints", "reuse"},
+    {"config", "json_lines", "option_hints", "reuse", "targets"},
     {"ops"},
     {"device"},
     {"sampling"},
@@ -33,8 +33,8 @@ PUBLIC_API = {"cli", "serve", "train", "__main__"}  # may use `specrt.load` and 
 NO_KERNEL = {"core", "graph", "bindings"}
 # In bench_small_kernels.py.
 BENCHED_TOGETHER = {
-    "rms_norm", "rope_append", "silu_mul", "kv_commit", "embed", "history_tail", "draft_pairs",
-    "time_stamp",
+    "rms_norm", "layer_norm", "rope_append", "activate", "scale_add", "kv_commit", "embed",
+    "history_tail", "draft_pairs", "time_stamp",
 }  # fmt: skip
 PYTHON_HEADER = re.compile(r"^(pybind11/|torch/|ATen/|c10/|Python\.h)")
 
@@ -187,11 +187,11 @@ def test_planted_include(tmp_path: Path, file: str, line: str, count: int) -> No
 
 
 def test_planted_missing_places(tmp_path: Path) -> None:
-    for kernel in ("linear", "silu_mul", "core", "graph", "bindings"):
+    for kernel in ("linear", "activate", "core", "graph", "bindings"):
         (tmp_path / "csrc" / kernel).mkdir(parents=True)
     assert len(missing_places(tmp_path)) == 8
-    files = [f"specrt/ops/{kernel}.py" for kernel in ("linear", "silu_mul")]
-    files += [f"tests/ops/test_{kernel}.py" for kernel in ("linear", "silu_mul")]
+    files = [f"specrt/ops/{kernel}.py" for kernel in ("linear", "activate")]
+    files += [f"tests/ops/test_{kernel}.py" for kernel in ("linear", "activate")]
     files += ["bench/bench_linear.py", "bench/bench_small_kernels.py", "docs/kernels.md"]
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -200,5 +200,5 @@ def test_planted_missing_places(tmp_path: Path) -> None:
         "no row in docs/kernels.md",
         "no row in docs/kernels.md",
     ]
-    (tmp_path / "docs/kernels.md").write_text("| `linear` | 1 |\n| `silu_mul` | 2 |\n")
+    (tmp_path / "docs/kernels.md").write_text("| `linear` | 1 |\n| `activate` | 2 |\n")
     assert missing_places(tmp_path) == []

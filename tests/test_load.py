@@ -71,7 +71,9 @@ def test_paths_that_hold_no_model(role: str, target: Path, tmp_path: Path) -> No
 
 
 def test_a_target_that_is_no_path() -> None:
-    with pytest.raises(TypeError, match="target: expected a path or 'builtin', got None"):
+    with pytest.raises(
+        TypeError, match="target: expected a path, 'builtin' or 'smollm2', got None"
+    ):
         specrt.load(None)  # type: ignore[arg-type]
 
 
@@ -106,7 +108,7 @@ def test_a_drafter_of_an_unknown_kind(target: Path, tmp_path: Path) -> None:
         ({"max_nodes": 0}, r"max_nodes: expected 1\.\.128, got 0"),
         ({"max_nodes": 129}, r"max_nodes: expected 1\.\.128, got 129"),
         ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
-        ({"quantize": "int4"}, "quantize: expected int8, got 'int4'"),
+        ({"quantize": "int4"}, "quantize: expected one of int8, none, got 'int4'"),
         ({"activations": "half"}, "activations: expected one of split, bfloat16, float32, got"),
         ({"activations": "split"}, "activations: 'split' is of bfloat16 weights, the target's are"),
         (

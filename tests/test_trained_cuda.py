@@ -18,8 +18,8 @@ from bench.fake_gpu import FakeGpu
 from bench.trained_setup import KINDS, Setup
 from specrt.cli.app import main
 from specrt.engine.results import GenerationResult
-from specrt.loading import BUILTIN
 from specrt.sampling import SamplingParams
+from specrt.targets import BUILTIN
 from specrt.types import RoundStats
 
 Calls = list[tuple[Sequence[str], float | None]]

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from specrt import builtin
 from specrt.config import ModelConfig, read_json
-from specrt.loading import BUILTIN
 from specrt.models.loader import LayerWeights, Weights, load_weights
+from specrt.targets import target_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,11 +32,6 @@ _COPIED = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-def target_directory(target: str) -> Path:
-    """The directory behind a target's name, ``"builtin"`` included."""
-    return builtin.target_path() if target == BUILTIN else Path(target)
 
 
 def state_dict(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
@@ -87,7 +81,7 @@ def export(target: str, out: Path, dtype: str) -> None:
     Raises:
         CheckpointError: the target cannot be loaded.
     """
-    source = target_directory(target)
+    source = target_path(target)
     config = ModelConfig.from_directory(source)
     weights = load_weights(source, config, DTYPES[dtype])
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ import torch
 from specrt.config import ModelConfig, read_json
 from specrt.models.loader import load_weights
 from specrt.models.tokenizer import Tokenizer, load_tokenizer
-from tools.export_checkpoint import DTYPES, state_dict, target_directory
+from specrt.targets import target_path
+from tools.export_checkpoint import DTYPES, state_dict
 
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -46,7 +47,7 @@ def make_gguf(target: str, out: Path, dtype: str) -> None:
         ValueError: an architecture or a tokenizer this cannot express.
         CheckpointError: the target cannot be loaded.
     """
-    source = target_directory(target)
+    source = target_path(target)
     config = ModelConfig.from_directory(source)
     if config.architecture not in ("llama", "mistral") or config.rope_scaling is not None:
         raise ValueError(f"{source}: expected a Llama or Mistral model with plain rotary embedding")

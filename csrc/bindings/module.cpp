@@ -8,11 +8,13 @@
 
 namespace specrt::bindings {
 
+void register_layer_norm(py::module_& m);
 void register_linear(py::module_& m);
 void register_matrix_pack(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_rope_append(py::module_& m);
-void register_silu_mul(py::module_& m);
+void register_activate(py::module_& m);
+void register_scale_add(py::module_& m);
 void register_time_stamp(py::module_& m);
 void register_tree_attention(py::module_& m);
 void register_tree_accept(py::module_& m);
@@ -68,11 +70,13 @@ PYBIND11_MODULE(_C, m) {
         return choose_cpus(read_places(devices, allowed), here, count);
     });
     register_graph(m);
+    register_layer_norm(m);
     register_linear(m);
     register_matrix_pack(m);
     register_rms_norm(m);
     register_rope_append(m);
-    register_silu_mul(m);
+    register_activate(m);
+    register_scale_add(m);
     register_time_stamp(m);
     register_tree_attention(m);
     register_tree_accept(m);

@@ -44,16 +44,6 @@ inline V16 silu(V16 x) {
     return div(x, add(splat(1.0f), exp(sub(zero(), x))));
 }
 
-// out = silu(gate) * up, element by element; out may be gate or up.
-template <typename T>
-inline void silu_mul_row(const T* gate, const T* up, T* out, int64_t width) {
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) store(mul(silu(load(gate + i)), load(up + i)), out + i);
-    const int rest = static_cast<int>(width - i);
-    if (rest > 0)
-        store_first(mul(silu(load_first(gate + i, rest)), load_first(up + i, rest)), out + i, rest);
-}
-
 // Part `part` of `num_parts` of num_rows x width elements: calls f(row, begin, end) for spans of
 // columns, cut at multiples of 16, so that one row can be shared too.
 template <typename F>

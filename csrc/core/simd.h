@@ -165,6 +165,10 @@ inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), value.v,
                                  _mm512_setzero_ps())};
 }
+// x < bound ? yes : no
+inline V16 choose_less(V16 x, V16 bound, V16 yes, V16 no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), no.v, yes.v)};
+}
 // +inf where x > bound > 1, NaN where x is NaN.
 inline V16 overflow_where_above(V16 value, V16 x, V16 bound) {
     const __mmask16 is_above = _mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLE_UQ);
@@ -301,6 +305,10 @@ inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, bound.lo, _CMP_LT_OQ), value.lo),
             _mm256_andnot_ps(_mm256_cmp_ps(x.hi, bound.hi, _CMP_LT_OQ), value.hi)};
 }
+inline V16 choose_less(V16 x, V16 bound, V16 yes, V16 no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(x.lo, bound.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(x.hi, bound.hi, _CMP_LT_OQ))};
+}
 inline __m256 overflow_where_above(__m256 value, __m256 x, __m256 bound) {
     const __m256 is_above = _mm256_cmp_ps(x, bound, _CMP_NLE_UQ);
     return _mm256_blendv_ps(value, _mm256_mul_ps(x, _mm256_set1_ps(3.4028235e38f)), is_above);
@@ -405,6 +413,9 @@ inline V16 min(V16 a, V16 b) {
 }
 inline V16 zero_where_less(V16 value, V16 x, V16 bound) {
     return lanes([&](int i) { return x.v[i] < bound.v[i] ? 0.0f : value.v[i]; });
+}
+inline V16 choose_less(V16 x, V16 bound, V16 yes, V16 no) {
+    return lanes([&](int i) { return x.v[i] < bound.v[i] ? yes.v[i] : no.v[i]; });
 }
 inline V16 overflow_where_above(V16 value, V16 x, V16 bound) {
     return lanes([&](int i) { return x.v[i] <= bound.v[i] ? value.v[i] : x.v[i] * 3.4028235e38f; });

@@ -13,10 +13,7 @@ inline V16 tanh(V16 x) {
     series = fma(series, x2, splat(kTanh3));
     const V16 small = fma(mul(x, x2), series, x);
     const V16 rest = div(splat(2.0f), add(exp(mul(splat(2.0f), x)), splat(1.0f)));
-    const V16 large = sub(splat(1.0f), rest);
-    // One of the two is zero: the second number is the one before the first.
-    return add(zero_where_less(large, x2, splat(kTanhSeriesEnd)),
-               zero_where_less(small, splat(0x1.8ffffep-2f), x2));
+    return choose_less(x2, splat(kTanhSeriesEnd), small, sub(splat(1.0f), rest));
 }
 
 }  // namespace specrt::SPECRT_ISA

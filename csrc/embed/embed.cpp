@@ -18,10 +18,35 @@ void expect_table(const MatrixView& m) {
 }
 
 void expect_all_apart(const EmbedArgs& a) {
-    for (const TensorView* read : {&a.tokens, &a.table, &a.is_open})
+    for (const TensorView* read :
+         {&a.tokens, &a.table, &a.is_open, &a.positions, &a.depth, &a.kv_len})
         for (const TensorView* written : {&a.out, &a.ids})
             if (*read && *written) expect_apart(*read, *written);
     if (a.ids) expect_apart(a.ids, a.out);
+}
+
+PositionRows position_rows(const EmbedArgs& a, int64_t rows, int64_t width) {
+    if (!a.positions) return {};
+    expect_float(a.positions);
+    expect(a.positions, a.positions.dtype, "[P, H]", -1, width);
+    expect(a.depth, DType::kInt32, "[B, N]", -1, -1);
+    const int64_t batch = a.depth.shape[0], num_nodes = a.depth.shape[1];
+    SPECRT_CHECK(batch * num_nodes == rows, "depth: expected [B, N] of ", rows,
+                 " as tokens has, got ", a.depth.describe());
+    expect(a.kv_len, DType::kInt32, "[B]", batch);
+    SPECRT_CHECK(a.positions.shape[0] > 0 || rows == 0,
+                 "positions: expected at least one row, got ", a.positions.describe());
+    SPECRT_CHECK(a.offset >= INT32_MIN && a.offset <= INT32_MAX,
+                 "offset: expected a number of 32 bits, got ", a.offset);
+    return {a.positions.data,
+            a.depth.as<int32_t>(),
+            a.kv_len.as<int32_t>(),
+            a.positions.stride[0],
+            a.depth.stride[0],
+            a.offset,
+            num_nodes,
+            a.positions.shape[0],
+            a.positions.dtype};
 }
 
 }  // namespace
@@ -40,7 +65,8 @@ Launch embed(const EmbedArgs& a) {
                  "out: expected at most 2^31 - 1 rows of as many elements, got ", out.describe());
     if (a.ids) expect_ids(a.ids, rows);
     const Openness open = openness_of(a.is_open);
-    const int device = common_device(a.tokens, table, out, a.ids, a.is_open);
+    const int device =
+        common_device(a.tokens, table, out, a.ids, a.is_open, a.positions, a.depth, a.kv_len);
     expect_all_apart(a);
     const EmbedParams p{a.tokens.as<int32_t>(),
                         table.data,
@@ -56,7 +82,9 @@ Launch embed(const EmbedArgs& a) {
                         static_cast<int32_t>(vocab),
                         table.dtype,
                         out.dtype,
-                        matrix.format};
+                        matrix.format,
+                        a.scale,
+                        position_rows(a, rows, width)};
     SPECRT_CHECK(device == kCpu || !matrix.is_packed(),
                  "table: expected rows on a GPU, got a packed matrix");
     if (device != kCpu) return make_cuda_launch(embed_cuda, p, device);

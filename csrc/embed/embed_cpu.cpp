@@ -5,6 +5,16 @@
 namespace specrt::SPECRT_ISA {
 namespace {
 
+template <typename T>
+V16 load_up_to_16(const T* p, int count) {
+    return count == 16 ? load(p) : load_first(p, count);
+}
+template <typename T>
+void store_up_to_16(V16 a, T* p, int count) {
+    if (count == 16) return store(a, p);
+    store_first(a, p, count);
+}
+
 template <typename From, typename To>
 void convert(const From* source, To* out, int64_t width) {
     int64_t i = 0;
@@ -17,10 +27,34 @@ void convert(const T* source, T* out, int64_t width) {
     __builtin_memcpy(out, source, static_cast<size_t>(width) * sizeof(T));
 }
 
+// Of a row's elements from `begin` on; `source` may be `out`.
+template <typename From, typename To>
+void adjust(const EmbedParams& p, int64_t row, int64_t begin, int64_t width, const From* source,
+            To* out) {
+    const V16 scale = splat(p.scale);
+    const auto scaled = [&](auto position) {
+        for (int64_t i = 0; i < width; i += 16) {
+            const int count = width - i < 16 ? static_cast<int>(width - i) : 16;
+            const V16 v = mul(load_up_to_16(source + i, count), scale);
+            store_up_to_16(position(v, i, count), out + i, count);
+        }
+    };
+    const PositionRows& rows = p.positions;
+    if (!rows.table) return scaled([](V16 v, int64_t, int) { return v; });
+    with_float_type(rows.dtype, [&](auto type) {
+        const auto* at = static_cast<const decltype(type)*>(rows.table) + begin;
+        at += position_start(rows, row);
+        scaled([at](V16 v, int64_t i, int count) { return add(v, load_up_to_16(at + i, count)); });
+    });
+}
+
 template <typename From, typename To>
 void one_span(const EmbedParams& p, int64_t row, int64_t begin, int64_t end) {
-    convert(static_cast<const From*>(p.table) + source_row(p, row) * p.table_stride + begin,
-            static_cast<To*>(p.out) + row * p.out_stride + begin, end - begin);
+    const From* source =
+        static_cast<const From*>(p.table) + source_row(p, row) * p.table_stride + begin;
+    To* out = static_cast<To*>(p.out) + row * p.out_stride + begin;
+    if (is_adjusted(p)) return adjust(p, row, begin, end - begin, source, out);
+    convert(source, out, end - begin);
 }
 
 void packed_rows(const EmbedParams& p, int part, int num_parts) {
@@ -28,7 +62,9 @@ void packed_rows(const EmbedParams& p, int part, int num_parts) {
     for (int64_t m = p.num_rows * part / num_parts; m < p.num_rows * (part + 1) / num_parts; ++m) {
         write_id(p, m, is_open);
         float* out = static_cast<float*>(p.out) + m * p.out_stride;
-        if (is_open) unpack_row(p.table, p.format, p.width, source_row(p, m), out);
+        if (!is_open) continue;
+        unpack_row(p.table, p.format, p.width, source_row(p, m), out);
+        if (is_adjusted(p)) adjust(p, m, 0, p.width, out, out);
     }
 }
 

@@ -1,3 +1,4 @@
+#include "core/activation_lanes.h"
 #include "core/matrix_rows.h"
 #include "core/rows.h"
 #include "feature_sample/feature_sample.h"
@@ -46,7 +47,7 @@ void feature_gate_part(const void* params, int part, int num_parts) {
     const auto& p = *static_cast<const GateParams*>(params);
     for_spans(p.num_rows, p.width, part, num_parts, [&](int64_t row, int64_t begin, int64_t end) {
         float* gate = p.gate + row * p.stride + begin;
-        silu_mul_row(gate, p.up + row * p.stride + begin, gate, end - begin);
+        gated_row<Activation::kSilu>(gate, p.up + row * p.stride + begin, gate, end - begin);
     });
 }
 

@@ -231,7 +231,7 @@ float* expect_cpu_workspace(const LinearArgs& a, const MatrixView& weight, int64
 }
 
 std::vector<Launch> on_cpu(const LinearArgs& a) {
-    SPECRT_CHECK(!a.is_gated, "is_gated: expected False on the CPU, where silu_mul follows");
+    SPECRT_CHECK(!a.is_gated, "is_gated: expected False on the CPU, where activate follows");
     SPECRT_CHECK(!a.maxima, "maxima: expected None on the CPU");
     for (const TensorView* t :
          {&a.x_rows, &a.second, &a.second_rows, &a.residual_rows, &a.gate, &a.gate_rows})

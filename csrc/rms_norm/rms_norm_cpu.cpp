@@ -1,36 +1,12 @@
-#include "core/rows.h"
+#include "core/norm_rows.h"
 #include "rms_norm/rms_norm.h"
 
 namespace specrt::SPECRT_ISA {
-namespace {
-
-template <typename T>
-void add_into(T* residual, const T* x, int64_t width) {
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) store(add(load(residual + i), load(x + i)), residual + i);
-    for (; i < width; ++i) from_float(to_float(residual[i]) + to_float(x[i]), residual + i);
-}
-
-template <typename T>
-void one_row(const RmsNormParams& p, int64_t row, int64_t slice) {
-    const auto at = [&](const int64_t* stride) { return row * stride[0] + slice * stride[1]; };
-    const T* x = static_cast<const T*>(p.x) + at(p.x_stride);
-    if (p.residual) {
-        T* residual = static_cast<T*>(p.residual) + at(p.residual_stride);
-        add_into(residual, x, p.width);
-        x = residual;
-    }
-    rms_norm_row(x, p.weight, p.eps, static_cast<T*>(p.out) + at(p.out_stride), p.width);
-}
-
-}  // namespace
 
 void rms_norm_part(const void* params, int part, int num_parts) {
-    const auto& p = *static_cast<const RmsNormParams*>(params);
-    const int64_t total = p.num_rows * p.num_slices;
-    with_float_type(p.dtype, [&](auto type) {
-        for (int64_t i = total * part / num_parts; i < total * (part + 1) / num_parts; ++i)
-            one_row<decltype(type)>(p, i / p.num_slices, i % p.num_slices);
+    const auto& p = *static_cast<const NormRows*>(params);
+    norm_rows_part(p, part, num_parts, [&](const auto* x, auto* out) {
+        rms_norm_row(x, p.weight, p.eps, out, p.width);
     });
 }
 

@@ -14,7 +14,7 @@ import typer
 
 from specrt.cli import convert, distill, errors, replay, train
 from specrt.cli.engine_options import (
-    BUILTIN,
+    ChatEngine,
     Controller,
     Drafter,
     EngineOptions,
@@ -35,10 +35,12 @@ from specrt.cli.options import (
 )
 from specrt.cli.sampling_options import (
     BriefSampling,
+    ChatSampling,
     DemoSampling,
     SamplingOptions,
     left_to_the_model,
 )
+from specrt.targets import BUILTIN, SMOLLM2, how_to_install, is_installed
 
 app = typer.Typer(
     name="specrt",
@@ -55,6 +57,13 @@ app.add_typer(train.app)
 @with_options
 def demo(
     *,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"As for generate; default: {SMOLLM2!r} where it is installed, else the bundled "
+            "model."
+        ),
+    ] = None,
     drafter: Drafter = "auto",
     controller: Controller = None,
     prompt: Annotated[str | None, typer.Option(help="Instead of the demo's own.")] = None,
@@ -62,23 +71,53 @@ def demo(
     device: Device = "cpu",
     # In float32 the bundled model outgrows a CPU's caches, as real models do in any dtype.
     dtype: Annotated[
-        str | None, typer.Option(help="As for generate; default: float32, on a GPU auto.")
+        str | None,
+        typer.Option(help="As for generate; default: float32 for the bundled one on a CPU."),
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Plain decoding and speculation side by side, on the bundled model."""
+    """Plain decoding and speculation side by side, on a model that is here."""
     from specrt.cli import demo as command
 
     params = sampling.params()
+    if target is None:
+        target = SMOLLM2 if is_installed(SMOLLM2) else BUILTIN
+        if target == BUILTIN:
+            errors.note(f"the bundled model runs; a real one, {how_to_install(SMOLLM2)}")
+    is_small = target == BUILTIN and not device.startswith("cuda")
     engine = load_engine(
-        BUILTIN,
+        target,
         drafter,
         device=device,
-        dtype=dtype or ("auto" if device.startswith("cuda") else "float32"),
+        dtype=dtype or ("float32" if is_small else "auto"),
         threads=threads,
         controller=controller,
     )
-    command.run(engine, drafter_name(drafter, BUILTIN), prompt, params)
+    command.run(engine, drafter_name(drafter, target), prompt, params, target)
+
+
+@app.command()
+@with_options
+def chat(
+    context: typer.Context,
+    *,
+    options: ChatEngine,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="What the model is told first.", rich_help_panel=INPUT),
+    ] = None,
+    sampling: ChatSampling,
+) -> None:
+    """Talk to a model in the terminal, or to a pipe's lines."""
+    from specrt.cli import chat as command
+
+    if sampling.logprobs:
+        raise ValueError("logprobs: goes with generate --json, which shows them")
+    params = sampling.params()
+    engine = options.load(max_batch=1)
+    if sampling.model_defaults:
+        params = replace(params, **left_to_the_model(context, engine))
+    command.run(command.Conversation(engine, params, system))
 
 
 @app.command()
@@ -160,7 +199,7 @@ def bench(
 @app.command()
 def info(
     target: Annotated[
-        str | None, typer.Argument(help="A directory or GGUF file, or 'builtin': its weights too.")
+        str | None, typer.Argument(help="A directory, GGUF file or name: its weights too.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

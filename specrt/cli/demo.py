@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from specrt.cli.bench import TAU
-from specrt.cli.demo_prompts import PROMPTS
+from specrt.cli.demo_prompts import CHAT_PROMPTS, PROMPTS
 from specrt.cli.errors import FAILED
+from specrt.targets import BUILTIN
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from specrt.lab.measure import Comparison, Measurement
     from specrt.sampling import SamplingParams
 
-_ACCEPTED = "bold green"
+ACCEPTED = "bold green"
 _PLAIN_SECONDS = 4.0  # what watching the slower contender should take
 _FRAME_SECONDS = 0.05
 _FRAME_WIDTH = 4  # a panel's border and padding
@@ -47,8 +48,21 @@ class Piece:
     """The drafter had proposed it."""
 
 
-def run(engine: Engine, drafter: str, prompt: str | None, sampling: SamplingParams) -> None:
+def run(
+    engine: Engine,
+    drafter: str,
+    prompt: str | None,
+    sampling: SamplingParams,
+    target: str = BUILTIN,
+) -> None:
     """Measure and show the demo's prompts, or the one given.
+
+    Args:
+        engine: whose target gets messages where it has a chat template, else texts.
+        drafter: its name.
+        prompt: in place of the demo's own.
+        sampling: of all of them.
+        target: its name.
 
     Raises:
         typer.Exit: with code 1 if speculation's tokens were not plain decoding's.
@@ -56,18 +70,22 @@ def run(engine: Engine, drafter: str, prompt: str | None, sampling: SamplingPara
     from specrt.lab.measure import PLAIN, compare, without_drafter
 
     engines = {PLAIN: without_drafter(engine), drafter: engine}
-    shown = PROMPTS if prompt is None else (("your prompt", prompt),)
+    is_chat = engine.tokenizer.inner.chat_template is not None
+    shown = CHAT_PROMPTS if is_chat else PROMPTS
+    if prompt is not None:
+        shown = (("your prompt", prompt),)
     console = Console(highlight=False, markup=False)
-    _print_header(console, engine, drafter, sampling)
+    _print_header(console, engine, drafter, sampling, target)
     comparisons: list[Comparison] = []
     for number, (title, text) in enumerate(shown, start=1):
         console.rule(Text(f"{number}. {title}", style="bold"), align="left")
         console.print(Text(text.rpartition("\n\n")[2], style="dim"), soft_wrap=False)
         # Drawn once: no refreshing that would take time from what is measured.
         with Live("measuring …", console=console, auto_refresh=False, transient=True):
-            comparison = compare(engines, text, sampling)
+            said: Prompt = [{"role": "user", "content": text}] if is_chat else text
+            comparison = compare(engines, said, sampling)
             pieces = {
-                name: _record(engines[name], text, sampling, measured)
+                name: _record(engines[name], said, sampling, measured)
                 for name, measured in comparison.measurements.items()
             }
         comparisons.append(comparison)
@@ -162,14 +180,16 @@ def _tail(text: Text, console: Console, width: int, height: int) -> Text:
 def _text(pieces: Sequence[Piece]) -> Text:
     text = Text()
     for piece in pieces:
-        text.append(piece.text, style=_ACCEPTED if piece.is_accepted else "")
+        text.append(piece.text, style=ACCEPTED if piece.is_accepted else "")
     return text
 
 
 # --- in either case -------------------------------------------------------------------------------
 
 
-def _print_header(console: Console, engine: Engine, drafter: str, sampling: SamplingParams) -> None:
+def _print_header(
+    console: Console, engine: Engine, drafter: str, sampling: SamplingParams, target: str
+) -> None:
     from specrt.cli.info import machine_of
 
     config = engine.target.config
@@ -178,8 +198,9 @@ def _print_header(console: Console, engine: Engine, drafter: str, sampling: Samp
         how += f", seed {sampling.seed}"
     console.print(Text(f"specrt demo: plain decoding against {drafter}, {how}", style="bold"))
     console.print(
-        f"bundled model: {config.num_layers} layers of {config.hidden_size}, "
-        f"vocabulary {config.vocab_size}; {machine_of(engine.target.device)}"
+        f"{'bundled model' if target == BUILTIN else target}: {config.num_layers} layers of "
+        f"{config.hidden_size}, vocabulary {config.vocab_size}, {engine.target.weights.form}; "
+        f"{machine_of(engine.target.device)}"
     )
     console.print(
         "Each is timed alone and warm, with nothing drawn meanwhile: median of 3 runs, the "
@@ -194,7 +215,7 @@ def legend(console: Console) -> Text | None:
     if not console.is_terminal or console.color_system is None:
         return None
     look = "bold" if console.no_color else "green"
-    return Text.assemble((look, _ACCEPTED), " tokens: drafted, then accepted")
+    return Text.assemble((look, ACCEPTED), " tokens: drafted, then accepted")
 
 
 def _print_outcome(

@@ -1,4 +1,4 @@
-"""Prompts of the demo, for the bundled model, which has seen nothing but word problems."""
+"""Prompts of the demo."""
 
 PROMPTS: tuple[tuple[str, str], ...] = (
     (
@@ -22,4 +22,20 @@ PROMPTS: tuple[tuple[str, str], ...] = (
         "2 hours. How many miles does it travel in total?\nAnswer:",
     ),
 )
-"""What to watch for, and the prompt."""
+"""What to watch for, and the prompt: for the bundled model, which has seen nothing but such."""
+
+CHAT_PROMPTS: tuple[tuple[str, str], ...] = (
+    (
+        "a text that is said again",
+        "Correct the spelling in this text and repeat it in full: The libary opens at nine "
+        "oclock in the morning and closes at six in the evning. On Saturdays the libary opens at "
+        "ten oclock in the morning and closes at four in the afternoon. On Sundays it is closed.",
+    ),
+    (
+        "a problem in steps",
+        "A baker sells 12 cakes on Friday, 15 cakes on Saturday and 18 cakes on Sunday. Each cake "
+        "costs $5. How much money does the baker make on each day, and how much in total?",
+    ),
+    ("an open question", "Why is the sky blue, and why is it red in the evening?"),
+)
+"""The same for models that chat: messages of a user."""

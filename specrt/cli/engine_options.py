@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specrt.builtin import target_path
 from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
 from specrt.draft.kinds import AUTO, check_name, describe_names
+from specrt.targets import BUILTIN, SMOLLM2, target_names, target_path
 
 if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
 
-BUILTIN = "builtin"
 RULES = "fixed-K, threshold, adaptive-threshold, beta-ts, calibration-ts or cost-aware"
 
 
@@ -67,7 +66,8 @@ Eager = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8: the target's matrices are rounded to bytes as they are loaded (CPU).",
+        help="int8: the target's matrices are rounded to bytes as they are loaded (CPU); none: a "
+        "GGUF file's blocks become values of --dtype.",
         rich_help_panel=RUNTIME,
     ),
 ]
@@ -102,6 +102,13 @@ class EngineOptions:
     def load(self, *, max_batch: int = 8) -> Engine:
         """As :func:`load_engine`."""
         return load_engine(**vars(self), max_batch=max_batch)
+
+
+@dataclass(frozen=True)
+class ChatEngine(EngineOptions):
+    """Of a chat: the bundled model is none that answers."""
+
+    target: Target = SMOLLM2
 
 
 def load_engine(
@@ -178,8 +185,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def target_directory(target: str) -> tuple[Path, str]:
-    """The directory of a target as named on the command line, and its name."""
-    if target == BUILTIN:
-        return target_path(), BUILTIN
-    directory = Path(target)
-    return directory, directory.resolve().name
+    """Where a target named on the command line lies, and its name.
+
+    Raises:
+        CheckpointError: as :func:`specrt.targets.target_path`.
+    """
+    directory = target_path(target)
+    return directory, target if target in target_names() else directory.resolve().name

@@ -27,6 +27,7 @@ def collect(target: str | None = None) -> dict[str, Any]:
     from specrt.builtin import target_path
     from specrt.ops.build import build_info
     from specrt.ops.threads import worker_cpus
+    from specrt.targets import PACKAGED
 
     build = build_info()
     return {
@@ -49,6 +50,7 @@ def collect(target: str | None = None) -> dict[str, Any]:
         "worker_cpus": worker_cpus(),
         **_nvidia(),
         "bundled": _bundled(target_path().parent),
+        "packaged": {name: _found(packaged.find()) for name, packaged in PACKAGED.items()},
         "target": None if target is None else _target(target),
     }
 
@@ -58,6 +60,8 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
     if is_json:
         print(json.dumps(facts))
         return
+    from specrt.targets import how_to_install
+
     build = facts["build"]
     cuda, driver = "not built", facts["driver"] or "none found"
     if build["cuda"]:
@@ -81,6 +85,7 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         "driver": driver,
         "GPUs": "\n".join(facts["gpus"]) or "none found",
         "bundled models": "\n".join(bundled) or "none",
+        **{name: file or how_to_install(name) for name, file in facts["packaged"].items()},
     }
     if facts["target"]:
         stored = facts["target"]["bytes"]
@@ -90,6 +95,10 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def _found(file: Path | None) -> str | None:
+    return None if file is None else str(file)
 
 
 def _target(target: str) -> dict[str, Any]:

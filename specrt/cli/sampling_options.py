@@ -109,6 +109,13 @@ class SamplingOptions:
         return SamplingParams(**given)
 
 
+@dataclass(frozen=True)
+class ChatSampling(SamplingOptions):
+    """Of a chat, whose answers may be long."""
+
+    max_new_tokens: MaxNewTokens = 512
+
+
 def left_to_the_model(context: typer.Context, engine: Engine) -> dict[str, Any]:
     """The model's own values of the sampling options that the command line does not give."""
     from specrt.sampling import MODEL_FIELDS

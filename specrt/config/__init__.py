@@ -6,6 +6,7 @@ Only what specrt computes exactly is accepted; all else is refused with one line
 from specrt.config.directory import (
     check_file,
     checkpoint_directory,
+    checkpoint_path,
     config_file,
     gguf_path,
     read_json,
@@ -14,6 +15,7 @@ from specrt.config.foreign import foreign_files, foreign_tensors
 from specrt.config.form import Form, LayerKind
 from specrt.config.generation import GenerationDefaults
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
+from specrt.config.wrappers import text_key
 
 __all__ = [
     "FLOAT8_FORMAT",
@@ -23,10 +25,12 @@ __all__ = [
     "ModelConfig",
     "check_file",
     "checkpoint_directory",
+    "checkpoint_path",
     "config_file",
     "config_fingerprint",
     "foreign_files",
     "foreign_tensors",
     "gguf_path",
     "read_json",
+    "text_key",
 ]

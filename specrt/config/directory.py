@@ -47,6 +47,16 @@ def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
     return directory
 
 
+def checkpoint_path(path: str | os.PathLike[str]) -> Path:
+    """``path`` as what holds a model: a GGUF file, or a directory of files.
+
+    Raises:
+        CheckpointError: neither; as :func:`checkpoint_directory`.
+    """
+    path = Path(path)
+    return path if path.is_file() and gguf_path(path) else checkpoint_directory(path)
+
+
 def config_file(path: str | os.PathLike[str]) -> Path:
     """The ``config.json`` of a checkpoint directory.
 

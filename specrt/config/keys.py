@@ -7,7 +7,7 @@ multiplier). It passes with a value that switches such things off, and is refuse
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from specrt.config.generation import GENERATION_KEYS
@@ -54,18 +54,19 @@ _USUAL_WORDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def refuse_unknown_keys(data: Mapping[str, Any], source: str) -> None:
+def refuse_unknown_keys(data: Mapping[str, Any], source: str, known: Collection[str] = ()) -> None:
     """Refuse a configuration with a key that may change what the model computes.
 
     Args:
         data: the content of a ``config.json``.
         source: what errors call the file.
+        known: keys that the model's family has for itself.
 
     Raises:
         CheckpointError: there is one; the message names it.
     """
     for key, value in data.items():
-        if not _is_harmless(key, value):
+        if key not in known and not _is_harmless(key, value):
             raise CheckpointError(
                 f"{source}: {key}: unknown, and {_shown(value)} may change what the model computes "
                 "(if it does not, remove the key)"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from specrt.config.directory import config_file, gguf_path, read_json
-from specrt.config.families import ARCHITECTURES, DEFAULTS
+from specrt.config.families import FAMILIES, why_refused
+from specrt.config.family import Family
 from specrt.config.foreign import foreign_files
 from specrt.config.form import Form
 from specrt.config.generation import GenerationDefaults, read_generation
@@ -21,14 +22,19 @@ from specrt.config.gguf import read_gguf_settings
 from specrt.config.gguf_header import GgufHeader, read_gguf_header
 from specrt.config.keys import refuse_unknown_keys
 from specrt.config.rope import Rope, read_rope
-from specrt.config.values import flag, positive, size_of
+from specrt.config.shape import (
+    eps_of,
+    form_of,
+    head_dim_of,
+    intermediate_size_of,
+    kv_heads_of,
+)
+from specrt.config.wrappers import text_data, wrapper_of
 from specrt.types import CheckpointError
 
 FLOAT8_FORMAT = "float8_e4m3fn"
 """Our own storage of matrices: float8 values beside power-of-two scales."""
 
-_REQUIRED = object()
-_LARGEST_HEAD = 256  # of any device; some take less (models/placement.py)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -45,10 +51,10 @@ _QUANTISED = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a target of the Llama, Mistral, Qwen2 or Qwen3 family."""
+    """The architecture of a target."""
 
     architecture: str
-    """The family: ``llama``, ``mistral``, ``qwen2`` or ``qwen3``."""
+    """The family, by its ``model_type`` (:data:`specrt.config.families.FAMILIES`)."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -59,8 +65,17 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None = field(hash=False)
-    """``None`` for plain rotary embedding, else ``rope_type`` (``linear`` or ``llama3``) and its
-    factors under transformers' names."""
+    """``None`` for plain rotary embedding, else ``rope_type`` and its numbers under transformers'
+    names, with nothing left to work out:
+
+    =========== ==================================================================================
+    linear      factor
+    llama3      factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    yarn        factor, beta_fast, beta_slow, attention_factor, original_max_position_embeddings,
+                truncate
+    longrope    factors (one a turned pair, those of short texts), attention_factor
+    =========== ==================================================================================
+    """
     max_positions: int
     has_attention_bias: bool
     """Biases on q, k and v."""
@@ -79,6 +94,11 @@ class ModelConfig:
     """What the family does where families differ."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What applies where a request says nothing, and how the authors would sample."""
+    wrapper: str | None = None
+    """The ``model_type`` of the multimodal model whose text model this is: its tensors' names have
+    a prefix (:func:`specrt.config.text_key`)."""
+    notices: tuple[str, ...] = ()
+    """What a user should know of how the model is run."""
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> ModelConfig:
@@ -103,7 +123,8 @@ class ModelConfig:
         generation = read_json(generation_file) if generation_file.exists() else None
         data = read_json(file)
         config = cls.from_dict(data, generation, source=str(file))
-        refuse_unknown_keys(data, str(file))
+        text = data if config.wrapper is None else text_data(data)
+        refuse_unknown_keys(text, str(file), FAMILIES[str(text["model_type"])].known)
         return config
 
     @classmethod
@@ -151,7 +172,10 @@ def config_fingerprint(config: ModelConfig) -> str:
     Token ids, the checkpoint's dtype, its storage, the context limit and how its authors would
     sample do not count: a drafter fits a target whatever these are.
     """
-    apart = {"bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation"}
+    apart = {
+        *("bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation"),
+        *("wrapper", "notices"),
+    }
     content = {name: value for name, value in vars(config).items() if name not in apart}
     content["rope_scaling"] = dict(config.rope_scaling) if config.rope_scaling else None
     # Of a Llama it says nothing, so that drafters made before there were others still fit.
@@ -167,81 +191,79 @@ class _Reader:
     def __init__(
         self, data: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str
     ) -> None:
+        self.wrapper = wrapper_of(data)
+        self.generation = data if generation is None else generation
+        data = data if self.wrapper is None else text_data(data)
         self.data = data
         self.source = source
-        self.generation = data if generation is None else generation
         is_own = generation is not None
         self.generation_source = (
             str(Path(source).with_name("generation_config.json")) if is_own else source
         )
+        self.model_type = str(data.get("model_type"))
         self.family = self._family()
+        self.keys = self.family.keys(data, source)
 
     def config(self) -> ModelConfig:
         self._refuse_unsupported()
-        num_heads = self._size("num_attention_heads")
-        head_dim = self._head_dim(num_heads)
-        rope = self._rope()
-        attention_bias = self.family in ("llama", "qwen3") and self._flag("attention_bias")
+        keys, family = self.keys, self.family
+        num_heads = keys.size("num_attention_heads")
+        head_dim = head_dim_of(family, keys, num_heads)
+        rope = self._rope(head_dim)
         return ModelConfig(
-            architecture=self.family,
-            vocab_size=self._size("vocab_size"),
-            hidden_size=self._size("hidden_size"),
-            intermediate_size=self._size("intermediate_size"),
-            num_layers=self._size("num_hidden_layers"),
+            architecture=family.runs_as or self.model_type,
+            vocab_size=keys.size("vocab_size"),
+            hidden_size=keys.size("hidden_size"),
+            intermediate_size=intermediate_size_of(keys),
+            num_layers=keys.size("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=self._num_kv_heads(num_heads),
+            num_kv_heads=kv_heads_of(family, keys, num_heads),
             head_dim=head_dim,
-            rms_norm_eps=positive(self.data.get("rms_norm_eps", 1e-6), "rms_norm_eps", self.source),
+            rms_norm_eps=eps_of(family, keys),
             rope_theta=rope.theta,
             rope_scaling=rope.scaling,
             max_positions=rope.context,
-            has_attention_bias=attention_bias or self.family == "qwen2",
-            has_output_bias=attention_bias,
-            has_mlp_bias=self.family == "llama" and self._flag("mlp_bias"),
-            has_qk_norm=self.family == "qwen3",
-            is_head_tied=self._flag("tie_word_embeddings"),
+            has_attention_bias=self._says(family.qkv_bias),
+            has_output_bias=self._says(family.output_bias),
+            has_mlp_bias=self._says(family.mlp_bias),
+            has_qk_norm=family.has_qk_norm,
+            is_head_tied=keys.flag("tie_word_embeddings"),
             bos_id=next(iter(self._token_ids("bos_token_id")), None),
             eos_ids=self._token_ids("eos_token_id"),
             dtype=self._dtype(),
             float8_scale_suffix=self._scale_suffix(),
+            form=form_of(family, keys, rope),
+            wrapper=self.wrapper,
+            notices=self._notices(rope),
             generation=read_generation(
-                self.generation, self.generation_source, self._size("vocab_size")
+                self.generation, self.generation_source, keys.size("vocab_size")
             ),
         )
 
     def _fail(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {message}")
 
-    def _get(self, key: str, default: Any = None) -> Any:
-        """The key's value, or the family's default; a null stays a null, as in transformers."""
-        return self.data.get(key, DEFAULTS[self.family].get(key, default))
-
-    def _family(self) -> str:
+    def _family(self) -> Family:
         family = self.data.get("model_type")
-        supported = ", ".join(DEFAULTS)
-        if isinstance(self.data.get("text_config"), dict):
-            inner = self.data["text_config"].get("model_type")
+        supported = ", ".join(FAMILIES)
+        inside = "" if self.wrapper is None else f" (in the text_config of {self.wrapper!r})"
+        if not isinstance(family, str) or family not in FAMILIES:
+            reason = why_refused(family, self.data)
+            because = "" if reason is None else f": it has {reason}"
             raise self._fail(
-                f"model_type {family!r} is a multimodal wrapper, which is not supported; the model "
-                f"in its text_config ({inner!r}) would be if stored by itself "
-                f"(supported: {supported})"
+                f"model_type {family!r}{inside} is not supported{because} (supported: {supported})"
             )
-        if not isinstance(family, str) or family not in DEFAULTS:
-            raise self._fail(f"model_type {family!r} is not supported (supported: {supported})")
         architectures = self.data.get("architectures")
         names = architectures if isinstance(architectures, list) else [architectures]
-        # The base class alone saves the same tensors, less the head.
-        known = (ARCHITECTURES[family], ARCHITECTURES[family].replace("ForCausalLM", "Model"))
-        if architectures and not {*known} & {*map(str, names)}:
+        known = FAMILIES[family].class_names
+        if architectures and self.wrapper is None and not {*known} & {*map(str, names)}:
             named = ", ".join(map(str, names))
-            wanted = ", ".join(ARCHITECTURES.values())
-            raise self._fail(f"architecture {named} is not supported (supported: {wanted})")
-        return family
+            raise self._fail(
+                f"architecture {named} is not supported (of model_type {family}: {known[0]})"
+            )
+        return FAMILIES[family]
 
     def _refuse_unsupported(self) -> None:
-        activation = self._get("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise self._fail(f"hidden_act: expected silu, got {activation}")
         for key, usual in _QUANTISED.items():
             if self.data.get(key) is not None:
                 said = self.data[key]
@@ -250,78 +272,28 @@ class _Reader:
                     f"{key}: quantised checkpoints ({method or usual}) are not supported; load the "
                     "unquantised model"
                 )
-        window = self._active_window()
-        if window is not None:
-            raise self._fail(f"a sliding attention window ({window}) is not supported")
+        for key, wanted in self.family.wanted.items():
+            value = self.data.get(key)
+            if key in self.data and value not in wanted:
+                raise self._fail(f"{key}: expected {wanted[-1]!r}, got {value!r}")
 
-    def _active_window(self) -> str | None:
-        """The window that would change what some layer attends to, or None."""
-        layer_types = self.data.get("layer_types")
-        if layer_types is not None:
-            kinds = layer_types if isinstance(layer_types, list) else [layer_types]
-            other = sorted({str(kind) for kind in kinds} - {"full_attention"})
-            if other:
-                return f"layer_types has {', '.join(other)}"
-        if self._get("sliding_window") is None:
-            return None
-        window = self._size("sliding_window")
-        if window >= self._rope().context:
-            return None  # it never hides anything
-        if self.family == "mistral":
-            return f"sliding_window {window}"
-        if self.family in ("qwen2", "qwen3") and self._flag("use_sliding_window"):
-            is_reached = self._size("num_hidden_layers") > self._size("max_window_layers")
-            if layer_types is None and is_reached:
-                return f"use_sliding_window with sliding_window {window}"
-        return None
+    def _says(self, bias: str | bool) -> bool:
+        return self.keys.flag(bias) if isinstance(bias, str) else bias
 
-    def _size(self, key: str) -> int:
-        value = self._get(key, _REQUIRED)
-        if value is _REQUIRED:
-            raise self._fail(f"missing key {key}")
-        return size_of(value, key, self.source)
+    def _rope(self, head_dim: int) -> Rope:
+        if not self.family.has_rope:
+            return Rope(10000.0, None, self.keys.size("max_position_embeddings"))
+        return read_rope(self.keys, self.family, head_dim)
 
-    def _flag(self, key: str) -> bool:
-        return flag(self._get(key, False), key, self.source)
-
-    def _head_dim(self, num_heads: int) -> int:
-        if self._get("head_dim") is not None:
-            head_dim = self._size("head_dim")
-        else:
-            hidden_size = self._size("hidden_size")
-            if hidden_size % num_heads:
-                raise self._fail(
-                    f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
-                    f"{num_heads}"
-                )
-            head_dim = hidden_size // num_heads
-        if head_dim % 2:
-            raise self._fail(f"head_dim: rotary embedding needs an even size, got {head_dim}")
-        if head_dim > _LARGEST_HEAD:
-            raise self._fail(
-                f"head_dim: kernels take at most {_LARGEST_HEAD}, the model has {head_dim}"
-            )
-        return head_dim
-
-    def _num_kv_heads(self, num_heads: int) -> int:
-        if self._get("num_key_value_heads") is None:
-            return num_heads
-        num_kv_heads = self._size("num_key_value_heads")
-        if num_heads % num_kv_heads:
-            raise self._fail(
-                f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
-                f"{num_kv_heads}"
-            )
-        return num_kv_heads
-
-    def _rope(self) -> Rope:
-        return read_rope(self.data, self._size("max_position_embeddings"), self.source)
+    def _notices(self, rope: Rope) -> tuple[str, ...]:
+        wrapped = self.wrapper and f"of {self.wrapper} the text model alone ({self.model_type})"
+        return tuple(filter(None, (wrapped, rope.notice)))
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
         """The generation config's ids where it has some, else the model config's."""
         source, value = self.generation_source, self.generation.get(key)
         if value is None:
-            source, value = self.source, self._get(key)
+            source, value = self.source, self.keys.get(key)
         if value is None:
             return ()
         ids = value if isinstance(value, (list, tuple)) else [value]

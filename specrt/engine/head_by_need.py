@@ -98,7 +98,7 @@ class HeadByNeed:
         device = self._target.device
         start = device.mark()
         rows = features[torch.tensor(wanted)]
-        self._target.launch_linear(rows, self._target.weights.lm_head, out=self._logits[begin:end])
+        self._target.launch_logits(rows, self._logits[begin:end])
         self._cost.observe(len(wanted), device.ms_between(start, device.mark()))
 
 

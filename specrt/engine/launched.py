@@ -174,7 +174,9 @@ class LaunchedRounds:
         result = empty_result(tree, sampling.want_logprobs)
         record = _Record(report_shape(result), device)
         scratch = self._scratch(tree)
-        maxima = empty_maxima(tree, sampling, tables.history_len)
+        maxima = None
+        if stages.target.has_maxima:
+            maxima = empty_maxima(tree, sampling, tables.history_len)
         tables = replace(tables, lower=self._lower(planned, tables))
         bind = partial(stages.target.bind, tree, tables.cached, taps=planned.taps, maxima=maxima)
         whole, upper = bind(), None

@@ -100,6 +100,10 @@ class Checkpoint:
         """Whether any tensor lies in blocks."""
         return any(isinstance(info.dtype, MatrixKind) for info in self.infos.values())
 
+    def reads_all(self, key: str) -> bool:
+        """Whether some rows of a tensor touch all pages of what is stored."""
+        return False
+
     def release(self) -> None:
         """Unmap what was read; otherwise every page touched would stay resident."""
         for file in self._files.values():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -12,21 +11,18 @@ from specrt import ops
 from specrt.cache import KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.models.gate_up import launch_gated
-from specrt.models.heads import norm_eps
+from specrt.models.layer import (
+    DecoderLayer,
+    LayerBuffers,
+    changes_logits,
+    launch_logit_change,
+    launch_norm,
+)
 from specrt.models.layouts import matrix_shapes
-from specrt.models.loader import LayerWeights, Weights
+from specrt.models.loader import Weights
 from specrt.models.placement import check_placed
-from specrt.models.rope import RotaryTable, rotary_table
+from specrt.models.rope import RotaryTable, rotary_tables
 from specrt.models.step import GpuScratch, StepRows, Workspace
-
-
-class Heads(NamedTuple):
-    """A layer's queries, keys and values, views of one buffer: ``[B, N, heads, d]``."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 class Decoder:
@@ -37,7 +33,7 @@ class Decoder:
         weights: as :func:`specrt.models.loader.load_weights` gives them, heads padded or not.
         device: where they run.
         activation_dtype: of the buffers between the kernels.
-        rope: the rotary table of another model, used where this one's would be the same.
+        ropes: rotary tables of another model, used where this one's would be the same.
         others: shapes of further matrices that :meth:`launch_linear` multiplies by.
 
     Raises:
@@ -50,7 +46,7 @@ class Decoder:
         weights: Weights,
         device: Device,
         activation_dtype: torch.dtype,
-        rope: RotaryTable | None,
+        ropes: Collection[RotaryTable],
         others: Sequence[tuple[int, int]],
     ) -> None:
         check_placed(weights, device)
@@ -58,16 +54,33 @@ class Decoder:
         self.activation_dtype = activation_dtype
         head_dim = weights.layers[0].o.shape[1] // config.num_heads
         self._padded = replace(config, head_dim=head_dim)  # as the kernels run it
-        self._head_eps = norm_eps(config.rms_norm_eps, config.head_dim, head_dim)
-        self.rope = rotary_table(config, head_dim, device, rope)
-        self._cos_sin = self.rope.reaching(0)
+        self._layers = [
+            DecoderLayer(config, layer, index, is_interleaved=weights.is_interleaved)
+            for index, layer in enumerate(weights.layers)
+        ]
+        # Rounded as whoever trained it did: it was a tensor of the weights' type there.
+        self._embed_scale = torch.tensor(config.form.embed_scale, dtype=weights.dtype).item()
+        self._ropes = rotary_tables(config, head_dim, device, ropes)
+        self._cos_sin = {choice: rope.reaching(0) for choice, rope in self._ropes.items()}
         self._workspace = Workspace.make(
-            self._padded, 0, 0, activation_dtype, device, weights.packed_inputs
-        )
+            self._padded, 0, 0, activation_dtype, device, weights.packed_inputs,
+            is_interleaved=weights.is_interleaved,
+        )  # fmt: skip
         self._scratch: GpuScratch | None = None
         if device.is_gpu:
             shapes = [*matrix_shapes(self._padded), *others]
             self._scratch = GpuScratch(self._padded, shapes, device)
+
+    @property
+    def ropes(self) -> Collection[RotaryTable]:
+        """Its rotary tables, which other models may share."""
+        return self._ropes.values()
+
+    @property
+    def has_maxima(self) -> bool:
+        """Whether :meth:`launch_head` can leave maxima of its logits: those of the head's product,
+        so of no logits that are more."""
+        return not changes_logits(self.config.form)
 
     # --- buffers ------------------------------------------------------------------------------
 
@@ -82,10 +95,14 @@ class Decoder:
             num_positions: of the sequences' pages.
             has_logits: whether these rows go through the model's own head.
         """
-        if min(num_positions, self.rope.limit) > self._cos_sin.shape[0]:
-            longer = self.rope.reaching(num_positions)
+        longer = {
+            choice: rope.reaching(num_positions)
+            for choice, rope in self._ropes.items()
+            if min(num_positions, rope.limit) > len(self._cos_sin[choice])
+        }
+        if longer:
             self._forget_buffers()  # first: an interrupt must not leave launches over what is gone
-            self._cos_sin = longer
+            self._cos_sin = self._cos_sin | longer
         rows = batch * num_nodes
         logit_rows = rows if has_logits else 0
         work = self._workspace.reaching(self._padded, rows, logit_rows, self.device)
@@ -106,14 +123,34 @@ class Decoder:
     def embed_tokens(
         self,
         tokens: torch.Tensor,
+        rows: StepRows,
         out: torch.Tensor,
         *,
         ids: torch.Tensor | None = None,
         is_open: torch.Tensor | None = None,
     ) -> None:
-        """Rows of the embedding: ``tokens [M]`` int32 into ``out [M, H]`` of any float type; which
-        rows of it they were into ``ids [M]``, as for ``ops.embed``."""
-        ops.embed(tokens, self.weights.embed, out, ids=ids, is_open=is_open)
+        """Rows of the embedding, as the first layer takes them.
+
+        Args:
+            tokens: ``[B * N]`` int32.
+            rows: where they stand.
+            out: ``[B * N, H]`` of any float type.
+            ids: as for ``ops.embed``.
+            is_open: likewise.
+        """
+        table, offset = self.weights.positions, self.config.form.position_offset
+        positions = None
+        if table is not None and offset is not None:
+            positions = ops.EmbedPositions(table, rows.depth, rows.kv_len, offset)
+        ops.embed(
+            tokens,
+            self.weights.embed,
+            out,
+            ids=ids,
+            is_open=is_open,
+            scale=self._embed_scale,
+            positions=positions,
+        )
 
     def launch_layer(
         self,
@@ -140,9 +177,13 @@ class Decoder:
             self.launch_kv(index, hidden, rows, cache, is_open=is_open)
             self.launch_rest(index, hidden, rows, cache, out, is_open=is_open)
             return
-        heads = self._project(index, hidden, rows, is_open)
-        append = ops.Append(heads.k, heads.v, rows.depth, self._cos_sin)
-        self._finish(index, (heads, hidden), rows, cache, out, append, is_open)
+        layer, buffers = self._layers[index], self._buffers
+        heads = layer.project(hidden, rows, buffers, is_open)
+        append = ops.Append(heads.k, heads.v, rows.depth, self._cos_sin[layer.kind.rope])
+        layer.finish(
+            heads, hidden, rows.ancestors, rows, cache.layer(index), buffers, out,
+            append=append, is_open=is_open,
+        )  # fmt: skip
 
     def launch_kv(
         self,
@@ -154,10 +195,11 @@ class Decoder:
         is_open: torch.Tensor | None = None,
     ) -> None:
         """Append a layer's keys and values of ``hidden [B * N, H]``, and nothing more."""
-        heads = self._project(index, hidden, rows, is_open)
+        layer = self._layers[index]
         ops.rope_append(
-            *heads, rows.depth, rows.kv_len, rows.first_node, rows.num_nodes, rows.block_table,
-            self._cos_sin, *cache.layer(index),
+            *layer.project(hidden, rows, self._buffers, is_open), rows.depth, rows.kv_len,
+            rows.first_node, rows.num_nodes, rows.block_table, self._cos_sin[layer.kind.rope],
+            *cache.layer(index),
         )  # fmt: skip
 
     def launch_rest(
@@ -172,8 +214,11 @@ class Decoder:
     ) -> None:
         """The rest of :meth:`launch_layer` behind :meth:`launch_kv`, between which this model has
         launched nothing else; the bits are the same."""
-        heads = self._heads(rows)
-        self._finish(index, (heads, hidden), rows, cache, out, None, is_open)
+        layer, buffers = self._layers[index], self._buffers
+        heads = layer.heads(rows, buffers)
+        layer.finish(
+            heads, hidden, rows.ancestors, rows, cache.layer(index), buffers, out, is_open=is_open
+        )
 
     def launch_head(
         self,
@@ -185,88 +230,26 @@ class Decoder:
         is_open: torch.Tensor | None = None,
     ) -> None:
         """Final norm of ``hidden [M, H]`` into ``feature``, its ``logits [M, V]`` and their
-        ``maxima``."""
-        ops.rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps, out=feature)
+        ``maxima``, if :attr:`has_maxima`."""
+        weights, config = self.weights, self.config
+        norm = weights.final_norm, weights.final_norm_bias
+        launch_norm(config.form, hidden, *norm, config.rms_norm_eps, feature)
         if logits is not None:
-            head = self.weights.lm_head
-            self.launch_linear(feature, head, out=logits, maxima=maxima, is_open=is_open)
+            self.launch_logits(feature, logits, maxima, is_open=is_open)
 
-    def _project(
-        self, index: int, hidden: torch.Tensor, rows: StepRows, is_open: torch.Tensor | None
-    ) -> Heads:
-        """Of ``norm(hidden)``; not rotated yet."""
-        layer, count = self.weights.layers[index], hidden.shape[0]
-        normed, qkv = self._workspace.normed[:count], self._workspace.qkv[:count]
-        ops.rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps, out=normed)
-        self.launch_linear(normed, layer.qkv, layer.qkv_bias, out=qkv, is_open=is_open)
-        heads = self._heads(rows)
-        for part, norm in ((heads.q, layer.q_norm), (heads.k, layer.k_norm)):
-            if norm is not None:
-                flat = part.view(count, -1, self._padded.head_dim)
-                ops.rms_norm(flat, norm, self._head_eps, out=flat)
-        return heads
-
-    def _heads(self, rows: StepRows) -> Heads:
-        """Where :meth:`_project` leaves them."""
-        config, shape = self.config, rows.depth.shape
-        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        qkv = self._workspace.qkv[: shape[0] * shape[1]]
-        return Heads(*qkv.view(*shape, sum(sizes), -1).split(sizes, dim=2))
-
-    def _finish(
+    def launch_logits(
         self,
-        index: int,
-        inputs: tuple[Heads, torch.Tensor],
-        rows: StepRows,
-        cache: KVCache,
-        out: torch.Tensor,
-        append: ops.Append | None,
-        is_open: torch.Tensor | None,
+        feature: torch.Tensor,
+        logits: torch.Tensor,
+        maxima: ops.TileMaxima | ops.DraftMaxima | None = None,
+        *,
+        is_open: torch.Tensor | None = None,
     ) -> None:
-        """``out = between + MLP(between)``, ``between = hidden + O(attention(heads))``, for
-        ``inputs`` = (heads, hidden)."""
-        config, (heads, hidden) = self.config, inputs
-        layer, count = self.weights.layers[index], hidden.shape[0]
-        attended, between = self._workspace.attended[:count], self._workspace.hidden[:count]
-        ops.tree_attention(
-            heads.q,
-            *cache.layer(index),
-            rows.block_table,
-            rows.kv_len,
-            rows.first_node,
-            rows.num_nodes,
-            rows.ancestors,
-            config.head_dim**-0.5,
-            out=attended.view(*rows.depth.shape, config.num_heads, -1),
-            workspace=None if self._scratch is None else self._scratch.attention,
-            append=append,
-            is_open=is_open,
-        )
-        self.launch_linear(attended, layer.o, layer.o_bias, hidden, out=between, is_open=is_open)
-        self._mlp(layer, between, out, is_open)
-
-    def _mlp(
-        self,
-        layer: LayerWeights,
-        hidden: torch.Tensor,
-        out: torch.Tensor,
-        is_open: torch.Tensor | None,
-    ) -> None:
-        """``out = hidden + down(silu(gate) * up)`` of ``norm(hidden)``."""
-        work, rows = self._workspace, hidden.shape[0]
-        normed, activated = work.normed[:rows], work.activated[:rows]
-        ops.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps, out=normed)
-        launch_gated(
-            normed,
-            layer.gate_up,
-            layer.gate_up_bias,
-            work.gate_up[:rows],
-            activated,
-            self._linear_workspace,
-            is_interleaved=self.weights.is_interleaved,
-            is_open=is_open,
-        )
-        self.launch_linear(activated, layer.down, layer.down_bias, hidden, out=out, is_open=is_open)
+        """The rest of :meth:`launch_head`, of ``feature [M, H]``."""
+        assert maxima is None or self.has_maxima, "of the product alone"
+        head, bias = self.weights.lm_head, self.weights.head_bias
+        self.launch_linear(feature, head, bias, out=logits, maxima=maxima, is_open=is_open)
+        launch_logit_change(self.config.form, logits)
 
     def launch_linear(
         self,
@@ -283,6 +266,12 @@ class Decoder:
         ops.linear(
             x, weight, bias, residual, out, self._linear_workspace, maxima=maxima, is_open=is_open
         )
+
+    @property
+    def _buffers(self) -> LayerBuffers:
+        work, scratch = self._workspace, self._scratch
+        attention = None if scratch is None else scratch.attention
+        return LayerBuffers(work, self._linear_workspace, attention, work.branch)
 
     @property
     def _linear_workspace(self) -> torch.Tensor:

@@ -74,15 +74,21 @@ class Pieces:
         self._checkpoint = checkpoint
         self._num_bytes = 0
 
-    def of(self, key: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The first row of each piece, and the rows as stored: use them before the next piece."""
+    def of(self, key: str, unit: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
+        """The first row of each piece, and the rows as stored: use them before the next piece.
+
+        Args:
+            key: the tensor's.
+            unit: rows that are not to be parted.
+        """
         num_rows = self._checkpoint.infos[key].shape[0]
         row_bytes = self._checkpoint.rows(key, 0, 1).nbytes
-        step = max(1, _PIECE // row_bytes)
+        step = max(unit, _PIECE // row_bytes // unit * unit)
+        reads_all = self._checkpoint.reads_all(key)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             yield start, self._checkpoint.rows(key, start, stop)
-            self._count((stop - start) * row_bytes)
+            self._count((num_rows if reads_all else stop - start) * row_bytes)
 
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
@@ -95,7 +101,7 @@ def write_rows(
     source: torch.Tensor,
     destination: torch.Tensor | PackedMatrix,
     first_row: int,
-    origin: tuple[str, TensorInfo],
+    info: TensorInfo,
 ) -> None:
     """Put rows into a matrix or vector, in its own form.
 
@@ -103,35 +109,37 @@ def write_rows(
         source: ``[R, ...]`` of a float type; of a tensor in blocks their bytes.
         destination: whose rows from ``first_row`` on are written.
         first_row: of them.
-        origin: the tensor's key and what is known of it, for messages.
+        info: of the tensor, for messages.
 
     Raises:
         CheckpointError: values that are not finite, or not in the destination's dtype.
     """
+    kept = destination.kind if isinstance(destination, PackedMatrix) else None
+    if isinstance(info.dtype, MatrixKind) and info.dtype != kept:
+        source = block_values(source, info.dtype, info)
     if isinstance(destination, PackedMatrix):
         if source.dtype == torch.float64:
             source = source.float()
         if not ops.matrix_pack(source, destination, first_row):
             kind = destination.kind
             is_wide = kind in (MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED)
-            raise _not_finite(source, torch.bfloat16 if is_wide else torch.float32, origin)
+            raise _not_finite(source, torch.bfloat16 if is_wide else torch.float32, info)
         return
-    stored = origin[1].dtype
-    if isinstance(stored, MatrixKind):
-        source = _values(source, stored, origin)
-    _convert(source, destination[first_row : first_row + len(source)], origin)
+    _convert(source, destination[first_row : first_row + len(source)], info)
 
 
-def _values(source: torch.Tensor, kind: MatrixKind, origin: tuple[str, TensorInfo]) -> torch.Tensor:
-    """``[R, K]`` float32 of a tensor's bytes in blocks."""
-    packed = PackedMatrix.empty(kind, len(source), origin[1].shape[1])
-    write_rows(source, packed, 0, origin)
+def block_values(source: torch.Tensor, kind: MatrixKind, info: TensorInfo) -> torch.Tensor:
+    """``[R, K]`` float32 of a tensor's bytes in blocks.
+
+    Raises:
+        CheckpointError: NaN or infinite scales.
+    """
+    packed = PackedMatrix.empty(kind, len(source), info.shape[1])
+    write_rows(source, packed, 0, info)
     return ops.embed(torch.arange(len(source), dtype=torch.int32), packed)
 
 
-def _convert(
-    source: torch.Tensor, destination: torch.Tensor, origin: tuple[str, TensorInfo]
-) -> None:
+def _convert(source: torch.Tensor, destination: torch.Tensor, info: TensorInfo) -> None:
     """Copy ``source`` into ``destination``, refusing NaN and infinity."""
     num_rows = max(1, _CHUNK // max(1, math.prod(source.shape[1:])))
     for start in range(0, source.shape[0], num_rows):
@@ -139,19 +147,16 @@ def _convert(
         destination[rows].copy_(source[rows])
         low, high = torch.aminmax(destination[rows])
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            raise _not_finite(source[rows], destination.dtype, origin)
+            raise _not_finite(source[rows], destination.dtype, info)
 
 
-def _not_finite(
-    chunk: torch.Tensor, dtype: torch.dtype, origin: tuple[str, TensorInfo]
-) -> CheckpointError:
-    key, info = origin
+def _not_finite(chunk: torch.Tensor, dtype: torch.dtype, info: TensorInfo) -> CheckpointError:
     if isinstance(info.dtype, MatrixKind):
         return CheckpointError(f"{info.file}: {info.key}: has blocks with NaN or infinite scales")
     if not bool(torch.isfinite(chunk).all()):
-        return CheckpointError(f"{info.file}: {key}: has NaN or infinite values")
+        return CheckpointError(f"{info.file}: {info.key}: has NaN or infinite values")
     largest = chunk.abs().max().item()
     return CheckpointError(
-        f"{info.file}: {key}: {largest:g} is out of {dtype_name(dtype)}'s range; "
+        f"{info.file}: {info.key}: {largest:g} is out of {dtype_name(dtype)}'s range; "
         "load as another dtype"
     )

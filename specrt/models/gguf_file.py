@@ -18,7 +18,8 @@ import torch
 
 from specrt.config import ModelConfig
 from specrt.config.gguf_header import BLOCK_SIZES, TensorPlace, read_gguf_header
-from specrt.models.layouts import EMBED, HEAD, expected_shapes
+from specrt.models.families import EMBED, HEAD
+from specrt.models.layouts import expected_shapes
 from specrt.types import CheckpointError
 
 _TABLES = {

@@ -114,7 +114,7 @@ class LaunchedRun:
             raise ValueError(f"tokens: expected [B] int32 of level {level}, got None")
         rows, hidden = self._levels[level]
         ids = self._chains.draft_tokens[:, level]
-        self.model.embed_tokens(tokens, hidden, ids=ids, is_open=is_open)
+        self.model.embed_tokens(tokens, rows, hidden, ids=ids, is_open=is_open)
         for index in range(self.shape.num_layers):
             self.model.launch_layer(index, hidden, rows, self._cache, hidden, is_open=is_open)
         self._num_launched = level + 1

@@ -118,7 +118,7 @@ class LayerRun:
         if not self._trees.is_run(level - 1):
             self._is_in_order = False  # what these rows will see is not there
         self._trees.stage(level, tokens, parents)
-        self.model.embed_tokens(self._trees.ids(level), self._embedded_at[level])
+        self._embed(level)
         self._num_staged = level + 1
 
     def launch(self, level: int) -> None:
@@ -158,7 +158,7 @@ class LayerRun:
             self.model.reserve(self.shape.batch, width, batch.num_positions)
         torch._foreach_copy_(self._starts, [batch.kv_len, batch.block_table, roots])
         self._trees.begin()
-        self.model.embed_tokens(self._trees.ids(0), self._embedded_at[0])
+        self._embed(0)
         self.cache = batch.cache
         self.num_begun += 1
         self._num_staged, self._is_in_order, self._is_begun = 1, True, True
@@ -189,6 +189,10 @@ class LayerRun:
             out.copy_(self._hidden.index_select(0, self._order(num_nodes)))
 
     # --- buffers ------------------------------------------------------------------------------
+
+    def _embed(self, level: int) -> None:
+        rows, out = self.levels[level].rows, self._embedded_at[level]
+        self.model.embed_tokens(self._trees.ids(level), rows, out)
 
     def _level(self, level: int) -> RunLevel:
         nodes, device, batch = self.shape.place(level), self.model.device, self.shape.batch

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import replace
 
 import torch
 
 from specrt.config import ModelConfig, foreign_tensors
 from specrt.models.checkpoint import Checkpoint
+from specrt.models.families import EMBED, HEAD, HEAD_BIAS, LLAMA, POSITIONS, naming_of
+from specrt.models.stored import (
+    StandardCheckpoint,
+    StoredTensor,
+    stored_tensors,
+    use_full_names,
+)
 from specrt.ops import MatrixKind
 from specrt.types import CheckpointError
-
-EMBED = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHUNK = 1 << 22  # elements of two tables compared at a time
@@ -40,16 +44,19 @@ LAYER_MATRICES: Mapping[str, tuple[str, ...]] = {
 """A layer's matrices as a step reads them, and whose rows they have."""
 
 
+def matrix_parts(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """:data:`LAYER_MATRICES` of a model: without a gate where its MLP has none."""
+    if config.form.is_gated:
+        return LAYER_MATRICES
+    return {**LAYER_MATRICES, "gate_up": ("mlp.up_proj",)}
+
+
 def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Shapes of a layer's packed matrices, in the order a decode step reads them."""
-    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-    q_rows = config.num_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
+    shapes = _linear_shapes(config)
     return {
-        "qkv": (q_rows + 2 * kv_rows, hidden_size),
-        "o": (hidden_size, q_rows),
-        "gate_up": (2 * intermediate_size, hidden_size),
-        "down": (hidden_size, intermediate_size),
+        name: (sum(shapes[part][0] for part in parts), shapes[parts[0]][1])
+        for name, parts in matrix_parts(config).items()
     }
 
 
@@ -58,12 +65,12 @@ def matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     return [*layer_matrices(config).values(), (config.vocab_size, config.hidden_size)]
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of one decoder layer, under Hugging Face's names without its prefix."""
+def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+    """Rows, columns and whether there is a bias, of a layer's matrices as they are stored."""
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     q_rows = config.num_heads * config.head_dim
     kv_rows = config.num_kv_heads * config.head_dim
-    linears = {
+    shapes = {
         "self_attn.q_proj": (q_rows, hidden_size, config.has_attention_bias),
         "self_attn.k_proj": (kv_rows, hidden_size, config.has_attention_bias),
         "self_attn.v_proj": (kv_rows, hidden_size, config.has_attention_bias),
@@ -72,27 +79,59 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (intermediate_size, hidden_size, config.has_mlp_bias),
         "mlp.down_proj": (hidden_size, intermediate_size, config.has_mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden_size,),
-        "post_attention_layernorm.weight": (hidden_size,),
-    }
-    for name, (num_rows, num_columns, has_bias) in linears.items():
+    if not config.form.is_gated:
+        del shapes["mlp.gate_proj"]
+    return shapes
+
+
+def layer_norms(config: ModelConfig) -> dict[str, bool]:
+    """The norms of a layer, those of q and k apart, and whether each may have a bias."""
+    form, norms = config.form, {}
+    if form.is_pre_normed:
+        norms["input_layernorm"] = True
+        if form.has_mlp_norm:
+            norms["post_attention_layernorm"] = True
+    if form.is_post_normed:
+        norms |= {"attended_layernorm": False, "mlp_layernorm": False}
+    return norms
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of one decoder layer without its prefix, under our names
+    (:mod:`specrt.models.families`)."""
+    form = config.form
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, may_have_bias in layer_norms(config).items():
+        shapes |= _norm_shapes(name, config, has_bias=form.has_norm_bias and may_have_bias)
+    for name, (num_rows, num_columns, has_bias) in _linear_shapes(config).items():
         shapes[f"{name}.weight"] = (num_rows, num_columns)
         if has_bias:
             shapes[f"{name}.bias"] = (num_rows,)
     if config.has_qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+        for part, num_heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+            num_together = num_heads if form.is_qk_norm_full else 1
+            shapes[f"self_attn.{part}_norm.weight"] = (num_together * config.head_dim,)
     return shapes
 
 
+def _norm_shapes(name: str, config: ModelConfig, *, has_bias: bool) -> dict[str, tuple[int, ...]]:
+    endings = ["weight"] * config.form.has_norm_weight + ["bias"] * has_bias
+    return {f"{name}.{ending}": (config.hidden_size,) for ending in endings}
+
+
 def expected_shapes(config: ModelConfig, has_tables: bool = True) -> dict[str, tuple[int, ...]]:
-    """Every key the architecture has, under Hugging Face's names."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (config.hidden_size,)}
+    """Every key the architecture has, under our names."""
+    form, table = config.form, (config.vocab_size, config.hidden_size)
+    shapes = _norm_shapes("model.norm", config, has_bias=form.has_norm_bias)
     if has_tables:
         shapes[EMBED] = table
+        if form.position_offset is not None:
+            num_positions = config.max_positions + form.position_offset
+            shapes[POSITIONS] = (num_positions, config.hidden_size)
         if not config.is_head_tied:
             shapes[HEAD] = table
+        if form.has_head_bias:
+            shapes[HEAD_BIAS] = (config.vocab_size,)
     layer = layer_shapes(config)
     for index in range(config.num_layers):
         for name, shape in layer.items():
@@ -105,7 +144,7 @@ def matrix_keys(config: ModelConfig, has_tables: bool = True) -> list[tuple[str,
     found = [
         tuple(f"model.layers.{index}.{name}.weight" for name in names)
         for index in range(config.num_layers)
-        for names in LAYER_MATRICES.values()
+        for names in matrix_parts(config).values()
     ]
     if has_tables:
         found += [(EMBED,)] if config.is_head_tied else [(HEAD,), (EMBED,)]
@@ -119,20 +158,15 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, has_tables: bool = Tru
     return sum(math.prod(shape) * sizes[len(shape)] for shape in shapes)
 
 
-def use_standard_names(checkpoint: Checkpoint, *, is_head_tied: bool) -> None:
-    """Give the tensors of a target's checkpoint Hugging Face's names, whoever saved them.
+def use_standard_names(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The tensors of a target's checkpoint under our names, whoever saved them; none is checked.
 
     Args:
         checkpoint: its keys are changed.
-        is_head_tied: a head that is stored alone is the embedding too.
+        config: the target's.
     """
-    infos = checkpoint.infos
-    if "norm.weight" in infos and not any(key.startswith("model.") for key in infos):
-        # The base class saved it, which has no such attribute.
-        for key in [key for key in infos if key != HEAD]:
-            infos[f"model.{key}"] = infos.pop(key)
-    if is_head_tied and HEAD in infos and EMBED not in infos:
-        infos[EMBED] = infos.pop(HEAD)
+    stored = _named(checkpoint, config, has_tables=True)
+    return StandardCheckpoint(checkpoint, stored, config.float8_scale_suffix)
 
 
 def fit(
@@ -142,32 +176,39 @@ def fit(
     *,
     has_tables: bool = True,
     others: Collection[str] = (),
-) -> ModelConfig:
+) -> tuple[Checkpoint, ModelConfig]:
     """Bring a checkpoint's names into order and refuse what is not the model of ``config``.
 
     Nothing but a head that is stored twice is read. Refusals come before anything of the size that
     ``config`` claims is made.
 
     Args:
-        checkpoint: its keys become Hugging Face's.
+        checkpoint: its keys are changed.
         config: what it should hold.
         dtype: of the matrices to be loaded.
         has_tables: whether embedding and head are expected.
         others: keys that it has beside the model's.
 
     Returns:
-        The configuration of what is there: the head is untied where it has values of its own.
+        The checkpoint under our names, and the configuration of what is there: the head is untied
+        where it has values of its own.
 
     Raises:
         CheckpointError: tensors missing, unknown, misshaped or of a wrong dtype; of a checkpoint
             of another kind, its kind.
     """
-    use_standard_names(checkpoint, is_head_tied=config.is_head_tied and has_tables)
     try:
-        unknown = _check_tensors(checkpoint, config, has_tables, others)
-        if HEAD in unknown and config.is_head_tied and EMBED in checkpoint.infos:
+        if config.num_layers > len(checkpoint.infos):  # before a name is made for each
+            raise CheckpointError(
+                f"{checkpoint.directory / 'config.json'}: num_hidden_layers: expected no more "
+                f"layers than there are tensors ({len(checkpoint.infos)}), got {config.num_layers}"
+            )
+        stored = _named(checkpoint, config, has_tables)
+        unknown = _check_tensors(checkpoint, config, stored, others)
+        found = StandardCheckpoint(checkpoint, stored, config.float8_scale_suffix)
+        if HEAD in unknown and config.is_head_tied and EMBED in found.infos:
             unknown.remove(HEAD)
-            config = replace(config, is_head_tied=_is_same_table(checkpoint, dtype))
+            config = replace(config, is_head_tied=_is_same_table(found, dtype))
         if unknown:
             info = checkpoint.infos[unknown[0]]
             raise CheckpointError(
@@ -178,50 +219,64 @@ def fit(
         if foreign is None or config.float8_scale_suffix is not None:
             raise
         raise CheckpointError(f"{error}; {foreign}") from error
-    return config
+    return found, config
+
+
+def _named(checkpoint: Checkpoint, config: ModelConfig, has_tables: bool) -> list[StoredTensor]:
+    """What the checkpoint should have, under the names that its keys get."""
+    shapes, naming = expected_shapes(config, has_tables), naming_of(config.architecture)
+    if shapes.keys() <= checkpoint.infos.keys():  # a drafter's layers, a GGUF file's
+        naming = LLAMA
+    is_head_tied = config.is_head_tied and has_tables
+    use_full_names(checkpoint, naming, is_head_tied=is_head_tied)
+    return stored_tensors(naming, config, shapes)
 
 
 def _check_tensors(
-    checkpoint: Checkpoint, config: ModelConfig, has_tables: bool, others: Collection[str]
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    expected: list[StoredTensor],
+    others: Collection[str],
 ) -> list[str]:
     """Compare headers with what is expected; return the keys that have no place."""
     infos, known = checkpoint.infos, set(others)
-    if config.num_layers > len(infos):  # before a name is made for each
-        raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: num_hidden_layers: expected no more layers "
-            f"than there are tensors ({len(infos)}), got {config.num_layers}"
-        )
-    expected = expected_shapes(config, has_tables)
-    missing = [key for key in expected if key not in infos]
+    missing = [one for one in expected if one.key not in infos]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.directory}: missing tensor {missing[0]} "
-            f"{list(expected[missing[0]])}{_and_more(missing)}"
+            f"{checkpoint.directory}: missing tensor {missing[0].key} "
+            f"{list(missing[0].shape)}{_and_more(missing)}"
         )
-    for key, shape in expected.items():
-        info = infos[key]
-        if info.shape != shape:
+    for one in expected:
+        key, info = one.key, infos[one.key]
+        if info.shape != one.shape:
             raise CheckpointError(
-                f"{info.file}: {key}: expected {list(shape)}, got {list(info.shape)}"
+                f"{info.file}: {key}: expected {list(one.shape)}, got {list(info.shape)}"
             )
         known.add(key)
         suffix = config.float8_scale_suffix
-        if suffix and len(shape) == 2 and info.dtype == torch.float8_e4m3fn:
-            known.add(_check_scale(checkpoint, key, key + suffix))
+        if suffix and len(one.shape) == 2 and info.dtype == torch.float8_e4m3fn:
+            known.add(_check_scale(checkpoint, one, key + suffix))
         elif info.dtype not in _FLOATS and not isinstance(info.dtype, MatrixKind):
             raise CheckpointError(
                 f"{info.file}: {key}: expected a floating-point tensor, "
                 f"got {dtype_name(info.dtype)}"
             )
-    return [key for key in infos if key not in known and not _BUFFERS.search(key)]
+    buffers = naming_of(config.architecture).buffers
+    return [
+        key
+        for key in infos
+        if key not in known and not _BUFFERS.search(key) and not key.endswith(buffers)
+    ]
 
 
-def _check_scale(checkpoint: Checkpoint, key: str, scale_key: str) -> str:
+def _check_scale(checkpoint: Checkpoint, stored: StoredTensor, scale_key: str) -> str:
+    key = stored.key
     matrix, scale = checkpoint.infos[key], checkpoint.infos.get(scale_key)
     if scale is None:
         raise CheckpointError(f"{matrix.file}: missing tensor {scale_key}, the scale of {key}")
     num_rows = matrix.shape[0]
-    if scale.shape not in ((), (1,), (num_rows,), (num_rows, 1)):
+    by_row = () if stored.is_transposed else ((num_rows,), (num_rows, 1))
+    if scale.shape not in ((), (1,), *by_row):
         raise CheckpointError(
             f"{scale.file}: {scale_key}: expected [1] or [{num_rows}], got {list(scale.shape)}"
         )
@@ -270,8 +325,8 @@ def _is_equal(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> boo
     return all(torch.equal(ours.to(dtype), theirs.to(dtype)) for ours, theirs in pieces)
 
 
-def _and_more(keys: list[str]) -> str:
-    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+def _and_more(found: Sized) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def dtype_name(dtype: torch.dtype | MatrixKind | str) -> str:

@@ -13,26 +13,28 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from specrt.config import ModelConfig
 from specrt.models.arena import Arena
 from specrt.models.checkpoint import Checkpoint
+from specrt.models.families import EMBED, HEAD, HEAD_BIAS, POSITIONS
 from specrt.models.filling import Part, Pieces, parts_of, write_rows
 from specrt.models.gguf_checkpoint import open_checkpoint
-from specrt.models.heads import pad_heads
+from specrt.models.heads import HeadLayout
 from specrt.models.layouts import (
-    EMBED,
-    HEAD,
-    LAYER_MATRICES,
     dtype_name,
     expected_shapes,
     fit,
+    layer_norms,
     matrix_keys,
+    matrix_parts,
     weight_bytes,
 )
 from specrt.models.packing import ROWS, Form, Packing
+from specrt.models.stored import float8_scale
 from specrt.ops import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
 from specrt.types import CheckpointError
 
@@ -99,6 +101,8 @@ class Weights:
     """What was asked for; what it came to, each matrix says."""
     is_interleaved: bool = False
     """Whether rows of gate and up lie in turn (:mod:`specrt.models.gate_up`), as on a GPU."""
+    may_interleave: bool = True
+    """Whether a GPU takes them so: those of an MLP gated by silu."""
     final_norm_bias: torch.Tensor | None = None
     """``[H]`` float32"""
     head_bias: torch.Tensor | None = None
@@ -174,16 +178,17 @@ def load_weights(
             raise.
 
     Raises:
-        ValueError: ``dtype`` is another one, or weights that are quantised are to be quantised.
+        ValueError: ``dtype`` is another one.
         CheckpointError: files missing or corrupt; tensors missing, unknown, misshaped, of a wrong
             dtype, not finite, or out of ``dtype``'s range.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     checkpoint = open_checkpoint(path)
-    config = fit(checkpoint, config, dtype, has_tables=tables is None, others=others)
+    has_tables = tables is None
+    checkpoint, config = fit(checkpoint, config, dtype, has_tables=has_tables, others=others)
     padded = replace(config, head_dim=head_dim or config.head_dim)
-    check_size(weight_bytes(padded, dtype, has_tables=tables is None))
+    check_size(weight_bytes(padded, dtype, has_tables=has_tables))
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
         return _Loader(checkpoint, config, dtype, packing, tables, head_dim).load(advance)
 
@@ -196,8 +201,7 @@ def load_tables(
     Raises:
         CheckpointError: as for :func:`load_weights`; all tensors are checked but not all read.
     """
-    checkpoint = open_checkpoint(path)
-    config = fit(checkpoint, config, dtype)
+    checkpoint, config = fit(open_checkpoint(path), config, dtype)
     loader = _Loader(checkpoint, replace(config, num_layers=0), dtype, ROWS)
     embed, lm_head = loader.own_tables()
     assert isinstance(embed, torch.Tensor), "rows"
@@ -218,11 +222,12 @@ class _Loader:
         head_dim: int | None = None,
     ) -> None:
         self._checkpoint, self._pieces = checkpoint, Pieces(checkpoint)
-        self._head_dim = config.head_dim
-        self._config = config = replace(config, head_dim=head_dim or config.head_dim)
+        self._heads = HeadLayout.of(config, head_dim or config.head_dim)
+        self._config = config = replace(config, head_dim=self._heads.padded)
         self._tables = tables
         self._dtype, self._packing = dtype, packing
-        self._shapes = expected_shapes(config)
+        self._shapes = expected_shapes(config, has_tables=tables is None)
+        self._names, self._norms = matrix_parts(config), layer_norms(config)
         matrices = matrix_keys(config, has_tables=tables is None)
         self._forms = {key: self._form_of(key) for keys in matrices for key in keys}
         parts = (part for keys in matrices for part in self._parts_of(keys))
@@ -234,18 +239,32 @@ class _Loader:
             layers.append(self._layer(f"model.layers.{index}."))
             advance()
         embed, lm_head = self._tables or self.own_tables()
-        final_norm = self._vector(["model.norm.weight"])
+        form, outer = self._config.form, self._outer()
         self._checkpoint.release()
         advance()
         return Weights(
             self._arena.memory,
             embed,
             tuple(layers),
-            final_norm,
-            lm_head,
-            self._dtype,
-            self._packing,
+            lm_head=lm_head,
+            dtype=self._dtype,
+            packing=self._packing,
+            may_interleave=form.is_gated and form.activation == "silu",
+            **outer,
         )
+
+    def _outer(self) -> dict[str, Any]:
+        """What lies outside of layers, but for embedding and head."""
+        positions = None
+        if POSITIONS in self._shapes:
+            positions = torch.empty(self._shapes[POSITIONS], dtype=self._dtype)
+            self._fill(positions, [POSITIONS])
+        return {
+            "final_norm": self._norm("model.norm"),
+            "final_norm_bias": self._optional_vector(["model.norm.bias"]),
+            "head_bias": self._optional_vector([HEAD_BIAS]),
+            "positions": positions,
+        }
 
     def own_tables(self) -> tuple[torch.Tensor | PackedMatrix, torch.Tensor | PackedMatrix]:
         """Embedding and head of the checkpoint."""
@@ -257,12 +276,8 @@ class _Loader:
         """What a matrix becomes."""
         info, packing = self._checkpoint.infos[key], self._packing
         if isinstance(info.dtype, MatrixKind):
-            if packing.quantized is not None:
-                raise ValueError(
-                    f"quantize: expected a file whose weights are not quantised, {info.file} has "
-                    f"{info.key} in {info.dtype.name}"
-                )
-            return info.dtype if packing.keeps_blocks else packing.form_of(self._dtype)
+            stays = packing.keeps_blocks and packing.quantized is None
+            return info.dtype if stays else packing.form_of(self._dtype)
         has_own = packing.keeps_blocks and self._checkpoint.has_blocks
         if has_own and isinstance(info.dtype, torch.dtype):
             return packing.form_of(info.dtype)
@@ -272,7 +287,7 @@ class _Loader:
         return parts_of(keys, self._shapes, self._forms)
 
     def _layer(self, prefix: str) -> LayerWeights:
-        names = LAYER_MATRICES
+        names = self._names
 
         def matrix(name: str) -> Matrix:
             return self._matrix([f"{prefix}{part}.weight" for part in names[name]])
@@ -280,19 +295,26 @@ class _Loader:
         def bias(name: str) -> torch.Tensor | None:
             return self._optional_vector([f"{prefix}{part}.bias" for part in names[name]])
 
+        def norm(name: str) -> torch.Tensor | None:
+            return self._norm(f"{prefix}{name}") if name in self._norms else None
+
         return LayerWeights(  # in the order a step reads the matrices
-            input_norm=self._vector([f"{prefix}input_layernorm.weight"]),
+            input_norm=norm("input_layernorm"),
             qkv=matrix("qkv"),
             qkv_bias=bias("qkv"),
             q_norm=self._optional_vector([f"{prefix}self_attn.q_norm.weight"]),
             k_norm=self._optional_vector([f"{prefix}self_attn.k_norm.weight"]),
             o=matrix("o"),
             o_bias=bias("o"),
-            post_norm=self._vector([f"{prefix}post_attention_layernorm.weight"]),
+            post_norm=norm("post_attention_layernorm"),
             gate_up=matrix("gate_up"),
             gate_up_bias=bias("gate_up"),
             down=matrix("down"),
             down_bias=bias("down"),
+            input_norm_bias=self._optional_vector([f"{prefix}input_layernorm.bias"]),
+            post_norm_bias=self._optional_vector([f"{prefix}post_attention_layernorm.bias"]),
+            attended_norm=norm("attended_layernorm"),
+            mlp_norm=norm("mlp_layernorm"),
         )
 
     def _table(self, key: str) -> torch.Tensor | PackedMatrix:
@@ -309,6 +331,13 @@ class _Loader:
         self._fill(matrix, part.keys)
         return matrix
 
+    def _norm(self, name: str) -> torch.Tensor:
+        """A norm's weight, which is 1 where the family has none."""
+        key = f"{name}.weight"
+        if key in self._shapes:
+            return self._vector([key])
+        return torch.ones(self._config.hidden_size)
+
     def _optional_vector(self, keys: list[str]) -> torch.Tensor | None:
         """None where the architecture has no such tensor."""
         return self._vector(keys) if keys[0] in self._shapes else None
@@ -324,40 +353,31 @@ class _Loader:
         for key in keys:
             info = self._checkpoint.infos[key]
             for start, rows in self._stored(key):
-                write_rows(rows, destination, begin + start, (key, info))
+                write_rows(rows, destination, begin + start, info)
             begin += self._shapes[key][0]
 
     def _stored(self, key: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """First rows and rows, piece by piece, factors multiplied in and heads padded."""
-        info = self._checkpoint.infos[key]
-        scale = self._scale(key) if info.dtype == torch.float8_e4m3fn else None
-        if self._config.head_dim != self._head_dim:
-            whole = self._checkpoint.rows(key, 0, info.shape[0])
-            whole = whole if scale is None else whole.float().mul_(scale)
-            if isinstance(info.dtype, MatrixKind) and key.endswith("o_proj.weight"):
-                raise CheckpointError(
-                    f"{info.file}: {info.key}: expected heads of a multiple of 16 for weights in "
-                    f"{info.dtype.name}, got {self._head_dim}"
-                )
-            yield 0, pad_heads(key, whole, self._head_dim, self._config.head_dim)
-            return
-        for start, rows in self._pieces.of(key):
-            if scale is None:
-                yield start, rows
-            else:
-                factors = scale[start : start + len(rows)] if len(scale) > 1 else scale
-                yield start, rows.float().mul_(factors)
-
-    def _scale(self, key: str) -> torch.Tensor:
-        """``[1, 1]`` or ``[rows, 1]`` float32: the factors of a float8 matrix."""
+        """First rows and rows, piece by piece: factors multiplied in, offsets added, heads as they
+        are run."""
+        info, heads = self._checkpoint.infos[key], self._heads
+        is_float8 = info.dtype == torch.float8_e4m3fn
         scale_key = f"{key}{self._config.float8_scale_suffix}"
-        scale = self._checkpoint.tensor(scale_key).to(torch.float32).reshape(-1, 1)
-        mantissa, _ = torch.frexp(scale)
-        # Only powers of two keep the dequantised weight exact in bfloat16.
-        if not bool((mantissa == 0.5).all() and torch.isfinite(scale).all()):
-            file = self._checkpoint.infos[scale_key].file
-            raise CheckpointError(f"{file}: {scale_key}: expected positive powers of two")
-        return scale
+        scale = float8_scale(self._checkpoint, scale_key) if is_float8 else None
+        offset = self._config.form.norm_offset if key.endswith("norm.weight") else 0.0
+        axis = heads.axis(key)
+        if axis == 1 and isinstance(info.dtype, MatrixKind):
+            raise CheckpointError(
+                f"{info.file}: {info.key}: expected heads of a multiple of 16 for weights in "
+                f"{info.dtype.name}, got {heads.head_dim}"
+            )
+        unit, wide = (heads.head_dim, heads.padded) if axis == 0 else (1, 1)
+        for start, rows in self._pieces.of(key, unit):
+            if scale is not None:
+                factors = scale[start : start + len(rows)] if len(scale) > 1 else scale
+                rows = rows.float().mul_(factors)
+            if offset:
+                rows = rows.float() + offset
+            yield start // unit * wide, rows if axis is None else heads.arranged(key, rows)
 
 
 @contextmanager

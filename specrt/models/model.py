@@ -1,4 +1,4 @@
-"""The Llama family (Llama 2/3, Vicuna, CodeLlama, Mistral, Qwen2, Qwen3) over trees of tokens.
+"""A target, of whatever family, over trees of tokens.
 
 One forward pass serves decoding, verification and prefill: a lone token is a tree of one node, a
 piece of a prompt is a chain. Every op on the way is row-invariant, so a node's logits are those of
@@ -11,7 +11,7 @@ logits are float32. Both stay where the model is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 from weakref import WeakSet
@@ -64,7 +64,7 @@ class LlamaModel(Decoder):
             runs on the same one.
         activation_dtype: of the buffers between the kernels; None: float32 on the CPU, the
             weights' dtype on a GPU.
-        rope: the rotary table of another model, used where this one's would be the same.
+        ropes: rotary tables of another model, used where this one's would be the same.
         others: shapes of further matrices that :meth:`launch_linear` multiplies by.
 
     Raises:
@@ -78,13 +78,13 @@ class LlamaModel(Decoder):
         device: Device | None = None,
         *,
         activation_dtype: torch.dtype | None = None,
-        rope: RotaryTable | None = None,
+        ropes: Collection[RotaryTable] = (),
         others: Sequence[tuple[int, int]] = (),
     ) -> None:
         device = device or Device(weights.arena.device)
         self.dtype = weights.dtype
         dtype = activation_dtype or device.activation_dtype(self.dtype)
-        super().__init__(config, weights, device, dtype, rope, others)
+        super().__init__(config, weights, device, dtype, ropes, others)
         self._steps: Recent[StepKey, Step] = Recent(_MAX_STEPS)
         self._tap_buffers: dict[str, torch.Tensor] = {}
         self._caches: WeakSet[KVCache] = WeakSet()
@@ -152,7 +152,7 @@ class LlamaModel(Decoder):
         step.stage(tree, batch, first_node)
         start = self._start(key)
         if run is None:
-            self.embed_tokens(step.tokens.view(-1), start)
+            self.embed_tokens(step.tokens.view(-1), step.rows, start)
         else:
             run.copy_states(num_nodes, start)
         # A graph holds addresses of all of these; as part of its key they outlive it.
@@ -178,7 +178,8 @@ class LlamaModel(Decoder):
             tree: B trees of N nodes; what it holds may change between launches.
             batch: likewise.
             taps: as for :meth:`forward`.
-            maxima: on a GPU, of the logits, to be written with them; None: not wanted.
+            maxima: on a GPU, of the logits, to be written with them, if it :attr:`has_maxima`;
+                None: not wanted.
             run: of all layers that it has run, which are left out; it gives these taps, and has run
                 the trees each time. None: all layers.
 
@@ -201,7 +202,7 @@ class LlamaModel(Decoder):
         def launch() -> None:
             start = self._start(key) if run is None else run.states.flatten(0, 1)
             if run is None:
-                self.embed_tokens(tree.draft_tokens.view(-1), start)
+                self.embed_tokens(tree.draft_tokens.view(-1), rows, start)
             self._launch(key, start, rows, batch.cache, maxima)
 
         output = self._output(key)
@@ -238,7 +239,7 @@ class LlamaModel(Decoder):
         step = self._step(key, batch.num_positions)
         step.stage(piece.tree, piece.tables)
         start = self._start(key)
-        self.embed_tokens(step.tokens.view(-1), start)
+        self.embed_tokens(step.tokens.view(-1), step.rows, start)
         self.device.run(
             (self, batch.cache, step), lambda: self._launch(key, start, step.rows, batch.cache)
         )

@@ -15,8 +15,8 @@ ACTIVATIONS: Mapping[str, MatrixKind | None] = {
     "float32": None,
 }
 """What rows are made of before bfloat16 weights multiply them; of float32 these lie in rows."""
-QUANTIZED: Mapping[str, MatrixKind] = {"int8": MatrixKind.INT8}
-"""What weights can be rounded to as they are loaded."""
+QUANTIZED: Mapping[str, MatrixKind | None] = {"int8": MatrixKind.INT8, "none": None}
+"""What weights can be rounded to as they are loaded; None: to nothing, a file's blocks included."""
 
 Form = torch.dtype | MatrixKind
 """Of a matrix: rows of a dtype, or packed."""
@@ -72,9 +72,10 @@ def choose_packing(
         if value is not None and value not in known:
             expected = f"one of {', '.join(known)}" if len(known) > 1 else next(iter(known))
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
-        if value is not None and device.type != "cpu":
+        if value not in (None, "none") and device.type != "cpu":
             raise ValueError(f"{name}: {value!r} is for the CPU's kernels, the device is {device}")
-    if quantize is not None and activations is not None:
+    quantized = None if quantize is None else QUANTIZED[quantize]
+    if quantized is not None and activations is not None:
         raise ValueError(
             f"activations: {activations!r} is of bfloat16 weights, got quantize={quantize!r}"
         )
@@ -85,5 +86,4 @@ def choose_packing(
         )
     if device.type != "cpu":
         return ROWS
-    quantized = None if quantize is None else QUANTIZED[quantize]
-    return Packing(ACTIVATIONS[activations or "split"], quantized, keeps_blocks=True)
+    return Packing(ACTIVATIONS[activations or "split"], quantized, keeps_blocks=quantize is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -182,7 +183,7 @@ def check_placed(weights: Weights, device: Device) -> None:
     Raises:
         ValueError: they are to go through :func:`place_weights`.
     """
-    if weights.is_interleaved != device.is_gpu:
+    if weights.is_interleaved != (device.is_gpu and weights.may_interleave):
         raise ValueError(
             f"weights: gate and up are {'' if weights.is_interleaved else 'not '}interleaved, "
             f"expected the layout of {device}, which place_weights gives"
@@ -192,7 +193,8 @@ def check_placed(weights: Weights, device: Device) -> None:
 def place_weights(weights: Weights, device: Device) -> Weights:
     """``weights`` as ``device`` runs them: one copy of the arena, matrices where they were in it.
 
-    On a GPU gate and up are interleaved, each matrix by itself and in its place.
+    On a GPU gate and up are interleaved, each matrix by itself and in its place, where its gated
+    product is for them (:attr:`~specrt.models.loader.Weights.may_interleave`).
 
     Args:
         weights: with an embedding and a head of their own, or with tables that are there; in rows
@@ -205,7 +207,8 @@ def place_weights(weights: Weights, device: Device) -> Weights:
         ValueError: gate and up cannot be interleaved, or are to lie on the CPU and are.
     """
     source = weights.arena
-    if device.holds(source) and weights.is_interleaved == device.is_gpu:
+    is_interleaved = device.is_gpu and weights.may_interleave
+    if device.holds(source) and weights.is_interleaved == is_interleaved:
         return weights
     if weights.is_interleaved:
         raise ValueError(f"weights: expected as loaded, got a GPU's to be placed on {device}")
@@ -231,19 +234,22 @@ def place_weights(weights: Weights, device: Device) -> Weights:
         tensors = {field.name: getattr(there, field.name) for field in fields(there)}
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         placed = {n: matrix(t) if len(t.shape) == 2 else vector(t) for n, t in given.items()}
-        if device.is_gpu:
+        if is_interleaved:
             placed["gate_up"].copy_(interleaved(placed["gate_up"]))
             if "gate_up_bias" in placed:
                 placed["gate_up_bias"] = interleaved(placed["gate_up_bias"])
         return replace(there, **placed)
 
     lm_head = matrix(weights.lm_head)
+    names = "final_norm", "final_norm_bias", "head_bias", "positions"
+    there = {name: getattr(weights, name) for name in names}
+    outer: dict[str, Any] = {name: vector(t) for name, t in there.items() if t is not None}
     return replace(
         weights,
         arena=arena,
         embed=lm_head if weights.embed is weights.lm_head else matrix(weights.embed),
         layers=tuple(map(layer, weights.layers)),
-        final_norm=vector(weights.final_norm),
         lm_head=lm_head,
-        is_interleaved=device.is_gpu,
+        is_interleaved=is_interleaved,
+        **outer,
     )

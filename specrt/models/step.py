@@ -11,6 +11,7 @@ import torch
 from specrt import ops
 from specrt.config import ModelConfig
 from specrt.device import Device
+from specrt.models.layer import adds_apart
 from specrt.reuse import power_of_two
 from specrt.tree import MAX_NODES, num_words
 from specrt.types import DraftTree, VerifyOutput
@@ -216,6 +217,8 @@ class Workspace:
     normed: torch.Tensor
     qkv: torch.Tensor
     attended: torch.Tensor
+    branch: torch.Tensor
+    """What a branch gives; of no width where it is added at once."""
     gate_up: torch.Tensor
     """Before the activation; of no width where one launch gives ``activated``."""
     activated: torch.Tensor
@@ -226,6 +229,8 @@ class Workspace:
     """The most columns of a packed matrix."""
     linear: torch.Tensor
     """On the CPU: what ``linear`` makes of rows before packed matrices multiply them."""
+    is_interleaved: bool
+    """As :attr:`~specrt.models.loader.Weights.is_interleaved`."""
 
     @classmethod
     def make(
@@ -236,9 +241,12 @@ class Workspace:
         dtype: torch.dtype,
         device: Device,
         packed_inputs: int = 0,
+        *,
+        is_interleaved: bool = False,
     ) -> Workspace:
         """Buffers for ``rows`` rows of ``dtype``, ``logit_rows`` of them with logits."""
         heads = config.num_heads + 2 * config.num_kv_heads
+        inputs = config.intermediate_size * (2 if config.form.is_gated else 1)
 
         def wide(num_columns: int) -> torch.Tensor:
             return device.empty(rows, num_columns, dtype=dtype)
@@ -250,12 +258,14 @@ class Workspace:
             normed=wide(config.hidden_size),
             qkv=wide(heads * config.head_dim),
             attended=wide(config.num_heads * config.head_dim),
-            gate_up=wide(0 if device.is_gpu else 2 * config.intermediate_size),
+            branch=wide(config.hidden_size if adds_apart(config.form) else 0),
+            gate_up=wide(0 if is_interleaved else inputs),
             activated=wide(config.intermediate_size),
             feature=wide(config.hidden_size),
             logits=device.empty(logit_rows, config.vocab_size),
             packed_inputs=packed_inputs,
             linear=ops.row_scratch(packed_inputs, rows) if packed_inputs else device.empty(0),
+            is_interleaved=is_interleaved,
         )
 
     def reaching(
@@ -274,4 +284,5 @@ class Workspace:
             self.hidden.dtype,
             device,
             self.packed_inputs,
+            is_interleaved=self.is_interleaved,
         )

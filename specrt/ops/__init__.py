@@ -4,13 +4,15 @@ Every op writes into preallocated tensors, so that a captured graph can run it a
 fixed reduction order per row: a row's bits never depend on the other rows.
 """
 
+from specrt.ops.activate import activate
 from specrt.ops.draft_control import DraftDecision, draft_control, draft_control_update
 from specrt.ops.draft_pairs import draft_pairs
-from specrt.ops.embed import embed
+from specrt.ops.embed import EmbedPositions, embed
 from specrt.ops.feature_sample import feature_sample, feature_sample_workspace
 from specrt.ops.history_append import Ending, ReportWord, history_append
 from specrt.ops.history_tail import history_tail
 from specrt.ops.kv_commit import kv_commit
+from specrt.ops.layer_norm import layer_norm
 from specrt.ops.linear import (
     DraftMaxima,
     GatheredRows,
@@ -25,7 +27,7 @@ from specrt.ops.matrix_pack import matrix_pack, pack_matrix
 from specrt.ops.prompt_lookup import prompt_lookup
 from specrt.ops.rms_norm import rms_norm
 from specrt.ops.rope_append import rope_append
-from specrt.ops.silu_mul import silu_mul
+from specrt.ops.scale_add import scale_add
 from specrt.ops.time_stamp import time_stamp
 from specrt.ops.token_recycle import recycle_learn, recycle_learn_workspace, recycle_propose
 from specrt.ops.tree_accept import Purpose, gumbel_noise, tree_accept
@@ -43,6 +45,7 @@ __all__ = [
     "AttentionPlan",
     "DraftDecision",
     "DraftMaxima",
+    "EmbedPositions",
     "Ending",
     "Float8Matrix",
     "GatheredRows",
@@ -54,6 +57,7 @@ __all__ = [
     "ReportWord",
     "StackedMatrix",
     "TileMaxima",
+    "activate",
     "draft_control",
     "draft_control_update",
     "draft_pairs",
@@ -64,6 +68,7 @@ __all__ = [
     "history_append",
     "history_tail",
     "kv_commit",
+    "layer_norm",
     "linear",
     "linear_workspace",
     "matrix_pack",
@@ -75,7 +80,7 @@ __all__ = [
     "rms_norm",
     "rope_append",
     "row_scratch",
-    "silu_mul",
+    "scale_add",
     "time_stamp",
     "tree_accept",
     "tree_attention",

@@ -130,7 +130,7 @@ def test_sequences_that_need_more_positions_than_those_before(folder: Path) -> N
         result = engine.generate([5], params)
         assert result.token_ids == plain.generate([5], params).token_ids
         assert result.stats.num_accepted_tokens > 0.7 * wanted  # nothing it says is wrong
-    assert model._cos_sin is engine.drafter.exit_model._layer._cos_sin
+    assert model._cos_sin["main"] is engine.drafter.exit_model._layer._cos_sin["main"]
 
 
 def test_a_tree_finds_more_than_a_chain(float_model: LlamaModel, folder: Path) -> None:

@@ -63,11 +63,11 @@ def test_the_targets_rotary_table_is_used_where_it_is_the_same(model: ModelConfi
     tables = torch.zeros(2, VOCAB, model.hidden_size)
     weights = pack_weights(config, tensors, *tables, torch.float32)
     theirs = RotaryTable(model, model.head_dim, Device())
-    layer = DraftLayer(config, weights, rope=theirs)
+    layer = DraftLayer(config, weights, ropes=[theirs])
     assert layer.reserve(300) and not layer.reserve(512) and layer.reserve(513)
     assert layer._cos_sin is theirs.reaching(0)
     other = RotaryTable(replace(model, rope_theta=5e5), model.head_dim, Device())
-    layer = DraftLayer(config, weights, rope=other)
+    layer = DraftLayer(config, weights, ropes=[other])
     assert layer.reserve(300) and len(other.reaching(0)) == 0
 
 

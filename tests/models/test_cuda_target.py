@@ -216,7 +216,7 @@ def test_a_gpu_that_is_lost_in_the_midst(
         pytest.skip("a GPU that is lost stays so")
     model, params = make_model(llama, backend), SETTINGS["greedy"]
     expected = texts(make_engine(model).generate(PROMPTS, params))
-    monkeypatch.setattr(model.device, "wait", lambda: ops.silu_mul(torch.zeros(1, 2)))
+    monkeypatch.setattr(model.device, "wait", lambda: ops.activate(torch.zeros(1, 2)))
     engine = make_engine(model, max_batch=2)
     load_simt().break_device(100)
     results = engine.generate(PROMPTS, params)

@@ -147,16 +147,37 @@ def test_what_is_not_finite_is_named(directory: Path, tmp_path: Path) -> None:
         loaded(file, torch.float16, PACKED)
 
 
-def test_what_cannot_be_packed_is_refused(directory: Path, tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    write_gguf(directory, file, kind="Q4_0")
-    with pytest.raises(ValueError, match=r"quantize: expected a file .* \S+ in Q4_0"):
-        loaded(file, torch.float16, Packing(quantized=MatrixKind.INT8, keeps_blocks=True))
+def test_what_cannot_be_packed_is_refused() -> None:
     for name, value in (("quantize", "int8"), ("activations", "float32")):
         given = {"quantize": None, "activations": None, name: value}
         with pytest.raises(ValueError, match=f"{name}: '{value}' is for the CPU's kernels"):
             choose_packing(BF16, torch.device("cuda", 1), **given)
     assert choose_packing(BF16, torch.device("cuda", 1), None, None) == ROWS
+    assert choose_packing(BF16, torch.device("cuda", 1), "none", None) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_blocks_can_be_kept_as_their_values(directory: Path, tmp_path: Path, kind: str) -> None:
+    """As what they are rounded to would be, had it been rows."""
+    file, cpu = tmp_path / "model.gguf", torch.device("cpu")
+    write_gguf(directory, file, kind=kind)
+    values = loaded(file, torch.float32, ROWS)
+    exact = loaded(file, torch.float16, choose_packing(torch.float16, cpu, None, None))
+    assert all(map(torch.equal, map(dense, exact.matrices), map(dense, values.matrices)))
+    assert kind in exact.form
+
+    for dtype, option in ((BF16, "none"), (torch.float32, "none"), (BF16, "int8")):
+        weights = loaded(file, dtype, choose_packing(dtype, cpu, option, None))
+        form = "INT8" if option == "int8" else "BF16_SPLIT" if dtype == BF16 else "float32"
+        assert weights.form == form
+        for ours, rows in zip(weights.matrices, values.matrices, strict=True):
+            if option == "int8":
+                assert isinstance(rows, torch.Tensor)
+                expected = PackedMatrix.empty(MatrixKind.INT8, *rows.shape)
+                assert matrix_pack(rows, expected, 0)
+                assert torch.equal(dense(ours), dense(expected))
+            else:
+                assert torch.equal(dense(ours), dense(rows).to(dtype).float())
 
 
 def test_heads_that_are_padded(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
 
         return kernel
 
-    kernels = "embed", "kv_commit", "linear", "rms_norm", "rope_append", "silu_mul"
+    kernels = "activate", "embed", "kv_commit", "linear", "rms_norm", "rope_append"
     for name in (*kernels, "tree_attention"):
         monkeypatch.setattr(ops, name, spy(name))
     monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
@@ -379,7 +379,7 @@ def test_a_pass_reads_nothing_back(
     assert {tap.dtype for tap in output.taps.values()} == {torch.bfloat16}
     names = [name for name, _ in calls]
     assert names.count("tree_attention") == 3 and names.count("linear") == 13
-    assert "silu_mul" not in names
+    assert "activate" not in names
     # Nothing is allocated by the kernels: their scratch is handed in.
     for kernel, place, size in (
         ("linear", 5, ops.linear_workspace(97, config.hidden_size, 8)),

@@ -85,10 +85,10 @@ def test_steps_captured_before_a_table_grew(loaded: tuple[ModelConfig, Weights])
     config, weights = loaded
     run = Run(config, weights)
     short = run.logits(TEXT[:200])
-    before, version = run.model._cos_sin, run.model.device.version
+    before, version = run.model._cos_sin["main"], run.model.device.version
     assert len(before) == 512  # of a context of 2**30
     long = run.logits(TEXT)
-    assert len(run.model._cos_sin) == 1024 and run.model.device.version > version
+    assert len(run.model._cos_sin["main"]) == 1024 and run.model.device.version > version
     before.fill_(float("nan"))  # nobody may read it any more
     assert torch.equal(run.logits(TEXT[:200]), short)
     small = replace(config, max_positions=1000)
@@ -99,14 +99,14 @@ def test_models_share_what_is_the_same(loaded: tuple[ModelConfig, Weights]) -> N
     """One that keeps a shorter table is not disturbed when the other one needs more."""
     config, weights = loaded
     target = Run(config, weights)
-    drafter = LlamaModel(replace(config, max_positions=300), weights, rope=target.model.rope)
-    assert drafter.rope is target.model.rope
+    drafter = LlamaModel(replace(config, max_positions=300), weights, ropes=target.model.ropes)
+    assert list(drafter.ropes) == list(target.model.ropes)
     batch = CacheBatch(cache := drafter.new_cache(), [cache.open(90)])
     root = torch.tensor([[5]], dtype=torch.int32)
     expected = drafter.forward(chain_tree(root), batch).logits.clone()
-    version, rows = drafter.device.version, drafter._cos_sin
+    version, rows = drafter.device.version, drafter._cos_sin["main"]
     target.logits(TEXT)
     assert torch.equal(drafter.forward(chain_tree(root), batch).logits, expected)
-    assert drafter.device.version == version and drafter._cos_sin is rows
+    assert drafter.device.version == version and drafter._cos_sin["main"] is rows
     other = replace(config, rope_theta=1e4)
-    assert LlamaModel(other, weights, rope=target.model.rope).rope is not target.model.rope
+    assert LlamaModel(other, weights, ropes=target.model.ropes).ropes != target.model.ropes

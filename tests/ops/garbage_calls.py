@@ -442,6 +442,21 @@ def embed_arguments(variant: int, backend: Backend) -> Arguments:
     }
 
 
+def positions_arguments(variant: int, backend: Backend) -> Arguments:
+    """A row a sequence, and fewer positions than some of them stand at."""
+    given = embed_arguments(variant, backend)
+    table = torch.randn(40, given["table"].shape[1], generator=generator(variant))
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    places = {"positions": table.to(dtypes[variant // 2]), "kv_len": ints(7, 0, 39)}
+    return given | places | {"depth": ints(0, 2, 5)[:, None], "scale": 0.5, "offset": 2}
+
+
+def embed_at_positions(a: Arguments) -> None:
+    given = {**a}
+    places = (given.pop(name) for name in ("positions", "depth", "kv_len", "offset"))
+    ops.embed(**given, positions=ops.EmbedPositions(*places))
+
+
 # --- recycled trees
 
 
@@ -652,6 +667,14 @@ KERNELS = {
         embed_arguments,
         lambda a: ops.embed(**a),
         own=("tokens",),
+        shared=("is_open",),
+        results=("out", "ids"),
+        has_cuda_source=True,
+    ),
+    "embed_positions": Kernel(
+        positions_arguments,
+        embed_at_positions,
+        own=("tokens", "depth", "kv_len"),
         shared=("is_open",),
         results=("out", "ids"),
         has_cuda_source=True,

@@ -36,14 +36,26 @@ def linear_arguments() -> Arguments:
     }  # fmt: skip
 
 
-def silu_arguments() -> Arguments:
-    return {"gate_up": torch.randn(3, 64), "out": torch.zeros(3, 32)}
+def activation_arguments() -> Arguments:
+    return {"x": torch.randn(3, 64), "out": torch.zeros(3, 32)}
+
+
+def layer_norm_arguments() -> Arguments:
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    return {"x": x, "weight": weight, "bias": weight.clone(), "eps": 1e-5, "out": x.clone()}
+
+
+def scale_arguments() -> Arguments:
+    x = torch.randn(3, 64)
+    return {"x": x, "factor": 0.5, "residual": x.clone(), "cap": 2.0, "out": x.clone()}
 
 
 READ_NOTHING: dict[str, tuple[Callable[[], Arguments], Call]] = {
     "linear": (linear_arguments, lambda a: ops.linear(**a)),
     "rms_norm": (norm_arguments, lambda a: ops.rms_norm(**a)),
-    "silu_mul": (silu_arguments, lambda a: ops.silu_mul(**a)),
+    "layer_norm": (layer_norm_arguments, lambda a: ops.layer_norm(**a)),
+    "activate": (activation_arguments, lambda a: ops.activate(**a)),
+    "scale_add": (scale_arguments, lambda a: ops.scale_add(**a)),
 }
 """Kernels that read no contents, and so are not among ``KERNELS``."""
 CALLS = [*READ_NOTHING, *(name for name, kernel in KERNELS.items() if kernel.has_cuda_source)]
@@ -146,5 +158,5 @@ def test_there_are_two_gpus(simt: ModuleType) -> None:
         simt.set_current_device(2)
     third: Any = OnAnotherGpu(torch.zeros(2, 4))
     third.device = torch.device("cuda", 2)
-    with pytest.raises(ValueError, match="gate_up: the shim has two GPUs, got a tensor on cuda:2"):
-        ops.silu_mul(third, torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="x: the shim has two GPUs, got a tensor on cuda:2"):
+        ops.activate(third, torch.zeros(2, 2))

@@ -36,6 +36,7 @@ TAKEN = {
     "draft_control": {"evidence"},
     "draft_control_update": set(),
     "embed": {"table", "out"},
+    "embed_positions": {"table", "out", "positions", "depth"},
     "linear_maxima": {"x", "logits"},
     "feature_sample": {"features", "embed", "out"},
     "linear_operands": {"x", "second", "gate", "residual", "out"},

@@ -120,7 +120,7 @@ def test_nothing_is_read_past_the_ends(backend: Backend) -> None:
 
 def test_gate_and_up(backend: Backend) -> None:
     if not backend.runs_cuda_source:
-        pytest.skip("silu_mul follows there")
+        pytest.skip("activate follows there")
     values = random_bytes((144, 80), backend)
     matrix = matrix_of(values, backend)
     x = torch.randn(20, 80).to(backend.device, torch.bfloat16) / 64

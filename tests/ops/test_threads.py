@@ -54,7 +54,7 @@ class Chain:
         for _ in range(12):
             ops.rms_norm(self._x, self._norm, 1e-6, out=self._normed)
             ops.linear(self._normed, self._first, out=self._gate_up)
-            ops.silu_mul(self._gate_up, out=self._gated)
+            ops.activate(self._gate_up, self._gated)
             ops.linear(self._gated, self._second, residual=self._x, out=self._x)
 
     def run(self) -> torch.Tensor:

@@ -138,7 +138,7 @@ class ChainRound:
                 maxima=maxima,
                 is_open=is_open,
             )
-            self._rank(maxima, is_open)
+            self._rank(level, tables, maxima, is_open)
         return run.proposal(self._all if control is None else control.num_nodes)
 
     def learn(self, accept_length: torch.Tensor) -> None:
@@ -155,13 +155,25 @@ class ChainRound:
             )
         return run
 
-    def _maxima(self, level: int, tables: BatchTables) -> ops.DraftMaxima:
-        """What the head leaves of a level's logits, and the noise that they are ranked with."""
-        if not self.key.is_coupled:
-            return ops.DraftMaxima(*self._tiles, level=level)
-        return ops.DraftMaxima(*self._tiles, tables.sampling.rows, tables.history_len, level)
+    def _maxima(self, level: int, tables: BatchTables) -> ops.DraftMaxima | None:
+        """What the head leaves of a level's logits, if anything."""
+        if not self._exit.target.has_maxima:
+            return None
+        return ops.DraftMaxima(*self._tiles, *self._coupling(tables), level)
 
-    def _rank(self, maxima: ops.DraftMaxima, is_open: torch.Tensor | None) -> None:
+    def _coupling(self, tables: BatchTables) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The noise that logits are ranked with, and where."""
+        if not self.key.is_coupled:
+            return None, None
+        return tables.sampling.rows, tables.history_len
+
+    def _rank(
+        self,
+        level: int,
+        tables: BatchTables,
+        maxima: ops.DraftMaxima | None,
+        is_open: torch.Tensor | None,
+    ) -> None:
         """The best tokens behind a level."""
         above, best = self._above, self._best
         ops.tree_expand(
@@ -170,9 +182,8 @@ class ChainRound:
             above.candidates,
             above.ancestors,
             None,
-            maxima.sampling,
-            maxima.position,
-            maxima.level,
+            *self._coupling(tables),
+            level,
             self._scratch,
             *self._pool,
             best.tokens,

@@ -19,7 +19,7 @@ from specrt.config import ModelConfig, config_file, config_fingerprint, read_jso
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import FORMAT_VERSION, write_files
 from specrt.models.checkpoint import Checkpoint
-from specrt.models.layouts import layer_shapes
+from specrt.models.layouts import expected_shapes
 from specrt.models.loader import Weights, load_weights
 from specrt.models.placement import choose_head_dim, place_weights
 from specrt.types import CheckpointError
@@ -46,7 +46,8 @@ class ExitConfig:
     """Where an exit reads, and the target it belongs to."""
 
     layer: ModelConfig
-    """The target's architecture with one layer; ``layer.dtype`` is the checkpoint's."""
+    """The target's architecture with one layer, of the kind of its last one, and without what
+    embeds; ``layer.dtype`` is the checkpoint's."""
     exit_layer: int
     """N: it reads what the target's first N layers give."""
     target_name: str | None = None
@@ -71,7 +72,17 @@ class ExitConfig:
                 f"exit_layer: expected 1..{target.num_layers - 1} for a target of "
                 f"{target.num_layers} layers, got {exit_layer}"
             )
-        layer = replace(target, num_layers=1, dtype=torch.bfloat16, float8_scale_suffix=None)
+        # What the exit itself has: tokens are embedded, and the head's bias is kept, elsewhere.
+        form = replace(
+            target.form,
+            layers=(target.form.layer(target.num_layers - 1),) if target.form.layers else (),
+            embed_scale=1.0,
+            position_offset=None,
+            has_head_bias=False,
+        )
+        layer = replace(
+            target, num_layers=1, form=form, dtype=torch.bfloat16, float8_scale_suffix=None
+        )
         return cls(layer, exit_layer, name, config_fingerprint(target))
 
 
@@ -92,8 +103,7 @@ class ExitWeights:
 def exit_tensor_shapes(config: ExitConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, by name."""
     weight, bias, slope = CALIBRATION
-    shapes = {f"model.layers.0.{key}": shape for key, shape in layer_shapes(config.layer).items()}
-    shapes["model.norm.weight"] = (config.layer.hidden_size,)
+    shapes = expected_shapes(config.layer, has_tables=False)
     shapes[weight] = (NUM_MODES, config.layer.hidden_size)
     return {**shapes, bias: (NUM_MODES,), slope: (NUM_MODES,)}
 
@@ -185,6 +195,7 @@ def load_exit(
     matrix, *vectors = (_vector(checkpoint, key, shapes[key]) for key in CALIBRATION)
     if device.is_gpu:
         layer, matrix = place_weights(layer, device), matrix.to(dtype)
+    layer = replace(layer, head_bias=target.head_bias)  # where it is already
     return ExitWeights(layer, *map(device.there, (matrix, *vectors)))
 
 

@@ -41,7 +41,7 @@ class ExitModel:
         self._weights = weights
         calibration = weights.calibration.shape[0], weights.calibration.shape[1]
         self._layer = LlamaModel(
-            config.layer, weights.layer, target.device, rope=target.rope, others=[calibration]
+            config.layer, weights.layer, target.device, ropes=target.ropes, others=[calibration]
         )
         self._chains = ChainTrees(target.device)
 
@@ -107,11 +107,12 @@ class ExitModel:
         logits: torch.Tensor,
         evidence: torch.Tensor,
         *,
-        maxima: ops.DraftMaxima,
+        maxima: ops.DraftMaxima | None,
         is_open: torch.Tensor | None = None,
     ) -> None:
         """The rest of :meth:`launch_exit` right behind :meth:`launch_kv`, and so its arguments;
-        ``maxima`` of the logits are written besides. Where all are closed nothing is."""
+        ``maxima`` of the logits are written besides, if the target :attr:`~LlamaModel.has_maxima`.
+        Where all are closed nothing is."""
         self._layer.launch_rest(0, states, rows, cache, hidden, is_open=is_open)
         self._launch_head(hidden, logits, evidence, maxima, is_open)
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
+from specrt.config import Form, ModelConfig, config_file, config_fingerprint, read_json
 from specrt.draft.fspad.official import HEAD, LAYER, official_flags, open_drafter
 from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
@@ -37,6 +37,8 @@ EMBED = "embed_tokens.weight"
 TOKEN_IDS = "draft_token_ids"
 _SAID_OTHERWISE = ("architectures", "rope_theta", "rope_scaling", "torch_dtype")
 _BIASES = tuple(f"{LAYER}self_attn.{name}_proj.bias" for name in "qkv")
+_ROPES = ("default", "linear", "llama3")
+"""Rope types that a drafter takes over from its target; else it has plain rotary embedding."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,7 +62,7 @@ class DraftConfig:
     def for_target(
         cls, target: ModelConfig, arch: str, *, name: str, intermediate_size: int | None = None
     ) -> DraftConfig:
-        """A drafter of the target's own proportions.
+        """A drafter of the target's own proportions, a Llama's layer whatever the target's are.
 
         Args:
             target: the model it will draft for.
@@ -73,9 +75,12 @@ class DraftConfig:
         """
         if arch not in ARCHS:
             raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
+        rope = target.rope_scaling
         layer = replace(
             target,
             architecture="llama",
+            form=Form(),
+            rope_scaling=rope if rope and rope.get("rope_type") in _ROPES else None,
             num_layers=1,
             intermediate_size=intermediate_size or target.intermediate_size,
             has_attention_bias=False,

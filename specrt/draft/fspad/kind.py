@@ -56,7 +56,14 @@ def _draft_layer(directory: Path, target: LlamaModel, options: DrafterOptions) -
     config = replace(config, layer=replace(config.layer, max_positions=reach))
     try:
         weights = _placed(config, tensors, target, options)
-        return DraftLayer(config, weights, target.device, target.rope, options.window)
+        return DraftLayer(
+            config,
+            weights,
+            target.device,
+            target.ropes,
+            options.window,
+            target_form=target.config.form,
+        )
     except OutOfMemoryError as error:
         raise MemoryError(f"no memory for the drafter on {target.device}: {directory}") from error
 
@@ -74,7 +81,9 @@ def _placed(
     if device.is_gpu:
         dtype = target.dtype
     embed, head = target.weights.embed, target.weights.lm_head
-    weights = pack_weights(config, tensors, embed, head, dtype, device)
+    weights = pack_weights(
+        config, tensors, embed, head, dtype, device, head_bias=target.weights.head_bias
+    )
     is_folded = options.fold
     if is_folded is None:
         is_folded = folding_pays(weights, target.weights.arena.nbytes)

@@ -7,6 +7,7 @@ section 3). H hidden size, I intermediate size, V vocabulary, R rows of the draf
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,12 +15,13 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.config import ModelConfig
+from specrt.config import Form, ModelConfig
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.draft.fspad.weights import DraftWeights
 from specrt.draft.kind import DraftWindow
-from specrt.models.gate_up import launch_gated
+from specrt.models.layer import DecoderLayer, LayerBuffers, changes_logits, launch_logit_change
+from specrt.models.loader import LayerWeights
 from specrt.models.rope import RotaryTable, rotary_table
 from specrt.models.step import GpuScratch
 from specrt.reuse import power_of_two
@@ -104,8 +106,9 @@ class DraftLayer:
         config: the architecture.
         weights: as :func:`pack_weights` or :func:`fold` gives them.
         device: where the weights are, and how its steps run; None: the CPU.
-        rope: the rotary table of the target, used where the layer's would be the same.
+        ropes: rotary tables of the target, used where the layer's would be the same.
         window: what its attention sees of the committed rows; None: all of them.
+        target_form: the target's, whose head this is: logits are scaled and capped as there.
     """
 
     def __init__(
@@ -113,8 +116,10 @@ class DraftLayer:
         config: DraftConfig,
         weights: DraftWeights,
         device: Device | None = None,
-        rope: RotaryTable | None = None,
+        ropes: Collection[RotaryTable] = (),
         window: DraftWindow | None = None,
+        *,
+        target_form: Form | None = None,
     ) -> None:
         self.config = config
         self.window = window
@@ -124,7 +129,11 @@ class DraftLayer:
         self.padded = replace(config.layer, head_dim=head_dim)
         """The layer as the kernels run it: heads may be padded."""
         self.activation_dtype = self.device.activation_dtype(weights.dtype)
-        self._rope = rotary_table(config.layer, head_dim, self.device, rope)
+        self._target_form = target_form or Form()
+        self._layer = DecoderLayer(
+            config.layer, _behind_sampling(weights), 0, is_interleaved=weights.is_interleaved
+        )
+        self._rope = rotary_table(config.layer, head_dim, self.device, ropes)
         self._cos_sin = self._rope.reaching(0)
         self._scratch: GpuScratch | None = None
         if self.device.is_gpu:
@@ -132,6 +141,12 @@ class DraftLayer:
                 self.padded, map(_shape, weights.matrices.values()), self.device
             )
         self._work = self._activations(0, 0)
+
+    @property
+    def has_maxima(self) -> bool:
+        """Whether :meth:`finish` can leave maxima of its logits: of those that are the head's
+        product."""
+        return not changes_logits(self._target_form)
 
     def activations(self, rows: int, logit_rows: int) -> Activations:
         """Buffers for steps of so many rows, of which some have logits.
@@ -292,39 +307,23 @@ class DraftLayer:
         Returns:
             The draft logits ``[B·N, R]``, a view of ``work.logits``.
         """
-        w, layer = self.weights, self.config.layer
-        size, count = rows.depth.shape
-        num = size * count
-        attended, hidden, normed = work.attended[:num], work.hidden[:num], work.normed[:num]
-        ops.tree_attention(
+        w, num = self.weights, rows.depth.numel()
+        attention = None if self._scratch is None else self._scratch.attention
+        buffers = LayerBuffers(work, self._linear_workspace(work), attention)
+        attended = self._layer.attend(
             q,
-            *cache.layer(0),
-            rows.block_table,
-            rows.kv_len,
-            rows.first_node,
-            rows.num_nodes,
             ancestors,
-            layer.head_dim**-0.5,
-            out=attended.view(size, count, layer.num_heads, -1),
-            workspace=None if self._scratch is None else self._scratch.attention,
+            rows,
+            cache.layer(0),
+            buffers,
             is_open=is_open,
             window=None if self.window is None else self.window.size,
             num_sinks=0 if self.window is None else self.window.num_sinks,
         )
-        linear = partial(ops.linear, workspace=self._linear_workspace(work), is_open=is_open)
+        linear = partial(ops.linear, workspace=buffers.linear, is_open=is_open)
+        hidden = work.hidden[:num]
         linear(attended, w.o, residual=work.pair[:num], out=hidden)
-        ops.rms_norm(hidden, w.post_norm, layer.rms_norm_eps, out=normed)
-        activated = work.activated[:num]
-        launch_gated(
-            normed,
-            w.gate_up,
-            None,
-            work.gate_up[:num],
-            activated,
-            self._linear_workspace(work),
-            is_interleaved=w.is_interleaved,
-            is_open=is_open,
-        )
+        activated = self._layer.activate(hidden, buffers, is_open)
         if w.down_regress is None:
             predicted = regressed
         else:
@@ -332,11 +331,30 @@ class DraftLayer:
             linear(activated, w.down_regress, residual=hidden, out=regressed)
         linear(activated, w.down_predict, residual=hidden, out=predicted)
         logits = work.logits[:num]
-        linear(predicted, w.head, out=logits, maxima=maxima)
+        linear(predicted, w.head, w.head_bias, out=logits, maxima=maxima)
+        launch_logit_change(self._target_form, logits)
         return logits
 
     def _linear_workspace(self, work: Activations) -> torch.Tensor | None:
         return work.linear if self._scratch is None else self._scratch.linear
+
+
+def _behind_sampling(weights: DraftWeights) -> LayerWeights:
+    """What the layer has of any decoder layer: feature sampling stands for its input's norm."""
+    return LayerWeights(
+        input_norm=None,
+        qkv=weights.qkv,
+        qkv_bias=weights.qkv_bias,
+        q_norm=None,
+        k_norm=None,
+        o=weights.o,
+        o_bias=None,
+        post_norm=weights.post_norm,
+        gate_up=weights.gate_up,
+        gate_up_bias=None,
+        down=weights.down_predict,
+        down_bias=None,
+    )
 
 
 def _is_packed(matrix: ops.Matrix) -> bool:

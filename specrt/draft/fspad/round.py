@@ -158,7 +158,7 @@ class RoundBuffers:
         self._pool = Pool.make(batch, num_candidates(1 + max_levels, width), device)
         self._scratch = expand_scratch(batch, width, len(layer.weights.head), width, device)
         self._tiles = None
-        if device.is_gpu:
+        if device.is_gpu and layer.has_maxima:
             self._tiles = draft_tiles(batch * width, len(layer.weights.head), device)
         self._choices: dict[int, Choice] = {}
         # Where some trees may not grow on: ln of the chance that a path goes on into the last

@@ -82,6 +82,8 @@ class DraftWeights:
     """How ``gate_up`` lies (:mod:`specrt.models.gate_up`)."""
     dtype: torch.dtype
     """The drafter's: of matrices that are not narrowed, of keys and values."""
+    head_bias: torch.Tensor | None = None
+    """``[R]`` float32, where the target's head has one."""
 
     @property
     def table_bytes(self) -> int:
@@ -107,11 +109,14 @@ def pack_weights(
     head: torch.Tensor | PackedMatrix,
     dtype: torch.dtype,
     device: Device | None = None,
+    *,
+    head_bias: torch.Tensor | None = None,
 ) -> DraftWeights:
     """Arrange a checkpoint's tensors for streaming.
 
     The target's own tables are shared where they are packed, or their dtype is what the drafter
-    wants, and where it wants all rows.
+    wants, and where it wants all rows. Embeddings are their rows as they are, whatever the target
+    multiplies them by or adds to them.
 
     Args:
         config: the architecture.
@@ -120,6 +125,7 @@ def pack_weights(
         head: ``[V, H]``, the target's LM head, on ``device``.
         dtype: of the matrices; on a GPU the target's.
         device: where the drafter runs; None: the CPU.
+        head_bias: ``[V]`` float32, the target's, on ``device``.
 
     Raises:
         ValueError: heads larger than kernels take; on a GPU, rows of matrices that are no multiple
@@ -173,6 +179,7 @@ def pack_weights(
         down_regress=down[hidden:] if config.has_split_output else None,
         is_interleaved=device.is_gpu,
         dtype=dtype,
+        head_bias=head_bias if head_bias is None or token_ids is None else head_bias[token_ids],
     )
 
 

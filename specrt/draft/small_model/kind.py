@@ -39,7 +39,7 @@ def _load(request: DrafterRequest) -> Drafter:
     packing = target.weights.packing
     loaded = load_weights(directory, config, chosen, head_dim=head_dim, packing=packing)
     weights = place_weights(loaded, target.device)
-    model = LlamaModel(config, weights, target.device, rope=target.rope)
+    model = LlamaModel(config, weights, target.device, ropes=target.ropes)
     chosen_kind = DeviceSmallModelDrafter if target.device.is_gpu else SmallModelDrafter
     return chosen_kind(model, vocab_size=vocab_size)
 

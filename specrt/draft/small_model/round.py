@@ -125,7 +125,7 @@ class TreeRound:
         model, hidden = self._model, self._hidden[: tokens.numel()]
         depth, first_node, num_nodes = places
         rows = StepRows(depth, ancestors, num_nodes, first_node, kv_len, self._table)
-        model.embed_tokens(tokens.view(-1), hidden)
+        model.embed_tokens(tokens.view(-1), rows, hidden)
         for index in range(model.config.num_layers):
             model.launch_layer(index, hidden, rows, self._cache, hidden)
         return hidden

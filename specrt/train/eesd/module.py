@@ -19,8 +19,10 @@ from torch.nn import functional
 
 from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import NUM_MODES, ExitConfig
-from specrt.models.checkpoint import Checkpoint
+from specrt.models.filling import block_values
+from specrt.models.gguf_checkpoint import open_checkpoint
 from specrt.models.layouts import layer_shapes, use_standard_names
+from specrt.ops import MatrixKind
 from specrt.train.layers import Attention, GatedMlp, Norm, Rope, product_flop
 
 _EXITS = "exits."
@@ -154,18 +156,21 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
     """The target's last layer and final norm in float32, named as in a model of that layer alone.
 
     Args:
-        path: the target's directory, whose tensors have been checked against its configuration.
+        path: the target's directory or GGUF file, whose tensors have been checked against its
+            configuration.
         target: that configuration.
 
     Raises:
         CheckpointError: a file is missing or corrupt.
     """
-    checkpoint = Checkpoint(path)
-    use_standard_names(checkpoint, is_head_tied=target.is_head_tied)
+    checkpoint = use_standard_names(open_checkpoint(path), target)
 
     def read(key: str) -> torch.Tensor:
+        info = checkpoint.infos[key]
+        if isinstance(info.dtype, MatrixKind):
+            return block_values(checkpoint.tensor(key), info.dtype, info)
         tensor = checkpoint.tensor(key).float()
-        if checkpoint.infos[key].dtype != torch.float8_e4m3fn:
+        if info.dtype != torch.float8_e4m3fn:
             return tensor.clone()
         scale = checkpoint.tensor(f"{key}{target.float8_scale_suffix}").float()
         return tensor * scale.reshape(-1, 1)

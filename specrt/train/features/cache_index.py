@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from specrt.config import (
     ModelConfig,
-    checkpoint_directory,
+    checkpoint_path,
     config_fingerprint,
     gguf_path,
     read_json,
@@ -77,7 +77,7 @@ class CacheKey:
         Raises:
             CheckpointError: the target is missing or broken.
         """
-        directory = checkpoint_directory(target_path)
+        directory = checkpoint_path(target_path)
         config = ModelConfig.from_directory(directory)
         return cls(
             target_name=directory.resolve().name,
