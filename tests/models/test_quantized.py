@@ -205,7 +205,11 @@ def changed(
         ("awq", dropped("scales"), f"missing tensor {PROJ}.scales, which goes with {PROJ}.qweight"),
         ("awq", dropped("qzeros"), f"missing tensor {PROJ}.qzeros"),
         ("awq", changed("qzeros", lambda t: t[:1]), f"{PROJ}.qzeros: expected [2, 8], got [1, 8]"),
-        ("awq", changed("scales", lambda t: t[:, :8]), f"{PROJ}.scales: expected [2, 64], got"),
+        (
+            "awq",
+            changed("scales", lambda t: t[:, :8].contiguous()),
+            f"{PROJ}.scales: expected [2, 64], got [2, 8]",
+        ),
         ("awq", changed("scales", lambda t: t.long()), "expected float16 or bfloat16 or float32"),
         ("gptq", changed("g_idx", lambda t: t + 1), f"{PROJ}.g_idx: expected groups 0..1"),
         ("gptq", changed("g_idx", lambda t: t[:32]), f"{PROJ}.g_idx: expected [64] (4 bits), got"),
@@ -230,7 +234,9 @@ def test_another_group_size_is_noticed(name: str, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, intermediate_size=128)
     store_quantized(tmp_path, name)
     edit_config(tmp_path, quantization_config=settings(tmp_path) | {"group_size": 64})
-    assert "expected 1 groups of 64 columns (quantization_config, 64 columns" in refusal(tmp_path)
+    assert "expected 2 groups of 64 columns (quantization_config, 128 columns of" in refusal(
+        tmp_path
+    )
 
 
 def test_other_tensors_than_the_configuration_says(tmp_path: Path) -> None:
