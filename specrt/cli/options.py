@@ -17,7 +17,8 @@ SAMPLING = "Sampling"
 Target = Annotated[
     str,
     typer.Option(
-        help="A Hugging Face directory, a GGUF file, or 'builtin'.", rich_help_panel=RUNTIME
+        help="A Hugging Face directory, a GGUF file, OWNER/NAME of the Hub, or 'builtin'.",
+        rich_help_panel=RUNTIME,
     ),
 ]
 Dtype = Annotated[

@@ -32,7 +32,7 @@ def _run(*names: str, help: str) -> Any:
 class PlaceOptions:
     """For what target, and where to put the drafter."""
 
-    target: Annotated[str, typer.Option(help="A Hugging Face directory, or 'builtin'.")]
+    target: Annotated[str, typer.Option(help="A Hugging Face directory, OWNER/NAME, or 'builtin'.")]
     out: Annotated[Path, typer.Option(help="The drafter's directory.")]
 
 
