@@ -77,7 +77,7 @@ def test_features_of_blocks(tmp_path: Path) -> None:
     write_gguf(tmp_path, file, kind="Q4_1")
     samples = OnlineFeatures(dataset, file).batch(range(len(dataset)))
     wanted = engine_features(file, torch.float16, dataset)
-    assert max(error(s.features, w) for s, w in zip(samples, wanted, strict=True)) < 1e-3
+    assert max(error(s.features, w) for s, w in zip(samples, wanted, strict=True)) < 4e-3
     rounded = engine_features(tmp_path, torch.float32, dataset)
     assert max(error(s.features, w) for s, w in zip(samples, rounded, strict=True)) > 1e-2
 
