@@ -164,8 +164,8 @@ def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, t
     """``[V, H]`` each, as stored, or in the configuration's dtype where no kernel reads that."""
     import torch
 
-    from specrt.models.opening import open_checkpoint
     from specrt.models.loader import load_tables
+    from specrt.models.opening import open_checkpoint
 
     info = open_checkpoint(directory).infos.get("model.embed_tokens.weight")
     dtype = model.dtype
