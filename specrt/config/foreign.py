@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-_ADAPTER = "a LoRA adapter (merge it into its model first: merge_and_unload of peft)"
+_ADAPTER = "a LoRA adapter (lora= takes it, beside its model)"
 _ORIGINAL = "the authors' own format (take the model's Hugging Face version, or convert it)"
 _MLX = "quantised or stored for MLX (take the model it was made from)"
 _QUANTISED = "(quantised; take the model it was made from)"

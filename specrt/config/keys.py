@@ -14,9 +14,9 @@ from specrt.config.generation import GENERATION_KEYS
 from specrt.types import CheckpointError
 
 _READ = """
-    architectures attention_bias bos_token_id dtype eos_token_id head_dim hidden_act hidden_size
-    intermediate_size layer_types max_position_embeddings max_sequence_length max_window_layers
-    mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
+    architectures attention_bias bos_token_id compression_config dtype eos_token_id head_dim
+    hidden_act hidden_size intermediate_size layer_types max_position_embeddings max_sequence_length
+    max_window_layers mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
     original_max_position_embeddings partial_rotary_factor quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta sliding_window specrt_storage tie_word_embeddings
     torch_dtype use_sliding_window vocab_size

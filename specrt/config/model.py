@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from specrt.config.directory import config_file, gguf_path, read_json
+from specrt.config.directory import config_file, gguf_path, read_json, refuse_adapter
 from specrt.config.families import FAMILIES, NOT_THEIR_TEXT, why_refused
 from specrt.config.family import Family
-from specrt.config.foreign import foreign_files
 from specrt.config.form import Form
 from specrt.config.generation import GenerationDefaults, read_generation
 from specrt.config.gguf import read_gguf_settings
 from specrt.config.gguf_header import GgufHeader, read_gguf_header
 from specrt.config.keys import refuse_unknown_keys
+from specrt.config.quantization import read_quantization
 from specrt.config.rope import Rope, read_rope
 from specrt.config.shape import (
     eps_of,
@@ -41,11 +41,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float32,  # no kernel reads float64 weights
-}
-_QUANTISED = {
-    "quantization": "MLX",
-    "compression_config": "compressed-tensors",
-    "quantization_config": "unnamed",
 }
 
 
@@ -98,24 +93,26 @@ class ModelConfig:
     """What a user should know of how the model is run."""
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str]) -> ModelConfig:
+    def from_directory(
+        cls, path: str | os.PathLike[str], *, adapter: str | os.PathLike[str] | None = None
+    ) -> ModelConfig:
         """Read ``config.json`` and, where there is one, ``generation_config.json``.
 
         Args:
             path: a local Hugging Face directory; or a GGUF file, or a directory with one in place
                 of other weights, of which its metadata are read.
+            adapter: a directory with a LoRA adapter that will be merged, which may be the same.
 
         Raises:
             CheckpointError: no such directory or file, not JSON, a model specrt cannot run, a key
-                that nobody knows and that may change the model, or a LoRA adapter beside it.
+                that nobody knows and that may change the model, or another LoRA adapter beside it.
         """
         gguf = gguf_path(path)
         if gguf is not None:
             return cls.from_gguf(read_gguf_header(gguf))
         file = config_file(path)
         directory = file.parent
-        if (directory / "adapter_config.json").exists():
-            raise CheckpointError(f"{directory}: {foreign_files(directory)}")
+        refuse_adapter(directory, adapter)
         generation_file = directory / "generation_config.json"
         generation = read_json(generation_file) if generation_file.exists() else None
         data = read_json(file)
@@ -265,14 +262,7 @@ class _Reader:
         return FAMILIES[family]
 
     def _refuse_unsupported(self) -> None:
-        for key, usual in _QUANTISED.items():
-            if self.data.get(key) is not None:
-                said = self.data[key]
-                method = said.get("quant_method") if isinstance(said, dict) else None
-                raise self._fail(
-                    f"{key}: quantised checkpoints ({method or usual}) are not supported; load the "
-                    "unquantised model"
-                )
+        read_quantization(self.data, self.source)
         for key, wanted in self.family.wanted.items():
             value = self.data.get(key)
             if key in self.data and value not in wanted:

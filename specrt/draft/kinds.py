@@ -83,15 +83,15 @@ def check_name(name: str) -> None:
 
 
 def drafter_directory(name: str | os.PathLike[str]) -> Path:
-    """The checkpoint that ``name`` means: a bundled drafter's name, or a directory.
+    """The checkpoint that ``name`` means: a bundled drafter's name, a directory, or a repository.
 
     Raises:
-        CheckpointError: there is no such directory.
+        CheckpointError: there is none; as :func:`specrt.config.local_path`.
     """
-    from specrt.config import checkpoint_directory
+    from specrt.config import checkpoint_directory, local_path
 
     bundled = builtin.drafter_paths().get(str(name))
-    return bundled if bundled is not None else checkpoint_directory(name)
+    return bundled if bundled is not None else checkpoint_directory(local_path(name))
 
 
 def load_drafter(

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,6 @@ from specrt.types import CheckpointError
 
 # In transformers' order of preference.
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_CANDIDATES = tuple(name for file in _FILES for name in (file, f"{file}.index.json"))
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -67,18 +66,23 @@ class Checkpoint:
 
     ``infos`` holds every tensor by its key; whoever knows the layout may give it another one.
 
+    Args:
+        path: the directory.
+        names: of the files to look for, the first that is there, each whole or in shards.
+
     Raises:
         CheckpointError: no directory, no weights, or a file that is missing, truncated or corrupt.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], names: Sequence[str] = _FILES) -> None:
         self.directory = checkpoint_directory(path)
         self._files: dict[Path, _File] = {}
         self.infos: dict[str, TensorInfo] = {}
-        found = [name for name in _CANDIDATES if (self.directory / name).exists()]
+        candidates = [name for file in names for name in (file, f"{file}.index.json")]
+        found = [name for name in candidates if (self.directory / name).exists()]
         if not found:
-            foreign = foreign_files(self.directory)
-            note = f": {foreign}" if foreign else f" (one of {', '.join(_CANDIDATES)})"
+            foreign = foreign_files(self.directory) if names is _FILES else None
+            note = f": {foreign}" if foreign else f" (one of {', '.join(candidates)})"
             raise CheckpointError(f"{self.directory}: no weights{note}")
         if found[0].endswith(".json"):
             self._open_shards(self.directory / found[0])

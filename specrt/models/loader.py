@@ -22,7 +22,6 @@ from specrt.models.arena import Arena
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.families import EMBED, HEAD, HEAD_BIAS, POSITIONS
 from specrt.models.filling import Part, Pieces, parts_of, write_rows
-from specrt.models.gguf_checkpoint import open_checkpoint
 from specrt.models.heads import HeadLayout
 from specrt.models.layouts import (
     dtype_name,
@@ -33,6 +32,7 @@ from specrt.models.layouts import (
     matrix_parts,
     weight_bytes,
 )
+from specrt.models.opening import open_checkpoint
 from specrt.models.packing import ROWS, Form, Packing
 from specrt.models.stored import float8_scale
 from specrt.ops import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
@@ -159,6 +159,7 @@ def load_weights(
     head_dim: int | None = None,
     packing: Packing = ROWS,
     check_size: Callable[[int], None] = lambda num_bytes: None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Weights:
     """Load safetensors or PyTorch weights, single or sharded, or a GGUF file's, into one arena.
 
@@ -176,6 +177,7 @@ def load_weights(
         packing: how matrices are kept.
         check_size: told the bytes of what is about to be loaded, before any of it is read; may
             raise.
+        adapter: a directory with a LoRA adapter that is merged (:mod:`specrt.models.adapted`).
 
     Raises:
         ValueError: ``dtype`` is another one.
@@ -184,7 +186,7 @@ def load_weights(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, adapter)
     has_tables = tables is None
     checkpoint, config = fit(checkpoint, config, dtype, has_tables=has_tables, others=others)
     padded = replace(config, head_dim=head_dim or config.head_dim)

@@ -32,7 +32,6 @@ _QWEN_VL = Family(
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     },
-    base="Qwen2VLTextModel",
     runs_as="qwen2",
     layers=_qwen_layers,
     qkv_bias=True,
@@ -157,7 +156,6 @@ LLAMAS: Mapping[str, Family] = {
             "head_dim": 128,
             "rope_theta": 5e5,
         },
-        base="Qwen3VLTextModel",
         runs_as="qwen3",
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -173,6 +171,7 @@ LLAMAS: Mapping[str, Family] = {
             "rms_norm_eps": 1e-5,
             **_ONE_AND_TWO,
         },
+        others=("LlamaForCausalLM",),  # which transformers runs them by
         names={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -187,6 +186,7 @@ LLAMAS: Mapping[str, Family] = {
             "rms_norm_eps": 1e-5,
             **_ONE_AND_TWO,
         },
+        others=("LlamaForCausalLM",),  # which transformers runs them by
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",

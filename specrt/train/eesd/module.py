@@ -20,8 +20,8 @@ from torch.nn import functional
 from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import NUM_MODES, ExitConfig
 from specrt.models.filling import block_values
-from specrt.models.gguf_checkpoint import open_checkpoint
 from specrt.models.layouts import layer_shapes, use_standard_names
+from specrt.models.opening import open_checkpoint
 from specrt.ops import MatrixKind
 from specrt.train.layers import Attention, GatedMlp, Norm, Rope, product_flop
 
@@ -161,7 +161,7 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
         target: that configuration.
 
     Raises:
-        CheckpointError: a file is missing or corrupt.
+        CheckpointError: a file is missing or corrupt, or holds blocks.
     """
     checkpoint = use_standard_names(open_checkpoint(path), target)
 
