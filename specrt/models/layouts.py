@@ -213,6 +213,7 @@ def _check_tensors(
                 f"{info.file}: {key}: expected a floating-point tensor, "
                 f"got {dtype_name(info.dtype)}"
             )
+    known |= checkpoint.idle
     return [key for key in infos if key not in known and not _BUFFERS.search(key)]
 
 
