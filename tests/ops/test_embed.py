@@ -198,7 +198,7 @@ def positions_of(table: Tensor, kv_len: Tensor, depth: Tensor, offset: int) -> T
 def test_scaled_rows_and_positions(
     backend: Backend, width: int, dtype: torch.dtype, wanted: torch.dtype
 ) -> None:
-    """To the bit: a product and a sum in float32, rounded once; a place past the table is its last."""
+    """To the bit: product and sum in float32, rounded once; a place past the table is its last."""
     table, places = table_of(9, width, dtype), table_of(20, width, dtype).flip(0)
     tokens, depth, kv_len = i32(3, 0, 8, 1, 5, 2), i32(0, 1, 1, 0, 2, 9).view(2, 3), i32(4, 12)
     looked_up = table.index_select(0, tokens).float()
