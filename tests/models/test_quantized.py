@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 
 def golden_cases() -> dict[str, dict[str, Any]]:
     with safe_open(GOLDEN, framework="pt") as file:
-        return {name: json.loads(text) for name, text in file.metadata().items()}
+        return {name: json.loads(text) for name, text in sorted(file.metadata().items())}
 
 
 def write(path: Path, tensors: Tensors, quantization: dict[str, Any]) -> Path:
