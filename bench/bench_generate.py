@@ -296,7 +296,11 @@ def _arguments() -> argparse.ArgumentParser:
     add("--prompt-tokens", type=int, default=512, help="of --gguf alone: tokens of its prompt")
     add("--repeats", type=int, default=3)
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    add("--gguf", type=Path, help="for llama.cpp in place of --target; alone: for us too")
+    add(
+        "--gguf",
+        type=Path,
+        help="file or name, for llama.cpp in place of --target; alone: for us too",
+    )
     add("--make-gguf", action="store_true", help="make it from the target")
     add("--no-memory", action="store_true", help="skip the processes that measure memory")
     return arguments
@@ -313,12 +317,13 @@ def _parse() -> argparse.Namespace:
         arguments.error(f"--peers: expected some of {', '.join(PEERS)}")
     if args.gguf and args.target and len(args.dtype) > 1:
         arguments.error("--gguf: name its --dtype")
+    args.gguf = args.gguf and target_path(str(args.gguf))
     args.is_of_gguf = args.gguf is not None and args.target is None
     args.drafters = args.drafters or (generate_gguf.DRAFTERS if args.is_of_gguf else "all")
     args.max_new_tokens = args.max_new_tokens or (64 if args.is_of_gguf else 192)
     args.target = args.target or BUILTIN
     if args.target != BUILTIN:
-        args.target = str(Path(args.target).resolve())
+        args.target = str(target_path(args.target).resolve())
     if args.quick:
         args.num_prompts, args.repeats, args.max_new_tokens, args.no_memory = 1, 1, 8, True
         args.prompt_tokens, args.dtype = 16, args.dtype[:1]

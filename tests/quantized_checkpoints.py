@@ -80,8 +80,8 @@ def _w4a16(weight: torch.Tensor, seed: int) -> tuple[Tensors, torch.Tensor]:
 def _w8a8(weight: torch.Tensor, seed: int) -> tuple[Tensors, torch.Tensor]:
     del seed
     scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
-    codes = (weight / scale).round().clamp(-127, 127)
-    parts = {"weight": codes.to(torch.int8), "weight_scale": scale}
+    codes = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+    parts = {"weight": codes, "weight_scale": scale}
     return parts, (codes.double() * scale.double()).to(scale.dtype)
 
 
@@ -93,7 +93,11 @@ def _float8(weight: torch.Tensor, seed: int) -> tuple[Tensors, torch.Tensor]:
     factors = factors[: weight.shape[0], : weight.shape[1]]
     codes = (weight / factors).to(torch.float8_e4m3fn)
     exact = (codes.double() * factors.double()).float()
-    return {"weight": codes, "weight_scale_inv": scale, "activation_scale": scale[0, 0]}, exact
+    return {
+        "weight": codes,
+        "weight_scale_inv": scale,
+        "activation_scale": scale[0, 0].clone(),
+    }, exact
 
 
 def _groups(weights: Mapping[str, Any], form: str, **more: Any) -> dict[str, Any]:

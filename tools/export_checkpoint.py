@@ -12,12 +12,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from specrt.config import ModelConfig, read_json
+from specrt.config import ModelConfig, gguf_path, read_json
 from specrt.models.loader import LayerWeights, Weights, load_weights
+from specrt.models.tokenizer import load_tokenizer
 from specrt.targets import target_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,12 +76,13 @@ def export(target: str, out: Path, dtype: str) -> None:
     """Write ``target`` to the directory ``out``.
 
     Args:
-        target: a Hugging Face directory or ``"builtin"``.
+        target: a Hugging Face directory, a GGUF file of a plain Llama, or a name.
         out: made if missing.
         dtype: of all tensors.
 
     Raises:
         CheckpointError: the target cannot be loaded.
+        ValueError: a GGUF file of anything else.
     """
     source = target_path(target)
     config = ModelConfig.from_directory(source)
@@ -91,14 +94,44 @@ def export(target: str, out: Path, dtype: str) -> None:
         for key, value in state_dict(config, weights).items()
     }
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    settings = read_json(source / "config.json")
+    is_gguf = gguf_path(source) is not None
+    settings = _settings(config) if is_gguf else read_json(source / "config.json")
     settings.pop("specrt_storage", None)
     settings.pop("torch_dtype", None)
     settings["dtype"] = dtype
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if is_gguf:
+        load_tokenizer(source).inner.save_pretrained(out)
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """A ``config.json`` for what a GGUF file says.
+
+    Raises:
+        ValueError: it is of another family than Llama's, or has positions of its own.
+    """
+    if config.architecture != "llama" or config.rope_scaling is not None:
+        raise ValueError("target: expected of a GGUF file a Llama without rope scaling")
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.is_head_tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids),
+    }
 
 
 def main() -> None:

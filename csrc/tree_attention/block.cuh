@@ -6,6 +6,7 @@
 // Hazard: what is not visible must not be touched even by a zero, since 0 * NaN is NaN. Positions
 // without a key take the row's own; and rows of other nodes are left alone by selection.
 #pragma once
+#include "core/tanh.h"
 #include "core/vector.cuh"
 #include "tree_attention/plan.cuh"
 #include "tree_attention/state.cuh"
@@ -113,6 +114,34 @@ __device__ __forceinline__ void value_group(const uint32_t (&p)[4], const T* val
     }
 }
 
+// What products become scores by, in units of log2(e): cap * tanh(scale * product), or without a
+// cap scale * product.
+struct Scaling {
+    float scale, cap;
+};
+
+template <bool kPlain>
+__device__ __forceinline__ Scaling scaling_of(const TreeAttentionParams& p) {
+    constexpr float kLog2E = 1.44269504088896341f;
+    if (kPlain || p.cap == 0.0f) return {__fmul_rn(p.scale, kLog2E), 0.0f};
+    return {__fdiv_rn(p.scale, p.cap), __fmul_rn(p.cap, kLog2E)};
+}
+
+template <bool kPlain>
+__device__ __forceinline__ void scale_scores(float (&scores)[8][4], const Scaling& by) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[n][e] = __fmul_rn(scores[n][e], by.scale);
+    if constexpr (!kPlain) {
+        if (by.cap == 0.0f) return;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) scores[n][e] = __fmul_rn(tanh_of(scores[n][e]), by.cap);
+    }
+}
+
 // Scores become exp2(score - max); the state is brought to the new maximum.
 template <int D>
 __device__ __forceinline__ void soften(float (&scores)[8][4], State<D>& s) {
@@ -156,9 +185,9 @@ __device__ __forceinline__ void pack_group(const float (&p)[8][4], int g, uint32
 }
 
 // A block that all rows see whole: its keys are pool rows `first` and on.
-template <typename T, int D>
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void whole_block(const uint32_t (&q)[D / 16][4], const Pool<T, D>& pool,
-                                            int first, float scale, State<D>& s) {
+                                            int first, const Scaling& by, State<D>& s) {
     const int lane = threadIdx.x % 32;
     const T* key[kGroups];
 #pragma unroll
@@ -166,10 +195,7 @@ __device__ __forceinline__ void whole_block(const uint32_t (&q)[D / 16][4], cons
         key[g] = pool.key(first + 16 * g + score_key(lane)) + score_column(lane);
     float scores[2 * kGroups][4];
     score_groups<T, D, kGroups>(q, key, scores);
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) scores[n][e] = __fmul_rn(scores[n][e], scale);
+    scale_scores<kPlain>(scores, by);
     soften(scores, s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -180,36 +206,53 @@ __device__ __forceinline__ void whole_block(const uint32_t (&q)[D / 16][4], cons
     }
 }
 
-// What the rows of a warp see from `begin` on, where the prefix ends or has ended.
+// What the rows of a warp see from `begin` on, where the prefix ends or has ended, or windows
+// begin.
+template <bool kPlain>
 struct Tail {
     const uint8_t* ancestors;   // [node][128]: a node's ancestors and itself, from the root down
     const int* counts;          // [node]: how many they are
-    int begin, prefix;          // a multiple of 64 and the keys committed: begin + 64 > prefix
+    int begin, prefix;          // a multiple of 64 and the keys committed
     int first_node, last_node;  // of the warp's rows, as `ancestors` counts them
     int node[2];                // of the thread's rows
+    int pool_row;               // of position `begin`
+    int window;                 // not if kPlain, as what follows
+    int least, most;            // of the first positions in the windows of the warp's rows
 
-    // Pool rows 0..63 hold positions begin and on of the prefix, 64 and on the tree's slots. Past
-    // its last key a node has itself again, as if decoded alone: a zero times a value may still
+    // Pool rows `pool_row` and on hold positions begin and on of the prefix, 64 and on the tree's
+    // slots. Past its last key a node has itself again, as if decoded alone, and where its window
+    // begins within sixteen positions its first key before that: a zero times a value may still
     // show the value's size.
     __device__ int row_of(int node, int position) const {
-        if (position < prefix) return position - begin;
+        if constexpr (!kPlain) position = max(position, min(first(node), position | 15));
+        if (position < prefix) return pool_row + position - begin;
         const int last = max(counts[node] - 1, 0);
         return 64 + ancestors[node * 128 + min(position - prefix, last)];
     }
     __device__ int end(int node) const { return prefix + counts[node]; }
+    // A row that does not see itself is where the root is.
+    __device__ int first(int node) const {
+        return kPlain ? 0 : max(prefix + max(counts[node], 1) - window, 0);
+    }
+    // Whether a node sees any of 16 positions.
+    __device__ bool sees(int node, int position) const {
+        return position < end(node) && (kPlain || position + 16 > first(node));
+    }
 };
 
 // How 16 positions from `position` on are seen by a warp's rows.
 enum class Sight { kAll, kByNode, kNone };
 
-__device__ __forceinline__ Sight sight(const Tail& t, int position, int end) {
-    if (position + 16 <= t.prefix) return Sight::kAll;
+template <bool kPlain>
+__device__ __forceinline__ Sight sight(const Tail<kPlain>& t, int position, int end) {
+    if (position + 16 <= t.prefix && (kPlain || position >= t.most)) return Sight::kAll;
+    if (!kPlain && position + 16 <= t.least) return Sight::kNone;
     return position < end ? Sight::kByNode : Sight::kNone;
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void tail_scores(const uint32_t (&q)[D / 16][4], const Pool<T, D>& pool,
-                                            const Tail& t, int position, int end,
+                                            const Tail<kPlain>& t, int position, int end,
                                             float (&out)[2][4]) {
     const int lane = threadIdx.x % 32, key = position + score_key(lane);
     const Sight seen = sight(t, position, end);
@@ -221,7 +264,7 @@ __device__ __forceinline__ void tail_scores(const uint32_t (&q)[D / 16][4], cons
     const int last = seen == Sight::kAll ? t.first_node : t.last_node;
     for (int node = t.first_node; node <= last; node += 2) {  // two at a time
         const int nodes[2] = {node, min(node + 1, last)};
-        if (position >= max(t.end(nodes[0]), t.end(nodes[1]))) continue;
+        if (!t.sees(nodes[0], position) && !t.sees(nodes[1], position)) continue;
         const T* keys[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -238,9 +281,10 @@ __device__ __forceinline__ void tail_scores(const uint32_t (&q)[D / 16][4], cons
     }
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void tail_values(const uint32_t (&p)[4], const Pool<T, D>& pool,
-                                            const Tail& t, int position, int end, State<D>& s) {
+                                            const Tail<kPlain>& t, int position, int end,
+                                            State<D>& s) {
     const int lane = threadIdx.x % 32, key = position + value_key(lane);
     const Sight seen = sight(t, position, end);
     if (seen == Sight::kNone) return;
@@ -250,19 +294,18 @@ __device__ __forceinline__ void tail_values(const uint32_t (&p)[4], const Pool<T
         return;
     }
     for (int node = t.first_node; node <= t.last_node; ++node) {
-        if (position >= t.end(node)) continue;  // terms of zero, which change nothing
+        if (!t.sees(node, position)) continue;  // terms of zero, which change nothing
         const T* value = pool.value(t.row_of(node, key)) + value_column(lane);
         value_group<T, D, false>(p, value, {t.node[0] == node, t.node[1] == node}, s.acc);
     }
 }
 
 // A block at `position` that rows see differently: `end` is past the last key any of them sees.
-template <typename T, int D>
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void tail_block(const uint32_t (&q)[D / 16][4], const Pool<T, D>& pool,
-                                           const Tail& t, int position, int end, float scale,
-                                           State<D>& s) {
+                                           const Tail<kPlain>& t, int position, int end,
+                                           const Scaling& by, State<D>& s) {
     const int column = threadIdx.x % 4 * 2;
-    const int row_end[2] = {t.end(t.node[0]), t.end(t.node[1])};
     float scores[8][4];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -271,12 +314,19 @@ __device__ __forceinline__ void tail_block(const uint32_t (&q)[D / 16][4], const
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int key = position + 16 * g + 8 * n + column + e % 2;
-                const bool is_visible = key < row_end[e / 2];
-                scores[2 * g + n][e] = is_visible ? __fmul_rn(part[n][e], scale) : kNone;
-            }
+            for (int e = 0; e < 4; ++e) scores[2 * g + n][e] = part[n][e];
     }
+    scale_scores<kPlain>(scores, by);
+    const int row_end[2] = {t.end(t.node[0]), t.end(t.node[1])};
+    const int row_first[2] = {t.first(t.node[0]), t.first(t.node[1])};
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int key = position + 8 * n + column + e % 2;
+            const bool is_visible = key < row_end[e / 2] && (kPlain || key >= row_first[e / 2]);
+            scores[n][e] = is_visible ? scores[n][e] : kNone;
+        }
     soften(scores, s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {

@@ -6,7 +6,10 @@
 // (rows a block, leaves a unit) is free.
 //
 // Positions are those among the keys that a row sees: of a prefix with a window, sinks and window
-// stand side by side, so nothing else is read, masked or waited for.
+// stand side by side, so nothing else is read, masked or waited for. A sliding window is another
+// thing: positions stay, and what is before the first window of the rows is passed over, leaves and
+// units and all. Blocks of 64 keys that some rows see and others do not are gone through like the
+// tail, row by row.
 //
 // The prefix is streamed through three stages of shared memory by cp.async. The last block of the
 // prefix and the tree's own slots come last, in the same memory, and are looked up row by row.
@@ -32,8 +35,6 @@
 
 namespace specrt::attention {
 
-constexpr float kLog2E = 1.44269504088896341f;
-
 // What a block works on, and where it lies.
 template <typename T>
 struct Work {
@@ -43,6 +44,7 @@ struct Work {
     int seq, head, first_row;
     int prefix, num_nodes, tree_size;  // keys seen of it; rows that are nodes; slots of the tree
     int hidden;  // slots of the prefix between sinks and window, which are not seen
+    int first;   // of the prefix's keys the first one in any row's sliding window
 
     // Where the key numbered `i` among those of a row lies.
     __device__ int slot(int num_sinks, int i) const { return i < num_sinks ? i : i + hidden; }
@@ -70,6 +72,14 @@ __device__ __forceinline__ void fetch(const TreeAttentionParams& p, const Work<T
         ptx::cp_async_16(pool.keys + to, w.keys + from);
         ptx::cp_async_16(pool.values + to, w.values + from);
     }
+}
+
+// Of keys `at` .. `at + count` of the prefix those that any row sees, to pool rows `row` and on.
+template <typename T, int D, bool kPlain>
+__device__ __forceinline__ void fetch_seen(const TreeAttentionParams& p, const Work<T>& w,
+                                           const Pool<T, D>& pool, int row, int at, int count) {
+    const int hidden = kPlain ? 0 : max(w.first - at, 0);
+    fetch(p, w, pool, row + hidden, at + hidden, count - hidden);
 }
 
 // The rows of this call as keys and values of the tree: rotated and into the pool, and by the block
@@ -206,6 +216,19 @@ struct BlockMemory {
     }
 };
 
+// The units of a sequence that hold what its rows see, and which of them a block has.
+struct Units {
+    int log_leaves, first, last, index;  // of a unit; numbers; of the block's, from `first` on
+    int seen_leaf, num_leaves;           // of the sequence: the first that is seen, all
+    bool is_all;                         // known while compiling: seen from the first leaf on
+
+    __device__ int number() const { return first + index; }
+    __device__ int begin() const { return number() << log_leaves; }  // its first leaf
+    __device__ int size() const { return min(num_leaves - begin(), 1 << log_leaves); }
+    // Its first leaf that is seen, as it counts them.
+    __device__ int first_leaf() const { return is_all ? 0 : max(seen_leaf - begin(), 0); }
+};
+
 // The part of the workspace that is a block's or a row tile's. All of it:
 //
 //     tickets  [4096]                        at the same place whatever the shape: zeroed once
@@ -215,7 +238,7 @@ struct Workspace {
     Merge merge;
     Stack stack;
 
-    __device__ Workspace(const KernelParams& k, int tile_index, int unit, int num_units,
+    __device__ Workspace(const KernelParams& k, int tile_index, const Units& units,
                          float4* levels) {
         auto* tickets = static_cast<unsigned*>(k.p.workspace);
         auto* slots = reinterpret_cast<float4*>(tickets + kMaxTickets);
@@ -223,60 +246,109 @@ struct Workspace {
                       size = k.plan.slot_vectors;
         const int64_t first = int64_t{tile_index} * k.plan.num_units;
         const bool has_merge = k.plan.num_units > 1;
-        merge = {tickets + first, slots + first * size, num_units, k.plan.slot_vectors};
+        merge = {tickets + first, slots + first * size, units.first, units.last,
+                 k.plan.slot_vectors};
         const int64_t deep = k.plan.num_levels - k.plan.shared_levels;
         const int64_t begin = has_merge ? tiles * k.plan.num_units : 0;
-        stack = {levels, slots + (begin + (first + unit) * deep) * size, k.plan.shared_levels,
-                 k.plan.slot_vectors};
+        stack = {levels,
+                 slots + (begin + (first + units.index) * deep) * size,
+                 k.plan.shared_levels,
+                 k.plan.slot_vectors,
+                 units.first_leaf(),
+                 units.is_all ? INT32_MAX : k.plan.num_levels - 1};
     }
 };
 
 // The blocks of 64 keys of a unit, as positions: whole ones up to `tail`, then those of the tail.
 struct Span {
-    int begin, tail, end;
+    int begin;  // of the unit
+    int first;  // block that any row sees
+    int tail, end;
+
+    __device__ int leaf(int at) const { return (at - begin) / kLeaf; }
+    __device__ bool begins_leaf(int at) const { return at > first && (at - begin) % kLeaf == 0; }
 };
 
-template <typename T, int D>
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void begin_stream(const TreeAttentionParams& p, const Work<T>& w,
                                              const Pool<T, D>& pool, const Span& span) {
     for (int i = 0; i < kStages - 1; ++i) {
-        const int at = span.begin + i * kBlock;
-        if (at < span.tail) fetch(p, w, pool, i * kBlock, at, kBlock);
+        const int at = span.first + i * kBlock;
+        if (at < span.tail) fetch_seen<T, D, kPlain>(p, w, pool, i * kBlock, at, kBlock);
         ptx::cp_async_commit();
     }
 }
 
-template <typename T, int D>
+// What the warp's rows see behind `begin`, whose key is in a row of the pool. It has such rows.
+template <typename T, int D, bool kPlain>
+__device__ __forceinline__ Tail<kPlain> tail_of(const TreeAttentionParams& p, const Work<T>& w,
+                                                const BlockMemory<T, D>& memory, int warp_row,
+                                                int begin) {
+    const int lane = threadIdx.x % 32, last_row = min(warp_row + 15, w.num_nodes * p.group - 1);
+    const int first_node = w.first_row / p.group;
+    const auto local = [&](int row) { return min(row, last_row) / p.group - first_node; };
+    Tail<kPlain> tail{memory.ancestors,
+                      memory.counts,
+                      begin,
+                      w.prefix,
+                      local(warp_row),
+                      local(warp_row + 15),
+                      {local(warp_row + lane / 4), local(warp_row + lane / 4 + 8)},
+                      /*pool_row=*/0,
+                      p.sliding_window,
+                      INT32_MAX,
+                      0};
+    if constexpr (!kPlain)
+        for (int node = tail.first_node; node <= tail.last_node; ++node) {
+            const int first = tail.first(node);
+            tail.least = min(tail.least, first), tail.most = max(tail.most, first);
+        }
+    return tail;
+}
+
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void stream_prefix(const TreeAttentionParams& p, const Work<T>& w,
-                                              const Pool<T, D>& pool, const Span& span,
-                                              bool has_rows, const uint32_t (&q)[D / 16][4],
-                                              float scale, const Stack& stack, int num_leaves,
+                                              const BlockMemory<T, D>& memory, const Span& span,
+                                              int warp_row, const uint32_t (&q)[D / 16][4],
+                                              const Scaling& by, const Stack& stack, int num_leaves,
                                               State<D>& s) {
-    const int num_blocks = (span.tail - span.begin) / kBlock;
+    const Pool<T, D>& pool = memory.pool;
+    const int num_blocks = (span.tail - span.first) / kBlock;
+    const bool has_rows = warp_row < w.num_nodes * p.group;
+    Tail<kPlain> head{};
+    if constexpr (!kPlain)
+        if (has_rows) head = tail_of<T, D, kPlain>(p, w, memory, warp_row, 0);
     for (int i = 0; i < num_blocks; ++i) {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // block i is there, and block i - 1 no longer read
+        const int at = span.first + i * kBlock, row = i % kStages * kBlock;
         const int next = i + kStages - 1;
         if (next < num_blocks)
-            fetch(p, w, pool, next % kStages * kBlock, span.begin + next * kBlock, kBlock);
+            fetch(p, w, pool, next % kStages * kBlock, span.first + next * kBlock, kBlock);
         ptx::cp_async_commit();
         if (!has_rows) continue;
-        if (i > 0 && i % (kLeaf / kBlock) == 0) clear(s);
-        whole_block<T, D>(q, pool, i % kStages * kBlock, scale, s);
-        const bool ends_leaf = (i + 1) % (kLeaf / kBlock) == 0;
-        if (ends_leaf) finish_leaf(s, stack, i / (kLeaf / kBlock), num_leaves);
+        if (span.begins_leaf(at)) clear(s);
+        if (kPlain || at >= head.most) {
+            whole_block<T, D, kPlain>(q, pool, row, by, s);
+        } else if (at + kBlock > head.least) {
+            head.begin = at, head.pool_row = row;
+            tail_block<T, D>(q, pool, head, at, w.prefix, by, s);
+        }
+        const bool ends_leaf = (at + kBlock - span.begin) % kLeaf == 0;
+        if (ends_leaf) finish_leaf(s, stack, span.leaf(at), num_leaves);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
 }
 
-template <typename T, int D, bool kAppends>
+template <typename T, int D, bool kAppends, bool kPlain>
 __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Work<T>& w,
                                          const BlockMemory<T, D>& memory, const Span& span,
-                                         int warp_row, const uint32_t (&q)[D / 16][4], float scale,
-                                         const Stack& stack, int num_leaves, State<D>& s) {
-    const int first_node = w.first_row / p.group;
-    if (span.tail < w.prefix) fetch(p, w, memory.pool, 0, span.tail, w.prefix - span.tail);
+                                         int warp_row, const uint32_t (&q)[D / 16][4],
+                                         const Scaling& by, const Stack& stack, int num_leaves,
+                                         State<D>& s) {
+    if (span.tail < w.prefix)
+        fetch_seen<T, D, kPlain>(p, w, memory.pool, 0, span.tail, w.prefix - span.tail);
     fetch(p, w, memory.pool, kBlock, w.prefix, w.tree_size - (kAppends ? w.num_nodes : 0));
     ptx::cp_async_commit();
     if constexpr (kAppends) {
@@ -286,36 +358,27 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
-    const int active = w.num_nodes * p.group;
-    if (warp_row >= active) return;
-    const int lane = threadIdx.x % 32, last_row = min(warp_row + 15, active - 1);
-    const auto local = [&](int row) { return min(row, last_row) / p.group - first_node; };
-    const Tail tail{memory.ancestors,
-                    memory.counts,
-                    span.tail,
-                    w.prefix,
-                    local(warp_row),
-                    local(warp_row + 15),
-                    {local(warp_row + lane / 4), local(warp_row + lane / 4 + 8)}};
+    if (warp_row >= w.num_nodes * p.group) return;
+    const Tail<kPlain> tail = tail_of<T, D, kPlain>(p, w, memory, warp_row, span.tail);
     int end = 0;
     for (int node = tail.first_node; node <= tail.last_node; ++node) end = max(end, tail.end(node));
     for (int at = span.tail; at < span.end; at += kBlock) {
-        const int in_unit = at - span.begin, leaf = in_unit / kLeaf;
-        if (in_unit > 0 && in_unit % kLeaf == 0) clear(s);
-        if (at < end) tail_block<T, D>(q, memory.pool, tail, at, end, scale, s);
-        const bool ends_leaf = in_unit % kLeaf + kBlock == kLeaf || at + kBlock >= span.end;
-        if (ends_leaf) finish_leaf(s, stack, leaf, num_leaves);
+        if (span.begins_leaf(at)) clear(s);
+        if (at < end && (kPlain || at + kBlock > tail.least))
+            tail_block<T, D>(q, memory.pool, tail, at, end, by, s);
+        const bool ends_leaf = (at + kBlock - span.begin) % kLeaf == 0 || at + kBlock >= span.end;
+        if (ends_leaf) finish_leaf(s, stack, span.leaf(at), num_leaves);
     }
 }
 
-template <typename T, int D, bool kAppends>
+template <typename T, int D, bool kAppends, bool kPlain>
 __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelParams k) {
     ptx::let_next_start();
     ptx::wait_for_previous();
     const TreeAttentionParams& p = k.p;
     if (!is_any_open({p.is_open, p.num_seqs})) return;
     // The last units, which have few keys or none, come last: what does not fit at once is short.
-    const int unit = blockIdx.y, tile = blockIdx.x % k.plan.num_tiles;
+    const int index = blockIdx.y, tile = blockIdx.x % k.plan.num_tiles;
     Work<T> w;
     w.seq = blockIdx.z;
     w.head = blockIdx.x / k.plan.num_tiles;
@@ -327,6 +390,7 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     const int committed = min(max(p.kv_len[w.seq], 0), p.table.num_slots);
     w.prefix = min(committed, k.plan.max_prefix);
     w.hidden = committed - w.prefix;
+    w.first = kPlain ? 0 : max(w.prefix + 1 - p.sliding_window, 0);
     const int first_node = min(max(p.first_node[w.seq], 0), kMaxNodes);
     w.num_nodes = min(min(max(p.num_nodes[w.seq], 0), p.num_nodes_max), kMaxNodes - first_node);
     w.tree_size = first_node + w.num_nodes;
@@ -336,49 +400,51 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     clear(s);
     const int warp_row = w.first_row + threadIdx.x / 32 * 16, active = w.num_nodes * p.group;
     if (w.first_row >= active) {  // nothing but rows to be zeroed
-        if (unit == 0) write_rows(p, w, warp_row, s);
+        if (index == 0) write_rows(p, w, warp_row, s);
         return;
     }
     const int length = w.prefix + w.tree_size, leaves = (length + kLeaf - 1) / kLeaf;
-    int log_leaves = 0;
-    while ((leaves - 1) >> log_leaves >= k.plan.num_units) ++log_leaves;
-    const int num_units = ((leaves - 1) >> log_leaves) + 1;
-    if (unit >= num_units) return;
-    const int first_leaf = unit << log_leaves;
-    const int num_leaves = min(leaves - first_leaf, 1 << log_leaves);
+    Units units{0, 0, 0, index, w.first / kLeaf, leaves, kPlain};
+    const auto unit_of = [&](int leaf) { return leaf >> units.log_leaves; };
+    while (unit_of(leaves - 1) - unit_of(units.seen_leaf) >= k.plan.num_units) ++units.log_leaves;
+    units.first = unit_of(units.seen_leaf), units.last = unit_of(leaves - 1);
+    if (units.number() > units.last) return;
+    const int num_leaves = units.size();
 
     Span span;
-    span.begin = first_leaf * kLeaf;
+    span.begin = units.begin() * kLeaf;
+    span.first = kPlain ? span.begin : max(span.begin, w.first / kBlock * kBlock);
     span.end = min(length, span.begin + num_leaves * kLeaf);
     span.tail = min(max(w.prefix / kBlock * kBlock, span.begin), span.begin + num_leaves * kLeaf);
 
     const BlockMemory<T, D> memory(dynamic_shared());
     const int tile_index = (w.seq * p.num_kv_heads + w.head) * k.plan.num_tiles + tile;
-    const Workspace workspace(k, tile_index, unit, num_units, memory.levels);
-    const float scale = __fmul_rn(p.scale, kLog2E);
-    begin_stream(p, w, memory.pool, span);
+    const Workspace workspace(k, tile_index, units, memory.levels);
+    const Scaling by = scaling_of<kPlain>(p);
+    begin_stream<T, D, kPlain>(p, w, memory.pool, span);
     // Beside the first keys on their way.
-    if (span.tail < span.end) read_tree(p, w, memory.ancestors, memory.counts);
+    if (!kPlain || span.tail < span.end) read_tree(p, w, memory.ancestors, memory.counts);
     uint32_t q[D / 16][4];
     read_queries<T, D, kAppends>(p, w, warp_row, q);
-    stream_prefix<T, D>(p, w, memory.pool, span, warp_row < active, q, scale, workspace.stack,
-                        num_leaves, s);
+    if constexpr (!kPlain) __syncthreads();  // where windows begin follows from the tree
+    stream_prefix<T, D, kPlain>(p, w, memory, span, warp_row, q, by, workspace.stack, num_leaves,
+                                s);
     if (span.tail < span.end)
-        run_tail<T, D, kAppends>(p, w, memory, span, warp_row, q, scale, workspace.stack,
-                                 num_leaves, s);
+        run_tail<T, D, kAppends, kPlain>(p, w, memory, span, warp_row, q, by, workspace.stack,
+                                         num_leaves, s);
     SPECRT_SHARED(int, flag);
-    if (merge_units(s, workspace.merge, unit, &flag)) write_rows(p, w, warp_row, s);
+    if (merge_units(s, workspace.merge, units.number(), &flag)) write_rows(p, w, warp_row, s);
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kPlain>
 void start(const KernelParams& k, CudaStream stream) {
     const TreeAttentionParams& p = k.p;
     const LaunchShape shape{dim3(p.num_kv_heads * k.plan.num_tiles, k.plan.num_units, p.num_seqs),
                             dim3(32 * k.plan.num_warps), k.plan.shared_bytes, kOverlaps};
     if (p.append.k) {
-        SPECRT_LAUNCH((tree_attention_kernel<T, D, true>), shape, stream, k);
+        SPECRT_LAUNCH((tree_attention_kernel<T, D, true, kPlain>), shape, stream, k);
     } else {
-        SPECRT_LAUNCH((tree_attention_kernel<T, D, false>), shape, stream, k);
+        SPECRT_LAUNCH((tree_attention_kernel<T, D, false, kPlain>), shape, stream, k);
     }
 }
 

@@ -1,3 +1,3 @@
 #include "tree_attention/kernel.cuh"
 
-template void specrt::attention::start<specrt::bf16_t, 64>(const KernelParams&, CudaStream);
+template void specrt::attention::start<specrt::bf16_t, 64, true>(const KernelParams&, CudaStream);

@@ -43,9 +43,10 @@ struct KernelParams {
     Division page;
 };
 
-// Launches the kernel for T (bf16_t or f16_t) and head size D. Each is instantiated in a source of
-// its own, kernel_T_D.cu: together they would be most of what there is to compile.
-template <typename T, int D>
+// Launches the kernel for T (bf16_t or f16_t) and head size D, plain: without a sliding window and
+// a cap of scores, which take registers. Each is instantiated in a source of its own, kernel_T_D.cu
+// and kernel_T_D_sliding.cu: together they would be most of what there is to compile.
+template <typename T, int D, bool kPlain>
 void start(const KernelParams& k, CudaStream stream);
 
 }  // namespace specrt::attention

@@ -111,11 +111,16 @@ __device__ __forceinline__ void merge(State<D>& s, const State<D>& t, bool is_le
 //     level 1           0-1    0-1
 //     level 2                          0-3
 //     `s`                                       0-4: with every level that holds something
+//
+// The first leaves may be missing, which leaves those after them as they are. Of so many leaves as
+// 2^top at most, no two trees of more than `top` levels are held at a time: they share a place.
 struct Stack {
     float4 *shared, *global;
     int num_shared, slot_vectors;  // levels; float4 of a whole block's state
+    int first_leaf, top;
 
-    __device__ Slot level(int i) const {
+    __device__ Slot level(int level) const {
+        const int i = min(level, top);
         return {i < num_shared ? shared + int64_t{i} * slot_vectors
                                : global + int64_t{i - num_shared} * slot_vectors};
     }
@@ -135,7 +140,8 @@ __device__ __forceinline__ void finish_leaf(State<D>& s, const Stack& stack, int
     int level = 0;
     for (; leaf >> level; ++level) {
         if (leaf >> level & 1) {
-            merge(s, stack.level(level), /*is_left=*/true);
+            const bool is_there = leaf >> level << level > stack.first_leaf;
+            if (is_there) merge(s, stack.level(level), /*is_left=*/true);
         } else if (!is_last) {
             break;
         }
@@ -151,42 +157,51 @@ __device__ __forceinline__ void finish_leaf(State<D>& s, const Stack& stack, int
 //     level 0       `--+--+--'   `--+--+--'   |     tickets 1 and 5; unit 8 has no sibling
 //     level 2             `------------+------'     ticket 4
 //
+// With a sliding window the first units are missing, and their siblings go on without them.
+//
 // Hazard: a unit's slot must be whole in memory before its ticket is drawn, and is read only once
 // the count says that everybody has come (core/reduce.cuh has the fences).
 struct Merge {
-    unsigned* tickets;  // one for four siblings, by the second's first unit; 0 between launches
+    unsigned* tickets;  // one for four siblings, by their second's first unit; 0 between launches
     float4* slots;      // one for each unit
-    int num_units, slot_vectors;
+    int first_unit, last_unit, slot_vectors;
+
+    // The place of what is of the units from this one on, as far as they are there.
+    __device__ int place(int unit) const { return max(unit - first_unit, 0); }
 };
 
-// `s`, the state of sibling `me` of `count`, joined with those of the others in the pairs' order.
+// `s`, the state of sibling `me`, joined with those of the others of `first` .. `last` in the
+// pairs' order.
 template <int D, typename SlotOf>
-__device__ __forceinline__ void merge_siblings(State<D>& s, int me, int count, SlotOf&& slot_of) {
+__device__ __forceinline__ void merge_siblings(State<D>& s, int me, int first, int last,
+                                               SlotOf&& slot_of) {
     const int beside = me ^ 1, other = (me & 2) ^ 2;  // the other one of my pair, the other pair
-    if (beside < count) merge(s, slot_of(beside), beside < me);
-    if (other >= count) return;
+    if (beside >= first && beside <= last) merge(s, slot_of(beside), beside < me);
+    const int low = max(other, first), high = min(other + 1, last);
+    if (low > high) return;
     State<D> pair;
-    load(pair, slot_of(other));
-    if (other + 1 < count) merge(pair, slot_of(other + 1), /*is_left=*/false);
+    load(pair, slot_of(low));
+    if (low < high) merge(pair, slot_of(high), /*is_left=*/false);
     merge(s, pair, other < me);
 }
 
 // True in the block that ends up with the whole. All threads of the block call it.
 template <int D>
 __device__ __forceinline__ bool merge_units(State<D>& s, const Merge& m, int unit, int* flag) {
-    for (int level = 0; (m.num_units - 1) >> level; level += 2) {
-        const int me = unit >> level, first = me & ~3;
-        const int count = min(((m.num_units - 1) >> level) + 1 - first, 4);
+    for (int level = 0; m.last_unit >> level > m.first_unit >> level; level += 2) {
+        const int me = unit >> level, four = me & ~3;
+        const int first = max((m.first_unit >> level) - four, 0);
+        const int last = min((m.last_unit >> level) - four, 3), count = last - first + 1;
         if (count == 1) continue;
         const auto slot_of = [&](int i) -> Slot {
-            return {m.slots + int64_t{(first + i) << level} * m.slot_vectors};
+            return {m.slots + int64_t{m.place((four + i) << level)} * m.slot_vectors};
         };
-        unsigned* ticket = m.tickets + ((first + 1) << level);
+        unsigned* ticket = m.tickets + m.place((four + first + 1) << level);
         if (!have_others_come(ticket, count, flag)) {
-            save(s, slot_of(me - first));
+            save(s, slot_of(me - four));
             if (!is_last_block(ticket, count, flag)) return false;
         }
-        merge_siblings(s, me - first, count, slot_of);
+        merge_siblings(s, me - four, first, last, slot_of);
     }
     return true;
 }

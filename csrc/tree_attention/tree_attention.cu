@@ -12,15 +12,32 @@ PlanChoice choose(const Shape& shape, const PlanChoice& asked, int arch) {
     return is_free ? measured_choice(kVariants, shape, arch) : asked;
 }
 
+// The least power of two that is no less.
+int ceil_log2(int64_t n) {
+    int log = 0;
+    while (int64_t{1} << log < n) ++log;
+    return log;
+}
+
 // Units and the levels of merging within one, for `room` blocks of threads on the whole GPU.
 void split_sequences(const Shape& shape, int64_t room, Plan& plan) {
     // A tree may begin where the pages end: its rows there count for nothing, but are gone through.
-    const int64_t leaves = ceil_div(int64_t{plan.max_prefix} + kMaxNodes, kLeaf);
+    const int64_t all = ceil_div(int64_t{plan.max_prefix} + kMaxNodes, kLeaf);
+    // A sliding window may begin anywhere in a leaf, and another one with each node.
+    const int64_t seen = ceil_div(int64_t{shape.sliding_window} + kMaxNodes - 2, kLeaf) + 1;
+    const int64_t leaves = all < seen ? all : seen;
     const int64_t others = shape.pairs() * plan.num_tiles;
     const int64_t units = others >= room ? 1 : ceil_div(room, others);
     plan.num_units = static_cast<int>(units < leaves ? units : leaves);
     if (others * plan.num_units > kMaxTickets) plan.num_units = 1;
-    while (int64_t{ceil_div(leaves, int64_t{1} << plan.num_levels)} > plan.num_units)
+    // How many units of 2^log aligned leaves so many leaves may be of.
+    const auto num_touched = [&](int log) {
+        const int64_t of_all = ceil_div(all, int64_t{1} << log);
+        const int64_t anywhere = ceil_div(leaves - 1, int64_t{1} << log) + 1;
+        return of_all < anywhere ? of_all : anywhere;
+    };
+    // What is of two units however large they are needs but one level more (Stack).
+    while (num_touched(plan.num_levels) > plan.num_units && plan.num_levels <= ceil_log2(leaves))
         ++plan.num_levels;
 }
 
@@ -61,18 +78,24 @@ Division division_by(uint32_t divisor) {
     return {static_cast<uint32_t>((uint64_t{1} << shift) / divisor + 1), shift};
 }
 
-template <typename T>
+template <typename T, bool kPlain>
 void start(const KernelParams& k, CudaStream stream) {
     switch (k.p.head_dim) {
         case 64:
-            return start<T, 64>(k, stream);
+            return start<T, 64, kPlain>(k, stream);
         case 80:
-            return start<T, 80>(k, stream);
+            return start<T, 80, kPlain>(k, stream);
         case 96:
-            return start<T, 96>(k, stream);
+            return start<T, 96, kPlain>(k, stream);
         default:
-            return start<T, 128>(k, stream);
+            return start<T, 128, kPlain>(k, stream);
     }
+}
+
+template <typename T>
+void start(const KernelParams& k, CudaStream stream) {
+    const bool is_plain = k.p.sliding_window == kMaxSlots && k.p.cap == 0.0f;
+    is_plain ? start<T, true>(k, stream) : start<T, false>(k, stream);
 }
 
 }  // namespace attention

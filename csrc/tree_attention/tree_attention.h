@@ -78,8 +78,12 @@ SPECRT_DECLARE_CUDA(tree_attention_cuda)
 namespace attention {
 struct Shape {
     int num_seqs, num_kv_heads, group, num_nodes, head_dim;
-    int64_t max_len;     // keys that are seen of the longest prefix there may be
-    int sliding_window;  // kMaxSlots: none
+    int64_t max_len;  // of the longest prefix there may be, as far as a drafter's window shows it
+    int sliding_window = kMaxSlots;  // none
+
+    constexpr int64_t max_seen() const {  // keys of the prefix that a row sees
+        return max_len < sliding_window ? max_len : sliding_window;
+    }
 
     constexpr int rows() const { return num_nodes * group; }  // of a sequence and KV head
     constexpr int64_t pairs() const { return int64_t{num_seqs} * num_kv_heads; }

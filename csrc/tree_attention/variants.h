@@ -14,7 +14,7 @@ constexpr int kAny = INT32_MAX;
 // no more of the rest.
 struct Variant {
     int arch, head_dim;
-    int max_rows, max_pairs, max_keys;  // Shape's rows(), pairs() and max_len
+    int max_rows, max_pairs, max_keys;  // Shape's rows(), pairs() and max_seen()
     PlanChoice choice;
 };
 
@@ -23,7 +23,7 @@ constexpr PlanChoice measured_choice(std::initializer_list<Variant> lines, const
                                      int arch) {
     for (const Variant& v : lines)
         if (v.arch == arch && v.head_dim == shape.head_dim && shape.rows() <= v.max_rows &&
-            shape.pairs() <= v.max_pairs && shape.max_len <= v.max_keys)
+            shape.pairs() <= v.max_pairs && shape.max_seen() <= v.max_keys)
             return v.choice;
     return {0, 0};
 }

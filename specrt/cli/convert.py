@@ -164,10 +164,10 @@ def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, t
     """``[V, H]`` each, as stored, or in the configuration's dtype where no kernel reads that."""
     import torch
 
-    from specrt.models.checkpoint import Checkpoint
     from specrt.models.loader import load_tables
+    from specrt.models.opening import open_checkpoint
 
-    info = Checkpoint(directory).infos.get("model.embed_tokens.weight")
+    info = open_checkpoint(directory).infos.get("model.embed_tokens.weight")
     dtype = model.dtype
     if info is not None and info.dtype in (torch.float32, torch.bfloat16, torch.float16):
         dtype = info.dtype

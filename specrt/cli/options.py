@@ -17,7 +17,8 @@ SAMPLING = "Sampling"
 Target = Annotated[
     str,
     typer.Option(
-        help="A Hugging Face directory, a GGUF file, 'builtin' or 'smollm2'.",
+        help="A Hugging Face directory, a GGUF file, OWNER/NAME of the Hub, 'builtin' or "
+        "'smollm2'.",
         rich_help_panel=RUNTIME,
     ),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ _MOST_TOKENS = 256
 def own_prompts(
     engine: Engine,
     file: AnswerFile,
-    run: dict[str, str],
+    run: Mapping[str, str],
     *,
     num_prompts: int,
     seed: int,

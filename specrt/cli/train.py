@@ -32,7 +32,9 @@ def _run(*names: str, help: str) -> Any:
 class PlaceOptions:
     """For what target, and where to put the drafter."""
 
-    target: Annotated[str, typer.Option(help="A directory, a GGUF file, 'builtin' or 'smollm2'.")]
+    target: Annotated[
+        str, typer.Option(help="A directory, a GGUF file, OWNER/NAME, 'builtin' or 'smollm2'.")
+    ]
     out: Annotated[Path, typer.Option(help="The drafter's directory.")]
 
 

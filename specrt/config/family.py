@@ -89,8 +89,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """By Llama's name of the key. ``partial_rotary_factor`` and ``rope_local_base_freq`` are read
     of families that have a default for them, and of no others."""
-    base: str | None = None
-    """The base class in ``architectures``, where its name is not the usual one."""
+    others: tuple[str, ...] = ()
+    """Classes of the same tensors, beside its own and the base class of the usual name."""
     runs_as: str | None = None
     """The family that it is in all that is computed and stored; None: none but itself."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -125,10 +125,10 @@ class Family:
         return Keys(data, source, self.names, self.defaults)
 
     @property
-    def class_names(self) -> tuple[str, str]:
-        """Its class, and the base class, which alone saves the same tensors less the head."""
+    def class_names(self) -> tuple[str, ...]:
+        """Its classes, among them the base class, which saves the same tensors less the head."""
         base = self.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
-        return self.architecture, self.base or base
+        return self.architecture, base, *self.others
 
     @property
     def known(self) -> frozenset[str]:

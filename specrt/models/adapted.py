@@ -1,7 +1,8 @@
 """A checkpoint with a LoRA adapter merged into its matrices as they are read.
 
 W is ``[N, K]``, A ``[R, K]``, B ``[N, R]``: what is read is ``W + scaling * B A`` in float32, which
-is rounded once, to what it is loaded as; so peft merges in a model's dtype.
+is rounded once, to what it is loaded as; so peft merges in a model's dtype. DoRA scales each row of
+that to a length of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.directory, self._base = base.directory, base
         self._config = read_adapter_config(directory)
         self._adapter = Checkpoint(directory, _FILES)
-        self.infos = dict(base.infos)
+        self.infos, self.idle = dict(base.infos), base.idle
         self._keys = {(info.file, info.key): key for key, info in base.infos.items()}
         self._changes: dict[str, _Change] = {}
         for key in self._adapter.infos:
@@ -101,18 +102,12 @@ class AdaptedCheckpoint(Checkpoint):
             product = up[start:stop] @ down
         merged = rows + product * self._config.scaling_of(change.module)
         if _MAGNITUDE in change.parts:
-            # As peft has it: the length is of the model's dtype, the quotient of the adapter's.
-            length = torch.linalg.norm(merged, dim=1).to(self._stored_dtype(key))
-            merged *= (self._part(change, _MAGNITUDE)[start:stop] / length)[:, None]
+            lengths = torch.linalg.norm(merged, dim=1)
+            merged *= (self._part(change, _MAGNITUDE)[start:stop] / lengths)[:, None]
         return merged
 
     def _part(self, change: _Change, name: str) -> torch.Tensor:
         return self._adapter.tensor(change.parts[name]).float()
-
-    def _stored_dtype(self, key: str) -> torch.dtype:
-        dtype = self._base.infos[key].dtype
-        assert isinstance(dtype, torch.dtype), "no blocks"
-        return dtype
 
     def _is_transposed(self, key: str, change: _Change) -> bool:
         """Whether the model's matrix is ``[K, N]``: its shape tells, or else the adapter."""

@@ -70,7 +70,7 @@ def embed(
     if out is None:
         dtype = table.dtype if isinstance(table, torch.Tensor) else torch.float32
         out = tokens.new_empty(*tokens.shape[:1], *table.shape[1:], dtype=dtype)
-    placed = (None, None, None, 0)
+    placed: tuple[torch.Tensor | int | None, ...] = None, None, None, 0
     if positions is not None:
         placed = positions.table, positions.depth, positions.kv_len, positions.offset
     given = tokens, values_of(table), out, ids, is_open, layout_of(table), scale, *placed

@@ -91,8 +91,8 @@ def tree_attention(
         q: ``[B, N, Hq, d]`` float32, bfloat16 or float16, strided; N at most 128, d a multiple of
             16 up to 256. On a GPU: bfloat16 or float16, d one of 64, 80, 96 and 128.
         k_cache: ``[P, page_size, Hkv, d]`` float32, bfloat16 or float16 (on a GPU: q's type),
-            contiguous; Hkv divides Hq. Slots that no row sees are never read, but for some between
-            those of a tree's rows whose windows begin apart.
+            contiguous; Hkv divides Hq. Slots that no row sees are never read, but for those
+            between the first slots of rows' sliding windows, which reach no result.
         v_cache: like ``k_cache``.
         block_table: ``[B, max_pages]`` int32.
         kv_len: ``[B]`` int32, committed slots.

@@ -118,14 +118,15 @@ def test_a_tree_is_what_decoding_gives(name: str) -> None:
 def test_a_prompt_is_the_same_in_any_pieces(name: str) -> None:
     model = make_target(name)
 
+    tree, text = trees_of([branching()[0]]), [*PROMPT, *PROMPT]
+
     def run(most: int, most_of_chain: int) -> tuple[torch.Tensor, torch.Tensor]:
         model.prompts = Prompts(model.device, most, most_of_chain)
         cache = model.new_cache(16)
-        batch, states = CacheBatch(cache, [cache.open(len(PROMPT))]), []
-        for _, taps in model.extend(PROMPT, batch, (FINAL_TAP,)):
+        batch, states = CacheBatch(cache, [cache.open(len(text) + 21)]), []
+        for _, taps in model.extend(text, batch, (FINAL_TAP,)):
             states.append(taps[FINAL_TAP][0].clone())
-        rows = cache.kv[:, :, batch.sequences[0].pages].flatten(2, 3)[:, :, : len(PROMPT)]
-        return torch.cat(states), rows.clone()
+        return torch.cat(states), model.forward(tree, batch).logits.clone()
 
     expected = run(128, 128)
     for sizes in ((16, 16), (128, 32)):  # the latter of four chains that go on in one another
@@ -210,7 +211,7 @@ def test_an_exit_is_a_layer_of_the_targets_last_kind(name: str) -> None:
     exit_model.reserve(1, 60, own.num_positions)
     zeros = torch.zeros(1, dtype=torch.int32)
     rows = StepRows(
-        chain.depth, chain.ancestors, chain.num_nodes, zeros, own.kv_len, own.block_table
+        chain.depth, chain.ancestors, chain.num_nodes, zeros, own.kv_len, own.block_tables
     )
     hidden, logits = torch.empty(60, model.config.hidden_size), torch.empty(60, VOCAB)
     evidence = torch.empty(60, NUM_MODES)

@@ -180,7 +180,7 @@ def test_names_of_another_kind(prefix: str, part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "part"),
     [
-        ("adapter_model.safetensors", "is a LoRA adapter (merge it"),
+        ("adapter_model.safetensors", "is a LoRA adapter (lora= takes it"),
         ("weights.00.npz", "MLX"),
         ("consolidated.00.pth", "the authors' own format"),
         ("params.json", "the authors' own format"),

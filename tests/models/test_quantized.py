@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 
 def golden_cases() -> dict[str, dict[str, Any]]:
     with safe_open(GOLDEN, framework="pt") as file:
-        return {name: json.loads(text) for name, text in file.metadata().items()}
+        return {name: json.loads(text) for name, text in sorted(file.metadata().items())}
 
 
 def write(path: Path, tensors: Tensors, quantization: dict[str, Any]) -> Path:
@@ -205,7 +205,11 @@ def changed(
         ("awq", dropped("scales"), f"missing tensor {PROJ}.scales, which goes with {PROJ}.qweight"),
         ("awq", dropped("qzeros"), f"missing tensor {PROJ}.qzeros"),
         ("awq", changed("qzeros", lambda t: t[:1]), f"{PROJ}.qzeros: expected [2, 8], got [1, 8]"),
-        ("awq", changed("scales", lambda t: t[:, :8]), f"{PROJ}.scales: expected [2, 64], got"),
+        (
+            "awq",
+            changed("scales", lambda t: t[:, :8].contiguous()),
+            f"{PROJ}.scales: expected [2, 64], got [2, 8]",
+        ),
         ("awq", changed("scales", lambda t: t.long()), "expected float16 or bfloat16 or float32"),
         ("gptq", changed("g_idx", lambda t: t + 1), f"{PROJ}.g_idx: expected groups 0..1"),
         ("gptq", changed("g_idx", lambda t: t[:32]), f"{PROJ}.g_idx: expected [64] (4 bits), got"),
@@ -225,12 +229,26 @@ def test_broken_parts_are_named(name: str, edit: Edit, words: str, tmp_path: Pat
     assert message.startswith(str(tmp_path))
 
 
+def test_biases_that_add_nothing_are_passed_over(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, intermediate_size=128)
+    store_quantized(tmp_path, "gptq")
+    config = ModelConfig.from_directory(tmp_path)
+    plain = load_weights(tmp_path, config, torch.float32)
+    bias = {f"{PROJ}.bias": torch.zeros(64, dtype=torch.float16)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(bias))
+    assert torch.equal(load_weights(tmp_path, config, torch.float32).arena, plain.arena)
+    edit_tensors(tmp_path, lambda tensors: tensors[f"{PROJ}.bias"].add_(1))
+    assert f"unknown tensor {PROJ}.bias" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["awq", "gptq"])
 def test_another_group_size_is_noticed(name: str, tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, intermediate_size=128)
     store_quantized(tmp_path, name)
     edit_config(tmp_path, quantization_config=settings(tmp_path) | {"group_size": 64})
-    assert "expected 1 groups of 64 columns (quantization_config, 64 columns" in refusal(tmp_path)
+    assert "expected 2 groups of 64 columns (quantization_config, 128 columns of" in refusal(
+        tmp_path
+    )
 
 
 def test_other_tensors_than_the_configuration_says(tmp_path: Path) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specrt
 from specrt import Engine, builtin
 from specrt.config import ModelConfig
-from specrt.models.loader import load_weights
 from specrt.targets import PACKAGED, SMOLLM2, how_to_install
 from tests.models.test_gguf_tokenizer import ATOMS
-from tools.export_checkpoint import state_dict
+from tools.export_checkpoint import export
 
 QUESTIONS = (
     "What is the capital of France?", "Why is the sky blue?", "Write a haiku about the sea.",
@@ -56,29 +56,13 @@ def assert_greedy(model: Any, prompt: Sequence[int], said: Sequence[int]) -> Non
     assert logits.argmax(-1).tolist() == list(said)
 
 
-def test_greedy_text_is_that_of_transformers(file: Path, engine: Engine) -> None:
+def test_greedy_text_is_that_of_transformers(file: Path, engine: Engine, tmp_path: Path) -> None:
     """A few tokens; of all prompts and many tokens: the slow test."""
     config = ModelConfig.from_directory(file)
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
-    sizes = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=True,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(sizes).eval()
-    rotary = model.model.rotary_emb = type(model.model.rotary_emb)(sizes)
-    assert not rotary.inv_freq.is_meta
-    state = state_dict(config, load_weights(file, config, torch.float32))
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    export(SMOLLM2, tmp_path, "float32")
+    assert ModelConfig.from_directory(tmp_path) == replace(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     result = engine.generate(chat(QUESTIONS[1]), max_new_tokens=24)
     assert len(result.token_ids) == 24
     assert_greedy(model, result.prompt_token_ids, result.token_ids)

@@ -52,12 +52,24 @@ class Case:
     generator: torch.Generator
     window: int | None = None
     num_sinks: int = 0
+    sliding_window: int | None = None
+    cap: float | None = None
 
     @property
     def scale(self) -> float:
         return float(self.q.shape[-1] ** -0.5)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("window", "num_sinks", "sliding_window", "cap")
+        return {name: getattr(self, name) for name in names}
+
     def visible(self, node: int) -> list[int]:
+        path = self.path(node)
+        return path[-min(self.sliding_window or len(path), len(path)) :]
+
+    def path(self, node: int) -> list[int]:
+        """What a sliding window slides over."""
         tree = [self.prefix + j for j in lineage(self.parents, node)]
         first = 0 if self.window is None else max(0, self.prefix - self.window)
         sinks = range(min(self.num_sinks, first))
@@ -102,6 +114,7 @@ def workspace_for(
     k_cache: Tensor,
     plan: ops.AttentionPlan | None = None,
     max_seen: int | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor | None:
     """Poisoned, but for the tickets."""
     if not backend.runs_cuda_source:
@@ -109,7 +122,7 @@ def workspace_for(
     (size, nodes, heads, dim), max_len = q.shape, table.shape[1] * k_cache.shape[1]
     max_len = min(max_len, max_seen or max_len)
     sizes = size, heads, k_cache.shape[2], dim, nodes, max_len
-    floats = ops.tree_attention_workspace(*sizes, backend.device, plan)
+    floats = ops.tree_attention_workspace(*sizes, backend.device, plan, sliding_window)
     workspace = torch.full((floats,), float("nan"), device=backend.device)
     workspace[:NUM_TICKETS] = 0
     return workspace
@@ -123,11 +136,16 @@ def run(
     backend: Backend = CPU,
     plan: ops.AttentionPlan | None = None,
 ) -> Tensor:
-    """The tree's rows (or some of them) in one call of one sequence; ``num_pad`` idle rows."""
+    """The tree's rows (or some of them) in one call of one sequence; ``num_pad`` idle rows.
+
+    Pages before all windows are given back: their entries name one that is nobody's."""
     nodes = list(range(len(case.parents)))[rows or slice(None)]
     pages = make_pages(len(case.k), page_size, *case.k.shape[1:], case.k.dtype, case.generator)
     needed = torch.tensor(sorted({s for n in nodes for s in case.visible(n)}))
     pages.write(needed, case.k[needed], case.v[needed])  # all else stays NaN
+    if case.sliding_window:
+        spare = set(range(len(pages.k))) - set(pages.block_table.tolist())
+        pages.block_table[: int(needed[0]) // page_size] = min(spare)
     total = len(nodes) + num_pad
     q = torch.full((1, total, *case.q.shape[1:]), float("nan"), dtype=case.q.dtype)
     q[0, : len(nodes)] = case.q[nodes]
@@ -141,9 +159,9 @@ def run(
     args = [tensor.to(backend.device) for tensor in args]
     out = torch.full_like(args[0], float("nan"))
     seen = case.window and case.window + case.num_sinks
-    workspace = workspace_for(backend, args[0], args[3], args[1], plan, seen)
-    options = {"window": case.window, "num_sinks": case.num_sinks}
-    tree_attention(*args, case.scale, out, workspace, plan=plan, **options)
+    sizes = plan, seen, case.sliding_window
+    workspace = workspace_for(backend, args[0], args[3], args[1], *sizes)
+    tree_attention(*args, case.scale, out, workspace, plan=plan, **case.options)
     if workspace is not None:
         assert (workspace[:NUM_TICKETS].view(torch.int32) == 0).all()
     out = out.cpu()
@@ -153,10 +171,11 @@ def run(
 
 def alone(case: Case, node: int, backend: Backend = CPU) -> Tensor:
     """The node decoded by itself after its ancestors were committed."""
-    slots = case.visible(node)
-    single = Case(
-        len(slots) - 1, [-1], case.q[[node]], case.k[slots], case.v[slots], case.generator
-    )
+    slots = case.path(node)
+    single = replace(
+        case, prefix=len(slots) - 1, parents=[-1], q=case.q[[node]], k=case.k[slots],
+        v=case.v[slots], window=None,
+    )  # fmt: skip
     return run(single, page_size=7, backend=backend)[0]
 
 
@@ -513,7 +532,7 @@ def test_what_a_gpu_asks_beyond_the_cpu_is_named(
         args["out"] = torch.zeros_like(args["q"])  # type: ignore[arg-type]
     kernel = simt() if backend.name == "simt" else _C
     with pytest.raises(ValueError, match=f"^{name}:"):
-        kernel.tree_attention(*args.values(), *[None] * 4, 0, 0, 0, 0, None)  # type: ignore[attr-defined]
+        kernel.tree_attention(*args.values(), *[None] * 4, 0, 0, 0, 0, None, 0, 0.0)  # type: ignore[attr-defined]
 
 
 def test_more_rows_than_a_tree_has_are_refused(backend: Backend) -> None:

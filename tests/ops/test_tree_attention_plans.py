@@ -107,4 +107,4 @@ def test_the_workspace_is_for_the_gpu_that_is_named(
     extension = SimpleNamespace(tree_attention_workspace=lambda *args: asked.append(args) or 7)
     monkeypatch.setattr(sys.modules["specrt.ops.tree_attention"], "_C", extension)
     assert ops.tree_attention_workspace(1, 4, 2, 64, 8, 99, device) == 7
-    assert asked == [(index, 1, 2, 2, 8, 64, 99, 0, 0)]
+    assert asked == [(index, 1, 2, 2, 8, 64, 99, 0, 0, 0)]

@@ -65,10 +65,14 @@ def make_pages(
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, cap: float | None = None
+) -> Tensor:
     """One node: q ``[Hq, d]`` over keys and values ``[S, Hkv, d]``, computed in ``dtype``."""
     group = q.shape[0] // k.shape[1]
     keys = k.to(dtype).repeat_interleave(group, 1)
     values = v.to(dtype).repeat_interleave(group, 1)
-    weights = (torch.einsum("hd,shd->hs", q.to(dtype), keys) * scale).softmax(-1)
-    return torch.einsum("hs,shd->hd", weights, values)
+    scores = torch.einsum("hd,shd->hs", q.to(dtype), keys) * scale
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
+    return torch.einsum("hs,shd->hd", scores.softmax(-1), values)

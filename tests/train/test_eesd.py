@@ -39,6 +39,7 @@ from specrt.train.features.source import Sample
 from specrt.train.loop.trainer import TrainingError
 from specrt.tree import chain_tree
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
+from tests.gguf_files import write_gguf
 from tests.train.exit_support import (
     DEEP,
     OPTIONS,
@@ -66,18 +67,23 @@ def same(one: Path, other: Path) -> bool:
 # --- the module -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "float8"])
+@pytest.mark.parametrize("family", [*FAMILIES, "float8", "blocks"])
 def test_a_copy_of_the_last_layer_is_the_last_layer(tmp_path: Path, family: str) -> None:
     """Fed with what the last layer reads, an untrained exit gives the final feature."""
-    make_checkpoint("llama" if family == "float8" else family, tmp_path)
+    sizes = {"intermediate_size": 128} if family == "blocks" else {}  # whole blocks
+    make_checkpoint("llama" if family in ("float8", "blocks") else family, tmp_path, **sizes)
     if family == "float8":
         store_as_float8(tmp_path)
-    target = ModelConfig.from_directory(tmp_path)
+    path = tmp_path
+    if family == "blocks":
+        path = tmp_path / "model.gguf"
+        write_gguf(tmp_path, path, kind="Q4_1")
+    target = ModelConfig.from_directory(path)
     last = target.num_layers - 1
     config = ExitConfig.for_target(target, last, name="x")
-    model = ExitModules([config], read_last_layer(tmp_path, target))
+    model = ExitModules([config], read_last_layer(path, target))
     ids = torch.randint(0, target.vocab_size, (37,), generator=torch.Generator().manual_seed(1))
-    (rows,) = load_frozen_target(tmp_path, torch.float32, taps=(last,)).features([ids])
+    (rows,) = load_frozen_target(path, torch.float32, taps=(last,)).features([ids])
     hidden, feature = rows.chunk(2, -1)
     (output,) = model(hidden[None, :, None])
     torch.testing.assert_close(output.normed[0], feature, rtol=1e-4, atol=1e-4)

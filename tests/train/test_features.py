@@ -18,6 +18,7 @@ from specrt.train.data.dataset import Dataset
 from specrt.train.features.frozen import PackedTarget, TransformersTarget, load_frozen_target
 from specrt.train.features.source import FeatureSource, FeatureSubset, OnlineFeatures
 from tests.checkpoints import FAMILIES, make_checkpoint, store_as_float8
+from tests.gguf_files import write_gguf
 from tests.train.feature_support import LENGTHS, error, make_dataset
 
 
@@ -67,6 +68,18 @@ def test_features_of_the_bundled_target() -> None:
     assert samples[0].features.dtype == torch.float32
     assert error(samples[0].features, wanted[0]) < 1e-3
     assert error(samples[1].features, wanted[2]) < 1e-3
+
+
+def test_features_of_blocks(tmp_path: Path) -> None:
+    """They stand for their own values, whatever dtype the rest of the file has."""
+    make_checkpoint("llama", tmp_path, intermediate_size=128)
+    file, dataset = tmp_path / "model.gguf", make_dataset()
+    write_gguf(tmp_path, file, kind="Q4_1")
+    samples = OnlineFeatures(dataset, file).batch(range(len(dataset)))
+    wanted = engine_features(file, torch.float16, dataset)
+    assert max(error(s.features, w) for s, w in zip(samples, wanted, strict=True)) < 4e-3
+    rounded = engine_features(tmp_path, torch.float32, dataset)
+    assert max(error(s.features, w) for s, w in zip(samples, rounded, strict=True)) > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -32,7 +32,6 @@ _QWEN_VL = Family(
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     },
-    base="Qwen2VLTextModel",
     runs_as="qwen2",
     layers=_qwen_layers,
     qkv_bias=True,
@@ -84,7 +83,7 @@ def _smollm3(keys: Keys) -> tuple[LayerKind, ...]:
     if has_rope is None:
         period = keys.size("no_rope_layer_interval")
         has_rope = [(index + 1) % period != 0 for index in range(count)]
-    if not isinstance(has_rope, list) or len(has_rope) != count or {*has_rope} - {0, 1}:
+    if not isinstance(has_rope, list) or len(has_rope) < count or {*has_rope} - {0, 1}:
         raise keys.fail(f"no_rope_layers: expected {count} of 0 and 1, got {has_rope!r}")
     window = window_of(keys) if keys.flag("use_sliding_window") else None
     slides = sliding_layers(keys, lambda i: window is not None and not has_rope[i])
@@ -92,7 +91,7 @@ def _smollm3(keys: Keys) -> tuple[LayerKind, ...]:
         raise keys.fail("layer_types has sliding_attention, and use_sliding_window is false")
     return tuple(
         LayerKind(window if windowed else None, "main" if turned else "none")
-        for windowed, turned in zip(slides, has_rope, strict=True)
+        for windowed, turned in zip(slides, has_rope[:count], strict=True)
     )
 
 
@@ -157,7 +156,6 @@ LLAMAS: Mapping[str, Family] = {
             "head_dim": 128,
             "rope_theta": 5e5,
         },
-        base="Qwen3VLTextModel",
         runs_as="qwen3",
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -173,6 +171,7 @@ LLAMAS: Mapping[str, Family] = {
             "rms_norm_eps": 1e-5,
             **_ONE_AND_TWO,
         },
+        others=("LlamaForCausalLM",),  # which transformers runs them by
         names={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -187,6 +186,7 @@ LLAMAS: Mapping[str, Family] = {
             "rms_norm_eps": 1e-5,
             **_ONE_AND_TWO,
         },
+        others=("LlamaForCausalLM",),  # which transformers runs them by
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",

@@ -139,7 +139,7 @@ NORMED: Mapping[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        base="Gemma3TextModel",
+        others=("Gemma3TextModel",),
         defaults={
             **_GEMMA_WINDOWS,
             # What configurations of the multimodal models leave out.

@@ -70,7 +70,7 @@ class AwqMatrix(_GroupedMatrix):
         def codes(end: str) -> torch.Tensor:
             fours = unpack(self.parts.tensor(end)[:, first:last], self.scheme.bits)
             ordered: torch.Tensor = fours.unflatten(1, (-1, 8))[..., _AWQ_PLACES].flatten(1)
-            return ordered[:, rows].T
+            return ordered[:, rows].T.contiguous()
 
         scales = self.parts.tensor("scales")[:, start:stop].T
         num_inputs = self.shape[1]

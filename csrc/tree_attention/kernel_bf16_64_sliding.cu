@@ -1,0 +1,3 @@
+#include "tree_attention/kernel.cuh"
+
+template void specrt::attention::start<specrt::bf16_t, 64, false>(const KernelParams&, CudaStream);

@@ -1,0 +1,3 @@
+#include "tree_attention/kernel.cuh"
+
+template void specrt::attention::start<specrt::f16_t, 96, false>(const KernelParams&, CudaStream);
