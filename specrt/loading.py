@@ -176,14 +176,7 @@ def load(
         options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
         drafter = load_drafter(drafter, model, chosen, options, path)
     else:
-        named = {
-            "controller": controller,
-            "draft_weights": draft_weights,
-            "hot_tokens": hot_tokens,
-            "draft_window": draft_window,
-        }
-        for name in (name for name, value in named.items() if value is not None):
-            raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
+        _refuse_options(controller, draft_weights, hot_tokens, draft_window)
     return Engine(model, drafter, tokenizer, **asdict(limits))
 
 
@@ -211,6 +204,14 @@ def _load_target(
         adapter=adapter,
     )
     return place_weights(loaded, device)
+
+
+def _refuse_options(*given: object) -> None:
+    """Refuse options of drafters that are made here, where one is given ready-made."""
+    names = ("controller", "draft_weights", "hot_tokens", "draft_window")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
 
 
 def default_drafter(target: str | os.PathLike[str]) -> str:

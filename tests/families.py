@@ -132,7 +132,7 @@ def outcome(case: Case) -> Outcome:
     """Build a case and compare it."""
     reason = refusal(case)
     if reason is not None:
-        return Outcome("refused", reason.split(" (supported:")[0])
+        return Outcome("refused", reason.split(" (supported:")[0].split("it has ")[-1])
     with tempfile.TemporaryDirectory() as folder:
         theirs = build(case, Path(folder))
         return compare(theirs, make_model(Path(folder)))[0]

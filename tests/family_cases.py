@@ -95,7 +95,7 @@ CASES: tuple[Case, ...] = (
     _refused("Mixtral", "mixtral"),
     _run("Qwen2 / Qwen2.5", "qwen2", use_sliding_window=True, max_window_layers=2, **_WINDOW),
     _run("Qwen2.5 tied", "qwen2", tie_word_embeddings=True),
-    _run("Qwen2.5 + yarn", "qwen2", rope_parameters={**_YARN, "truncate": False}),
+    _run("Qwen2.5 + yarn", "qwen2", rope_parameters={**_YARN, "beta_fast": 4.0, "truncate": False}),
     _refused("Qwen2-MoE", "qwen2_moe"),
     _run("Qwen3", "qwen3", head_dim=32, attention_bias=True),
     _refused("Qwen3-MoE", "qwen3_moe"),

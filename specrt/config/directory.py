@@ -116,10 +116,12 @@ def refuse_adapter(directory: Path, adapter: str | os.PathLike[str] | None) -> N
 
 def adapter_alone(directory: Path) -> str:
     """That an adapter is there in place of a model, and how to load it."""
-    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = None
+    with suppress(CheckpointError):  # what it is, it is, readable or not
+        base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     of, target = (f" of {base}", repr(base)) if isinstance(base, str) else ("", "its model")
     return (
-        f"{directory / ADAPTER_CONFIG}: a LoRA adapter{of}, no model (load {target} with "
+        f"{directory / ADAPTER_CONFIG} is a LoRA adapter{of}, no model (load {target} with "
         f"lora={str(directory)!r})"
     )
 

@@ -58,7 +58,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.directory, self._base = base.directory, base
         self._config = read_adapter_config(directory)
         self._adapter = Checkpoint(directory, _FILES)
-        self.infos = dict(base.infos)
+        self.infos, self.idle = dict(base.infos), base.idle
         self._keys = {(info.file, info.key): key for key, info in base.infos.items()}
         self._changes: dict[str, _Change] = {}
         for key in self._adapter.infos:

@@ -74,6 +74,9 @@ class Checkpoint:
         CheckpointError: no directory, no weights, or a file that is missing, truncated or corrupt.
     """
 
+    idle: frozenset[str] = frozenset()
+    """Keys of tensors that add nothing, and may stay unread."""
+
     def __init__(self, path: str | os.PathLike[str], names: Sequence[str] = _FILES) -> None:
         self.directory = checkpoint_directory(path)
         self._files: dict[Path, _File] = {}

@@ -261,6 +261,7 @@ def _check_tensors(
                 f"{info.file}: {key}: expected a floating-point tensor, "
                 f"got {dtype_name(info.dtype)}"
             )
+    known |= checkpoint.idle
     buffers = naming_of(config.architecture).buffers
     return [
         key

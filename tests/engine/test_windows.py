@@ -29,7 +29,7 @@ from specrt.models.loader import load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
 from specrt.sampling import SamplingParams
-from tests import windowed_attention
+from tests import watched_windows
 from tests.engine.exits import COSTS, make_exit_pair
 from tests.engine.support import RandomTreeDrafter, make_engine, texts
 from tests.engine.test_arrivals import PLANTED, Rig, make_cases, run_all
@@ -64,7 +64,7 @@ def model(
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(checkpoint, config, torch.float32)
     made = LlamaModel(windowed(config, request.param), weights, Device(is_eager=True))
-    windowed_attention.stand_in(monkeypatch, [made])
+    watched_windows.watch(monkeypatch)
     return made
 
 
@@ -134,7 +134,7 @@ def test_a_limit_that_only_a_window_fits(checkpoint: Path, monkeypatch: pytest.M
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(checkpoint, config, torch.float32)
     model = LlamaModel(windowed(config, ALL), weights, Device(is_eager=True))
-    windowed_attention.stand_in(monkeypatch, [model])
+    watched_windows.watch(monkeypatch)
     engine = make_engine(model, max_nodes=8, prefill_chunk=64, max_cached_tokens=3 * PAGE)
     result = engine.generate(LONG * 3, GREEDY)
     assert result.error is None and len(result.token_ids) == 40
@@ -147,7 +147,7 @@ def run_windowed(checkpoint: Path, seeds: range, monkeypatch: pytest.MonkeyPatch
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(checkpoint, config, torch.float32)
     model = LlamaModel(windowed(config, (5, None, 17)), weights, Device(is_eager=True))
-    windowed_attention.stand_in(monkeypatch, [model])
+    watched_windows.watch(monkeypatch)
     cases = make_cases(model, 8)
     answers = {case.prompt: case.expected.token_ids for case in cases}
     drafters: dict[str, Drafter] = {
@@ -217,7 +217,7 @@ def test_a_drafter_runs_windowed_layers(
     """By trees in the target's own tables, and a layer of its own that sees a window."""
     model = there(exits, Device(is_eager=True))
     drafter = EesdDrafter(exit_of(model, exits[1]), costs=COSTS)
-    windowed_attention.stand_in(monkeypatch, [model, drafter.exit_model._layer])
+    watched_windows.watch(monkeypatch)
     expected = told(make_engine(model))
     engine = make_engine(model, drafter, max_nodes=16)
     shape = DraftParams(depth=3, top_k=2, total_tokens=7)
@@ -232,7 +232,7 @@ def on_gpu(exits: tuple[Path, Path], gpu: Device, monkeypatch: pytest.MonkeyPatc
     assert isinstance(gpu, SimulatedGpu)
     exit_model = exit_of(there(exits, gpu), exits[1])
     run = partial(call_host, gpu, load_simt())
-    windowed_attention.stand_in(monkeypatch, [exit_model.target, exit_model._layer], run)
+    watched_windows.watch(monkeypatch, run)
     return exit_model
 
 

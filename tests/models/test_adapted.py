@@ -33,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 
 def golden_cases() -> dict[str, str]:
     with safe_open(GOLDEN, framework="pt") as file:
-        return dict(file.metadata())
+        return dict(sorted(file.metadata().items()))
 
 
 def some_of(start: str) -> Tensors:

@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 
 def golden_cases() -> dict[str, dict[str, Any]]:
     with safe_open(GOLDEN, framework="pt") as file:
-        return {name: json.loads(text) for name, text in file.metadata().items()}
+        return {name: json.loads(text) for name, text in sorted(file.metadata().items())}
 
 
 def write(path: Path, tensors: Tensors, quantization: dict[str, Any]) -> Path:
@@ -227,6 +227,18 @@ def test_broken_parts_are_named(name: str, edit: Edit, words: str, tmp_path: Pat
     message = refusal(tmp_path)
     assert words in message
     assert message.startswith(str(tmp_path))
+
+
+def test_biases_that_add_nothing_are_passed_over(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, intermediate_size=128)
+    store_quantized(tmp_path, "gptq")
+    config = ModelConfig.from_directory(tmp_path)
+    plain = load_weights(tmp_path, config, torch.float32)
+    bias = {f"{PROJ}.bias": torch.zeros(64, dtype=torch.float16)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(bias))
+    assert torch.equal(load_weights(tmp_path, config, torch.float32).arena, plain.arena)
+    edit_tensors(tmp_path, lambda tensors: tensors[f"{PROJ}.bias"].add_(1))
+    assert f"unknown tensor {PROJ}.bias" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq"])

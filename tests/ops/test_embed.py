@@ -185,3 +185,65 @@ def test_under_torch_compile(device: torch.device) -> None:
     table, tokens = table_of(6, 16).to(device), i32(4, 2).to(device)
     function = torch.compile(ops.embed, fullgraph=True, backend="aot_eager")
     assert torch.equal(function(tokens, table), ops.embed(tokens, table))
+
+
+def positions_of(table: Tensor, kv_len: Tensor, depth: Tensor, offset: int) -> Tensor:
+    """Rows of a table of positions, as a batch's rows take them."""
+    rows = (kv_len[:, None] + depth + offset).clamp(0, len(table) - 1)
+    return table[rows.view(-1).long()]
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), PAIRS)
+@pytest.mark.parametrize("width", [5, 64, 2056])
+def test_scaled_rows_and_positions(
+    backend: Backend, width: int, dtype: torch.dtype, wanted: torch.dtype
+) -> None:
+    """To the bit: product and sum in float32, rounded once; a place past the table is its last."""
+    table, places = table_of(9, width, dtype), table_of(20, width, dtype).flip(0)
+    tokens, depth, kv_len = i32(3, 0, 8, 1, 5, 2), i32(0, 1, 1, 0, 2, 9).view(2, 3), i32(4, 12)
+    looked_up = table.index_select(0, tokens).float()
+    added = positions_of(places, kv_len, depth, 2).float()
+    there = [t.to(backend.device) for t in (tokens, table, places, depth, kv_len)]
+    at = ops.EmbedPositions(there[2], there[3], there[4], 2)
+    for scale, positions, expected in (
+        (6.5, None, looked_up * 6.5),
+        (1.0, at, looked_up + added),
+        (0.3, at, looked_up * torch.tensor(0.3) + added),
+    ):
+        out = torch.full((6, width), float("nan"), dtype=wanted, device=backend.device)
+        ops.embed(there[0], there[1], out, scale=scale, positions=positions)
+        assert torch.equal(out.cpu(), expected.to(wanted))
+
+
+def test_scaled_rows_of_packed_tables() -> None:
+    table, places = table_of(9, 64), table_of(20, 64)
+    packed = ops.pack_matrix(table, ops.MatrixKind.INT8)
+    tokens, depth, kv_len = i32(3, 0, 8, 1), i32(0, 1, 1, 3).view(2, 2), i32(4, 12)
+    plain = ops.embed(tokens, packed)
+    at = ops.EmbedPositions(places, depth, kv_len, 0)
+    got = ops.embed(tokens, packed, scale=0.3, positions=at)
+    scaled = plain * torch.tensor(0.3)
+    assert torch.equal(got, scaled + positions_of(places, kv_len, depth, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": torch.zeros(20, 15)}, r"positions: expected \[P, H\] = \[\*, 16\]"),
+        ({"depth": torch.zeros(2, 3).int()}, "depth"),
+        ({"kv_len": torch.zeros(3).int()}, "kv_len"),
+        ({"kv_len": torch.zeros(2)}, "kv_len"),
+    ],
+)
+def test_wrong_positions_are_named(
+    backend: Backend, change: dict[str, Tensor], message: str
+) -> None:
+    given = {
+        "table": torch.zeros(20, 16),
+        "depth": torch.zeros(2, 2).int(),
+        "kv_len": torch.zeros(2).int(),
+    }
+    moved = {name: value.to(backend.device) for name, value in (given | change).items()}
+    tokens, table = i32(1, 2, 3, 4).to(backend.device), torch.zeros(9, 16, device=backend.device)
+    with pytest.raises(ValueError, match=message):
+        ops.embed(tokens, table, positions=ops.EmbedPositions(**moved, offset=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,17 @@ from tests.ops.test_tree_attention import Tensor, batch_arguments, make_case, sa
 
 SHAPES = [((0, 0, 0), 64), ((0, 0, 0), 80), ((0, 0, 0), 96), ((0, 0, 0), 128), ((3, 1, 5), 64)]
 
+WINDOWS = [
+    {"window": 60, "num_sinks": 3},
+    {"sliding_window": 60, "cap": 3.0},
+    {"sliding_window": 5},
+]
+
 
 @pytest.mark.parametrize(
-    ("first_node", "dim", "heads", "window"),
-    [(*shape, heads, None) for shape in SHAPES for heads in ((4, 4), (8, 2))]
-    + [((3, 1, 5), 64, (8, 2), 60)],
+    ("first_node", "dim", "heads", "options"),
+    [(*shape, heads, {}) for shape in SHAPES for heads in ((4, 4), (8, 2))]
+    + [((3, 1, 5), 64, (8, 2), options) for options in WINDOWS],
     ids=str,
 )
 def test_appending_on_the_way_is_rope_append_before_it(
@@ -26,7 +33,7 @@ def test_appending_on_the_way_is_rope_append_before_it(
     first_node: tuple[int, ...],
     dim: int,
     heads: tuple[int, int],
-    window: int | None,
+    options: dict[str, Any],
 ) -> None:
     dtype = torch.bfloat16 if backend.runs_cuda_source else torch.float32
     sizes = ((0, first_node[0] + 1), (61, 40), (250, 70))  # prefix, nodes
@@ -39,14 +46,16 @@ def test_appending_on_the_way_is_rope_append_before_it(
     cos_sin = torch.randn(300, dim, generator=g).to(backend.device)  # shorter than the sequences
     first = batch_arguments(cases, backend, first_node)
     second = {n: a.clone() if isinstance(a, Tensor) else a for n, a in first.items()}
+    if options:  # the workspace is one for layers without a window
+        first["workspace"] = second["workspace"] = None
     slots = ("kv_len", "first_node", "num_nodes", "block_table")
     ops.rope_append(
         first["q"], k, v, depth, *(first[n] for n in slots), cos_sin, first["k_cache"],
         first["v_cache"],
     )  # fmt: skip
-    expected = tree_attention(**first, window=window, num_sinks=3)
+    expected = tree_attention(**first, **options)
     append = ops.Append(k, v, depth, cos_sin)
-    out = tree_attention(**second, append=append, window=window, num_sinks=3)
+    out = tree_attention(**second, append=append, **options)
     assert torch.equal(out, expected)
     for name in ("k_cache", "v_cache"):
         assert same_bits(first[name], second[name])

@@ -24,6 +24,7 @@ from tests.ops.test_tree_attention import (
     run,
     simt,
 )
+from tests.ops.test_tree_attention_sums import cancelling
 from tests.oracles.paged import attend
 
 
@@ -61,9 +62,9 @@ def test_a_node_in_a_tree_has_the_bits_of_decoding_it_alone(
         assert torch.equal(out[node], alone(case, node, backend)), node
 
 
-@pytest.mark.tensor_cores("sm_80", "sm_90")
-@pytest.mark.parametrize(("prefix", "window"), [(200, 90), (300, 17)])
-@pytest.mark.parametrize("heads", [(4, 4), (20, 1)])
+@pytest.mark.parametrize(
+    ("prefix", "window", "heads"), [(200, 90, (4, 4)), (300, 17, (20, 1))], ids=str
+)
 def test_a_prompt_in_pieces_has_the_bits_of_its_rows_alone(
     backend: Backend, prefix: int, window: int, heads: tuple[int, int]
 ) -> None:
@@ -73,6 +74,31 @@ def test_a_prompt_in_pieces_has_the_bits_of_its_rows_alone(
     for rows in (slice(0, 50), slice(50, 51), slice(51, 128)):
         assert torch.equal(run(case, rows, page_size=3, backend=backend), out[rows])
     for node in (0, 16, 55, 56, 120, 127):
+        assert torch.equal(out[node], alone(case, node, backend)), node
+
+
+@pytest.mark.tensor_cores("sm_80", "sm_90")
+@pytest.mark.parametrize("window", [9, 77, 250])
+def test_the_last_bits_of_a_sum_are_those_of_decoding_alone(backend: Backend, window: int) -> None:
+    case = cancelling(make_case(255, 33, dtype=torch.bfloat16))
+    case = replace(queries(case, backend, torch.bfloat16), sliding_window=window)
+    out = run(case, backend=backend)
+    for node in range(0, 33, 8):
+        assert torch.equal(out[node], alone(case, node, backend)), node
+
+
+@pytest.mark.tensor_cores("sm_80", "sm_90")
+def test_places_before_a_window_are_the_same_everywhere(backend: Backend) -> None:
+    """They count as zeros times some value, and a tensor core may see the size of that value."""
+    case = make_case(40, 6, dtype=torch.bfloat16, chain=True)
+    # Node i sees 20 + i to 40 + i. Some of what comes before has huge values, as has the first
+    # key of node 3, of no weight.
+    case = replace(case, q=case.q.abs() + 1, k=case.k.abs(), v=2.0**-20 * case.v)
+    for slot in (21, 23):
+        case.k[slot], case.v[slot] = -100, 2.0**120
+    case = replace(queries(case, backend, torch.bfloat16), sliding_window=21)
+    out = run(case, backend=backend)
+    for node in range(6):
         assert torch.equal(out[node], alone(case, node, backend)), node
 
 
@@ -202,3 +228,19 @@ def test_what_the_extension_is_given_is_checked_there_too(window: int, cap: floa
     args: dict[str, Any] = batch_arguments([make_case(24, 8)])
     with pytest.raises(ValueError, match="^(sliding_window|cap):"):
         _C.tree_attention(*args.values(), *[None] * 4, 0, 0, 0, 0, None, window, cap)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("kv_len", 2**31 - 1), ("kv_len", -7), ("first_node", 2**31 - 1)]
+)
+def test_counts_that_cannot_be_touch_no_other_memory(
+    backend: Backend, name: str, value: int
+) -> None:
+    """The shim's memory is guarded; the next launch must come out as before."""
+    args: dict[str, Any] = batch_arguments([sliding(backend, 300, 70, 40)], backend)
+    args["workspace"] = None
+    expected = tree_attention(**args, sliding_window=40).clone()
+    wrong = dict(args, out=torch.empty_like(expected))
+    wrong[name] = torch.full_like(args[name], value)
+    tree_attention(**wrong, sliding_window=40)
+    assert torch.equal(tree_attention(**args, sliding_window=40), expected)

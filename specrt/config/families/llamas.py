@@ -83,7 +83,7 @@ def _smollm3(keys: Keys) -> tuple[LayerKind, ...]:
     if has_rope is None:
         period = keys.size("no_rope_layer_interval")
         has_rope = [(index + 1) % period != 0 for index in range(count)]
-    if not isinstance(has_rope, list) or len(has_rope) != count or {*has_rope} - {0, 1}:
+    if not isinstance(has_rope, list) or len(has_rope) < count or {*has_rope} - {0, 1}:
         raise keys.fail(f"no_rope_layers: expected {count} of 0 and 1, got {has_rope!r}")
     window = window_of(keys) if keys.flag("use_sliding_window") else None
     slides = sliding_layers(keys, lambda i: window is not None and not has_rope[i])
@@ -91,7 +91,7 @@ def _smollm3(keys: Keys) -> tuple[LayerKind, ...]:
         raise keys.fail("layer_types has sliding_attention, and use_sliding_window is false")
     return tuple(
         LayerKind(window if windowed else None, "main" if turned else "none")
-        for windowed, turned in zip(slides, has_rope, strict=True)
+        for windowed, turned in zip(slides, has_rope[:count], strict=True)
     )
 
 

@@ -57,14 +57,17 @@ def by_types(
 
 
 def sliding_layers(keys: Keys, is_sliding: Callable[[int], bool]) -> list[bool]:
-    """Of each layer whether it has the window, by ``layer_types`` or else by its number."""
+    """Of each layer whether it has the window, by ``layer_types`` or else by its number.
+
+    Drafters that were cut from a target have its list beside fewer layers.
+    """
     count = keys.size("num_hidden_layers")
     kinds = keys.get("layer_types")
     if kinds is None:
         return [is_sliding(index) for index in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or set(map(str, kinds)) - {*_KINDS}:
+    if not isinstance(kinds, list) or len(kinds) < count or set(map(str, kinds)) - {*_KINDS}:
         raise keys.fail(f"layer_types: expected {count} of {' and '.join(_KINDS)}, got {kinds!r}")
-    return [kind == "sliding_attention" for kind in kinds]
+    return [kind == "sliding_attention" for kind in kinds[:count]]
 
 
 def every_other(period: int) -> Callable[[int, Keys], bool]:

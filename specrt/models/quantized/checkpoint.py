@@ -59,6 +59,8 @@ class QuantizedCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self.directory}: expected {self._name} tensors (config.json), found none"
             )
+        self.idle = frozenset(filter(self._is_empty_bias, self.infos))
+        stored.release()
         modules = {matrix.parts.module for matrix in self._matrices.values()}
         for key in stored.infos:
             module, _, end = key.rpartition(".")
@@ -80,6 +82,13 @@ class QuantizedCheckpoint(Checkpoint):
     def release(self) -> None:
         """Unmap what was read."""
         self._stored.release()
+
+    def _is_empty_bias(self, key: str) -> bool:
+        """Whether it is one of the zeros that AutoGPTQ gave every matrix, asked for or not."""
+        module, _, end = key.rpartition(".")
+        matrix = self.infos.get(f"{module}.weight")
+        is_of_one = matrix is not None and (matrix.file, matrix.key) in self._matrices
+        return end == "bias" and is_of_one and not bool(self._stored.tensor(key).any())
 
     def _take(self, key: str, layout: str, quantization: Quantization) -> None:
         """Put a matrix in the place of its tensors."""
