@@ -90,8 +90,8 @@ class AnswerFile:
 
     def __init__(self, path: Path, target: str, *, is_restart: bool = False) -> None:
         self.path = path
+        self.target = target
         self.done: set[tuple[tuple[int, ...], float, int]] = set()
-        self._target = target
         self._is_restart = is_restart
         self._is_new = not path.exists()
         self._run: Mapping[str, Any] = {}
@@ -147,7 +147,7 @@ class AnswerFile:
             "temperature": job.sampling.temperature,
             "seed": job.sampling.seed,
             "finish_reason": result.finish_reason,
-            "target": self._target,
+            "target": self.target,
             "run": self._run,
         }
         size, line = self.path.stat().st_size, memoryview(json.dumps(data).encode() + b"\n")
@@ -178,9 +178,9 @@ class AnswerFile:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(data, dict) or not all(key in data for key in _KEYS):
             raise ValueError(f"{where}: expected an answer with {', '.join(_KEYS)}")
-        if data["target"] != self._target:
+        if data["target"] != self.target:
             raise ValueError(
-                f"{where}: an answer of target {data['target']!r}, expected {self._target!r}"
+                f"{where}: an answer of target {data['target']!r}, expected {self.target!r}"
             )
         self.done.add((tuple(data["prompt_ids"]), data["temperature"], data["seed"]))
         if isinstance(run := data.get("run"), dict):  # earlier versions wrote none

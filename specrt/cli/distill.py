@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,19 +36,36 @@ class AnswerOptions:
     """Which answers to make, and of which prompts.
 
     Raises:
-        ValueError: a count is less than 1, or ``out`` is one of the prompts' files.
+        ValueError: a count is less than 1, there are to be no prompts, or ``out`` is one of their
+            files.
     """
 
+    out: Annotated[
+        str, typer.Option(help="JSONL to write or to go on with.", rich_help_panel=INPUT)
+    ]
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="JSONL with any form of training data, or prompts alone; repeatable.",
             rich_help_panel=INPUT,
         ),
-    ]
-    out: Annotated[
-        str, typer.Option(help="JSONL to write or to go on with.", rich_help_panel=INPUT)
-    ]
+    ] = None
+    own_prompts: Annotated[
+        int | None,
+        typer.Option(
+            help="Besides, so many prompts that the target, a chat model, writes itself; kept in "
+            "OUT.own-prompts.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL with texts for measuring: prompts that share 13 words in a row with one "
+            "are left out; repeatable.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None
     num_prompts: NumPrompts = None
     temperature: Annotated[
         list[float] | None,
@@ -67,11 +84,14 @@ class AnswerOptions:
     ] = False
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "samples_per_prompt"):
+        for name in ("num_prompts", "own_prompts", "samples_per_prompt"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if Path(self.out).resolve() in {Path(file).resolve() for file in self.prompts}:
+        if not self.prompts and self.own_prompts is None:
+            raise ValueError("prompts: expected --prompts or --own-prompts, got neither")
+        given = (*(self.prompts or ()), *(self.exclude or ()))
+        if Path(self.out).resolve() in {Path(file).resolve() for file in given}:
             raise ValueError(f"out: expected a file of its own, got one of the prompts: {self.out}")
 
     def plan(self) -> Plan:
@@ -106,10 +126,32 @@ def distill_data(
 
 
 def _distill(engine: Engine, directory: Path, answers: AnswerOptions, file: AnswerFile) -> None:
-    """Read the prompts, and write what of the answers is not there yet."""
+    """Read the prompts or have them written, and write what of the answers is not there yet."""
+    template = str(engine.tokenizer.inner.chat_template)
+    model = {**model_options(engine, directory), "template": digest(template)}
+    given = _given(engine, answers) if answers.prompts else []
+    asked = [*given[: answers.num_prompts], *_own(engine, answers, file, model)]
+    found = _measured_apart(asked, answers.exclude or ())
+    plan = answers.plan()
+    jobs = plan.jobs(_fitting(found, engine), answers.max_new_tokens)
+    file.begin(
+        {
+            "temperature": sorted(plan.temperatures),
+            "samples_per_prompt": plan.samples_per_prompt,
+            "max_new_tokens": answers.max_new_tokens,
+            "seed": plan.seed,
+            **model,
+            "prompts": digest(str(sorted(prompt.token_ids for prompt in given))),
+        }
+    )
+    answer(engine, jobs, file)
+
+
+def _given(engine: Engine, answers: AnswerOptions) -> list[TrainingPrompt]:
+    """The prompts of the files."""
     from specrt.train.data.prompts import read_prompts
 
-    found, told = read_prompts(answers.prompts, engine.tokenizer, skip_bad=answers.skip_bad)
+    found, told = read_prompts(answers.prompts or (), engine.tokenizer, skip_bad=answers.skip_bad)
     for count, why in (
         (told.num_empty, "empty prompts"),
         (told.num_repeated, "repeated prompts"),
@@ -117,21 +159,33 @@ def _distill(engine: Engine, directory: Path, answers: AnswerOptions, file: Answ
     ):
         if count:
             note(f"{count} {why} skipped")
-    plan = answers.plan()
-    jobs = plan.jobs(_fitting(found[: answers.num_prompts], engine), answers.max_new_tokens)
-    template = str(engine.tokenizer.inner.chat_template)
-    file.begin(
-        {
-            "temperature": sorted(plan.temperatures),
-            "samples_per_prompt": plan.samples_per_prompt,
-            "max_new_tokens": answers.max_new_tokens,
-            "seed": plan.seed,
-            **model_options(engine, directory),
-            "template": digest(template),
-            "prompts": digest(str(sorted(prompt.token_ids for prompt in found))),
-        }
-    )
-    answer(engine, jobs, file)
+    return found
+
+
+def _own(
+    engine: Engine, answers: AnswerOptions, file: AnswerFile, model: Mapping[str, str]
+) -> list[TrainingPrompt]:
+    """Prompts that the target writes, if it is to."""
+    if answers.own_prompts is None:
+        return []
+    from specrt.cli.own_prompts import own_prompts
+
+    path = Path(f"{answers.out}.own-prompts")
+    with AnswerFile(path, file.target, is_restart=answers.restart) as own:
+        return own_prompts(engine, own, model, num_prompts=answers.own_prompts, seed=answers.seed)
+
+
+def _measured_apart(
+    prompts: Sequence[TrainingPrompt], measured: Sequence[str]
+) -> list[TrainingPrompt]:
+    """Those that are not in files for measuring, nor close to what is."""
+    from specrt.train.data.overlap import WordRuns, asked_texts
+
+    runs = WordRuns(asked_texts(measured))
+    apart = [prompt for prompt in prompts if not runs.meet(prompt.text)]
+    if len(apart) < len(prompts):
+        note(f"{len(prompts) - len(apart)} prompts skipped: they are for measuring, or nearly so")
+    return apart
 
 
 def _fitting(prompts: Sequence[TrainingPrompt], engine: Engine) -> list[TrainingPrompt]:
