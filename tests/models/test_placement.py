@@ -16,10 +16,11 @@ from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.models import placement
 from specrt.models.gate_up import interleaved
-from specrt.models.loader import Weights, load_weights
+from specrt.models.loader import LayerWeights, Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import (
     CPU,
+    check_placed,
     check_sizes,
     choose_dtype,
     choose_head_dim,
@@ -30,6 +31,8 @@ from specrt.models.step import FINAL_TAP
 from specrt.ops import registry
 from specrt.tree import TreeBuilder
 from tests.checkpoints import make_checkpoint
+from tests.families import build
+from tests.family_cases import Case
 from tests.trees import trees_of
 
 # A device whose memory nobody can read, or copy from: stands for a GPU wherever kernels are not
@@ -252,6 +255,29 @@ def test_gate_and_up_lie_in_turn_where_a_gpu_is(checkpoint: Path) -> None:
     assert place_weights(there, place) is there
     with pytest.raises(ValueError, match="weights: expected as loaded, got a GPU's .* on cpu"):
         place_weights(there, Device())
+
+
+def test_gate_and_up_of_another_activation_do_not(tmp_path: Path) -> None:
+    """A GPU's gated product is silu's."""
+    build(Case("Gemma 1", "gemma"), tmp_path)
+    config, place = ModelConfig.from_directory(tmp_path), Device(is_gpu=True)
+    here = load_weights(tmp_path, config, torch.bfloat16)
+    there = place_weights(here, place)
+    assert not there.is_interleaved and there.arena is here.arena
+    check_placed(there, place)
+    with pytest.raises(ValueError, match="weights: gate and up are interleaved, expected"):
+        check_placed(replace(there, is_interleaved=True), place)
+
+
+def test_all_that_lies_outside_of_layers_is_moved(tmp_path: Path) -> None:
+    build(Case("GPT-2", "gpt2"), tmp_path)
+    here = load_weights(tmp_path, ModelConfig.from_directory(tmp_path), torch.bfloat16)
+    there = place_weights(replace(here, head_bias=torch.ones(97)), THERE)
+    for name in ("embed", "final_norm", "final_norm_bias", "head_bias", "positions"):
+        assert getattr(there, name).device == META, name
+    for field in fields(LayerWeights):
+        tensor = getattr(there.layers[1], field.name)
+        assert tensor is None or tensor.device == META, field.name
 
 
 def test_weights_of_another_layout_are_refused(checkpoint: Path) -> None:
