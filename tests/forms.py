@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from specrt.config import Form, LayerKind, ModelConfig
+from specrt.models.arena import Arena
 from specrt.models.loader import LayerWeights, Weights
 
 VOCAB = 97
@@ -118,26 +119,46 @@ class _Random:
         return around + noise if is_there else None
 
 
-def form_weights(config: ModelConfig, seed: int = 0) -> Weights:
-    """Random ones, in float32 rows; norms and biases too."""
+def form_weights(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Weights:
+    """Random ones, in rows of ``dtype``; norms and biases too."""
     form, make, hidden = config.form, _Random(seed), config.hidden_size
     head_bias = make.vector(config.vocab_size, 0.0, form.has_head_bias)
     positions = None
     if form.position_offset is not None:
-        positions = make.matrix(config.max_positions + form.position_offset, hidden)
+        positions = make.matrix(config.max_positions + form.position_offset, hidden).to(dtype)
     final_norm = make.vector(hidden, 1.0)
     assert final_norm is not None, "asked for"
+    embed, lm_head = (make.matrix(config.vocab_size, hidden) for _ in range(2))
+    layers = [_layer(config, make) for _ in range(config.num_layers)]
+    names = "qkv", "o", "gate_up", "down"
+    matrices = [getattr(layer, name) for layer in layers for name in names]
+    arena, placed = _in_one_arena([*matrices, 2 * lm_head, embed], dtype)
+    *rest, lm_head, embed = placed
+    in_layers = iter(rest)
     return Weights(
-        arena=torch.zeros(0, dtype=torch.uint8),
-        embed=make.matrix(config.vocab_size, hidden),
-        layers=tuple(_layer(config, make) for _ in range(config.num_layers)),
+        arena=arena,
+        embed=embed,
+        layers=tuple(replace(one, **{name: next(in_layers) for name in names}) for one in layers),
         final_norm=final_norm,
-        lm_head=2 * make.matrix(config.vocab_size, hidden),
-        dtype=torch.float32,
+        lm_head=lm_head,
+        dtype=dtype,
+        may_interleave=form.is_gated and form.activation == "silu",
         final_norm_bias=make.vector(hidden, 0.0, form.has_norm_bias),
         head_bias=head_bias,
         positions=positions,
     )
+
+
+def _in_one_arena(
+    matrices: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    arena = Arena(dtype.itemsize * matrix.numel() for matrix in matrices)
+    pieces = [arena.take(dtype.itemsize * matrix.numel()) for matrix in matrices]
+    placed = [
+        piece.view(dtype).view(matrix.shape).copy_(matrix)
+        for piece, matrix in zip(pieces, matrices, strict=True)
+    ]
+    return arena.memory, placed
 
 
 def _layer(config: ModelConfig, make: _Random) -> LayerWeights:

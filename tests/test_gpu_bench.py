@@ -92,7 +92,7 @@ def test_cases_begin_with_the_goals() -> None:
     assert len(set(every)) == len(every) == 2 * 3 * 4 * 4
     assert set(quick[:2]) == set(every[:2])
     small = [str(case) for case in small_kernels_cuda.cases(is_quick=False)]
-    assert len(set(small)) == len(small) == 2 * (4 * 5 + 10 * 4 + 3 * 3 + 2 * 2)
+    assert len(set(small)) == len(small) == 2 * (6 * 5 + 10 * 4 + 3 * 3 + 2 * 2)
     assert small[0] == "rms_norm Llama-3-8B rows 60"
 
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"types", "_C", "builtin"},
-    {"config", "json_lines", "option_hints", "reuse", "targets"},
-    {"ops"},
+    {"config", "json_lines", "option_hints", "reuse"},
+    {"ops", "targets"},
     {"device"},
     {"sampling", "pages"},
     {"cache", "tree", "accept"},

@@ -15,8 +15,14 @@ inline V16 gelu(V16 x) {
     V16 tail = exp(mul(half, square));
     tail = fma(tail, mul(half, rest), tail);
     const V16 u = div(splat(1.0f), fma(t, splat(kGeluStep), splat(1.0f)));
-    V16 series = splat(kGeluTail[0]);
-    for (int i = 1; i < 9; ++i) series = fma(series, u, splat(kGeluTail[i]));
+    V16 series = fma(splat(kGelu8), u, splat(kGelu7));
+    series = fma(series, u, splat(kGelu6));
+    series = fma(series, u, splat(kGelu5));
+    series = fma(series, u, splat(kGelu4));
+    series = fma(series, u, splat(kGelu3));
+    series = fma(series, u, splat(kGelu2));
+    series = fma(series, u, splat(kGelu1));
+    series = fma(series, u, splat(kGelu0));
     return sub(relu(x), mul(t, mul(tail, mul(series, u))));
 }
 

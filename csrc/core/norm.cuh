@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kGroupBlock) norm_groups(const NormRows p, con
     norm_held<Kind>(p, part, row.out, [](float x, int) { return group_sum<kLanes>(x); });
 }
 
-// One block a row, held in registers.
+// One block a row, held in registers. (Not told that one block an SM will do, ptxas spills some of
+// a centred row's to keep two.)
 template <typename Kind, typename T, int kPieces>
 __global__ void __launch_bounds__(kPieces == 1 ? 256 : 512, Kind::kIsCentred ? 1 : 0)
     norm_rows(const NormRows p, const bool is_whole) {

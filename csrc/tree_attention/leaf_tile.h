@@ -27,13 +27,15 @@ struct LeafTile {
 template <typename T>
 void read_keys(LeafTile& tile, const T* keys, const int64_t* offsets, int begin, int count) {
     const int d = tile.head_dim, end = (count + kScoreKeys - 1) / kScoreKeys * kScoreKeys;
+    const unsigned num_keys = static_cast<unsigned>(count - begin);
     for (int j = begin / kScoreKeys * kScoreKeys; j < end; j += 16) {
         float* block = tile.data + j / kScoreKeys * kScoreKeys * d + j % kScoreKeys;
         for (int i = 0; i < d; i += 16) {
             V16 square[16];
-            for (int r = 0; r < 16; ++r)
-                square[r] =
-                    j + r >= begin && j + r < count ? load(keys + offsets[j + r] + i) : zero();
+            for (int r = 0; r < 16; ++r) {
+                const bool is_key = static_cast<unsigned>(j + r - begin) < num_keys;
+                square[r] = is_key ? load(keys + offsets[j + r] + i) : zero();
+            }
             transpose(square);
             for (int r = 0; r < 16; ++r) store(square[r], block + (i + r) * kScoreKeys);
         }

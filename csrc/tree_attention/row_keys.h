@@ -35,7 +35,7 @@ struct Item {
     int seq;
     int prefix, hidden, num_rows;  // keys seen of it, and not; active rows
     float scale;                   // of scores: with a cap they are first measured in its units
-    bool is_tiled = false;
+    bool is_tiled = false, slides = false;  // slides: some row does not see its first key
     const float* q[kMostRows];
     int64_t out[kMostRows];             // offsets
     int node[kMostRows];                // of those here; rows of one node are neighbours
@@ -128,6 +128,7 @@ void divide_keys(Item<T>& it, const Ancestors* nodes, int num_nodes) {
         const int length = it.range[i] + it.num_own[i], least_length = it.prefix + 1;
         const int end = length > least_length ? length : least_length;
         it.first[i] = end > it.p.sliding_window ? end - it.p.sliding_window : 0;
+        it.slides |= it.first[i] > 0;
     }
 }
 

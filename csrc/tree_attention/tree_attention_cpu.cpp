@@ -118,6 +118,7 @@ void in_even_blocks(int num_rows, Body&& body) {
 struct Leaf {
     int begin;              // its first key
     int least, most;        // of ranges in it: the first key that a row sees, the longest one's end
+    bool slides;            // some row does not see it from its first key on
     int count[kMostRows];   // where a row's keys in it end; 0 if it has none
     int from[kMostRows];    // where they begin,
     int ranged[kMostRows];  // and where those of its range end
@@ -127,21 +128,34 @@ struct Leaf {
     int range_from(int row) const { return from[row] < ranged[row] ? from[row] : ranged[row]; }
 };
 
+// Takes away what is before the rows' windows.
 template <typename T>
-void find_keys(const Item<T>& it, Leaf& leaf) {
+void slide(const Item<T>& it, Leaf& leaf) {
     leaf.least = kLeaf;
     leaf.most = 0;
     for (int r = 0; r < it.num_rows; ++r) {
-        const int node = it.node[r], range = it.range[node] - leaf.begin;
-        leaf.from[r] = clamp(it.first[node] - leaf.begin, kLeaf);
-        leaf.ranged[r] = clamp(range, kLeaf);
-        leaf.count[r] = clamp(range + it.num_own[node], kLeaf);
+        leaf.from[r] = clamp(it.first[it.node[r]] - leaf.begin, kLeaf);
+        leaf.slides |= leaf.from[r] > 0;
         if (leaf.count[r] <= leaf.from[r]) leaf.count[r] = leaf.ranged[r] = leaf.from[r] = 0;
         if (leaf.range_from(r) == leaf.ranged[r]) continue;
         leaf.least = leaf.from[r] < leaf.least ? leaf.from[r] : leaf.least;
         leaf.most = leaf.ranged[r] > leaf.most ? leaf.ranged[r] : leaf.most;
     }
     if (leaf.most == 0) leaf.least = 0;
+}
+
+template <typename T>
+void find_keys(const Item<T>& it, Leaf& leaf) {
+    leaf.least = leaf.most = 0;
+    leaf.slides = false;
+    for (int r = 0; r < it.num_rows; ++r) {
+        const int node = it.node[r], range = it.range[node] - leaf.begin;
+        leaf.from[r] = 0;
+        leaf.ranged[r] = clamp(range, kLeaf);
+        leaf.count[r] = clamp(range + it.num_own[node], kLeaf);
+        leaf.most = leaf.ranged[r] > leaf.most ? leaf.ranged[r] : leaf.most;
+    }
+    if (it.slides) slide(it, leaf);
     const int count = leaf.most - leaf.least;
     range_offsets(it, leaf.begin + leaf.least, count, leaf.offsets + leaf.least);
 }
@@ -165,16 +179,19 @@ void over_own_keys(const Item<T>& it, const Leaf& leaf, Body&& body) {
 template <int R, typename Body>
 void over_ranges(const Leaf& leaf, int row, Body&& body) {
     int begin = 0, end = kLeaf;
-    for (int r = row; r < row + R; ++r) {
-        begin = leaf.range_from(r) > begin ? leaf.range_from(r) : begin;
-        end = leaf.ranged[r] < end ? leaf.ranged[r] : end;
+    for (int r = row; r < row + R; ++r) end = leaf.ranged[r] < end ? leaf.ranged[r] : end;
+    if (leaf.slides) {
+        for (int r = row; r < row + R; ++r)
+            begin = leaf.range_from(r) > begin ? leaf.range_from(r) : begin;
+        if (begin >= end) begin = end = kLeaf;
+        for (int r = row; r < row + R; ++r) {
+            const int before = leaf.ranged[r] < begin ? leaf.ranged[r] : begin;
+            if (leaf.range_from(r) < before) body(Size<1>{}, r, leaf.range_from(r), before);
+        }
+        body(Size<R>{}, row, begin, end);
+    } else {
+        body(Size<R>{}, row, 0, end);  // what begins with 0 is compiled for that
     }
-    if (begin >= end) begin = end = kLeaf;
-    for (int r = row; r < row + R; ++r) {
-        const int before = leaf.ranged[r] < begin ? leaf.ranged[r] : begin;
-        if (leaf.range_from(r) < before) body(Size<1>{}, r, leaf.range_from(r), before);
-    }
-    if (begin < end) body(Size<R>{}, row, begin, end);
     for (int r = row; r < row + R; ++r)
         if (leaf.ranged[r] > end) body(Size<1>{}, r, end, leaf.ranged[r]);
 }
@@ -226,11 +243,10 @@ void value_leaf(Item<T>& it, const Leaf& leaf) {
     const auto keys = [&](auto size, int row, const int64_t* offsets, int count, int column) {
         value_keys<decltype(size)::value>(it, row, offsets, count, column);
     };
-    // What begins with the tile's first key needs no zeros.
-    for (int r = 0; r < it.num_rows; ++r)
-        if (!it.is_tiled || leaf.range_from(r) > 0 || leaf.ranged[r] == 0)
-            std::memset(it.row_of(it.leaf_value, r), 0,
-                        sizeof(float) * static_cast<size_t>(it.p.head_dim));
+    if (!it.is_tiled || leaf.slides) {  // what begins with a tile's first key needs no zeros
+        const int64_t floats = int64_t{it.num_rows} * it.p.head_dim;
+        std::memset(it.leaf_value, 0, sizeof(float) * static_cast<size_t>(floats));
+    }
     if (it.is_tiled) {
         value_ranges(it, leaf);
     } else {
@@ -244,11 +260,13 @@ void value_leaf(Item<T>& it, const Leaf& leaf) {
     over_own_keys(it, leaf, keys);
 }
 
+// Scores in units of the cap to capped ones.
+void cap_scores(float* score, float cap) {
+    for (int i = 0; i < kLeaf; i += 16) store(mul(tanh(load(score + i)), splat(cap)), score + i);
+}
+
 // Scores to exponentials; lanes that are not of begin..end become exp(-inf) = 0.
-void soften(float* score, int begin, int end, float cap, float* max_out, float* sum_out) {
-    if (cap > 0.0f)
-        for (int i = 0; i < kLeaf; i += 16)
-            store(mul(tanh(load(score + i)), splat(cap)), score + i);
+void soften(float* score, int begin, int end, float* max_out, float* sum_out) {
     for (int i = 0; i < begin; ++i) score[i] = -__builtin_inff();
     for (int i = end; i < kLeaf; ++i) score[i] = -__builtin_inff();
     V16 s[4], best = load(score);
@@ -288,6 +306,11 @@ void merge(Item<T>& it, int row, float top, float keep, float take) {
 
 template <typename T>
 void merge_leaf(Item<T>& it, const Leaf& leaf) {
+    const auto is_first = [&](int r) { return it.first[it.node[r]] >= leaf.begin; };
+    if (leaf.begin == 0 || it.slides)
+        for (int r = 0; r < it.num_rows; ++r)
+            if (leaf.count[r] > 0 && is_first(r)) begin_row(it, r);
+    if (leaf.begin == 0) return;
     for (int begin = 0; begin < it.num_rows; begin += 16) {
         // Lanes of no row, or of one that has no key here or before, come to nothing.
         const V16 old_max = load(it.max + begin), leaf_max = load(it.leaf_max + begin);
@@ -298,9 +321,8 @@ void merge_leaf(Item<T>& it, const Leaf& leaf) {
         store(exp(sub(leaf_max, most)), take);
         for (int r = 0; r < 16 && begin + r < it.num_rows; ++r) {
             const int row = begin + r;
-            if (leaf.count[row] == 0) continue;
-            const bool is_first = it.first[it.node[row]] >= leaf.begin;
-            is_first ? begin_row(it, row) : merge(it, row, top[r], keep[r], take[r]);
+            const bool joins = leaf.count[row] > 0 && !(it.slides && is_first(row));
+            if (joins) merge(it, row, top[r], keep[r], take[r]);
         }
     }
 }
@@ -311,10 +333,12 @@ void run_leaf(Item<T>& it, int index) {
     leaf.begin = index * kLeaf;
     find_keys(it, leaf);
     score_leaf(it, leaf);
-    for (int r = 0; r < it.num_rows; ++r)
-        if (leaf.count[r] > 0)
-            soften(it.score[r], leaf.from[r], leaf.count[r], it.p.cap, &it.leaf_max[r],
-                   &it.leaf_sum[r]);
+    if (it.p.cap > 0.0f)
+        for (int r = 0; r < it.num_rows; ++r) cap_scores(it.score[r], it.p.cap);
+    for (int r = 0; r < it.num_rows; ++r) {
+        const int begin = leaf.from[r], end = leaf.count[r];
+        if (end > 0) soften(it.score[r], begin, end, &it.leaf_max[r], &it.leaf_sum[r]);
+    }
     value_leaf(it, leaf);
     merge_leaf(it, leaf);
 }

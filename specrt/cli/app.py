@@ -40,6 +40,7 @@ from specrt.cli.sampling_options import (
     SamplingOptions,
     left_to_the_model,
 )
+from specrt.draft.kinds import AUTO, NONE
 from specrt.targets import BUILTIN, SMOLLM2, how_to_install, is_installed
 
 app = typer.Typer(
@@ -172,6 +173,14 @@ def generate(
 def bench(
     *,
     options: EngineOptions,
+    drafters: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --drafter several of them, with commas between; 'all': those that "
+            "need no checkpoint, and the bundled ones that fit.",
+            rich_help_panel=RUNTIME,
+        ),
+    ] = None,
     prompts: PromptFile = None,
     jsonl: Jsonl = False,
     chat: Chat = False,
@@ -183,17 +192,22 @@ def bench(
     ] = False,
     sampling: BriefSampling,
 ) -> None:
-    """Measure a drafter against plain decoding: speed-up, tau, equal tokens."""
+    """Measure drafters against plain decoding: speed-up, tau, equal tokens."""
     from specrt.cli import bench as command
     from specrt.cli.prompts import encode, own_sampling, prompts_or_bundled
 
+    if drafters is not None and options.drafter != AUTO:
+        raise ValueError("drafter, drafters: expected one of them")
     common = sampling.params()
     named = prompts_or_bundled(prompts, num_prompts, num_bundled=16, is_jsonl=jsonl, is_chat=chat)
     params = own_sampling(named, common)
-    engine = options.load()
+    engine = (options if drafters is None else replace(options, drafter=NONE)).load()
     encoded = encode(engine, named, add_special_tokens=add_special_tokens)
-    name = drafter_name(options.drafter, options.target)
-    command.run(engine, name, encoded, params, repeats=repeats, is_json=json)
+    if drafters is None:
+        engines = {drafter_name(options.drafter, options.target): engine}
+    else:
+        engines = command.contenders(engine, options.target, drafters)
+    command.run(engines, encoded, params, repeats=repeats, is_json=json)
 
 
 @app.command()

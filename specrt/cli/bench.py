@@ -1,4 +1,4 @@
-"""``specrt bench``: a drafter against plain decoding on a user's own target and prompts."""
+"""``specrt bench``: drafters against plain decoding on a user's own target and prompts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specrt.cli.engine_options import drafter_name, target_directory
 from specrt.cli.errors import FAILED
 
 if TYPE_CHECKING:
@@ -18,12 +19,50 @@ if TYPE_CHECKING:
     from specrt.lab.measure import Comparison, Summary
     from specrt.sampling import SamplingParams
 
+ALL = "all"
 TAU = "tau: mean of accept_length + 1 per round (accepted draft tokens and the target's own token)"
 
 
+def contenders(engine: Engine, target: str, drafters: str) -> dict[str, Engine]:
+    """Engines of one target, by their drafters' names.
+
+    Args:
+        engine: of the target; its own drafter is left aside.
+        target: as named on the command line.
+        drafters: names and directories, with commas between; ``"all"``: those that need no
+            checkpoint, and the bundled ones that were made for this target.
+
+    Raises:
+        CheckpointError: one of them is none, or was made for another target.
+        ValueError: a name comes twice.
+    """
+    from specrt import builtin
+    from specrt.draft.kind import DrafterOptions
+    from specrt.draft.kinds import load_drafter, named_kinds
+    from specrt.lab.measure import with_drafter
+    from specrt.types import CheckpointError
+
+    path, _ = target_directory(target)
+    is_all = drafters == ALL
+    own = [kind.name for kind in named_kinds()]
+    names = [*own, *builtin.drafter_paths()] if is_all else drafters.split(",")
+    engines: dict[str, Engine] = {}
+    for name in map(str.strip, names):
+        shown = drafter_name(name, target)
+        if shown in engines:
+            raise ValueError(f"drafters: {shown} comes twice")
+        try:
+            drafter = load_drafter(name, engine.target, None, DrafterOptions(), path)
+        except CheckpointError:
+            if is_all and name not in own:
+                continue
+            raise
+        engines[shown] = with_drafter(engine, drafter)
+    return engines
+
+
 def run(
-    engine: Engine,
-    name: str,
+    engines: Mapping[str, Engine],
     prompts: Sequence[Prompt],
     sampling: Sequence[SamplingParams],
     *,
@@ -32,12 +71,17 @@ def run(
 ) -> None:
     """Measure and print.
 
+    Args:
+        engines: of one target, by name; plain decoding is added to them.
+        prompts, sampling, repeats: as for :func:`specrt.lab.measure.compare_all`.
+        is_json: one object in place of a table.
+
     Raises:
-        typer.Exit: with code 1 if the drafter's tokens were not plain decoding's.
+        typer.Exit: with code 1 if a drafter's tokens were not plain decoding's.
     """
     from specrt.lab.measure import PLAIN, compare_all, without_drafter
 
-    engines = {PLAIN: without_drafter(engine), name: engine}
+    engines = {PLAIN: without_drafter(next(iter(engines.values()))), **engines}
     err = Console(stderr=True)
 
     def progress(done: int) -> None:
@@ -48,23 +92,24 @@ def run(
         engines, prompts, sampling, repeats=repeats, on_prompt=progress
     )
     if is_json:
-        print(json.dumps(_as_dict(summaries, comparisons, name, repeats)))
+        print(json.dumps(_as_dict(summaries, comparisons, repeats)))
     else:
         _print_table(summaries, comparisons, repeats)
-    if summaries[name].num_equal_prompts < len(prompts):
+    if min(summary.num_equal_prompts for summary in summaries.values()) < len(prompts):
         raise typer.Exit(FAILED)
 
 
 def _as_dict(
     summaries: Mapping[str, Summary],
     comparisons: Sequence[Comparison],
-    name: str,
     repeats: int,
 ) -> dict[str, Any]:
     import torch
 
     from specrt.cli.info import cpu_model
+    from specrt.lab.measure import PLAIN
 
+    names = [name for name in summaries if name != PLAIN]
     return {
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
@@ -72,14 +117,21 @@ def _as_dict(
         "summaries": [summary.as_dict() for summary in summaries.values()],
         "prompts": [
             {
-                "num_tokens": one.measurements[name].num_tokens,
-                "num_equal_tokens": one.num_equal(name),
-                "tau": one.measurements[name].result.stats.tau,
-                "speedup": one.speedup(name),
+                **_of_one(one, names[0]),
+                "drafters": {name: _of_one(one, name) for name in names},
                 "seconds": {key: m.seconds for key, m in one.measurements.items()},
             }
             for one in comparisons
         ],
+    }
+
+
+def _of_one(one: Comparison, name: str) -> dict[str, Any]:
+    return {
+        "num_tokens": one.measurements[name].num_tokens,
+        "num_equal_tokens": one.num_equal(name),
+        "tau": one.measurements[name].result.stats.tau,
+        "speedup": one.speedup(name),
     }
 
 

@@ -36,7 +36,10 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option(help="Of the kernels; default: torch's.", rich_help_panel=RUNTIME)
 ]
-NumPrompts = Annotated[int | None, typer.Option(help="The first so many.", rich_help_panel=INPUT)]
+NumPrompts = Annotated[
+    int | None,
+    typer.Option("--num-prompts", "--limit", help="The first so many.", rich_help_panel=INPUT),
+]
 PromptFile = Annotated[
     str | None,
     typer.Option(

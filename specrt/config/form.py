@@ -94,6 +94,11 @@ class Form:
     logit_cap: float | None = None
     """c: scaled logits l become ``c tanh(l / c)``."""
 
+    @property
+    def is_gated_by_silu(self) -> bool:
+        """Whether one launch of a GPU's gives what ``down`` multiplies."""
+        return self.is_gated and self.activation == "silu"
+
     def layer(self, index: int) -> LayerKind:
         """What is special about a layer."""
         return self.layers[index] if self.layers else LayerKind()

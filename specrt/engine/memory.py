@@ -115,7 +115,8 @@ def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> 
     logit_rows = power_of_two(limits.max_batch * limits.max_nodes)
     piece = min(GPU_PIECE, limits.prefill_chunk)  # of a prompt
     rows = max(logit_rows, power_of_two(piece), MAX_NODES)
-    work = Workspace.make(config, rows, logit_rows, dtype, _NOWHERE)
+    is_interleaved = config.form.is_gated_by_silu
+    work = Workspace.make(config, rows, logit_rows, dtype, _NOWHERE, is_interleaved=is_interleaved)
     tensors = [getattr(work, field.name) for field in fields(work)]
     buffers = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
     rope = (config.max_positions + MAX_NODES) * config.head_dim * torch.float32.itemsize

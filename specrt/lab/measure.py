@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from specrt.device import Device
-from specrt.draft.base import EmptyDrafter
+from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.prompts import Prompt
 from specrt.engine.results import GenerationResult
@@ -113,9 +113,14 @@ class Summary:
 
 def without_drafter(engine: Engine) -> Engine:
     """An engine of the same target, in memory once, that decodes plainly."""
+    return with_drafter(engine, EmptyDrafter())
+
+
+def with_drafter(engine: Engine, drafter: Drafter) -> Engine:
+    """An engine of the same target, in memory once, with another drafter."""
     return Engine(
         engine.target,
-        EmptyDrafter(),
+        drafter,
         engine.tokenizer,
         max_batch=engine.max_batch,
         max_nodes=engine.max_nodes,

@@ -251,7 +251,7 @@ class _Loader:
             lm_head=lm_head,
             dtype=self._dtype,
             packing=self._packing,
-            may_interleave=form.is_gated and form.activation == "silu",
+            may_interleave=form.is_gated_by_silu,
             **outer,
         )
 

@@ -525,3 +525,29 @@ def test_bench(capsys: pytest.CaptureFixture[str], target: str, tmp_path: Path) 
     code, out, _ = run(capsys, *args)
     assert code == 0
     assert lines_with(out, "prompt-lookup", "x")
+
+
+def test_bench_of_several_drafters(
+    capsys: pytest.CaptureFixture[str], target: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "abc", "x")))
+    args = ("bench", "--target", target, "--prompts", str(file), "--limit", "2")
+    args += ("--max-new-tokens", "12", "--repeats", "1")
+    code, out, err = run(capsys, *args, "--json", "--drafters", "all")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    # Bundled ones are the bundled target's.
+    assert [one["name"] for one in said["summaries"]] == ["plain", "prompt-lookup", "recycle"]
+    assert all(one["num_equal_prompts"] == 2 for one in said["summaries"])
+    for prompt in said["prompts"]:
+        assert list(prompt["drafters"]) == ["prompt-lookup", "recycle"]
+    code, out, _ = run(capsys, *args, "--drafters", "recycle, prompt-lookup")
+    assert code == 0 and lines_with(out, "recycle", "x") and lines_with(out, "prompt-lookup", "x")
+    for drafters, words in (
+        ("recycle,recycle", "drafters: recycle comes twice"),
+        ("recycle,fspad", "hidden_size: the target has 64, this drafter 256"),
+        ("nobody", "drafter: expected none, auto"),
+    ):
+        expect_one_line(run(capsys, *args, "--drafters", drafters), words)
+    expect_one_line(run(capsys, *args, "--drafters", "all", "--drafter", "recycle"), "expected one")

@@ -28,7 +28,9 @@ from tests.engine.support import make_engine, make_model, prompts, sampled, text
 from tests.golden.check import check, token_paths
 from tests.trees import settled
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+GOLDEN = [
+    Path(__file__).parents[1] / "golden" / f"{name}.safetensors" for name in ("eagle2", "fspad")
+]
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 PENALISED = sampled(3, repetition_penalty=1.3, presence_penalty=0.4, top_k=20, min_p=0.02)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1), "penalties": PENALISED}
@@ -48,10 +50,6 @@ def test_reference_vectors(path: Path, is_folded: bool) -> None:
     assert report.is_good, report
     assert report.arch == path.stem
     assert all(size == 26 for _, size in report.trees.values())
-
-
-def test_there_are_reference_vectors() -> None:
-    assert [path.stem for path in GOLDEN] == ["eagle2", "fspad"]
 
 
 @pytest.fixture(scope="module")

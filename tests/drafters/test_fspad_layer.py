@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specrt.config import ModelConfig
+from specrt.config import Form, ModelConfig
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import ARCHS, DraftConfig
 from specrt.draft.fspad.layer import DraftLayer
@@ -55,6 +55,26 @@ def test_biases_and_padded_heads(
     if has_bias:  # or leaving it out would not show
         weights.qkv_bias.zero_()  # type: ignore[union-attr]
         assert error(forward(DraftLayer(config, weights), tokens, features)[0], served[0]) > 1e-3
+
+
+def test_logits_are_scaled_and_capped_as_the_targets_are(model: ModelConfig) -> None:
+    config = DraftConfig.for_target(model, "fspad", name="x")
+    tensors = random_draft_tensors(config, torch.float32)
+    tables = torch.randn(2, VOCAB, model.hidden_size, generator=torch.Generator().manual_seed(1))
+    bias = torch.linspace(-1, 1, VOCAB)
+    plain, biased = (
+        pack_weights(config, tensors, *tables, torch.float32, head_bias=added)
+        for added in (None, bias)
+    )
+    tokens, features = torch.arange(NUM_PAIRS).int(), tables[1, :NUM_PAIRS]
+    form = Form(logit_scale=0.5, logit_cap=3.0)
+    layer = DraftLayer(config, biased, target_form=form)
+    assert not layer.has_maxima and DraftLayer(config, plain).has_maxima
+    logits = []
+    for one in (DraftLayer(config, plain), layer):
+        forward(one, tokens, features)
+        logits.append(one.activations(NUM_PAIRS, NUM_PAIRS).logits[:NUM_PAIRS])
+    assert error(logits[1], 3.0 * torch.tanh(0.5 * (logits[0] + bias) / 3.0)) < 1e-6
 
 
 def test_the_targets_rotary_table_is_used_where_it_is_the_same(model: ModelConfig) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import Phi3Config, StableLmConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
 
 from specrt.cache import CacheBatch, KVCache
 from specrt.config import ModelConfig
@@ -60,6 +65,64 @@ def test_what_is_put_into_a_padded_head_is_not_turned() -> None:
     cosines, sines = padded.chunk(2, dim=1)
     assert torch.equal(torch.cat([cosines[:, :5], sines[:, :5]], dim=1), plain)
     assert bool((cosines[:, 5:] == 1).all()) and bool((sines[:, 5:] == 0).all())
+
+
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 128}
+THEIRS = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 3.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {**YARN, "factor": 4.0},
+    {**YARN, "factor": 16.0, "beta_fast": 20.0, "beta_slow": 0.5, "attention_factor": 1.4},
+    {**YARN, "factor": 8.0, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.4},
+    {**YARN, "factor": 2.0, "beta_fast": 1.0, "beta_slow": 1.0},  # a ramp of no width
+    {**LONG, "factor": 4.0},
+    {**LONG, "attention_factor": 1.25},
+]
+
+
+@pytest.mark.parametrize("theirs", THEIRS, ids=lambda one: one["rope_type"])
+@pytest.mark.parametrize(("head_dim", "part"), [(32, 1.0), (64, 0.25), (80, 0.5)])
+def test_angles_are_those_of_transformers(
+    theirs: dict[str, Any], head_dim: int, part: float
+) -> None:
+    """Of what the configuration comes to, and of all of a head or a part."""
+    size, generator = int(head_dim * part), random.Random(head_dim)
+    if theirs["rope_type"] == "longrope":
+        factors = [[1 + 3 * generator.random() for _ in range(size // 2)] for _ in range(2)]
+        theirs = theirs | {"short_factor": factors[0], "long_factor": factors[1]}
+    rope = {**theirs, "rope_theta": 5000.0, "partial_rotary_factor": part}
+    kind = theirs["rope_type"]
+    family, make = ("phi3", Phi3Config) if kind == "longrope" else ("stablelm", StableLmConfig)
+    data = {
+        "model_type": family,
+        "hidden_size": 2 * head_dim,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": rope,
+    }
+    if kind == "longrope":
+        data["original_max_position_embeddings"] = LONG["original_max_position_embeddings"]
+    init = StableLmRotaryEmbedding.compute_default_rope_parameters
+    frequencies, factor = ROPE_INIT_FUNCTIONS.get(kind, init)(make(**data))
+    sizes = {"vocab_size": 97, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = ModelConfig.from_dict({**data, **sizes})
+    cosines, sines = RotaryTable(config, head_dim, Device()).reaching(400).chunk(2, dim=1)
+    angles = torch.arange(len(cosines))[:, None] * frequencies.double()
+    turned = size // 2
+    # Their frequencies are float32's, and so are off by 1e-7 of an angle.
+    bound = 1e-6 + 4e-7 * angles.abs() * factor
+    for ours, expected in ((cosines, angles.cos()), (sines, angles.sin())):
+        assert bool(((ours[:, :turned] - factor * expected).abs() <= bound).all())
+    assert bool((cosines[:, turned:] == 1).all()) and bool((sines[:, turned:] == 0).all())
 
 
 class Run:

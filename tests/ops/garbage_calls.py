@@ -453,7 +453,7 @@ def positions_arguments(variant: int, backend: Backend) -> Arguments:
 
 def embed_at_positions(a: Arguments) -> None:
     given = {**a}
-    places = (given.pop(name) for name in ("positions", "depth", "kv_len", "offset"))
+    places = [given.pop(name) for name in ("positions", "depth", "kv_len", "offset")]
     ops.embed(**given, positions=ops.EmbedPositions(*places))
 
 

@@ -241,7 +241,7 @@ def test_table_is_transformers(scaling: dict[str, object] | None) -> None:
     assert torch.equal(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+@pytest.mark.parametrize("kind", ["su", "dynamic"])
 def test_other_rope_types_are_refused_by_name(kind: str) -> None:
     with pytest.raises(ValueError, match=kind):
         rope_table(64, 10000.0, 16, {"rope_type": kind, "factor": 2.0})
