@@ -5,7 +5,8 @@ Nothing is read before it is asked for, and of a matrix that several share only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,6 +134,7 @@ class StandardCheckpoint(Checkpoint):
         self.directory, self._inner = checkpoint.directory, checkpoint
         self._views: dict[str, tuple[str, View | None]] = {}
         self.infos = dict(checkpoint.infos)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         found = [one for one in stored if one.key in checkpoint.infos]
         for one in found:
             del self.infos[one.key]
@@ -162,16 +164,20 @@ class StandardCheckpoint(Checkpoint):
         stored_key, view = self._views.get(key, (key, None))
         if view is None:
             return self._inner.tensor(stored_key)
-        return self.rows(key, 0, self.infos[key].shape[0])
+        self._scratch = torch.empty(0, dtype=torch.uint8)  # what was read before stays
+        whole = self.rows(key, 0, self.infos[key].shape[0])
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        return whole
 
     def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Some rows of :meth:`tensor`; of blocks their bytes."""
+        """Some rows of :meth:`tensor`, which stay until others are read; of blocks their bytes."""
         stored_key, view = self._views.get(key, (key, None))
         if view is None:
             return self._inner.rows(stored_key, start, stop)
         if view.is_transposed:
             columns = slice(view.first + start, view.first + stop)
-            return self._inner.tensor(stored_key)[:, columns].t().contiguous()
+            turned = self._inner.tensor(stored_key)[:, columns].t()
+            return self._room(turned.shape, turned.dtype).copy_(turned)
         size, block = view.num_rows, self._inner.infos[stored_key].shape[0] // view.num_blocks
         begin, end = start // size, -(-stop // size)
         stored = self._inner.rows(
@@ -181,7 +187,16 @@ class StandardCheckpoint(Checkpoint):
             return stored[start - begin * size : stop - begin * size]
         places = torch.arange(start, stop)
         places = (places // size - begin) * block + places % size
-        return stored.index_select(0, places)
+        room = self._room((len(places), *stored.shape[1:]), stored.dtype)
+        return torch.index_select(stored, 0, places, out=room)
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a copy, the same each time: pieces in memory of their own would leave holes
+        between what stays, and a model's load would need half as much again."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._scratch) < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch[:num_bytes].view(dtype).view(*shape)
 
     def reads_all(self, key: str) -> bool:
         """Whether some rows of a tensor touch all pages of what is stored."""
