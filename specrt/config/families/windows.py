@@ -20,7 +20,7 @@ def everywhere(keys: Keys) -> tuple[LayerKind, ...]:
     window = window_of(keys)
     wanted = _KINDS[window is not None]
     kinds = keys.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {wanted}):
+    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {wanted}):
         raise keys.fail(
             f"layer_types: expected {wanted} alone beside sliding_window {window}, got {kinds!r}"
         )
