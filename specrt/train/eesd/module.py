@@ -161,7 +161,7 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
         target: that configuration.
 
     Raises:
-        CheckpointError: a file is missing or corrupt, or holds blocks.
+        CheckpointError: a file is missing or corrupt.
     """
     checkpoint = use_standard_names(open_checkpoint(path), target)
 
