@@ -40,7 +40,7 @@ class ExitOutput(NamedTuple):
 
 
 class _Layer(nn.Module):
-    """A decoder layer of the target's own family."""
+    """A decoder layer of Llama's form, which the target's last one has."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
