@@ -29,7 +29,7 @@ def test_another_form_is_refused(case: Case, said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("family", "said"), [("granite", "logit_scale"), ("phi", "has_head_bias")])
+@pytest.mark.parametrize(("family", "said"), [("cohere", "logit_scale"), ("phi", "has_head_bias")])
 def test_another_law_is_refused(family: str, said: str, tmp_path: Path) -> None:
     build(Case("x", family, {}), tmp_path / "target")
     data = DataOptions(max_length=64)
