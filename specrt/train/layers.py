@@ -47,7 +47,7 @@ class GatedMlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of the Llama family; biases and norms of q and k by configuration."""
+    """Causal attention of Llama's form; biases and norms of q and k by configuration."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

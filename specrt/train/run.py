@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from specrt.config import ModelConfig
+from specrt.config import Form, ModelConfig
 from specrt.draft.eesd.checkpoint import ExitConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.models.loader import load_tables
@@ -71,9 +71,11 @@ def train_fspad(
         intermediate_size: I; the target's by default.
 
     Raises:
-        As :func:`train`; ValueError also for an unknown ``arch``.
+        As :func:`train`; ValueError also for an unknown ``arch``, and for a target whose logits
+        are more than its head's product.
     """
     target = ModelConfig.from_directory(job.target)
+    _check_head(target)
     config = DraftConfig.for_target(
         target, arch, name=job.target_name, intermediate_size=intermediate_size
     )
@@ -88,7 +90,8 @@ def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) 
         exit_layers: every N, 1..L-1.
 
     Raises:
-        As :func:`train`; ValueError also for no N, or one out of range.
+        As :func:`train`; ValueError also for no N, or one out of range, and for a target whose last
+        layer is none of Llama's form, or has a window that hides part of a text.
     """
     if not exit_layers:
         raise ValueError("exit_layer: expected at least one")
@@ -97,6 +100,7 @@ def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) 
         ExitConfig.for_target(target, number, name=job.target_name)
         for number in sorted(set(exit_layers))
     ]
+    _check_exit(configs[0].layer, job.data.max_length)
     task = EesdTask(
         target,
         configs,
@@ -105,6 +109,34 @@ def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) 
         options,
     )
     return train(job, options, task)
+
+
+def _check_head(target: ModelConfig) -> None:
+    """Refuse a target whose law is not that of its head's product, which training takes it for."""
+    form, usual = target.form, Form()
+    names = "logit_scale", "logit_cap", "has_head_bias"
+    others = [name for name in names if getattr(form, name) != getattr(usual, name)]
+    if others:
+        raise ValueError(
+            f"target: expected logits that are the head's product alone, which drafters are "
+            f"trained on, got {target.architecture} with {', '.join(others)}"
+        )
+
+
+def _check_exit(layer: ModelConfig, max_length: int) -> None:
+    """Refuse an exit that would compute something else in training than where it serves."""
+    form, usual, kind = layer.form, Form(), layer.form.layer(0)
+    names = [item.name for item in fields(Form) if item.name != "layers"]
+    others = [name for name in names if getattr(form, name) != getattr(usual, name)]
+    if kind.rope != "main":
+        others.append(f"rope {kind.rope!r}")
+    if kind.window is not None and kind.window < max_length:
+        others.append(f"a window of {kind.window} below max_length {max_length}")
+    if others:
+        raise ValueError(
+            f"target: expected layers of Llama's form, which alone EESD is trained for, got "
+            f"{layer.architecture} with {', '.join(others)}"
+        )
 
 
 def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:

@@ -289,6 +289,10 @@ def test_dtype(key: str, name: str | None, dtype: torch.dtype) -> None:
             ["layer_types: expected sliding_attention alone", "4096"],
         ),
         (
+            changed(model_type="mistral", num_attention_heads=8, layer_types=["sliding_attention"]),
+            ["layer_types: expected sliding_attention alone, of 3 layers"],
+        ),
+        (
             changed(model_type="qwen3", num_key_value_heads=4, layer_types=MIXED),
             ["layer_types has sliding_attention, and use_sliding_window is false"],
         ),

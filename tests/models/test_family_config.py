@@ -186,3 +186,19 @@ def test_a_familys_own_keys_are_its_own(tmp_path: Path) -> None:
     gpt = changed(model_type="gpt2", n_inner=None, intermediate_size=...)
     assert ModelConfig.from_dict(gpt).intermediate_size == 256
     assert ModelConfig.from_dict(gpt).form.layer(2) == LayerKind(rope="none")
+
+
+def test_a_nemotrons_head_is_its_share_of_the_hidden_size() -> None:
+    data = own_keys("nemotron") | {"hidden_size": 64, "num_attention_heads": 4}
+    del data["head_dim"]
+    assert ModelConfig.from_dict(data).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("mistral", "layer_types"), ("smollm3", "no_rope_layers")]
+)
+@pytest.mark.parametrize("value", [[["a"]] * 64, [{}] * 64])
+def test_lists_in_lists_are_refused_by_name(family: str, key: str, value: list[Any]) -> None:
+    data = own_keys(family) | {key: value}
+    with pytest.raises(CheckpointError, match=f"config.json: {key}: expected "):
+        ModelConfig.from_dict(data)

@@ -12,7 +12,7 @@ import torch
 
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
-from specrt.config import ModelConfig
+from specrt.config import Form, LayerKind, ModelConfig
 from specrt.device import Device
 from specrt.models import placement
 from specrt.models.gate_up import interleaved
@@ -27,7 +27,7 @@ from specrt.models.placement import (
     parse_device,
     place_weights,
 )
-from specrt.models.step import FINAL_TAP
+from specrt.models.step import FINAL_TAP, GpuScratch
 from specrt.ops import registry
 from specrt.tree import TreeBuilder
 from tests.checkpoints import make_checkpoint
@@ -320,7 +320,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     for name in (*kernels, "tree_attention"):
         monkeypatch.setattr(ops, name, spy(name))
     monkeypatch.setattr(registry, "is_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(ops, "tree_attention_workspace", lambda *shape: 10 * shape[0])
+    monkeypatch.setattr(ops, "tree_attention_workspace", lambda *shape, **_: 10 * shape[0])
     return made
 
 
@@ -371,6 +371,22 @@ def test_who_captures_on_a_gpu_hears_of_memory_that_moves(
     for batch in (lone, both, lone, both, lone):
         model.forward(trees[batch], batch)
     assert device.num_launches == 2
+
+
+def test_attention_gets_room_for_every_window_of_a_models(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launch wants is no matter of the longest one's alone."""
+    wanted = {None: 40, 8: 100, 24: 10}
+    monkeypatch.setattr(
+        ops, "tree_attention_workspace", lambda *_, sliding_window: wanted[sliding_window]
+    )
+    config = ModelConfig.from_directory(checkpoint)
+    layers = LayerKind(), LayerKind(8), LayerKind(24)
+    config = replace(config, num_layers=3, form=Form(layers=layers))
+    scratch = GpuScratch(config, [(8, 8)], Device())
+    scratch.prepare(1, 1, 64)
+    assert scratch.attention.numel() >= 100
 
 
 def test_commits_count_on_the_host(

@@ -260,7 +260,6 @@ LAYER_NORMED: Mapping[str, Family] = {
         {
             "num_key_value_heads": None,
             "max_position_embeddings": 4096,
-            "head_dim": 128,
             "hidden_act": "relu2",
             "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 0.5,

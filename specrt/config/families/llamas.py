@@ -83,7 +83,11 @@ def _smollm3(keys: Keys) -> tuple[LayerKind, ...]:
     if has_rope is None:
         period = keys.size("no_rope_layer_interval")
         has_rope = [(index + 1) % period != 0 for index in range(count)]
-    if not isinstance(has_rope, list) or len(has_rope) < count or {*has_rope} - {0, 1}:
+    if (
+        not isinstance(has_rope, list)
+        or len(has_rope) < count
+        or any(value not in (0, 1) for value in has_rope)
+    ):
         raise keys.fail(f"no_rope_layers: expected {count} of 0 and 1, got {has_rope!r}")
     window = window_of(keys) if keys.flag("use_sliding_window") else None
     slides = sliding_layers(keys, lambda i: window is not None and not has_rope[i])

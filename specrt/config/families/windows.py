@@ -17,14 +17,17 @@ def window_of(keys: Keys) -> int | None:
 
 def everywhere(keys: Keys) -> tuple[LayerKind, ...]:
     """The window in all layers, where there is one."""
-    window = window_of(keys)
+    window, count = window_of(keys), keys.size("num_hidden_layers")
     wanted = _KINDS[window is not None]
     kinds = keys.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {wanted}):
+    if kinds is None:
+        kinds = [wanted] * count
+    if not isinstance(kinds, list) or len(kinds) < count or set(map(str, kinds)) - {wanted}:
         raise keys.fail(
-            f"layer_types: expected {wanted} alone beside sliding_window {window}, got {kinds!r}"
+            f"layer_types: expected {wanted} alone, of {count} layers, beside sliding_window "
+            f"{window}, got {kinds!r}"
         )
-    return (LayerKind(window=window),) * keys.size("num_hidden_layers")
+    return (LayerKind(window=window),) * count
 
 
 def by_types(

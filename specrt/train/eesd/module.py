@@ -40,7 +40,7 @@ class ExitOutput(NamedTuple):
 
 
 class _Layer(nn.Module):
-    """A decoder layer of the target's own family."""
+    """A decoder layer of Llama's form, which the target's last one has."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
         target: that configuration.
 
     Raises:
-        CheckpointError: a file is missing or corrupt, or holds blocks.
+        CheckpointError: a file is missing or corrupt.
     """
     checkpoint = use_standard_names(open_checkpoint(path), target)
 
