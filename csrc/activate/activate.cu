@@ -1,12 +1,11 @@
 #include "activate/activate.h"
+#include "core/elements.cuh"
 #include "core/pack.cuh"
 #include "core/ptx.cuh"
 #include "core/silu.cuh"
 
 namespace specrt {
 namespace {
-
-constexpr int kBlock = 256;
 
 template <Activation kKind>
 __device__ __forceinline__ float activated(float x) {
@@ -19,12 +18,10 @@ __device__ __forceinline__ float activated(float x) {
 
 // A thread takes kSize neighbouring elements of a row.
 template <Activation kKind, typename T, int kSize>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kElementThreads)
     activate_elements(const ActivateParams p, const unsigned blocks_per_row) {
     ptx::let_next_start();
-    const int64_t row = blockIdx.x / blocks_per_row;
-    const unsigned block = blockIdx.x % blocks_per_row;
-    const int64_t first = (int64_t{block} * kBlock + threadIdx.x) * kSize;
+    const auto [row, first] = elements_of_thread<kSize>(blocks_per_row);
     ptx::wait_for_previous();
     if (first >= p.width) return;
     const T* source = static_cast<const T*>(p.x) + row * p.x_stride + first;
@@ -41,9 +38,8 @@ __global__ void __launch_bounds__(kBlock)
 
 template <Activation kKind, typename T, int kSize>
 void launch(const ActivateParams& p, CudaStream stream) {
-    const unsigned blocks_per_row = ceil_div(p.width, kBlock * kSize);
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock),
-                            0, kOverlaps};
+    const unsigned blocks_per_row = element_blocks(p.width, kSize);
+    const LaunchShape shape = element_shape(p.num_rows, blocks_per_row);
     SPECRT_LAUNCH((activate_elements<kKind, T, kSize>), shape, stream, p, blocks_per_row);
 }
 

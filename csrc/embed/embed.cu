@@ -1,11 +1,10 @@
+#include "core/elements.cuh"
 #include "core/pack.cuh"
 #include "core/ptx.cuh"
 #include "embed/embed.h"
 
 namespace specrt {
 namespace {
-
-constexpr int kBlock = 256;
 
 // Elements first .. first + kSize - 1 of the row's own in the table of positions. One by one: what
 // they weigh beside the launch is little.
@@ -29,12 +28,10 @@ __device__ __forceinline__ Pack<float, kSize> positions_of(const PositionRows& p
 
 // A thread takes kSize neighbouring elements of a row: 16 bytes of the narrower type.
 template <typename From, typename To, int kSize, bool kIsAdjusted>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kElementThreads)
     embed_elements(const EmbedParams p, const unsigned blocks_per_row) {
     ptx::let_next_start();
-    const int64_t row = blockIdx.x / blocks_per_row;
-    const unsigned block = blockIdx.x % blocks_per_row;
-    const int64_t first = (int64_t{block} * kBlock + threadIdx.x) * kSize;
+    const auto [row, first] = elements_of_thread<kSize>(blocks_per_row);
     ptx::wait_for_previous();
     const bool is_open = is_any_open(p.open);
     if (first == 0) write_id(p, row, is_open);
@@ -64,9 +61,8 @@ __global__ void __launch_bounds__(kBlock)
 
 template <typename From, typename To, int kSize, bool kIsAdjusted>
 void launch(const EmbedParams& p, CudaStream stream) {
-    const unsigned blocks_per_row = ceil_div(p.width, kBlock * kSize);
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock),
-                            0, kOverlaps};
+    const unsigned blocks_per_row = element_blocks(p.width, kSize);
+    const LaunchShape shape = element_shape(p.num_rows, blocks_per_row);
     SPECRT_LAUNCH((embed_elements<From, To, kSize, kIsAdjusted>), shape, stream, p, blocks_per_row);
 }
 

@@ -1,3 +1,4 @@
+#include "core/elements.cuh"
 #include "core/pack.cuh"
 #include "core/ptx.cuh"
 #include "core/tanh.h"
@@ -6,16 +7,12 @@
 namespace specrt {
 namespace {
 
-constexpr int kBlock = 256;
-
 // A thread takes kSize neighbouring elements of a row.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kElementThreads)
     scale_add_elements(const ScaleAddParams p, const unsigned blocks_per_row) {
     ptx::let_next_start();
-    const int64_t row = blockIdx.x / blocks_per_row;
-    const unsigned block = blockIdx.x % blocks_per_row;
-    const int64_t first = (int64_t{block} * kBlock + threadIdx.x) * kSize;
+    const auto [row, first] = elements_of_thread<kSize>(blocks_per_row);
     ptx::wait_for_previous();
     if (first >= p.width) return;
     const T* residual =
@@ -34,9 +31,8 @@ __global__ void __launch_bounds__(kBlock)
 
 template <typename T, int kSize>
 void launch(const ScaleAddParams& p, CudaStream stream) {
-    const unsigned blocks_per_row = ceil_div(p.width, kBlock * kSize);
-    const LaunchShape shape{dim3(static_cast<unsigned>(p.num_rows) * blocks_per_row), dim3(kBlock),
-                            0, kOverlaps};
+    const unsigned blocks_per_row = element_blocks(p.width, kSize);
+    const LaunchShape shape = element_shape(p.num_rows, blocks_per_row);
     SPECRT_LAUNCH((scale_add_elements<T, kSize>), shape, stream, p, blocks_per_row);
 }
 

@@ -117,7 +117,6 @@ def _as_dict(
         "summaries": [summary.as_dict() for summary in summaries.values()],
         "prompts": [
             {
-                **_of_one(one, names[0]),
                 "drafters": {name: _of_one(one, name) for name in names},
                 "seconds": {key: m.seconds for key, m in one.measurements.items()},
             }

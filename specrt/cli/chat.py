@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from specrt.sampling import SamplingParams
 
 HELP = "/reset forgets what was said, /quit (or Ctrl-D) ends, Ctrl-C stops an answer"
-_RESET, _QUIT, _HELP = "/reset", "/quit", "/help"
+_RESET, _QUIT = "/reset", "/quit"
 _ROOM = 4  # of the context a quarter at most is kept free for an answer
 
 
@@ -182,7 +182,7 @@ def talk(
             break
         if said == _RESET:
             conversation.reset()
-        elif said == _HELP or (said.startswith("/") and len(said.split()) == 1):
+        elif said.startswith("/") and len(said.split()) == 1:
             notes.print(Text(HELP, style="dim"))
         elif said:
             try:

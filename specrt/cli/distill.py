@@ -179,6 +179,8 @@ def _measured_apart(
     prompts: Sequence[TrainingPrompt], measured: Sequence[str]
 ) -> list[TrainingPrompt]:
     """Those that are not in files for measuring, nor close to what is."""
+    if not measured:
+        return list(prompts)
     from specrt.train.data.overlap import WordRuns, asked_texts
 
     runs = WordRuns(asked_texts(measured))

@@ -167,9 +167,9 @@ def config_fingerprint(config: ModelConfig) -> str:
     sample do not count: a drafter fits a target whatever these are.
     """
     apart = {
-        *("bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation"),
+        "bos_id", "eos_ids", "dtype", "float8_scale_suffix", "max_positions", "generation",
         "notices",
-    }
+    }  # fmt: skip
     content = {name: value for name, value in vars(config).items() if name not in apart}
     content["rope_scaling"] = dict(config.rope_scaling) if config.rope_scaling else None
     # Of a Llama it says nothing, so that drafters made before there were others still fit.

@@ -149,8 +149,8 @@ class _Sizes:
     @property
     def most(self) -> int:
         """Pages that ``max_batch`` sequences of the longest text can use."""
-        first, *_, last = self.groups[0], *self.groups
-        return self._most_of(first if first.window is None else last)
+        has_full = self.groups[0].window is None  # that comes first
+        return self._most_of(self.groups[0 if has_full else -1])
 
     def _most_of(self, group: PageGroup) -> int:
         limits = self.limits

@@ -79,7 +79,7 @@ class AdaptedCheckpoint(Checkpoint):
         if change is None:
             return self._base.rows(own, start, stop)
         if "weight" in change.parts:
-            rows = self._part(change, "weight")[start:stop]
+            rows = self._adapter.rows(change.parts["weight"], start, stop).float()
         else:
             rows = self._base.rows(own, start, stop).float()
         return self._merged(own, change, rows, start, stop)

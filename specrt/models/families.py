@@ -70,9 +70,7 @@ _GPT_OUTER = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 _GPT_BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 LLAMA = Naming()
-"""Also of InternLM3, Seed-OSS, Ministral, CWM, IQuestCoder, Arcee, Mistral, Qwen2, Qwen3, Granite,
-SmolLM3, Gemma, OLMo, Ernie 4.5, Helium, Cohere, StableLM, Nemotron, Jais 2: all that are not named
-below."""
+"""Also of all families that are not named below."""
 
 NAMINGS: Mapping[str, Naming] = {
     "phi3": Naming(inner={**_fused(_QKV, "self_attn.qkv_proj"), **_GATE_UP_FUSED}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from specrt.config.families.windows import by_pattern, by_types, everywhere
@@ -10,7 +11,8 @@ from specrt.config.family import Family, Keys
 from specrt.config.form import Form, LayerKind
 
 _BIASED = Form(norm="layer", has_norm_bias=True)
-_UNGATED = Form(norm="layer", has_norm_bias=True, is_gated=False)
+_UNGATED = replace(_BIASED, is_gated=False)
+_PARALLEL = replace(_UNGATED, is_parallel=True, has_mlp_norm=False, has_head_bias=True)
 _MULTI_HEAD = ("head_dim", "num_key_value_heads")
 _COHERE: dict[str, Any] = {
     "max_position_embeddings": 8192,
@@ -129,7 +131,7 @@ LAYER_NORMED: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
         names=_GPT_NAMES,
-        form=Form(norm="layer", has_norm_bias=True, is_gated=False, position_offset=0),
+        form=replace(_UNGATED, position_offset=0),
         settle=_gpt2,
         layers=_unturned,
         qkv_bias=True,
@@ -148,15 +150,7 @@ LAYER_NORMED: Mapping[str, Family] = {
         "GPTJForCausalLM",
         {**_GPT, "max_position_embeddings": 2048, "rotary_dim": 64},
         names=_GPT_NAMES,
-        form=Form(
-            norm="layer",
-            has_norm_bias=True,
-            is_gated=False,
-            is_parallel=True,
-            has_mlp_norm=False,
-            is_rotary_interleaved=True,
-            has_head_bias=True,
-        ),
+        form=replace(_PARALLEL, is_rotary_interleaved=True),
         settle=_gptj,
         mlp_bias=True,
         derived=_MULTI_HEAD,
@@ -199,14 +193,7 @@ LAYER_NORMED: Mapping[str, Family] = {
             "eos_token_id": 2,
         },
         names={"rms_norm_eps": "layer_norm_eps"},
-        form=Form(
-            norm="layer",
-            has_norm_bias=True,
-            is_gated=False,
-            is_parallel=True,
-            has_mlp_norm=False,
-            has_head_bias=True,
-        ),
+        form=_PARALLEL,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
@@ -267,7 +254,7 @@ LAYER_NORMED: Mapping[str, Family] = {
             "eos_token_id": 3,
         },
         names={"rms_norm_eps": "norm_eps"},
-        form=Form(norm="layer", has_norm_bias=True, norm_offset=1.0, is_gated=False),
+        form=replace(_UNGATED, norm_offset=1.0),
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",

@@ -37,6 +37,12 @@ _QWEN_VL = Family(
     qkv_bias=True,
     rope_types=_MROPE,
 )
+_MISTRAL: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    **_ONE_AND_TWO,
+}
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -112,22 +118,12 @@ LLAMAS: Mapping[str, Family] = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        {
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-            **_ONE_AND_TWO,
-        },
+        _MISTRAL,
         layers=everywhere,
     ),
     "ministral": Family(
         "MinistralForCausalLM",
-        {
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-            **_ONE_AND_TWO,
-        },
+        _MISTRAL,
         layers=by_types(lambda index, keys: True),
     ),
     "ministral3": Family(

@@ -8,7 +8,7 @@ import torch
 
 from specrt.config.quantization import Quantization
 from specrt.models.checkpoint import Checkpoint, TensorInfo
-from specrt.models.quantized.integers import AwqMatrix, GptqMatrix, PackedMatrix
+from specrt.models.quantized.integers import AwqMatrix, GptqMatrix, PackQuantizedMatrix
 from specrt.models.quantized.parts import Parts, StoredMatrix
 from specrt.models.quantized.scaled import NUMBERS, ScaledMatrix
 from specrt.types import CheckpointError
@@ -16,7 +16,7 @@ from specrt.types import CheckpointError
 _LAYOUTS: Mapping[str, type[StoredMatrix]] = {
     "awq": AwqMatrix,
     "gptq": GptqMatrix,
-    "packed": PackedMatrix,
+    "packed": PackQuantizedMatrix,
     "scaled": ScaledMatrix,
 }
 # Of activations, which are not quantised here.

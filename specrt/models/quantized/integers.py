@@ -115,7 +115,7 @@ class GptqMatrix(_GroupedMatrix):
         return unpack((words.to(torch.int64) + ones).to(torch.int32), bits)
 
 
-class PackedMatrix(_GroupedMatrix):
+class PackQuantizedMatrix(_GroupedMatrix):
     """``weight_packed [N, K * bits / 32]``, ``weight_scale [N, G]``, ``weight_shape [2]`` and,
     where they are there, ``weight_zero_point`` and ``weight_g_idx [K]``. Codes are more by
     ``2 ** (bits - 1)`` than what they stand for."""

@@ -66,7 +66,7 @@ def _scale_shapes(
         blocks = math.ceil(num_rows / scheme.block[0]), math.ceil(num_columns / scheme.block[1])
         return [blocks], f" (blocks of {list(scheme.block)})"
     if scheme.group_size is not None:
-        num_groups = num_columns / scheme.group_size
-        groups = math.ceil(num_groups) if num_groups % 1 else int(num_groups)
-        return [(num_rows, groups)], f" (groups of {scheme.group_size} columns)"
+        return [
+            (num_rows, math.ceil(num_columns / scheme.group_size))
+        ], f" (groups of {scheme.group_size} columns)"
     return [(), (1,), (1, 1), (num_rows,), (num_rows, 1)], ""

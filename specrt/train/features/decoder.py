@@ -37,7 +37,7 @@ class Rows:
     """Cosines and sines ``[T, 1, d]`` of each rope choice of the model's layers."""
 
 
-class DecoderLayer:
+class FrozenLayer:
     """One layer's weights where and as they are computed with.
 
     Args:

@@ -14,7 +14,7 @@ from specrt.models.dense import dense
 from specrt.models.loader import load_weights
 from specrt.models.packing import Packing
 from specrt.models.rope import RotaryTable
-from specrt.train.features.decoder import DecoderLayer, Rows, normed
+from specrt.train.features.decoder import FrozenLayer, Rows, normed
 
 _BLOCKS = Packing(keeps_blocks=True)
 
@@ -96,7 +96,7 @@ class PackedTarget:
         compute = torch.float32 if device.type == "cpu" else dtype
         weights = load_weights(path, config, dtype, packing=_BLOCKS)
         self._layers = [
-            DecoderLayer(
+            FrozenLayer(
                 config, index, layer, cache_dtype=dtype, device=self._device, compute=compute
             )
             for index, layer in enumerate(weights.layers)
