@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from specrt.config import ModelConfig
+    from specrt.draft.eesd.checkpoint import ExitConfig
     from specrt.draft.fspad.checkpoint import DraftConfig
 
 
@@ -40,11 +41,18 @@ def convert(
             "as FR-Spec and SGLang have it); default: all of them are kept."
         ),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8: its matrices are stored as a byte a weight, with a scale a row; none: as "
+            "values; default: as they are stored now."
+        ),
+    ] = None,
 ) -> None:
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
     from specrt.config import ModelConfig, config_fingerprint
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
-    from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
+    from specrt.draft.fspad.checkpoint import reduce_vocabulary, write_checkpoint
     from specrt.draft.fspad.vocabulary import keep_tokens
     from specrt.draft.kinds import drafter_directory
 
@@ -54,10 +62,12 @@ def convert(
     directory, name = target_directory(target)
     model = ModelConfig.from_directory(directory)
     _check_reduction(draft_vocab, corpus, hot_tokens, model.vocab_size)
+    _check_quantize(quantize)
     found = drafter_directory(source)
     if is_exit_checkpoint(found):
-        raise ValueError(f"{found}: expected an FSPAD or EAGLE drafter; EESD has no other layout")
-    config, tensors = read_checkpoint(found, model)
+        is_reduced = draft_vocab is not None or hot_tokens is not None
+        return _convert_exit(found, place, model, None if is_reduced else quantize)
+    config, tensors = _read(found, model, quantize)
     config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
     notes = _settle_tables(found, tensors, directory, model)
     _add_biases(config, tensors)
@@ -68,9 +78,7 @@ def convert(
         config, tensors = reduce_vocabulary(config, tensors, counts.ranking, draft_vocab)
         notes.append(counts.coverage(tensors))
     write_checkpoint(place, config, tensors)
-    for line in [*_found(config, tensors), *notes]:
-        print(line)
-    print(f"written to {place} for {config.target_name} ({config.target_fingerprint})")
+    _say(place, config, tensors, [*_architecture(config), *notes])
 
 
 @dataclass(frozen=True)
@@ -183,17 +191,79 @@ def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:
             tensors[key] = tensors[f"{key.removesuffix('bias')}weight"].new_zeros(shape)
 
 
-def _found(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> list[str]:
-    layer = config.layer
+def _check_quantize(quantize: str | None) -> None:
+    from specrt.draft.files import STORED_AS
+
+    if quantize not in (None, *STORED_AS):
+        raise ValueError(f"quantize: expected one of {', '.join(STORED_AS)}, got {quantize!r}")
+
+
+def _read(
+    source: Path, model: ModelConfig, quantize: str | None
+) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
+    """An FSPAD or EAGLE drafter, to be stored as ``quantize`` says."""
+    from specrt.draft.fspad.checkpoint import matrix_keys, read_checkpoint
+
+    config, tensors = read_checkpoint(source, model)
+    if quantize is None:
+        return config, tensors
+    if config.is_int8 and quantize == "none":
+        _round(tensors, matrix_keys(config), config.layer.dtype)
+    return replace(config, is_int8=quantize == "int8"), tensors
+
+
+def _round(tensors: dict[str, torch.Tensor], matrices: Sequence[str], dtype: torch.dtype) -> None:
+    """What bytes stand for, in the drafter's dtype."""
+    for key in matrices:
+        tensors[key] = tensors[key].to(dtype)
+
+
+def _convert_exit(source: Path, place: Path, model: ModelConfig, quantize: str | None) -> None:
+    """The same exit, stored otherwise: all that there is to convert of one."""
+    from specrt.draft.eesd.checkpoint import (
+        exit_matrices,
+        read_exit,
+        read_exit_tensors,
+        write_exit,
+    )
+
+    if quantize is None:
+        raise ValueError(
+            f"{source}: expected an FSPAD or EAGLE drafter; EESD has no other layout, and takes "
+            "--quantize alone"
+        )
+    config = read_exit(source, model)
+    tensors = read_exit_tensors(source, config)
+    if config.is_int8 and quantize == "none":
+        _round(tensors, exit_matrices(config), config.layer.dtype)
+    config = replace(config, is_int8=quantize == "int8")
+    write_exit(place, config, tensors)
+    _say(place, config, tensors, [f"eesd: reads layer {config.exit_layer}"])
+
+
+def _say(
+    place: Path,
+    config: DraftConfig | ExitConfig,
+    tensors: dict[str, torch.Tensor],
+    lines: Sequence[str],
+) -> None:
+    """What was found, and written."""
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights})
+    stored = "matrices as int8" if config.is_int8 else ", ".join(dtypes)
+    for line in (*lines, f"{sum(tensor.numel() for tensor in weights)} parameters, {stored}"):
+        print(line)
+    print(f"written to {place} for {config.target_name} ({config.target_fingerprint})")
+
+
+def _architecture(config: DraftConfig) -> list[str]:
+    layer = config.layer
     lines = [
         f"{config.arch}: feature sampling {_yes(config.has_feature_sampling)}, "
         f"split output {_yes(config.has_split_output)}",
         f"hidden size {layer.hidden_size}, intermediate size {layer.intermediate_size}, "
         f"{layer.num_heads} heads ({layer.num_kv_heads} of keys and values) of {layer.head_dim}, "
         f"vocabulary {layer.vocab_size}",
-        f"{sum(tensor.numel() for tensor in weights)} parameters, {', '.join(dtypes)}",
     ]
     if config.draft_vocab_size is not None:
         lines.append(f"drafts {config.draft_vocab_size} of {layer.vocab_size} tokens")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import specrt
 from specrt.config import ModelConfig, config_fingerprint
+from specrt.draft import files
 from specrt.draft.base import DraftParams
-from specrt.draft.fspad import checkpoint as module
 from specrt.draft.fspad.checkpoint import (
     ARCHS,
     EMBED,
@@ -216,7 +216,7 @@ def failing_text(self: Path, text: str, **_: object) -> int:
 @pytest.mark.parametrize(
     ("owner", "name", "stand_in", "message"),
     [
-        (module, "save_file", half_a_file, "model.safetensors: cannot be written: no space"),
+        (files, "save_file", half_a_file, "model.safetensors: cannot be written: no space"),
         (Path, "write_text", failing_text, "No space left on device"),
     ],
     ids=["weights", "config"],

@@ -17,10 +17,16 @@ import torch
 
 from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
 from specrt.device import Device
-from specrt.draft.fspad.checkpoint import FORMAT_VERSION, write_files
+from specrt.draft.files import (
+    FORMAT_VERSION,
+    QUANTIZATION_KEYS,
+    is_stored_as_bytes,
+    write_files,
+)
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import expected_shapes
 from specrt.models.loader import Weights, load_weights
+from specrt.models.opening import open_checkpoint
 from specrt.models.placement import choose_head_dim, place_weights
 from specrt.types import CheckpointError
 
@@ -38,6 +44,7 @@ _KEYS = (
     "vocab_size",
     "num_hidden_layers",
     "dtype",
+    *QUANTIZATION_KEYS,
 )
 
 
@@ -54,6 +61,9 @@ class ExitConfig:
     target_fingerprint: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` that mean nothing to us; kept when saving."""
+    is_int8: bool = False
+    """Whether its file holds the layer's matrices as bytes
+    (:func:`specrt.draft.files.in_bytes`)."""
 
     @classmethod
     def for_target(cls, target: ModelConfig, exit_layer: int, *, name: str) -> ExitConfig:
@@ -108,6 +118,12 @@ def exit_tensor_shapes(config: ExitConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, bias: (NUM_MODES,), slope: (NUM_MODES,)}
 
 
+def exit_matrices(config: ExitConfig) -> list[str]:
+    """The tensors that may be stored as bytes: the exit layer's matrices."""
+    shapes = exit_tensor_shapes(config)
+    return [key for key, shape in shapes.items() if len(shape) == 2 and key not in CALIBRATION]
+
+
 def is_exit_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a directory says that it holds an EESD drafter."""
     file = Path(path) / "config.json"
@@ -123,7 +139,8 @@ def write_exit(
         ValueError: a tensor is missing or misshaped.
         OSError: the files cannot be written; those of before are left as they were.
     """
-    write_files(path, _as_dict(config), tensors, exit_tensor_shapes(config))
+    as_bytes = exit_matrices(config) if config.is_int8 else ()
+    write_files(path, _as_dict(config), tensors, exit_tensor_shapes(config), as_bytes)
 
 
 def read_exit(path: str | os.PathLike[str], target: ModelConfig) -> ExitConfig:
@@ -154,6 +171,23 @@ def read_exit(path: str | os.PathLike[str], target: ModelConfig) -> ExitConfig:
             f"{file}: made for another target ({said}; this one has fingerprint {fingerprint})"
         )
     return _config(file, data, target)
+
+
+def read_exit_tensors(path: str | os.PathLike[str], config: ExitConfig) -> dict[str, torch.Tensor]:
+    """Every tensor of an EESD drafter as stored, quantised matrices as the values they stand for.
+
+    Args:
+        path: its directory.
+        config: as :func:`read_exit` gives it.
+
+    Raises:
+        CheckpointError: tensors missing, unknown, misshaped, of a wrong dtype or not finite.
+    """
+    checkpoint, shapes = open_checkpoint(path), exit_tensor_shapes(config)
+    for key, info in checkpoint.infos.items():
+        if key not in shapes:
+            raise CheckpointError(f"{info.file}: unknown tensor {key} {list(info.shape)}")
+    return {key: _tensor(checkpoint, key, shape) for key, shape in shapes.items()}
 
 
 def load_exit(
@@ -192,7 +226,9 @@ def load_exit(
         packing=target.packing.of_drafters(),
     )
     checkpoint, shapes = Checkpoint(path), exit_tensor_shapes(config)
-    matrix, *vectors = (_vector(checkpoint, key, shapes[key]) for key in CALIBRATION)
+    matrix, *vectors = (
+        _tensor(checkpoint, key, shapes[key]).float().contiguous() for key in CALIBRATION
+    )
     if device.is_gpu:
         layer, matrix = place_weights(layer, device), matrix.to(dtype)
     layer = replace(layer, head_bias=target.head_bias)  # where it is already
@@ -210,7 +246,8 @@ def _config(file: Path, data: Mapping[str, Any], target: ModelConfig) -> ExitCon
         )
     extra = {key: value for key, value in data.items() if key not in _KEYS}
     config = ExitConfig.for_target(target, number, name=data["target"].get("name"))
-    return replace(config, layer=replace(config.layer, dtype=dtype), extra=extra)
+    layer = replace(config.layer, dtype=dtype)
+    return replace(config, layer=layer, extra=extra, is_int8=is_stored_as_bytes(data))
 
 
 def _as_dict(config: ExitConfig) -> dict[str, Any]:
@@ -228,13 +265,15 @@ def _as_dict(config: ExitConfig) -> dict[str, Any]:
     }
 
 
-def _vector(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> torch.Tensor:
     info = checkpoint.infos.get(key)
     if info is None:
         raise CheckpointError(f"{checkpoint.directory}: missing tensor {key} {list(shape)}")
     if info.shape != shape:
         raise CheckpointError(f"{info.file}: {key}: expected {list(shape)}, got {list(info.shape)}")
-    tensor = checkpoint.tensor(key).float().contiguous()
+    tensor = checkpoint.tensor(key)
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{info.file}: {key}: expected floating point, got {tensor.dtype}")
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{info.file}: {key}: has NaN or infinite values")
     return tensor

@@ -8,7 +8,6 @@ FSPAD and EAGLE-1/2 (:mod:`specrt.draft.fspad.official`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from specrt.config import Form, ModelConfig, config_file, config_fingerprint, read_json
+from specrt.draft.files import (
+    FORMAT_VERSION,
+    QUANTIZATION_KEYS,
+    is_stored_as_bytes,
+    write_files,
+)
 from specrt.draft.fspad.official import HEAD, LAYER, official_flags, open_drafter
 from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
 
-FORMAT_VERSION = 1
 ARCHS: Mapping[str, tuple[bool, bool]] = {
     "fspad": (True, True),
     "eagle2": (False, False),
@@ -35,7 +37,9 @@ ARCHS: Mapping[str, tuple[bool, bool]] = {
 
 EMBED = "embed_tokens.weight"
 TOKEN_IDS = "draft_token_ids"
-_SAID_OTHERWISE = ("architectures", "rope_theta", "rope_scaling", "torch_dtype")
+_SAID_OTHERWISE = (
+    "architectures", "rope_theta", "rope_scaling", "torch_dtype", *QUANTIZATION_KEYS,
+)  # fmt: skip
 _BIASES = tuple(f"{LAYER}self_attn.{name}_proj.bias" for name in "qkv")
 _ROPES = ("default", "linear", "llama3")
 """Rope types that a drafter takes over from its target; else it has plain rotary embedding."""
@@ -57,6 +61,8 @@ class DraftConfig:
     """``config_fingerprint`` of the target; None in official checkpoints."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` that mean nothing to us; kept when saving."""
+    is_int8: bool = False
+    """Whether its file holds matrices as bytes (:func:`specrt.draft.files.in_bytes`)."""
 
     @classmethod
     def for_target(
@@ -134,6 +140,11 @@ def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def matrix_keys(config: DraftConfig) -> list[str]:
+    """The tensors that may be stored as bytes."""
+    return [key for key, shape in tensor_shapes(config).items() if len(shape) == 2]
+
+
 def is_draft_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a drafter of this kind, rather than a small model.
 
@@ -158,7 +169,8 @@ def read_checkpoint(
 
     Returns:
         The configuration, and the tensors of :func:`tensor_shapes` as stored, with
-        :data:`TOKEN_IDS`, :data:`EMBED` and ``HEAD`` where the checkpoint has them.
+        :data:`TOKEN_IDS`, :data:`EMBED` and ``HEAD`` where the checkpoint has them. Matrices that
+        are stored quantised are the values they stand for.
 
     Raises:
         CheckpointError: files missing or broken, another kind or version, tensors missing, unknown,
@@ -216,49 +228,8 @@ def write_checkpoint(
         ValueError: a tensor is missing or misshaped.
         OSError: the files cannot be written; those of before are left as they were.
     """
-    write_files(path, _as_dict(config), tensors, _required_shapes(config))
-
-
-def write_files(
-    path: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Write ``config.json`` and ``model.safetensors`` of a drafter of any kind.
-
-    Args:
-        path: the directory, made where it is missing.
-        config: what ``config.json`` holds.
-        tensors: what ``model.safetensors`` holds.
-        shapes: of the tensors that must be there.
-
-    Raises:
-        ValueError: a tensor is missing or misshaped.
-        OSError: the files cannot be written; those of before are left as they were.
-    """
-    for key, shape in shapes.items():
-        if key not in tensors or tuple(tensors[key].shape) != shape:
-            got = list(tensors[key].shape) if key in tensors else "nothing"
-            raise ValueError(f"tensors[{key!r}]: expected {list(shape)}, got {got}")
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    weights, said = directory / "model.safetensors", directory / "config.json"
-    partial = {file: file.with_name(f"{file.name}.partial") for file in (weights, said)}
-    try:
-        save_file(stored, partial[weights], metadata={"format": "pt"})
-        partial[weights].chmod(0o644)  # safetensors makes its files private
-        partial[said].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in (weights, said):
-            partial[file].replace(file)
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(f"{weights}: cannot be written: {error}") from error
-    except OSError as error:  # which names no file where a write fails
-        raise OSError(error.errno, error.strerror, error.filename or str(said)) from error
-    finally:
-        for file in partial.values():
-            file.unlink(missing_ok=True)
+    as_bytes = matrix_keys(config) if config.is_int8 else ()
+    write_files(path, _as_dict(config), tensors, _required_shapes(config), as_bytes)
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -315,6 +286,7 @@ def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Dr
         target_name=target.get("name"),
         target_fingerprint=target.get("fingerprint"),
         extra={key: value for key, value in data.items() if key not in known},
+        is_int8=is_ours and is_stored_as_bytes(data),
     )
 
 

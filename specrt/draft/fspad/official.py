@@ -13,8 +13,10 @@ from collections.abc import Mapping
 
 import torch
 
+from specrt.config.quantization import stored_quantization
 from specrt.models.checkpoint import Checkpoint, TensorInfo
 from specrt.models.layouts import is_rounded_copy
+from specrt.models.quantized.checkpoint import QuantizedCheckpoint, has_codes
 from specrt.types import CheckpointError
 
 HEAD = "lm_head.weight"
@@ -32,10 +34,18 @@ _OTHERS = {
 def open_drafter(path: str | os.PathLike[str]) -> Checkpoint:
     """A drafter's checkpoint by the authors' names: without a ``model.`` before them.
 
+    Quantised matrices are read as their values. An official ``config.json`` may say how the
+    target's are stored, so the tensors tell whether there are any.
+
     Raises:
-        CheckpointError: as for a checkpoint, or a tensor is there with and without the prefix.
+        CheckpointError: as for a checkpoint, quantised or not, or a tensor is there with and
+            without the prefix.
     """
     checkpoint = Checkpoint(path)
+    if has_codes(checkpoint):
+        quantization = stored_quantization(checkpoint.directory)
+        if quantization is not None:
+            checkpoint = QuantizedCheckpoint(checkpoint, quantization)
     infos = dict(checkpoint.infos)
     checkpoint.infos.clear()
     for key, info in infos.items():

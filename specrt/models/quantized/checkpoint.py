@@ -107,6 +107,11 @@ class QuantizedCheckpoint(Checkpoint):
         self._matrices[info.file, info.key] = matrix
 
 
+def has_codes(stored: Checkpoint) -> bool:
+    """Whether a checkpoint has matrices that names and dtypes tell to be quantised."""
+    return any(_layout_of(key, info) is not None for key, info in stored.infos.items())
+
+
 def _layout_of(key: str, info: TensorInfo) -> str | None:
     """What a tensor's name and dtype say it holds the codes of; None: it is none such."""
     end = key.rpartition(".")[2]
