@@ -316,7 +316,8 @@ def _descriptions(
         for path in paths:
             layer = shared.layer(path, fold)
             if layer is not None:
-                described.setdefault(name, []).append({"fold": fold, **describe(path, layer)})
+                said = describe(path, layer, shared.model.config)
+                described.setdefault(name, []).append({"fold": fold, **said})
     return described
 
 

@@ -20,7 +20,6 @@ import torch
 import specrt
 from specrt import SamplingParams, builtin
 from specrt.draft.kinds import named_kinds
-from specrt.targets import BUILTIN
 
 PLAIN = "ours plain"
 TRANSFORMERS = "transformers"
@@ -58,7 +57,7 @@ class Output:
 
 def known_drafters(target: str) -> list[str]:
     """Drafters that need nothing but the package: untrained ones and those bundled for a target."""
-    bundled = builtin.drafter_paths() if target == BUILTIN else {}
+    bundled = builtin.drafter_paths(target)
     return [*(kind.name for kind in named_kinds()), *bundled]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.contenders import Request
 from specrt import SamplingParams, load
+from specrt.config import ModelConfig
 from specrt.device import Device
 from specrt.draft.base import Drafter, DraftParams, EmptyDrafter
 from specrt.draft.fspad.drafter import FspadDrafter
@@ -177,10 +178,10 @@ class SharedTarget:
         return Contender(variant, engine)
 
 
-def describe(path: str, layer: DraftLayer) -> dict[str, Any]:
+def describe(path: str, layer: DraftLayer, target: ModelConfig) -> dict[str, Any]:
     """How a checkpoint was trained, where it says so, and what its steps read."""
     about: dict[str, Any] = {"checkpoint": Path(path).name}
-    directory = drafter_directory(path)
+    directory = drafter_directory(path, target)
     training = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("training")
     if (directory / "training.json").is_file():
         training = json.loads((directory / "training.json").read_text(encoding="utf-8"))

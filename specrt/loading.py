@@ -18,7 +18,14 @@ from specrt.config.quantization import stored_quantization
 from specrt.device import Device
 from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions, DraftWindow
-from specrt.draft.kinds import AUTO, BUNDLED_DEFAULT, DEFAULT, check_drafter, load_drafter
+from specrt.draft.kinds import (
+    AUTO,
+    bundled_names,
+    check_drafter,
+    default_drafter,
+    drafter_directory,
+    load_drafter,
+)
 from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.core import EngineLimits
 from specrt.engine.engine import Engine
@@ -88,12 +95,13 @@ def load(
             string that is no path here may name a repository of the Hugging Face Hub:
             ``"OWNER/NAME"``, ``"OWNER/NAME@REVISION"``, for a GGUF file ``"OWNER/NAME:FILE"``; it
             is fetched into that Hub's cache.
-        drafter: None or ``"none"`` (plain decoding), ``"auto"`` (bundled FSPAD for the bundled
-            target, else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, a bundled one
-            (``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of an installed one (entry points
-            ``specrt.drafters``), a directory with an EESD, FSPAD or EAGLE-1/2 drafter or with a
-            smaller model of the same tokenizer, a repository of the Hub with one of these, or any
-            object with the methods of :class:`specrt.draft.base.Drafter`.
+        drafter: None or ``"none"`` (plain decoding), ``"auto"`` (the FSPAD bundled for the target,
+            else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, one bundled for a target of
+            this architecture (of ``"builtin"`` ``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of
+            an installed one (entry points ``specrt.drafters``), a directory with an EESD, FSPAD or
+            EAGLE-1/2 drafter or with a smaller model of the same tokenizer, a repository of the Hub
+            with one of these, or any object with the methods of
+            :class:`specrt.draft.base.Drafter`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and with it all drafters that are named here.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's, of a GGUF file in blocks
@@ -157,6 +165,7 @@ def load(
     adapter = None if lora is None else local_path(lora, local_files_only=local_files_only)
     config = ModelConfig.from_directory(path, adapter=adapter)
     _log_defaults(path, config)
+    drafter = _named(drafter, config, path)
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     packing = choose_packing(target_dtype, place, quantize, activations)
@@ -168,8 +177,6 @@ def load(
         path, config, target_dtype, packing, there, limits, adapter, progress=progress
     )
     model = LlamaModel(config, weights, there)
-    if drafter == AUTO:
-        drafter = default_drafter(target)
     if isinstance(drafter, str) and hub_name(drafter) is not None:
         drafter = local_path(drafter, local_files_only=local_files_only)
     if drafter is None or isinstance(drafter, str | os.PathLike):
@@ -215,9 +222,16 @@ def _refuse_options(*given: object) -> None:
             raise ValueError(f"{name}: goes with a drafter's name or path, not with an object")
 
 
-def default_drafter(target: str | os.PathLike[str]) -> str:
-    """What ``"auto"`` means for a target, wherever it runs."""
-    return BUNDLED_DEFAULT if target == BUILTIN else DEFAULT
+def _named(
+    drafter: str | os.PathLike[str] | Drafter | None, config: ModelConfig, path: Path
+) -> str | os.PathLike[str] | Drafter | None:
+    """What ``"auto"`` means; what is bundled for others is refused before a target is loaded."""
+    if isinstance(drafter, str):
+        if drafter == AUTO:
+            return default_drafter(config)
+        if drafter in bundled_names():
+            drafter_directory(drafter, config, path)
+    return drafter
 
 
 def _log_defaults(path: Path, config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from specrt import builtin
 
-BUILTIN = "builtin"
+BUILTIN = builtin.TARGET
 SMOLLM2 = "smollm2"
 
 
@@ -89,6 +89,18 @@ def target_path(target: str | os.PathLike[str], *, local_files_only: bool = Fals
     if found is None:
         raise _refusal(f"target: {how_to_install(target)}")
     return found
+
+
+def target_name(path: Path) -> str:
+    """What to call a target in messages: by its name where its weights are a named one's.
+
+    Args:
+        path: as :func:`target_path` gives it.
+    """
+    for name in target_names():
+        if is_installed(name) and target_path(name) == path:
+            return name
+    return path.resolve().name
 
 
 def how_to_install(name: str) -> str:

@@ -10,12 +10,12 @@ import pytest
 
 import specrt
 from specrt import builtin, targets
-from specrt.loading import default_drafter
 from specrt.targets import (
     BUILTIN,
     SMOLLM2,
     PackagedTarget,
     is_installed,
+    target_name,
     target_names,
     target_path,
 )
@@ -66,7 +66,8 @@ def test_names_and_paths(tmp_path: Path) -> None:
     assert target_path(str(tmp_path)) == target_path(tmp_path) == tmp_path
     # A path is no name, whatever it is called.
     assert target_path(Path(SMOLLM2)) == Path(SMOLLM2)
-    assert (default_drafter(BUILTIN), default_drafter(SMOLLM2)) == ("fspad", "prompt-lookup")
+    assert target_name(builtin.target_path()) == BUILTIN
+    assert target_name(tmp_path) == tmp_path.name
 
 
 def test_what_is_not_installed_says_how_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def demo(
         threads=threads,
         controller=controller,
     )
-    command.run(engine, drafter_name(drafter, target), prompt, params, target)
+    command.run(engine, drafter_name(drafter, engine.target.config), prompt, params, target)
 
 
 @app.command()
@@ -204,7 +204,7 @@ def bench(
     engine = (options if drafters is None else replace(options, drafter=NONE)).load()
     encoded = encode(engine, named, add_special_tokens=add_special_tokens)
     if drafters is None:
-        engines = {drafter_name(options.drafter, options.target): engine}
+        engines = {drafter_name(options.drafter, engine.target.config): engine}
     else:
         engines = command.contenders(engine, options.target, drafters)
     command.run(engines, encoded, params, repeats=repeats, is_json=json)

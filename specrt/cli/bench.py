@@ -36,27 +36,20 @@ def contenders(engine: Engine, target: str, drafters: str) -> dict[str, Engine]:
         CheckpointError: one of them is none, or was made for another target.
         ValueError: a name comes twice.
     """
-    from specrt import builtin
     from specrt.draft.kind import DrafterOptions
-    from specrt.draft.kinds import load_drafter, named_kinds
+    from specrt.draft.kinds import bundled_for, load_drafter, named_kinds
     from specrt.lab.measure import with_drafter
-    from specrt.types import CheckpointError
 
     path, _ = target_directory(target)
-    is_all = drafters == ALL
-    own = [kind.name for kind in named_kinds()]
-    names = [*own, *builtin.drafter_paths()] if is_all else drafters.split(",")
+    names = drafters.split(",")
+    if drafters == ALL:
+        names = [*(kind.name for kind in named_kinds()), *bundled_for(engine.target.config)]
     engines: dict[str, Engine] = {}
     for name in map(str.strip, names):
-        shown = drafter_name(name, target)
+        shown = drafter_name(name, engine.target.config)
         if shown in engines:
             raise ValueError(f"drafters: {shown} comes twice")
-        try:
-            drafter = load_drafter(name, engine.target, None, DrafterOptions(), path)
-        except CheckpointError:
-            if is_all and name not in own:
-                continue
-            raise
+        drafter = load_drafter(name, engine.target, None, DrafterOptions(), path)
         engines[shown] = with_drafter(engine, drafter)
     return engines
 

@@ -63,7 +63,7 @@ def convert(
     model = ModelConfig.from_directory(directory)
     _check_reduction(draft_vocab, corpus, hot_tokens, model.vocab_size)
     _check_quantize(quantize)
-    found = drafter_directory(source)
+    found = drafter_directory(source, model, directory)
     if is_exit_checkpoint(found):
         is_reduced = draft_vocab is not None or hot_tokens is not None
         return _convert_exit(found, place, model, None if is_reduced else quantize)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
-from specrt.draft.kinds import AUTO, check_name, describe_names
+from specrt.draft.kinds import AUTO, check_name, default_drafter, describe_names
 from specrt.targets import BUILTIN, SMOLLM2, target_names, target_path
 
 if TYPE_CHECKING:
+    from specrt.config import ModelConfig
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
 
@@ -171,10 +172,8 @@ def load_engine(
     )
 
 
-def drafter_name(drafter: str, target: str) -> str:
-    """What to call the engine's drafter in a table: ``"auto"`` by what it stands for."""
-    from specrt.loading import default_drafter
-
+def drafter_name(drafter: str, target: ModelConfig) -> str:
+    """What to call a target's drafter in a table: ``"auto"`` by what it stands for."""
     if drafter == AUTO:
         return default_drafter(target)
     return Path(drafter).name

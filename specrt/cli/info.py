@@ -24,7 +24,6 @@ def collect(target: str | None = None) -> dict[str, Any]:
     import torch
 
     import specrt
-    from specrt.builtin import target_path
     from specrt.ops.build import build_info
     from specrt.ops.threads import worker_cpus
     from specrt.targets import PACKAGED
@@ -49,7 +48,7 @@ def collect(target: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "worker_cpus": worker_cpus(),
         **_nvidia(),
-        "bundled": _bundled(target_path().parent),
+        "bundled": _bundled(),
         "packaged": {name: _found(packaged.find()) for name, packaged in PACKAGED.items()},
         "target": None if target is None else _target(target),
     }
@@ -71,7 +70,7 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
         for name in facts["instruction_sets"]
     )
     refused = facts["refused_instruction_set"]
-    bundled = (f"{m['name']}  {m['bytes'] / 1e6:.1f} MB  {m['kind']}" for m in facts["bundled"])
+    bundled = map(_bundled_line, facts["bundled"])
     rows = {
         "specrt": facts["specrt"],
         "python": facts["python"],
@@ -182,17 +181,27 @@ def _gpu(pynvml: Any, handle: Any) -> str:
     return f"{name}, {memory / 2**30:.0f} GiB"
 
 
-def _bundled(directory: Path) -> list[dict[str, Any]]:
-    """The models that come with the package, with the size of their files."""
+def _bundled() -> list[dict[str, Any]]:
+    """The models that come with the package, with the size of their files; a drafter's target."""
+    from specrt import builtin
+
+    found = [("target", None, builtin.target_path())]
+    found += [(one.name, one.target, one.path) for one in builtin.drafters()]
     models = []
-    for config in sorted(directory.glob("*/config.json")):
-        data = json.loads(config.read_text(encoding="utf-8"))
-        files = [file for file in config.parent.iterdir() if file.is_file()]
+    for name, target, directory in found:
+        data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        files = [file for file in directory.iterdir() if file.is_file()]
         models.append(
             {
-                "name": config.parent.name,
+                "name": name,
                 "kind": data.get("drafter") or data.get("model_type", "unknown"),
+                "target": target,
                 "bytes": sum(file.stat().st_size for file in files),
             }
         )
     return models
+
+
+def _bundled_line(model: dict[str, Any]) -> str:
+    made_for = f", for {model['target']}" if model["target"] else ""
+    return f"{model['name']}  {model['bytes'] / 1e6:.1f} MB  {model['kind']}{made_for}"

@@ -129,14 +129,16 @@ def record_file(
 
 def _check(file: str, options: RecordOptions) -> None:
     """What would else be found out after the work, or told less clearly."""
-    from specrt.builtin import drafter_paths
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
+    from specrt.draft.kinds import bundled_names
 
     if not Path(file).parent.is_dir():
         raise ValueError(f"record: expected a folder to write into, got {file!r}")
     if Path(file).is_dir():  # the empty name is the present one
         raise ValueError(f"record: expected a file to write, got {file!r}")
-    directory = drafter_paths().get(options.drafter, Path(options.drafter))
+    directory = Path(options.drafter)
+    if options.drafter in bundled_names():
+        directory = _bundled(options)
     if not is_exit_checkpoint(directory):
         raise ValueError(
             "drafter: expected a bundled EESD drafter or the directory of one, "
@@ -144,16 +146,26 @@ def _check(file: str, options: RecordOptions) -> None:
         )
 
 
+def _bundled(options: RecordOptions) -> Path:
+    """The directory of a drafter that is bundled for the target."""
+    from specrt.config import ModelConfig
+    from specrt.draft.kinds import drafter_directory
+
+    path, _ = target_directory(options.target)
+    return drafter_directory(options.drafter, ModelConfig.from_directory(path), path)
+
+
 def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> TraceModels:
     from specrt.config import config_fingerprint
     from specrt.draft.kinds import drafter_directory
     from specrt.lab.trace import TraceModels
 
-    weights = drafter_directory(options.drafter) / "model.safetensors"
+    config = engine.target.config
+    weights = drafter_directory(options.drafter, config) / "model.safetensors"
     return TraceModels(
         target=target_directory(options.target)[1],
-        target_fingerprint=config_fingerprint(engine.target.config),
-        drafter=drafter_name(options.drafter, options.target),
+        target_fingerprint=config_fingerprint(config),
+        drafter=drafter_name(options.drafter, config),
         drafter_fingerprint=hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
         exit_layer=drafter.exit_model.num_layers,
         dtype=engine.target.weights.form,

@@ -24,10 +24,13 @@ from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
 from specrt.draft.prompt_lookup.kind import PROMPT_LOOKUP
 from specrt.draft.recycle.kind import RECYCLE
 from specrt.draft.small_model.kind import SMALL_MODEL
+from specrt.targets import target_name
 
 if TYPE_CHECKING:
     import torch
 
+    from specrt.builtin import BundledDrafter
+    from specrt.config import ModelConfig
     from specrt.draft.base import Drafter
     from specrt.models.model import LlamaModel
 
@@ -49,21 +52,46 @@ def named_kinds() -> list[Kind]:
     return [kind for kind in REGISTRY.values() if kind.matches is None]
 
 
+def bundled_names() -> list[str]:
+    """Those of all targets' bundled drafters, each once."""
+    return sorted({one.name for one in builtin.drafters()})
+
+
+def bundled_for(target: ModelConfig) -> dict[str, BundledDrafter]:
+    """The bundled drafters that were made for a model of this architecture, by name."""
+    from specrt.config import config_fingerprint
+
+    fingerprint = config_fingerprint(target)
+    return {one.name: one for one in builtin.drafters() if one.fingerprint == fingerprint}
+
+
+def default_drafter(target: ModelConfig) -> str:
+    """What ``"auto"`` means for a target, wherever it runs."""
+    return BUNDLED_DEFAULT if BUNDLED_DEFAULT in bundled_for(target) else DEFAULT
+
+
 def drafter_names() -> list[str]:
     """All names that :func:`load_drafter` takes: kinds', bundled drafters', installed ones."""
     ours = [kind.name for kind in named_kinds()]
-    return [*ours, *builtin.drafter_paths(), *_foreign_names()]
+    return [*ours, *bundled_names(), *_foreign_names()]
 
 
 def describe_names() -> str:
     """What may be named, in one line, for help."""
     kinds = ", ".join(f"{kind.name!r} ({kind.help})" for kind in named_kinds())
-    bundled = ", ".join(map(repr, builtin.drafter_paths()))
     held = [kind.help for kind in REGISTRY.values() if kind.matches is not None]
     return (
-        f"{AUTO!r} (bundled FSPAD for the bundled target, else prompt lookup), {NONE!r}, {kinds}, "
-        f"a bundled one ({bundled}), the name of an installed one, or a directory with "
-        f"{', '.join(held[:-1])} or {held[-1]}"
+        f"{AUTO!r} (the target's bundled FSPAD, else prompt lookup), {NONE!r}, {kinds}, "
+        f"one bundled for the target ({_bundled_by_target()}), the name of an installed one, or a "
+        f"directory with {', '.join(held[:-1])} or {held[-1]}"
+    )
+
+
+def _bundled_by_target() -> str:
+    targets = dict.fromkeys(one.target for one in builtin.drafters())
+    return "; ".join(
+        f"of {target!r}: {', '.join(map(repr, builtin.drafter_paths(target)))}"
+        for target in targets
     )
 
 
@@ -82,16 +110,41 @@ def check_name(name: str) -> None:
         raise CheckpointError(f"drafter: expected {', '.join(names)} or a directory, got {name!r}")
 
 
-def drafter_directory(name: str | os.PathLike[str]) -> Path:
-    """The checkpoint that ``name`` means: a bundled drafter's name, a directory, or a repository.
+def drafter_directory(
+    name: str | os.PathLike[str], target: ModelConfig, target_path: Path | None = None
+) -> Path:
+    """The checkpoint that ``name`` means: a drafter bundled for this target, a directory, or a
+    repository.
+
+    Args:
+        name: as a user gives it.
+        target: the model it shall draft for.
+        target_path: where that lies, for messages; None: not known.
 
     Raises:
-        CheckpointError: there is none; as :func:`specrt.config.local_path`.
+        CheckpointError: there is none, or bundled ones of that name are other targets'; as
+            :func:`specrt.config.local_path`.
     """
     from specrt.config import checkpoint_directory, local_path
 
-    bundled = builtin.drafter_paths().get(str(name))
-    return bundled if bundled is not None else checkpoint_directory(local_path(name))
+    if not isinstance(name, str) or name not in bundled_names():
+        return checkpoint_directory(local_path(name))
+    own = bundled_for(target)
+    if name not in own:
+        raise _of_another_target(name, list(own), target_path)
+    return own[name].path
+
+
+def _of_another_target(name: str, own: list[str], target_path: Path | None) -> ValueError:
+    from specrt.types import CheckpointError
+
+    made_for = " and ".join(repr(one.target) for one in builtin.drafters() if one.name == name)
+    this = "this target" if target_path is None else repr(target_name(target_path))
+    kinds = [kind.name for kind in named_kinds()]
+    return CheckpointError(
+        f"drafter: the bundled {name!r} was made for the target {made_for}; for {this} there are: "
+        f"{', '.join([*own, *kinds])} or a directory"
+    )
 
 
 def load_drafter(
@@ -120,7 +173,7 @@ def load_drafter(
         _refuse_control(options)
         _refuse_narrowing(options)
         return EmptyDrafter()
-    kind, directory = _find(name)
+    kind, directory = _find(name, target.config, target_path)
     if not kind.has_control:
         _refuse_control(options)
     if not kind.has_narrowing:
@@ -147,7 +200,9 @@ def check_drafter(drafter: object, origin: str) -> None:
         )
 
 
-def _find(name: str | os.PathLike[str]) -> tuple[Kind, Path | None]:
+def _find(
+    name: str | os.PathLike[str], target: ModelConfig, target_path: Path | None
+) -> tuple[Kind, Path | None]:
     """The kind of what is named, and its checkpoint."""
     if isinstance(name, str):
         check_name(name)
@@ -155,7 +210,7 @@ def _find(name: str | os.PathLike[str]) -> tuple[Kind, Path | None]:
             return REGISTRY[name], None
         if name in _foreign_names():
             return _installed_kind(name), None
-    directory = drafter_directory(name)
+    directory = drafter_directory(name, target, target_path)
     _refuse_several(directory)
     said = _said_kind(directory)
     if said is not None:
@@ -211,7 +266,7 @@ def _refuse_narrowing(options: DrafterOptions) -> None:
 
 def _foreign_names() -> list[str]:
     """Names of entry points; what is ours stays ours."""
-    ours = {NONE, AUTO, *REGISTRY, *builtin.drafter_paths()}
+    ours = {NONE, AUTO, *REGISTRY, *bundled_names()}
     installed = set(_installed())
     for name in sorted(installed & ours):
         logging.getLogger("specrt").warning(

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import specrt
+from specrt.builtin import BundledDrafter
 from specrt.cli import app as commands
 from specrt.cli import info, main
 from specrt.ops import build
@@ -464,7 +465,8 @@ def bundled(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """The tiny target in the place of the bundled one, and a drafter of its own."""
     make_draft_checkpoint(Path(target), tmp_path / "fspad")
     monkeypatch.setattr("specrt.builtin.target_path", lambda: Path(target))
-    monkeypatch.setattr("specrt.builtin.drafter_paths", lambda: {"fspad": tmp_path / "fspad"})
+    own = BundledDrafter("fspad", "builtin", tmp_path / "fspad")
+    monkeypatch.setattr("specrt.builtin.drafters", lambda: [own])
 
 
 def lines_with(out: str, *words: str) -> Sequence[str]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import specrt
+from specrt.builtin import BundledDrafter
 from specrt.config import ModelConfig, config_fingerprint
 from specrt.draft.fspad.checkpoint import ARCHS, EMBED, TOKEN_IDS, read_checkpoint
 from tests.checkpoints import (
@@ -302,7 +303,8 @@ def test_a_bundled_drafter_has_a_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_draft_checkpoint(target, tmp_path / "src", "no-split")
-    monkeypatch.setattr("specrt.builtin.drafter_paths", lambda: {"fspad": tmp_path / "src"})
+    other = BundledDrafter("fspad", "little", tmp_path / "src")
+    monkeypatch.setattr("specrt.builtin.drafters", lambda: [other])
     assert converted(capsys, "fspad", tmp_path / "dst", target).startswith("no-split: ")
 
 

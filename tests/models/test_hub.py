@@ -24,6 +24,7 @@ from huggingface_hub import constants, errors
 
 import specrt
 from specrt.cli.engine_options import target_directory
+from specrt.config import ModelConfig
 from specrt.config.hub import HubName, hub_name, local_path
 from specrt.draft.kinds import drafter_directory
 from specrt.types import CheckpointError
@@ -106,7 +107,8 @@ def test_only_what_is_read_is_fetched(repository: Repository) -> None:
 def test_every_place_that_takes_a_path(
     repository: Repository, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert drafter_directory("org/model") == repository.place
+    target = ModelConfig.from_directory(repository.place)
+    assert drafter_directory("org/model", target) == repository.place
     assert target_directory("org/model") == (repository.place, "model")
     specrt.load("org/model", "org/model", progress=False)
     code, out, err = run(capsys, "info", "org/model", "--json")
