@@ -185,7 +185,7 @@ def _bundled() -> list[dict[str, Any]]:
     """The models that come with the package, with the size of their files; a drafter's target."""
     from specrt import builtin
 
-    found = [("target", None, builtin.target_path())]
+    found: list[tuple[str, str | None, Path]] = [("target", None, builtin.target_path())]
     found += [(one.name, one.target, one.path) for one in builtin.drafters()]
     models = []
     for name, target, directory in found:

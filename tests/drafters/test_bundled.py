@@ -155,7 +155,8 @@ def test_commands_take_the_targets_own(
     assert code == 0 and out.startswith("eagle2: ")
     said = run(capsys, "convert", "eesd", str(tmp_path / "no"), "--target", OTHER)
     expect_one_line(said, "the bundled 'eesd' was made for the target 'builtin'; for 'other' there")
-    said = run(capsys, "replay", "--record", str(tmp_path / "a"), "--target", OTHER)
+    given = ("--record", str(tmp_path / "a"), "--prompts", str(tmp_path / "prompts.txt"))
+    said = run(capsys, "replay", *given, "--target", OTHER)
     expect_one_line(said, "the bundled 'eesd' was made for the target 'builtin'; for 'other' there")
 
 
