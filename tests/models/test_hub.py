@@ -107,7 +107,7 @@ def test_only_what_is_read_is_fetched(repository: Repository) -> None:
 def test_every_place_that_takes_a_path(
     repository: Repository, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    target = ModelConfig.from_directory(repository.place)
+    target = ModelConfig.from_directory(local_path("org/model"))
     assert drafter_directory("org/model", target) == repository.place
     assert target_directory("org/model") == (repository.place, "model")
     specrt.load("org/model", "org/model", progress=False)
