@@ -63,6 +63,17 @@ def fspad(
     intermediate_size: Annotated[
         int | None, typer.Option(help="Width of its MLPs; default: the target's.")
     ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(help="Propose only so many tokens, the most frequent of the data or list."),
+    ] = None,
+    hot_tokens: Annotated[
+        Path | None,
+        typer.Option(help="In the data's place, a file of token ids, most frequent first."),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A drafter of the same shape to begin with.")
+    ] = None,
     reading: DataOptions,
     recipe: FspadOptions,
     run: RunOptions,
@@ -72,7 +83,16 @@ def fspad(
     from specrt.train.run import train_fspad
 
     job = _job(place, data, reading, run)
-    outcome = train_fspad(job, recipe, arch=arch, intermediate_size=intermediate_size)
+    kept = _hot_tokens(job, draft_vocab, hot_tokens)
+    outcome = train_fspad(
+        job,
+        recipe,
+        arch=arch,
+        intermediate_size=intermediate_size,
+        hot_tokens=kept,
+        draft_vocab=draft_vocab,
+        initial=init,
+    )
     end(outcome, place.out, is_json=run.json)
 
 
@@ -118,6 +138,21 @@ def eesd(
     else:
         job = _job(place, [place.out / TEXTS_FILE], reading, run, write_files)
     end(train_eesd(job, recipe, exit_layer), place.out, is_json=run.json)
+
+
+def _hot_tokens(
+    job: TrainJob, draft_vocab: int | None, file: Path | None
+) -> Path | list[int] | None:
+    """The list of tokens to propose: as given, or what the data say, most frequent first."""
+    if file is not None or draft_vocab is None:
+        return file
+    from specrt.config import ModelConfig
+    from specrt.train.data.token_counts import count_tokens
+
+    vocab_size = ModelConfig.from_directory(job.target).vocab_size
+    counts = count_tokens(job.files, job.target, vocab_size, skip_bad=job.data.skip_bad)
+    order: list[int] = counts.ranking.sort(descending=True, stable=True).indices.tolist()
+    return order
 
 
 def _job(

@@ -29,12 +29,21 @@ class TargetTables:
     """``[V, H]``"""
     head: torch.Tensor
     """``[V, H]``; may be ``embed`` itself."""
+    token_ids: torch.Tensor | None = None
+    """``[R]`` int64, increasing: the only tokens it proposes."""
+
+    @property
+    def draft_head(self) -> torch.Tensor:
+        """``[V, H]``, or ``[R, H]``: the rows that it proposes by."""
+        return self.head if self.token_ids is None else self.head[self.token_ids]
 
     def to(self, device: Device, dtype: torch.dtype) -> TargetTables:
         """The same, which are the host's, in another place and dtype."""
         embed = device.moved(self.embed.to(dtype))
         is_tied = self.head is self.embed
-        return TargetTables(embed, embed if is_tied else device.moved(self.head.to(dtype)))
+        head = embed if is_tied else device.moved(self.head.to(dtype))
+        ids = self.token_ids
+        return TargetTables(embed, head, None if ids is None else device.moved(ids))
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,7 @@ def _chain_hits(
     layer, attention = model.layer, model.layer.self_attn
     length = len(token_ids)
     wanted = _argmax(features, target.head)  # of token t + 1, by t
+    draft_head = target.draft_head
     rope = model.rope_rows(length)
     embeddings = target.embed[token_ids]
     fed = features[:-1]
@@ -182,7 +192,10 @@ def _chain_hits(
         values.append(v)
         attended = _chain_attention(q, keys, values)
         predicted, regressed = layer.output(hidden + attention.merge(attended))
-        hits.append(_argmax(predicted[0], target.head) == wanted[level : level + count])
+        guessed = _argmax(predicted[0], draft_head)
+        if target.token_ids is not None:
+            guessed = target.token_ids[guessed]
+        hits.append(guessed == wanted[level : level + count])
         fed = regressed[0]
     return hits
 

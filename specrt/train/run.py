@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +13,13 @@ from accelerate import Accelerator
 
 from specrt.config import Form, ModelConfig
 from specrt.draft.eesd.checkpoint import ExitConfig
-from specrt.draft.fspad.checkpoint import DraftConfig
+from specrt.draft.fspad.checkpoint import (
+    TOKEN_IDS,
+    DraftConfig,
+    read_checkpoint,
+    tensor_shapes,
+)
+from specrt.draft.fspad.vocabulary import HotTokens, keep_tokens
 from specrt.models.loader import load_tables
 from specrt.models.tokenizer import load_tokenizer
 from specrt.train.data.dataset import Dataset, read_examples
@@ -62,6 +68,9 @@ def train_fspad(
     *,
     arch: str = "fspad",
     intermediate_size: int | None = None,
+    hot_tokens: HotTokens | None = None,
+    draft_vocab: int | None = None,
+    initial: Path | None = None,
 ) -> Outcome:
     """Train FSPAD, EAGLE-2 or one between them and write it to ``job.out``.
 
@@ -69,17 +78,43 @@ def train_fspad(
         job, options: what and how.
         arch: a key of :data:`specrt.draft.fspad.checkpoint.ARCHS`.
         intermediate_size: I; the target's by default.
+        hot_tokens: the only tokens it learns to propose; the losses compare laws over these alone.
+        draft_vocab: the first so many of them; None: all.
+        initial: a drafter to begin with, of the same shape; its own list of tokens is not taken.
 
     Raises:
-        As :func:`train`; ValueError also for an unknown ``arch``, and for a target whose logits
-        are more than its head's product.
+        As :func:`train`; ValueError also for an unknown ``arch``, for a target whose logits
+        are more than its head's product, for ``hot_tokens`` as
+        :func:`specrt.draft.fspad.vocabulary.keep_tokens`, and for an ``initial`` of another shape.
     """
     target = ModelConfig.from_directory(job.target)
     _check_head(target)
     config = DraftConfig.for_target(
         target, arch, name=job.target_name, intermediate_size=intermediate_size
     )
-    return train(job, options, FspadTask(config, lambda: _tables(job, target), options))
+    kept: Mapping[str, torch.Tensor] = {}
+    if draft_vocab is not None and not 1 <= draft_vocab <= target.vocab_size:
+        raise ValueError(f"draft_vocab: expected 1..{target.vocab_size}, got {draft_vocab}")
+    if hot_tokens is not None:
+        config, kept = keep_tokens(config, {}, hot_tokens, draft_vocab)
+    token_ids = kept[TOKEN_IDS].long() if kept else None
+    start = None if initial is None else _initial(initial, config, target)
+    task = FspadTask(config, lambda: _tables(job, target), options, token_ids, start)
+    return train(job, options, task)
+
+
+def _initial(
+    directory: Path, config: DraftConfig, target: ModelConfig
+) -> Mapping[str, torch.Tensor]:
+    """Another drafter's weights, if its shape is that of the one to train."""
+    found, tensors = read_checkpoint(directory, target)
+    wanted = tensor_shapes(config)
+    if tensor_shapes(found) != wanted:
+        shapes = [f"{c.arch} with MLPs of {c.layer.intermediate_size}" for c in (config, found)]
+        raise ValueError(f"{directory}: expected {shapes[0]}, got {shapes[1]}")
+    return {
+        key: tensors[key] if key in tensors else torch.zeros(shape) for key, shape in wanted.items()
+    }
 
 
 def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) -> Outcome:
