@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import typer
 
 from specrt.cli.errors import USER_ERROR, report
 from specrt.cli.line_file import LineFile
+from specrt.cli.progress import progress
 
 if TYPE_CHECKING:
     from specrt.engine.engine import Engine
@@ -143,7 +144,7 @@ def answer(
     num_there = len(jobs) - len(left)
     num_tokens = num_failed = 0
     chunks = engine.stream([job.prompt.token_ids for job in left], [job.sampling for job in left])
-    with _progress(len(jobs), num_there) as advance, closing(chunks):
+    with progress("answers", len(jobs), num_there) as advance, closing(chunks):
         for chunk in chunks:
             if chunk.result is None:
                 continue
@@ -181,16 +182,3 @@ def model_options(engine: Engine, directory: Path) -> dict[str, str]:
 def digest(content: str) -> str:
     """What tells one text from another, short enough to stand on every line."""
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each answer; a bar where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answers", total=total, completed=done)
-        yield lambda: bar.advance(task)

@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from specrt.train.loop.lock import hold_file
+
+_File = TypeVar("_File", bound="LineFile")
 
 
 class LineFile:
@@ -42,7 +44,7 @@ class LineFile:
                 self._read()
             self._held = stack.pop_all()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _File) -> _File:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
