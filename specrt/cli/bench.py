@@ -177,7 +177,10 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
     results = _measure(engines, cases, wanted, file)
     if results:
         told = Report(results, list(engines), wanted.repeats, torch.get_num_threads())
-        print(json.dumps(told.as_dict())) if wanted.json else told.show(wanted.markdown)
+        if wanted.json:
+            print(json.dumps(told.as_dict()))
+        else:
+            told.show(wanted.markdown)
     if len(results) < len(cases):
         note(f"{len(results)} of {len(cases)} measurements were made")
         raise KeyboardInterrupt
@@ -249,6 +252,9 @@ def _compare(
     from specrt.lab.measure import compare, warmups
     from specrt.types import GenerationError
 
+    # Whoever comes first finds a prompt's pages and buffers cold: not always the same one.
+    shift, names = case.place % len(engines), list(engines)
+    engines = {name: engines[name] for name in names[shift:] + names[:shift]}
     warmup = wanted.warmup
     if is_first and warmup is not None:
         warmup = max(warmup, *(warmups(engine.target.device) for engine in engines.values()))
@@ -256,7 +262,8 @@ def _compare(
         found = compare(engines, case.prompt, case.sampling, repeats=wanted.repeats, warmup=warmup)
     except (ValueError, GenerationError) as error:
         raise type(error)(f"{case.name}: {error}") from error
-    return found.figures()
+    figures = found.figures()
+    return {name: figures[name] for name in names}
 
 
 def _tell_differences(results: Iterable[Result]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -140,7 +140,7 @@ class Report:
                 f"{one.tau:.2f}",
                 f"{one.tokens_per_second:.1f}",
                 f"{one.speedup:.2f}x",
-                f"{min(one.speedups):.2f}-{max(one.speedups):.2f}x",
+                f"{median(one.speedups):.2f}x ({min(one.speedups):.2f}-{max(one.speedups):.2f})",
                 f"{one.decode_speedup:.2f}x",
             ]
             for one in self.summaries(results).values()

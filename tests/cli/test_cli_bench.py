@@ -48,15 +48,19 @@ class Calls:
         self.count = 0
         self.last: int | None = None
         self.warmups: list[int | None] = []
+        self.first: list[str] = []
         self._real = measure.compare
         monkeypatch.setattr(measure, "compare", self)
 
-    def __call__(self, *args: Any, warmup: int | None = None, **options: Any) -> Comparison:
+    def __call__(
+        self, engines: Mapping[str, Any], *args: Any, warmup: int | None, **options: Any
+    ) -> Comparison:
         if self.count == self.last:
             raise KeyboardInterrupt
         self.count += 1
         self.warmups.append(warmup)
-        return self._real(*args, warmup=warmup, **options)
+        self.first.append(next(iter(engines)))
+        return self._real(engines, *args, warmup=warmup, **options)
 
 
 @pytest.fixture
@@ -92,8 +96,8 @@ RESULTS = [
 ]
 TABLES = """\
 | | tokens | equal | tau | tokens/s | speed-up | by prompt | decoding alone |
-| plain | 20 | 20 of 20 | 1.00 | 2.0 | 1.00x | 1.00-1.00x | 1.00x |
-| a | 20 | 20 of 20 | 1.67 | 2.2 | 1.11x | 0.80-2.00x | 1.08x |
+| plain | 20 | 20 of 20 | 1.00 | 2.0 | 1.00x | 1.00x (1.00-1.00) | 1.00x |
+| a | 20 | 20 of 20 | 1.67 | 2.2 | 1.11x | 1.33x (0.80-2.00) | 1.08x |
 | | qa | rag | mean | all |
 | plain | 1.00 | 1.00 | 1.00 | 1.00 |
 | a | 3.00 | 1.00 | 2.00 | 1.67 |
@@ -183,6 +187,8 @@ def test_a_run_goes_on_where_it_stopped(
         ("qa", 0.0), ("qa", 1.0), ("rag", 0.0), ("rag", 1.0),
     ]  # fmt: skip
     assert calls.warmups == [1, 0, 0, 0]
+    assert calls.first == ["plain", "plain", "recycle", "recycle"]
+    assert [list(one["contenders"]) for one in kept] == [["plain", "prompt-lookup", "recycle"]] * 4
 
     out.write_bytes(out.read_bytes()[:-20])  # a line cut short
     calls.count, calls.last = 0, None
