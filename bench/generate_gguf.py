@@ -109,14 +109,15 @@ class Race:
     vocab_size: int
     step_bytes: dict[str, int]
     """Of the matrices that plain decoding reads for a token, of ours."""
-    triad: Triad
+    triad: Triad | None
+    """None: nothing is told of it, as beside CPU time, which it is not."""
     peers: tuple[str, ...] = (LLAMA_CPP,)
     """Of the contenders those that are not ours."""
     exact: tuple[str, ...] = ()
     """Those that are to say what our plain decoding says."""
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     streams: list[float] = field(default_factory=list)
-    """The triad's bytes a second."""
+    """The triad's bytes a second, time by time."""
 
     def run(self, request: Request, repeats: int) -> None:
         """All in turn, each time from another one on, behind short runs that are not counted."""
@@ -128,7 +129,8 @@ class Race:
             shift = repeat % len(names)
             for name in names[shift:] + names[:shift]:
                 self.outputs[name].append(self.contenders[name].run(request))
-                self.streams.append(self.triad.num_bytes / _fastest(self.triad.run))
+                if self.triad is not None:
+                    self.streams.append(self.triad.num_bytes / _fastest(self.triad.run))
 
     def rows(self) -> list[Row]:
         """A line for each contender."""
@@ -140,7 +142,6 @@ class Race:
         plain, peer = self.outputs[PLAIN], self.outputs.get(LLAMA_CPP)
         said, is_told = outputs[0].token_ids, name in self.exact
         size = self.step_bytes.get(name)
-        stream = statistics.median(self.streams)
         num_tokens, num_rounds = sum(len(o.token_ids) for o in outputs), _num_rounds(outputs)
         row: Row = {
             "contender": name,
@@ -157,8 +158,13 @@ class Race:
             "first vs llama.cpp": peer and _speedup(self._starts(name), self._starts(LLAMA_CPP)),
             "differs plain": _num_differing(said, plain[0].token_ids) if is_told else None,
             "agrees": peer and _common(said, peer[0].token_ids),
-            "% triad": 100 * size * row["tokens/s"] / stream if size and self.streams else None,
+            "% triad": self.stream and size and 100 * size * row["tokens/s"] / self.stream,
         }
+
+    @property
+    def stream(self) -> float | None:
+        """The triad's bytes a second."""
+        return statistics.median(self.streams) if self.streams else None
 
     def _starts(self, name: str) -> list[float]:
         """First tokens a second; others' come with the prompt's pass."""
@@ -223,7 +229,7 @@ def make_race(args: argparse.Namespace, scratch: Path) -> Race:
     contenders |= peers
     if args.cpu_time:
         contenders = {name: CpuTimed(one) for name, one in contenders.items()}
-    triad = Triad(1 << 20 if args.quick else None)
+    triad = None if args.cpu_time else Triad(1 << 20 if args.quick else None)
     return Race(contenders, model.config.vocab_size, sizes, triad, tuple(peers), exact)
 
 
@@ -266,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
         "prompt_tokens": args.prompt_tokens,
         "max_new_tokens": args.max_new_tokens,
         "weight_MB_per_step": race.step_bytes[PLAIN] / 1e6,
-        "triad_GB/s": statistics.median(race.streams) / 1e9,
+        "triad_GB/s": race.stream and race.stream / 1e9,
         "time": "CPU" if args.cpu_time else "wall",
     }
     report(f"generate_gguf_{args.gguf.stem}", rows, save=args.save, summary=summary)
