@@ -177,7 +177,7 @@ def drafter_name(drafter: str, target: str) -> str:
 
     if drafter == AUTO:
         return default_drafter(target)
-    return Path(drafter).name
+    return Path(drafter).name or Path(drafter).resolve().name
 
 
 def set_threads(threads: int | None) -> None:
