@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from specrt.train import losses
+from specrt.train.head import TargetHead
 from specrt.train.losses import FrozenHead, counted_positions, draft_losses
 
 ROWS, HIDDEN, VOCAB = 37, 16, 23
@@ -37,7 +38,7 @@ def test_values_and_gradients(rows: tuple[torch.Tensor, ...], num_rows: int) -> 
     predicted, regressed, features, head = rows
     leaves = [predicted.clone().requires_grad_() for _ in range(2)]
     others = [regressed.clone().requires_grad_() for _ in range(2)]
-    frozen = FrozenHead(head)
+    frozen = FrozenHead(TargetHead(head))
     frozen.num_rows = num_rows
     ours = draft_losses(leaves[0], others[0], features, frozen)
     wanted = naive(leaves[1], others[1], features, head)
@@ -56,7 +57,7 @@ def test_hits_are_of_the_targets_best(rows: tuple[torch.Tensor, ...]) -> None:
     top = (predicted @ head.T).topk(3).indices
     wanted = [float((top[:, :k] == best).any(1).sum()) for k in (1, 2, 3)]
     assert 0 < wanted[0] < wanted[2] < ROWS
-    losses = draft_losses(predicted, regressed, features, FrozenHead(head))
+    losses = draft_losses(predicted, regressed, features, FrozenHead(TargetHead(head)))
     assert losses.hits.tolist() == wanted
 
 
@@ -77,13 +78,15 @@ def test_ties_go_to_the_earlier_token() -> None:
 
 def test_hits_can_be_left_out(rows: tuple[torch.Tensor, ...]) -> None:
     predicted, regressed, features, head = rows
-    losses = draft_losses(predicted, regressed, features, FrozenHead(head), has_hits=False)
+    losses = draft_losses(
+        predicted, regressed, features, FrozenHead(TargetHead(head)), has_hits=False
+    )
     assert losses.hits.tolist() == [0, 0, 0]
 
 
 def test_no_position() -> None:
     empty, head = torch.zeros(0, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN)
-    sums = draft_losses(empty, empty, empty.detach(), FrozenHead(head))
+    sums = draft_losses(empty, empty, empty.detach(), FrozenHead(TargetHead(head)))
     assert (sums.regression + sums.classification).item() == 0.0
     (sums.regression + sums.classification).backward()
 

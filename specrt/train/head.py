@@ -1,0 +1,69 @@
+"""What a drafter in training uses of its target: embedding, LM head, and what becomes of logits.
+
+V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from specrt.device import Device
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """The target's LM head, frozen; with :class:`specrt.config.Form`'s change of its product, which
+    the target's logits and a drafter's get alike."""
+
+    weight: torch.Tensor
+    """``[V, H]``; its dtype is that of the product."""
+    bias: torch.Tensor | None = None
+    """``[V]`` of the weight's dtype."""
+    scale: float = 1.0
+    cap: float | None = None
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[n, V]`` of ``rows [n, H]``, bias included, neither scaled nor capped."""
+        return functional.linear(rows.to(self.weight.dtype), self.weight, self.bias)
+
+    def changed(self, product: torch.Tensor) -> torch.Tensor:
+        """Logits of what :meth:`product` gives: that itself, or float32."""
+        if self.scale == 1.0 and self.cap is None:
+            return product
+        logits = product.float() * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def by_product(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """The derivative of :meth:`changed`, element by element, where it gives ``logits``."""
+        if self.cap is None:
+            return self.scale
+        return self.scale * (1.0 - (logits / self.cap).square())
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[n, V]`` of ``rows [n, H]``."""
+        return self.changed(self.product(rows))
+
+    def to(self, device: Device, dtype: torch.dtype) -> TargetHead:
+        """The same, which is the host's, in another place and dtype."""
+        bias = None if self.bias is None else device.moved(self.bias.to(dtype))
+        return replace(self, weight=device.moved(self.weight.to(dtype)), bias=bias)
+
+
+@dataclass(frozen=True)
+class TargetTables:
+    """What a drafter uses of its target."""
+
+    embed: torch.Tensor
+    """``[V, H]``: rows as they are, whatever the target multiplies them by or adds to them."""
+    head: TargetHead
+    """Its weight may be ``embed`` itself."""
+
+    def to(self, device: Device, dtype: torch.dtype) -> TargetTables:
+        """The same, which are the host's, in another place and dtype."""
+        head = self.head.to(device, dtype)
+        if self.head.weight is self.embed:
+            return TargetTables(head.weight, head)
+        return TargetTables(device.moved(self.embed.to(dtype)), head)
