@@ -364,8 +364,7 @@ def _required_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(checkpoint: Checkpoint, config: DraftConfig) -> None:
     infos, expected = checkpoint.infos, _required_shapes(config)
-    table = (config.layer.vocab_size, config.layer.hidden_size)
-    optional: dict[str, tuple[int, ...]] = {EMBED: table, HEAD: table}
+    optional = dict.fromkeys((EMBED, HEAD), (config.layer.vocab_size, config.layer.hidden_size))
     for key, shape in expected.items():
         if key not in infos and not key.endswith("fc.bias"):
             raise CheckpointError(f"{checkpoint.directory}: missing tensor {key} {list(shape)}")
