@@ -65,7 +65,7 @@ def convert(
         config,
         target_name=name,
         target_fingerprint=config_fingerprint(model),
-        target_adapter=adapter_hash(adapter),
+        target_adapter=adapter_hash(adapter) or config.target_adapter,
     )
     notes = _settle_tables(found, tensors, model, (directory, adapter))
     _add_biases(config, tensors)
