@@ -78,12 +78,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden_size, wide, has_bias = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.has_mlp_bias,
-        )
-        is_gated = config.form.is_gated
+        hidden_size, wide = config.hidden_size, config.intermediate_size
+        has_bias, is_gated = config.has_mlp_bias, config.form.is_gated
         self.gate_proj = nn.Linear(hidden_size, wide, bias=has_bias) if is_gated else None
         self.up_proj = nn.Linear(hidden_size, wide, bias=has_bias)
         self.down_proj = nn.Linear(wide, hidden_size, bias=has_bias)
