@@ -163,20 +163,21 @@ def answer(
         raise typer.Exit(USER_ERROR)
 
 
-def model_options(engine: Engine, directory: Path) -> dict[str, str]:
+def model_options(engine: Engine, directory: Path, adapter: Path | None = None) -> dict[str, str]:
     """What of a target, beside its name, decides its answers; as :meth:`AnswerFile.begin` takes it.
 
     Args:
         engine: of the target.
         directory: the target's.
+        adapter: of the LoRA adapter that is merged into it.
 
     Raises:
         CheckpointError, OSError: its weights cannot be read.
     """
-    from specrt.train.features.cache_index import weights_hash
+    from specrt.models.opening import weights_hash
 
     dtype, weights = str(engine.target.dtype).removeprefix("torch."), engine.target.weights.form
-    return {"target": weights_hash(directory), "dtype": dtype, "weights": weights}
+    return {"target": weights_hash(directory, adapter), "dtype": dtype, "weights": weights}
 
 
 def digest(content: str) -> str:

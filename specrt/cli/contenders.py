@@ -98,7 +98,7 @@ def contenders(engine: Engine, target: str, named: Mapping[str, Named]) -> dict[
 def identity(drafter: str) -> str:
     """What tells a drafter from another one of its name: its weights, if it has any."""
     from specrt.draft.kinds import drafter_directory
-    from specrt.train.features.cache_index import weights_hash
+    from specrt.models.opening import weights_hash
     from specrt.types import CheckpointError
 
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specrt.cli.engine_options import target_directory
+from specrt.cli.engine_options import Lora, adapter_directory, target_directory
 from specrt.cli.options import Target
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def convert(
     ],
     destination: Annotated[str, typer.Argument(help="The directory to write.")],
     target: Target,
+    lora: Lora = None,
     draft_vocab: Annotated[
         int | None,
         typer.Option(help="Draft only so many tokens, the most frequent of the corpus or list."),
@@ -47,20 +48,27 @@ def convert(
     from specrt.draft.fspad.checkpoint import read_checkpoint, reduce_vocabulary, write_checkpoint
     from specrt.draft.fspad.vocabulary import keep_tokens
     from specrt.draft.kinds import drafter_directory
+    from specrt.models.opening import adapter_hash
     from specrt.train.data.token_counts import count_tokens
 
     place = Path(destination)
     if (place / "config.json").exists():
         raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
     directory, name = target_directory(target)
-    model = ModelConfig.from_directory(directory)
+    adapter = adapter_directory(lora)
+    model = ModelConfig.from_directory(directory, adapter=adapter)
     _check_reduction(draft_vocab, corpus, hot_tokens, model.vocab_size)
     found = drafter_directory(source)
     if is_exit_checkpoint(found):
         raise ValueError(f"{found}: expected an FSPAD or EAGLE drafter; EESD has no other layout")
     config, tensors = read_checkpoint(found, model)
-    config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
-    notes = _settle_tables(found, tensors, directory, model)
+    config = replace(
+        config,
+        target_name=name,
+        target_fingerprint=config_fingerprint(model),
+        target_adapter=adapter_hash(adapter) or config.target_adapter,
+    )
+    notes = _settle_tables(found, tensors, model, (directory, adapter))
     _add_biases(config, tensors)
     if hot_tokens is not None:
         config, tensors = keep_tokens(config, tensors, hot_tokens, draft_vocab)
@@ -91,7 +99,10 @@ def _check_reduction(
 
 
 def _settle_tables(
-    source: Path, tensors: dict[str, torch.Tensor], directory: Path, model: ModelConfig
+    source: Path,
+    tensors: dict[str, torch.Tensor],
+    model: ModelConfig,
+    paths: tuple[Path, Path | None],
 ) -> list[str]:
     """Leave out an embedding and a head that are the target's own; what to say of them."""
     from specrt.draft.fspad.checkpoint import EMBED
@@ -100,7 +111,7 @@ def _settle_tables(
 
     if EMBED not in tensors and HEAD not in tensors:
         return []
-    embed, head = _target_tables(directory, model)
+    embed, head = _target_tables(model, *paths)
     notes = ["its head is left out: the target's is used"] if HEAD in tensors else []
     settle_head(source, tensors, head)
     if EMBED not in tensors:
@@ -111,7 +122,9 @@ def _settle_tables(
     return [*notes, "its embedding is left out: the target's is used"]
 
 
-def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _target_tables(
+    model: ModelConfig, directory: Path, adapter: Path | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``[V, H]`` each, as stored, or in the configuration's dtype where no kernel reads that."""
     import torch
 
@@ -122,7 +135,10 @@ def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, t
     dtype = model.dtype
     if info is not None and info.dtype in (torch.float32, torch.bfloat16, torch.float16):
         dtype = info.dtype
-    return load_tables(directory, model, dtype)
+    tables = load_tables(directory, model, dtype, adapter)
+    assert isinstance(tables.embed, torch.Tensor), "rows"
+    assert isinstance(tables.lm_head, torch.Tensor), "rows"
+    return tables.embed, tables.lm_head
 
 
 def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:

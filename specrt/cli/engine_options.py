@@ -207,3 +207,14 @@ def target_directory(target: str) -> tuple[Path, str]:
     if hub is not None:
         return directory, hub.name
     return directory, target if target in target_names() else directory.resolve().name
+
+
+def adapter_directory(lora: str | None) -> Path | None:
+    """Where a LoRA adapter named on the command line lies.
+
+    Raises:
+        CheckpointError: as :func:`specrt.config.local_path`.
+    """
+    from specrt.config import local_path
+
+    return None if lora is None else local_path(lora)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specrt.cli.engine_options import set_threads, target_directory
+from specrt.cli.engine_options import Lora, adapter_directory, set_threads, target_directory
 from specrt.cli.options import with_options
 from specrt.cli.own_text import TEXTS_FILE, write_own_text
 from specrt.cli.train_summary import end
@@ -36,6 +36,7 @@ class PlaceOptions:
         str, typer.Option(help="A directory, a GGUF file, OWNER/NAME, 'builtin' or 'smollm2'.")
     ]
     out: Annotated[Path, typer.Option(help="The drafter's directory.")]
+    lora: Lora = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def eesd(
         num_texts=num_texts,
         max_new_tokens=min(reading.max_length - 1, _MAX_TEXT),
         seed=recipe.seed,
+        lora=adapter_directory(place.lora),
         is_restart=run.restart,
     )
     if data:
@@ -174,6 +176,7 @@ def _job(
         data=reading,
         write_files=write_files,
         is_restart=run.restart,
+        adapter=adapter_directory(place.lora),
     )
 
 

@@ -13,37 +13,12 @@ from typing import Any
 
 import torch
 
-from specrt.device import Device
 from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
+from specrt.train.head import TargetHead, TargetTables
 
 _MAX_SEQUENCES = 64
 _ROWS = 256  # queries, or logits, at a time
-
-
-@dataclass(frozen=True)
-class TargetTables:
-    """What a drafter uses of its target."""
-
-    embed: torch.Tensor
-    """``[V, H]``"""
-    head: torch.Tensor
-    """``[V, H]``; may be ``embed`` itself."""
-    token_ids: torch.Tensor | None = None
-    """``[R]`` int64, increasing: the only tokens it proposes."""
-
-    @property
-    def draft_head(self) -> torch.Tensor:
-        """``[V, H]``, or ``[R, H]``: the rows that it proposes by."""
-        return self.head if self.token_ids is None else self.head[self.token_ids]
-
-    def to(self, device: Device, dtype: torch.dtype) -> TargetTables:
-        """The same, which are the host's, in another place and dtype."""
-        embed = device.moved(self.embed.to(dtype))
-        is_tied = self.head is self.embed
-        head = embed if is_tied else device.moved(self.head.to(dtype))
-        ids = self.token_ids
-        return TargetTables(embed, head, None if ids is None else device.moved(ids))
 
 
 @dataclass(frozen=True)
@@ -233,5 +208,5 @@ def _chain_attention(
     return torch.cat(out, 2)
 
 
-def _argmax(features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    return torch.cat([(part @ head.T).argmax(-1) for part in features.split(_ROWS)])
+def _argmax(features: torch.Tensor, head: TargetHead) -> torch.Tensor:
+    return torch.cat([head.logits(part).argmax(-1) for part in features.split(_ROWS)])

@@ -18,6 +18,7 @@ import torch
 from specrt.config import ModelConfig, config_file, config_fingerprint, read_json
 from specrt.device import Device
 from specrt.draft.fspad.checkpoint import FORMAT_VERSION, write_files
+from specrt.draft.made_for import target_entry
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import expected_shapes
 from specrt.models.loader import Weights, load_weights
@@ -52,6 +53,8 @@ class ExitConfig:
     """N: it reads what the target's first N layers give."""
     target_name: str | None = None
     target_fingerprint: str | None = None
+    target_adapter: str | None = None
+    """Which LoRA adapter was merged into it (:func:`specrt.models.opening.adapter_hash`)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` that mean nothing to us; kept when saving."""
 
@@ -209,8 +212,10 @@ def _config(file: Path, data: Mapping[str, Any], target: ModelConfig) -> ExitCon
             f"{file}: dtype: expected float32, bfloat16 or float16, got {data.get('dtype')!r}"
         )
     extra = {key: value for key, value in data.items() if key not in _KEYS}
-    config = ExitConfig.for_target(target, number, name=data["target"].get("name"))
-    return replace(config, layer=replace(config.layer, dtype=dtype), extra=extra)
+    said = data["target"]
+    config = ExitConfig.for_target(target, number, name=said.get("name"))
+    layer = replace(config.layer, dtype=dtype)
+    return replace(config, layer=layer, target_adapter=said.get("adapter"), extra=extra)
 
 
 def _as_dict(config: ExitConfig) -> dict[str, Any]:
@@ -219,7 +224,7 @@ def _as_dict(config: ExitConfig) -> dict[str, Any]:
         "drafter": KIND,
         "format_version": FORMAT_VERSION,
         "exit_layer": config.exit_layer,
-        "target": {"name": config.target_name, "fingerprint": config.target_fingerprint},
+        "target": target_entry(config),
         # For people; the target's own configuration is what counts.
         "hidden_size": config.layer.hidden_size,
         "vocab_size": config.layer.vocab_size,

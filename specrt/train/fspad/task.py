@@ -14,9 +14,10 @@ from torch import nn
 from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig
 from specrt.train.batches import Batch, collate
 from specrt.train.device import TrainDevice
-from specrt.train.evaluate import TargetTables, chain_acceptance
+from specrt.train.evaluate import chain_acceptance
 from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
+from specrt.train.head import TargetTables
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.summary import write_drafter
 from specrt.train.losses import FrozenHead, draft_losses
