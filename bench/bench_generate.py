@@ -288,7 +288,18 @@ def _arguments() -> argparse.ArgumentParser:
     add = arguments.add_argument
     add("--target", help="a checkpoint directory; default: the bundled model")
     add("--drafters", help="all (the default), none, or names and paths with commas between")
-    add("--peers", default="all", help=f"all, none, or some of: {', '.join(PEERS)}")
+    add(
+        "--peers",
+        help=f"all (default; of --gguf alone {LLAMA_CPP}), none, or some of: {', '.join(PEERS)}",
+    )
+    add(
+        "--forms",
+        nargs="+",
+        choices=generate_gguf.FORMS,
+        default=[generate_gguf.FILE],
+        help="of --gguf alone: how we take its weights",
+    )
+    add("--cpu-time", action="store_true", help="of --gguf alone: of one thread, not wall time")
     add("--prompts", default="heldout", help="heldout, self-quoting, novel, unpredictable or JSONL")
     add("--problems", type=Path, default=HELDOUT, help="what the named sets are made of")
     add("--num-prompts", type=int, default=12)
@@ -309,6 +320,8 @@ def _arguments() -> argparse.ArgumentParser:
 def _parse() -> argparse.Namespace:
     arguments = _arguments()
     args = start(arguments)
+    args.is_of_gguf = args.gguf is not None and args.target is None
+    args.peers = args.peers or (LLAMA_CPP if args.is_of_gguf else "all")
     args.peers = {
         "all": set(PEERS),
         "none": set(),
@@ -318,7 +331,8 @@ def _parse() -> argparse.Namespace:
     if args.gguf and args.target and len(args.dtype) > 1:
         arguments.error("--gguf: name its --dtype")
     args.gguf = args.gguf and target_path(str(args.gguf))
-    args.is_of_gguf = args.gguf is not None and args.target is None
+    if args.cpu_time and not (args.is_of_gguf and torch.get_num_threads() == 1):
+        arguments.error("--cpu-time: goes with --gguf alone and --threads 1")
     args.drafters = args.drafters or (generate_gguf.DRAFTERS if args.is_of_gguf else "all")
     args.max_new_tokens = args.max_new_tokens or (64 if args.is_of_gguf else 192)
     args.target = args.target or BUILTIN

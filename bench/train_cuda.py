@@ -32,9 +32,9 @@ from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.train.device import TrainDevice
 from specrt.train.eesd.module import ExitModule
 from specrt.train.eesd.task import EesdTask
-from specrt.train.evaluate import TargetTables
 from specrt.train.features.source import Sample
 from specrt.train.fspad.task import FspadTask
+from specrt.train.head import TargetHead, TargetTables
 from specrt.train.loop.options import EesdOptions, FspadOptions, TrainOptions
 from specrt.train.loop.processes import make_accelerator
 from specrt.train.loop.report import Reporter
@@ -146,7 +146,8 @@ def _trainer(case: Case, options: TrainOptions, place: str) -> Trainer:
     shape = config.vocab_size, config.hidden_size
 
     def tables() -> TargetTables:
-        return TargetTables(*(torch.randn(shape, device=place) * 0.02 for _ in range(2)))
+        embed, head = (torch.randn(shape, device=place) * 0.02 for _ in range(2))
+        return TargetTables(embed, TargetHead(head))
 
     task: TrainTask
     if isinstance(options, FspadOptions):

@@ -23,6 +23,7 @@ from bench import (
     contenders,
     harness,
 )
+from bench.cpu_models import TINY
 from bench.draft_contenders import PLAIN, Contender, Tree, Variant
 from bench.draft_contenders import Run as MadeRun
 from bench.memory import Probe
@@ -143,6 +144,25 @@ def test_generate_bench(run: Run) -> None:
     assert all(row["vs plain"] > 0 and row["vs transformers"] > 0 for row in rows.values())
     assert rows["ours prompt-lookup"]["differs plain"] == 0
     assert result["summary"]["float32"]["share_of_streaming"] > 0
+
+
+def test_generate_bench_of_a_file_in_several_forms(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from bench.random_gguf import write_gguf
+
+    write_gguf(TINY, "q8_0", tmp_path / "tiny.gguf")
+    options = ["--gguf", str(tmp_path / "tiny.gguf"), "--drafters", "recycle", "--cpu-time"]
+    forms = ["--forms", "file", "int8", "float32", "--peers", "transformers"]
+    result = run("bench_generate", *options, *forms)
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "ours plain", "ours recycle", "ours int8", "ours float32",
+        "transformers float32", "transformers bfloat16",
+    ]  # fmt: skip
+    assert [row["differs plain"] for row in rows.values()] == [0, 0, None, None, None, None]
+    assert rows["ours float32"]["MB/token"] > 3 * rows["ours plain"]["MB/token"]
+    assert all("vs transformers float32" in row for row in rows.values())
+    assert result["summary"]["time"] == "CPU"
 
 
 @needs_target

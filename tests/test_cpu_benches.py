@@ -13,7 +13,7 @@ from bench.bench_load import row
 from bench.byte_tokens import BOS, EOS, byte_tokens
 from bench.contenders import LLAMA_CPP, PLAIN, Output, Request
 from bench.cpu_models import CPU_MODELS, TINY
-from bench.generate_gguf import Race
+from bench.generate_gguf import CpuTimed, Race
 from bench.planted import Trace
 from bench.random_blocks import BLOCKS, FLOATS, random_rows, row_bytes
 from bench.random_checkpoint import write_checkpoint
@@ -97,13 +97,37 @@ def test_a_race_is_told_in_pairs() -> None:
         def run(self, request: Request) -> Output:
             return Output(self._said, 4, self._seconds, 1.0, 4)
 
-    made = {PLAIN: Made(2.0, [1, 2, 3, 4]), LLAMA_CPP: Made(4.0, [1, 2, 9, 4])}
-    race = Race(made, 10, 100, Triad(1024))
+    made = {
+        PLAIN: Made(2.0, [1, 2, 3, 4]),
+        "ours recycle": Made(1.0, [1, 2, 5, 4]),
+        "ours int8": Made(8.0, [1, 2, 5, 5]),
+        LLAMA_CPP: Made(4.0, [1, 2, 9, 4]),
+    }
+    exact = (PLAIN, "ours recycle")
+    race = Race(made, 10, {PLAIN: 100}, Triad(1024), (LLAMA_CPP,), exact)
     race.run(Request([1], 4, 0.0, 0), repeats=2)
-    plain, peer = race.rows()
+    plain, drafted, rounded, peer = race.rows()
     assert (plain["tokens/s"], plain["vs llama.cpp"], peer["vs plain"]) == (2.0, 2.0, 0.5)
     assert (plain["first_ms"], peer["first_ms"], plain["agrees"]) == (1500.0, 1000.0, 2)
-    assert (plain["differs plain"], peer["differs plain"]) == (0, 1)
+    assert (plain["differs plain"], drafted["differs plain"]) == (0, 1)
+    assert rounded["differs plain"] is peer["differs plain"] is None
+    assert (drafted["vs plain"], rounded["vs llama.cpp"], rounded["ms/token"]) == (2.0, 0.5, 2000.0)
+    assert peer["first vs llama.cpp"] == 1.0
+
+
+def test_cpu_time_is_of_what_comes_behind_the_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's pass of 3 s and 0.5 s a token, whatever else the machine does."""
+    now = [0.0]
+
+    class Made:
+        def run(self, request: Request) -> Output:
+            now[0] += 3.0 + 0.5 * request.max_new_tokens
+            tokens = list(range(request.max_new_tokens))
+            return Output(tokens, len(tokens), 99.0, 99.0, len(tokens))
+
+    monkeypatch.setattr("bench.generate_gguf.time.process_time", lambda: now[0])
+    found = CpuTimed(Made()).run(Request([1], 16, 0.0, 0))
+    assert (found.rate, found.seconds, len(found.token_ids)) == (2.0, 8.0, 24)
 
 
 def test_the_triad_adds() -> None:

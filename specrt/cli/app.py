@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from specrt.cli import convert, distill, errors, replay, train
+from specrt.cli import bench, convert, distill, errors, replay, train
 from specrt.cli.engine_options import (
     ChatEngine,
     Controller,
@@ -28,19 +28,15 @@ from specrt.cli.options import (
     Chat,
     Device,
     Jsonl,
-    NumPrompts,
-    PromptFile,
     Threads,
     with_options,
 )
 from specrt.cli.sampling_options import (
-    BriefSampling,
     ChatSampling,
     DemoSampling,
     SamplingOptions,
     left_to_the_model,
 )
-from specrt.draft.kinds import AUTO, NONE
 from specrt.targets import BUILTIN, SMOLLM2, how_to_install, is_installed
 
 app = typer.Typer(
@@ -169,48 +165,6 @@ def generate(
 
 
 @app.command()
-@with_options
-def bench(
-    *,
-    options: EngineOptions,
-    drafters: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of --drafter several of them, with commas between; 'all': those that "
-            "need no checkpoint, and the bundled ones that fit.",
-            rich_help_panel=RUNTIME,
-        ),
-    ] = None,
-    prompts: PromptFile = None,
-    jsonl: Jsonl = False,
-    chat: Chat = False,
-    add_special_tokens: AddSpecialTokens = True,
-    num_prompts: NumPrompts = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each.", rich_help_panel=RUNTIME)] = 3,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object.", rich_help_panel=INPUT)
-    ] = False,
-    sampling: BriefSampling,
-) -> None:
-    """Measure drafters against plain decoding: speed-up, tau, equal tokens."""
-    from specrt.cli import bench as command
-    from specrt.cli.prompts import encode, own_sampling, prompts_or_bundled
-
-    if drafters is not None and options.drafter != AUTO:
-        raise ValueError("drafter, drafters: expected one of them")
-    common = sampling.params()
-    named = prompts_or_bundled(prompts, num_prompts, num_bundled=16, is_jsonl=jsonl, is_chat=chat)
-    params = own_sampling(named, common)
-    engine = (options if drafters is None else replace(options, drafter=NONE)).load()
-    encoded = encode(engine, named, add_special_tokens=add_special_tokens)
-    if drafters is None:
-        engines = {drafter_name(options.drafter, engine.target.config): engine}
-    else:
-        engines = command.contenders(engine, options.target, drafters)
-    command.run(engines, encoded, params, repeats=repeats, is_json=json)
-
-
-@app.command()
 def info(
     target: Annotated[
         str | None, typer.Argument(help="A directory, GGUF file or name: its weights too.")
@@ -223,6 +177,7 @@ def info(
     command.show(command.collect(target), is_json=json)
 
 
+app.command("bench")(bench.bench)
 app.command("distill-data")(distill.distill_data)
 app.command("convert")(convert.convert)
 app.command("replay")(replay.replay)

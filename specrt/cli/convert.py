@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specrt.cli.engine_options import target_directory
+from specrt.cli.engine_options import Lora, adapter_directory, target_directory
 from specrt.cli.options import Target
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def convert(
     ],
     destination: Annotated[str, typer.Argument(help="The directory to write.")],
     target: Target,
+    lora: Lora = None,
     draft_vocab: Annotated[
         int | None,
         typer.Option(help="Draft only so many tokens, the most frequent of the corpus or list."),
@@ -55,21 +56,29 @@ def convert(
     from specrt.draft.fspad.checkpoint import reduce_vocabulary, write_checkpoint
     from specrt.draft.fspad.vocabulary import keep_tokens
     from specrt.draft.kinds import drafter_directory
+    from specrt.models.opening import adapter_hash
+    from specrt.train.data.token_counts import count_tokens
 
     place = Path(destination)
     if (place / "config.json").exists():
         raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
     directory, name = target_directory(target)
-    model = ModelConfig.from_directory(directory)
+    adapter = adapter_directory(lora)
+    model = ModelConfig.from_directory(directory, adapter=adapter)
     _check_reduction(draft_vocab, corpus, hot_tokens, model.vocab_size)
     _check_quantize(quantize)
     found = drafter_directory(source, model, directory)
     if is_exit_checkpoint(found):
         is_reduced = draft_vocab is not None or hot_tokens is not None
-        return _convert_exit(found, place, model, None if is_reduced else quantize)
+        return _convert_exit(found, place, (model, adapter), None if is_reduced else quantize)
     config, tensors = _read(found, model, quantize)
-    config = replace(config, target_name=name, target_fingerprint=config_fingerprint(model))
-    notes = _settle_tables(found, tensors, directory, model)
+    config = replace(
+        config,
+        target_name=name,
+        target_fingerprint=config_fingerprint(model),
+        target_adapter=adapter_hash(adapter) or config.target_adapter,
+    )
+    notes = _settle_tables(found, tensors, model, (directory, adapter))
     _add_biases(config, tensors)
     if hot_tokens is not None:
         config, tensors = keep_tokens(config, tensors, hot_tokens, draft_vocab)
@@ -79,56 +88,6 @@ def convert(
         notes.append(counts.coverage(tensors))
     write_checkpoint(place, config, tensors)
     _say(place, config, tensors, [*_architecture(config), *notes])
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """How often each token of a vocabulary occurs in a corpus; both ``[V]`` int64."""
-
-    said: torch.Tensor
-    """By the assistant."""
-    everywhere: torch.Tensor
-
-    @property
-    def ranking(self) -> torch.Tensor:
-        """``[V]``: as ``said``, and below all of those, what only the others say."""
-        import torch
-
-        return torch.where(self.said > 0, self.said + self.everywhere.sum(), self.everywhere)
-
-    def coverage(self, tensors: dict[str, torch.Tensor]) -> str:
-        """The share of what the assistant says that a reduced drafter can propose."""
-        from specrt.draft.fspad.checkpoint import TOKEN_IDS
-
-        total = int(self.said.sum())
-        share = int(self.said[tensors[TOKEN_IDS].long()].sum()) / total
-        return f"they cover {100 * share:.2f}% of the corpus' {total} assistant tokens"
-
-
-def count_tokens(corpus: Sequence[Path], directory: str | Path, vocab_size: int) -> TokenCounts:
-    """Count the tokens of training data.
-
-    Args:
-        corpus: files as :func:`specrt.train.data.dataset.read_examples` reads them.
-        directory: of the target, whose tokenizer reads them.
-        vocab_size: V.
-
-    Raises:
-        ValueError: a file is malformed, or has token ids of another vocabulary.
-        OSError: a file cannot be read.
-    """
-    from sys import maxsize
-
-    from specrt.models.tokenizer import load_tokenizer
-    from specrt.train.data.dataset import read_examples
-
-    dataset = read_examples(corpus, load_tokenizer(directory), max_length=maxsize)
-    if int(dataset.token_ids.max()) >= vocab_size:
-        raise ValueError(
-            f"corpus: expected token ids below {vocab_size}, got {int(dataset.token_ids.max())}"
-        )
-    said = dataset.token_ids[dataset.loss_mask].bincount(minlength=vocab_size)
-    return TokenCounts(said, dataset.token_ids.bincount(minlength=vocab_size))
 
 
 def _check_reduction(
@@ -148,7 +107,10 @@ def _check_reduction(
 
 
 def _settle_tables(
-    source: Path, tensors: dict[str, torch.Tensor], directory: Path, model: ModelConfig
+    source: Path,
+    tensors: dict[str, torch.Tensor],
+    model: ModelConfig,
+    paths: tuple[Path, Path | None],
 ) -> list[str]:
     """Leave out an embedding and a head that are the target's own; what to say of them."""
     from specrt.draft.fspad.checkpoint import EMBED
@@ -157,7 +119,7 @@ def _settle_tables(
 
     if EMBED not in tensors and HEAD not in tensors:
         return []
-    embed, head = _target_tables(directory, model)
+    embed, head = _target_tables(model, *paths)
     notes = ["its head is left out: the target's is used"] if HEAD in tensors else []
     settle_head(source, tensors, head)
     if EMBED not in tensors:
@@ -168,7 +130,9 @@ def _settle_tables(
     return [*notes, "its embedding is left out: the target's is used"]
 
 
-def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _target_tables(
+    model: ModelConfig, directory: Path, adapter: Path | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``[V, H]`` each, as stored, or in the configuration's dtype where no kernel reads that."""
     import torch
 
@@ -179,7 +143,10 @@ def _target_tables(directory: Path, model: ModelConfig) -> tuple[torch.Tensor, t
     dtype = model.dtype
     if info is not None and info.dtype in (torch.float32, torch.bfloat16, torch.float16):
         dtype = info.dtype
-    return load_tables(directory, model, dtype)
+    tables = load_tables(directory, model, dtype, adapter)
+    assert isinstance(tables.embed, torch.Tensor), "rows"
+    assert isinstance(tables.lm_head, torch.Tensor), "rows"
+    return tables.embed, tables.lm_head
 
 
 def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -218,7 +185,9 @@ def _round(tensors: dict[str, torch.Tensor], matrices: Sequence[str], dtype: tor
         tensors[key] = tensors[key].to(dtype)
 
 
-def _convert_exit(source: Path, place: Path, model: ModelConfig, quantize: str | None) -> None:
+def _convert_exit(
+    source: Path, place: Path, target: tuple[ModelConfig, Path | None], quantize: str | None
+) -> None:
     """The same exit, stored otherwise: all that there is to convert of one."""
     from specrt.draft.eesd.checkpoint import (
         exit_matrices,
@@ -226,17 +195,23 @@ def _convert_exit(source: Path, place: Path, model: ModelConfig, quantize: str |
         read_exit_tensors,
         write_exit,
     )
+    from specrt.models.opening import adapter_hash
 
     if quantize is None:
         raise ValueError(
             f"{source}: expected an FSPAD or EAGLE drafter; EESD has no other layout, and takes "
             "--quantize alone"
         )
+    model, adapter = target
     config = read_exit(source, model)
     tensors = read_exit_tensors(source, config)
     if config.is_int8 and quantize == "none":
         _round(tensors, exit_matrices(config), config.layer.dtype)
-    config = replace(config, is_int8=quantize == "int8")
+    config = replace(
+        config,
+        is_int8=quantize == "int8",
+        target_adapter=adapter_hash(adapter) or config.target_adapter,
+    )
     write_exit(place, config, tensors)
     _say(place, config, tensors, [f"eesd: reads layer {config.exit_layer}"])
 

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from specrt.cli.bench import TAU
+from specrt.cli.bench_report import TAU
 from specrt.cli.demo_prompts import CHAT_PROMPTS, PROMPTS
 from specrt.cli.errors import FAILED
 from specrt.targets import BUILTIN

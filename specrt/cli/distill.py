@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specrt.cli.answers import AnswerFile, Plan, answer, digest, model_options
-from specrt.cli.engine_options import load_engine, target_directory
+from specrt.cli.engine_options import Lora, adapter_directory, load_engine, target_directory
 from specrt.cli.errors import note
 from specrt.cli.options import (
     INPUT,
@@ -112,6 +112,7 @@ def distill_data(
     batch_size: Annotated[
         int, typer.Option(help="Answers made together.", rich_help_panel=RUNTIME)
     ] = 16,
+    lora: Lora = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -120,15 +121,24 @@ def distill_data(
     directory, target_name = target_directory(target)
     with AnswerFile(Path(answers.out), target_name, is_restart=answers.restart) as file:
         engine = load_engine(
-            target, drafter, device=device, dtype=dtype, threads=threads, max_batch=batch_size
+            target,
+            drafter,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_batch=batch_size,
+            lora=lora,
         )
-        _distill(engine, directory, answers, file)
+        model = model_options(engine, directory, adapter_directory(lora))
+        _distill(engine, model, answers, file)
 
 
-def _distill(engine: Engine, directory: Path, answers: AnswerOptions, file: AnswerFile) -> None:
+def _distill(
+    engine: Engine, model: Mapping[str, str], answers: AnswerOptions, file: AnswerFile
+) -> None:
     """Read the prompts or have them written, and write what of the answers is not there yet."""
     template = str(engine.tokenizer.inner.chat_template)
-    model = {**model_options(engine, directory), "template": digest(template)}
+    model = {**model, "template": digest(template)}
     given = _given(engine, answers) if answers.prompts else []
     asked = [*given[: answers.num_prompts], *_own(engine, answers, file, model)]
     found = _measured_apart(asked, answers.exclude or ())

@@ -176,7 +176,7 @@ def drafter_name(drafter: str, target: ModelConfig) -> str:
     """What to call a target's drafter in a table: ``"auto"`` by what it stands for."""
     if drafter == AUTO:
         return default_drafter(target)
-    return Path(drafter).name
+    return Path(drafter).name or Path(drafter).resolve().name
 
 
 def set_threads(threads: int | None) -> None:
@@ -206,3 +206,25 @@ def target_directory(target: str) -> tuple[Path, str]:
     if hub is not None:
         return directory, hub.name
     return directory, target if target in target_names() else directory.resolve().name
+
+
+def target_config(target: str, lora: str | None = None) -> ModelConfig:
+    """The configuration of a target named on the command line; no weights are read.
+
+    Raises:
+        CheckpointError: it is missing or broken, or of a family that is not run.
+    """
+    from specrt.config import ModelConfig
+
+    return ModelConfig.from_directory(target_path(target), adapter=adapter_directory(lora))
+
+
+def adapter_directory(lora: str | None) -> Path | None:
+    """Where a LoRA adapter named on the command line lies.
+
+    Raises:
+        CheckpointError: as :func:`specrt.config.local_path`.
+    """
+    from specrt.config import local_path
+
+    return None if lora is None else local_path(lora)

@@ -29,6 +29,7 @@ def write_own_text(
     num_texts: int,
     max_new_tokens: int,
     seed: int,
+    lora: Path | None = None,
     is_restart: bool = False,
 ) -> None:
     """Let a target speak from its first token on, and keep it in ``folder`` as training data.
@@ -43,6 +44,7 @@ def write_own_text(
         num_texts: at least 2.
         max_new_tokens: of a text.
         seed: of what is drawn.
+        lora: a directory with a LoRA adapter that is merged into it.
         is_restart: make all of it anew.
 
     Raises:
@@ -54,7 +56,8 @@ def write_own_text(
     from specrt.train.data.prompts import TrainingPrompt
 
     _check_sizes(num_texts, max_new_tokens)
-    engine = load_engine(target, NONE, dtype="auto", threads=None, max_batch=_BATCH)
+    adapter = None if lora is None else str(lora)
+    engine = load_engine(target, NONE, dtype="auto", threads=None, max_batch=_BATCH, lora=adapter)
     first = engine.target.config.bos_id
     if first is None:
         raise ValueError("data: expected --data, for this target has no first token (bos_token_id)")
@@ -68,7 +71,7 @@ def write_own_text(
         "num_texts": num_texts,
         "max_length": max_new_tokens + 1,
         "seed": seed,
-        **model_options(engine, directory),
+        **model_options(engine, directory, lora),
     }
     with AnswerFile(folder / _OPENINGS_FILE, name, is_restart=is_restart) as file:
         file.begin(run)

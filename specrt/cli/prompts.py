@@ -50,6 +50,10 @@ class NamedPrompt:
     prompt: Prompt
     options: Mapping[str, Any] = field(default_factory=dict)
     """Its own sampling parameters."""
+    message: str | None = None
+    """What a user says, where the target has a chat template: asked in place of ``prompt``."""
+    category: str | None = None
+    """What its line says its task or category is."""
 
 
 def read_prompts(
@@ -58,8 +62,9 @@ def read_prompts(
     """The prompts asked for.
 
     An object has its prompt under one of ``prompt``, ``messages``, ``prompt_token_ids``, ``turns``
-    (of which the first is asked) or a key of training data. Its other keys are sampling parameters
-    of its own, or notes that data sets make (``id``, ``category``, ``answer``, ...).
+    (of which the first is asked, as a message where the target chats) or a key of training data.
+    Its other keys are sampling parameters of its own, or notes that data sets make (``id``,
+    ``category``, ``answer``, ...).
 
     Args:
         prompt: the text itself, or None.
@@ -116,11 +121,15 @@ def prompts_or_bundled(
     for name, is_given in (("jsonl", is_jsonl), ("chat", is_chat)):
         if is_given:
             raise ValueError(f"{name}: goes with --prompts, of which there are none")
+    before, behind = "Question: ", "\nAnswer:"  # the bundled target's own template puts them there
     try:
         found = heldout_prompts(count or num_bundled)
     except ValueError as error:
         raise ValueError(f"num_prompts: {str(error).removeprefix('count: ')}") from error
-    return [NamedPrompt(f"problem {i}", text) for i, text in enumerate(found, start=1)]
+    return [
+        NamedPrompt(f"problem {i}", text, message=text.removeprefix(before).removesuffix(behind))
+        for i, text in enumerate(found, start=1)
+    ]
 
 
 def own_sampling(prompts: Sequence[NamedPrompt], sampling: SamplingParams) -> list[SamplingParams]:
@@ -143,15 +152,20 @@ def encode(
 ) -> list[Prompt]:
     """The prompts as token ids; what is odd about them is said on stderr.
 
+    A :attr:`NamedPrompt.message` goes through the chat template, if the tokenizer has one.
+
     Raises:
         ValueError: a prompt is empty, no text, or does not fit the chat template; names it.
     """
     encoded: list[Prompt] = []
+    has_template = engine.tokenizer.inner.chat_template is not None
     for one in prompts:
+        is_said = has_template and one.message is not None
+        prompt = _as_chat(one.message or "", is_chat=True) if is_said else one.prompt
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
-                encoded.append(engine.encode(one.prompt, add_special_tokens=add_special_tokens))
+                encoded.append(engine.encode(prompt, add_special_tokens=add_special_tokens))
             except ValueError as error:
                 reason = str(error).removeprefix("prompt: ")
                 raise ValueError(f"{one.name}: {reason}") from error
@@ -188,7 +202,15 @@ def _parse_object(item: JsonItem, is_chat: bool) -> NamedPrompt:
     key = given[0]
     used = {*given, *(_TRAINING_REST if key in _TRAINING else _TRAINING)}
     options = _options(where, {k: value for k, value in data.items() if k not in used})
-    return NamedPrompt(where, _prompt(item, key, data[key], is_chat), options)
+    prompt = _prompt(item, key, data[key], is_chat)
+    said = data.get("task") or data.get("category")
+    return NamedPrompt(
+        where,
+        prompt,
+        options,
+        message=prompt if key == "turns" and isinstance(prompt, str) else None,
+        category=said if isinstance(said, str) else None,
+    )
 
 
 def _options(where: str, rest: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from specrt.cli.engine_options import drafter_name, load_engine, target_directory
+from specrt.cli.engine_options import drafter_name, load_engine, target_config, target_directory
 from specrt.cli.errors import note
 from specrt.cli.options import RUNTIME, Dtype, Jsonl, Target, Threads
 from specrt.targets import BUILTIN
@@ -148,11 +148,10 @@ def _check(file: str, options: RecordOptions) -> None:
 
 def _bundled(options: RecordOptions) -> Path:
     """The directory of a drafter that is bundled for the target."""
-    from specrt.config import ModelConfig
     from specrt.draft.kinds import drafter_directory
 
     path, _ = target_directory(options.target)
-    return drafter_directory(options.drafter, ModelConfig.from_directory(path), path)
+    return drafter_directory(options.drafter, target_config(options.target), path)
 
 
 def _models(options: RecordOptions, engine: Engine, drafter: EesdDrafter) -> TraceModels:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from specrt.cli.bench import TAU
+from specrt.cli.bench_report import TAU
 
 if TYPE_CHECKING:
     import numpy as np

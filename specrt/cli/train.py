@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specrt.cli.engine_options import set_threads, target_directory
+from specrt.cli.engine_options import Lora, adapter_directory, set_threads, target_directory
 from specrt.cli.options import with_options
 from specrt.cli.own_text import TEXTS_FILE, write_own_text
 from specrt.cli.train_summary import end
@@ -36,6 +36,7 @@ class PlaceOptions:
         str, typer.Option(help="A directory, a GGUF file, OWNER/NAME, 'builtin' or 'smollm2'.")
     ]
     out: Annotated[Path, typer.Option(help="The drafter's directory.")]
+    lora: Lora = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ def fspad(
     intermediate_size: Annotated[
         int | None, typer.Option(help="Width of its MLPs; default: the target's.")
     ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(help="Propose only so many tokens, the most frequent of the data or list."),
+    ] = None,
+    hot_tokens: Annotated[
+        Path | None,
+        typer.Option(help="In the data's place, a file of token ids, most frequent first."),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A drafter of the same shape to begin with.")
+    ] = None,
     reading: DataOptions,
     recipe: FspadOptions,
     run: RunOptions,
@@ -72,7 +84,16 @@ def fspad(
     from specrt.train.run import train_fspad
 
     job = _job(place, data, reading, run)
-    outcome = train_fspad(job, recipe, arch=arch, intermediate_size=intermediate_size)
+    kept = _hot_tokens(job, draft_vocab, hot_tokens)
+    outcome = train_fspad(
+        job,
+        recipe,
+        arch=arch,
+        intermediate_size=intermediate_size,
+        hot_tokens=kept,
+        draft_vocab=draft_vocab,
+        initial=init,
+    )
     end(outcome, place.out, is_json=run.json)
 
 
@@ -111,6 +132,7 @@ def eesd(
         num_texts=num_texts,
         max_new_tokens=min(reading.max_length - 1, _MAX_TEXT),
         seed=recipe.seed,
+        lora=adapter_directory(place.lora),
         is_restart=run.restart,
     )
     if data:
@@ -118,6 +140,21 @@ def eesd(
     else:
         job = _job(place, [place.out / TEXTS_FILE], reading, run, write_files)
     end(train_eesd(job, recipe, exit_layer), place.out, is_json=run.json)
+
+
+def _hot_tokens(
+    job: TrainJob, draft_vocab: int | None, file: Path | None
+) -> Path | list[int] | None:
+    """The list of tokens to propose: as given, or what the data say, most frequent first."""
+    if file is not None or draft_vocab is None:
+        return file
+    from specrt.config import ModelConfig
+    from specrt.train.data.token_counts import count_tokens
+
+    vocab_size = ModelConfig.from_directory(job.target).vocab_size
+    counts = count_tokens(job.files, job.target, vocab_size, skip_bad=job.data.skip_bad)
+    order: list[int] = counts.ranking.sort(descending=True, stable=True).indices.tolist()
+    return order
 
 
 def _job(
@@ -139,6 +176,7 @@ def _job(
         data=reading,
         write_files=write_files,
         is_restart=run.restart,
+        adapter=adapter_directory(place.lora),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -13,7 +13,7 @@ from specrt.draft.base import Drafter, EmptyDrafter
 from specrt.engine.engine import Engine
 from specrt.engine.prompts import Prompt
 from specrt.engine.results import GenerationResult
-from specrt.sampling import SamplingParams, one_each
+from specrt.sampling import SamplingParams
 from specrt.types import GenerationError
 
 PLAIN = "plain"
@@ -27,6 +27,8 @@ class Measurement:
     """Of the first timed run; every run says the same."""
     seconds: list[float]
     """Wall time of each timed run, the prompt's own pass included."""
+    prefill_seconds: list[float]
+    """Of these, the prompt's own pass."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +64,70 @@ class Comparison:
         plain, other = self.measurements[PLAIN], self.measurements[name]
         return median(plain.seconds) / median(other.seconds)
 
+    def difference(self, name: str) -> Difference | None:
+        """Where a contender's tokens part from plain decoding's; None: nowhere."""
+        if self.is_equal(name):
+            return None
+        place = self.num_equal(name)
+        sides = (self.measurements[key].result.token_ids[place:] for key in (PLAIN, name))
+        return Difference(place, *(side[0] if side else None for side in sides))
+
+    def figures(self) -> dict[str, Figures]:
+        """All that is summed, by contender."""
+        return {name: self._figures(name) for name in self.measurements}
+
+    def _figures(self, name: str) -> Figures:
+        measured = self.measurements[name]
+        stats = measured.result.stats
+        return Figures(
+            num_tokens=measured.num_tokens,
+            num_rounds=stats.num_rounds,
+            num_draft_tokens=stats.num_draft_tokens,
+            num_accepted_tokens=stats.num_accepted_tokens,
+            seconds=measured.seconds,
+            prefill_seconds=measured.prefill_seconds,
+            difference=self.difference(name),
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a contender's tokens part from plain decoding's."""
+
+    position: int
+    """Of the first that differs, among the tokens generated."""
+    plain: int | None
+    """Plain decoding's token there; None: it had ended."""
+    other: int | None
+    """The contender's."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What sums and tables need of one contender on one prompt."""
+
+    num_tokens: int
+    num_rounds: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    seconds: list[float]
+    """As :attr:`Measurement.seconds`."""
+    prefill_seconds: list[float]
+    """Of these, the prompt's own pass, the target's and the drafter's."""
+    difference: Difference | None
+    """None: plain decoding's tokens, all of them and no others."""
+
+    @property
+    def num_equal(self) -> int:
+        """Length of the common beginning with plain decoding's tokens."""
+        return self.num_tokens if self.difference is None else self.difference.position
+
+    @property
+    def decode_seconds(self) -> float:
+        """Median over the runs of the time behind the prompt's own pass."""
+        pairs = zip(self.seconds, self.prefill_seconds, strict=True)
+        return median(whole - prefill for whole, prefill in pairs)
+
 
 @dataclass
 class Summary:
@@ -79,6 +145,10 @@ class Summary:
     """Sum over the prompts of the median time."""
     speedup: float = 1.0
     """Plain decoding's ``seconds`` over this contender's."""
+    decode_seconds: float = 0.0
+    """As ``seconds``, without the prompts' own passes."""
+    decode_speedup: float = 1.0
+    """Plain decoding's ``decode_seconds`` over this contender's."""
     speedups: list[float] = field(default_factory=list)
     """Of each prompt."""
 
@@ -107,6 +177,8 @@ class Summary:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "speedup": self.speedup,
+            "decode_seconds": self.decode_seconds,
+            "decode_speedup": self.decode_speedup,
             "speedup_median": median(self.speedups) if self.speedups else 1.0,
         }
 
@@ -171,33 +243,14 @@ def compare(
                 raise GenerationError(f"{name}: two runs of one prompt gave different tokens")
     return Comparison(
         {
-            name: Measurement(timed[0][1], [seconds for seconds, _ in timed])
+            name: Measurement(
+                timed[0][1],
+                [seconds for seconds, _ in timed],
+                [result.stats.prefill_ms / 1e3 for _, result in timed],
+            )
             for name, timed in runs.items()
         }
     )
-
-
-def compare_all(
-    engines: Mapping[str, Engine],
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams | Sequence[SamplingParams],
-    *,
-    repeats: int = 3,
-    on_prompt: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[str, Summary], list[Comparison]]:
-    """:func:`compare` over many prompts, one after another, and the sums.
-
-    Args:
-        on_prompt: called with the number of prompts done.
-        sampling: for all prompts, or one each.
-        engines, prompts, repeats: as for :func:`compare`.
-    """
-    comparisons: list[Comparison] = []
-    params = one_each(sampling, len(prompts))
-    for number, (prompt, p) in enumerate(zip(prompts, params, strict=True), start=1):
-        comparisons.append(compare(engines, prompt, p, repeats=repeats))
-        on_prompt(number)
-    return {name: summarise(name, comparisons) for name in engines}, comparisons
 
 
 def _timed(
@@ -213,20 +266,34 @@ def _timed(
 
 def summarise(name: str, comparisons: Sequence[Comparison]) -> Summary:
     """A contender over all prompts."""
-    summary, plain_seconds = Summary(name), 0.0
-    for comparison in comparisons:
-        measured = comparison.measurements[name]
-        stats = measured.result.stats
+    return sum_figures(name, [comparison.figures() for comparison in comparisons])
+
+
+def sum_figures(name: str, prompts: Sequence[Mapping[str, Figures]]) -> Summary:
+    """A contender over all prompts.
+
+    Args:
+        name: of the contender.
+        prompts: of each the figures of it and of :data:`PLAIN`.
+    """
+    summary, plain_seconds, plain_decode_seconds = Summary(name), 0.0, 0.0
+    for prompt in prompts:
+        one, plain = prompt[name], prompt[PLAIN]
+        seconds, against = median(one.seconds), median(plain.seconds)
         summary.num_prompts += 1
-        summary.num_tokens += measured.num_tokens
-        summary.num_equal += comparison.num_equal(name)
-        summary.num_equal_prompts += comparison.is_equal(name)
-        summary.num_rounds += stats.num_rounds
-        summary.num_draft_tokens += stats.num_draft_tokens
-        summary.num_accepted_tokens += stats.num_accepted_tokens
-        summary.seconds += median(measured.seconds)
-        summary.speedups.append(comparison.speedup(name))
-        plain_seconds += median(comparison.measurements[PLAIN].seconds)
+        summary.num_tokens += one.num_tokens
+        summary.num_equal += one.num_equal
+        summary.num_equal_prompts += one.difference is None
+        summary.num_rounds += one.num_rounds
+        summary.num_draft_tokens += one.num_draft_tokens
+        summary.num_accepted_tokens += one.num_accepted_tokens
+        summary.seconds += seconds
+        summary.decode_seconds += one.decode_seconds
+        summary.speedups.append(against / seconds)
+        plain_seconds += against
+        plain_decode_seconds += plain.decode_seconds
     if summary.seconds:
         summary.speedup = plain_seconds / summary.seconds
+    if summary.decode_seconds > 0:
+        summary.decode_speedup = plain_decode_seconds / summary.decode_seconds
     return summary

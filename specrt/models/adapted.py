@@ -20,7 +20,7 @@ from specrt.models.families import HEAD
 from specrt.models.layouts import dtype_name
 from specrt.types import CheckpointError
 
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCT, _TABLE = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 _MAGNITUDE = "lora_magnitude_vector"
@@ -57,7 +57,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, base: Checkpoint, directory: Path) -> None:
         self.directory, self._base = base.directory, base
         self._config = read_adapter_config(directory)
-        self._adapter = Checkpoint(directory, _FILES)
+        self._adapter = Checkpoint(directory, ADAPTER_FILES)
         self.infos, self.idle = dict(base.infos), base.idle
         self._keys = {(info.file, info.key): key for key, info in base.infos.items()}
         self._changes: dict[str, _Change] = {}

@@ -32,7 +32,7 @@ from specrt.models.layouts import (
     matrix_parts,
     weight_bytes,
 )
-from specrt.models.opening import open_checkpoint
+from specrt.models.opening import adapter_hash, open_checkpoint
 from specrt.models.packing import ROWS, Form, Packing
 from specrt.models.stored import float8_scale
 from specrt.ops import Float8Matrix, Matrix, MatrixKind, PackedMatrix, StackedMatrix
@@ -109,6 +109,8 @@ class Weights:
     """``[V]`` float32"""
     positions: torch.Tensor | None = None
     """``[P, H]`` of ``dtype``: the table of learned positions."""
+    adapter: str | None = None
+    """Which adapter is merged into them (:func:`~specrt.models.opening.adapter_hash`)."""
 
     @property
     def matrices(self) -> list[torch.Tensor | PackedMatrix]:
@@ -192,23 +194,24 @@ def load_weights(
     padded = replace(config, head_dim=head_dim or config.head_dim)
     check_size(weight_bytes(padded, dtype, has_tables=has_tables))
     with _progress(progress and sys.stderr.isatty(), config.num_layers + 1) as advance:
-        return _Loader(checkpoint, config, dtype, packing, tables, head_dim).load(advance)
+        loaded = _Loader(checkpoint, config, dtype, packing, tables, head_dim).load(advance)
+    return replace(loaded, adapter=adapter_hash(adapter))
 
 
 def load_tables(
-    path: str | os.PathLike[str], config: ModelConfig, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load only the embedding and the LM head, rows ``[V, H]`` each; one tensor when they are tied.
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Weights:
+    """Load what lies outside of layers alone: embedding and head are rows.
 
     Raises:
         CheckpointError: as for :func:`load_weights`; all tensors are checked but not all read.
     """
-    checkpoint, config = fit(open_checkpoint(path), config, dtype)
+    checkpoint, config = fit(open_checkpoint(path, adapter), config, dtype)
     loader = _Loader(checkpoint, replace(config, num_layers=0), dtype, ROWS)
-    embed, lm_head = loader.own_tables()
-    assert isinstance(embed, torch.Tensor), "rows"
-    assert isinstance(lm_head, torch.Tensor), "rows"
-    return embed, lm_head
+    return loader.load(lambda: None)
 
 
 class _Loader:

@@ -77,7 +77,8 @@ def rope_table(
         ValueError: the rope type is not supported, or a size is odd.
     """
     table = torch.empty(max_positions, padded_head_dim or head_dim)
-    _turns(rotary_dim or head_dim, theta, scaling or {}).fill(table, 0)
+    size = head_dim if rotary_dim is None else rotary_dim
+    _turns(size, theta, scaling).fill(table, 0)
     return table
 
 
@@ -165,25 +166,30 @@ def rotary_tables(
     }
 
 
-def _chosen(config: ModelConfig, choice: RopeChoice) -> _Turns:
-    """What layers of a choice are turned by."""
+def rope_of(config: ModelConfig, choice: RopeChoice) -> tuple[int, float, Mapping[str, Any] | None]:
+    """What layers of a choice are turned by: elements of a head, and :func:`rope_table`'s ``theta``
+    and ``scaling``."""
     form = config.form
     if choice == "none":
-        return _Turns(())
+        return 0, config.rope_theta, None
     size = form.rotary_dim or config.head_dim
     if choice == "main":
-        return _turns(size, config.rope_theta, config.rope_scaling or {})
+        return size, config.rope_theta, config.rope_scaling
     assert form.local_rope_theta is not None, "whose layers choose it"
-    return _turns(size, form.local_rope_theta, {})
+    return size, form.local_rope_theta, None
 
 
-def _turns(size: int, theta: float, scaling: Mapping[str, Any]) -> _Turns:
+def _chosen(config: ModelConfig, choice: RopeChoice) -> _Turns:
+    return _turns(*rope_of(config, choice))
+
+
+def _turns(size: int, theta: float, scaling: Mapping[str, Any] | None) -> _Turns:
     """Of a head's first ``size`` elements."""
     if size % 2:
         raise ValueError(f"head_dim: expected an even number, got {size}")
-    exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
+    exponents = torch.arange(0, size, 2, dtype=torch.float64) / max(1, size)
     frequencies = 1.0 / theta**exponents
-    factor = 1.0
+    factor, scaling = 1.0, scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "linear":
         frequencies = frequencies / float(scaling["factor"])

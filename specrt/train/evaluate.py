@@ -13,28 +13,12 @@ from typing import Any
 
 import torch
 
-from specrt.device import Device
 from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
+from specrt.train.head import TargetHead, TargetTables
 
 _MAX_SEQUENCES = 64
 _ROWS = 256  # queries, or logits, at a time
-
-
-@dataclass(frozen=True)
-class TargetTables:
-    """What a drafter uses of its target."""
-
-    embed: torch.Tensor
-    """``[V, H]``"""
-    head: torch.Tensor
-    """``[V, H]``; may be ``embed`` itself."""
-
-    def to(self, device: Device, dtype: torch.dtype) -> TargetTables:
-        """The same, which are the host's, in another place and dtype."""
-        embed = device.moved(self.embed.to(dtype))
-        is_tied = self.head is self.embed
-        return TargetTables(embed, embed if is_tied else device.moved(self.head.to(dtype)))
 
 
 @dataclass(frozen=True)
@@ -164,6 +148,7 @@ def _chain_hits(
     layer, attention = model.layer, model.layer.self_attn
     length = len(token_ids)
     wanted = _argmax(features, target.head)  # of token t + 1, by t
+    draft_head = target.draft_head
     rope = model.rope_rows(length)
     embeddings = target.embed[token_ids]
     fed = features[:-1]
@@ -182,7 +167,10 @@ def _chain_hits(
         values.append(v)
         attended = _chain_attention(q, keys, values)
         predicted, regressed = layer.output(hidden + attention.merge(attended))
-        hits.append(_argmax(predicted[0], target.head) == wanted[level : level + count])
+        guessed = _argmax(predicted[0], draft_head)
+        if target.token_ids is not None:
+            guessed = target.token_ids[guessed]
+        hits.append(guessed == wanted[level : level + count])
         fed = regressed[0]
     return hits
 
@@ -220,5 +208,5 @@ def _chain_attention(
     return torch.cat(out, 2)
 
 
-def _argmax(features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    return torch.cat([(part @ head.T).argmax(-1) for part in features.split(_ROWS)])
+def _argmax(features: torch.Tensor, head: TargetHead) -> torch.Tensor:
+    return torch.cat([head.logits(part).argmax(-1) for part in features.split(_ROWS)])

@@ -14,12 +14,13 @@ import torch
 from torch.nn import functional
 
 from specrt.train.device import TrainDevice
+from specrt.train.head import TargetHead
 
 TOP = 3
 
 Watch = Callable[[slice, torch.Tensor, torch.Tensor], None]
 """Sees logits while they are at hand: which rows, the target's and the drafter's ``[n, V]`` float32
-of them; it must not change them."""
+of them, scaled and capped; it must not change them."""
 
 
 class Losses(NamedTuple):
@@ -47,16 +48,16 @@ class FrozenHead:
     """The target's LM head, and how the losses behind it are computed.
 
     Args:
-        weight: ``[V, H]``, frozen; its dtype is that of the logits' products.
-        device: where it lies.
+        target: the head, where training runs.
+        device: that place.
     """
 
-    def __init__(self, weight: torch.Tensor, device: TrainDevice | None = None) -> None:
+    def __init__(self, target: TargetHead, device: TrainDevice | None = None) -> None:
         device = device or TrainDevice()
-        self.weight = weight
-        self.num_rows = max(1, device.num_logits // len(weight))
+        self.target, self.weight = target, target.weight
+        self.num_rows = max(1, device.num_logits // len(self.weight))
         """Whose logits are made at a time."""
-        self.divergence = device.fused(_divergence)
+        self.divergence = device.fused(_divergence_behind(target))
 
     def counter(self) -> HitCounter:
         """Of hits, from nought."""
@@ -137,18 +138,18 @@ class _HeadLoss(torch.autograd.Function):
         watch: Watch | None,
     ) -> torch.Tensor:
         gradient = torch.empty_like(predicted)
-        weight = head.weight
+        weight, made = head.weight, head.target
         loss = weight.new_zeros((), dtype=torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             for start in range(0, len(predicted), head.num_rows):
                 part = slice(start, start + head.num_rows)
-                target = features[part].to(weight.dtype) @ weight.T
-                draft = predicted[part].to(weight.dtype) @ weight.T
+                target = made.product(features[part])
+                draft = made.product(predicted[part])
                 if watch is not None:
-                    watch(part, target.float(), draft.float())
-                gained, by_logits = head.divergence(target, draft)
+                    watch(part, made.changed(target).float(), made.changed(draft).float())
+                gained, by_product = head.divergence(target, draft)
                 loss -= gained
-                gradient[part] = by_logits @ weight
+                gradient[part] = by_product @ weight
         ctx.save_for_backward(gradient)
         return loss
 
@@ -158,15 +159,27 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * grad_outputs[0], None, None, None
 
 
-def _divergence(target: torch.Tensor, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits ``[n, V]``: the log-likelihood of the target's law under the drafter's, summed over
-    the rows, ``[]`` float32, and its negative's gradient by the drafter's logits, in their dtype.
+def _divergence_behind(
+    head: TargetHead,
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Of what a head's products ``[n, V]`` are, the target's and the drafter's: the log-likelihood
+    of the target's law under the drafter's, summed over the rows, ``[]`` float32, and its
+    negative's gradient by the drafter's products, in their dtype.
 
-    Laws are float32, each made in one pass over the logits' own dtype.
+    Laws are float32, each made in one pass over the products' own dtype.
     """
-    law, log_law = target.softmax(-1, torch.float32), draft.log_softmax(-1, torch.float32)
-    gained = torch.dot(law.view(-1), log_law.view(-1))
-    return gained, (log_law.exp_() - law).to(draft.dtype)
+
+    def _divergence(target: torch.Tensor, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head.changed(draft)
+        law = head.changed(target).softmax(-1, torch.float32)
+        log_law = logits.log_softmax(-1, torch.float32)
+        gained = torch.dot(law.view(-1), log_law.view(-1))
+        by_logits = log_law.exp_() - law
+        if logits is not draft:
+            by_logits = by_logits * head.by_product(logits)
+        return gained, by_logits.to(draft.dtype)
+
+    return _divergence
 
 
 def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

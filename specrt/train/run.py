@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from specrt.config import Form, ModelConfig
+from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import ExitConfig
-from specrt.draft.fspad.checkpoint import DraftConfig
+from specrt.draft.fspad.checkpoint import (
+    TOKEN_IDS,
+    DraftConfig,
+    read_checkpoint,
+    tensor_shapes,
+)
+from specrt.draft.fspad.vocabulary import HotTokens, keep_tokens
 from specrt.models.loader import load_tables
+from specrt.models.opening import adapter_hash, weights_hash
 from specrt.models.tokenizer import load_tokenizer
 from specrt.train.data.dataset import Dataset, read_examples
 from specrt.train.device import TrainDevice
 from specrt.train.eesd.module import read_last_layer
 from specrt.train.eesd.task import EesdTask
-from specrt.train.evaluate import TargetTables
 from specrt.train.features.cache import cache_features
-from specrt.train.features.cache_index import weights_hash
 from specrt.train.features.source import FeatureSource, HeldFeatures, OnlineFeatures
 from specrt.train.fspad.task import FspadTask
+from specrt.train.head import TargetHead, TargetTables
 from specrt.train.loop.lock import hold_directory
 from specrt.train.loop.options import DataOptions, EesdOptions, FspadOptions, TrainOptions
 from specrt.train.loop.processes import leave, make_accelerator
@@ -54,6 +60,8 @@ class TrainJob:
     write_files: Callable[[], None] | None = None
     """Makes ``files`` first, in the main process alone."""
     is_restart: bool = False
+    adapter: Path | None = None
+    """A directory with a LoRA adapter that is merged into the target."""
 
 
 def train_fspad(
@@ -62,6 +70,9 @@ def train_fspad(
     *,
     arch: str = "fspad",
     intermediate_size: int | None = None,
+    hot_tokens: HotTokens | None = None,
+    draft_vocab: int | None = None,
+    initial: Path | None = None,
 ) -> Outcome:
     """Train FSPAD, EAGLE-2 or one between them and write it to ``job.out``.
 
@@ -69,17 +80,42 @@ def train_fspad(
         job, options: what and how.
         arch: a key of :data:`specrt.draft.fspad.checkpoint.ARCHS`.
         intermediate_size: I; the target's by default.
+        hot_tokens: the only tokens it learns to propose; the losses compare laws over these alone.
+        draft_vocab: the first so many of them; None: all.
+        initial: a drafter to begin with, of the same shape; its own list of tokens is not taken.
 
     Raises:
-        As :func:`train`; ValueError also for an unknown ``arch``, and for a target whose logits
-        are more than its head's product.
+        As :func:`train`; ValueError also for an unknown ``arch``, for ``hot_tokens`` as
+        :func:`specrt.draft.fspad.vocabulary.keep_tokens`, and for an ``initial`` of another shape.
     """
-    target = ModelConfig.from_directory(job.target)
-    _check_head(target)
+    target = _config(job)
     config = DraftConfig.for_target(
         target, arch, name=job.target_name, intermediate_size=intermediate_size
     )
-    return train(job, options, FspadTask(config, lambda: _tables(job, target), options))
+    config = replace(config, target_adapter=adapter_hash(job.adapter))
+    kept: Mapping[str, torch.Tensor] = {}
+    if draft_vocab is not None and not 1 <= draft_vocab <= target.vocab_size:
+        raise ValueError(f"draft_vocab: expected 1..{target.vocab_size}, got {draft_vocab}")
+    if hot_tokens is not None:
+        config, kept = keep_tokens(config, {}, hot_tokens, draft_vocab)
+    token_ids = kept[TOKEN_IDS].long() if kept else None
+    start = None if initial is None else _initial(initial, config, target)
+    task = FspadTask(config, lambda: _tables(job, target), options, token_ids, start)
+    return train(job, options, task)
+
+
+def _initial(
+    directory: Path, config: DraftConfig, target: ModelConfig
+) -> Mapping[str, torch.Tensor]:
+    """Another drafter's weights, if its shape is that of the one to train."""
+    found, tensors = read_checkpoint(directory, target)
+    wanted = tensor_shapes(config)
+    if tensor_shapes(found) != wanted:
+        shapes = [f"{c.arch} with MLPs of {c.layer.intermediate_size}" for c in (config, found)]
+        raise ValueError(f"{directory}: expected {shapes[0]}, got {shapes[1]}")
+    return {
+        key: tensors[key] if key in tensors else torch.zeros(shape) for key, shape in wanted.items()
+    }
 
 
 def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) -> Outcome:
@@ -90,53 +126,23 @@ def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) 
         exit_layers: every N, 1..L-1.
 
     Raises:
-        As :func:`train`; ValueError also for no N, or one out of range, and for a target whose last
-        layer is none of Llama's form, or has a window that hides part of a text.
+        As :func:`train`; ValueError also for no N, or one out of range.
     """
     if not exit_layers:
         raise ValueError("exit_layer: expected at least one")
-    target = ModelConfig.from_directory(job.target)
+    target, adapter = _config(job), adapter_hash(job.adapter)
     configs = [
-        ExitConfig.for_target(target, number, name=job.target_name)
+        replace(ExitConfig.for_target(target, number, name=job.target_name), target_adapter=adapter)
         for number in sorted(set(exit_layers))
     ]
-    _check_exit(configs[0].layer, job.data.max_length)
     task = EesdTask(
         target,
         configs,
         lambda: _tables(job, target),
-        lambda: read_last_layer(job.target, target),
+        lambda: read_last_layer(job.target, target, job.adapter),
         options,
     )
     return train(job, options, task)
-
-
-def _check_head(target: ModelConfig) -> None:
-    """Refuse a target whose law is not that of its head's product, which training takes it for."""
-    form, usual = target.form, Form()
-    names = "logit_scale", "logit_cap", "has_head_bias"
-    others = [name for name in names if getattr(form, name) != getattr(usual, name)]
-    if others:
-        raise ValueError(
-            f"target: expected logits that are the head's product alone, which drafters are "
-            f"trained on, got {target.architecture} with {', '.join(others)}"
-        )
-
-
-def _check_exit(layer: ModelConfig, max_length: int) -> None:
-    """Refuse an exit that would compute something else in training than where it serves."""
-    form, usual, kind = layer.form, Form(), layer.form.layer(0)
-    names = [item.name for item in fields(Form) if item.name != "layers"]
-    others = [name for name in names if getattr(form, name) != getattr(usual, name)]
-    if kind.rope != "main":
-        others.append(f"rope {kind.rope!r}")
-    if kind.window is not None and kind.window < max_length:
-        others.append(f"a window of {kind.window} below max_length {max_length}")
-    if others:
-        raise ValueError(
-            f"target: expected layers of Llama's form, which alone EESD is trained for, got "
-            f"{layer.architecture} with {', '.join(others)}"
-        )
 
 
 def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
@@ -175,7 +181,7 @@ def _smaller(
 def _train(
     job: TrainJob, options: TrainOptions, task: TrainTask, accelerator: Accelerator
 ) -> Outcome:
-    target = ModelConfig.from_directory(job.target)
+    target = _config(job)
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
     with Reporter(accelerator.is_main_process, log_dir) as reporter:
         tokenizer = load_tokenizer(job.target)
@@ -196,7 +202,7 @@ def _train(
             "max_length": max_length,
             "held_out": job.data.held_out,
             **run_identity(task, options, accelerator, dataset.content_hash, train),
-            "target_weights": weights_hash(job.target),
+            "target_weights": weights_hash(job.target, job.adapter),
             "features": ONLINE if is_online else "cached",  # in fewer bits
         }
         state = StateFolder(job.out, identity, accelerator)
@@ -215,8 +221,17 @@ def _train(
     return outcome
 
 
+def _config(job: TrainJob) -> ModelConfig:
+    return ModelConfig.from_directory(job.target, adapter=job.adapter)
+
+
 def _tables(job: TrainJob, target: ModelConfig) -> TargetTables:
-    return TargetTables(*load_tables(job.target, target, torch.float32))
+    loaded = load_tables(job.target, target, torch.float32, job.adapter)
+    embed, weight, form = loaded.embed, loaded.lm_head, target.form
+    assert isinstance(embed, torch.Tensor), "rows"
+    assert isinstance(weight, torch.Tensor), "rows"
+    head = TargetHead(weight, loaded.head_bias, form.logit_scale, form.logit_cap)
+    return TargetTables(embed, head)
 
 
 def _is_online(job: TrainJob, options: TrainOptions, num_sequences: int) -> bool:
@@ -238,12 +253,16 @@ def _features(
     """The target's features, computed when asked for, or once for all and held or kept on disk."""
     device = TrainDevice.at(accelerator.device)
     if is_online:
-        return OnlineFeatures(dataset, job.target, device=device.place, taps=taps)
-    hidden_size = ModelConfig.from_directory(job.target).hidden_size
+        return OnlineFeatures(
+            dataset, job.target, device=device.place, taps=taps, adapter=job.adapter
+        )
+    hidden_size = _config(job).hidden_size
     num_bytes = HeldFeatures.num_bytes(dataset, hidden_size, len(taps))
     is_held = accelerator.num_processes == 1 and num_bytes < device.feature_room
     if job.data.features == MEMORY or (job.data.features is None and is_held):
-        return HeldFeatures(dataset, job.target, device, taps)
+        return HeldFeatures(dataset, job.target, device, taps, job.adapter)
     folder = Path(job.data.features) if job.data.features else job.out / _FEATURES_FOLDER
     with accelerator.main_process_first():
-        return cache_features(folder, dataset, job.target, device=device.place, taps=taps)
+        return cache_features(
+            folder, dataset, job.target, device=device.place, taps=taps, adapter=job.adapter
+        )

@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    expect_one_line(done, f"{out}: File too large; the answers before are kept")
+    expect_one_line(done, f"{out}: File too large; the lines before are kept")
     assert 0 < len(answers(prompts)) < 3  # and nothing of the next one
     distil(capsys, target, prompts)
     assert len(answers(prompts)) == len(by_key(answers(prompts))) == 3

@@ -85,7 +85,8 @@ def test_tokens_equal_transformers(
     weights = load(tmp_path)
     assert (weights.lm_head is weights.embed) == (num_tables == 1)
     assert_same_tokens(tmp_path)
-    embed, head = load_tables(tmp_path, ModelConfig.from_directory(tmp_path), torch.float32)
+    tables = load_tables(tmp_path, ModelConfig.from_directory(tmp_path), torch.float32)
+    embed, head = tables.embed, tables.lm_head
     assert torch.equal(embed, weights.embed) and torch.equal(head, weights.lm_head)
 
 

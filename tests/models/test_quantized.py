@@ -94,7 +94,7 @@ def test_a_model_has_the_weights_that_it_stands_for(name: str, tmp_path: Path) -
     ):
         ours = load_weights(path, config, dtype, packing=packing)
         assert torch.equal(ours.arena, load_weights(plain, theirs, dtype, packing=packing).arena)
-    assert torch.equal(load_tables(path, config, torch.float32)[0], exact[EMBED])
+    assert torch.equal(load_tables(path, config, torch.float32).embed, exact[EMBED])
     wanted = read_last_layer(plain, theirs)
     for key, value in read_last_layer(path, config).items():
         assert torch.equal(value, wanted[key])

@@ -25,10 +25,10 @@ from rich.console import Console
 from specrt.config import ModelConfig
 from specrt.draft.fspad.checkpoint import DraftConfig
 from specrt.train.device import TrainDevice
-from specrt.train.evaluate import TargetTables
 from specrt.train.features.source import Sample
 from specrt.train.fspad.module import DraftModel
 from specrt.train.fspad.task import FspadTask
+from specrt.train.head import TargetHead, TargetTables
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.processes import leave, make_accelerator
 from specrt.train.loop.report import Reporter
@@ -104,7 +104,8 @@ def tables(seed: int = 1) -> TargetTables:
     """An embedding, and a head that reads the permuted token from its code."""
     generator = torch.Generator().manual_seed(seed)
     embed = torch.randn(VOCAB, HIDDEN, generator=generator)
-    return TargetTables(embed, 0.3 * _codes(seed)[torch.randperm(VOCAB, generator=generator)])
+    order = torch.randperm(VOCAB, generator=generator)
+    return TargetTables(embed, TargetHead(0.3 * _codes(seed)[order]))
 
 
 def make_source(num_samples: int = 24, *, shift: int = 0, seed: int = 1) -> MemorySource:

@@ -20,6 +20,7 @@ from specrt.train.eesd.evaluate import Estimate, evaluate_exit, step_share
 from specrt.train.eesd.module import ExitModule
 from specrt.train.evaluate import Acceptance
 from specrt.train.features.source import Sample
+from specrt.train.head import TargetHead
 from specrt.train.losses import FrozenHead, soft_cross_entropy
 from tests.train.exit_support import DEEP, exit_config, random_layer
 from tests.train.support import HIDDEN, VOCAB, MemorySource, tables
@@ -69,7 +70,8 @@ def test_noise_is_gumbels() -> None:
 
 def test_a_watch_sees_every_row() -> None:
     """Whatever the parts the logits come in, and with hits only where asked for."""
-    frozen, predicted = FrozenHead(tables().head), logits(1, 30, HIDDEN)
+    head = TargetHead(tables().head.weight, logits(3, VOCAB, 1)[:, 0], 0.5, 9.0)
+    frozen, predicted = FrozenHead(head), logits(1, 30, HIDDEN)
     features = predicted + 0.7 * logits(2, 30, HIDDEN)
     found = []
     for num_rows in (30, 7):
@@ -78,8 +80,8 @@ def test_a_watch_sees_every_row() -> None:
         watch = ExitWatch(30, noise, frozen.counter(), has_hits=num_rows == 30)
         soft_cross_entropy(predicted, features, frozen, watch)
         found.append(watch)
-    drawn, head = GumbelRows([8, 9], [10, 20], VOCAB, CPU).take(30), frozen.weight
-    wanted = judge(features @ head.T, predicted @ head.T, drawn)
+    drawn = GumbelRows([8, 9], [10, 20], VOCAB, CPU).take(30)
+    wanted = judge(head.logits(features), head.logits(predicted), drawn)
     for watch in found:
         torch.testing.assert_close(watch.judged.scores, wanted.scores)
         assert torch.equal(watch.judged.labels, wanted.labels)
@@ -126,7 +128,7 @@ def test_calibration_error() -> None:
 
 def test_chains_are_those_of_every_position() -> None:
     """Counted from every root by itself, for a target and an exit of two tokens."""
-    depth, head = 3, tables().head[:2]
+    depth, head = 3, TargetHead(tables().head.weight[:2])
     model = ExitModule(exit_config(2)).requires_grad_(False)
     model.model.load_state_dict(random_layer())
     random = torch.Generator().manual_seed(5)
@@ -137,8 +139,8 @@ def test_chains_are_those_of_every_position() -> None:
         mask = torch.rand(length, generator=random) < 0.8
         samples.append(Sample(torch.zeros(length, dtype=torch.int64), mask, features))
         _, hidden, feature = features.chunk(3, -1)
-        guessed = (model(hidden[None]).normed[0] @ head.T).argmax(-1)
-        hits = guessed == (feature @ head.T).argmax(-1)
+        guessed = head.logits(model(hidden[None]).normed[0]).argmax(-1)
+        hits = guessed == head.logits(feature).argmax(-1)
         right += [bool(hits[t]) for t in range(length - 1) if mask[t + 1]]
         for root in range(length - 1):
             for level in range(depth):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import specrt
 from specrt.builtin import heldout_prompts, target_path
 from specrt.cli.app import main
 from specrt.config import ModelConfig
-from specrt.draft.fspad.checkpoint import ARCHS, read_checkpoint
+from specrt.draft.fspad.checkpoint import ARCHS, TOKEN_IDS, read_checkpoint
+from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.train.loop.lock import hold_directory
 
@@ -165,3 +168,46 @@ def test_mistakes_are_one_line(
     assert run(data, tmp_path, *more) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("specrt: error: ") and message in error
+
+
+def test_learns_to_propose_few_tokens_and_begins_with_another_drafter(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
+    small = ("--max-steps", "1", "--intermediate-size", "64", "--held-out", "0")
+    assert run(data, first, *small, "--draft-vocab", "12", "--lr", "1e-2") == 0
+    target = ModelConfig.from_directory(target_path())
+    config, tensors = read_checkpoint(first, target)
+    said = {token for row in map(json.loads, data.read_text().splitlines()) for token in _ids(row)}
+    ids = set(tensors[TOKEN_IDS].tolist())
+    assert config.draft_vocab_size == len(ids) == 12 and ids < said
+    loss = json.loads((first / "training.json").read_text())["history"][0]["classification"]
+    assert 0 < loss < 1.5 * math.log(12)  # of 12 tokens; of the whole vocabulary it is above 8
+
+    hot = tmp_path / "hot.json"
+    hot.write_text(json.dumps([7, 5, 3]))
+    begin = ("--init", str(first), "--lr", "1e-12", "--hot-tokens", str(hot))
+    assert run(data, second, *small, *begin) == 0
+    _, after = read_checkpoint(second, target)
+    assert after.pop(TOKEN_IDS).tolist() == [3, 5, 7]
+    assert all(torch.equal(after[key], tensors[key]) for key in after)
+
+    capsys.readouterr()
+    assert run(data, other, "--init", str(first), "--max-steps", "1") == 2
+    assert (
+        f"{first}: expected fspad with MLPs of 704, got fspad with MLPs of 64"
+        in capsys.readouterr().err
+    )
+    assert run(data, other, "--draft-vocab", "0") == 2
+    assert "draft_vocab: expected 1..4096, got 0" in capsys.readouterr().err
+    with (
+        specrt.load("builtin", drafter=str(second)) as drafted,
+        specrt.load("builtin", drafter="none") as plain,
+    ):
+        asked = ["Question: What is 3 + 4?\nAnswer:", SamplingParams(max_new_tokens=12)]
+        assert drafted.generate(*asked).token_ids == plain.generate(*asked).token_ids
+
+
+def _ids(row: dict[str, str]) -> list[int]:
+    ends = ModelConfig.from_directory(target_path()).eos_ids
+    return [*load_tokenizer(target_path()).encode(row["response"]), *ends]

@@ -28,6 +28,7 @@ from specrt.train.features import source as sources
 from specrt.train.features.cache import cache_features
 from specrt.train.features.frozen import PackedTarget, load_frozen_target
 from specrt.train.features.source import HeldFeatures
+from specrt.train.head import TargetHead
 from specrt.train.loop.options import DataOptions, FspadOptions
 from specrt.train.loop.processes import make_accelerator
 from specrt.train.loop.progress import Progress, speed
@@ -312,7 +313,7 @@ def test_what_cannot_be_compiled_is_run_as_it_is(
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     weight = torch.randn(VOCAB, HIDDEN)
-    heads = FrozenHead(weight, CUDA), FrozenHead(weight)
+    heads = FrozenHead(TargetHead(weight), CUDA), FrozenHead(TargetHead(weight))
     for head in heads:
         head.num_rows = 4
     with caplog.at_level(logging.WARNING, "specrt"):
@@ -328,7 +329,7 @@ def test_memory_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
     with pytest.raises(torch.OutOfMemoryError):
-        losses_of(FrozenHead(torch.randn(VOCAB, HIDDEN), CUDA))
+        losses_of(FrozenHead(TargetHead(torch.randn(VOCAB, HIDDEN)), CUDA))
 
 
 @pytest.mark.slow
@@ -341,7 +342,7 @@ def test_the_losses_compile_whole_and_once() -> None:
         return graph.forward
 
     weight = torch.randn(VOCAB, HIDDEN)
-    heads = FrozenHead(weight), FrozenHead(weight)
+    heads = FrozenHead(TargetHead(weight)), FrozenHead(TargetHead(weight))
     heads[1].divergence = _Fused(heads[0].divergence, backend)
     for num_rows in (4, 5, 7, 3):  # and rests of 1, 4, 2 and none
         for head in heads:

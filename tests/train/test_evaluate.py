@@ -7,9 +7,10 @@ import torch
 
 from specrt.draft.fspad.checkpoint import ARCHS
 from specrt.train import evaluate
-from specrt.train.evaluate import Acceptance, TargetTables, chain_acceptance
+from specrt.train.evaluate import Acceptance, chain_acceptance
 from specrt.train.features.source import Sample
 from specrt.train.fspad.module import DraftModel
+from specrt.train.head import TargetHead, TargetTables
 from tests.train.support import HIDDEN, VOCAB, MemorySource, draft_config, random_model, tables
 
 DEPTH = 4
@@ -18,7 +19,7 @@ DEPTH = 4
 def naive_counts(model: DraftModel, target: TargetTables, sample: Sample) -> list[list[int]]:
     """Proposed and accepted by depth, each chain by itself from its own inputs."""
     token_ids, mask, features = sample
-    best = (features @ target.head.T).argmax(1)
+    best = target.head.logits(features).argmax(1)
     counts = [[0] * DEPTH, [0] * DEPTH]
     for root in range(len(token_ids) - 2):
         fed = features[: root + 1]
@@ -29,7 +30,10 @@ def naive_counts(model: DraftModel, target: TargetTables, sample: Sample) -> lis
             counts[0][depth - 1] += 1
             pairs = fed[None], target.embed[token_ids[1 : root + depth + 1]][None]
             predicted, regressed = model(*pairs)
-            if int((target.head @ predicted[0, -1]).argmax()) != best[token - 1]:
+            guessed = int(target.draft_head.logits(predicted[0, -1:]).argmax())
+            if target.token_ids is not None:
+                guessed = int(target.token_ids[guessed])
+            if guessed != best[token - 1]:
                 break
             counts[1][depth - 1] += 1
             fed = torch.cat([fed, regressed[0, -1:]])
@@ -37,9 +41,9 @@ def naive_counts(model: DraftModel, target: TargetTables, sample: Sample) -> lis
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("rows", [256, 3])
+@pytest.mark.parametrize(("rows", "kept"), [(256, None), (3, None), (256, [1, 0])])
 def test_agrees_with_chains_one_by_one(
-    arch: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    arch: str, rows: int, kept: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "_ROWS", rows)
     generator = torch.Generator().manual_seed(5)
@@ -52,7 +56,9 @@ def test_agrees_with_chains_one_by_one(
         mask = torch.rand(length, generator=generator) < 0.9
         samples.append(Sample(token_ids, mask, features))
     # Of two tokens an untrained drafter guesses half, so some chains get to the end.
-    small = TargetTables(target.embed, target.head[:2])
+    bias = torch.tensor([0.3, -0.3])  # or leaving it out would not show
+    ids = None if kept is None else torch.tensor(kept)
+    small = TargetTables(target.embed, TargetHead(target.head.weight[:2], bias), ids)
     wanted = [[0] * DEPTH, [0] * DEPTH]
     for sample in samples:
         for total, counts in zip(wanted, naive_counts(model, small, sample), strict=True):

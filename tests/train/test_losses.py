@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
 
 from specrt.train import losses
+from specrt.train.head import TargetHead
 from specrt.train.losses import FrozenHead, counted_positions, draft_losses
 
 ROWS, HIDDEN, VOCAB = 37, 16, 23
+HEADS = [{}, {"scale": 0.3}, {"cap": 2.0}, {"bias": torch.arange(VOCAB) / 9, "scale": 2, "cap": 9}]
 
 
 def naive(
-    predicted: torch.Tensor, regressed: torch.Tensor, features: torch.Tensor, head: torch.Tensor
+    predicted: torch.Tensor,
+    regressed: torch.Tensor,
+    features: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | float = 0.0,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(row: torch.Tensor) -> torch.Tensor:
+        scaled = (head @ row + bias) * scale
+        return scaled if cap is None else cap * torch.tanh(scaled / cap)
+
     regression = classification = torch.zeros(())
     for p, r, f in zip(predicted, regressed, features, strict=True):
         difference = (r - f).abs()
         smooth = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5)
         regression = regression + smooth.sum() / HIDDEN
-        law = functional.softmax(head @ f, dim=0)
-        classification = classification - (law * functional.log_softmax(head @ p, dim=0)).sum()
+        law = functional.softmax(logits(f), dim=0)
+        classification = classification - (law * functional.log_softmax(logits(p), dim=0)).sum()
     return regression, classification
 
 
@@ -32,15 +46,18 @@ def rows() -> tuple[torch.Tensor, ...]:
     return (*made, torch.randn(VOCAB, HIDDEN, generator=generator))
 
 
+@pytest.mark.parametrize("change", HEADS, ids=lambda change: " ".join(change) or "plain")
 @pytest.mark.parametrize("num_rows", [ROWS, 5, 1])
-def test_values_and_gradients(rows: tuple[torch.Tensor, ...], num_rows: int) -> None:
+def test_values_and_gradients(
+    rows: tuple[torch.Tensor, ...], num_rows: int, change: dict[str, Any]
+) -> None:
     predicted, regressed, features, head = rows
     leaves = [predicted.clone().requires_grad_() for _ in range(2)]
     others = [regressed.clone().requires_grad_() for _ in range(2)]
-    frozen = FrozenHead(head)
+    frozen = FrozenHead(TargetHead(head, **change))
     frozen.num_rows = num_rows
     ours = draft_losses(leaves[0], others[0], features, frozen)
-    wanted = naive(leaves[1], others[1], features, head)
+    wanted = naive(leaves[1], others[1], features, head, **change)
     torch.testing.assert_close(ours.regression, wanted[0])
     torch.testing.assert_close(ours.classification, wanted[1])
     (0.7 * ours.regression + 0.3 * ours.classification).backward()
@@ -56,7 +73,7 @@ def test_hits_are_of_the_targets_best(rows: tuple[torch.Tensor, ...]) -> None:
     top = (predicted @ head.T).topk(3).indices
     wanted = [float((top[:, :k] == best).any(1).sum()) for k in (1, 2, 3)]
     assert 0 < wanted[0] < wanted[2] < ROWS
-    losses = draft_losses(predicted, regressed, features, FrozenHead(head))
+    losses = draft_losses(predicted, regressed, features, FrozenHead(TargetHead(head)))
     assert losses.hits.tolist() == wanted
 
 
@@ -77,13 +94,15 @@ def test_ties_go_to_the_earlier_token() -> None:
 
 def test_hits_can_be_left_out(rows: tuple[torch.Tensor, ...]) -> None:
     predicted, regressed, features, head = rows
-    losses = draft_losses(predicted, regressed, features, FrozenHead(head), has_hits=False)
+    losses = draft_losses(
+        predicted, regressed, features, FrozenHead(TargetHead(head)), has_hits=False
+    )
     assert losses.hits.tolist() == [0, 0, 0]
 
 
 def test_no_position() -> None:
     empty, head = torch.zeros(0, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN)
-    sums = draft_losses(empty, empty, empty.detach(), FrozenHead(head))
+    sums = draft_losses(empty, empty, empty.detach(), FrozenHead(TargetHead(head)))
     assert (sums.regression + sums.classification).item() == 0.0
     (sums.regression + sums.classification).backward()
 

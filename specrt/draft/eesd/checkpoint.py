@@ -23,6 +23,7 @@ from specrt.draft.files import (
     is_stored_as_bytes,
     write_files,
 )
+from specrt.draft.made_for import target_entry
 from specrt.models.checkpoint import Checkpoint
 from specrt.models.layouts import expected_shapes
 from specrt.models.loader import Weights, load_weights
@@ -59,6 +60,8 @@ class ExitConfig:
     """N: it reads what the target's first N layers give."""
     target_name: str | None = None
     target_fingerprint: str | None = None
+    target_adapter: str | None = None
+    """Which LoRA adapter was merged into it (:func:`specrt.models.opening.adapter_hash`)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` that mean nothing to us; kept when saving."""
     is_int8: bool = False
@@ -245,9 +248,15 @@ def _config(file: Path, data: Mapping[str, Any], target: ModelConfig) -> ExitCon
             f"{file}: dtype: expected float32, bfloat16 or float16, got {data.get('dtype')!r}"
         )
     extra = {key: value for key, value in data.items() if key not in _KEYS}
-    config = ExitConfig.for_target(target, number, name=data["target"].get("name"))
-    layer = replace(config.layer, dtype=dtype)
-    return replace(config, layer=layer, extra=extra, is_int8=is_stored_as_bytes(data))
+    said = data["target"]
+    config = ExitConfig.for_target(target, number, name=said.get("name"))
+    return replace(
+        config,
+        layer=replace(config.layer, dtype=dtype),
+        target_adapter=said.get("adapter"),
+        extra=extra,
+        is_int8=is_stored_as_bytes(data),
+    )
 
 
 def _as_dict(config: ExitConfig) -> dict[str, Any]:
@@ -256,7 +265,7 @@ def _as_dict(config: ExitConfig) -> dict[str, Any]:
         "drafter": KIND,
         "format_version": FORMAT_VERSION,
         "exit_layer": config.exit_layer,
-        "target": {"name": config.target_name, "fingerprint": config.target_fingerprint},
+        "target": target_entry(config),
         # For people; the target's own configuration is what counts.
         "hidden_size": config.layer.hidden_size,
         "vocab_size": config.layer.vocab_size,

@@ -22,9 +22,11 @@ def _load(request: DrafterRequest) -> Drafter:
     from specrt.draft.eesd.drafter import EesdDrafter
     from specrt.draft.eesd.launched import LaunchedEesdDrafter
     from specrt.draft.eesd.model import ExitModel
+    from specrt.draft.made_for import note_adapter
 
     directory, target, options = request.checkpoint, request.target, request.options
     config = read_exit(directory, target.config)
+    note_adapter(directory, config.target_adapter, target.weights.adapter)
     weights = load_exit(directory, config, target.weights, target.device)
     kind = LaunchedEesdDrafter if target.device.is_gpu else EesdDrafter
     exit_model = ExitModel(config, weights, target)

@@ -24,6 +24,7 @@ from specrt.draft.files import (
     write_files,
 )
 from specrt.draft.fspad.official import HEAD, LAYER, official_flags, open_drafter
+from specrt.draft.made_for import target_entry
 from specrt.models.checkpoint import Checkpoint
 from specrt.types import CheckpointError
 
@@ -41,6 +42,7 @@ _SAID_OTHERWISE = (
     "architectures", "rope_theta", "rope_scaling", "torch_dtype", *QUANTIZATION_KEYS,
 )  # fmt: skip
 _BIASES = tuple(f"{LAYER}self_attn.{name}_proj.bias" for name in "qkv")
+_IGNORED = ".rotary_emb.inv_freq"
 _ROPES = ("default", "linear", "llama3")
 """Rope types that a drafter takes over from its target; else it has plain rotary embedding."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,6 +61,8 @@ class DraftConfig:
     target_name: str | None = None
     target_fingerprint: str | None = None
     """``config_fingerprint`` of the target; None in official checkpoints."""
+    target_adapter: str | None = None
+    """``adapter_hash`` of what was merged into it."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` that mean nothing to us; kept when saving."""
     is_int8: bool = False
@@ -182,7 +186,9 @@ def read_checkpoint(
     if target is not None:
         _check_target(file, config, target)
     _check_tensors(checkpoint, config)
-    tensors = {key: _finite(checkpoint, key) for key in checkpoint.infos if not _is_ignored(key)}
+    tensors = {
+        key: _finite(checkpoint, key) for key in checkpoint.infos if not key.endswith(_IGNORED)
+    }
     if TOKEN_IDS in tensors:
         _check_token_ids(checkpoint, tensors[TOKEN_IDS], config.layer.vocab_size)
     return config, tensors
@@ -244,7 +250,7 @@ def _as_dict(config: DraftConfig) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "has_feature_sampling": config.has_feature_sampling,
         "has_split_output": config.has_split_output,
-        "target": {"name": config.target_name, "fingerprint": config.target_fingerprint},
+        "target": target_entry(config),
         "draft_vocab_size": config.draft_vocab_size,
         "model_type": "llama",
         "num_hidden_layers": 1,
@@ -268,8 +274,7 @@ def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Dr
     # name a class of their authors'.
     llama = {"model_type": "llama", "max_position_embeddings": 2048, **data, "architectures": None}
     layer = ModelConfig.from_dict({**llama, "num_hidden_layers": 1}, source=str(file))
-    has_bias = any(key in checkpoint.infos for key in _BIASES)
-    layer = replace(layer, has_attention_bias=has_bias)
+    layer = replace(layer, has_attention_bias=any(key in checkpoint.infos for key in _BIASES))
     target, size = data.get("target") or {}, data.get("draft_vocab_size")
     if not isinstance(target, dict):
         raise CheckpointError(f"{file}: target: expected an object, got {target!r}")
@@ -279,12 +284,12 @@ def _read_config(file: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Dr
         )
     known = {*_as_dict(DraftConfig(layer, *flags)), *_SAID_OTHERWISE}
     return DraftConfig(
-        layer=layer,
-        has_feature_sampling=flags[0],
-        has_split_output=flags[1],
+        layer,
+        *flags,
         draft_vocab_size=size,
         target_name=target.get("name"),
         target_fingerprint=target.get("fingerprint"),
+        target_adapter=target.get("adapter"),
         extra={key: value for key, value in data.items() if key not in known},
         is_int8=is_ours and is_stored_as_bytes(data),
     )
@@ -322,10 +327,6 @@ def _check_target(file: Path, config: DraftConfig, target: ModelConfig) -> None:
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def _is_ignored(key: str) -> bool:
-    return key.endswith(".rotary_emb.inv_freq")
-
-
 def _required_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of :func:`tensor_shapes`, and the head's tokens where it has not all."""
     if config.draft_vocab_size is None:
@@ -335,13 +336,12 @@ def _required_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(checkpoint: Checkpoint, config: DraftConfig) -> None:
     infos, expected = checkpoint.infos, _required_shapes(config)
-    table = (config.layer.vocab_size, config.layer.hidden_size)
-    optional: dict[str, tuple[int, ...]] = {EMBED: table, HEAD: table}
+    optional = dict.fromkeys((EMBED, HEAD), (config.layer.vocab_size, config.layer.hidden_size))
     for key, shape in expected.items():
         if key not in infos and not key.endswith("fc.bias"):
             raise CheckpointError(f"{checkpoint.directory}: missing tensor {key} {list(shape)}")
     for key, info in infos.items():
-        if _is_ignored(key):
+        if key.endswith(_IGNORED):
             continue
         wanted = expected.get(key, optional.get(key))
         if wanted is None:

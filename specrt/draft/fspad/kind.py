@@ -45,8 +45,11 @@ def _draft_layer(directory: Path, target: LlamaModel, options: DrafterOptions) -
     from specrt.draft.fspad.layer import DraftLayer
     from specrt.draft.fspad.official import HEAD, settle_head
     from specrt.draft.fspad.vocabulary import keep_tokens
+    from specrt.draft.made_for import note_adapter
 
     config, tensors = read_checkpoint(directory, target.config)
+    if config.target_fingerprint is not None:  # official ones do not say
+        note_adapter(directory, config.target_adapter, target.weights.adapter)
     if HEAD in tensors:
         settle_head(directory, tensors, _exact_head(target))
     if options.hot_tokens is not None:

@@ -29,6 +29,7 @@ from specrt.train.eesd.calibration import (
 from specrt.train.eesd.module import ExitModule
 from specrt.train.evaluate import Acceptance, ChainCounter, spread
 from specrt.train.features.source import FeatureSource
+from specrt.train.head import TargetHead
 
 _ROWS = 256  # logits at a time
 
@@ -91,7 +92,7 @@ def step_share(target: ModelConfig, exit_layer: int) -> float:
 def evaluate_exit(
     model: ExitModule,
     column: int,
-    head: torch.Tensor,
+    head: TargetHead,
     source: FeatureSource,
     indices: Sequence[int],
     *,
@@ -104,7 +105,7 @@ def evaluate_exit(
     Args:
         model: the exit.
         column: which of the source's taps it reads.
-        head: the target's, ``[V, H]``, where and in the dtype the exit computes.
+        head: the target's, where and in the dtype the exit computes.
         source: of the sequences.
         indices: the held-out ones; at most 64 of them are used, evenly spaced.
         device: where the exit and the head are.
@@ -117,7 +118,7 @@ def evaluate_exit(
         batch = collate_exits(source, [index], seed=seed, epoch=0, device=device)
         output = model(batch.states[:, :, column])
         count = batch.states.shape[1]
-        noise = GumbelRows(batch.draw_seeds, [count], len(head), device)
+        noise = GumbelRows(batch.draw_seeds, [count], len(head.weight), device)
         found = _judged(output.normed[0], batch.states[0, :, -1], head, noise)
         is_counted = device.there(batch.is_counted[0])
         is_hit = found.labels[0] > 0
@@ -134,11 +135,11 @@ def evaluate_exit(
 
 
 def _judged(
-    normed: torch.Tensor, features: torch.Tensor, head: torch.Tensor, noise: GumbelRows
+    normed: torch.Tensor, features: torch.Tensor, head: TargetHead, noise: GumbelRows
 ) -> Judged:
     """Every row of one sequence, a part of the logits at a time."""
     parts = [
-        judge(target @ head.T, draft @ head.T, noise.take(len(draft)))
+        judge(head.logits(target), head.logits(draft), noise.take(len(draft)))
         for draft, target in zip(normed.split(_ROWS), features.split(_ROWS), strict=True)
     ]
     scores, labels = zip(*parts, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,10 @@ from torch.nn import functional
 from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import NUM_MODES, ExitConfig
 from specrt.models.filling import block_values
-from specrt.models.layouts import layer_shapes, use_standard_names
+from specrt.models.layouts import expected_shapes, layer_norms, use_standard_names
 from specrt.models.opening import open_checkpoint
 from specrt.ops import MatrixKind
-from specrt.train.layers import Attention, GatedMlp, Norm, Rope, product_flop
+from specrt.train.layers import Attention, Mlp, Norm, Rope, product_flop
 
 _EXITS = "exits."
 
@@ -40,23 +41,43 @@ class ExitOutput(NamedTuple):
 
 
 class _Layer(nn.Module):
-    """A decoder layer of Llama's form, which the target's last one has."""
+    """A decoder layer of the target's form, of its last layer's kind."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden_size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = Norm(hidden_size, eps)
+        self.form = form = config.form
+
+        def norm(name: str) -> Norm | None:
+            may_have_bias = layer_norms(config).get(name)
+            if may_have_bias is None:
+                return None
+            has_bias = form.has_norm_bias and may_have_bias
+            return Norm(config.hidden_size, config.rms_norm_eps, form, has_bias=has_bias)
+
+        self.input_layernorm = norm("input_layernorm")
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = Norm(hidden_size, eps)
-        self.mlp = GatedMlp(
-            hidden_size, config.intermediate_size, hidden_size, bias=config.has_mlp_bias
-        )
+        self.attended_layernorm = norm("attended_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.mlp = Mlp(config)
+        self.mlp_layernorm = norm("mlp_layernorm")
 
     def forward(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope)
-        normed = self.post_attention_layernorm(hidden)
-        out: torch.Tensor = hidden + self.mlp(normed, normed)
-        return out
+        scale = self.form.residual_scale
+        normed = _normed(self.input_layernorm, hidden)
+        attended = _normed(self.attended_layernorm, self.self_attn(normed, rope))
+        after = torch.add(hidden, attended, alpha=scale)
+        if self.form.has_mlp_norm:
+            before = hidden if self.form.is_parallel else after
+            normed = _normed(self.post_attention_layernorm, before)
+        return torch.add(after, _normed(self.mlp_layernorm, self.mlp(normed)), alpha=scale)
+
+
+def _normed(norm: Norm | None, rows: torch.Tensor) -> torch.Tensor:
+    """What is not normed there stays as it is."""
+    if norm is None:
+        return rows
+    normed: torch.Tensor = norm(rows)
+    return normed
 
 
 class _OneLayer(nn.Module):
@@ -64,9 +85,10 @@ class _OneLayer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        form = config.form
         self.layers = nn.ModuleList([_Layer(config)])
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.rope = Rope(config)
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps, form, has_bias=form.has_norm_bias)
+        self.rope = Rope(config, form.layer(0).rope)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # The layer is called as a module, so that FSDP can wrap it.
@@ -152,18 +174,23 @@ def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
     return list(groups.values())
 
 
-def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[str, torch.Tensor]:
+def read_last_layer(
+    path: str | os.PathLike[str],
+    target: ModelConfig,
+    adapter: str | os.PathLike[str] | None = None,
+) -> dict[str, torch.Tensor]:
     """The target's last layer and final norm in float32, named as in a model of that layer alone.
 
     Args:
         path: the target's directory or GGUF file, whose tensors have been checked against its
             configuration.
         target: that configuration.
+        adapter: a directory with a LoRA adapter that is merged into it.
 
     Raises:
         CheckpointError: a file is missing or corrupt.
     """
-    checkpoint = use_standard_names(open_checkpoint(path), target)
+    checkpoint = use_standard_names(open_checkpoint(path, adapter), target)
 
     def read(key: str) -> torch.Tensor:
         info = checkpoint.infos[key]
@@ -175,8 +202,8 @@ def read_last_layer(path: str | os.PathLike[str], target: ModelConfig) -> dict[s
         scale = checkpoint.tensor(f"{key}{target.float8_scale_suffix}").float()
         return tensor * scale.reshape(-1, 1)
 
-    last = f"model.layers.{target.num_layers - 1}."
-    tensors = {f"layers.0.{key}": read(f"{last}{key}") for key in layer_shapes(target)}
-    tensors["norm.weight"] = read("model.norm.weight")
+    last, first = f"layers.{target.num_layers - 1}.", "layers.0."
+    names = expected_shapes(replace(target, num_layers=1), has_tables=False)
+    tensors = {name.removeprefix("model."): read(name.replace(first, last)) for name in names}
     checkpoint.release()
     return tensors

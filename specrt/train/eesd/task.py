@@ -23,8 +23,8 @@ from specrt.train.device import TrainDevice
 from specrt.train.eesd.calibration import MODES, ExitWatch, GumbelRows, calibration_losses
 from specrt.train.eesd.evaluate import Estimate, evaluate_exit
 from specrt.train.eesd.module import ExitModule, ExitModules, exit_weights, parameter_groups
-from specrt.train.evaluate import TargetTables
 from specrt.train.features.source import FeatureSource
+from specrt.train.head import TargetTables
 from specrt.train.loop.options import EesdOptions
 from specrt.train.loop.summary import SUMMARY_FILE, brief, write_summary
 from specrt.train.losses import TOP, FrozenHead, soft_cross_entropy
@@ -77,7 +77,7 @@ class EesdTask:
         """As :class:`TrainTask` says."""
         self._device = device.memory
         self._full_head = self._load_tables().head
-        self._head = FrozenHead(self._device.moved(self._full_head.to(dtype)), device)
+        self._head = FrozenHead(self._full_head.to(self._device, dtype), device)
         modules = ExitModules(self._configs, self._load_start())
         self._position_flop = modules.flop()
         return modules
@@ -154,7 +154,7 @@ class EesdTask:
         report = evaluate_exit(
             model.to(self._device.place),
             column,
-            self._full_head.to(self._device.place, torch.float32),
+            self._full_head.to(self._device, torch.float32),
             data.source,
             data.held_out,
             device=self._device,

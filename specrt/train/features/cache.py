@@ -142,6 +142,7 @@ def cache_features(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     taps: tuple[int, ...] = (),
+    adapter: str | os.PathLike[str] | None = None,
     features_dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = _SHARD_BYTES,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
@@ -156,7 +157,7 @@ def cache_features(
         target_path: the target's directory.
         dtype: of the target's weights; the checkpoint's by default.
         device: where to run the target.
-        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
+        taps, adapter: as for :func:`load_frozen_target`.
         features_dtype: what is stored.
         shard_bytes: about the size of a shard; what is there keeps the size it was begun with.
         on_tokens: called with the number of tokens that became ready, those found there first.
@@ -170,7 +171,7 @@ def cache_features(
             is writing there.
     """
     root = Path(directory)
-    key = CacheKey.make(dataset, target_path, dtype, features_dtype, taps)
+    key = CacheKey.make(dataset, target_path, dtype, features_dtype, taps, adapter)
     if _is_finished(root, key):
         on_tokens(sum(dataset.lengths))
         return CachedFeatures(root, key)
@@ -179,7 +180,7 @@ def cache_features(
         missing = index.missing()
         on_tokens(index.num_tokens - sum(map(index.tokens_of, missing)))
         index.check_space(missing)
-        target = load_frozen_target(target_path, dtype, device, index.key.taps)
+        target = load_frozen_target(target_path, dtype, device, index.key.taps, adapter)
         pass_tokens = TrainDevice(Device(torch.device(device))).pass_tokens
         for shard in missing:
             tensors = _compute(index, shard, dataset, target, on_tokens, pass_tokens)

@@ -7,7 +7,6 @@ is complete.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,14 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from specrt.config import (
-    ModelConfig,
-    checkpoint_path,
-    config_fingerprint,
-    gguf_path,
-    read_json,
-)
-from specrt.models.checkpoint import Checkpoint
+from specrt.config import ModelConfig, checkpoint_path, config_fingerprint, read_json
+from specrt.models.opening import weights_hash
 from specrt.train.data.dataset import Dataset
 from specrt.types import CheckpointError
 
@@ -38,7 +31,6 @@ INDEX = "index.json"
 _CHECKSUM = "crc32"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PROBE, _NUM_PROBES = 1 << 16, 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class CacheKey:
     target_fingerprint: str
     """Of the architecture (``config_fingerprint``)."""
     target_weights: str
-    """Of the weight files: names, sizes and samples of their content."""
+    """Of the weight files and a merged adapter's: names, sizes and samples of their content."""
     target_dtype: str
     data_hash: str
     max_length: int
@@ -71,6 +63,7 @@ class CacheKey:
         dtype: torch.dtype | None = None,
         features_dtype: torch.dtype = torch.bfloat16,
         taps: tuple[int, ...] = (),
+        adapter: str | os.PathLike[str] | None = None,
     ) -> CacheKey:
         """The key of a data set and a target; reads little of the weights and computes nothing.
 
@@ -78,11 +71,11 @@ class CacheKey:
             CheckpointError: the target is missing or broken.
         """
         directory = checkpoint_path(target_path)
-        config = ModelConfig.from_directory(directory)
+        config = ModelConfig.from_directory(directory, adapter=adapter)
         return cls(
             target_name=directory.resolve().name,
             target_fingerprint=config_fingerprint(config),
-            target_weights=weights_hash(directory),
+            target_weights=weights_hash(directory, adapter),
             target_dtype=_name(dtype or config.dtype),
             data_hash=dataset.content_hash,
             max_length=dataset.max_length,
@@ -246,25 +239,6 @@ def _token_bytes(key: CacheKey) -> int:
 
 def _checksum(data: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(data, sort_keys=True).encode())
-
-
-def weights_hash(directory: Path) -> str:
-    """Sixteen hex digits of the weight files' names, sizes, headers and samples of their content.
-
-    Reading all of a large target would take minutes; two fine-tunings of one model differ in
-    nearly every byte.
-    """
-    digest = hashlib.sha256()
-    gguf = gguf_path(directory)
-    files = [gguf] if gguf else sorted({info.file for info in Checkpoint(directory).infos.values()})
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for probe in range(_NUM_PROBES):
-                stream.seek(size * probe // _NUM_PROBES)
-                digest.update(stream.read(_PROBE))
-    return digest.hexdigest()[:16]
 
 
 def _name(dtype: torch.dtype) -> str:

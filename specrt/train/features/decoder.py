@@ -5,7 +5,7 @@ T rows of all sequences together, H hidden size, d head size, Q query heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,14 +17,7 @@ from specrt.config.form import RopeChoice
 from specrt.device import Device
 from specrt.models.dense import dense
 from specrt.models.loader import LayerWeights
-
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "relu": functional.relu,
-    "relu2": lambda rows: functional.relu(rows).square(),
-}
+from specrt.train.layers import ACTIVATIONS, attend
 
 
 @dataclass(frozen=True)
@@ -140,26 +133,12 @@ class FrozenLayer:
 
     def _attended(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Causal attention of ``[B, n, heads, d]`` each; ``[B, n, Q, d]``."""
-        form, window = self._config.form, self._kind.window
+        form = self._config.form
+        scale = (
+            self._config.head_dim**-0.5 if form.attention_scale is None else form.attention_scale
+        )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        size, scale, cap = q.shape[2], form.attention_scale, form.attention_cap
-        mask = None
-        if cap is not None or (window is not None and window < size):
-            places = torch.arange(size, device=q.device)
-            behind = places[:, None] - places  # how far a key lies back
-            mask = (behind >= 0) & (behind < (window or size))
-        if cap is None:
-            attended = functional.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
-            )
-            return attended.transpose(1, 2)
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scale = self._config.head_dim**-0.5 if scale is None else scale
-        scores = cap * torch.tanh(scale * (q @ k.transpose(2, 3)).float() / cap)
-        assert mask is not None, "made for a cap"
-        shares = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
-        return (shares @ v).transpose(1, 2)
+        return attend(q, k, v, self._kind, scale=scale, cap=form.attention_cap).transpose(1, 2)
 
 
 def normed(

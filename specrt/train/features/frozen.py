@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from specrt.config import ModelConfig, checkpoint_path, gguf_path
+from specrt.config import ModelConfig, checkpoint_path, config_file, gguf_path, read_json
+from specrt.config.quantization import stored_quantization
+from specrt.config.wrappers import wrapper_of
 from specrt.device import Device
 from specrt.models.dense import dense
 from specrt.models.loader import load_weights
@@ -39,11 +42,13 @@ def load_frozen_target(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     taps: tuple[int, ...] = (),
+    adapter: str | os.PathLike[str] | None = None,
 ) -> FrozenTarget:
     """Load a target for training: by ``transformers`` on a GPU, by specrt's own loader elsewhere.
 
-    specrt's float8 storage is unknown to ``transformers``, and a GGUF file's blocks have more
-    exact values here: specrt reads both on any device.
+    What specrt serves as no file has it (float8, a GGUF file's blocks, other quantised matrices, an
+    adapter merged in float32), and the text model inside of a multimodal one, specrt reads itself
+    on any device.
 
     Args:
         path: a local Hugging Face directory or GGUF file.
@@ -51,19 +56,28 @@ def load_frozen_target(
         device: where it shall be.
         taps: increasing numbers N of layers: also give the hidden state after the first N, which
             ``transformers`` calls ``hidden_states[N]`` and the engine ``layer_tap(N - 1)``.
+        adapter: a directory with a LoRA adapter that is merged into it.
 
     Raises:
-        CheckpointError: the checkpoint is missing, broken or of an unsupported family.
+        CheckpointError: the checkpoint is missing, broken or of an unsupported family, or the
+            adapter is not of it.
         ValueError: ``taps`` are not increasing numbers of 1..L-1.
     """
     directory = checkpoint_path(path)
-    config = ModelConfig.from_directory(directory)
+    config = ModelConfig.from_directory(directory, adapter=adapter)
     chosen = dtype or config.dtype
     place = torch.device(device)
-    is_ours = config.float8_scale_suffix is not None or gguf_path(directory) is not None
-    if place.type == "cpu" or is_ours:
-        return PackedTarget(directory, config, chosen, place, taps)
+    if place.type == "cpu" or adapter is not None or _is_ours(directory, config):
+        return PackedTarget(directory, config, chosen, place, taps, adapter)
     return TransformersTarget(directory, config, chosen, place, taps)
+
+
+def _is_ours(directory: Path, config: ModelConfig) -> bool:
+    """Whether ``transformers`` would read another model, or none."""
+    if config.float8_scale_suffix is not None or gguf_path(directory) is not None:
+        return True
+    is_inside = wrapper_of(read_json(config_file(directory))) is not None
+    return is_inside or stored_quantization(directory) is not None
 
 
 class PackedTarget:
@@ -79,7 +93,7 @@ class PackedTarget:
         config: its configuration.
         dtype: of the weights that are not in blocks.
         device: where to compute.
-        taps: as for :func:`load_frozen_target`.
+        taps, adapter: as for :func:`load_frozen_target`.
     """
 
     def __init__(
@@ -89,12 +103,13 @@ class PackedTarget:
         dtype: torch.dtype,
         device: torch.device,
         taps: tuple[int, ...] = (),
+        adapter: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = config
         self._taps = _checked_taps(config, taps)
         self._device = Device(device)
         compute = torch.float32 if device.type == "cpu" else dtype
-        weights = load_weights(path, config, dtype, packing=_BLOCKS)
+        weights = load_weights(path, config, dtype, packing=_BLOCKS, adapter=adapter)
         self._layers = [
             FrozenLayer(
                 config, index, layer, cache_dtype=dtype, device=self._device, compute=compute

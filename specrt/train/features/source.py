@@ -55,7 +55,7 @@ class OnlineFeatures:
         target_path: the target's directory.
         dtype: of the target's weights; the checkpoint's by default.
         device: where the target is put and features are left.
-        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
+        taps, adapter: as for :func:`load_frozen_target`.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class OnlineFeatures:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         taps: tuple[int, ...] = (),
+        adapter: str | os.PathLike[str] | None = None,
     ) -> None:
         self._examples = examples
-        self._target: FrozenTarget = load_frozen_target(target_path, dtype, device, taps)
+        self._target: FrozenTarget = load_frozen_target(target_path, dtype, device, taps, adapter)
 
     @property
     def hidden_size(self) -> int:
@@ -102,7 +103,7 @@ class HeldFeatures:
         examples: the data.
         target_path: the target's directory.
         device: where.
-        taps: layers whose outputs are wanted too, as for :func:`load_frozen_target`.
+        taps, adapter: as for :func:`load_frozen_target`.
         features_dtype: what is held.
 
     Raises:
@@ -116,10 +117,11 @@ class HeldFeatures:
         target_path: str | os.PathLike[str],
         device: TrainDevice,
         taps: tuple[int, ...] = (),
+        adapter: str | os.PathLike[str] | None = None,
         features_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self._examples = examples
-        target = load_frozen_target(target_path, None, device.place, taps)
+        target = load_frozen_target(target_path, None, device.place, taps, adapter)
         self.hidden_size = target.config.hidden_size
         self._rows: list[torch.Tensor] = []
         for part in passes(self.lengths, device.pass_tokens):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from specrt.draft.fspad.checkpoint import DraftConfig
+from specrt.draft.fspad.checkpoint import TOKEN_IDS, DraftConfig
 from specrt.train.batches import Batch, collate
 from specrt.train.device import TrainDevice
-from specrt.train.evaluate import TargetTables, chain_acceptance
+from specrt.train.evaluate import chain_acceptance
 from specrt.train.features.source import FeatureSource
 from specrt.train.fspad.module import DraftModel
+from specrt.train.head import TargetTables
 from specrt.train.loop.options import FspadOptions
 from specrt.train.loop.summary import write_drafter
 from specrt.train.losses import FrozenHead, draft_losses
@@ -28,15 +31,23 @@ class FspadTask:
         config: its architecture.
         load_tables: gives the target's embedding and head.
         options: the recipe.
+        token_ids: ``[R]``, increasing: the only tokens it proposes; None: all.
+        initial: the weights to begin with, by their official names; None: :class:`DraftModel`'s.
     """
 
     taps: tuple[int, ...] = ()
 
     def __init__(
-        self, config: DraftConfig, load_tables: Callable[[], TargetTables], options: FspadOptions
+        self,
+        config: DraftConfig,
+        load_tables: Callable[[], TargetTables],
+        options: FspadOptions,
+        token_ids: torch.Tensor | None = None,
+        initial: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._config, self._options = config, options
         self._load_tables = load_tables
+        self._token_ids, self._initial = token_ids, initial
 
     def identity(self) -> dict[str, Any]:
         """As :class:`TrainTask` says."""
@@ -44,15 +55,19 @@ class FspadTask:
             "arch": self._config.arch,
             "target": self._config.target_fingerprint,
             "intermediate_size": self._config.layer.intermediate_size,
+            "token_ids": None if self._token_ids is None else _hash([self._token_ids]),
+            "initial": None if self._initial is None else _hash(self._initial.values()),
         }
 
     def start(self, device: TrainDevice, dtype: torch.dtype) -> nn.Module:
         """As :class:`TrainTask` says."""
         self._device = device.memory
-        self._full_tables = self._load_tables()
+        self._full_tables = replace(self._load_tables(), token_ids=self._token_ids)
         tables = self._full_tables.to(self._device, dtype)
-        self._embed, self._head = tables.embed, FrozenHead(tables.head, device)
+        self._embed, self._head = tables.embed, FrozenHead(tables.draft_head, device)
         model = DraftModel(self._config, self._options.seed)
+        if self._initial is not None:
+            model.load_state_dict({key: value.float() for key, value in self._initial.items()})
         self._pair_flop = model.flop()
         return model
 
@@ -121,5 +136,14 @@ class FspadTask:
             "held_out": acceptance.as_dict(),
             **run,
         }
+        if self._token_ids is not None:
+            stored[TOKEN_IDS] = self._token_ids.to(torch.int32)
         write_drafter(out, self._config, stored, summary)
         return summary
+
+
+def _hash(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
