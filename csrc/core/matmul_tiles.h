@@ -6,19 +6,6 @@
 
 namespace specrt::SPECRT_ISA {
 
-template <int I>
-struct Index {
-    constexpr operator int() const { return I; }
-};
-// f(0), f(1), ... with constants, so that arrays so indexed are registers.
-template <int N, int I = 0, typename F>
-__attribute__((always_inline)) inline void each(F&& f) {
-    if constexpr (I < N) {
-        f(Index<I>{});
-        each<N, I + 1>(f);
-    }
-}
-
 #if defined(__AVX2__)
 
 // While it lives the thread's instructions take and give denormals as zeros.
