@@ -129,6 +129,14 @@ struct RowBlock {
     int num_rows;
 
     constexpr int count() const { return kTileRows > 1 ? R : num_rows; }
+    template <typename F>
+    void each_row(F&& f) const {
+        if constexpr (kTileRows > 1) {
+            each<R>(f);
+        } else {
+            for (int r = 0; r < num_rows; ++r) f(r);
+        }
+    }
 };
 
 // The sums of rows, for sixteen outputs.
@@ -136,10 +144,12 @@ template <MatrixFormat F, int kMost>
 struct Sums {
     V16 of_row[kMost];
 
-    void clear(int num_rows) {
-        for (int r = 0; r < num_rows; ++r) of_row[r] = zero();
+    template <typename Rows>
+    void clear(const Rows& rows) {
+        rows.each_row([&](auto r) { of_row[r] = zero(); });
     }
-    void flush(int) {}
+    template <typename Rows>
+    void flush(const Rows&) {}
     V16 finished(int r, float scale, const uint8_t*) const { return mul(of_row[r], splat(scale)); }
 };
 template <int kMost>
@@ -147,17 +157,19 @@ struct Sums<MatrixFormat::kInt8, kMost> {
     I16 latest[kMost];  // of up to kMostGroups groups
     int64_t of_row[kMost][16];
 
-    void clear(int num_rows) {
-        for (int r = 0; r < num_rows; ++r) latest[r] = zero_ints();
-        std::memset(of_row, 0, sizeof of_row[0] * static_cast<size_t>(num_rows));
+    template <typename Rows>
+    void clear(const Rows& rows) {
+        rows.each_row([&](auto r) { latest[r] = zero_ints(); });
+        std::memset(of_row, 0, sizeof of_row[0] * static_cast<size_t>(rows.count()));
     }
-    void flush(int num_rows) {
-        for (int r = 0; r < num_rows; ++r) {
+    template <typename Rows>
+    void flush(const Rows& rows) {
+        rows.each_row([&](auto r) {
             uint32_t sums[16];
             store(latest[r], sums);
             for (int n = 0; n < 16; ++n) of_row[r][n] += static_cast<int32_t>(sums[n]);
             latest[r] = zero_ints();
-        }
+        });
     }
     V16 finished(int r, float scale, const uint8_t* strip) const {
         const auto* scales = reinterpret_cast<const float*>(strip);
@@ -184,8 +196,8 @@ inline __attribute__((always_inline)) Group<F> group_of(const uint8_t* record, i
     Group<F> group;
     load_group<f.quant_bits>(record + f.scale_bytes + g * f.group_bytes(), group.w);
     if constexpr (F != MatrixFormat::kInt8)
-        for (int h = 0; h < group.kPer; ++h)
-            group.scale[h] = Scales<F>::scale(record, g * group.kPer + h);
+        each<group.kPer>(
+            [&](auto h) { group.scale[h] = Scales<F>::scale(record, g * group.kPer + h); });
     if constexpr (Scales<F>::kHasMins) group.offset = Scales<F>::offset(record, g);
     return group;
 }
@@ -197,7 +209,7 @@ inline __attribute__((always_inline)) void add_tile(const Group<MatrixFormat::kI
                                                     int row,
                                                     Sums<MatrixFormat::kInt8, kMost>& sums) {
     I16 dot[T];
-    dots<0, 8>(group.w, x, words, dot);
+    dots<0, 8, false>(group.w, x, words, dot);
     each<T>([&](auto r) { sums.latest[row + r] = add(sums.latest[row + r], dot[r]); });
 }
 
@@ -212,7 +224,7 @@ inline __attribute__((always_inline)) void add_tile(const Group<F>& group, const
     each<Group<F>::kPer>([&](auto h) {
         const uint32_t* word = words + h * stride;
         I16 dot[T];
-        dots<h * kRun, (h + 1) * kRun>(group.w, x, kHasMins ? nullptr : word, dot);
+        dots<h * kRun, (h + 1) * kRun, kHasMins>(group.w, x, word, dot);
         each<T>([&](auto r) {
             sum[r] = fma(to_float(dot[r]), group.scale[h], sum[r]);
             if constexpr (kHasMins) sum[r] = fma(splat(from_bits(word[r])), group.offset, sum[r]);
@@ -238,7 +250,7 @@ inline void add_strip(const uint8_t* strip, const RoundedRows& x, const RowBlock
                 add_tile<R>(group, groups + r, words + r, x.num_rows, r, sums);
             groups += x.num_rows;
             words += kPer * x.num_rows;
-            if (++done % kMostGroups == 0) sums.flush(rows.count());
+            if (++done % kMostGroups == 0) sums.flush(rows);
         }
     }
 }
@@ -258,13 +270,13 @@ __attribute__((noinline, flatten)) void multiply_rows(const MatmulParams& p, con
                                                       const RowBlock<R>& rows, int64_t output) {
     const auto* strip = reinterpret_cast<const uint8_t*>(strip_of(p.weight, F, p.depth, output));
     Sums<F, RowBlock<R>::kMost> sums;
-    sums.clear(rows.count());
+    sums.clear(rows);
     add_strip<F>(strip, x, rows, sums);
-    sums.flush(rows.count());
-    for (int r = 0; r < rows.count(); ++r) {
+    sums.flush(rows);
+    rows.each_row([&](auto r) {
         const int64_t row = rows.first + r;
         store_outputs(p, row, output, sums.finished(r, x.scale[row], strip));
-    }
+    });
 }
 
 // Calls f with `count` as a constant, 1 to R.

@@ -1,6 +1,7 @@
 // What products by packed bfloat16 share, whatever multiplies: float32 arithmetic that takes and
 // gives denormals as zeros (as matrix units do), how a row of x is split, what follows the sums.
 #pragma once
+#include "core/each.h"
 #include "core/matmul.h"
 #include "core/simd.h"
 

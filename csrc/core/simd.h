@@ -51,19 +51,6 @@ inline uint32_t to_bits(float f) {
     return u;
 }
 
-template <int I>
-struct Index {
-    constexpr operator int() const { return I; }
-};
-// f(0), f(1), ... with constants, so that arrays so indexed are registers.
-template <int N, int I = 0, typename F>
-__attribute__((always_inline)) inline void each(F&& f) {
-    if constexpr (I < N) {
-        f(Index<I>{});
-        each<N, I + 1>(f);
-    }
-}
-
 // --- scalar conversions ---
 inline float to_float(float x) {
     return x;
