@@ -16,7 +16,7 @@ struct XGroup {
     uint32_t first[8], second[8];
 };
 
-// How many rows are multiplied by a group together, from registers.
+// kTileRows: rows that a group is multiplied by together.
 #if defined(__AVX512VNNI__)
 constexpr bool kMultipliesBytes = true;
 constexpr int kTileRows = 8;

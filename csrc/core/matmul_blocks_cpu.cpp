@@ -10,9 +10,11 @@
 // then the bias, then the residual. A row with a NaN or an infinity gives NaN; one whose values are
 // all below 2^-100 counts as zeros.
 //
-// A group's weights are unpacked into registers once and multiplied by one row after another, whose
-// sums stay in L1. Up to one row or two wait for memory, more of them for multiplications: there is
-// nothing to gain by sharing the loads of x among strips, or those of sums (measured).
+// With VNNI a tile of up to eight rows goes over a strip with all it needs in registers: a group's
+// weights, unpacked once, each row's dot product and sum. An instruction takes its value of x from
+// memory, and rows take turns, so that none waits for itself. Another tile finds the strip cached.
+// The other sets have no such instruction and too few registers: there a group's weights meet one
+// row after another, whose sums stay in L1.
 #include "core/block_scales.h"
 #include "core/matmul.h"
 #include "core/simd.h"
@@ -124,7 +126,7 @@ void round_row(const MatmulParams& p, const RoundedRows& rows, int64_t m) {
 // the compiler, or where a tile is one row up to kMostRows of them, tile after tile.
 template <int R>
 struct RowBlock {
-    static constexpr int kMost = R > 1 ? R : kTileRows > 1 ? 1 : kMostRows;
+    static constexpr int kMost = kTileRows > 1 ? R : kMostRows;
     int64_t first;
     int num_rows;
 
@@ -196,8 +198,8 @@ inline __attribute__((always_inline)) Group<F> group_of(const uint8_t* record, i
     Group<F> group;
     load_group<f.quant_bits>(record + f.scale_bytes + g * f.group_bytes(), group.w);
     if constexpr (F != MatrixFormat::kInt8)
-        each<group.kPer>(
-            [&](auto h) { group.scale[h] = Scales<F>::scale(record, g * group.kPer + h); });
+        each<Group<F>::kPer>(
+            [&](auto h) { group.scale[h] = Scales<F>::scale(record, g * Group<F>::kPer + h); });
     if constexpr (Scales<F>::kHasMins) group.offset = Scales<F>::offset(record, g);
     return group;
 }
@@ -246,8 +248,12 @@ inline void add_strip(const uint8_t* strip, const RoundedRows& x, const RowBlock
         for (int g = 0; g < f.num_groups; ++g) {
             for (int64_t i = 0; i < kLines; ++i) prefetch(record + kAhead + (g * kLines + i) * 64);
             const Group<F> group = group_of<F>(record, g);
-            for (int r = 0; r < rows.count(); r += R)
-                add_tile<R>(group, groups + r, words + r, x.num_rows, r, sums);
+            if constexpr (kTileRows > 1) {
+                add_tile<R>(group, groups, words, x.num_rows, 0, sums);
+            } else {
+                for (int r = 0; r < rows.num_rows; ++r)
+                    add_tile<1>(group, groups + r, words + r, x.num_rows, r, sums);
+            }
             groups += x.num_rows;
             words += kPer * x.num_rows;
             if (++done % kMostGroups == 0) sums.flush(rows);
