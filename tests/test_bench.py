@@ -39,7 +39,7 @@ from tools.export_checkpoint import export, state_dict
 ROOT = Path(__file__).parents[1]
 END_TO_END = {
     "bench_generate", "bench_drafters", "bench_draft_window", "bench_control", "bench_arrivals",
-    "bench_load",
+    "bench_load", "bench_chain",
 }  # fmt: skip
 ON_A_GPU = {"bench_round"}
 BENCHES = {file.stem for file in (ROOT / "bench").glob("bench_*.py")}
@@ -109,6 +109,16 @@ def test_kernel_bench(name: str, run: Run, tmp_path: Path) -> None:
     assert result["environment"]["cpu_flags"] is not None
     (saved,) = tmp_path.iterdir()
     assert json.loads(saved.read_text()) == result
+
+
+@needs_target
+def test_chain_bench(run: Run) -> None:
+    rows = run("bench_chain", "--target", str(TARGET), "--kinds", "own", "int8")["rows"]
+    assert [(row["kind"], row["nodes"]) for row in rows] == [
+        ("own", 1), ("own", 4), ("int8", 1), ("int8", 4)
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 for row in rows)
+    assert rows[0]["cost"] == rows[2]["cost"] == 1
 
 
 @pytest.mark.slow

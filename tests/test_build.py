@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import build_times
+from bench.resources import last_build_commands
 from bench.toolkit import find_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,7 @@ def test_a_build_is_timed_architecture_by_architecture() -> None:
     found = build_times.compilations([command])
     assert [(one.source, one.arch) for one in found] == [("a/a.cu", "sm_80"), ("a/a.cu", "sm_90a")]
     assert found[1].argv == ("nvcc", "-O3", "-c", "/x/csrc/a/a.cu", flags[1])
+    assert build_times.for_arch(found[0], "sm_90a") == found[1]
 
 
 def test_what_takes_too_long_is_named() -> None:
@@ -148,6 +150,44 @@ def test_what_takes_too_long_is_named() -> None:
     assert build_times.too_long([(one, 15.1), (one, 14.9)], 15.0) == [
         "a/a.cu (sm_80): 15.1 s of nvcc, at most 15 were to be"
     ]
+
+
+NO_GPU = "echo NVIDIA-SMI 9.0 has failed; exit 9"
+
+
+@pytest.mark.parametrize(
+    ("smi", "asked", "archs"),
+    [
+        (NO_GPU, {}, "80"),
+        ("printf '9.0\\n9.0\\n'", {}, "90a"),
+        ("printf '9.0\\n8.6\\n12.0\\n'", {}, "80;90a"),
+        (NO_GPU, {"CMAKE_CUDA_ARCHITECTURES": "80;90a"}, "80;90a"),
+    ],
+)
+def test_make_builds_for_the_gpus_that_are_here(
+    tmp_path: Path, smi: str, asked: dict[str, str], archs: str
+) -> None:
+    make_tool(tmp_path, smi, name="nvidia-smi")
+    environ = {key: os.environ[key] for key in os.environ if key != "CMAKE_CUDA_ARCHITECTURES"}
+    environ |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", **asked}
+    argv = ["make", "-n", "ext", "PYTHON=false"]
+    done = subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    assert f"CMAKE_CUDA_ARCHITECTURES='{archs}' .venv/bin/python setup.py" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_source_compiles_for_the_architectures_that_make_left_out(tmp_path: Path) -> None:
+    """With the build's own flags, under which a register that spills is an error."""
+    try:
+        built = build_times.compilations(last_build_commands())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    for arch in {"sm_80", "sm_90a"} - {one.arch for one in built}:
+        for one in {one.source: one for one in built}.values():
+            argv = [*build_times.for_arch(one, arch).argv, "-o", tmp_path / "out.o"]
+            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{one.source} ({arch}): {done.stderr}"
 
 
 @pytest.mark.parametrize(

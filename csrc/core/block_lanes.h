@@ -4,6 +4,7 @@
 // words.
 #pragma once
 #include "core/block_format.h"
+#include "core/each.h"
 #include "core/simd.h"
 
 namespace specrt::SPECRT_ISA {
@@ -15,10 +16,13 @@ struct XGroup {
     uint32_t first[8], second[8];
 };
 
+// kTileRows: rows that a group is multiplied by together.
 #if defined(__AVX512VNNI__)
 constexpr bool kMultipliesBytes = true;
+constexpr int kTileRows = 8;
 #else
 constexpr bool kMultipliesBytes = false;
+constexpr int kTileRows = 1;
 #endif
 
 #if defined(__AVX512F__)
@@ -56,21 +60,49 @@ using Operand = Plane;
 inline Operand operand_of(Plane a) {
     return a;
 }
-struct Dot {
-    __m512i first, second;
-};
-inline Dot start_dot(int32_t from) {
-    return {_mm512_setzero_si512(), _mm512_set1_epi32(from)};
+constexpr int kFewRows = 4;  // of a tile, to which two chains a row are worth the sum of the two
+
+// Written out: the compiler loads what is broadcast by an instruction of its own.
+inline void multiply(__m512i& sum, const Operand& w, const uint32_t& x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w.v), "m"(x));
 }
-inline __m512i all(uint32_t x) {
-    return _mm512_set1_epi32(static_cast<int>(x));
-}
-inline void multiply(Dot& dot, const Operand& w, uint32_t first, uint32_t second) {
-    dot.first = _mm512_dpbusd_epi32(dot.first, w.v, all(first));
-    dot.second = _mm512_dpbusd_epi32(dot.second, w.v, all(second));
-}
-inline I16 total(const Dot& dot) {
-    return {_mm512_add_epi32(_mm512_slli_epi32(dot.first, 8), dot.second)};
+// The dot products of R rows of x with planes kBegin .. kEnd - 1 of a group, and what they start
+// from. The rows take turns, so that no sum is waited for.
+template <int kBegin, int kEnd, bool kFromZero, int R>
+inline __attribute__((always_inline)) void dots(const Operand (&w)[8], const XGroup* x,
+                                                const uint32_t* from, I16 (&sum)[R]) {
+    __m512i first[R], second[R];
+    const auto start = [&](auto r) {
+        if constexpr (kFromZero) return _mm512_setzero_si512();
+        return _mm512_set1_epi32(static_cast<int>(from[r]));
+    };
+    const auto shifted = [&](auto r) { return _mm512_slli_epi32(first[r], 8); };
+    each<R>([&](auto r) { first[r] = _mm512_setzero_si512(); });
+    if constexpr (R <= kFewRows) {
+        each<R>([&](auto r) { second[r] = start(r); });
+        each<kEnd - kBegin>([&](auto i) {
+            constexpr int k = kBegin + i;
+            each<R>([&](auto r) {
+                multiply(first[r], w[k], x[r].first[k]);
+                multiply(second[r], w[k], x[r].second[k]);
+            });
+        });
+        each<R>([&](auto r) { sum[r] = {_mm512_add_epi32(shifted(r), second[r])}; });
+    } else {
+        each<kEnd - kBegin>([&](auto i) {
+            constexpr int k = kBegin + i;
+            each<R>([&](auto r) { multiply(first[r], w[k], x[r].first[k]); });
+        });
+        each<R>([&](auto r) {
+            second[r] = shifted(r);
+            if constexpr (!kFromZero) second[r] = _mm512_add_epi32(second[r], start(r));
+        });
+        each<kEnd - kBegin>([&](auto i) {
+            constexpr int k = kBegin + i;
+            each<R>([&](auto r) { multiply(second[r], w[k], x[r].second[k]); });
+        });
+        each<R>([&](auto r) { sum[r] = {second[r]}; });
+    }
 }
 #else
 struct Operand {
@@ -214,27 +246,39 @@ inline I16 total(const Dot& dot) {
 
 #endif
 
+#if !defined(__AVX512VNNI__)
+
+// The dot product of a row of x with planes kBegin .. kEnd - 1 of a group, and what it starts from.
+template <int kBegin, int kEnd, bool kFromZero>
+inline void dots(const Operand (&w)[8], const XGroup* x, const uint32_t* from, I16 (&sum)[1]) {
+    Dot dot = start_dot(kFromZero ? 0 : static_cast<int32_t>(*from));
+#pragma GCC unroll 8
+    for (int i = kBegin; i < kEnd; ++i) multiply(dot, w[i], x->first[i], x->second[i]);
+    sum[0] = total(dot);
+}
+
+#endif
+
 // The eight operands of a group.
 template <int kBits>
 inline void load_group(const uint8_t* group, Operand (&w)[8]) {
+    const auto plane = [&](int i) { return load_plane(group + i * kPlaneBytes); };
     if constexpr (kBits == 8) {
-        for (int i = 0; i < 8; ++i) w[i] = operand_of(load_plane(group + i * kPlaneBytes));
+        each<8>([&](auto i) { w[i] = operand_of(plane(i)); });
     } else if constexpr (kBits == 4) {
-        for (int i = 0; i < 4; ++i) {
-            const Plane plane = load_plane(group + i * kPlaneBytes);
-            w[i] = operand_of(low_nibbles(plane));
-            w[4 + i] = operand_of(high_nibbles(plane));
-        }
+        each<4>([&](auto i) {
+            const Plane both = plane(i);
+            w[i] = operand_of(low_nibbles(both));
+            w[4 + i] = operand_of(high_nibbles(both));
+        });
     } else {
-        Plane nibbles[4], upper[2];
-        for (int i = 0; i < 4; ++i) nibbles[i] = load_plane(group + i * kPlaneBytes);
-        for (int i = 0; i < 2; ++i) upper[i] = load_plane(group + (4 + i) * kPlaneBytes);
-        for (int i = 0; i < 2; ++i) {
-            w[i] = operand_of(with_upper<0>(low_nibbles(nibbles[i]), upper[i]));
-            w[2 + i] = operand_of(with_upper<1>(low_nibbles(nibbles[2 + i]), upper[i]));
-            w[4 + i] = operand_of(with_upper<2>(high_nibbles(nibbles[i]), upper[i]));
-            w[6 + i] = operand_of(with_upper<3>(high_nibbles(nibbles[2 + i]), upper[i]));
-        }
+        each<2>([&](auto i) {
+            const Plane even = plane(i), odd = plane(2 + i), upper = plane(4 + i);
+            w[i] = operand_of(with_upper<0>(low_nibbles(even), upper));
+            w[2 + i] = operand_of(with_upper<1>(low_nibbles(odd), upper));
+            w[4 + i] = operand_of(with_upper<2>(high_nibbles(even), upper));
+            w[6 + i] = operand_of(with_upper<3>(high_nibbles(odd), upper));
+        });
     }
 }
 

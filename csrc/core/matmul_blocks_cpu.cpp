@@ -10,9 +10,11 @@
 // then the bias, then the residual. A row with a NaN or an infinity gives NaN; one whose values are
 // all below 2^-100 counts as zeros.
 //
-// A group's weights are unpacked into registers once and multiplied by one row after another, whose
-// sums stay in L1. Up to one row or two wait for memory, more of them for multiplications: there is
-// nothing to gain by sharing the loads of x among strips, or those of sums (measured).
+// With VNNI a tile of up to eight rows goes over a strip with all it needs in registers: a group's
+// weights, unpacked once, each row's dot product and sum. An instruction takes its value of x from
+// memory, and rows take turns, so that none waits for itself. Another tile finds the strip cached.
+// The other sets have no such instruction and too few registers: there a group's weights meet one
+// row after another, whose sums stay in L1.
 #include "core/block_scales.h"
 #include "core/matmul.h"
 #include "core/simd.h"
@@ -120,114 +122,143 @@ void round_row(const MatmulParams& p, const RoundedRows& rows, int64_t m) {
     }
 }
 
-// The sums of up to kMostRows rows, for sixteen outputs.
-template <MatrixFormat F>
-struct Sums {
-    V16 of_row[kMostRows];
+// Rows of x that a strip is multiplied by together: as many as a tile has, which is then known to
+// the compiler, or where a tile is one row up to kMostRows of them, tile after tile.
+template <int R>
+struct RowBlock {
+    static constexpr int kMost = kTileRows > 1 ? R : kMostRows;
+    int64_t first;
+    int num_rows;
 
-    void clear(int num_rows) {
-        for (int r = 0; r < num_rows; ++r) of_row[r] = zero();
+    constexpr int count() const { return kTileRows > 1 ? R : num_rows; }
+    template <typename F>
+    void each_row(F&& f) const {
+        if constexpr (kTileRows > 1) {
+            each<R>(f);
+        } else {
+            for (int r = 0; r < num_rows; ++r) f(r);
+        }
     }
-    void flush(int) {}
 };
-template <>
-struct Sums<MatrixFormat::kInt8> {
-    I16 latest[kMostRows];  // of up to kMostGroups groups
-    int64_t of_row[kMostRows][16];
 
-    void clear(int num_rows) {
-        for (int r = 0; r < num_rows; ++r) latest[r] = zero_ints();
-        std::memset(of_row, 0, sizeof of_row[0] * static_cast<size_t>(num_rows));
+// The sums of rows, for sixteen outputs.
+template <MatrixFormat F, int kMost>
+struct Sums {
+    V16 of_row[kMost];
+
+    template <typename Rows>
+    void clear(const Rows& rows) {
+        rows.each_row([&](auto r) { of_row[r] = zero(); });
     }
-    void flush(int num_rows) {
-        for (int r = 0; r < num_rows; ++r) {
+    template <typename Rows>
+    void flush(const Rows&) {}
+    V16 finished(int r, float scale, const uint8_t*) const { return mul(of_row[r], splat(scale)); }
+};
+template <int kMost>
+struct Sums<MatrixFormat::kInt8, kMost> {
+    I16 latest[kMost];  // of up to kMostGroups groups
+    int64_t of_row[kMost][16];
+
+    template <typename Rows>
+    void clear(const Rows& rows) {
+        rows.each_row([&](auto r) { latest[r] = zero_ints(); });
+        std::memset(of_row, 0, sizeof of_row[0] * static_cast<size_t>(rows.count()));
+    }
+    template <typename Rows>
+    void flush(const Rows& rows) {
+        rows.each_row([&](auto r) {
             uint32_t sums[16];
             store(latest[r], sums);
             for (int n = 0; n < 16; ++n) of_row[r][n] += static_cast<int32_t>(sums[n]);
             latest[r] = zero_ints();
-        }
+        });
+    }
+    V16 finished(int r, float scale, const uint8_t* strip) const {
+        const auto* scales = reinterpret_cast<const float*>(strip);
+        float y[16];
+        for (int n = 0; n < 16; ++n)
+            y[n] =
+                static_cast<float>(static_cast<double>(of_row[r][n]) *
+                                   (static_cast<double>(scale) * static_cast<double>(scales[n])));
+        return load(y);
     }
 };
 
-// Rows of x that a strip is multiplied by together.
-struct RowBlock {
-    int64_t first;
-    int count;
-};
-
-inline void multiply_run(Dot& dot, const Operand (&w)[8], const XGroup& x, int begin, int end) {
-#pragma GCC unroll 8
-    for (int i = begin; i < end; ++i) multiply(dot, w[i], x.first[i], x.second[i]);
-}
-
-inline void add_group_int8(const uint8_t* quants, const RoundedRows& x, const RowBlock& rows,
-                           int64_t group, Sums<MatrixFormat::kInt8>& sums) {
+// A group's weights and scales, in registers.
+template <MatrixFormat F>
+struct Group {
+    static constexpr int kPer = Scales<F>::kPerGroup;
     Operand w[8];
-    load_group<8>(quants, w);
-    const int64_t at = group * x.num_rows + rows.first;
-    for (int r = 0; r < rows.count; ++r) {
-        Dot dot = start_dot(static_cast<int32_t>(x.sums[at + r]));
-        multiply_run(dot, w, x.groups[at + r], 0, 8);
-        sums.latest[r] = add(sums.latest[r], total(dot));
-    }
-    if (group % kMostGroups == kMostGroups - 1) sums.flush(rows.count);
-}
+    V16 scale[kPer], offset;
+};
 
 template <MatrixFormat F>
-inline void add_group(const uint8_t* record, int g, const RoundedRows& x, const RowBlock& rows,
-                      int64_t group, Sums<F>& sums) {
-    using S = Scales<F>;
+inline __attribute__((always_inline)) Group<F> group_of(const uint8_t* record, int g) {
     constexpr BlockFormat f = block_format(F);
-    constexpr int kPer = S::kPerGroup, kRun = 8 / kPer;
-    Operand w[8];
-    load_group<f.quant_bits>(record + f.scale_bytes + g * f.group_bytes(), w);
-    V16 scale[kPer], offset = zero();
-    for (int h = 0; h < kPer; ++h) scale[h] = S::scale(record, g * kPer + h);
-    if constexpr (S::kHasMins) offset = S::offset(record, g);
-    const XGroup* groups = x.groups + group * x.num_rows + rows.first;
-    const uint32_t* words = x.sums + group * kPer * x.num_rows + rows.first;
-    for (int r = 0; r < rows.count; ++r) {
-        V16 sum = sums.of_row[r];
-        for (int h = 0; h < kPer; ++h) {
-            const uint32_t word = words[h * x.num_rows + r];
-            Dot dot = start_dot(S::kHasMins ? 0 : static_cast<int32_t>(word));
-            multiply_run(dot, w, groups[r], h * kRun, (h + 1) * kRun);
-            sum = fma(to_float(total(dot)), scale[h], sum);
-            if constexpr (S::kHasMins) sum = fma(splat(from_bits(word)), offset, sum);
-        }
-        sums.of_row[r] = sum;
-    }
+    Group<F> group;
+    load_group<f.quant_bits>(record + f.scale_bytes + g * f.group_bytes(), group.w);
+    if constexpr (F != MatrixFormat::kInt8)
+        each<Group<F>::kPer>(
+            [&](auto h) { group.scale[h] = Scales<F>::scale(record, g * Group<F>::kPer + h); });
+    if constexpr (Scales<F>::kHasMins) group.offset = Scales<F>::offset(record, g);
+    return group;
 }
 
-template <MatrixFormat F>
-void add_strip(const uint8_t* strip, const RoundedRows& x, const RowBlock& rows, Sums<F>& sums) {
+// T rows by a group. `words` of its second half, where it has one, lie `stride` behind.
+template <int T, int kMost>
+inline __attribute__((always_inline)) void add_tile(const Group<MatrixFormat::kInt8>& group,
+                                                    const XGroup* x, const uint32_t* words, int64_t,
+                                                    int row,
+                                                    Sums<MatrixFormat::kInt8, kMost>& sums) {
+    I16 dot[T];
+    dots<0, 8, false>(group.w, x, words, dot);
+    each<T>([&](auto r) { sums.latest[row + r] = add(sums.latest[row + r], dot[r]); });
+}
+
+template <int T, MatrixFormat F, int kMost>
+inline __attribute__((always_inline)) void add_tile(const Group<F>& group, const XGroup* x,
+                                                    const uint32_t* words, int64_t stride, int row,
+                                                    Sums<F, kMost>& sums) {
+    constexpr bool kHasMins = Scales<F>::kHasMins;
+    constexpr int kRun = 8 / Group<F>::kPer;
+    V16 sum[T];
+    each<T>([&](auto r) { sum[r] = sums.of_row[row + r]; });
+    each<Group<F>::kPer>([&](auto h) {
+        const uint32_t* word = words + h * stride;
+        I16 dot[T];
+        dots<h * kRun, (h + 1) * kRun, kHasMins>(group.w, x, word, dot);
+        each<T>([&](auto r) {
+            sum[r] = fma(to_float(dot[r]), group.scale[h], sum[r]);
+            if constexpr (kHasMins) sum[r] = fma(splat(from_bits(word[r])), group.offset, sum[r]);
+        });
+    });
+    each<T>([&](auto r) { sums.of_row[row + r] = sum[r]; });
+}
+
+template <MatrixFormat F, int R, int kMost>
+inline void add_strip(const uint8_t* strip, const RoundedRows& x, const RowBlock<R>& rows,
+                      Sums<F, kMost>& sums) {
     constexpr BlockFormat f = block_format(F);
     constexpr int64_t kLines = divide_up(f.record_bytes() / 64, f.num_groups);  // of a group
+    constexpr int kPer = Scales<F>::kPerGroup;
     const uint8_t* record = strip + f.head_bytes;
-    for (int64_t group = 0; group < x.num_groups; record += f.record_bytes()) {
-        for (int g = 0; g < f.num_groups; ++g, ++group) {
+    const XGroup* groups = x.groups + rows.first;
+    const uint32_t* words = x.sums + rows.first;
+    for (int64_t done = 0; done < x.num_groups; record += f.record_bytes()) {
+        for (int g = 0; g < f.num_groups; ++g) {
             for (int64_t i = 0; i < kLines; ++i) prefetch(record + kAhead + (g * kLines + i) * 64);
-            if constexpr (F == MatrixFormat::kInt8) {
-                add_group_int8(record, x, rows, group, sums);
+            const Group<F> group = group_of<F>(record, g);
+            if constexpr (kTileRows > 1) {
+                add_tile<R>(group, groups, words, x.num_rows, 0, sums);
             } else {
-                add_group<F>(record, g, x, rows, group, sums);
+                for (int r = 0; r < rows.num_rows; ++r)
+                    add_tile<1>(group, groups + r, words + r, x.num_rows, r, sums);
             }
+            groups += x.num_rows;
+            words += kPer * x.num_rows;
+            if (++done % kMostGroups == 0) sums.flush(rows);
         }
     }
-}
-
-V16 finished(const Sums<MatrixFormat::kInt8>& sums, int r, float scale, const uint8_t* strip) {
-    const auto* scales = reinterpret_cast<const float*>(strip);
-    float y[16];
-    for (int n = 0; n < 16; ++n)
-        y[n] = static_cast<float>(static_cast<double>(sums.of_row[r][n]) *
-                                  (static_cast<double>(scale) * static_cast<double>(scales[n])));
-    return load(y);
-}
-
-template <MatrixFormat F>
-V16 finished(const Sums<F>& sums, int r, float scale, const uint8_t*) {
-    return mul(sums.of_row[r], splat(scale));
 }
 
 void store_outputs(const MatmulParams& p, int64_t row, int64_t first, V16 y) {
@@ -240,17 +271,38 @@ void store_outputs(const MatmulParams& p, int64_t row, int64_t first, V16 y) {
     count == 16 ? store(y, out) : store_first(y, out, count);
 }
 
-template <MatrixFormat F>
-void multiply_strip(const MatmulParams& p, const RoundedRows& x, const RowBlock& rows,
-                    int64_t output) {
+template <MatrixFormat F, int R>
+__attribute__((noinline, flatten)) void multiply_rows(const MatmulParams& p, const RoundedRows& x,
+                                                      const RowBlock<R>& rows, int64_t output) {
     const auto* strip = reinterpret_cast<const uint8_t*>(strip_of(p.weight, F, p.depth, output));
-    Sums<F> sums;
-    sums.clear(rows.count);
+    Sums<F, RowBlock<R>::kMost> sums;
+    sums.clear(rows);
     add_strip<F>(strip, x, rows, sums);
-    sums.flush(rows.count);
-    for (int r = 0; r < rows.count; ++r) {
+    sums.flush(rows);
+    rows.each_row([&](auto r) {
         const int64_t row = rows.first + r;
-        store_outputs(p, row, output, finished(sums, r, x.scale[row], strip));
+        store_outputs(p, row, output, sums.finished(r, x.scale[row], strip));
+    });
+}
+
+// Calls f with `count` as a constant, 1 to R.
+template <int R, typename F>
+inline void with_constant(int64_t count, F&& f) {
+    if constexpr (R > 1) {
+        if (count < R) return with_constant<R - 1>(count, f);
+    }
+    f(Index<R>{});
+}
+
+template <MatrixFormat F>
+void multiply_strip(const MatmulParams& p, const RoundedRows& x, int64_t first, int64_t count,
+                    int64_t output) {
+    const int64_t num_tiles = kTileRows > 1 ? divide_up(count, kTileRows) : 1;
+    for (int64_t t = 0; t < num_tiles; ++t) {
+        const int64_t begin = count * t / num_tiles, size = count * (t + 1) / num_tiles - begin;
+        with_constant<kTileRows>(size, [&](auto rows) {
+            multiply_rows<F, rows>(p, x, {first + begin, static_cast<int>(size)}, output);
+        });
     }
 }
 
@@ -264,9 +316,9 @@ void strips_of_part(const MatmulParams& p, int part, int num_parts) {
     const int64_t strips = divide_up(p.num_outputs, kStripOutputs);
     for (int64_t b = 0; b < num_blocks; ++b) {
         const int64_t first = p.num_rows * b / num_blocks;
-        const RowBlock rows{first, static_cast<int>(p.num_rows * (b + 1) / num_blocks - first)};
+        const int64_t count = p.num_rows * (b + 1) / num_blocks - first;
         for (int64_t s = strips * part / num_parts; s < strips * (part + 1) / num_parts; ++s)
-            multiply_strip<F>(p, x, rows, s * kStripOutputs);
+            multiply_strip<F>(p, x, first, count, s * kStripOutputs);
     }
 }
 

@@ -1,23 +1,11 @@
 // What products by packed bfloat16 share, whatever multiplies: float32 arithmetic that takes and
 // gives denormals as zeros (as matrix units do), how a row of x is split, what follows the sums.
 #pragma once
+#include "core/each.h"
 #include "core/matmul.h"
 #include "core/simd.h"
 
 namespace specrt::SPECRT_ISA {
-
-template <int I>
-struct Index {
-    constexpr operator int() const { return I; }
-};
-// f(0), f(1), ... with constants, so that arrays so indexed are registers.
-template <int N, int I = 0, typename F>
-__attribute__((always_inline)) inline void each(F&& f) {
-    if constexpr (I < N) {
-        f(Index<I>{});
-        each<N, I + 1>(f);
-    }
-}
 
 #if defined(__AVX2__)
 

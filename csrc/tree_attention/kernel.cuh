@@ -112,9 +112,9 @@ __device__ __forceinline__ void append_rows(const TreeAttentionParams& p, const 
 }
 
 // A thread's quarter of the queries of its warp's 16 rows; rows that are no node's are zero.
-template <typename T, int D, bool kAppends>
+template <typename T, int D>
 __device__ __forceinline__ void read_queries(const TreeAttentionParams& p, const Work<T>& w,
-                                             int warp_row, uint32_t (&q)[D / 16][4]) {
+                                             int warp_row, bool appends, uint32_t (&q)[D / 16][4]) {
     const int lane = threadIdx.x % 32, active = w.num_nodes * p.group;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -129,9 +129,8 @@ __device__ __forceinline__ void read_queries(const TreeAttentionParams& p, const
                 if (row < active) bits = load_word(from + 16 * k + 8 * half);
                 q[k][2 * half + i] = bits;
             }
-        if constexpr (kAppends)
-            if (row < active)
-                rotate_queries<T, D>(q, i, angles(p.append, w.seq, node, w.prefix + w.hidden, D));
+        if (appends && row < active)
+            rotate_queries<T, D>(q, i, angles(p.append, w.seq, node, w.prefix + w.hidden, D));
     }
 }
 
@@ -341,17 +340,17 @@ __device__ __forceinline__ void stream_prefix(const TreeAttentionParams& p, cons
     __syncthreads();
 }
 
-template <typename T, int D, bool kAppends, bool kPlain>
+template <typename T, int D, bool kPlain>
 __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Work<T>& w,
                                          const BlockMemory<T, D>& memory, const Span& span,
-                                         int warp_row, const uint32_t (&q)[D / 16][4],
+                                         int warp_row, bool appends, const uint32_t (&q)[D / 16][4],
                                          const Scaling& by, const Stack& stack, int num_leaves,
                                          State<D>& s) {
     if (span.tail < w.prefix)
         fetch_seen<T, D, kPlain>(p, w, memory.pool, 0, span.tail, w.prefix - span.tail);
-    fetch(p, w, memory.pool, kBlock, w.prefix, w.tree_size - (kAppends ? w.num_nodes : 0));
+    fetch(p, w, memory.pool, kBlock, w.prefix, w.tree_size - (appends ? w.num_nodes : 0));
     ptx::cp_async_commit();
-    if constexpr (kAppends) {
+    if (appends) {
         const bool has_end = span.begin + num_leaves * kLeaf > w.prefix / kBlock * kBlock;
         const bool is_first = w.first_row == 0 && span.begin <= w.prefix / kBlock * kBlock;
         append_rows(p, w, memory.pool, is_first && has_end);
@@ -371,6 +370,7 @@ __device__ __forceinline__ void run_tail(const TreeAttentionParams& p, const Wor
     }
 }
 
+// With a sliding window or a cap one kernel does both: `kAppends` says that it can.
 template <typename T, int D, bool kAppends, bool kPlain>
 __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelParams k) {
     ptx::let_next_start();
@@ -424,14 +424,15 @@ __global__ void __launch_bounds__(256, 1) tree_attention_kernel(const KernelPara
     begin_stream<T, D, kPlain>(p, w, memory.pool, span);
     // Beside the first keys on their way.
     if (!kPlain || span.tail < span.end) read_tree(p, w, memory.ancestors, memory.counts);
+    const bool appends = kAppends && (kPlain || p.append.k);
     uint32_t q[D / 16][4];
-    read_queries<T, D, kAppends>(p, w, warp_row, q);
+    read_queries<T, D>(p, w, warp_row, appends, q);
     if constexpr (!kPlain) __syncthreads();  // where windows begin follows from the tree
     stream_prefix<T, D, kPlain>(p, w, memory, span, warp_row, q, by, workspace.stack, num_leaves,
                                 s);
     if (span.tail < span.end)
-        run_tail<T, D, kAppends, kPlain>(p, w, memory, span, warp_row, q, by, workspace.stack,
-                                         num_leaves, s);
+        run_tail<T, D, kPlain>(p, w, memory, span, warp_row, appends, q, by, workspace.stack,
+                               num_leaves, s);
     SPECRT_SHARED(int, flag);
     if (merge_units(s, workspace.merge, units.number(), &flag)) write_rows(p, w, warp_row, s);
 }
@@ -441,11 +442,12 @@ void start(const KernelParams& k, CudaStream stream) {
     const TreeAttentionParams& p = k.p;
     const LaunchShape shape{dim3(p.num_kv_heads * k.plan.num_tiles, k.plan.num_units, p.num_seqs),
                             dim3(32 * k.plan.num_warps), k.plan.shared_bytes, kOverlaps};
-    if (p.append.k) {
-        SPECRT_LAUNCH((tree_attention_kernel<T, D, true, kPlain>), shape, stream, k);
-    } else {
-        SPECRT_LAUNCH((tree_attention_kernel<T, D, false, kPlain>), shape, stream, k);
-    }
+    if constexpr (kPlain)
+        if (!p.append.k) {
+            SPECRT_LAUNCH((tree_attention_kernel<T, D, false, true>), shape, stream, k);
+            return;
+        }
+    SPECRT_LAUNCH((tree_attention_kernel<T, D, true, kPlain>), shape, stream, k);
 }
 
 }  // namespace specrt::attention
