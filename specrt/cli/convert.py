@@ -51,17 +51,14 @@ def convert(
     ] = None,
 ) -> None:
     """Write a drafter (ours, or an official FSPAD or EAGLE-1/2 one) in specrt's own format."""
-    from specrt.config import ModelConfig, config_fingerprint
+    from specrt.config import ModelConfig
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
     from specrt.draft.fspad.checkpoint import reduce_vocabulary, write_checkpoint
     from specrt.draft.fspad.vocabulary import keep_tokens
     from specrt.draft.kinds import drafter_directory
-    from specrt.models.opening import adapter_hash
     from specrt.train.data.token_counts import count_tokens
 
-    place = Path(destination)
-    if (place / "config.json").exists():
-        raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
+    place = _new_directory(destination)
     directory, name = target_directory(target)
     adapter = adapter_directory(lora)
     model = ModelConfig.from_directory(directory, adapter=adapter)
@@ -72,12 +69,7 @@ def convert(
         is_reduced = draft_vocab is not None or hot_tokens is not None
         return _convert_exit(found, place, (model, adapter), None if is_reduced else quantize)
     config, tensors = _read(found, model, quantize)
-    config = replace(
-        config,
-        target_name=name,
-        target_fingerprint=config_fingerprint(model),
-        target_adapter=adapter_hash(adapter) or config.target_adapter,
-    )
+    config = _made_for(config, name, model, adapter)
     notes = _settle_tables(found, tensors, model, (directory, adapter))
     _add_biases(config, tensors)
     if hot_tokens is not None:
@@ -88,6 +80,13 @@ def convert(
         notes.append(counts.coverage(tensors))
     write_checkpoint(place, config, tensors)
     _say(place, config, tensors, [*_architecture(config), *notes])
+
+
+def _new_directory(destination: str) -> Path:
+    place = Path(destination)
+    if (place / "config.json").exists():
+        raise ValueError(f"{place}: expected a new directory, got one with a checkpoint")
+    return place
 
 
 def _check_reduction(
@@ -156,6 +155,21 @@ def _add_biases(config: DraftConfig, tensors: dict[str, torch.Tensor]) -> None:
     for key, shape in tensor_shapes(config).items():
         if key not in tensors:
             tensors[key] = tensors[f"{key.removesuffix('bias')}weight"].new_zeros(shape)
+
+
+def _made_for(
+    config: DraftConfig, name: str, model: ModelConfig, adapter: Path | None
+) -> DraftConfig:
+    """A drafter that says which target it is for."""
+    from specrt.config import config_fingerprint
+    from specrt.models.opening import adapter_hash
+
+    return replace(
+        config,
+        target_name=name,
+        target_fingerprint=config_fingerprint(model),
+        target_adapter=adapter_hash(adapter) or config.target_adapter,
+    )
 
 
 def _check_quantize(quantize: str | None) -> None:

@@ -82,7 +82,7 @@ def convert(source: Path, place: Path, target: Path, *args: str) -> None:
     from specrt.cli.convert import convert as command
 
     options = dict(zip(args[::2], args[1::2], strict=True))
-    command(str(source), str(place), str(target), None, None, None, options.get("--quantize"))
+    command(str(source), str(place), str(target), quantize=options.get("--quantize"))
 
 
 def values_of(path: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
