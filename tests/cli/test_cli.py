@@ -548,7 +548,7 @@ def test_bench_of_several_drafters(
     assert code == 0 and lines_with(out, "recycle", "x") and lines_with(out, "prompt-lookup", "x")
     for drafters, words in (
         ("recycle,recycle", "drafters: recycle comes twice"),
-        ("recycle,fspad", "hidden_size: the target has 64, this drafter 256"),
+        ("recycle,fspad", "the bundled 'fspad' was made for the target 'builtin'"),
         ("nobody", "drafter: expected none, auto"),
     ):
         expect_one_line(run(capsys, *args, "--drafters", drafters), words)
