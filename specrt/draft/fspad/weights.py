@@ -244,7 +244,7 @@ def packed(weights: DraftWeights, packing: Packing) -> DraftWeights:
 
     Args:
         weights: as :func:`pack_weights` or :func:`fold` gives them.
-        packing: the target's.
+        packing: of drafters.
     """
     changed = vars(weights).copy()
     head = weights.head
@@ -253,7 +253,7 @@ def packed(weights: DraftWeights, packing: Packing) -> DraftWeights:
     for name, matrix in weights.matrices.items():
         if not isinstance(matrix, torch.Tensor):
             continue
-        form = packing.of_drafters().form_of(matrix.dtype)
+        form = packing.form_of(matrix.dtype)
         if isinstance(form, MatrixKind):
             changed[name] = ops.pack_matrix(matrix, form)
     return DraftWeights(**changed)
