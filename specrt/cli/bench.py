@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specrt.cli.answers import model_options
+from specrt.cli.answers import digest, model_options
 from specrt.cli.bench_file import Case, Result, ResultFile
 from specrt.cli.bench_report import Report
 from specrt.cli.contenders import Named, contenders, identity, name_drafters
@@ -138,7 +138,11 @@ def bench(*, options: EngineOptions, wanted: BenchOptions) -> None:
     """Measure drafters against plain decoding: speed-up, tau, equal tokens."""
     if wanted.drafters is not None and options.drafter != AUTO:
         raise ValueError("drafter, drafters: expected one of them")
-    file = ResultFile(Path(wanted.out), is_restart=wanted.restart) if wanted.out else None
+    for name in ("controller", "draft_weights", "hot_tokens", "draft_window"):
+        if wanted.drafters is not None and getattr(options, name) is not None:
+            raise ValueError(f"{name}: goes with --drafter, not with --drafters")
+    is_kept = wanted.out is not None
+    file = ResultFile(Path(wanted.out or ""), is_restart=wanted.restart) if is_kept else None
     with file or nullcontext():
         _bench(options, wanted, file)
 
@@ -158,7 +162,8 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
     sampling = {one: own_sampling(prompts, wanted.sampling(one)) for one in wanted.temperatures()}
     if wanted.drafters is None:
         engine = options.load()
-        named = {drafter_name(options.drafter, engine.target.config): Named(options.drafter)}
+        shown = drafter_name(options.drafter, engine.target.config)
+        named = {shown: Named(shown if options.drafter == AUTO else options.drafter)}
         engines = dict.fromkeys(named, engine)
     else:
         named = name_drafters(wanted.drafters, target_config(options.target, options.lora))
@@ -212,13 +217,15 @@ def _circumstances(
     from specrt.cli.info import cpu_model
 
     directory, _ = target_directory(options.target)
-    apart = ("target", "drafter", "threads", "dtype")
+    apart = ("target", "drafter", "threads", "dtype", "hot_tokens")
+    hot_tokens = None if options.hot_tokens is None else Path(options.hot_tokens).read_bytes()
     return {
         **model_options(engine, directory),
         "drafters": {
             name: identity(drafter, engine.target.config) for name, drafter in drafters.items()
         },
         "options": {name: value for name, value in vars(options).items() if name not in apart},
+        "hot_tokens": None if hot_tokens is None else digest(hot_tokens.hex()),
         "repeats": wanted.repeats,
         "warmup": wanted.warmup,
         "threads": torch.get_num_threads(),
@@ -239,9 +246,12 @@ def _measure(
     left = [case for case, one in zip(cases, known, strict=True) if one is None]
     with suppress(KeyboardInterrupt), progress("prompts", len(cases), len(results)) as advance:
         for number, case in enumerate(left):
-            result = Result(case, _compare(engines, case, wanted, is_first=number == 0))
-            if file is not None:
-                file.write(result)
+            # Of a prompt that comes twice there is one by then.
+            result = None if file is None else file.find(case)
+            if result is None:
+                result = Result(case, _compare(engines, case, wanted, is_first=number == 0))
+                if file is not None:
+                    file.write(result)
             results.append(result)
             _tell_differences([result])
             advance()

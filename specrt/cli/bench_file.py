@@ -62,7 +62,7 @@ class ResultFile(LineFile):
 
     def take(self, where: str, data: dict[str, Any]) -> None:
         """As :meth:`LineFile.take`."""
-        from specrt.lab.measure import Difference, Figures
+        from specrt.lab.measure import PLAIN, Difference, Figures
 
         try:
             figures = {}
@@ -70,6 +70,7 @@ class ResultFile(LineFile):
                 parting = one.pop("difference")
                 parting = None if parting is None else Difference(**parting)
                 figures[name] = Figures(**one, difference=parting)
+            figures[PLAIN]  # which all are compared with
             self._done[data["key"]] = figures
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected {self.what} of specrt bench") from error
@@ -94,3 +95,4 @@ class ResultFile(LineFile):
                 "contenders": {name: asdict(one) for name, one in result.figures.items()},
             }
         )
+        self._done[result.case.key] = result.figures

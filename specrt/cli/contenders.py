@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from specrt.cli.answers import digest
 from specrt.cli.engine_options import drafter_name, target_directory
-from specrt.draft.kinds import bundled_for, check_name, named_kinds
+from specrt.draft.kinds import AUTO, bundled_for, check_name, default_drafter, named_kinds
 
 if TYPE_CHECKING:
     from specrt.config import ModelConfig
@@ -88,13 +89,15 @@ def contenders(engine: Engine, target: str, named: Mapping[str, Named]) -> dict[
 
 
 def identity(drafter: str, target: ModelConfig) -> str:
-    """What tells a drafter from another one of its name: its weights, if it has any."""
+    """What tells a drafter from another one of its name: its files, if it has any."""
     from specrt.draft.kinds import drafter_directory
     from specrt.models.opening import weights_hash
     from specrt.types import CheckpointError
 
     try:
-        return weights_hash(drafter_directory(drafter, target))
+        directory = drafter_directory(drafter, target)
+        config = (directory / "config.json").read_text(encoding="utf-8")
+        return digest(f"{weights_hash(directory)} {config}")
     except (CheckpointError, OSError):  # one that needs none
         return drafter
 
@@ -102,6 +105,7 @@ def identity(drafter: str, target: ModelConfig) -> str:
 def _parse(item: str, target: ModelConfig) -> tuple[str, str]:
     """An item's name in tables, and its drafter; directories may have ``=`` in their names."""
     name, is_named, drafter = item.partition("=")
-    if is_named and name and "/" not in name:
-        return name.strip(), drafter.strip()
-    return drafter_name(item, target), item
+    if not (is_named and name and "/" not in name):
+        name, drafter = drafter_name(item, target), item
+    drafter = drafter.strip()
+    return name.strip(), default_drafter(target) if drafter == AUTO else drafter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -14,7 +15,8 @@ _File = TypeVar("_File", bound="LineFile")
 
 
 class LineFile:
-    """JSON objects, one a line; a line cut short by a kill is dropped.
+    """JSON objects, one a line; a line cut short by a kill is dropped, by :meth:`begin`: until then
+    nothing of the file is touched, nor ever is what is not of this kind.
 
     As a context that ends by an exception it removes a file that it made and wrote nothing to.
 
@@ -29,9 +31,14 @@ class LineFile:
 
     what = "a result"
     """What a line is, for messages."""
+    _OPENING = b'{"prompt": "'  # of each line
 
     def __init__(self, path: Path, *, is_restart: bool = False) -> None:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "expected a file", str(path))
         self.path = path
+        self._whole: int | None = None  # bytes, where a line cut short follows them
+        self._lacks_end = False
         self._is_restart = is_restart
         self._is_new = not path.exists()
         self._run: Mapping[str, Any] = {}
@@ -80,6 +87,10 @@ class LineFile:
                         f"{name}: {where}: {self.what} made with {said[name]}, not {value}; "
                         "--restart begins anew, or write to another file"
                     )
+        if self._whole is not None:
+            self._file.truncate(self._whole)
+        if self._lacks_end:
+            self._file.write(b"\n")
 
     def append(self, data: Mapping[str, Any]) -> None:
         """Add a line; it is in the file when this returns.
@@ -102,15 +113,16 @@ class LineFile:
         end = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    self._file.truncate(end)
-                    break
-                end += len(line)
-                where = f"{self.path}, line {number}"
+                where, is_whole = f"{self.path}, line {number}", line.endswith(b"\n")
                 try:
                     data: Any = json.loads(line)
                 except ValueError as error:
+                    if not is_whole and line.startswith(self._OPENING[: len(line)]):
+                        self._whole = end
+                        break
                     raise ValueError(f"{where}: not JSON: {error}") from error
+                self._lacks_end = not is_whole
+                end += len(line)
                 if not isinstance(data, dict):
                     raise ValueError(f"{where}: expected {self.what}, got {type(data).__name__}")
                 self.take(where, data)

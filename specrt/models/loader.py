@@ -113,13 +113,6 @@ class Weights:
     """Which adapter is merged into them (:func:`~specrt.models.opening.adapter_hash`)."""
 
     @property
-    def drafter_packing(self) -> Packing:
-        """How drafters keep the matrices of their own."""
-        head, of_bfloat16 = self.lm_head, (MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED)
-        is_packed = isinstance(head, PackedMatrix) and head.kind not in of_bfloat16
-        return self.packing.of_drafters(is_beside_bytes=is_packed)
-
-    @property
     def matrices(self) -> list[torch.Tensor | PackedMatrix]:
         """All that lie in the arena or are lent tables, each once, in its order."""
         found: list[Matrix] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specrt.ops import MatrixKind
+from specrt.ops import Matrix, MatrixKind, PackedMatrix
 from specrt.ops.build import build_info
 
 ACTIVATIONS: Mapping[str, MatrixKind | None] = {
@@ -40,15 +40,17 @@ class Packing:
             return self.quantized
         return self.bfloat16 if self.bfloat16 and dtype == torch.bfloat16 else dtype
 
-    def of_drafters(self, *, is_beside_bytes: bool) -> Packing:
+    def of_drafters(self, head: Matrix) -> Packing:
         """That of a drafter's own layers, which are small: rows are rounded, for half of the
         products and no token, and so are weights beside a target in bytes, of whose pass they would
         else be twice the share. A matrix unit makes several rows of bf16 cheaper than of bytes.
 
         Args:
-            is_beside_bytes: whether the target's weights are of a byte or less.
+            head: the target's.
         """
-        if is_beside_bytes and build_info().active_isa != "amx":
+        of_bfloat16 = MatrixKind.BF16_SPLIT, MatrixKind.BF16_ROUNDED
+        is_of_bytes = isinstance(head, PackedMatrix) and head.kind not in of_bfloat16
+        if is_of_bytes and build_info().active_isa != "amx":
             return Packing(quantized=MatrixKind.INT8)
         rounded = None if self.bfloat16 is None else MatrixKind.BF16_ROUNDED
         return Packing(rounded, None, self.keeps_blocks)

@@ -348,3 +348,50 @@ def test_bad_options(
     expect_one_line(run(capsys, *bench_args(target, questions, *options)), words)
     own = bench_args(target, questions, "--out", str(questions))
     expect_one_line(run(capsys, *own), "out: expected a file of its own")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"precious": 1}', '{"prompt": "of somebody\'s own"}', "[1, 2]\n", '{"prompt": "x"}\n{"a'],
+)
+def test_what_is_no_result_is_not_touched(
+    capsys: pytest.CaptureFixture[str], target: str, questions: Path, tmp_path: Path, content: str
+) -> None:
+    out = tmp_path / "mine.json"
+    out.write_text(content)
+    args = bench_args(target, questions, "--limit", "1", "--out", str(out))
+    code, _, err = run(capsys, *args, "--drafters", "recycle")
+    assert code == 2 and f"{out}, line 1: " in err
+    assert out.read_text() == content
+
+
+def test_a_refused_run_leaves_a_line_cut_short(
+    capsys: pytest.CaptureFixture[str], target: str, questions: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    args = bench_args(target, questions, "--limit", "1", "--out", str(out), "--drafters")
+    assert run(capsys, *args, "recycle")[0] == 0
+    whole = out.read_bytes()
+    cut = whole + whole[:30]
+    out.write_bytes(cut)
+    assert run(capsys, *args, "nobody")[0] == 2 and out.read_bytes() == cut
+    assert run(capsys, *args, "recycle")[0] == 0 and out.read_bytes() == whole
+    out.write_bytes(whole[:-1])  # all but the line's end
+    assert run(capsys, *args, "recycle")[0] == 0 and out.read_bytes() == whole
+    line = json.loads(whole)
+    out.write_text(json.dumps({**line, "contenders": {}}) + "\n")
+    code, _, err = run(capsys, *args, "recycle")
+    assert code == 2 and "expected a result of specrt bench" in err
+
+
+def test_names_and_options_of_several(
+    capsys: pytest.CaptureFixture[str], target: str, questions: Path
+) -> None:
+    args = bench_args(target, questions, "--limit", "1", "--json", "--drafters")
+    code, out, _ = run(capsys, *args, "auto,mine=auto")
+    names = [one["name"] for one in json.loads(out)["summaries"]]
+    assert (code, names) == (0, ["plain", "prompt-lookup", "mine"])
+    code, _, err = run(capsys, *args, "recycle", "--controller", "fixed-3")
+    assert code == 2 and "controller: goes with --drafter, not with --drafters" in err
+    code, _, err = run(capsys, *args, "recycle", "--out", "")
+    assert code == 2 and "expected a file" in err

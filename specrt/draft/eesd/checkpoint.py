@@ -226,7 +226,7 @@ def load_exit(
         tables=(target.embed, head.to(dtype) if isinstance(head, torch.Tensor) else head),
         others=CALIBRATION,
         head_dim=choose_head_dim(config.layer, device.place),
-        packing=target.drafter_packing,
+        packing=target.packing.of_drafters(head),
     )
     checkpoint, shapes = Checkpoint(path), exit_tensor_shapes(config)
     matrix, *vectors = (

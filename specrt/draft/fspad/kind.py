@@ -94,7 +94,7 @@ def _placed(
         weights = fold(weights, device)
     if options.weights is not None:
         return narrow(weights, device)
-    return packed(weights, target.weights.drafter_packing)
+    return packed(weights, target.weights.packing.of_drafters(head))
 
 
 def _exact_head(target: LlamaModel) -> torch.Tensor | None:
