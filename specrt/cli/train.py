@@ -73,7 +73,10 @@ def fspad(
         typer.Option(help="In the data's place, a file of token ids, most frequent first."),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="A drafter of the same shape to begin with.")
+        str | None,
+        typer.Option(
+            help="A drafter of the same shape to begin with: a directory or a bundled one."
+        ),
     ] = None,
     reading: DataOptions,
     recipe: FspadOptions,
@@ -81,9 +84,12 @@ def fspad(
 ) -> None:
     """Train FSPAD, EAGLE-2 or one between them. The same command goes on after an interruption."""
     _require_accelerate()
+    from specrt.config import ModelConfig
+    from specrt.draft.kinds import drafter_directory
     from specrt.train.run import train_fspad
 
     job = _job(place, data, reading, run)
+    target = ModelConfig.from_directory(job.target, adapter=job.adapter)
     kept = _hot_tokens(job, draft_vocab, hot_tokens)
     outcome = train_fspad(
         job,
@@ -92,7 +98,7 @@ def fspad(
         intermediate_size=intermediate_size,
         hot_tokens=kept,
         draft_vocab=draft_vocab,
-        initial=init,
+        initial=None if init is None else drafter_directory(init, target),
     )
     end(outcome, place.out, is_json=run.json)
 
