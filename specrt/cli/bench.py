@@ -14,7 +14,7 @@ import typer
 from specrt.cli.answers import digest, model_options
 from specrt.cli.bench_file import Case, Result, ResultFile
 from specrt.cli.bench_report import Report
-from specrt.cli.contenders import Named, contenders, identity, name_drafters
+from specrt.cli.contenders import contenders, identity, name_drafters
 from specrt.cli.engine_options import EngineOptions, drafter_name, target_config, target_directory
 from specrt.cli.errors import FAILED, note, report
 from specrt.cli.options import (
@@ -163,14 +163,14 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
     if wanted.drafters is None:
         engine = options.load()
         shown = drafter_name(options.drafter, engine.target.config)
-        named = {shown: Named(shown if options.drafter == AUTO else options.drafter)}
+        named = {shown: shown if options.drafter == AUTO else options.drafter}
         engines = dict.fromkeys(named, engine)
     else:
         named = name_drafters(wanted.drafters, target_config(options.target, options.lora))
         engine = replace(options, drafter=NONE).load()
         engines = contenders(engine, options.target, named)
     if file is not None:
-        given = {name: named[name].drafter for name in engines}
+        given = {name: named[name] for name in engines}
         file.begin(_circumstances(engine, options, wanted, given))
     encoded = encode(engine, prompts, add_special_tokens=wanted.add_special_tokens)
     cases = [

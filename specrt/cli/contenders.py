@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specrt.cli.answers import digest
@@ -17,16 +16,9 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-@dataclass(frozen=True)
-class Named:
-    """What a name in a table stands for."""
-
-    drafter: str
-    """As :func:`specrt.draft.kinds.load_drafter` takes it."""
-
-
-def name_drafters(given: str, target: ModelConfig) -> dict[str, Named]:
-    """What drafters are asked for, by what tables call them.
+def name_drafters(given: str, target: ModelConfig) -> dict[str, str]:
+    """What drafters are asked for, as :func:`specrt.draft.kinds.load_drafter` takes them, by what
+    tables call them.
 
     Args:
         given: names and directories with commas between, each as it is or behind ``NAME=``.
@@ -53,19 +45,19 @@ def name_drafters(given: str, target: ModelConfig) -> dict[str, Named]:
             raise ValueError(f"drafters: {PLAIN} is what plain decoding is called")
         explicit[shown] = drafter
     own = [kind.name for kind in named_kinds()]
-    named: dict[str, Named] = {}
+    named: dict[str, str] = {}
     for item in items:
         if item != ALL:
             shown, drafter = _parse(item, target)
-            named[shown] = Named(drafter)
+            named[shown] = drafter
             continue
         for name in (*own, *bundled_for(target)):
             if name not in explicit:
-                named[name] = Named(name)
+                named[name] = name
     return named
 
 
-def contenders(engine: Engine, target: str, named: Mapping[str, Named]) -> dict[str, Engine]:
+def contenders(engine: Engine, target: str, named: Mapping[str, str]) -> dict[str, Engine]:
     """Engines of one target, by their drafters' names.
 
     Args:
@@ -82,8 +74,8 @@ def contenders(engine: Engine, target: str, named: Mapping[str, Named]) -> dict[
 
     path, _ = target_directory(target)
     engines: dict[str, Engine] = {}
-    for shown, one in named.items():
-        drafter = load_drafter(one.drafter, engine.target, None, DrafterOptions(), path)
+    for shown, name in named.items():
+        drafter = load_drafter(name, engine.target, None, DrafterOptions(), path)
         engines[shown] = with_drafter(engine, drafter)
     return engines
 
@@ -96,7 +88,8 @@ def identity(drafter: str, target: ModelConfig) -> str:
 
     try:
         directory = drafter_directory(drafter, target)
-        config = (directory / "config.json").read_text(encoding="utf-8")
+        file = directory / "config.json"
+        config = file.read_text(encoding="utf-8") if file.is_file() else ""
         return digest(f"{weights_hash(directory)} {config}")
     except (CheckpointError, OSError):  # one that needs none
         return drafter

@@ -13,7 +13,7 @@ import pytest
 import specrt
 from specrt.cli.bench_file import Case, Result
 from specrt.cli.bench_report import Report
-from specrt.cli.contenders import Named, name_drafters
+from specrt.cli.contenders import name_drafters
 from specrt.cli.engine_options import target_config
 from specrt.cli.prompts import encode, prompts_or_bundled, read_prompts
 from specrt.lab import measure
@@ -305,8 +305,8 @@ def test_one_drafter_under_two_names(
 def test_what_is_named_stands_before_what_all_has(tmp_path: Path) -> None:
     bundled = target_config("builtin")
     named = name_drafters(f"all,fspad={tmp_path}", bundled)
-    assert named["fspad"] == Named(str(tmp_path))
-    assert named["recycle"] == Named("recycle") and named["eesd"] == Named("eesd")
+    assert named["fspad"] == str(tmp_path)
+    assert named["recycle"] == "recycle" and named["eesd"] == "eesd"
     for given, words in (
         ("a=recycle,a=prompt-lookup", "a comes twice; NAME=DIR"),
         ("plain=recycle", "plain is what plain decoding is called"),
