@@ -24,13 +24,12 @@ from specrt.types import CheckpointError
 from tests.checkpoints import (
     edit_config,
     edit_tensors,
-    make_checkpoint,
     make_draft_checkpoint,
     make_exit_checkpoint,
     make_official_draft,
 )
-from tests.cli.test_cli import expect_one_line, run, write_tokenizer
-from tests.engine.support import make_engine, make_model, prompts, sampled, texts
+from tests.cli.test_cli import expect_one_line, run
+from tests.engine.support import make_engine, prompts, sampled, texts
 
 VOCAB = 97
 KINDS = (*ARCHS, "eesd")
@@ -39,19 +38,6 @@ SETTINGS = {
     "seed": sampled(1, ignore_eos=True),
 }
 MLP = "layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target") / "little"
-    make_checkpoint("llama", path, bos_token_id=0, eos_token_id=1)
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(target: Path) -> LlamaModel:
-    return make_model(target)
 
 
 @pytest.fixture(scope="module")

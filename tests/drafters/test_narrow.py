@@ -18,29 +18,16 @@ from specrt.models.model import LlamaModel
 from specrt.ops import Float8Matrix
 from specrt.sampling import SamplingParams
 from specrt.types import CheckpointError
-from tests.checkpoints import make_checkpoint, make_draft_checkpoint, make_exit_checkpoint
-from tests.cli.test_cli import expect_one_line, run, write_tokenizer
+from tests.checkpoints import make_draft_checkpoint, make_exit_checkpoint
+from tests.cli.test_cli import expect_one_line, run
 from tests.drafters.fspad_rig import make_drafter
-from tests.engine.support import make_engine, make_model, prompts, sampled, texts
+from tests.engine.support import make_engine, prompts, sampled, texts
 
 VOCAB = 97
 GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1, ignore_eos=True)}
 HOT = [3 * i % VOCAB for i in range(60)]
 SHAPES = (None, DraftParams(5, 8, 40))
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path, bos_token_id=0, eos_token_id=1)
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(target: Path) -> LlamaModel:
-    return make_model(target)
 
 
 @pytest.fixture(scope="module")

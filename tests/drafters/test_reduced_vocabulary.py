@@ -29,7 +29,7 @@ from specrt.tree import MAX_NODES
 from specrt.types import Proposal, SequenceState
 from tests.checkpoints import make_checkpoint, make_draft_checkpoint
 from tests.cli.test_cli import expect_one_line, run, write_tokenizer
-from tests.engine.support import make_engine, make_model, prompts, sampled, texts
+from tests.engine.support import make_engine, prompts, sampled, texts
 from tests.golden.check import token_paths
 
 VOCAB = 97
@@ -37,19 +37,6 @@ SIZES = (1, 3, 40, VOCAB)
 GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
 SETTINGS = {"greedy": GREEDY, "seed": sampled(1, ignore_eos=True)}
 IDS = [(13 * i * i) % VOCAB for i in range(100)]
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    make_checkpoint("llama", path, bos_token_id=0, eos_token_id=1)
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(target: Path) -> LlamaModel:
-    return make_model(target)
 
 
 @pytest.fixture(scope="module")
