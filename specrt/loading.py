@@ -20,11 +20,13 @@ from specrt.draft.base import Drafter
 from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import (
     AUTO,
+    WITH_LOOKUP,
     bundled_names,
     check_drafter,
     default_drafter,
     drafter_directory,
     load_drafter,
+    without_lookup,
 )
 from specrt.draft.length.control import ControlOptions, parse_control
 from specrt.engine.core import EngineLimits
@@ -101,7 +103,8 @@ def load(
             an installed one (entry points ``specrt.drafters``), a directory with an EESD, FSPAD or
             EAGLE-1/2 drafter or with a smaller model of the same tokenizer, a repository of the Hub
             with one of these, or any object with the methods of
-            :class:`specrt.draft.base.Drafter`.
+            :class:`specrt.draft.base.Drafter`. Behind an FSPAD or EAGLE drafter's name or path
+            ``"+prompt-lookup"`` has what is looked up proposed where it promises more (CPU).
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and with it all drafters that are named here.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's, of a GGUF file in blocks
@@ -177,8 +180,8 @@ def load(
         path, config, target_dtype, packing, there, limits, adapter, progress=progress
     )
     model = LlamaModel(config, weights, there)
-    if isinstance(drafter, str) and hub_name(drafter) is not None:
-        drafter = local_path(drafter, local_files_only=local_files_only)
+    if isinstance(drafter, str):
+        drafter = _fetched(drafter, local_files_only=local_files_only)
     if drafter is None or isinstance(drafter, str | os.PathLike):
         rule = parse_control(controller) if isinstance(controller, str) else controller
         options = DrafterOptions(fold, coupled, rule, draft_weights, hot_tokens, window)
@@ -229,9 +232,19 @@ def _named(
     if isinstance(drafter, str):
         if drafter == AUTO:
             return default_drafter(config)
-        if drafter in bundled_names():
-            drafter_directory(drafter, config, path)
+        own, _ = without_lookup(drafter)
+        if own in bundled_names():
+            drafter_directory(own, config, path)
     return drafter
+
+
+def _fetched(drafter: str, *, local_files_only: bool) -> str | Path:
+    """A drafter as :func:`load_drafter` takes it: of the Hub what was fetched."""
+    own, has_lookup = without_lookup(drafter)
+    if hub_name(own) is None:
+        return drafter
+    path = local_path(own, local_files_only=local_files_only)
+    return f"{path}{WITH_LOOKUP}" if has_lookup else path
 
 
 def _log_defaults(path: Path, config: ModelConfig) -> None:

@@ -82,15 +82,16 @@ def contenders(engine: Engine, target: str, named: Mapping[str, str]) -> dict[st
 
 def identity(drafter: str, target: ModelConfig) -> str:
     """What tells a drafter from another one of its name: its files, if it has any."""
-    from specrt.draft.kinds import drafter_directory
+    from specrt.draft.kinds import drafter_directory, without_lookup
     from specrt.models.opening import weights_hash
     from specrt.types import CheckpointError
 
+    own, has_lookup = without_lookup(drafter)
     try:
-        directory = drafter_directory(drafter, target)
+        directory = drafter_directory(own, target)
         file = directory / "config.json"
         config = file.read_text(encoding="utf-8") if file.is_file() else ""
-        return digest(f"{weights_hash(directory)} {config}")
+        return digest(f"{weights_hash(directory)} {config}{' with lookup' if has_lookup else ''}")
     except (CheckpointError, OSError):  # one that needs none
         return drafter
 

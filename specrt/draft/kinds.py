@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "specrt.drafters"
 NONE, AUTO = "none", "auto"
+WITH_LOOKUP = f"+{PROMPT_LOOKUP.name}"
+"""Behind the name or path of a trained drafter: prompt lookup is asked before it."""
 DEFAULT, BUNDLED_DEFAULT = PROMPT_LOOKUP.name, "fspad"
 
 REGISTRY: Mapping[str, Kind] = {
@@ -83,7 +85,8 @@ def describe_names() -> str:
     return (
         f"{AUTO!r} (the target's bundled FSPAD, else prompt lookup), {NONE!r}, {kinds}, "
         f"one bundled for the target ({_bundled_by_target()}), the name of an installed one, or a "
-        f"directory with {', '.join(held[:-1])} or {held[-1]}"
+        f"directory with {', '.join(held[:-1])} or {held[-1]}; behind an FSPAD or EAGLE drafter "
+        f"{WITH_LOOKUP!r}: what is found so is proposed where it promises more (CPU)"
     )
 
 
@@ -103,11 +106,19 @@ def check_name(name: str) -> None:
     """
     from specrt.types import CheckpointError
 
-    names = (NONE, AUTO, *drafter_names())
+    name, has_lookup = without_lookup(name)
+    names = drafter_names() if has_lookup else [NONE, AUTO, *drafter_names()]
     # The empty path is the present folder. What looks like a path is refused with more words.
     is_path = name != "" and (Path(name).exists() or "/" in name)
     if name not in names and not is_path:
         raise CheckpointError(f"drafter: expected {', '.join(names)} or a directory, got {name!r}")
+
+
+def without_lookup(name: str) -> tuple[str, bool]:
+    """A drafter's own name or path, and whether prompt lookup is asked before it."""
+    if not name.endswith(WITH_LOOKUP) or Path(name).exists():
+        return name, False
+    return name.removesuffix(WITH_LOOKUP), True
 
 
 def drafter_directory(
@@ -158,17 +169,19 @@ def load_drafter(
 
     Args:
         name: None or ``"none"`` (plain decoding), one of :func:`drafter_names`, or a checkpoint
-            directory.
+            directory; behind an FSPAD or EAGLE drafter's :data:`WITH_LOOKUP`.
         target, dtype, options, target_path: as in :class:`DrafterRequest`.
 
     Raises:
         CheckpointError: no such checkpoint, a kind that is not known, or made for another target.
         ValueError: a controller, or narrower weights, tokens or sight, for a drafter that takes
-            none; on a GPU, a model that its kernels do not run; an installed drafter that is
-            broken.
+            none; on a GPU, a model that its kernels do not run, or a lookup beside a drafter; one
+            beside a drafter that takes none; an installed drafter that is broken.
     """
     from specrt.draft.base import EmptyDrafter
 
+    if isinstance(name, str) and without_lookup(name)[1]:
+        return _with_lookup(name, target, dtype, options, target_path)
     if name is None or name == NONE:
         _refuse_control(options)
         _refuse_narrowing(options)
@@ -182,6 +195,29 @@ def load_drafter(
     if kind in REGISTRY.values():
         return kind.load(request)
     return _load_installed(kind, request)
+
+
+def _with_lookup(
+    name: str,
+    target: LlamaModel,
+    dtype: torch.dtype | None,
+    options: DrafterOptions,
+    target_path: Path | None,
+) -> Drafter:
+    """A trained drafter and prompt lookup beside it."""
+    from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+    from specrt.draft.with_lookup import RatedDrafter, WithLookup
+
+    if target.device.is_gpu:
+        raise ValueError(f"drafter: {name!r}: prompt lookup beside a drafter runs on the CPU alone")
+    check_name(name)
+    own, _ = without_lookup(name)
+    trained = load_drafter(own, target, dtype, options, target_path)
+    if not isinstance(trained, RatedDrafter):
+        raise ValueError(
+            f"drafter: prompt lookup goes beside an FSPAD or EAGLE drafter, got {own!r}"
+        )
+    return WithLookup(trained, PromptLookupDrafter())
 
 
 def check_drafter(drafter: object, origin: str) -> None:

@@ -292,15 +292,51 @@ def test_it_comes_back_when_drafting_wins(
     assert world.share(400, rng) > 0.98
 
 
-def test_the_first_pause_is_short(rng: np.random.Generator) -> None:
-    policy, cost = MeasuredPolicy(), measured()
-    hopeless = np.full((1, 63), 1e-3)
-    pauses = []
-    for _ in range(6):
+HOPELESS, SURE = np.full((1, 63), 1e-3), np.full((1, 63), 0.9)
+
+
+def pause_after(policy: MeasuredPolicy, believed: np.ndarray, num_rounds: int) -> int:
+    """Rounds without drafts behind so many with trees of these beliefs; none is among them."""
+    for _ in range(num_rounds):
         assert policy.begin()
-        assert policy.size(logs(hopeless), 1, cost) == 1
-        pause = 0
-        while not policy.begin():
-            pause += 1
-        pauses.append(pause)
+        policy.size(logs(believed), 1, measured())
+    pause = 0
+    while not policy.begin():
+        pause += 1
+    return pause
+
+
+def test_the_first_pause_is_short_and_none_comes_before_something_is_lost() -> None:
+    policy = MeasuredPolicy()
+    lost = 1.0 - policy.best_size(logs(HOPELESS), 1, measured())[1]
+    assert 0.1 < lost < 0.125  # of a round: what drafting is assumed to take
+    assert pause_after(policy, HOPELESS, 4) == 0
+    pauses = [pause_after(policy, HOPELESS, count) for count in (1, 5, 5, 5, 5, 5)]
     assert pauses == [8, 16, 32, 64, 128, 128]
+
+
+def test_what_is_won_pays_for_what_is_lost() -> None:
+    """A good tree among three in vain, again and again."""
+    policy = MeasuredPolicy()
+    for _ in range(20):
+        assert pause_after(policy, HOPELESS, 3) == 0
+        policy.size(logs(SURE), 1, measured())
+        assert pause_after(policy, SURE, 1) == 0
+    assert policy.gain() > 1.0
+
+
+def test_a_text_that_runs_alone_is_judged_by_itself() -> None:
+    policy = MeasuredPolicy()
+    assert policy.gain() == 1.0
+    assert pause_after(policy, HOPELESS, 5) == 8
+    for _ in range(5):
+        policy.size(logs(HOPELESS), 1, measured())
+    assert policy.begin() is None and policy.gain() == 1.0
+    policy.welcome()
+    assert pause_after(policy, HOPELESS, 5) == 32, "but no shorter a pause behind it"
+
+
+def test_a_text_of_another_kind_is_not_carried_by_the_one_before() -> None:
+    policy = MeasuredPolicy()
+    assert pause_after(policy, SURE, 40) == 0 and policy.gain() > 1.0
+    assert pause_after(policy, HOPELESS, 5) == 8

@@ -138,6 +138,8 @@ class FspadDrafter:
 
     def start(self, state: SequenceState) -> None:
         """Open an empty draft cache."""
+        if not self._drafts:
+            self._measured.welcome()
         hidden, dtype = self.layer.config.layer.hidden_size, self.layer.activation_dtype
         self._drafts[state] = _Draft(self._cache.open(), self._device.empty(0, hidden, dtype=dtype))
 
@@ -194,6 +196,10 @@ class FspadDrafter:
         if draft is not None:
             self._cache.close(draft.cached)
             self._drafts.pop(state)  # not before: interrupted, it is found again
+
+    def gain(self) -> float:
+        """As :class:`specrt.draft.with_lookup.RatedDrafter` says; 1 under a controller."""
+        return self._measured.gain()
 
     # --- a round ------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ ENVELOPES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DECAY = 0.97
 _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
 _MIN_PAUSE, _MAX_PAUSE = 8, 128
+_STAKE = 0.5  # plain rounds' time that drafting may lose before it pauses: a tree is not the next
 _PROOF = 16  # rounds that win since a pause before the next one is short again
 
 
@@ -179,7 +180,7 @@ class MeasuredPolicy:
         self.envelopes = envelopes
         self._belief: Belief = belief or Calibration()
         self._extend_ms, self._level_ms = RunningMean(), RunningMean()
-        self._gain = RunningMean()
+        self._gain, self._lost = RunningMean(), 0.0
         self._pause = 0
         self._next_pause = _MIN_PAUSE
 
@@ -188,6 +189,16 @@ class MeasuredPolicy:
         is_paused = self._pause > 0
         self._pause = max(0, self._pause - 1)
         return None if is_paused else self
+
+    def welcome(self) -> None:
+        """A sequence begins that runs alone: its text is judged by itself, so that a pause others
+        brought about ends. The next pause is no shorter for it."""
+        self._pause = 0
+        self._gain, self._lost = RunningMean(), 0.0
+
+    def gain(self) -> float:
+        """What rounds bring of late over plain decoding; 1 while drafting pauses, and at first."""
+        return 1.0 if self._pause > 0 or self._gain.value is None else self._gain.value
 
     def mass(self, scores: np.ndarray, level: int) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
@@ -253,12 +264,14 @@ class MeasuredPolicy:
 
     def _judge(self, gain: float) -> None:
         """Pause where drafting loses against plain decoding, longer each time it still does."""
-        if self._gain.add(gain) >= 1.0:
-            if self._gain.count >= _PROOF:
+        mean = self._gain.add(gain)
+        self._lost = max(0.0, self._lost + 1.0 - gain)
+        if self._lost < _STAKE:
+            if mean >= 1.0 and self._gain.count >= _PROOF:
                 self._next_pause = _MIN_PAUSE
             return
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
         # What comes after the pause may be another text: it is judged by itself.
-        self._gain = RunningMean()
+        self._gain, self._lost = RunningMean(), 0.0
         self._belief.forgive()

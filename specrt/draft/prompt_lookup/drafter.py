@@ -102,12 +102,22 @@ class _Guess(NamedTuple):
     """The sequence's own, of this match length."""
     num_proposed: int
     """Tokens of the longest continuation."""
+    num_expected: float
+    """Of these, that will be accepted."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Guesses(Proposal):
+class Guesses(Proposal):
+    """Trees of which some were found, and what is expected of them."""
+
     guesses: Sequence[_Guess | None] = ()
     """B of them; None where the outcome teaches nothing."""
+
+    def gain(self, cost: RoundCost) -> float:
+        """Tokens by time of a round that verifies them over plain decoding's, as expected."""
+        batch, size = self.draft_tokens.shape
+        tokens = batch + sum(guess.num_expected for guess in self.guesses if guess is not None)
+        return tokens / batch * cost.relative(batch) / cost.relative(batch * size)
 
 
 class PromptLookupDrafter:
@@ -157,7 +167,7 @@ class PromptLookupDrafter:
         if all(len(tree) == 1 for tree, _ in grown):
             return chain(torch.tensor([tree.tokens for tree, _ in grown], dtype=torch.int32))
         proposal = stack([tree for tree, _ in grown])
-        return _Guesses(**vars(proposal), guesses=[guess for _, guess in grown])
+        return Guesses(**vars(proposal), guesses=[guess for _, guess in grown])
 
     def observe(
         self,
@@ -167,7 +177,7 @@ class PromptLookupDrafter:
         taps: Mapping[str, torch.Tensor],
     ) -> None:
         """Record how far each match held."""
-        guesses = proposal.guesses if isinstance(proposal, _Guesses) else ()
+        guesses = proposal.guesses if isinstance(proposal, Guesses) else ()
         for guess, accepted in zip(guesses, result.lengths, strict=False):
             if guess is not None and accepted >= 0:
                 guess.record.update(accepted, guess.num_proposed)
@@ -202,7 +212,7 @@ class PromptLookupDrafter:
         # The likeliest continuation has its full depth, the others what half as many nodes give.
         most = min(shape.num_nodes, _num_nodes(depth))
         tree, num_proposed = _grow(tokens, starts, _Shape(depth, shape.num_continuations, most))
-        return tree, _Guess(match, record, num_proposed)
+        return tree, _Guess(match, record, num_proposed, _expected(record.rate, num_proposed))
 
     def _largest(self, budget: Budget, num_left: int = MAX_NODES + 1) -> _Shape:
         """What a tree may be; the bonus token takes the last place of ``num_left``."""
@@ -231,6 +241,11 @@ def _grow(tokens: Sequence[int], starts: Sequence[int], shape: _Shape) -> tuple[
         path = [tokens[start + i % period] for i in range(shape.depth)]
         longest = max(longest, tree.add_path(path, shape.num_nodes))
     return tree, longest
+
+
+def _expected(rate: float, num_tokens: int) -> float:
+    """Of so many tokens in a row, each right with the chance ``rate`` if the one before is."""
+    return sum(rate**depth for depth in range(1, num_tokens + 1))
 
 
 def _num_nodes(depth: int) -> int:

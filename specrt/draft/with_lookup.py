@@ -1,0 +1,87 @@
+"""A trained drafter with prompt lookup beside it: each round is the one's that promises more.
+
+What a text repeats is found by looking it up, for nothing; what it says for the first time takes a
+trained drafter. Before a round only the lookup's tree is known, so its promise is held against what
+the other's rounds have brought of late, both in tokens by time as measured. (SAM-Decoding, arXiv
+2411.10666, has a fixed length of the match decide instead.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from specrt.cache import KVCache
+from specrt.draft.base import Budget, CachingDrafter, Drafter, DraftParams, ShapedDrafter
+from specrt.draft.prompt_lookup.drafter import Guesses, PromptLookupDrafter
+from specrt.types import AcceptResult, Proposal, SequenceState
+
+
+@runtime_checkable
+class RatedDrafter(CachingDrafter, ShapedDrafter, Drafter, Protocol):
+    """A trained drafter that knows what its rounds bring. It may be passed over: a round that
+    another has proposed it observes like one of the root alone."""
+
+    def gain(self) -> float:
+        """Tokens by time of its rounds of late over plain decoding's; 1 while it rests, or where
+        nothing is known."""
+
+
+class WithLookup:
+    """Proposes what ``lookup`` found where that promises more than ``trained`` has brought.
+
+    One of the two proposes for all sequences of a batch. With :class:`DraftParams` nothing that was
+    measured is used, and ``trained`` proposes alone.
+
+    Args:
+        trained: the drafter whose trees they are otherwise.
+        lookup: what is asked first.
+    """
+
+    def __init__(self, trained: RatedDrafter, lookup: PromptLookupDrafter) -> None:
+        self.taps = trained.taps
+        self._trained, self._lookup = trained, lookup
+
+    @property
+    def cache(self) -> KVCache:
+        """The trained drafter's."""
+        return self._trained.cache
+
+    def check(self, params: DraftParams) -> None:
+        """As the trained drafter's."""
+        self._trained.check(params)
+
+    def start(self, state: SequenceState) -> None:
+        """Both begin."""
+        self._trained.start(state)
+        self._lookup.start(state)
+
+    def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
+        """The trained drafter reads the prompt; the lookup has it in the state."""
+        self._trained.prefill(state, start, taps)
+
+    def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
+        """What was looked up, or the trained drafter's trees."""
+        if budget.params == DraftParams():
+            found = self._lookup.propose(states, budget)
+            if isinstance(found, Guesses) and found.gain(budget.cost) > self._trained.gain():
+                return found
+        return self._trained.propose(states, budget)
+
+    def observe(
+        self,
+        states: Sequence[SequenceState],
+        proposal: Proposal,
+        result: AcceptResult,
+        taps: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Both are told; each learns from proposals of its own."""
+        self._trained.observe(states, proposal, result, taps)
+        self._lookup.observe(states, proposal, result, taps)
+
+    def finish(self, state: SequenceState) -> None:
+        """Both forget the sequence."""
+        self._lookup.finish(state)
+        self._trained.finish(state)
