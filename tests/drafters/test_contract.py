@@ -44,6 +44,7 @@ OURS: Mapping[str, tuple[str, Callable[[Path, Path], object] | None]] = {
     "fspad": ("fspad", make_draft_checkpoint),
     "eagle2": ("fspad", _eagle2),
     "small-model": ("small-model", _small_model),
+    "fspad+prompt-lookup": ("fspad", make_draft_checkpoint),
 }
 """A kind, and what writes a checkpoint of it for a target, for kinds that have any."""
 
@@ -61,10 +62,12 @@ def subject(
     name: str = request.param
     if request.config.getoption("--drafter", default=None):
         return _given(name, checkpoint, request.config.getoption("--drafter-target"))
-    path, write = tmp_path_factory.mktemp("drafter") / name, OURS[name][1]
+    own, has_lookup = kinds.without_lookup(name)
+    path, write = tmp_path_factory.mktemp("drafter") / own, OURS[name][1]
     if write is not None:
         write(checkpoint, path)
-    return _named(name if write is None else path, checkpoint)
+    asked = own if write is None else path
+    return _named(f"{asked}{kinds.WITH_LOOKUP}" if has_lookup else asked, checkpoint)
 
 
 def _given(name: str, checkpoint: Path, target: str | None) -> contract.Subject:
