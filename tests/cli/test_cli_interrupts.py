@@ -170,7 +170,8 @@ def test_two_stop_one_answer_of_a_chat(
 
 def test_who_ignores_interrupts_goes_on_ignoring_them(presses: Presses) -> None:
     """A shell's job in the background; and a handler of somebody's own stays."""
-    for handler in (signal.SIG_IGN, lambda number, frame: None):
+    handlers: tuple[Any, ...] = (signal.SIG_IGN, lambda number, frame: None)
+    for handler in handlers:
         signal.signal(signal.SIGINT, handler)
         assert errors.run(lambda: signal.raise_signal(signal.SIGINT), is_last=True) == 0
         assert signal.getsignal(signal.SIGINT) is handler
