@@ -166,7 +166,12 @@ CASES: tuple[Case, ...] = (
     _run("GPT-2 / distilgpt2", "gpt2"),
     _run("GPT-NeoX / Pythia", "gpt_neox"),
     _run("GPT-J", "gptj", rotary_dim=8),
-    _refused("GPT-Neo / TinyStories", "gpt_neo"),
+    _run(
+        "GPT-Neo / TinyStories",
+        "gpt_neo",
+        attention_types=[[["global", "local"], 2]],
+        window_size=8,
+    ),
     _run("OPT", "opt", ffn_dim=112, word_embed_proj_dim=64),
     _refused("BLOOM", "bloom"),
     _refused("Falcon 7B/40B", "falcon"),
@@ -194,7 +199,16 @@ CASES: tuple[Case, ...] = (
     _refused("MiniMax-M2", "minimax_m2"),
     _refused("Solar Open", "solar_open"),
     _refused("Mamba", "mamba"),
-    _refused("VaultGemma", "vaultgemma"),
+    _run(
+        "VaultGemma",
+        "vaultgemma",
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=5.0,
+        attention_bias=True,
+        **_WINDOW,
+    ),
 )
 VARIANTS: tuple[Case, ...] = (
     _run("GPT-NeoX, one after the other", "gpt_neox", use_parallel_residual=False),
@@ -205,6 +219,8 @@ VARIANTS: tuple[Case, ...] = (
     _run("SmolLM3 with windows", "smollm3", use_sliding_window=True, **_WINDOW),
     _run("OPT without weights of norms", "opt", layer_norm_elementwise_affine=False, ffn_dim=112,
          word_embed_proj_dim=64, enable_bias=False),
+    _run("GPT-Neo, local layers first", "gpt_neo", intermediate_size=96, window_size=4,
+         attention_types=[[["local"], 2], [["global", "local"], 1]]),
     _run("GPT-2, unscaled, tanh's other name", "gpt2", scale_attn_weights=False, n_inner=96,
          activation_function="gelu_pytorch_tanh"),
 )  # fmt: skip

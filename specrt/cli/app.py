@@ -211,4 +211,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command.make_context("specrt", arguments) as context:
             command.invoke(context)
 
-    return errors.run(invoke)
+    return errors.run(invoke, is_last=argv is None)

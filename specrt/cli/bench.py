@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,15 +154,17 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
         typer.Exit: with code 1 if a drafter's tokens were not plain decoding's.
         KeyboardInterrupt: once what was measured before has been printed.
     """
-    import torch
-
     from specrt.lab.measure import PLAIN, without_drafter
 
     prompts, tasks = _choose(wanted)
     sampling = {one: own_sampling(prompts, wanted.sampling(one)) for one in wanted.temperatures()}
     if wanted.drafters is None:
+        shown = drafter_name(options.drafter, target_config(options.target, options.lora))
+        if shown == PLAIN:
+            raise ValueError(
+                f"drafter: {PLAIN} is what plain decoding is called; --drafters NAME=DIR"
+            )
         engine = options.load()
-        shown = drafter_name(options.drafter, engine.target.config)
         named = {shown: shown if options.drafter == AUTO else options.drafter}
         engines = dict.fromkeys(named, engine)
     else:
@@ -179,18 +181,30 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
         for t, params in sampling.items()
     ]
     engines = {PLAIN: without_drafter(engine), **engines}
-    results = _measure(engines, cases, wanted, file)
-    if results:
-        told = Report(results, list(engines), wanted.repeats, torch.get_num_threads())
-        if wanted.json:
-            print(json.dumps(told.as_dict()))
-        else:
-            told.show(wanted.markdown)
-    if len(results) < len(cases):
+    results: list[Result] = []
+    try:
+        _measure(engines, cases, wanted, file, results)
+    except KeyboardInterrupt:  # in here one more does not cut the tables short
+        _show(results, list(engines), wanted)
         note(f"{len(results)} of {len(cases)} measurements were made")
-        raise KeyboardInterrupt
+        raise
+    _show(results, list(engines), wanted)
     if any(one.difference for result in results for one in result.figures.values()):
         raise typer.Exit(FAILED)
+
+
+def _show(results: Sequence[Result], names: Sequence[str], wanted: BenchOptions) -> None:
+    """Print what was measured, in the order of the prompts."""
+    import torch
+
+    if not results:
+        return
+    ordered = sorted(results, key=lambda one: one.case.place)
+    told = Report(ordered, names, wanted.repeats, torch.get_num_threads())
+    if wanted.json:
+        print(json.dumps(told.as_dict()))
+    else:
+        told.show(wanted.markdown)
 
 
 def _choose(wanted: BenchOptions) -> tuple[list[NamedPrompt], list[str]]:
@@ -238,13 +252,18 @@ def _measure(
     cases: Sequence[Case],
     wanted: BenchOptions,
     file: ResultFile | None,
-) -> list[Result]:
-    """Results in the order of the prompts; fewer than cases, if Ctrl-C came."""
+    results: list[Result],
+) -> None:
+    """Add the results of all cases, those that are there already first.
+
+    Raises:
+        KeyboardInterrupt: once what was measured before has been added.
+    """
     known = [None if file is None else file.find(case) for case in cases]
-    results = [one for one in known if one is not None]
+    results += [one for one in known if one is not None]
     _tell_differences(results)
     left = [case for case, one in zip(cases, known, strict=True) if one is None]
-    with suppress(KeyboardInterrupt), progress("prompts", len(cases), len(results)) as advance:
+    with progress("prompts", len(cases), len(results)) as advance:
         for number, case in enumerate(left):
             # Of a prompt that comes twice there is one by then.
             result = None if file is None else file.find(case)
@@ -255,7 +274,6 @@ def _measure(
             results.append(result)
             _tell_differences([result])
             advance()
-    return sorted(results, key=lambda one: one.case.place)
 
 
 def _compare(

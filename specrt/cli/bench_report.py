@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ TAU = "tau: mean of accept_length + 1 per round (accepted draft tokens and the t
 _MEAN, _ALL = "mean", "all"
 _MOST_COLUMNS = 10
 _PIPE_WIDTH = 200
+# What Markdown would take for a cell's end or for markup; underscores in a word are none.
+_MARKUP = re.compile(r"[\\`*<>\[\]|&~]|(?<![^\W_])_|_(?![^\W_])")
 
 _FIGURES: Mapping[str, Callable[[Summary], tuple[float, str]]] = {
     "tau": lambda one: (one.tau, "{:.2f}"),
@@ -134,7 +138,7 @@ class Report:
         head = ["", "tokens", "equal", "tau", "tokens/s", "speed-up", "by prompt", "decoding alone"]
         return [head] + [
             [
-                one.name,
+                shown(one.name),
                 str(one.num_tokens),
                 f"{one.num_equal} of {one.num_tokens}",
                 f"{one.tau:.2f}",
@@ -152,14 +156,27 @@ class Report:
         if not tasks:
             return
         for figure, value in _FIGURES.items():
-            rows = [["", *tasks, _MEAN, _ALL]]
+            rows = [["", *(shown(task, (_MEAN, _ALL)) for task in tasks), _MEAN, _ALL]]
             for name in self.names:
                 found = [value(one[name]) for one in tasks.values()]
                 _, form = overall = value(whole[name])
                 mean = (fmean(number for number, _ in found), form)
-                rows.append([name, *(f.format(number) for number, f in (*found, mean, overall))])
+                cells = (f.format(number) for number, f in (*found, mean, overall))
+                rows.append([shown(name), *cells])
             is_wide = len(rows[0]) > _MOST_COLUMNS
             yield figure, [list(row) for row in zip(*rows, strict=True)] if is_wide else rows
+
+
+def shown(name: str, taken: Collection[str] = ()) -> str:
+    """A name from a file or the command line as one line of a table: as it is, or as JSON where it
+    would be read as something else. Different names stay different.
+
+    Args:
+        name: any text.
+        taken: what the table calls its own rows.
+    """
+    is_plain = name.isprintable() and name == name.strip() and name[:1] not in ("", '"')
+    return name if is_plain and name not in taken else json.dumps(name)
 
 
 def _parting(result: Result, name: str) -> dict[str, Any] | None:
@@ -183,5 +200,6 @@ def _write_markdown(console: Console, title: str, rows: Sequence[Sequence[str]])
     if title:
         console.print(f"\n**{title}**\n")
     rule = ["---", *["--:"] * (len(rows[0]) - 1)]
-    for row in (rows[0], rule, *rows[1:]):
+    head, *body = [[_MARKUP.sub(r"\\\g<0>", cell) for cell in row] for row in rows]
+    for row in (head, rule, *body):
         console.print(f"| {' | '.join(row)} |", soft_wrap=True)

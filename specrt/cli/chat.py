@@ -213,6 +213,14 @@ def _turn(
     except KeyboardInterrupt:
         if not is_terminal:
             raise
+        # In here, where one more Ctrl-C does not cut it short.
+        return _end_turn(conversation, question, answer, console, notes)
+    return _end_turn(conversation, question, answer, console, notes)
+
+
+def _end_turn(
+    conversation: Conversation, question: str, answer: Answer, console: Console, notes: Console
+) -> bool:
     console.print()
     if answer.result is not None and answer.result.error is not None:
         report(answer.result.error)

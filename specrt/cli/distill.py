@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specrt.cli.answers import AnswerFile, Plan, answer, digest, model_options
-from specrt.cli.engine_options import Lora, adapter_directory, load_engine, target_directory
+from specrt.cli.engine_options import (
+    Lora,
+    Quantize,
+    adapter_directory,
+    load_engine,
+    target_directory,
+)
 from specrt.cli.errors import note
 from specrt.cli.options import (
     INPUT,
@@ -113,6 +119,7 @@ def distill_data(
         int, typer.Option(help="Answers made together.", rich_help_panel=RUNTIME)
     ] = 16,
     lora: Lora = None,
+    quantize: Quantize = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -128,6 +135,7 @@ def distill_data(
             threads=threads,
             max_batch=batch_size,
             lora=lora,
+            quantize=quantize,
         )
         model = model_options(engine, directory, adapter_directory(lora))
         _distill(engine, model, answers, file)

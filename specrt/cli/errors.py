@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+from types import FrameType
 
 import typer
 
@@ -14,12 +18,22 @@ OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 _EXPECTED = (ValueError, TypeError, MemoryError, OSError, RuntimeError)
 
 
-def run(command: Callable[[], object]) -> int:
+def run(command: Callable[[], object], *, is_last: bool = False) -> int:
     """Run a command and return the process's exit code.
 
     A mistake of the user's is one line on stderr and 2, unless ``SPECRT_TRACEBACK=1`` asks for the
-    traceback; Ctrl-C is 130; a closed pipe ends quietly.
+    traceback; Ctrl-C is 130, and one more does not interrupt what the first makes necessary; a
+    closed pipe ends quietly.
+
+    Args:
+        command: what to do.
+        is_last: whether the process ends with it: after Ctrl-C it then ignores further ones.
     """
+    with _one_interrupt():
+        return _run(command, is_last)
+
+
+def _run(command: Callable[[], object], is_last: bool) -> int:
     try:
         command()
         sys.stdout.flush()
@@ -27,6 +41,8 @@ def run(command: Callable[[], object]) -> int:
         return _flushed(end.exit_code)
     except KeyboardInterrupt:
         print("specrt: interrupted", file=sys.stderr)
+        if is_last and signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()
@@ -37,6 +53,36 @@ def run(command: Callable[[], object]) -> int:
         report(_message(error))
         return USER_ERROR
     return OK
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt as ever, but not where one is being handled.
+
+    So ``finally`` and ``__exit__`` run to their ends: lock files go, an empty result is removed.
+    Whoever handles SIGINT otherwise, ignoring it among them, keeps to that; so does what is not the
+    main thread, where signals cannot be caught.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        # Unless a command has left it ignored.
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    handled = sys.exc_info()[1]
+    while handled is not None:
+        if isinstance(handled, KeyboardInterrupt):
+            return
+        handled = handled.__context__
+    raise KeyboardInterrupt
 
 
 def report(message: str) -> None:

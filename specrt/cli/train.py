@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specrt.cli.engine_options import Lora, adapter_directory, set_threads, target_directory
+from specrt.cli.errors import note
 from specrt.cli.options import with_options
 from specrt.cli.own_text import TEXTS_FILE, write_own_text
 from specrt.cli.train_summary import end
@@ -84,12 +85,9 @@ def fspad(
 ) -> None:
     """Train FSPAD, EAGLE-2 or one between them. The same command goes on after an interruption."""
     _require_accelerate()
-    from specrt.config import ModelConfig
-    from specrt.draft.kinds import drafter_directory
     from specrt.train.run import train_fspad
 
     job = _job(place, data, reading, run)
-    target = ModelConfig.from_directory(job.target, adapter=job.adapter)
     kept = _hot_tokens(job, draft_vocab, hot_tokens)
     outcome = train_fspad(
         job,
@@ -98,7 +96,7 @@ def fspad(
         intermediate_size=intermediate_size,
         hot_tokens=kept,
         draft_vocab=draft_vocab,
-        initial=None if init is None else drafter_directory(init, target),
+        initial=None if init is None else _initial(init, job),
     )
     end(outcome, place.out, is_json=run.json)
 
@@ -146,6 +144,22 @@ def eesd(
     else:
         job = _job(place, [place.out / TEXTS_FILE], reading, run, write_files)
     end(train_eesd(job, recipe, exit_layer), place.out, is_json=run.json)
+
+
+def _initial(init: str, job: TrainJob) -> Path:
+    """Where the drafter to begin with lies; where it lay, of a run that goes on without it."""
+    from specrt.config import ModelConfig
+    from specrt.draft.kinds import drafter_directory
+    from specrt.train.run import initial_of_run
+    from specrt.types import CheckpointError
+
+    try:
+        return drafter_directory(init, ModelConfig.from_directory(job.target, adapter=job.adapter))
+    except CheckpointError:
+        if job.is_restart or initial_of_run(job.out) is None:
+            raise
+    note(f"{init} is not there; the run in {job.out} goes on without it")
+    return Path(init)
 
 
 def _hot_tokens(

@@ -16,6 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from specrt.models.checkpoint import Checkpoint
+from specrt.models.layouts import dtype_name
+from specrt.types import CheckpointError
+
 FORMAT_VERSION = 1
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Keys of ``config.json`` that tell how tensors are stored, which is written anew."""
@@ -23,6 +27,7 @@ STORED_AS = ("int8", "none")
 """What matrices can be stored as: bytes, or values of the drafter's dtype."""
 
 _LARGEST = 127
+_SCALE = ".weight_scale"
 _BYTES: Mapping[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -40,6 +45,54 @@ _BYTES: Mapping[str, Any] = {
 def is_stored_as_bytes(data: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` says that :func:`write_files` stored matrices so."""
     return data.get("quantization_config") == _BYTES
+
+
+def check_bytes(directory: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a damaged file of bytes by the tensor that is at fault; nothing else is looked at.
+
+    Args:
+        directory: the checkpoint's.
+        data: the content of its ``config.json``.
+
+    Raises:
+        CheckpointError: bytes without their scale or a scale without its bytes, one of a wrong
+            shape or dtype, or with values that are not positive and finite.
+    """
+    if not is_stored_as_bytes(data):
+        return
+    checkpoint = Checkpoint(directory)
+    for key, info in checkpoint.infos.items():
+        if key.endswith(_SCALE):
+            _check_scale(checkpoint, key)
+        elif info.dtype == torch.int8 and f"{key}_scale" not in checkpoint.infos:
+            raise CheckpointError(
+                f"{info.file}: missing tensor {key}_scale, which goes with {key} (int8)"
+            )
+    checkpoint.release()
+
+
+def _check_scale(checkpoint: Checkpoint, key: str) -> None:
+    info, owner = checkpoint.infos[key], key.removesuffix("_scale")
+    codes = checkpoint.infos.get(owner)
+    if codes is None:
+        raise CheckpointError(f"{info.file}: missing tensor {owner}, which goes with {key}")
+    place = f"{info.file}: {key}"
+    if codes.dtype != torch.int8 or len(codes.shape) != 2:
+        raise CheckpointError(
+            f"{codes.file}: {owner}: expected int8 of two dimensions beside {key}, "
+            f"got {dtype_name(codes.dtype)} {list(codes.shape)}"
+        )
+    if info.dtype != torch.float32 or info.shape != (codes.shape[0], 1):
+        raise CheckpointError(
+            f"{place}: expected float32 {[codes.shape[0], 1]}, a factor for each row of {owner}, "
+            f"got {dtype_name(info.dtype)} {list(info.shape)}"
+        )
+    scale = checkpoint.tensor(key).flatten()
+    bad = (~(scale.isfinite() & (scale > 0))).nonzero().flatten().tolist()
+    if bad:
+        raise CheckpointError(
+            f"{place}: expected positive finite values, got {float(scale[bad[0]])} for row {bad[0]}"
+        )
 
 
 def write_files(

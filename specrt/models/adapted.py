@@ -59,6 +59,7 @@ class AdaptedCheckpoint(Checkpoint):
         self._config = read_adapter_config(directory)
         self._adapter = Checkpoint(directory, ADAPTER_FILES)
         self.infos, self.idle = dict(base.infos), base.idle
+        self.is_quantized = base.is_quantized
         self._keys = {(info.file, info.key): key for key, info in base.infos.items()}
         self._changes: dict[str, _Change] = {}
         for key in self._adapter.infos:

@@ -76,6 +76,8 @@ class Checkpoint:
 
     idle: frozenset[str] = frozenset()
     """Keys of tensors that add nothing, and may stay unread."""
+    is_quantized = False
+    """Whether its configuration tells how matrices are stored, and they are read so."""
 
     def __init__(self, path: str | os.PathLike[str], names: Sequence[str] = _FILES) -> None:
         self.directory = checkpoint_directory(path)

@@ -83,6 +83,7 @@ NAMINGS: Mapping[str, Naming] = {
         }
     ),
     "gemma2": Naming(inner=_NORMED_ALL_ROUND),
+    "vaultgemma": Naming(inner={"post_attention_layernorm": "pre_feedforward_layernorm"}),
     "gemma3_text": Naming(inner=_NORMED_ALL_ROUND),
     "olmo2": Naming(inner=_POST_NORMED),
     "olmo3": Naming(inner=_POST_NORMED),
@@ -113,6 +114,20 @@ NAMINGS: Mapping[str, Naming] = {
         },
         transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
         buffers=_GPT_BUFFERS,
+    ),
+    "gpt_neo": Naming(
+        base="transformer.",
+        layers="h.",
+        outer=_GPT_OUTER,
+        inner={
+            "input_layernorm": "ln_1",
+            "post_attention_layernorm": "ln_2",
+            **{module: module.replace("self_attn", "attn.attention") for module in _QKV},
+            "self_attn.o_proj": "attn.attention.out_proj",
+            "mlp.up_proj": "mlp.c_fc",
+            "mlp.down_proj": "mlp.c_proj",
+        },
+        buffers=(".attn.attention.bias", ".attn.attention.masked_bias"),
     ),
     "gptj": Naming(
         base="transformer.",

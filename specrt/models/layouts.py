@@ -216,7 +216,9 @@ def fit(
             )
     except CheckpointError as error:
         foreign = foreign_tensors(checkpoint.infos)
-        if foreign is None or config.float8_scale_suffix is not None:
+        # Where the configuration tells what scales are for, their names tell nothing more.
+        is_told = checkpoint.is_quantized or config.float8_scale_suffix is not None
+        if foreign is None or is_told:
             raise
         raise CheckpointError(f"{error}; {foreign}") from error
     return found, config

@@ -29,13 +29,13 @@ from specrt.train.eesd.module import read_last_layer
 from specrt.train.eesd.task import EesdTask
 from specrt.train.features.cache import cache_features
 from specrt.train.features.source import FeatureSource, HeldFeatures, OnlineFeatures
-from specrt.train.fspad.task import FspadTask
+from specrt.train.fspad.task import INITIAL, FspadTask
 from specrt.train.head import TargetHead, TargetTables
 from specrt.train.loop.lock import hold_directory
 from specrt.train.loop.options import DataOptions, EesdOptions, FspadOptions, TrainOptions
 from specrt.train.loop.processes import leave, make_accelerator
 from specrt.train.loop.report import Reporter
-from specrt.train.loop.state import StateFolder
+from specrt.train.loop.state import StateFolder, saved_identity
 from specrt.train.loop.trainer import Outcome, Trainer, TrainingError, run_identity
 from specrt.train.task import TrainData, TrainTask
 
@@ -83,6 +83,7 @@ def train_fspad(
         hot_tokens: the only tokens it learns to propose; the losses compare laws over these alone.
         draft_vocab: the first so many of them; None: all.
         initial: a drafter to begin with, of the same shape; its own list of tokens is not taken.
+            One that is gone by the time its run goes on is not missed: the state has everything.
 
     Raises:
         As :func:`train`; ValueError also for an unknown ``arch``, for ``hot_tokens`` as
@@ -99,9 +100,25 @@ def train_fspad(
     if hot_tokens is not None:
         config, kept = keep_tokens(config, {}, hot_tokens, draft_vocab)
     token_ids = kept[TOKEN_IDS].long() if kept else None
-    start = None if initial is None else _initial(initial, config, target)
+    begun_with = None
+    start: Mapping[str, torch.Tensor] | str | None = None
+    if initial is not None:
+        is_there = (initial / "config.json").exists()
+        begun_with = None if is_there or job.is_restart else initial_of_run(job.out)
+        start = begun_with or _initial(initial, config, target)
     task = FspadTask(config, lambda: _tables(job, target), options, token_ids, start)
-    return train(job, options, task)
+    return train(job, options, task, must_go_on=begun_with is not None)
+
+
+def initial_of_run(out: Path) -> str | None:
+    """What tells the drafter that the unfinished run in a directory began with; None: there is no
+    such run, or it began with none.
+
+    Raises:
+        CheckpointError: the state there is damaged; names the file.
+    """
+    said = saved_identity(out).get(INITIAL)
+    return said if isinstance(said, str) else None
 
 
 def _initial(
@@ -145,8 +162,14 @@ def train_eesd(job: TrainJob, options: EesdOptions, exit_layers: Sequence[int]) 
     return train(job, options, task)
 
 
-def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
+def train(
+    job: TrainJob, options: TrainOptions, task: TrainTask, *, must_go_on: bool = False
+) -> Outcome:
     """Train what a task describes, from files to a checkpoint.
+
+    Args:
+        job, options, task: what and how.
+        must_go_on: whether the task cannot begin, but only take up a state.
 
     Raises:
         CheckpointError: the target, or cached features, are missing, broken or do not belong.
@@ -159,7 +182,7 @@ def train(job: TrainJob, options: TrainOptions, task: TrainTask) -> Outcome:
     # The main process holds it for all of its run's.
     with hold_directory(job.out) if accelerator.is_main_process else nullcontext():
         try:
-            outcome = _train(job, options, task, accelerator)
+            outcome = _train(job, options, task, accelerator, must_go_on)
         except torch.OutOfMemoryError as error:
             raise TrainingError(_smaller(job, options, accelerator, error)) from error
     leave(accelerator)
@@ -179,7 +202,11 @@ def _smaller(
 
 
 def _train(
-    job: TrainJob, options: TrainOptions, task: TrainTask, accelerator: Accelerator
+    job: TrainJob,
+    options: TrainOptions,
+    task: TrainTask,
+    accelerator: Accelerator,
+    must_go_on: bool,
 ) -> Outcome:
     target = _config(job)
     log_dir = job.out / _LOG_FOLDER if options.tensorboard else None
@@ -207,6 +234,8 @@ def _train(
         }
         state = StateFolder(job.out, identity, accelerator)
         state.claim(is_restart=job.is_restart)  # before the long work on features
+        if must_go_on and state.latest() is None:  # another process's end came between
+            raise ValueError(f"init: it is gone, and so is the state of the run in {job.out}")
 
         def describe(index: int) -> str:
             beginning = tokenizer.decode(dataset[index].token_ids[:_MAX_SHOWN].tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,41 @@ def test_tasks_are_rows_where_they_are_many(capsys: pytest.CaptureFixture[str]) 
     many = [result(i, f"task {i}", 0.0, plain=one) for i in range(12)]
     Report(many, ["plain"], 1, 2).show(is_markdown=True)
     assert "| task 11 | 1.00x |" in capsys.readouterr().out
+
+
+def test_names_are_nobody_elses_in_any_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of sums, and what would end a cell or a line: each is one word of its own."""
+    one = figures(8, 8, 4.0)
+    names = [
+        "mean",
+        "all",
+        '"mean"',
+        "a|b",
+        "a\nb",
+        "a b",
+        " ",
+        "*x*_y_",
+        "m_t",
+        "\u2028",
+        "\ud800",
+    ]
+    both = {"plain": one, **dict.fromkeys(names, one)}
+    report = Report([result(i, n, 0.0, **both) for i, n in enumerate(names)], list(both), 1, 2)
+    others = ['"\\"mean\\""', "a|b", '"a\\nb"', "a b", '" "', "*x*_y_", "m_t"]
+    tasks = ['"mean"', '"all"', *others, '"\\u2028"', '"\\ud800"', "mean", "all"]
+    report.show(is_markdown=False)
+    text = [re.split(" {2,}", line)[0] for line in capsys.readouterr().out.splitlines()]
+    start = text.index('"mean"')
+    assert text[start : start + len(tasks)] == tasks
+    report.show(is_markdown=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert [len(row) for row in rows[: len(both) + 2]] == [8] * (len(both) + 2)
+    table = rows[len(both) + 2 :][: len(tasks) + 2]
+    assert {len(row) for row in table} == {len(both) + 1}
+    marked = [row[0].strip() for row in table[2:]]
+    assert [re.sub(r"\\(.)", r"\1", cell) for cell in marked] == tasks
+    assert {r"a\|b", r"\*x\*\_y\_", "m_t", r'"a\\nb"'} < set(marked)
 
 
 def test_json_has_tasks_and_temperatures() -> None:
@@ -331,6 +367,7 @@ def test_turns_and_problems_are_said_to_models_that_chat(target: str, questions:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--drafter", "elsewhere/plain"), "drafter: plain is what plain decoding is called"),
         (("--json", "--markdown"), "json, markdown: expected one of them"),
         (("--restart",), "restart: goes with --out"),
         (("--limit", "0"), "num_prompts: expected at least 1, got 0"),

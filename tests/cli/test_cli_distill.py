@@ -86,6 +86,24 @@ def test_answers_are_the_engines_own(
     assert len({row["seed"] for row in rows}) == 9  # or prompts would share their noise
 
 
+def test_answers_may_be_those_of_bytes(
+    capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
+) -> None:
+    distil(capsys, target, prompts, "--quantize", "int8")
+    rows = answers(prompts)
+    assert {row["run"]["weights"] for row in rows} == {"INT8"}
+    engine = specrt.load(target, None, quantize="int8")
+    sampling = SamplingParams(max_new_tokens=12)
+    for row in rows:
+        assert engine.generate(row["prompt"], sampling).token_ids == row["response_ids"]
+    content = (prompts.parent / "out.jsonl").read_bytes()
+    args = ("--target", str(target), "--prompts", str(prompts), *ANSWERS)
+    out = ("--out", str(prompts.parent / "out.jsonl"))
+    done = run(capsys, "distill-data", *args, *out)
+    expect_one_line(done, "weights: ")
+    assert (prompts.parent / "out.jsonl").read_bytes() == content
+
+
 def test_answers_are_training_data(
     capsys: pytest.CaptureFixture[str], target: Path, prompts: Path
 ) -> None:
@@ -250,6 +268,7 @@ def begun(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--max-new-tokens", "5"), "max_new_tokens: .* made with 12, not 5"),
         (("--samples-per-prompt", "3"), "samples_per_prompt: .* made with 2, not 3"),
         (("--dtype", "bfloat16"), "dtype: .* made with float32, not bfloat16"),
+        (("--quantize", "int8"), r"weights: .* made with float32, not INT8"),
         (("--prompts", "more.jsonl"), "prompts: .* made with [0-9a-f]{16}, not"),
         (("chat_template",), "template: .* made with [0-9a-f]{16}, not"),
         (("weights",), "target: .* made with [0-9a-f]{16}, not"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from specrt.config import ModelConfig
 from specrt.draft.eesd.checkpoint import exit_matrices, load_exit, read_exit, read_exit_tensors
 from specrt.draft.files import in_bytes
 from specrt.draft.fspad.checkpoint import ARCHS, matrix_keys, read_checkpoint, write_checkpoint
+from specrt.draft.kind import DrafterOptions
+from specrt.draft.kinds import load_drafter
 from specrt.models.dense import dense
 from specrt.models.model import LlamaModel
 from specrt.ops import MatrixKind, pack_matrix
@@ -201,40 +204,86 @@ def in_fewer(tensors: dict[str, torch.Tensor]) -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def without_scale(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[next(key for key in tensors if key.endswith("up_proj.weight_scale"))]
+Tensors = dict[str, torch.Tensor]
 
 
-def nan_scale(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[next(key for key in tensors if key.endswith("up_proj.weight_scale"))][2] = torch.nan
+def scale_of(tensors: Tensors) -> str:
+    return next(key for key in tensors if key.endswith("up_proj.weight_scale"))
 
 
-def short_scale(tensors: dict[str, torch.Tensor]) -> None:
-    key = next(key for key in tensors if key.endswith("up_proj.weight_scale"))
-    tensors[key] = tensors[key][1:].clone()
+def scaled(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        tensors[scale_of(tensors)] = change(tensors[scale_of(tensors)].clone()).contiguous()
+
+    return edit
 
 
-def integer_scale(tensors: dict[str, torch.Tensor]) -> None:
-    key = next(key for key in tensors if key.endswith("up_proj.weight_scale"))
-    tensors[key] = tensors[key].to(torch.int32)
+def coded(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        key = scale_of(tensors).removesuffix("_scale")
+        tensors[key] = change(tensors[key])
+
+    return edit
 
 
-BREAKS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
-    "no scale": (without_scale, r"missing tensor \S*up_proj.weight_scale, which goes with"),
-    "NaN": (nan_scale, r"up_proj.weight: has NaN or infinite values"),
-    "short": (short_scale, r"up_proj.weight_scale: expected \[\] or .*, got \[\d+, 1\]"),
-    "ints": (integer_scale, r"up_proj.weight_scale: expected float16 or .*, got int32"),
+def in_row_2(value: float) -> Callable[[Tensors], None]:
+    return scaled(lambda scale: scale.index_fill_(0, torch.tensor([2]), value))
+
+
+def without_scale(tensors: Tensors) -> None:
+    del tensors[scale_of(tensors)]
+
+
+def without_codes(tensors: Tensors) -> None:
+    del tensors[scale_of(tensors).removesuffix("_scale")]
+
+
+_SHAPE = r"up_proj.weight_scale: expected float32 \[112, 1\], a factor for each row of \S*, got "
+_VALUE = "up_proj.weight_scale: expected positive finite values, got "
+_CODES = r"up_proj.weight: expected int8 of two dimensions beside \S*up_proj.weight_scale, got "
+BREAKS: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "no scale": (without_scale, r"missing tensor \S*up_proj.weight_scale, which goes with \S+"),
+    "no codes": (without_codes, r"missing tensor \S*up_proj.weight, which goes with \S+_scale"),
+    "short": (scaled(lambda scale: scale[1:]), rf"{_SHAPE}float32 \[111, 1\]"),
+    "turned": (scaled(lambda scale: scale.T), rf"{_SHAPE}float32 \[1, 112\]"),
+    "one": (scaled(lambda scale: scale[0]), rf"{_SHAPE}float32 \[1\]"),
+    "ints": (scaled(lambda scale: scale.int()), rf"{_SHAPE}int32 "),
+    "bf16": (scaled(lambda scale: scale.bfloat16()), rf"{_SHAPE}bfloat16 "),
+    "NaN": (in_row_2(torch.nan), f"{_VALUE}nan for row 2"),
+    "infinite": (in_row_2(torch.inf), f"{_VALUE}inf for row 2"),
+    "zero": (in_row_2(0.0), f"{_VALUE}0.0 for row 2"),
+    "negative": (in_row_2(-1.0), f"{_VALUE}-1.0 for row 2"),
+    "words": (coded(lambda codes: codes.short()), rf"{_CODES}int16 \[112, 64\]"),
+    "unsigned": (coded(lambda codes: codes.view(torch.uint8)), f"{_CODES}uint8 "),
+    "float8": (coded(lambda codes: codes.to(torch.float8_e4m3fn)), f"{_CODES}float8_e4m3fn "),
+    "values": (coded(lambda codes: codes.float()), f"{_CODES}float32 "),
+    "vector": (coded(lambda codes: codes[0].clone()), rf"{_CODES}int8 \[64\]"),
 }
 
 
-@pytest.mark.parametrize("kind", ["eagle2", "eesd"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", BREAKS)
-def test_malformed_files(target: Path, folder: Path, tmp_path: Path, kind: str, case: str) -> None:
-    convert(folder / kind, tmp_path / kind, target, "--quantize", "int8")
+def test_malformed_files(
+    model: LlamaModel, stored: Path, tmp_path: Path, kind: str, case: str
+) -> None:
+    """Each says file, tensor and fault, and nothing of formats that it has not."""
+    shutil.copytree(stored / kind, tmp_path / kind)
     edit, message = BREAKS[case]
     edit_tensors(tmp_path / kind, edit)
-    with pytest.raises(CheckpointError, match=rf"{kind}/model.safetensors: \S*{message}"):
-        specrt.load(target, tmp_path / kind)
+    with pytest.raises(CheckpointError, match=rf"{kind}/model.safetensors: \S*{message}") as caught:
+        load_drafter(tmp_path / kind, model, None, DrafterOptions())
+    assert "this checkpoint is" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fspad", "eesd"])
+def test_what_is_unknown_beside_bytes_is_no_other_format(
+    model: LlamaModel, stored: Path, tmp_path: Path, kind: str
+) -> None:
+    shutil.copytree(stored / kind, tmp_path / kind)
+    edit_tensors(tmp_path / kind, lambda tensors: tensors.update({"more.bias": torch.ones(3)}))
+    file = tmp_path / kind / "model.safetensors"
+    with pytest.raises(CheckpointError, match=rf"^{file}: unknown tensor more.bias \[3\]$"):
+        load_drafter(tmp_path / kind, model, None, DrafterOptions())
 
 
 @pytest.mark.parametrize("kind", ["fspad", "eesd"])

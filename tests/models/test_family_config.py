@@ -15,6 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from specrt.config import Form, LayerKind, ModelConfig
 from specrt.config.families import FAMILIES
+from specrt.models.families import naming_of
+from specrt.models.layouts import expected_shapes
+from specrt.models.stored import stored_tensors
 from specrt.types import CheckpointError
 from tests.models.test_config import LLAMA, OLD_KEYS, UNSLOTH, changed, saved
 
@@ -147,10 +150,58 @@ def kinds(**changes: Any) -> list[str]:
             ["0 main", "8 none", "0 main", "0 main"],
         ),
         ({"model_type": "gpt2"}, ["0 none"] * 4),
+        ({"model_type": "vaultgemma", "sliding_window": 8}, ["8 main", "0 main"] * 2),
+        (
+            {
+                "model_type": "gpt_neo",
+                "attention_types": [[["local"], 1], [["global", "local", "local"], 1]],
+                "attention_layers": ["global"] * 4,  # which transformers does not read
+            },
+            ["256 none", "0 none", "256 none", "256 none"],
+        ),
     ],
 )
 def test_kinds_of_layers(data: dict[str, Any], expected: list[str]) -> None:
     assert kinds(**data) == expected
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None, 3, [], ["global"], [[["global"], 3]], [[["global"], 5]], [[["global"], "4"]],
+        [[["global", "sliding"], 2]], [[["global"], 4, 1]],
+        [[["global"], 1 << 60]],
+    ],
+)  # fmt: skip
+def test_gpt_neo_says_what_each_layer_sees(said: Any) -> None:
+    data = changed(model_type="gpt_neo", num_hidden_layers=4, attention_types=said)
+    with pytest.raises(CheckpointError, match="attention_types: expected 4 of global and local"):
+        ModelConfig.from_dict(data)
+    data |= {"attention_types": [[["global", "local"], 2]], "window_size": 0}
+    with pytest.raises(CheckpointError, match="window_size"):
+        ModelConfig.from_dict(data)
+
+
+def test_gpt_neo_is_a_gpt2_but_for_these() -> None:
+    """Products of q and k are not scaled; q, k and v have no biases, what comes after them has."""
+    data = changed(num_hidden_layers=4, attention_types=[[["global"], 4]])
+    neo = ModelConfig.from_dict({**data, "model_type": "gpt_neo"})
+    del data["attention_types"]
+    gpt2 = ModelConfig.from_dict({**data, "model_type": "gpt2"})
+    assert neo.form == replace(gpt2.form, attention_scale=1.0)
+    assert (neo.has_attention_bias, neo.has_output_bias, neo.has_mlp_bias) == (False, True, True)
+
+
+def test_vaultgemma_is_a_gemma2_with_half_of_the_norms() -> None:
+    data = changed(query_pre_attn_scalar=24, num_key_value_heads=4)
+    vault, gemma = (
+        ModelConfig.from_dict({**data, "model_type": name}) for name in ("vaultgemma", "gemma2")
+    )
+    assert vault.form == replace(gemma.form, is_post_normed=False)
+    names = stored_tensors(naming_of("vaultgemma"), vault, expected_shapes(vault))
+    keys = {one.key for one in names if one.key.startswith("model.layers.0.") and "norm" in one.key}
+    ends = ("input_layernorm", "pre_feedforward_layernorm")
+    assert keys == {f"model.layers.0.{name}.weight" for name in ends}
 
 
 def test_a_text_model_inside_of_a_multimodal_one(tmp_path: Path) -> None:

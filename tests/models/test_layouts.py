@@ -138,6 +138,7 @@ PROJ = "model.layers.0.self_attn.q_proj"
         (("weight", "weight.absmax", "weight.quant_map"), "is bitsandbytes"),
         (("weight", "SCB"), "is bitsandbytes"),
         (("weight", "weight_scale_inv"), "is float8 with scales"),
+        (("weight", "weight_scale"), "is int8 or float8 with scales"),
         (("weight", "scales", "biases"), "stored for MLX"),
         (("base_layer.weight", "lora_A.weight", "lora_B.weight"), "is a LoRA adapter"),
     ],

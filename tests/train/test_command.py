@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from specrt.draft.fspad.checkpoint import ARCHS, TOKEN_IDS, read_checkpoint
 from specrt.models.tokenizer import load_tokenizer
 from specrt.sampling import SamplingParams
 from specrt.train.loop.lock import hold_directory
+from specrt.train.loop.report import Reporter
+from specrt.train.loop.stopping import StopRequest
+from specrt.train.loop.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +215,43 @@ def test_learns_to_propose_few_tokens_and_begins_with_another_drafter(
 def _ids(row: dict[str, str]) -> list[int]:
     ends = ModelConfig.from_directory(target_path()).eos_ids
     return [*load_tokenizer(target_path()).encode(row["response"]), *ends]
+
+
+def test_a_run_goes_on_without_the_drafter_it_began_with(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its state is saved; the drafter is the undisturbed run's."""
+    first, whole, out = tmp_path / "first", tmp_path / "whole", tmp_path / "out"
+    small = ("--intermediate-size", "64", "--held-out", "0", "--max-steps", "2")
+    assert run(data, first, *small) == 0
+    begin = (*small, "--init", str(first), "--seed", "3")
+    assert run(data, whole, *begin) == 0
+    gone = first.rename(tmp_path / "gone")
+
+    capsys.readouterr()
+    assert run(data, out, *begin) == 2  # nothing was saved
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"specrt: error: {first}: ")
+    assert not out.exists()
+
+    gone.rename(first)
+    step, count = Trainer._step, [0]
+
+    def stopped(trainer: Trainer, reporter: Reporter, stop: StopRequest) -> bool:
+        count[0] += 1
+        if count[0] == 2:
+            stop.signal = signal.SIGTERM
+        return step(trainer, reporter, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopped)
+        assert run(data, out, *begin) == 128 + signal.SIGTERM
+    first.rename(gone)
+    capsys.readouterr()
+    assert run(data, out, *begin, "--restart", "--max-steps", "1") == 2  # which forgets the state
+    assert run(data, out, *begin, "--seed", "4") == 2
+    assert "holds an unfinished run with seed 3, not 4" in capsys.readouterr().err
+    assert run(data, out, *begin) == 0
+    assert f"{first} is not there; the run in {out} goes on without it" in capsys.readouterr().err
+    ours, theirs = (read_checkpoint(path)[1] for path in (out, whole))
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())

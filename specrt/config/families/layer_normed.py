@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,18 @@ def _gptj(keys: Keys) -> Mapping[str, Any]:
 
 def _gpt_neox(keys: Keys) -> Mapping[str, Any]:
     return {"is_parallel": keys.flag("use_parallel_residual")}
+
+
+def _gpt_neo(keys: Keys) -> tuple[LayerKind, ...]:
+    """``attention_types``: kinds and how often they come; ``attention_layers`` follows from it."""
+    count, said, kinds = keys.size("num_hidden_layers"), keys.get("attention_types"), list[str]()
+    with suppress(TypeError, ValueError):  # refused as what names too few
+        for group, times in said:
+            kinds += list(group) * min(times, count + 1)
+    if len(kinds) != count or set(map(str, kinds)) - {"global", "local"}:
+        raise keys.fail(f"attention_types: expected {count} of global and local, got {said!r}")
+    window = keys.size("sliding_window")
+    return tuple(LayerKind(window if kind == "local" else None, "none") for kind in kinds)
 
 
 def _stablelm(keys: Keys) -> Mapping[str, Any]:
@@ -145,6 +158,31 @@ LAYER_NORMED: Mapping[str, Family] = {
         },
         # Which precision some sums of training had; here all are float32.
         judged=f"scale_attn_weights reorder_and_upcast_attn {_SUMMARY}",
+    ),
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        {
+            **_GPT,
+            "max_position_embeddings": 2048,
+            "sliding_window": 256,
+            "attention_types": [[["global", "local"], 12]],
+            "tie_word_embeddings": True,
+        },
+        names={
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "sliding_window": "window_size",
+        },
+        # Its products of q and k are not scaled.
+        form=replace(_UNGATED, position_offset=0, attention_scale=1.0),
+        layers=_gpt_neo,
+        output_bias=True,
+        mlp_bias=True,
+        has_rope=False,
+        derived=_MULTI_HEAD,
+        judged=f"attention_types attention_layers {_SUMMARY}",
     ),
     "gptj": Family(
         "GPTJForCausalLM",

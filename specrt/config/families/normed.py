@@ -137,6 +137,26 @@ NORMED: Mapping[str, Family] = {
             "sliding_window_size cache_implementation"
         ),
     ),
+    "vaultgemma": Family(
+        "VaultGemmaForCausalLM",
+        {
+            **_GEMMA_WINDOWS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        names={"hidden_act": "hidden_activation"},
+        # A Gemma 2 without the norms behind attention and MLP.
+        form=Form(norm_offset=1.0),
+        settle=_gemma2,
+        layers=by_types(every_other(2)),
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        judged=(
+            "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
+            "cache_implementation"
+        ),
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         others=("Gemma3TextModel",),

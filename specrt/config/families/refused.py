@@ -29,7 +29,6 @@ _GROUPS: Mapping[str, str] = {
     "norms inside of attention and MLP": "bitnet",
     "projections of q, k and v in one, in an order that is not read": "falcon",
     "embeddings of each layer's own, and keys that layers share": "gemma3n_text gemma4_text",
-    "names of tensors that are not read": "gpt_neo vaultgemma",
     "convolutions in place of attention": "lfm2",
     "an encoder and a decoder": "t5",
 }

@@ -20,6 +20,7 @@ from specrt.device import Device
 from specrt.draft.files import (
     FORMAT_VERSION,
     QUANTIZATION_KEYS,
+    check_bytes,
     is_stored_as_bytes,
     write_files,
 )
@@ -154,8 +155,8 @@ def read_exit(path: str | os.PathLike[str], target: ModelConfig) -> ExitConfig:
         target: the model it shall draft for.
 
     Raises:
-        CheckpointError: no such file, another kind or version, N out of range, or made for
-            another target.
+        CheckpointError: no such file, another kind or version, N out of range, made for another
+            target, or matrices in bytes that are damaged.
     """
     file = config_file(path)
     data = read_json(file)
@@ -173,6 +174,7 @@ def read_exit(path: str | os.PathLike[str], target: ModelConfig) -> ExitConfig:
         raise CheckpointError(
             f"{file}: made for another target ({said}; this one has fingerprint {fingerprint})"
         )
+    check_bytes(file.parent, data)
     return _config(file, data, target)
 
 

@@ -20,6 +20,7 @@ from specrt.config import Form, ModelConfig, config_file, config_fingerprint, re
 from specrt.draft.files import (
     FORMAT_VERSION,
     QUANTIZATION_KEYS,
+    check_bytes,
     is_stored_as_bytes,
     write_files,
 )
@@ -181,8 +182,11 @@ def read_checkpoint(
             misshaped or not finite, or made for another target.
     """
     file = config_file(path)
+    data = read_json(file)
+    if "drafter" in data:  # ours
+        check_bytes(file.parent, data)
     checkpoint = open_drafter(file.parent)
-    config = _read_config(file, read_json(file), checkpoint)
+    config = _read_config(file, data, checkpoint)
     if target is not None:
         _check_target(file, config, target)
     _check_tensors(checkpoint, config)

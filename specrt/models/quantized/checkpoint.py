@@ -46,6 +46,8 @@ class QuantizedCheckpoint(Checkpoint):
             or has one of a wrong shape or dtype.
     """
 
+    is_quantized = True
+
     def __init__(self, stored: Checkpoint, quantization: Quantization) -> None:
         self.directory = stored.directory
         self._stored, self._name = stored, quantization.name

@@ -23,6 +23,9 @@ from specrt.train.loop.summary import write_drafter
 from specrt.train.losses import FrozenHead, draft_losses
 from specrt.train.task import StepLosses, TrainData
 
+INITIAL = "initial"
+"""What an identity calls the weights that a run began with."""
+
 
 class FspadTask:
     """A one-layer drafter over the target's features; a :class:`specrt.train.task.TrainTask`.
@@ -32,7 +35,8 @@ class FspadTask:
         load_tables: gives the target's embedding and head.
         options: the recipe.
         token_ids: ``[R]``, increasing: the only tokens it proposes; None: all.
-        initial: the weights to begin with, by their official names; None: :class:`DraftModel`'s.
+        initial: the weights to begin with, by their official names; None: :class:`DraftModel`'s;
+            text: what :meth:`identity` has said of them, where a state takes their place.
     """
 
     taps: tuple[int, ...] = ()
@@ -43,11 +47,15 @@ class FspadTask:
         load_tables: Callable[[], TargetTables],
         options: FspadOptions,
         token_ids: torch.Tensor | None = None,
-        initial: Mapping[str, torch.Tensor] | None = None,
+        initial: Mapping[str, torch.Tensor] | str | None = None,
     ) -> None:
         self._config, self._options = config, options
         self._load_tables = load_tables
-        self._token_ids, self._initial = token_ids, initial
+        self._token_ids = token_ids
+        self._initial = None if isinstance(initial, str) else initial
+        self._initial_hash = initial if isinstance(initial, str) else None
+        if self._initial is not None:
+            self._initial_hash = _hash(self._initial.values())
 
     def identity(self) -> dict[str, Any]:
         """As :class:`TrainTask` says."""
@@ -56,7 +64,7 @@ class FspadTask:
             "target": self._config.target_fingerprint,
             "intermediate_size": self._config.layer.intermediate_size,
             "token_ids": None if self._token_ids is None else _hash([self._token_ids]),
-            "initial": None if self._initial is None else _hash(self._initial.values()),
+            INITIAL: self._initial_hash,
         }
 
     def start(self, device: TrainDevice, dtype: torch.dtype) -> nn.Module:

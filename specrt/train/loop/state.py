@@ -46,12 +46,7 @@ class StateFolder:
 
     def latest(self) -> Path | None:
         """The newest whole state."""
-        found = [
-            (int(path.name.removeprefix(_PREFIX)), path)
-            for path in self._folder.glob(f"{_PREFIX}*")
-            if path.name.removeprefix(_PREFIX).isdecimal() and (path / _RUN_FILE).is_file()
-        ]
-        return max(found)[1] if found else None
+        return _latest(self._folder)
 
     def claim(self, *, is_restart: bool = False) -> None:
         """Make sure that ``out`` is free, or holds this very run unfinished.
@@ -152,6 +147,28 @@ class StateFolder:
         for path in self._folder.glob(f"{_PREFIX}*"):
             if path != final:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def saved_identity(out: Path) -> dict[str, Any]:
+    """What the newest state in a run's directory says a run must share with it; nothing: none.
+
+    Raises:
+        CheckpointError: the state there is damaged; names the file.
+    """
+    state = _latest(out / _FOLDER)
+    if state is None:
+        return {}
+    with _restartable():
+        return _read(state, "identity")
+
+
+def _latest(folder: Path) -> Path | None:
+    found = [
+        (int(path.name.removeprefix(_PREFIX)), path)
+        for path in folder.glob(f"{_PREFIX}*")
+        if path.name.removeprefix(_PREFIX).isdecimal() and (path / _RUN_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
 
 
 def _read(state: Path, key: str) -> dict[str, Any]:
