@@ -334,6 +334,9 @@ def test_a_text_that_runs_alone_is_judged_by_itself() -> None:
     assert policy.begin() is None and policy.gain() == 1.0
     policy.welcome()
     assert pause_after(policy, HOPELESS, 5) == 32, "but no shorter a pause behind it"
+    assert pause_after(policy, HOPELESS, 5) == 64
+    policy.welcome()
+    assert pause_after(policy, HOPELESS, 5) == 32, "and not the longest"
 
 
 def test_a_text_of_another_kind_is_not_carried_by_the_one_before() -> None:

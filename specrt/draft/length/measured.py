@@ -24,6 +24,7 @@ _DECAY = 0.97
 _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
 _MIN_PAUSE, _MAX_PAUSE = 8, 128
 _STAKE = 0.5  # plain rounds' time that drafting may lose before it pauses: a tree is not the next
+_NEXT_TEXT = 32  # rounds, at most, of the first pause in a text of its own
 _PROOF = 16  # rounds that win since a pause before the next one is short again
 
 
@@ -192,8 +193,8 @@ class MeasuredPolicy:
 
     def welcome(self) -> None:
         """A sequence begins that runs alone: its text is judged by itself, so that a pause others
-        brought about ends. The next pause is no shorter for it."""
-        self._pause = 0
+        brought about ends, and the next is not as long as the longest."""
+        self._pause, self._next_pause = 0, min(self._next_pause, _NEXT_TEXT)
         self._gain, self._lost = RunningMean(), 0.0
 
     def gain(self) -> float:
