@@ -343,10 +343,13 @@ def test_what_is_named_stands_before_what_all_has(tmp_path: Path) -> None:
     named = name_drafters(f"all,fspad={tmp_path}", bundled)
     assert named["fspad"] == str(tmp_path)
     assert named["recycle"] == "recycle" and named["eesd"] == "eesd"
+    beside = f"{tmp_path}/+prompt-lookup"  # as a shell completes a directory
+    assert name_drafters(beside, bundled) == {f"{tmp_path.name}+prompt-lookup": beside}
     for given, words in (
         ("a=recycle,a=prompt-lookup", "a comes twice; NAME=DIR"),
         ("plain=recycle", "plain is what plain decoding is called"),
         ("a=nobody", "expected none, auto"),
+        ("a=auto+prompt-lookup", "of an FSPAD or EAGLE drafter, got 'auto'"),
     ):
         with pytest.raises(ValueError, match=words):
             name_drafters(given, bundled)

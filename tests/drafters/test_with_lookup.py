@@ -175,7 +175,7 @@ def test_drafters_that_have_none_beside_them(
 ) -> None:
     make_exit_checkpoint(target, tmp_path / "exit", 1)
     for name in ("prompt-lookup", "recycle", str(tmp_path / "exit")):
-        with pytest.raises(ValueError, match="goes beside an FSPAD or EAGLE drafter, got"):
+        with pytest.raises(ValueError, match="FSPAD or EAGLE drafter, got"):
             load(f"{name}+prompt-lookup", model)
     on_gpu = SimpleNamespace(device=SimpleNamespace(is_gpu=True))
     with pytest.raises(ValueError, match="on the CPU alone"):
