@@ -157,12 +157,13 @@ def test_names_are_nobody_elses_in_any_table(capsys: pytest.CaptureFixture[str])
         " ",
         "*x*_y_",
         "m_t",
+        "a:cat:b",
         "\u2028",
         "\ud800",
     ]
     both = {"plain": one, **dict.fromkeys(names, one)}
     report = Report([result(i, n, 0.0, **both) for i, n in enumerate(names)], list(both), 1, 2)
-    others = ['"\\"mean\\""', "a|b", '"a\\nb"', "a b", '" "', "*x*_y_", "m_t"]
+    others = ['"\\"mean\\""', "a|b", '"a\\nb"', "a b", '" "', "*x*_y_", "m_t", "a:cat:b"]
     tasks = ['"mean"', '"all"', *others, '"\\u2028"', '"\\ud800"', "mean", "all"]
     report.show(is_markdown=False)
     text = [re.split(" {2,}", line)[0] for line in capsys.readouterr().out.splitlines()]
