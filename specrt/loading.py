@@ -103,8 +103,9 @@ def load(
             an installed one (entry points ``specrt.drafters``), a directory with an EESD, FSPAD or
             EAGLE-1/2 drafter or with a smaller model of the same tokenizer, a repository of the Hub
             with one of these, or any object with the methods of
-            :class:`specrt.draft.base.Drafter`. Behind an FSPAD or EAGLE drafter's name or path
-            ``"+prompt-lookup"`` has what is looked up proposed where it promises more (CPU).
+            :class:`specrt.draft.base.Drafter`. Behind an FSPAD or EAGLE drafter's name or path, in
+            one string, ``"+prompt-lookup"`` has what is looked up proposed where it promises more
+            (CPU).
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device`` of these; where the target
             runs, and with it all drafters that are named here.
         dtype: of weights and KV cache: ``"auto"`` (the checkpoint's, of a GGUF file in blocks

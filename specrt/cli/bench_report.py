@@ -114,9 +114,9 @@ class Report:
 
     def show(self, is_markdown: bool) -> None:
         """Print the tables: all prompts' sums, then figure by figure the tasks'."""
-        console = Console(highlight=False, markup=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         if not console.is_terminal:
-            console = Console(highlight=False, markup=False, width=_PIPE_WIDTH)
+            console = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
         write = _write_markdown if is_markdown else _write_text
         runs = self.by_temperature()
         for temperature, results in runs.items():

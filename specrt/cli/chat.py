@@ -154,7 +154,7 @@ def run(conversation: Conversation) -> None:
     Raises:
         typer.Exit: with code 2 at the end of a pipe one of whose lines had no answer.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     is_terminal = sys.stdin.isatty() and console.is_terminal
     if is_terminal:
         console.print(Text(HELP, style="dim"))
@@ -174,7 +174,7 @@ def talk(
     Raises:
         KeyboardInterrupt: Ctrl-C, where nobody types; else it stops an answer and no more.
     """
-    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     is_good = True
     for line in lines:
         said = line.strip()

@@ -74,7 +74,7 @@ def run(
     shown = CHAT_PROMPTS if is_chat else PROMPTS
     if prompt is not None:
         shown = (("your prompt", prompt),)
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     _print_header(console, engine, drafter, sampling, target)
     comparisons: list[Comparison] = []
     for number, (title, text) in enumerate(shown, start=1):

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
-from specrt.draft.kinds import AUTO, check_name, default_drafter, describe_names
+from specrt.draft.kinds import (
+    AUTO,
+    WITH_LOOKUP,
+    check_name,
+    default_drafter,
+    describe_names,
+    without_lookup,
+)
 from specrt.targets import BUILTIN, SMOLLM2, target_names, target_path
 
 if TYPE_CHECKING:
@@ -176,7 +183,8 @@ def drafter_name(drafter: str, target: ModelConfig) -> str:
     """What to call a target's drafter in a table: ``"auto"`` by what it stands for."""
     if drafter == AUTO:
         return default_drafter(target)
-    return Path(drafter).name or Path(drafter).resolve().name
+    own, has_lookup = without_lookup(drafter)
+    return (Path(own).name or Path(own).resolve().name) + (WITH_LOOKUP if has_lookup else "")
 
 
 def set_threads(threads: int | None) -> None:

@@ -93,7 +93,7 @@ def show(facts: dict[str, Any], *, is_json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(table)
 
 
 def _found(file: Path | None) -> str | None:

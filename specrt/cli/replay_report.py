@@ -51,7 +51,7 @@ def print_json(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]
 
 def print_tables(result: Replay, shown: Sequence[str], traces: Mapping[str, Trace]) -> None:
     """A table for each task, and one for all where there are several; as :func:`print_json`."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH)
     for task in result.task_names():

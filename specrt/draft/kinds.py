@@ -38,6 +38,7 @@ ENTRY_POINTS = "specrt.drafters"
 NONE, AUTO = "none", "auto"
 WITH_LOOKUP = f"+{PROMPT_LOOKUP.name}"
 """Behind the name or path of a trained drafter: prompt lookup is asked before it."""
+_BESIDE = f"{WITH_LOOKUP!r} goes behind the name or directory of an FSPAD or EAGLE drafter"
 DEFAULT, BUNDLED_DEFAULT = PROMPT_LOOKUP.name, "fspad"
 
 REGISTRY: Mapping[str, Kind] = {
@@ -106,12 +107,15 @@ def check_name(name: str) -> None:
     """
     from specrt.types import CheckpointError
 
-    name, has_lookup = without_lookup(name)
+    own, has_lookup = without_lookup(name)
     names = drafter_names() if has_lookup else [NONE, AUTO, *drafter_names()]
     # The empty path is the present folder. What looks like a path is refused with more words.
-    is_path = name != "" and (Path(name).exists() or "/" in name)
-    if name not in names and not is_path:
-        raise CheckpointError(f"drafter: expected {', '.join(names)} or a directory, got {name!r}")
+    is_path = own != "" and (Path(own).exists() or "/" in own)
+    if own in names or is_path:
+        return
+    if has_lookup:
+        raise CheckpointError(f"drafter: {_BESIDE}, got {own!r}")
+    raise CheckpointError(f"drafter: expected {', '.join(names)} or a directory, got {name!r}")
 
 
 def without_lookup(name: str) -> tuple[str, bool]:
@@ -214,9 +218,7 @@ def _with_lookup(
     own, _ = without_lookup(name)
     trained = load_drafter(own, target, dtype, options, target_path)
     if not isinstance(trained, RatedDrafter):
-        raise ValueError(
-            f"drafter: prompt lookup goes beside an FSPAD or EAGLE drafter, got {own!r}"
-        )
+        raise ValueError(f"drafter: {_BESIDE}, got {own!r}")
     return WithLookup(trained, PromptLookupDrafter())
 
 
@@ -301,14 +303,15 @@ def _refuse_narrowing(options: DrafterOptions) -> None:
 
 
 def _foreign_names() -> list[str]:
-    """Names of entry points; what is ours stays ours."""
+    """Names of entry points; what is ours stays ours, names that end in :data:`WITH_LOOKUP` too."""
     ours = {NONE, AUTO, *REGISTRY, *bundled_names()}
     installed = set(_installed())
-    for name in sorted(installed & ours):
+    taken = {name for name in installed if name in ours or name.endswith(WITH_LOOKUP)}
+    for name in sorted(taken):
         logging.getLogger("specrt").warning(
             "drafter: the name of the entry point %r is specrt's own; it is passed over", name
         )
-    return sorted(installed - ours)
+    return sorted(installed - taken)
 
 
 def _installed() -> dict[str, list[EntryPoint]]:

@@ -2,13 +2,16 @@
 
 What a text repeats is found by looking it up, for nothing; what it says for the first time takes a
 trained drafter. Before a round only the lookup's tree is known, so its promise is held against what
-the other's rounds have brought of late, both in tokens by time as measured. (SAM-Decoding, arXiv
-2411.10666, has a fixed length of the match decide instead.)
+the other's rounds have brought of late, both in tokens by time as measured. Neither is given up for
+good: what was looked up and passed over is held against what the text then said, and of the trained
+drafter the more is hoped, the longer it was not asked. (SAM-Decoding, arXiv 2411.10666, has a fixed
+length of the match decide instead.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,8 +28,20 @@ class RatedDrafter(CachingDrafter, ShapedDrafter, Drafter, Protocol):
     another has proposed it observes like one of the root alone."""
 
     def gain(self) -> float:
-        """Tokens by time of its rounds of late over plain decoding's; 1 while it rests, or where
-        nothing is known."""
+        """Tokens by time of its next round over plain decoding's, as far as is known; 1 while it
+        rests. What is hoped for where that was long ago, or never tried, is its own to say."""
+
+    def pass_over(self) -> None:
+        """A round is another's."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Preferred(Proposal):
+    """The trained drafter's trees, and what was looked up and passed over for them."""
+
+    trees: Proposal = field(kw_only=True)
+    """As the trained drafter gave them."""
+    found: Guesses = field(kw_only=True)
 
 
 class WithLookup:
@@ -64,11 +79,21 @@ class WithLookup:
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """What was looked up, or the trained drafter's trees."""
-        if budget.params == DraftParams():
-            found = self._lookup.propose(states, budget)
-            if isinstance(found, Guesses) and found.gain(budget.cost) > self._trained.gain():
-                return found
-        return self._trained.propose(states, budget)
+        if budget.params != DraftParams():
+            return self._trained.propose(states, budget)
+        found = self._lookup.propose(states, budget)
+        if not isinstance(found, Guesses):
+            return self._trained.propose(states, budget)
+        gain = found.gain(budget.cost)
+        if gain > self._trained.gain():
+            self._trained.pass_over()
+            return found
+        trees = self._trained.propose(states, budget)
+        # It rests after all, and has kept nothing of its own in it.
+        if gain > 1.0 and type(trees) is Proposal and trees.draft_tokens.shape[1] == 1:
+            return found
+        fields = trees.draft_tokens, trees.parents, trees.num_nodes, trees.draft_probs
+        return _Preferred(*fields, trees=trees, found=found)
 
     def observe(
         self,
@@ -77,9 +102,13 @@ class WithLookup:
         result: AcceptResult,
         taps: Mapping[str, torch.Tensor],
     ) -> None:
-        """Both are told; each learns from proposals of its own."""
-        self._trained.observe(states, proposal, result, taps)
-        self._lookup.observe(states, proposal, result, taps)
+        """Both are told; each learns from proposals of its own, and the lookup from the text."""
+        own = proposal.trees if isinstance(proposal, _Preferred) else proposal
+        self._trained.observe(states, own, result, taps)
+        if isinstance(proposal, _Preferred):
+            self._lookup.compare(proposal.found, result)
+        else:
+            self._lookup.observe(states, proposal, result, taps)
 
     def finish(self, state: SequenceState) -> None:
         """Both forget the sequence."""

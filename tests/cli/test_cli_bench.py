@@ -157,12 +157,13 @@ def test_names_are_nobody_elses_in_any_table(capsys: pytest.CaptureFixture[str])
         " ",
         "*x*_y_",
         "m_t",
+        "a:cat:b",
         "\u2028",
         "\ud800",
     ]
     both = {"plain": one, **dict.fromkeys(names, one)}
     report = Report([result(i, n, 0.0, **both) for i, n in enumerate(names)], list(both), 1, 2)
-    others = ['"\\"mean\\""', "a|b", '"a\\nb"', "a b", '" "', "*x*_y_", "m_t"]
+    others = ['"\\"mean\\""', "a|b", '"a\\nb"', "a b", '" "', "*x*_y_", "m_t", "a:cat:b"]
     tasks = ['"mean"', '"all"', *others, '"\\u2028"', '"\\ud800"', "mean", "all"]
     report.show(is_markdown=False)
     text = [re.split(" {2,}", line)[0] for line in capsys.readouterr().out.splitlines()]
@@ -343,10 +344,13 @@ def test_what_is_named_stands_before_what_all_has(tmp_path: Path) -> None:
     named = name_drafters(f"all,fspad={tmp_path}", bundled)
     assert named["fspad"] == str(tmp_path)
     assert named["recycle"] == "recycle" and named["eesd"] == "eesd"
+    beside = f"{tmp_path}/+prompt-lookup"  # as a shell completes a directory
+    assert name_drafters(beside, bundled) == {f"{tmp_path.name}+prompt-lookup": beside}
     for given, words in (
         ("a=recycle,a=prompt-lookup", "a comes twice; NAME=DIR"),
         ("plain=recycle", "plain is what plain decoding is called"),
         ("a=nobody", "expected none, auto"),
+        ("a=auto+prompt-lookup", "of an FSPAD or EAGLE drafter, got 'auto'"),
     ):
         with pytest.raises(ValueError, match=words):
             name_drafters(given, bundled)

@@ -62,6 +62,7 @@ absent = no_such_package_of_drafters:make
 prompt-lookup = foreign_drafters:make
 small-model = foreign_drafters:make
 none = foreign_drafters:make
+plain+prompt-lookup = foreign_drafters:make
 """
 
 
@@ -226,6 +227,8 @@ def test_our_names_stay_ours(
         assert kinds.drafter_names().count("prompt-lookup") == 1
     assert "'prompt-lookup' is specrt's own" in caplog.text
     assert "'small-model' is specrt's own" in caplog.text
+    assert "'plain+prompt-lookup' is specrt's own" in caplog.text
+    assert "plain+prompt-lookup" not in kinds.drafter_names()
 
 
 def test_a_name_that_two_packages_bring(model: LlamaModel, foreign: Path) -> None:

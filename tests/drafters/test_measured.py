@@ -327,16 +327,56 @@ def test_what_is_won_pays_for_what_is_lost() -> None:
 
 def test_a_text_that_runs_alone_is_judged_by_itself() -> None:
     policy = MeasuredPolicy()
-    assert policy.gain() == 1.0
+    assert policy.gain() == math.inf
     assert pause_after(policy, HOPELESS, 5) == 8
     for _ in range(5):
         policy.size(logs(HOPELESS), 1, measured())
     assert policy.begin() is None and policy.gain() == 1.0
-    policy.welcome()
+    policy.welcome(9)
+    assert policy.gain() == math.inf
     assert pause_after(policy, HOPELESS, 5) == 32, "but no shorter a pause behind it"
     assert pause_after(policy, HOPELESS, 5) == 64
-    policy.welcome()
+    policy.welcome(64)
     assert pause_after(policy, HOPELESS, 5) == 32, "and not the longest"
+
+
+def test_short_texts_are_judged_together() -> None:
+    """Of those that end before one could pause only some are drafted for."""
+    policy, num_drafted = MeasuredPolicy(), 0
+    for _ in range(100):
+        policy.welcome(4)
+        for _ in range(4):
+            if policy.begin():
+                policy.size(logs(HOPELESS), 1, measured())
+                num_drafted += 1
+    assert num_drafted < 40
+
+
+@pytest.mark.parametrize("num_good", [10, 2])
+def test_good_trees_that_come_and_go_are_not_missed_for_long(num_good: int) -> None:
+    """What was won since the last pause keeps the next one short, however soon that comes."""
+    policy = MeasuredPolicy()
+    for _ in range(20):
+        assert pause_after(policy, SURE, num_good) == 0
+        assert pause_after(policy, HOPELESS, 5) == 8
+
+
+def test_more_is_hoped_of_what_is_passed_over() -> None:
+    policy = MeasuredPolicy()
+    assert pause_after(policy, SURE, 20) == 0
+    known = policy.gain()
+    for _ in range(50):
+        policy.pass_over()
+    assert policy.gain() == pytest.approx(2.0 * known)
+    assert pause_after(policy, SURE, 1) == 0
+    assert policy.gain() == pytest.approx(known, rel=0.05), "it was tried"
+    for _ in range(5):
+        assert policy.begin()
+        policy.size(logs(HOPELESS), 1, measured())
+    for _ in range(8):
+        assert policy.gain() == 1.0
+        policy.pass_over()
+    assert policy.gain() == math.inf and policy.begin(), "a pause went by meanwhile"
 
 
 def test_a_text_of_another_kind_is_not_carried_by_the_one_before() -> None:

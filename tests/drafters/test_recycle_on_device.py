@@ -89,7 +89,7 @@ def test_sizes_follow_reports(gpu: Device, target: Path, is_right: bool) -> None
     state = SequenceState([1], 1, 99, 0, 0.0)
     drafter.start(state)
     sizes = []
-    for _ in range(40):
+    for _ in range(60):
         plan = drafter.plan([state], Budget(64, RoundCost(slope=0.02)))
         tree = drafter.launch_propose(plan, tables_of(gpu, target))
         sizes.append(tree.draft_tokens.shape[1])
@@ -100,6 +100,23 @@ def test_sizes_follow_reports(gpu: Device, target: Path, is_right: bool) -> None
         counts = (np.array([n], dtype=np.int32) for n in (sizes[-1], is_right, 1 + is_right))
         drafter.told([state], plan, RoundReport(*counts, path), StageTimes(0.0, 1.0, 0.0))
     assert max(sizes) > 1 and (sizes.count(1) >= 10) == (not is_right)
+
+
+def test_a_sequence_that_begins_alone_ends_a_pause(gpu: Device) -> None:
+    drafter = DeviceRecycleDrafter(VOCAB, gpu)
+    first, beside, alone = (SequenceState([1], 1, 99, 0, 0.0) for _ in range(3))
+    drafter.start(first)
+    dear = RoundCost(slope=1.0)
+    while (rests := drafter._policy.gain()) != 1.0:
+        drafter.plan([first], Budget(64, dear))
+        drafter._policy.observe_draft(9.0, 0.0, 0)
+        dear.observe(1, 1.0)
+    drafter.start(beside)
+    assert drafter._policy.gain() == rests, "it joins others"
+    for state in (first, beside):
+        drafter.finish(state)
+    drafter.start(alone)
+    assert drafter._policy.gain() > 1.0, "it is tried"
 
 
 def test_plans_are_equal_where_launches_are(gpu: Device) -> None:

@@ -47,6 +47,9 @@ class Rated:
     def gain(self) -> float:
         return self.value
 
+    def pass_over(self) -> None:
+        self.told.append("pass over")
+
     def start(self, state: SequenceState) -> None:
         self.told.append("start")
 
@@ -136,12 +139,67 @@ def test_both_are_told_of_everything() -> None:
     lost = AcceptResult(nothing, torch.tensor([0], dtype=torch.int32), nothing)
     for _ in range(20):  # in vain, so that it is believed in no longer
         drafter.observe([state], found, lost, {})
-    assert trained.told[:3] == [DraftParams(), "start", "prefill"] and trained.told[3] is found
+    assert trained.told[:4] == [DraftParams(), "start", "prefill", "pass over"]
+    assert trained.told[4] is found
     assert is_trained(drafter.propose([state], Budget(64, RoundCost(0.1))))
     drafter.finish(state)
     assert trained.told[-1] == "finish"
     with pytest.raises(KeyError):
         drafter.propose([state], Budget(64, RoundCost(0.0)))
+
+
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_what_is_passed_over_is_held_against_the_text(is_copied: bool) -> None:
+    """What copies is soon looked up, however good the other's rounds are; what
+    only seems to is not."""
+    drafter, state = WithLookup(Rated(4.0), PromptLookupDrafter()), sequence(REPEATED)
+    drafter.start(state)
+    path = torch.zeros(1, 1, dtype=torch.int32)
+    num_passed = 0
+    for place in range(40):
+        found = drafter.propose([state], Budget(64, RoundCost(0.0)))
+        if not is_trained(found):
+            break
+        num_passed += 1
+        token = (4, 1, 2, 3)[place % 4] if is_copied else (50 + place if place % 2 else 1)
+        drafter.observe([state], found, AcceptResult(path, path[0], torch.tensor([[token]])), {})
+        state.token_ids.append(token)
+    assert 2 < num_passed < 20 if is_copied else num_passed == 40
+
+
+@pytest.mark.parametrize(
+    ("said", "accepted", "judged"),
+    [
+        ([7], 0, 1),  # the first node is wrong
+        ([4], 1, 1),  # right, and what lies behind is not known
+        ([4, 1], 2, 2),
+        ([4, 7], 1, 2),
+        ([4, 1, 2], 2, 2),  # more was said than the tree has levels
+    ],
+)
+def test_what_the_text_says_of_a_tree(said: list[int], accepted: int, judged: int) -> None:
+    drafter, state = PromptLookupDrafter(max_depth=2), sequence(REPEATED)
+    drafter.start(state)
+    found = drafter.propose([state], Budget(64, RoundCost(0.0)))
+    assert isinstance(found, Guesses) and found.guesses[0] is not None
+    assert found.draft_tokens.tolist() == [[3, 4, 1]]
+    length = torch.tensor([len(said) - 1], dtype=torch.int32)
+    drafter.compare(found, AcceptResult(length[None], length, torch.tensor([said])))
+    record = found.guesses[0].record
+    assert record.num_accepted == pytest.approx(0.9 + accepted)
+    assert record.num_judged == pytest.approx(1.8 + judged)
+    drafter.compare(found, AcceptResult(length[None], length - len(said), torch.tensor([said])))
+    assert record.num_judged == pytest.approx(1.8 + judged), "its logits were no numbers"
+
+
+def test_what_is_found_is_proposed_where_the_other_rests_after_all() -> None:
+    trained = Rated(9.0)
+    drafter, state = WithLookup(trained, PromptLookupDrafter()), sequence(REPEATED)
+    drafter.start(state)
+    assert is_trained(drafter.propose([state], Budget(64, RoundCost(0.0))))
+    trained.propose = lambda states, budget: chain(torch.tensor([[3]], dtype=torch.int32))  # type: ignore[method-assign]
+    assert isinstance(drafter.propose([state], Budget(64, RoundCost(0.0))), Guesses)
+    assert len(drafter.propose([state], Budget(1, RoundCost(0.0))).draft_tokens[0]) == 1
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -175,7 +233,7 @@ def test_drafters_that_have_none_beside_them(
 ) -> None:
     make_exit_checkpoint(target, tmp_path / "exit", 1)
     for name in ("prompt-lookup", "recycle", str(tmp_path / "exit")):
-        with pytest.raises(ValueError, match="goes beside an FSPAD or EAGLE drafter, got"):
+        with pytest.raises(ValueError, match="FSPAD or EAGLE drafter, got"):
             load(f"{name}+prompt-lookup", model)
     on_gpu = SimpleNamespace(device=SimpleNamespace(is_gpu=True))
     with pytest.raises(ValueError, match="on the CPU alone"):

@@ -170,7 +170,7 @@ def test_kinds_of_layers(data: dict[str, Any], expected: list[str]) -> None:
     [
         None, 3, [], ["global"], [[["global"], 3]], [[["global"], 5]], [[["global"], "4"]],
         [[["global", "sliding"], 2]], [[["global"], 4, 1]],
-        [[["global"], 1 << 60]],
+        [[["global"], 1 << 60]], [[["global"], 4], 5], [[["global"], 4], [["local"], None]],
     ],
 )  # fmt: skip
 def test_gpt_neo_says_what_each_layer_sees(said: Any) -> None:

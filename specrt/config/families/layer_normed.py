@@ -68,9 +68,8 @@ def _gpt_neox(keys: Keys) -> Mapping[str, Any]:
 def _gpt_neo(keys: Keys) -> tuple[LayerKind, ...]:
     """``attention_types``: kinds and how often they come; ``attention_layers`` follows from it."""
     count, said, kinds = keys.size("num_hidden_layers"), keys.get("attention_types"), list[str]()
-    with suppress(TypeError, ValueError):  # refused as what names too few
-        for group, times in said:
-            kinds += list(group) * min(times, count + 1)
+    with suppress(TypeError, ValueError):  # refused as what names none
+        kinds = [kind for group, times in said for kind in list(group) * min(times, count + 1)]
     if len(kinds) != count or set(map(str, kinds)) - {"global", "local"}:
         raise keys.fail(f"attention_types: expected {count} of global and local, got {said!r}")
     window = keys.size("sliding_window")

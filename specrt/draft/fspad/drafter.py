@@ -55,13 +55,23 @@ class _Draft:
     """What is kept for one sequence."""
 
     cached: CachedSequence
-    pending: torch.Tensor
-    """``[m, H]``: features whose pairs have not been run."""
+    _parts: list[torch.Tensor]
+    """What ``pending`` consists of; joined when it is read, for many rounds may be another's."""
+
+    @property
+    def pending(self) -> torch.Tensor:
+        """``[m, H]``: features whose pairs have not been run."""
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
+
+    @pending.setter
+    def pending(self, features: torch.Tensor) -> None:
+        self._parts = [features]
 
     def add(self, features: torch.Tensor) -> None:
         """Take features ``[n, H]``, which nobody else writes to."""
-        features = features.to(self.pending.dtype)
-        self.pending = torch.cat([self.pending, features]) if len(self.pending) else features
+        self._parts.append(features.to(self._parts[0].dtype))
 
 
 class _Plan(NamedTuple):
@@ -139,9 +149,11 @@ class FspadDrafter:
     def start(self, state: SequenceState) -> None:
         """Open an empty draft cache."""
         if not self._drafts:
-            self._measured.welcome()
+            self._measured.welcome(state.num_left)
         hidden, dtype = self.layer.config.layer.hidden_size, self.layer.activation_dtype
-        self._drafts[state] = _Draft(self._cache.open(), self._device.empty(0, hidden, dtype=dtype))
+        self._drafts[state] = _Draft(
+            self._cache.open(), [self._device.empty(0, hidden, dtype=dtype)]
+        )
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """Run the prompt's pairs but the last, whose output the first tree grows from."""
@@ -198,8 +210,12 @@ class FspadDrafter:
             self._drafts.pop(state)  # not before: interrupted, it is found again
 
     def gain(self) -> float:
-        """As :class:`specrt.draft.with_lookup.RatedDrafter` says; 1 under a controller."""
+        """As :class:`specrt.draft.with_lookup.RatedDrafter` says."""
         return self._measured.gain()
+
+    def pass_over(self) -> None:
+        """As :class:`specrt.draft.with_lookup.RatedDrafter` says."""
+        self._measured.pass_over()
 
     # --- a round ------------------------------------------------------------------------------
 

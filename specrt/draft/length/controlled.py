@@ -85,6 +85,16 @@ class ControlledPolicy:
 
     def size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
         """How many nodes to verify: an envelope."""
+        size = self._size(scores, num_levels, cost)
+        self._policy.take_gain(size, scores, num_levels, cost)
+        return size
+
+    def learn(self, control: ControlRound, accept_length: int) -> None:
+        """A round is over, and its buffers are free."""
+        control.update(self._control, [self._batch], [accept_length])
+        self._free.append(control)
+
+    def _size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> int:
         most = scores.shape[1] + 1
         if self._control.options.kind != "cost-aware":
             return self._envelope(num_levels, most)
@@ -92,11 +102,6 @@ class ControlledPolicy:
         if self._control.posterior(self._batch).idle > 0:
             size = max(size, self._envelope(1, most))  # drafted to learn whether it pays again
         return size
-
-    def learn(self, control: ControlRound, accept_length: int) -> None:
-        """A round is over, and its buffers are free."""
-        control.update(self._control, [self._batch], [accept_length])
-        self._free.append(control)
 
     def _envelope(self, num_levels: int, most: int) -> int:
         sizes = (*self._policy.envelopes, most)

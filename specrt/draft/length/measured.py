@@ -10,6 +10,8 @@ tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +27,7 @@ _ASSUMED_LEVEL = 0.12  # of a plain round, before anything is measured
 _MIN_PAUSE, _MAX_PAUSE = 8, 128
 _STAKE = 0.5  # plain rounds' time that drafting may lose before it pauses: a tree is not the next
 _NEXT_TEXT = 32  # rounds, at most, of the first pause in a text of its own
-_PROOF = 16  # rounds that win since a pause before the next one is short again
+_DOUBT = 0.02  # by which more is hoped of trees for each round that was another drafter's
 
 
 @dataclass
@@ -182,8 +184,10 @@ class MeasuredPolicy:
         self._belief: Belief = belief or Calibration()
         self._extend_ms, self._level_ms = RunningMean(), RunningMean()
         self._gain, self._lost = RunningMean(), 0.0
+        self._won = 0.0  # plain rounds' time since the last pause, what was lost taken off
         self._pause = 0
         self._next_pause = _MIN_PAUSE
+        self._num_passed = 0
 
     def begin(self) -> MeasuredPolicy | None:
         """A round that drafts; None while drafting pauses."""
@@ -191,15 +195,35 @@ class MeasuredPolicy:
         self._pause = max(0, self._pause - 1)
         return None if is_paused else self
 
-    def welcome(self) -> None:
+    def welcome(self, num_left: int) -> None:
         """A sequence begins that runs alone: its text is judged by itself, so that a pause others
-        brought about ends, and the next is not as long as the longest."""
-        self._pause, self._next_pause = 0, min(self._next_pause, _NEXT_TEXT)
-        self._gain, self._lost = RunningMean(), 0.0
+        brought about ends, and the next is not as long as the longest.
+
+        Args:
+            num_left: tokens it may have. Where these are fewer than a pause's rounds, many such
+                texts would each lose what one may: they are judged together.
+        """
+        if num_left > _MIN_PAUSE:
+            self._pause, self._next_pause = 0, min(self._next_pause, _NEXT_TEXT)
+            self._gain, self._lost = RunningMean(), 0.0
 
     def gain(self) -> float:
-        """What rounds bring of late over plain decoding; 1 while drafting pauses, and at first."""
-        return 1.0 if self._pause > 0 or self._gain.value is None else self._gain.value
+        """What a round's trees are hoped to bring over plain decoding; 1 while drafting pauses.
+
+        What rounds of late brought, and the more, the longer ago that was (:meth:`pass_over`):
+        what is never tried is never found to be better. Infinite where nothing is known.
+        """
+        if self._pause > 0:
+            return 1.0
+        known = math.inf if self._gain.value is None else self._gain.value
+        return known * (1.0 + _DOUBT * self._num_passed)
+
+    def pass_over(self) -> None:
+        """A round is another drafter's: a pause goes on meanwhile."""
+        if self._pause > 0:
+            self._pause -= 1
+        else:
+            self._num_passed += 1
 
     def mass(self, scores: np.ndarray, level: int) -> float:
         """Probability that the path reaches a frontier ``[B, K]``, mean over sequences."""
@@ -225,17 +249,15 @@ class MeasuredPolicy:
 
     def best_size(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> tuple[int, float]:
         """The envelope of the highest rate, and that rate over plain decoding's."""
-        batch, most = scores.shape[0], scores.shape[1] + 1
-        expected = np.concatenate([[0.0], self._belief.accepted(scores, num_levels).cumsum()])
+        most = scores.shape[1] + 1
         sizes = [size for size in self.envelopes if size < most] + [most]
-        drafting = self._drafting(num_levels, cost)
-
-        def rate(size: int) -> float:
-            tokens = batch + float(expected[size - 1])
-            return float(tokens / (drafting + cost.relative(batch * size)))
-
+        rate = self._rate(scores, num_levels, cost)
         best: int = max(sizes, key=rate)
-        return best, rate(best) * cost.relative(batch) / batch
+        return best, rate(best)
+
+    def take_gain(self, size: int, scores: np.ndarray, num_levels: int, cost: RoundCost) -> None:
+        """A tree's size was chosen elsewhere: note what is expected of it; nothing is judged."""
+        self._note(self._rate(scores, num_levels, cost)(size))
 
     def observe_draft(self, extend_ms: float, levels_ms: float, num_expanded: int) -> None:
         """Times of one proposal, all of whose steps had run before."""
@@ -263,16 +285,34 @@ class MeasuredPolicy:
     def _drafting(self, num_levels: int, cost: RoundCost) -> float:
         return self.extend_cost(cost) + (num_levels - 1) * self.level_cost(cost)
 
+    def _rate(self, scores: np.ndarray, num_levels: int, cost: RoundCost) -> Callable[[int], float]:
+        """Tokens by time of a tree's first nodes, so many, over plain decoding's."""
+        batch: int = scores.shape[0]
+        expected = np.concatenate([[0.0], self._belief.accepted(scores, num_levels).cumsum()])
+        drafting, plain = self._drafting(num_levels, cost), cost.relative(batch) / batch
+
+        def rate(size: int) -> float:
+            tokens = batch + float(expected[size - 1])
+            return float(tokens / (drafting + cost.relative(batch * size))) * plain
+
+        return rate
+
+    def _note(self, gain: float) -> None:
+        self._gain.add(gain)
+        self._num_passed = 0
+
     def _judge(self, gain: float) -> None:
-        """Pause where drafting loses against plain decoding, longer each time it still does."""
-        mean = self._gain.add(gain)
+        """Pause where drafting loses against plain decoding, longer each time it has only lost
+        since the pause before."""
+        self._note(gain)
+        self._won += gain - 1.0
         self._lost = max(0.0, self._lost + 1.0 - gain)
         if self._lost < _STAKE:
-            if mean >= 1.0 and self._gain.count >= _PROOF:
-                self._next_pause = _MIN_PAUSE
             return
+        if self._won >= 0.0:  # good trees come and go: long pauses would miss them
+            self._next_pause = _MIN_PAUSE
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, _MAX_PAUSE)
         # What comes after the pause may be another text: it is judged by itself.
-        self._gain, self._lost = RunningMean(), 0.0
+        self._gain, self._lost, self._won = RunningMean(), 0.0, 0.0
         self._belief.forgive()

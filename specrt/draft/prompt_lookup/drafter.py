@@ -180,13 +180,26 @@ class PromptLookupDrafter:
         guesses = proposal.guesses if isinstance(proposal, Guesses) else ()
         for guess, accepted in zip(guesses, result.lengths, strict=False):
             if guess is not None and accepted >= 0:
-                guess.record.update(accepted, guess.num_proposed)
-                overall = self._overall.setdefault(guess.match, _Record())
-                overall.update(accepted, guess.num_proposed)
+                self._learn(guess, accepted, guess.num_proposed)
+
+    def compare(self, found: Guesses, result: AcceptResult) -> None:
+        """Learn of trees that were not verified, from what the text went on with."""
+        for row, (guess, length) in enumerate(zip(found.guesses, result.lengths, strict=True)):
+            if guess is None or length < 0:
+                continue
+            said = result.tokens[row, : length + 1].tolist()
+            agreed = _agreed(found, row, said)
+            # Of a tree that holds to the end of what was said more is not known.
+            num_judged = agreed if agreed == len(said) else guess.num_proposed
+            self._learn(guess, agreed, num_judged)
 
     def finish(self, state: SequenceState) -> None:
         """Forget the sequence."""
         self._lookups.pop(state, None)
+
+    def _learn(self, guess: _Guess, accepted: int, num_proposed: int) -> None:
+        guess.record.update(accepted, num_proposed)
+        self._overall.setdefault(guess.match, _Record()).update(accepted, num_proposed)
 
     def _tree(
         self, state: SequenceState, budget: Budget, num_sequences: int
@@ -241,6 +254,20 @@ def _grow(tokens: Sequence[int], starts: Sequence[int], shape: _Shape) -> tuple[
         path = [tokens[start + i % period] for i in range(shape.depth)]
         longest = max(longest, tree.add_path(path, shape.num_nodes))
     return tree, longest
+
+
+def _agreed(found: Proposal, row: int, said: Sequence[int]) -> int:
+    """How many of the tokens ``said`` behind a tree's root follow a path of it."""
+    size = int(found.num_nodes[row])
+    tokens, parents = found.draft_tokens[row].tolist(), found.parents[row].tolist()
+    children = {(parents[node], tokens[node]): node for node in range(1, size)}
+    node, count = 0, 0
+    for token in said:
+        child = children.get((node, token))
+        if child is None:
+            break
+        node, count = child, count + 1
+    return count
 
 
 def _expected(rate: float, num_tokens: int) -> float:

@@ -59,6 +59,11 @@ class DeviceTables:
         self.slots = Slots.make(1, vocab_size, device)
         """All there are; another object once more were needed."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence has one."""
+        return not self._places
+
     def open(self, state: SequenceState) -> None:
         """A table of what is known."""
         if state not in self._places:

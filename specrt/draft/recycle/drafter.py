@@ -61,7 +61,7 @@ class RecycleDrafter:
     def start(self, state: SequenceState) -> None:
         """Take a copy of what is known."""
         if not self._tables:
-            self._policy.welcome()
+            self._policy.welcome(state.num_left)
         self._tables[state] = self._known.copy()
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:

@@ -109,6 +109,8 @@ class DeviceRecycleDrafter:
 
     def start(self, state: SequenceState) -> None:
         """Take a copy of what is known."""
+        if self._tables.is_empty:
+            self._policy.welcome(state.num_left)
         self._tables.open(state)
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:

@@ -69,7 +69,7 @@ class Reporter:
     def say(self, line: str) -> None:
         """One line."""
         if self._is_main:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __enter__(self) -> Reporter:
         return self
