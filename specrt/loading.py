@@ -98,9 +98,10 @@ def load(
             ``"OWNER/NAME"``, ``"OWNER/NAME@REVISION"``, for a GGUF file ``"OWNER/NAME:FILE"``; it
             is fetched into that Hub's cache.
         drafter: None or ``"none"`` (plain decoding), ``"auto"`` (the FSPAD bundled for the target,
-            else prompt lookup), ``"prompt-lookup"``, ``"recycle"``, one bundled for a target of
-            this architecture (of ``"builtin"`` ``"fspad"``, ``"eagle2"``, ``"eesd"``), the name of
-            an installed one (entry points ``specrt.drafters``), a directory with an EESD, FSPAD or
+            else prompt lookup; on a CPU both, but for ``"builtin"``), ``"prompt-lookup"``,
+            ``"recycle"``, one bundled for a target of this architecture (of ``"builtin"``
+            ``"fspad"``, ``"eagle2"``, ``"eesd"``, of ``"smollm2"`` ``"fspad"``), the name of an
+            installed one (entry points ``specrt.drafters``), a directory with an EESD, FSPAD or
             EAGLE-1/2 drafter or with a smaller model of the same tokenizer, a repository of the Hub
             with one of these, or any object with the methods of
             :class:`specrt.draft.base.Drafter`. Behind an FSPAD or EAGLE drafter's name or path, in
@@ -169,7 +170,7 @@ def load(
     adapter = None if lora is None else local_path(lora, local_files_only=local_files_only)
     config = ModelConfig.from_directory(path, adapter=adapter)
     _log_defaults(path, config)
-    drafter = _named(drafter, config, path)
+    drafter = _named(drafter, config, path, is_gpu=place.type != "cpu")
     chosen = _parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     packing = choose_packing(target_dtype, place, quantize, activations)
@@ -227,12 +228,16 @@ def _refuse_options(*given: object) -> None:
 
 
 def _named(
-    drafter: str | os.PathLike[str] | Drafter | None, config: ModelConfig, path: Path
+    drafter: str | os.PathLike[str] | Drafter | None,
+    config: ModelConfig,
+    path: Path,
+    *,
+    is_gpu: bool,
 ) -> str | os.PathLike[str] | Drafter | None:
     """What ``"auto"`` means; what is bundled for others is refused before a target is loaded."""
     if isinstance(drafter, str):
         if drafter == AUTO:
-            return default_drafter(config)
+            return default_drafter(config, is_gpu=is_gpu)
         own, _ = without_lookup(drafter)
         if own in bundled_names():
             drafter_directory(own, config, path)

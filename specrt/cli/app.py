@@ -90,7 +90,9 @@ def demo(
         threads=threads,
         controller=controller,
     )
-    command.run(engine, drafter_name(drafter, engine.target.config), prompt, params, target)
+    own = engine.target
+    shown = drafter_name(drafter, own.config, is_gpu=own.device.is_gpu)
+    command.run(engine, shown, prompt, params, target)
 
 
 @app.command()

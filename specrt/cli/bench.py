@@ -158,8 +158,9 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
 
     prompts, tasks = _choose(wanted)
     sampling = {one: own_sampling(prompts, wanted.sampling(one)) for one in wanted.temperatures()}
+    is_gpu, config = options.device != "cpu", target_config(options.target, options.lora)
     if wanted.drafters is None:
-        shown = drafter_name(options.drafter, target_config(options.target, options.lora))
+        shown = drafter_name(options.drafter, config, is_gpu=is_gpu)
         if shown == PLAIN:
             raise ValueError(
                 f"drafter: {PLAIN} is what plain decoding is called; --drafters NAME=DIR"
@@ -168,7 +169,7 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
         named = {shown: shown if options.drafter == AUTO else options.drafter}
         engines = dict.fromkeys(named, engine)
     else:
-        named = name_drafters(wanted.drafters, target_config(options.target, options.lora))
+        named = name_drafters(wanted.drafters, config, is_gpu=is_gpu)
         engine = replace(options, drafter=NONE).load()
         engines = contenders(engine, options.target, named)
     if file is not None:

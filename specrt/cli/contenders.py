@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-def name_drafters(given: str, target: ModelConfig) -> dict[str, str]:
+def name_drafters(given: str, target: ModelConfig, *, is_gpu: bool = False) -> dict[str, str]:
     """What drafters are asked for, as :func:`specrt.draft.kinds.load_drafter` takes them, by what
     tables call them.
 
@@ -25,6 +25,7 @@ def name_drafters(given: str, target: ModelConfig) -> dict[str, str]:
             ``"all"`` stands for those that need no checkpoint and those bundled for the target,
             but for what is named besides.
         target: the model they are for.
+        is_gpu: where they shall run.
 
     Raises:
         CheckpointError: one is neither a name nor a directory.
@@ -37,7 +38,7 @@ def name_drafters(given: str, target: ModelConfig) -> dict[str, str]:
     for item in items:
         if item == ALL:
             continue
-        shown, drafter = _parse(item, target)
+        shown, drafter = _parse(item, target, is_gpu)
         check_name(drafter)
         if shown in explicit:
             raise ValueError(f"drafters: {shown} comes twice; NAME=DIR gives one another name")
@@ -48,7 +49,7 @@ def name_drafters(given: str, target: ModelConfig) -> dict[str, str]:
     named: dict[str, str] = {}
     for item in items:
         if item != ALL:
-            shown, drafter = _parse(item, target)
+            shown, drafter = _parse(item, target, is_gpu)
             named[shown] = drafter
             continue
         for name in (*own, *bundled_for(target)):
@@ -96,10 +97,12 @@ def identity(drafter: str, target: ModelConfig) -> str:
         return drafter
 
 
-def _parse(item: str, target: ModelConfig) -> tuple[str, str]:
+def _parse(item: str, target: ModelConfig, is_gpu: bool) -> tuple[str, str]:
     """An item's name in tables, and its drafter; directories may have ``=`` in their names."""
     name, is_named, drafter = item.partition("=")
     if not (is_named and name and "/" not in name):
-        name, drafter = drafter_name(item, target), item
+        name, drafter = drafter_name(item, target, is_gpu=is_gpu), item
     drafter = drafter.strip()
-    return name.strip(), default_drafter(target) if drafter == AUTO else drafter
+    if drafter == AUTO:
+        drafter = default_drafter(target, is_gpu=is_gpu)
+    return name.strip(), drafter

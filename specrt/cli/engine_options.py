@@ -179,10 +179,10 @@ def load_engine(
     )
 
 
-def drafter_name(drafter: str, target: ModelConfig) -> str:
+def drafter_name(drafter: str, target: ModelConfig, *, is_gpu: bool = False) -> str:
     """What to call a target's drafter in a table: ``"auto"`` by what it stands for."""
     if drafter == AUTO:
-        return default_drafter(target)
+        return default_drafter(target, is_gpu=is_gpu)
     own, has_lookup = without_lookup(drafter)
     return (Path(own).name or Path(own).resolve().name) + (WITH_LOOKUP if has_lookup else "")
 

@@ -68,9 +68,14 @@ def bundled_for(target: ModelConfig) -> dict[str, BundledDrafter]:
     return {one.name: one for one in builtin.drafters() if one.fingerprint == fingerprint}
 
 
-def default_drafter(target: ModelConfig) -> str:
-    """What ``"auto"`` means for a target, wherever it runs."""
-    return BUNDLED_DEFAULT if BUNDLED_DEFAULT in bundled_for(target) else DEFAULT
+def default_drafter(target: ModelConfig, *, is_gpu: bool = False) -> str:
+    """What ``"auto"`` means for a target, on the CPU or on a GPU."""
+    own = bundled_for(target).get(BUNDLED_DEFAULT)
+    if own is None:
+        return DEFAULT
+    # The bundled target's rounds are so short that looking up takes what it saves.
+    has_lookup = own.target != builtin.TARGET and not is_gpu
+    return f"{own.name}{WITH_LOOKUP}" if has_lookup else own.name
 
 
 def drafter_names() -> list[str]:
@@ -84,7 +89,8 @@ def describe_names() -> str:
     kinds = ", ".join(f"{kind.name!r} ({kind.help})" for kind in named_kinds())
     held = [kind.help for kind in REGISTRY.values() if kind.matches is not None]
     return (
-        f"{AUTO!r} (the target's bundled FSPAD, else prompt lookup), {NONE!r}, {kinds}, "
+        f"{AUTO!r} (the target's bundled FSPAD, else prompt lookup; on a CPU both), {NONE!r}, "
+        f"{kinds}, "
         f"one bundled for the target ({_bundled_by_target()}), the name of an installed one, or a "
         f"directory with {', '.join(held[:-1])} or {held[-1]}; behind an FSPAD or EAGLE drafter "
         f"{WITH_LOOKUP!r}: what is found so is proposed where it promises more (CPU)"

@@ -57,38 +57,38 @@ class WithLookup:
 
     def __init__(self, trained: RatedDrafter, lookup: PromptLookupDrafter) -> None:
         self.taps = trained.taps
-        self._trained, self._lookup = trained, lookup
+        self.trained, self._lookup = trained, lookup
 
     @property
     def cache(self) -> KVCache:
         """The trained drafter's."""
-        return self._trained.cache
+        return self.trained.cache
 
     def check(self, params: DraftParams) -> None:
         """As the trained drafter's."""
-        self._trained.check(params)
+        self.trained.check(params)
 
     def start(self, state: SequenceState) -> None:
         """Both begin."""
-        self._trained.start(state)
+        self.trained.start(state)
         self._lookup.start(state)
 
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """The trained drafter reads the prompt; the lookup has it in the state."""
-        self._trained.prefill(state, start, taps)
+        self.trained.prefill(state, start, taps)
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """What was looked up, or the trained drafter's trees."""
         if budget.params != DraftParams():
-            return self._trained.propose(states, budget)
+            return self.trained.propose(states, budget)
         found = self._lookup.propose(states, budget)
         if not isinstance(found, Guesses):
-            return self._trained.propose(states, budget)
+            return self.trained.propose(states, budget)
         gain = found.gain(budget.cost)
-        if gain > self._trained.gain():
-            self._trained.pass_over()
+        if gain > self.trained.gain():
+            self.trained.pass_over()
             return found
-        trees = self._trained.propose(states, budget)
+        trees = self.trained.propose(states, budget)
         # It rests after all, and has kept nothing of its own in it.
         if gain > 1.0 and type(trees) is Proposal and trees.draft_tokens.shape[1] == 1:
             return found
@@ -104,7 +104,7 @@ class WithLookup:
     ) -> None:
         """Both are told; each learns from proposals of its own, and the lookup from the text."""
         own = proposal.trees if isinstance(proposal, _Preferred) else proposal
-        self._trained.observe(states, own, result, taps)
+        self.trained.observe(states, own, result, taps)
         if isinstance(proposal, _Preferred):
             self._lookup.compare(proposal.found, result)
         else:
@@ -113,4 +113,4 @@ class WithLookup:
     def finish(self, state: SequenceState) -> None:
         """Both forget the sequence."""
         self._lookup.finish(state)
-        self._trained.finish(state)
+        self.trained.finish(state)

@@ -12,12 +12,14 @@ import torch
 
 import specrt
 from specrt import builtin, targets
+from specrt.cli.contenders import name_drafters
 from specrt.config import ModelConfig
 from specrt.draft import kinds
 from specrt.draft.eesd.drafter import EesdDrafter
 from specrt.draft.fspad.checkpoint import read_checkpoint
 from specrt.draft.fspad.drafter import FspadDrafter
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
+from specrt.draft.with_lookup import WithLookup
 from specrt.models.dense import dense
 from specrt.targets import PackagedTarget
 from specrt.types import CheckpointError
@@ -68,6 +70,8 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fc_of(drafter: object) -> torch.Tensor:
+    if isinstance(drafter, WithLookup):
+        drafter = drafter.trained
     assert isinstance(drafter, FspadDrafter)
     return dense(drafter.layer.weights.fc).float()
 
@@ -94,6 +98,7 @@ def test_a_name_means_the_targets_own(here: Path, made: Path, drafter: str) -> N
     given = {"builtin": "builtin", OTHER: OTHER, str(made / OTHER): OTHER}
     for target, name in given.items():
         engine = specrt.load(target, drafter, fold=False)
+        assert isinstance(engine.drafter, WithLookup) == (drafter == "auto" and name == OTHER)
         _, tensors = read_checkpoint(of[name])
         assert torch.equal(fc_of(engine.drafter), tensors["fc.fc.weight"])
         plain = specrt.load(target).generate("hi", max_new_tokens=12, ignore_eos=True)
@@ -118,6 +123,19 @@ def test_what_another_target_has_is_refused_by_name(here: Path, made: Path) -> N
         match=OF_ANOTHER.format("fspad", "'builtin' and 'other'", "'third'", ""),
     ):
         specrt.load(made / "third", "fspad")
+
+
+def test_what_auto_is_by_device(here: Path, made: Path) -> None:
+    own = ModelConfig.from_directory(here / "target")
+    other = ModelConfig.from_directory(made / OTHER)
+    assert kinds.default_drafter(own) == kinds.default_drafter(own, is_gpu=True) == "fspad"
+    assert kinds.default_drafter(other) == "fspad+prompt-lookup"
+    assert kinds.default_drafter(other, is_gpu=True) == "fspad"
+    assert name_drafters("auto,none2=none", other) == {
+        "fspad+prompt-lookup": "fspad+prompt-lookup",
+        "none2": "none",
+    }
+    assert name_drafters("auto", other, is_gpu=True) == {"fspad": "fspad"}
 
 
 def test_one_that_is_not_there_is_not_offered(here: Path) -> None:
