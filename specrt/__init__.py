@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from specrt.engine.engine import Engine
     from specrt.engine.results import GenerationResult, StreamChunk
     from specrt.loading import generate, load
-    from specrt.sampling import SamplingParams
+    from specrt.sampling import SamplingParams, StructuredOutput
     from specrt.types import CheckpointError, QueueFullError, RequestHandle
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "RequestHandle",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutput",
     "__version__",
     "generate",
     "load",
@@ -41,6 +42,7 @@ _HOMES = {
     "RequestHandle": "specrt.types",
     "SamplingParams": "specrt.sampling",
     "StreamChunk": "specrt.engine.results",
+    "StructuredOutput": "specrt.sampling",
     "generate": "specrt.loading",
     "load": "specrt.loading",
 }

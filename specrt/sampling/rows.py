@@ -11,7 +11,8 @@ import torch
 from specrt.device import Device
 from specrt.ops.tree_accept import workspace_parts, workspace_size
 from specrt.reuse import power_of_two
-from specrt.sampling.params import SamplingParams, refusal
+from specrt.sampling.params import SamplingParams
+from specrt.sampling.structured import refusal
 
 # csrc/core/sampling_row.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
