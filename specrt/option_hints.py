@@ -36,8 +36,10 @@ _NAMES = {
     "guided_choice": "structured=StructuredOutput(choice=...)",
     "guided_grammar": "structured=StructuredOutput(grammar=...)",
     "random_seed": "seed",
-    "top_logprobs": "logprobs, of the tokens that were chosen",
-    "prompt_logprobs": "logprobs, of output tokens",
+    "num_return_sequences": "n",
+    "best_of": "n, which leaves the choice to you",
+    "num_logprobs": "top_logprobs",
+    "return_logprob": "logprobs",
     "stream": "Engine.stream",
     "streamer": "Engine.stream",
     "model": "target",
@@ -46,14 +48,11 @@ _NAMES = {
 }
 # What there is not, or not as an option.
 _ABSENT = {
-    "a prompt has one output: give it several times, with a seed each": """
-        n best_of num_return_sequences
-    """,
     "there is no beam search": """
         num_beams use_beam_search beam_width length_penalty early_stopping
     """,
-    "the text leaves special tokens out, token_ids has them": """
-        skip_special_tokens spaces_between_special_tokens detokenize
+    "text is decoded as the tokenizer does it, with or without skip_special_tokens": """
+        spaces_between_special_tokens detokenize
     """,
 }
 _REASONS = {name: reason for reason, names in _ABSENT.items() for name in names.split()}

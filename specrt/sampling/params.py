@@ -33,6 +33,8 @@ MODEL_FIELDS = (
     "suppress_tokens",
 )
 """The fields of :class:`SamplingParams` that a model may have values of its own for."""
+MAX_CHOICES = 1024
+"""Answers that one prompt may have."""
 _FLOAT = struct.Struct("=f")
 
 
@@ -130,6 +132,17 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     """Report each token's log-probability under the target's unprocessed law."""
+    top_logprobs: int = 0
+    """Report so many of the likeliest tokens at each output token's place, of equal ones the lowest
+    id first, and with them ``logprobs``."""
+    prompt_logprobs: int | None = None
+    """Report each prompt token's log-probability, and so many of the likeliest at its place."""
+    skip_special_tokens: bool = True
+    """Whether the text leaves special tokens out; False writes them as the tokenizer does."""
+    report_trees: bool = False
+    """Report each round's tree, and which path of it was accepted (``StreamChunk.tree``)."""
+    n: int = 1
+    """Answers to the prompt. Answer i is that of the seed + i, mod 2**64."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -145,6 +158,7 @@ class SamplingParams:
         self._check_bias()
         self._check_stops()
         self._check_edits()
+        self._check_reports()
 
     def _check_ranges(self) -> None:
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
@@ -204,9 +218,6 @@ class SamplingParams:
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
                 raise refusal(name, "None or a sequence of ints >= 0", ids)
-        for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
-            if not isinstance(getattr(self, name), bool):
-                raise refusal(name, "a bool", getattr(self, name))
 
     def _check_edits(self) -> None:
         words: object = self.bad_words
@@ -222,6 +233,29 @@ class SamplingParams:
             raise refusal("logits_processor", "None or a callable", self.logits_processor)
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise refusal("structured", "None or a StructuredOutput", self.structured)
+
+    def _check_reports(self) -> None:
+        for name in (
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "logprobs",
+            "skip_special_tokens",
+            "report_trees",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise refusal(name, "a bool", getattr(self, name))
+        if not _is_int(self.top_logprobs) or self.top_logprobs < 0:
+            raise refusal("top_logprobs", "an int >= 0", self.top_logprobs)
+        count = self.prompt_logprobs
+        if count is not None and (not _is_int(count) or count < 0):
+            raise refusal("prompt_logprobs", "None or an int >= 0", count)
+        if not _is_int(self.n) or not 1 <= self.n <= MAX_CHOICES:
+            raise refusal("n", f"an int in [1, {MAX_CHOICES}]", self.n)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether output tokens' log-probabilities are reported."""
+        return self.logprobs or self.top_logprobs > 0
 
     @property
     def is_greedy(self) -> bool:
@@ -272,6 +306,15 @@ class SamplingParams:
             return self
         return replace(self, seed=secrets.randbits(63) if seed is None else seed)
 
+    def choices(self) -> list[SamplingParams]:
+        """Of each of the ``n`` answers, with seeds if there are several."""
+        if self.n == 1:
+            return [self]
+        first = self.with_seed()
+        assert first.seed is not None, "it has one now"
+        seeds = ((first.seed + choice) % 2**64 for choice in range(1, self.n))
+        return [first, *(replace(first, seed=seed) for seed in seeds)]
+
 
 class SamplingOptions(TypedDict, total=False):
     """The fields of :class:`SamplingParams` as keyword arguments of a call."""
@@ -297,6 +340,11 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     ignore_eos: bool
     logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: int | None
+    skip_special_tokens: bool
+    report_trees: bool
+    n: int
 
 
 def one_each(

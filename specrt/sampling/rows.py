@@ -145,7 +145,7 @@ class SamplingRows:
             bias_values=bias_values,
             workspace=self._scratch(count) if needs_scratch else None,
             vocab_size=self._vocab_size,
-            want_logprobs=any(p.logprobs for p in params),
+            want_logprobs=any(p.wants_logprobs for p in params),
         )
 
     def _packed_biases(self, count: int) -> tuple[list[int], list[float]]:
