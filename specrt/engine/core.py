@@ -18,6 +18,7 @@ from specrt.engine.limits import EngineLimits
 from specrt.engine.memory import make_cache
 from specrt.engine.places import Places
 from specrt.engine.prefill import Prefill
+from specrt.engine.reports import Told
 from specrt.engine.request import Request
 from specrt.engine.results import StreamChunk
 from specrt.engine.round import Round, Stages, run_round
@@ -47,7 +48,7 @@ class EngineCore:
         parts = self._batch, self._drafting, self.device, self._catch_up, self._fail
         self._places = Places(self.cache, limits, *parts)
         self.scheduler = self._places.scheduler
-        self._prefill = Prefill(target, limits, self._places, *parts)
+        self._prefill = Prefill(target, limits, self._places, self._stages.reports, *parts)
 
     def add(self, request: Request) -> None:
         """A request waits for its turn.
@@ -156,7 +157,8 @@ class EngineCore:
     def _launch_round(self) -> bool:
         """Launch a round, then read the one before; whether there was one to launch."""
         decoding = self._batch.requests
-        planned = self._drafting.plan(decoding) if self._target.device.is_gpu else None
+        needs_host = not self._target.device.is_gpu or any(one.needs_host for one in decoding)
+        planned = None if needs_host else self._drafting.plan(decoding)
         if planned is None or not self._reserve_ahead(planned.plan.num_nodes):
             return False
         before = self._pending
@@ -242,13 +244,16 @@ class EngineCore:
             position = len(request.token_ids)
             return request.failed(f"logits: NaN or no finite value at position {position}")
         count, logprobs = outcome.num_taken, done.read.logprobs
+        told = done.told[row] if done.told else Told()
         taken = request.append(
-            done.read.tokens[row][:count], None if logprobs is None else logprobs[row][:count]
+            done.read.tokens[row][:count],
+            None if logprobs is None else logprobs[row][:count],
+            told.top_logprobs,
         )
         has_ended = request.end.reason is not None
         assert has_ended or not outcome.ending, "an end that the text does not have"
         stats.record(outcome.num_nodes, len(taken) - 1, outcome.deepest)
-        return request.chunk(taken, outcome.accept_length)
+        return request.chunk(taken, outcome.accept_length, told.tree)
 
     def _fail_all(self) -> None:
         """End all requests: their device is lost."""

@@ -43,6 +43,7 @@ class HeadByNeed:
         self._num_passes = 2.0  # of a round, in the mean
         self._num_rounds = 0
         self._logits = torch.empty(0, target.config.vocab_size)
+        self._walks: _Walks | None = None  # the last round's
 
     def takes(self, tree: DraftTree, taps: Sequence[str]) -> bool:
         """Whether a round of such trees is for :meth:`accept`: nobody reads all logits."""
@@ -76,9 +77,15 @@ class HeadByNeed:
             )
             wanted = walks.choose(walks.next_node.tolist(), _ROWS_A_PASS)
             num_passes += 1
+        self._walks = walks
         if num_first == _ROWS_A_PASS:
             self._num_passes += 0.1 * (num_passes - self._num_passes)
         return result
+
+    def row_of(self, b: int, node: int) -> torch.Tensor:
+        """The raw logits ``[V]`` of a node that the last walks came to, until the next ones."""
+        assert self._walks is not None, "there was a round"
+        return self._logits[self._walks.logit_rows[b, node]]
 
     def _pays_by_need(self, num_rows: int) -> bool:
         """What is measured says so; now and then the other way, so that both are measured."""

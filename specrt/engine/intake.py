@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from specrt.config import ModelConfig
@@ -21,10 +22,12 @@ from specrt.types import RequestHandle, SequenceState
 
 
 class Asked(NamedTuple):
-    """One prompt of a call."""
+    """One answer to a prompt of a call."""
 
     number: int
-    """Which of them."""
+    """Which prompt."""
+    choice: int
+    """Which of its answers."""
     ids: list[int]
     params: SamplingParams
     draft: DraftParams
@@ -51,7 +54,8 @@ class Intake:
         options: Mapping[str, object],
         add_special_tokens: bool,
     ) -> tuple[deque[Asked], bool]:
-        """What is asked, prompt by prompt, and whether there were many; all of it can be answered.
+        """What is asked, prompt by prompt, and whether that may be many answers; all of it can be
+        given.
 
         Raises:
             ValueError, TypeError: as :meth:`specrt.engine.engine.Engine.generate`.
@@ -71,8 +75,9 @@ class Intake:
                     f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
                     f"got {max(p.logit_bias)}"
                 )
-            asked.append(Asked(index, ids, p, draft or DraftParams()))
-        return asked, many
+            for choice, params_of_one in enumerate(p.choices()):
+                asked.append(Asked(index, choice, ids, params_of_one, draft or DraftParams()))
+        return asked, many or len(asked) > 1
 
     def check_draft(self, draft: DraftParams | None) -> None:
         """Refuse a shape that the engine or the drafter does not take.
@@ -128,11 +133,14 @@ class Intake:
         max_len = min(wanted, self.config.max_positions)
         eos_ids = () if params.ignore_eos else self.config.eos_ids
 
+        stop_ids = {**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)}
+
         def new_end() -> OutputEnd:
             return OutputEnd(
-                TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
-                stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
+                self._tracker(params, ids),
+                stop_ids=stop_ids,
                 stop_strings=params.stop_strings,
+                special_tokens=self.tokenizer.special_tokens,
                 keeps_stop=params.include_stop_str_in_output,
                 num_left=max_len - len(ids),
                 limit_reason="length" if max_len == wanted else "context",
@@ -147,4 +155,13 @@ class Intake:
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
         )
-        return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)
+        places = asked.number, asked.choice
+        return Request(handle, params, asked.draft, state, new_end, box.append, *places)
+
+    def _tracker(self, params: SamplingParams, prompt: Sequence[int]) -> TextTracker:
+        special, decode = self.tokenizer.special_tokens, self.tokenizer.decode
+        if params.skip_special_tokens:
+            return TextTracker(decode, prompt, special)
+        # Ids of a padded vocabulary are no tokens, and have no text.
+        unused = {token: text for token, text in special.items() if not text}
+        return TextTracker(partial(decode, skip_special_tokens=False), prompt, unused)

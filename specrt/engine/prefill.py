@@ -10,6 +10,7 @@ from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
 from specrt.engine.places import Places
+from specrt.engine.reports import Reports
 from specrt.engine.request import Request
 from specrt.models.model import LlamaModel
 
@@ -21,6 +22,7 @@ class Prefill:
         target: runs them.
         limits: how much at once.
         places: who has pages, and the queue.
+        reports: told of prompts whose log-probabilities are wanted.
         batch: of those that decode.
         drafting: whose drafter is told.
         device: whether it still answers.
@@ -33,6 +35,7 @@ class Prefill:
         target: LlamaModel,
         limits: EngineLimits,
         places: Places,
+        reports: Reports,
         batch: Batch,
         drafting: Drafting,
         device: DeviceWatch,
@@ -42,6 +45,7 @@ class Prefill:
         self._target = target
         self._limits = limits
         self._places = places
+        self._reports = reports
         self._batch = batch
         self._drafting = drafting
         self._device = device
@@ -94,7 +98,10 @@ class Prefill:
     def _extend(self, request: Request, first: int, end: int) -> None:
         assert request.cached is not None, "an admitted request has a place for pages"
         batch = CacheBatch(self._places.cache, [request.cached])
-        ids, taps = request.token_ids[first:end], self._drafting.taps([request])
+        ids, drafters = request.token_ids[first:end], self._drafting.taps([request])
+        taps = self._reports.prompt_taps(request, drafters)
         for start, piece in self._target.extend(ids, batch, taps=taps):
-            self._drafting.prefill(request, first + start, piece)
+            self._reports.take_prompt(request, first + start, piece)
+            own = {tap: states for tap, states in piece.items() if tap in drafters}
+            self._drafting.prefill(request, first + start, own)
         self._places.cache.release(request.cached)  # a chunk's pages are many

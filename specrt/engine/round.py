@@ -13,6 +13,7 @@ from specrt.device import Device
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
 from specrt.engine.head_by_need import HeadByNeed
+from specrt.engine.reports import Reports, RowOf, Told
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP
@@ -31,6 +32,8 @@ class Round:
     accept_ms: float
     """From logits to the report, and what the drafter makes of it, by the host's clock; logits by
     need are made in it."""
+    told: Sequence[Told] = ()
+    """What somebody asked to be told of it; empty where nobody did."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ class Stages:
     settler: Settler
     accepting: Accepting
     head: HeadByNeed
+    reports: Reports
 
     @classmethod
     def of(cls, target: LlamaModel, cache: KVCache) -> Stages:
         """A target's, with its cache."""
         vocab_size, device = target.config.vocab_size, target.device
         settler, accepting = Settler(vocab_size, device), Accepting(vocab_size, device)
-        return cls(target, cache, settler, accepting, HeadByNeed(target))
+        return cls(target, cache, settler, accepting, HeadByNeed(target), Reports(target))
 
     def verify(
         self, tree: DraftTree, cached: CacheBatch, taps: tuple[str, ...], lower: LowerLayers | None
@@ -68,6 +72,12 @@ class Stages:
         return self.accepting.accept(
             tree, output.logits, batch.sampling, batch.history, batch.history_len
         )
+
+    def row_of(self, output: VerifyOutput) -> RowOf:
+        """The raw logits of the nodes that :meth:`accept` came to."""
+        if output.logits.shape[1] == 0:
+            return self.head.row_of
+        return lambda b, node: output.logits[b, node]
 
 
 def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
@@ -100,6 +110,7 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     seen = device.read(rows).numpy()
     known = perf_counter()  # nothing waits for a GPU behind the report, nor for marks there
     read = Read(seen, tree.draft_tokens.shape[1])
+    told_of = stages.reports.of_round(batch.requests, tree, read, stages.row_of(output))
     cached.advance([outcome.num_taken for outcome in read.outcomes])
     if draft.parts:
         told = AcceptResult(
@@ -109,7 +120,7 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
     accept_ms += 1e3 * (perf_counter() - known)
     drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
-    return Round(read, draft_ms, verify_ms, accept_ms)
+    return Round(read, draft_ms, verify_ms, accept_ms, told_of)
 
 
 def _make_room(cache: KVCache, batch: Batch, proposal: Proposal, most: int) -> int:
