@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
+from specrt.engine.editors import Editors
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import Prompt, PromptEncoder, split_prompts
 from specrt.engine.request import Request
@@ -38,6 +39,7 @@ class Intake:
     tokenizer: Tokenizer
     drafter: Drafter
     limits: EngineLimits
+    editors: Editors
 
     def encoder(self, add_special_tokens: bool) -> PromptEncoder:
         """Makes token ids of prompts."""
@@ -71,6 +73,7 @@ class Intake:
                     f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
                     f"got {max(p.logit_bias)}"
                 )
+            p = self.editors.checked(p)
             asked.append(Asked(index, ids, p, draft or DraftParams()))
         return asked, many
 
@@ -126,6 +129,7 @@ class Intake:
         ids, params = asked.ids, asked.params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.config.max_positions)
+        editor = self.editors.editor(params, ids, max_len)
         eos_ids = () if params.ignore_eos else self.config.eos_ids
 
         def new_end() -> OutputEnd:
@@ -135,6 +139,7 @@ class Intake:
                 stop_strings=params.stop_strings,
                 keeps_stop=params.include_stop_str_in_output,
                 num_left=max_len - len(ids),
+                num_sure=params.min_new_tokens,
                 limit_reason="length" if max_len == wanted else "context",
                 is_streamed=is_streamed,
             )
@@ -147,4 +152,5 @@ class Intake:
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
         )
-        return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)
+        tell, index = box.append, asked.number
+        return Request(handle, params, asked.draft, state, new_end, tell, index, editor)

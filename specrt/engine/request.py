@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from specrt.cache import CachedSequence
 from specrt.device import Mark
 from specrt.draft.base import DraftParams
+from specrt.engine.editor import Editor
 from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.engine.stop import FinishReason, OutputEnd
 from specrt.sampling import SamplingParams
@@ -33,6 +34,8 @@ class Request:
     """Called with what each round gives it: a box's own ``append`` (see :meth:`tell`)."""
     index: int = 0
     """Which prompt of its call."""
+    editor: Editor | None = None
+    """Edits the logits that its tokens are taken of."""
     cached: CachedSequence | None = None
     """Its pages; None while it waits."""
     is_drafted: bool = True
@@ -65,6 +68,11 @@ class Request:
         """Tokens whose keys and values are missing; the last token is the first round's root."""
         held = 0 if self.cached is None else self.cached.length
         return len(self.token_ids) - 1 - held
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host has a part in each of its rounds."""
+        return self.editor is not None
 
     @property
     def output_ids(self) -> list[int]:

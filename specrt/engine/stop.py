@@ -95,6 +95,7 @@ class OutputEnd:
         stop_strings: texts that end the output.
         keeps_stop: whether what ended the output, token or string, is part of the text.
         num_left: tokens that may come.
+        num_sure: tokens before which no stop string counts.
         limit_reason: the reason when they are used up.
         is_streamed: whether text is shown before the end; else, and without stop strings, all of it
             is decoded at once.
@@ -108,6 +109,7 @@ class OutputEnd:
         stop_strings: Sequence[str],
         keeps_stop: bool,
         num_left: int,
+        num_sure: int = 0,
         limit_reason: FinishReason,
         is_streamed: bool,
     ) -> None:
@@ -116,6 +118,8 @@ class OutputEnd:
         """Tokens that end the output."""
         self._keeps_stop = keeps_stop
         self._num_left = num_left
+        self._num_unsure = num_left - num_sure
+        """Tokens that may still come once stop strings count."""
         self._limit_reason: FinishReason = limit_reason
         self._marks = _marks(tracker.special_tokens, stop_strings)
         self._unmark = dict.fromkeys(map(ord, self._marks.values()))
@@ -185,6 +189,8 @@ class OutputEnd:
         """Add text; True if a stop string is complete with it, behind which nothing counts."""
         size = len(self._text)
         self._text += new
+        if self._num_left > self._num_unsure:
+            return False
         found = []
         for spelling, stop in self._stops:
             start = self._text.find(spelling, max(0, size - len(spelling) + 1))
