@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, overload
 from specrt.cache import KVCache
 from specrt.draft.base import Drafter, DraftParams
 from specrt.engine.core import EngineCore
+from specrt.engine.editors import Editors
 from specrt.engine.intake import Asked, Intake
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import OnePrompt, Prompt
@@ -57,7 +58,9 @@ class Engine:
         self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
         with target.device.working():  # where its memory is used
             self._core = EngineCore(target, drafter, self.limits)
-        self._intake = Intake(target.config, tokenizer, drafter, self.limits)
+        config = target.config
+        editors = Editors(tokenizer, config.vocab_size, config.eos_ids)
+        self._intake = Intake(config, tokenizer, drafter, self.limits, editors)
         self._lock = target.lock
         self._turns = Turns(self._core, self._lock, self._enqueue, self._check_open)
         self._outbox: list[StreamChunk] = []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
+from specrt.engine.editors import Editors
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import Prompt, PromptEncoder, split_prompts
 from specrt.engine.request import Request
@@ -41,6 +42,7 @@ class Intake:
     tokenizer: Tokenizer
     drafter: Drafter
     limits: EngineLimits
+    editors: Editors
 
     def encoder(self, add_special_tokens: bool) -> PromptEncoder:
         """Makes token ids of prompts."""
@@ -75,8 +77,9 @@ class Intake:
                     f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
                     f"got {max(p.logit_bias)}"
                 )
-            for choice, params_of_one in enumerate(p.choices()):
-                asked.append(Asked(index, choice, ids, params_of_one, draft or DraftParams()))
+            p = self.editors.checked(p)
+            for choice, one in enumerate(p.choices()):
+                asked.append(Asked(index, choice, ids, one, draft or DraftParams()))
         return asked, many or len(asked) > 1
 
     def check_draft(self, draft: DraftParams | None) -> None:
@@ -131,6 +134,7 @@ class Intake:
         ids, params = asked.ids, asked.params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.config.max_positions)
+        editor = self.editors.editor(params, ids, max_len)
         eos_ids = () if params.ignore_eos else self.config.eos_ids
 
         stop_ids = {**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)}
@@ -143,6 +147,7 @@ class Intake:
                 special_tokens=self.tokenizer.special_tokens,
                 keeps_stop=params.include_stop_str_in_output,
                 num_left=max_len - len(ids),
+                num_sure=params.min_new_tokens,
                 limit_reason="length" if max_len == wanted else "context",
                 is_streamed=is_streamed,
             )
@@ -155,8 +160,8 @@ class Intake:
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
         )
-        places = asked.number, asked.choice
-        return Request(handle, params, asked.draft, state, new_end, box.append, *places)
+        tell, place = box.append, (asked.number, asked.choice)
+        return Request(handle, params, asked.draft, state, new_end, tell, *place, editor)
 
     def _tracker(self, params: SamplingParams, prompt: Sequence[int]) -> TextTracker:
         special, decode = self.tokenizer.special_tokens, self.tokenizer.decode

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from specrt.cache import KVCache
-from specrt.engine.batch import Batch
+from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
@@ -15,12 +15,12 @@ from specrt.engine.scheduler import Scheduler
 
 
 class Places:
-    """What each request of an engine holds: pages, a row of the batch, the drafter's part.
+    """What each request of an engine holds: pages, a row of a batch, the drafter's part.
 
     Args:
         cache: the target's.
         limits: how much at once.
-        batch: of those that decode.
+        batches: of those that decode.
         drafting: whose drafter holds something for each.
         device: whether it still answers.
         catch_up: reads the round that is under way; whether there was one.
@@ -31,7 +31,7 @@ class Places:
         self,
         cache: KVCache,
         limits: EngineLimits,
-        batch: Batch,
+        batches: Batches,
         drafting: Drafting,
         device: DeviceWatch,
         catch_up: Callable[[], bool],
@@ -39,7 +39,7 @@ class Places:
     ) -> None:
         self.cache = cache
         self._limits = limits
-        self._batch = batch
+        self._batches = batches
         self._drafting = drafting
         self._device = device
         self._catch_up = catch_up
@@ -87,8 +87,8 @@ class Places:
         with ExitStack() as releases:
             releases.callback(self._close, request)
             releases.callback(self._drafting.finish, request)
-            if self._device.fault is None:  # or nothing can be written to the batch's tables
-                self._batch.leave(request)
+            if self._device.fault is None:  # or nothing can be written to the batches' tables
+                self._batches.leave(request)
             self._drafting.regroup()
 
     def _close(self, request: Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from specrt.cache import CacheBatch
-from specrt.engine.batch import Batch
+from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
@@ -16,14 +16,14 @@ from specrt.models.model import LlamaModel
 
 
 class Prefill:
-    """Admits requests and runs their prompts; those that are through join the batch.
+    """Admits requests and runs their prompts; those that are through join a batch.
 
     Args:
         target: runs them.
         limits: how much at once.
         places: who has pages, and the queue.
         reports: told of prompts whose log-probabilities are wanted.
-        batch: of those that decode.
+        batches: of those that decode.
         drafting: whose drafter is told.
         device: whether it still answers.
         catch_up: reads the round that is under way.
@@ -36,7 +36,7 @@ class Prefill:
         limits: EngineLimits,
         places: Places,
         reports: Reports,
-        batch: Batch,
+        batches: Batches,
         drafting: Drafting,
         device: DeviceWatch,
         catch_up: Callable[[], bool],
@@ -46,14 +46,14 @@ class Prefill:
         self._limits = limits
         self._places = places
         self._reports = reports
-        self._batch = batch
+        self._batches = batches
         self._drafting = drafting
         self._device = device
         self._catch_up = catch_up
         self._fail = fail
 
     def run(self) -> None:
-        """Run at most a chunk of prompts; those that are through join the batch."""
+        """Run at most a chunk of prompts; those that are through join a batch."""
         left = self._limits.prefill_chunk
         while left > 0:
             request = self._next()
@@ -62,7 +62,7 @@ class Prefill:
             left -= self._run_piece(request, left)
 
     def _next(self) -> Request | None:
-        decoding, scheduler = self._batch.requests, self._places.scheduler
+        decoding, scheduler = self._batches.requests, self._places.scheduler
         for request in scheduler.admitted:
             if request not in decoding:
                 return request
@@ -91,7 +91,7 @@ class Prefill:
         request.prefills.append((started, device.mark()))
         if request.num_to_prefill == 0:
             self._catch_up()
-            self._batch.join(request)
+            self._batches.join(request)
             self._drafting.regroup()
         return max(1, count)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from specrt.cache import CachedSequence
 from specrt.device import Mark
 from specrt.draft.base import DraftParams
+from specrt.engine.editor import Editor
 from specrt.engine.results import GenerationResult, RoundTree, StreamChunk, TokenLogprob
 from specrt.engine.stop import FinishReason, OutputEnd
 from specrt.sampling import SamplingParams
@@ -47,6 +48,8 @@ class Request:
     """Which prompt of its call."""
     choice: int = 0
     """Which of its prompt's answers."""
+    editor: Editor | None = None
+    """Edits the logits that its tokens are taken of."""
     cached: CachedSequence | None = None
     """Its pages; None while it waits."""
     is_drafted: bool = True
@@ -79,8 +82,9 @@ class Request:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host takes part in its rounds."""
-        return self.params.top_logprobs > 0 or self.params.report_trees
+        """Whether the host has a part in each of its rounds."""
+        asks = self.params.top_logprobs > 0 or self.params.report_trees
+        return asks or self.editor is not None
 
     @property
     def reads_prompt(self) -> bool:

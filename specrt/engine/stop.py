@@ -98,6 +98,7 @@ class OutputEnd:
             none of them.
         keeps_stop: whether what ended the output, token or string, is part of the text.
         num_left: tokens that may come.
+        num_sure: tokens before which no stop string counts.
         limit_reason: the reason when they are used up.
         is_streamed: whether text is shown before the end; else, and without stop strings, all of it
             is decoded at once.
@@ -112,6 +113,7 @@ class OutputEnd:
         special_tokens: Mapping[int, str] | None = None,
         keeps_stop: bool,
         num_left: int,
+        num_sure: int = 0,
         limit_reason: FinishReason,
         is_streamed: bool,
     ) -> None:
@@ -120,6 +122,8 @@ class OutputEnd:
         """Tokens that end the output."""
         self._keeps_stop = keeps_stop
         self._num_left = num_left
+        self._num_unsure = num_left - num_sure
+        """Tokens that may still come once stop strings count."""
         self._limit_reason: FinishReason = limit_reason
         unshown = tracker.special_tokens
         if special_tokens is not None and not keeps_stop:
@@ -193,6 +197,8 @@ class OutputEnd:
         """Add text; True if a stop string is complete with it, behind which nothing counts."""
         size = len(self._text)
         self._text += new
+        if self._num_left > self._num_unsure:
+            return False
         found = []
         for spelling, stop in self._stops:
             start = self._text.find(spelling, max(0, size - len(spelling) + 1))
