@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
-    from specrt.engine.results import GenerationResult, StreamChunk
+    from specrt.engine.results import GenerationResult, RoundTree, StreamChunk, TokenLogprob
     from specrt.loading import generate, load
-    from specrt.sampling import SamplingParams
+    from specrt.sampling import SamplingParams, StructuredOutput
     from specrt.types import CheckpointError, QueueFullError, RequestHandle
 
 __version__ = "0.1.0"
@@ -24,8 +24,11 @@ __all__ = [
     "GenerationResult",
     "QueueFullError",
     "RequestHandle",
+    "RoundTree",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutput",
+    "TokenLogprob",
     "__version__",
     "generate",
     "load",
@@ -39,8 +42,11 @@ _HOMES = {
     "GenerationResult": "specrt.engine.results",
     "QueueFullError": "specrt.types",
     "RequestHandle": "specrt.types",
+    "RoundTree": "specrt.engine.results",
     "SamplingParams": "specrt.sampling",
     "StreamChunk": "specrt.engine.results",
+    "StructuredOutput": "specrt.sampling",
+    "TokenLogprob": "specrt.engine.results",
     "generate": "specrt.loading",
     "load": "specrt.loading",
 }

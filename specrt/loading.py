@@ -29,8 +29,8 @@ from specrt.draft.kinds import (
     without_lookup,
 )
 from specrt.draft.length.control import ControlOptions, parse_control
-from specrt.engine.core import EngineLimits
 from specrt.engine.engine import Engine
+from specrt.engine.limits import EngineLimits
 from specrt.engine.memory import size_check
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.results import GenerationResult

@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, MutableSequence, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, NoReturn, overload
 
 from specrt.cache import KVCache
 from specrt.draft.base import Drafter, DraftParams
-from specrt.engine.core import EngineCore, EngineLimits
+from specrt.engine.core import EngineCore
+from specrt.engine.editors import Editors
 from specrt.engine.intake import Asked, Intake
+from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.request import Request
 from specrt.engine.results import GenerationResult, StreamChunk
+from specrt.engine.turns import Turns
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
 from specrt.sampling import SamplingOptions, SamplingParams
-from specrt.types import QueueFullError, RequestHandle
+from specrt.types import RequestHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +42,7 @@ class Engine:
         target: the model whose words are spoken.
         drafter: proposes; never changes the words.
         tokenizer: for text prompts and text output.
-        **limits: fields of :class:`~specrt.engine.core.EngineLimits`.
+        **limits: fields of :class:`~specrt.engine.limits.EngineLimits`.
 
     Raises:
         ValueError: a limit is out of range, or the drafter reads hidden states that the target
@@ -55,8 +58,11 @@ class Engine:
         self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
         with target.device.working():  # where its memory is used
             self._core = EngineCore(target, drafter, self.limits)
-        self._intake = Intake(target.config, tokenizer, drafter, self.limits)
+        config = target.config
+        editors = Editors(tokenizer, config.vocab_size, config.eos_ids)
+        self._intake = Intake(config, tokenizer, drafter, self.limits, editors)
         self._lock = target.lock
+        self._turns = Turns(self._core, self._lock, self._enqueue, self._check_open)
         self._outbox: list[StreamChunk] = []
         self._ids = count()
         self._owner = object()
@@ -98,6 +104,7 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
+        self._turns.close()
         self._core.close()
         del self.target, self.drafter, self.tokenizer, self._core, self._intake
 
@@ -191,9 +198,10 @@ class Engine:
             **options: fields of :class:`SamplingParams`, which replace those of ``sampling``.
 
         Returns:
-            A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
-            that failed (no memory, NaN) has ``finish_reason == "error"`` and leaves the others
-            untouched.
+            A :class:`GenerationResult`, or a list of them in the order of the prompts. With ``n``
+            above 1 a list, even of one prompt: all answers to the first, then those to the next. A
+            sequence that failed (no memory, NaN) has ``finish_reason == "error"`` and leaves the
+            others untouched.
 
         Raises:
             ValueError: no prompt or an empty one, one longer than the context, bad sampling
@@ -203,12 +211,12 @@ class Engine:
         """
         self._check_open()
         requests, many = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
-        results = dict[int, GenerationResult]()
-        with closing(self._answers(requests, is_streamed=False)) as stream:
+        results = dict[tuple[int, int], GenerationResult]()
+        with closing(self._turns.answers(requests, is_streamed=False)) as stream:
             for chunk in stream:
                 if chunk.result is not None:
-                    results[chunk.index] = chunk.result
-        ordered = [results[index] for index in range(len(results))]
+                    results[chunk.index, chunk.choice] = chunk.result
+        ordered = [results[place] for place in sorted(results)]
         return ordered if many else ordered[0]
 
     def stream(
@@ -220,7 +228,8 @@ class Engine:
         add_special_tokens: bool = True,
         **options: Unpack[SamplingOptions],
     ) -> Generator[StreamChunk, None, None]:
-        """As :meth:`generate`, but yield tokens as each round accepts them.
+        """As :meth:`generate`, but yield tokens as each round accepts them; ``chunk.index`` says of
+        which prompt, ``chunk.choice`` of which of its answers.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
         Arguments are checked at the call, before the first chunk is asked for; requests are added
@@ -228,7 +237,7 @@ class Engine:
         """
         self._check_open()
         requests, _ = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
-        return self._answers(requests, is_streamed=True)
+        return self._turns.answers(requests, is_streamed=True)
 
     # --- step by step -------------------------------------------------------------------------
 
@@ -259,11 +268,14 @@ class Engine:
             What the request's chunks are known by (``chunk.handle``), and :meth:`abort` takes.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as :meth:`generate`.
+            ValueError, TypeError, RuntimeError: as :meth:`generate`; ``n`` is more than 1.
             QueueFullError: as many requests wait as may (``max_waiting``); nothing was added.
         """
         self._check_open()
         asked, many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
+        if asked[0].params.n > 1:
+            count = asked[0].params.n
+            raise ValueError(f"n: expected 1, got {count}; add each answer, with a seed of its own")
         if many:
             raise ValueError("prompt: expected one, got a list of them; add each")
         return self._enqueue(asked[0], True, self._outbox).handle
@@ -280,7 +292,7 @@ class Engine:
         """
         self._check_open()
         device = self._core.device
-        self._lock.run(partial(self._step, deque()))
+        self._turns.step(deque())
         count = len(self._outbox)
         # No call from here on: neither Ctrl-C nor another thread comes in between.
         told = self._outbox[:count]
@@ -343,58 +355,6 @@ class Engine:
         self._core.add(request)
         return request
 
-    # --- turns --------------------------------------------------------------------------------
-
-    def _answers(
-        self, asked: deque[Asked], is_streamed: bool
-    ) -> Generator[StreamChunk, None, None]:
-        """What comes of some requests, while this thread or another steps the engine."""
-        box, mine = deque[StreamChunk](), dict[RequestHandle, Request]()
-        try:
-            while asked or mine:
-                self._feed(asked, is_streamed, box, mine)
-                self._lock.run(partial(self._step, box))
-                while box:
-                    chunk = box.popleft()
-                    if chunk.result is not None:
-                        del mine[chunk.handle]
-                    yield chunk
-        finally:
-            # Maybe by the garbage collector in the middle of another stream's round.
-            self._lock.do_when_free(partial(self._drop, mine))
-
-    def _feed(
-        self,
-        asked: deque[Asked],
-        is_streamed: bool,
-        box: deque[StreamChunk],
-        mine: dict[RequestHandle, Request],
-    ) -> None:
-        """Add what the queue has room for."""
-        self._check_open()
-        while asked:
-            try:
-                request = self._enqueue(asked[0], is_streamed, box)
-            except QueueFullError:
-                return
-            mine[request.handle] = request
-            asked.popleft()
-
-    def _step(self, box: deque[StreamChunk]) -> None:
-        """Step, unless what is wanted has come by another thread's step."""
-        if not box:
-            self._check_open()
-            self._core.step()
-
     def _abort(self, request: Request) -> None:
         if not self._is_closed and not request.is_over:
             self._core.end(request, request.failed("", "abort"))
-
-    def _drop(self, requests: dict[RequestHandle, Request]) -> None:
-        """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
-        if self._is_closed:
-            return
-        with ExitStack() as releases:  # all of them, though one may raise
-            # The last one registered is the first done: the oldest, which the queue finds at once.
-            for request in reversed(requests.values()):
-                releases.callback(self._core.remove, request)

@@ -37,7 +37,7 @@ _NOWHERE = Device(torch.device("meta"))
 
 
 class Limits(Protocol):
-    """What of :class:`~specrt.engine.core.EngineLimits` takes memory."""
+    """What of :class:`~specrt.engine.limits.EngineLimits` takes memory."""
 
     @property
     def max_batch(self) -> int:
