@@ -69,22 +69,25 @@ class Served:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.address = Address("127.0.0.1", free_port())
-        self._log = tempfile.TemporaryFile()
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "log"
         place = ["--host", self.address.host, "--port", str(self.address.port)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "specrt", "serve", target, *place, *options],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), **(env or {})},
-        )
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "specrt", "serve", target, *place, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **(env or {})},
+            )
 
     def __enter__(self) -> Served:
         end = time.monotonic() + _START_SECONDS
         while not self._is_up():
             if self.process.poll() is not None or time.monotonic() > end:
+                log = self.log()
                 self.stop()
-                raise RuntimeError(f"specrt serve did not start:\n{self.log()}")
+                raise RuntimeError(f"specrt serve did not start:\n{log}")
             time.sleep(0.05)
         return self
 
@@ -102,18 +105,19 @@ class Served:
 
     def log(self, most: int = 4000) -> str:
         """The end of what it wrote."""
-        with open(f"/proc/self/fd/{self._log.fileno()}", "rb") as again:
-            return again.read()[-most:].decode(errors="replace")
+        return self._log.read_bytes()[-most:].decode(errors="replace")
 
     def stop(self) -> int:
-        """SIGTERM, and SIGKILL where that does not end it; its exit status."""
+        """SIGTERM, and SIGKILL where that does not end it; its exit status. Its log goes with it."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
                 self.process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        return self.process.wait()
+        status = self.process.wait()
+        self._folder.cleanup()
+        return status
 
     def _is_up(self) -> bool:
         url = f"http://{self.address.host}:{self.address.port}/health"
