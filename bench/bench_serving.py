@@ -1,8 +1,8 @@
 """What serving costs, and what it gives: streams over HTTP against the engine stepped by itself.
 
-For each number of streams, and each way of speculation (``auto``: what the server does by itself;
-``off``; ``on``: a fixed number of drafted tokens, ``--depth``), so many streams are open at any time
-for ``--seconds``, over HTTP to ``specrt serve`` in a process of its own, and on an engine in this
+For each number of streams, and each way of speculation (``auto``: what the server does by itself,
+``off``, ``on``: a fixed number of drafted tokens, ``--depth``), so many streams are open at any
+time for ``--seconds``, over HTTP to ``specrt serve`` in its own process, and on an engine in this
 one, in turn, ``--repeats`` times. Medians over repeats; ratios are of one repeat.
 
 ``to one``: throughput, over that of one stream (of the same way).

@@ -108,7 +108,7 @@ class Served:
         return self._log.read_bytes()[-most:].decode(errors="replace")
 
     def stop(self) -> int:
-        """SIGTERM, and SIGKILL where that does not end it; its exit status. Its log goes with it."""
+        """SIGTERM, then SIGKILL where that ends nothing; its exit status. Its log goes too."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
