@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
     from specrt.draft.length.control import ControlOptions
+    from specrt.engine.async_engine import AsyncEngine
     from specrt.engine.engine import Engine
     from specrt.engine.results import GenerationResult, RoundTree, StreamChunk, TokenLogprob
     from specrt.loading import generate, load
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "CheckpointError",
     "ControlOptions",
     "DraftParams",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "specrt.engine.async_engine",
     "CheckpointError": "specrt.types",
     "ControlOptions": "specrt.draft.length.control",
     "DraftParams": "specrt.draft.base",

@@ -316,14 +316,26 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """One prompt's token ids; arguments as for :meth:`generate`.
+    def encode(
+        self, prompt: Prompt, *, name: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
+        """One prompt's token ids; arguments as for :meth:`generate`, ``name`` for errors.
 
         Raises:
             ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
         self._check_open()
-        return self._intake.encoder(add_special_tokens).encode(prompt)
+        return self._intake.encoder(add_special_tokens).encode(prompt, name)
+
+    def check_draft(self, draft: DraftParams | None) -> None:
+        """Refuse a shape that the engine or its drafter does not take, as :meth:`generate` would.
+
+        Raises:
+            ValueError: so; names the field.
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        self._intake.check_draft(draft)
 
     def _check_open(self) -> None:
         if self._is_closed:
