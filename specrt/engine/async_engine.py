@@ -180,9 +180,13 @@ class AsyncStream(AsyncIterator[StreamChunk]):
         return [found[number] for number in sorted(found)]
 
     async def aclose(self) -> None:
+        """As :meth:`close`."""
+        self.close()
+
+    def close(self) -> None:
         """End what is open of it, within a round; a task that reads it comes to its end.
 
-        Closing again does nothing.
+        To be called in its loop. Closing again does nothing.
         """
         self._drop()
         box = self._box
