@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.engine import Engine
-    from specrt.engine.results import GenerationResult, StreamChunk
+    from specrt.engine.results import EngineStats, GenerationResult, StreamChunk
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams
     from specrt.types import CheckpointError, QueueFullError, RequestHandle
@@ -21,6 +21,7 @@ __all__ = [
     "ControlOptions",
     "DraftParams",
     "Engine",
+    "EngineStats",
     "GenerationResult",
     "QueueFullError",
     "RequestHandle",
@@ -36,6 +37,7 @@ _HOMES = {
     "ControlOptions": "specrt.draft.length.control",
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine.engine",
+    "EngineStats": "specrt.engine.results",
     "GenerationResult": "specrt.engine.results",
     "QueueFullError": "specrt.types",
     "RequestHandle": "specrt.types",

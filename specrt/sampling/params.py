@@ -110,6 +110,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     """Report each token's log-probability under the target's unprocessed law."""
+    cache_salt: str = ""
+    """Beginnings of texts are shared among requests with the same one only; moves times alone."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -177,6 +179,8 @@ class SamplingParams:
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
                 raise refusal(name, "None or a sequence of ints >= 0", ids)
+        if not isinstance(self.cache_salt, str):
+            raise refusal("cache_salt", "a str", self.cache_salt)
         for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise refusal(name, "a bool", getattr(self, name))
@@ -250,6 +254,7 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     ignore_eos: bool
     logprobs: bool
+    cache_salt: str
 
 
 def one_each(
