@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from specrt.draft.length.control import ControlOptions
     from specrt.engine.async_engine import AsyncEngine
     from specrt.engine.engine import Engine
-    from specrt.engine.results import GenerationResult, RoundTree, StreamChunk, TokenLogprob
+    from specrt.engine.results import (
+        EngineStats,
+        GenerationResult,
+        RoundTree,
+        StreamChunk,
+        TokenLogprob,
+    )
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams, StructuredOutput
     from specrt.types import CheckpointError, QueueFullError, RequestHandle
@@ -23,6 +29,7 @@ __all__ = [
     "ControlOptions",
     "DraftParams",
     "Engine",
+    "EngineStats",
     "GenerationResult",
     "QueueFullError",
     "RequestHandle",
@@ -42,6 +49,7 @@ _HOMES = {
     "ControlOptions": "specrt.draft.length.control",
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine.engine",
+    "EngineStats": "specrt.engine.results",
     "GenerationResult": "specrt.engine.results",
     "QueueFullError": "specrt.types",
     "RequestHandle": "specrt.types",

@@ -17,7 +17,7 @@ from specrt.engine.intake import Asked, Intake
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.request import Request
-from specrt.engine.results import GenerationResult, StreamChunk
+from specrt.engine.results import EngineStats, GenerationResult, StreamChunk
 from specrt.engine.turns import Turns
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
@@ -137,6 +137,16 @@ class Engine:
         """
         self._check_open()
         return SamplingParams.from_defaults(self.target.config.generation)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it holds now, and what it has found so far; any thread may ask.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        return self._core.stats
 
     # --- whole answers ------------------------------------------------------------------------
 

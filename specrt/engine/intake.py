@@ -146,5 +146,6 @@ class Intake:
             seed=params.seed or 0,
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
+            cache_salt=params.cache_salt,
         )
         return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)

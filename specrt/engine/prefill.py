@@ -70,6 +70,9 @@ class Prefill:
 
     def _run_piece(self, request: Request, most: int) -> int:
         """Run up to ``most`` tokens of a prompt; how many there were, at least one for the way."""
+        # Not before: what is kept by now may be what was run a moment ago.
+        if not self._places.begin(request):
+            return 1
         count = min(most, request.num_to_prefill)
         held = request.cached
         assert held is not None, "an admitted request has a place for pages"
@@ -97,4 +100,5 @@ class Prefill:
         ids, taps = request.token_ids[first:end], self._drafting.taps([request])
         for start, piece in self._target.extend(ids, batch, taps=taps):
             self._drafting.prefill(request, first + start, piece)
+        self._places.keep(request)
         self._places.cache.release(request.cached)  # a chunk's pages are many

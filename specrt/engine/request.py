@@ -40,6 +40,8 @@ class Request:
     """Which of its prompt's answers."""
     cached: CachedSequence | None = None
     """Its pages; None while it waits."""
+    is_looked_up: bool = False
+    """Whether its beginning was looked for among what is kept."""
     is_drafted: bool = True
     """False once its drafter has failed it."""
     is_started: bool = False

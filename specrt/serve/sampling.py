@@ -65,13 +65,7 @@ def sampling_params(
         max_new_tokens=max_tokens,
         min_new_tokens=fields.min_tokens or 0,
         structured=form,
-        **salted(cache_salt),
+        cache_salt=cache_salt,
         **given,
         **(more or {}),
     )
-
-
-def salted(cache_salt: str) -> dict[str, Any]:
-    """The salt as an option, where the engine shares prefixes."""
-    known = "cache_salt" in SamplingParams.__dataclass_fields__
-    return {"cache_salt": cache_salt} if known and cache_salt else {}
