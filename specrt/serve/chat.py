@@ -202,9 +202,7 @@ def _choice(service: Service, body: ChatRequest, result: GenerationResult) -> Ch
         logprobs = ChoiceLogprobs(content=content)
     return ChatChoice(
         index=result.choice,
-        message=AnswerMessage(
-            content=(text.strip() or None) if calls else text, tool_calls=calls
-        ),
+        message=AnswerMessage(content=(text.strip() or None) if calls else text, tool_calls=calls),
         logprobs=logprobs,
         finish_reason=reason,  # type: ignore[arg-type]
         stop_reason=result.stop_reason,

@@ -99,4 +99,3 @@ class ChatAnswer(BaseModel):
     usage: Usage
     system_fingerprint: str | None = None
     x_specrt: Speculation
-

@@ -60,12 +60,12 @@ class ServeOptions:
     page: Annotated[bool, _server("--page/--no-page", help="Serve the playground at /.")] = True
 
     max_body_bytes: Annotated[int, _limit(help="Of a request's body.")] = 4 << 20
-    max_prompt_tokens: Annotated[
-        int | None, _limit(help="Of a prompt; default: the context.")
-    ] = None
-    max_output_tokens: Annotated[
-        int | None, _limit(help="Of an answer; default: the context.")
-    ] = None
+    max_prompt_tokens: Annotated[int | None, _limit(help="Of a prompt; default: the context.")] = (
+        None
+    )
+    max_output_tokens: Annotated[int | None, _limit(help="Of an answer; default: the context.")] = (
+        None
+    )
     max_choices: Annotated[int, _limit(help="Answers of a request: prompts times n.")] = 64
     body_seconds: Annotated[float, _limit(help="In which a body has to come.")] = 30.0
     request_seconds: Annotated[float, _limit(help="In which a request has to end.")] = 600.0

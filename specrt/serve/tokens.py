@@ -82,7 +82,9 @@ def token_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> A
         most = service.config.vocab_size
         for index, token in enumerate(body.tokens):
             if token >= most:
-                message = f"tokens[{index}]: token id {token} is outside the vocabulary 0..{most - 1}"
+                message = (
+                    f"tokens[{index}]: token id {token} is outside the vocabulary 0..{most - 1}"
+                )
                 raise ApiError(400, message, f"tokens[{index}]")
         text = await asyncio.to_thread(service.tokenizer.decode, body.tokens)
         return JsonResponse({"prompt": text})

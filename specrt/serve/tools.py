@@ -59,9 +59,7 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-def forced_form(
-    tools: Sequence[Tool], choice: str | NamedTool
-) -> StructuredOutput:
+def forced_form(tools: Sequence[Tool], choice: str | NamedTool) -> StructuredOutput:
     """The form of text that calls one of the tools, or the named one.
 
     Raises:
