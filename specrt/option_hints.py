@@ -24,12 +24,22 @@ _NAMES = {
     "stop_words": "stop",
     "eos_token_id": "stop_token_ids",
     "repeat_penalty": "repetition_penalty",
-    "bad_words": "suppress_tokens, or logit_bias of -inf",
-    "bad_words_ids": "suppress_tokens, or logit_bias of -inf",
-    "allowed_token_ids": "logit_bias of -inf for all others",
+    "bad_words_ids": "bad_words, or suppress_tokens of ids",
+    "min_tokens": "min_new_tokens",
+    "min_length": "min_new_tokens, which does not count the prompt",
+    "logits_processors": "logits_processor",
+    "response_format": "structured, a StructuredOutput",
+    "structured_outputs": "structured, a StructuredOutput",
+    "guided_decoding": "structured, a StructuredOutput",
+    "guided_json": "structured=StructuredOutput(json_schema=...)",
+    "guided_regex": "structured=StructuredOutput(regex=...)",
+    "guided_choice": "structured=StructuredOutput(choice=...)",
+    "guided_grammar": "structured=StructuredOutput(grammar=...)",
     "random_seed": "seed",
-    "top_logprobs": "logprobs, of the tokens that were chosen",
-    "prompt_logprobs": "logprobs, of output tokens",
+    "num_return_sequences": "n",
+    "best_of": "n, which leaves the choice to you",
+    "num_logprobs": "top_logprobs",
+    "return_logprob": "logprobs",
     "stream": "Engine.stream",
     "streamer": "Engine.stream",
     "model": "target",
@@ -38,21 +48,11 @@ _NAMES = {
 }
 # What there is not, or not as an option.
 _ABSENT = {
-    "a prompt has one output: give it several times, with a seed each": """
-        n best_of num_return_sequences
-    """,
     "there is no beam search": """
         num_beams use_beam_search beam_width length_penalty early_stopping
     """,
-    "there is no least length (ignore_eos, or logit_bias of -inf for the end's token)": """
-        min_tokens min_new_tokens min_length
-    """,
-    "the text leaves special tokens out, token_ids has them": """
-        skip_special_tokens spaces_between_special_tokens detokenize
-    """,
-    "outputs cannot be constrained": """
-        response_format guided_decoding guided_json guided_regex guided_choice guided_grammar
-        structured_outputs logits_processor logits_processors
+    "text is decoded as the tokenizer does it, with or without skip_special_tokens": """
+        spaces_between_special_tokens detokenize
     """,
 }
 _REASONS = {name: reason for reason, names in _ABSENT.items() for name in names.split()}

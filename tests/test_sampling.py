@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from specrt.sampling import SamplingParams, SamplingTable, one_each, sampling_row
+from specrt.sampling import (
+    SamplingParams,
+    SamplingTable,
+    StructuredOutput,
+    one_each,
+    sampling_row,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,25 @@ from specrt.sampling import SamplingParams, SamplingTable, one_each, sampling_ro
         ("stop_token_ids", "a"),
         ("ignore_eos", 1),
         ("logprobs", None),
+        ("top_logprobs", -1),
+        ("top_logprobs", True),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 1.0),
+        ("skip_special_tokens", None),
+        ("report_trees", 1),
+        ("n", 0),
+        ("n", 1025),
+        ("n", True),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 257),
+        ("bad_words", "word"),
+        ("bad_words", ["word", " "]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("logits_processor", 1),
+        ("structured", "{}"),
+        ("structured", {"json": "{}"}),
+        ("structured", {}),
     ],
 )
 def test_bad_fields_are_named(field: str, value: object) -> None:
@@ -102,15 +127,16 @@ def test_defaults_and_derived_fields() -> None:
         ("max_tokens", "expected max_new_tokens"),
         ("max_length", "expected max_new_tokens, which does not count the prompt"),
         ("do_sample", "expected temperature: 0 is greedy"),
-        ("n", "a prompt has one output"),
-        ("best_of", "a prompt has one output"),
+        ("num_return_sequences", "expected n$"),
+        ("best_of", "expected n, which leaves"),
         ("use_beam_search", "there is no beam search"),
-        ("skip_special_tokens", "the text leaves special tokens out"),
-        ("guided_json", "outputs cannot be constrained"),
+        ("detokenize", "text is decoded as the tokenizer does it"),
+        ("guided_json", r"expected structured=StructuredOutput\(json_schema"),
+        ("min_tokens", "expected min_new_tokens$"),
         ("eos_token_id", "expected stop_token_ids"),
         ("temprature", "expected temperature$"),
         ("Top-P", "expected top_p$"),
-        ("xyz", "expected max_new_tokens, temperature, .*logprobs"),
+        ("xyz", "expected max_new_tokens, min_new_tokens, temperature, .*logprobs"),
     ],
 )
 def test_what_others_call_it_is_hinted(field: str, hint: str) -> None:
@@ -132,6 +158,39 @@ def test_values_as_json_and_other_libraries_have_them() -> None:
     assert given == plain
     assert {type(token) for token in given.logit_bias or ()} == {int}
     assert (type(given.temperature), type(given.seed)) == (float, int)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({}, "exactly one of json_schema, regex, choice, grammar, got none"),
+        ({"regex": "a", "choice": ["a"]}, "got regex, choice"),
+        ({"regex": ""}, "^regex: expected a non-empty text"),
+        ({"grammar": 5}, "^grammar: expected"),
+        ({"choice": []}, "^choice: expected"),
+        ({"choice": "ab"}, "^choice: expected"),
+        ({"choice": ["a", ""]}, "^choice: expected"),
+        ({"json_schema": "{"}, "^json_schema: expected JSON"),
+        ({"json_schema": "[]"}, "^json_schema: expected a schema"),
+        ({"json_schema": {"const": math.nan}}, "^json_schema: expected what JSON can say"),
+        ({"json_schema": {"const": b""}}, "^json_schema: expected what JSON can say"),
+        ({"json_schema": 5}, "^json_schema: expected a mapping or JSON"),
+        ({"regex": "a" * 70_000}, "^regex: expected at most 65536 characters, got 70000"),
+        ({"choice": ["a" * 999] * 70}, "^choice: expected at most 65536 characters"),
+    ],
+)
+def test_a_form_of_output_is_one_and_whole(given: dict[str, object], refused: str) -> None:
+    with pytest.raises(ValueError, match=refused):
+        StructuredOutput(**given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=refused):
+        SamplingParams(structured=given)  # type: ignore[arg-type]
+
+
+def test_a_form_of_output_may_come_as_json_has_it() -> None:
+    form = StructuredOutput(choice=["a", "b"])
+    assert SamplingParams(structured={"choice": ["a", "b"]}) == SamplingParams(structured=form)  # type: ignore[arg-type]
+    assert (form.kind, form.source) == ("choice", '["a", "b"]')
+    assert StructuredOutput(json_schema={"type": "object"}).source == '{"type": "object"}'
 
 
 def test_one_each_puts_options_in_place_of_fields() -> None:

@@ -116,9 +116,9 @@ class EngineOptions:
     lora: Lora = None
     threads: Threads = None
 
-    def load(self, *, max_batch: int = 8) -> Engine:
+    def load(self, *, max_batch: int = 8, **limits: int | None) -> Engine:
         """As :func:`load_engine`."""
-        return load_engine(**vars(self), max_batch=max_batch)
+        return load_engine(**vars(self), max_batch=max_batch, **limits)
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,13 @@ class ChatEngine(EngineOptions):
     """Of a chat: the bundled model is none that answers."""
 
     target: Target = SMOLLM2
+
+
+@dataclass(frozen=True)
+class ServedEngine(EngineOptions):
+    """Of a server: what it serves is its first word."""
+
+    target: Annotated[str, typer.Argument(help="As --target of generate.")] = BUILTIN
 
 
 def load_engine(
@@ -145,6 +152,7 @@ def load_engine(
     quantize: str | None = None,
     activations: str | None = None,
     lora: str | None = None,
+    **limits: int | None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
@@ -152,6 +160,7 @@ def load_engine(
         target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
             draft_window, eager, quantize, activations, lora: as for :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
+        **limits: further fields of :class:`specrt.engine.limits.EngineLimits`.
 
     Raises:
         CheckpointError: a checkpoint is missing or broken.
@@ -176,6 +185,7 @@ def load_engine(
         quantize=quantize,
         activations=activations,
         lora=lora,
+        **limits,  # type: ignore[arg-type]
     )
 
 

@@ -6,62 +6,22 @@ One thread at a time; :class:`specrt.engine.engine.Engine` sees to that, and tal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 
-from specrt.cache import CacheBatch
 from specrt.draft.base import Drafter
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.launched import LaunchedRounds, Pending
-from specrt.engine.memory import make_cache
+from specrt.engine.limits import EngineLimits
+from specrt.engine.memory import make_cache, shared_cache
+from specrt.engine.places import Places
+from specrt.engine.prefill import Prefill
 from specrt.engine.request import Request
-from specrt.engine.results import StreamChunk
+from specrt.engine.results import EngineStats, StreamChunk
 from specrt.engine.round import Round, Stages, run_round
-from specrt.engine.scheduler import Scheduler
 from specrt.models.model import LlamaModel
-from specrt.tree import MAX_NODES
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine holds and does at once.
-
-    Raises:
-        ValueError: a field is out of range; names it.
-    """
-
-    max_batch: int = 8
-    """Requests that are answered at the same time; further ones wait."""
-    max_nodes: int = 64
-    """The largest tree that is verified, its root included."""
-    prefill_chunk: int = 512
-    """Tokens of prompts that are run between two rounds of those that decode."""
-    max_cached_tokens: int | None = None
-    """Tokens of all sequences whose keys and values are held, in whole pages; who came last gives
-    way where they run out. Of layers that see a window this holds by itself, of what they keep.
-    None: as memory allows."""
-    max_waiting: int | None = None
-    """Requests that may wait for a place; None: any number."""
-
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("max_batch", 1, None),
-            ("max_nodes", 1, MAX_NODES),
-            ("prefill_chunk", 1, None),
-            ("max_cached_tokens", 1, None),
-            ("max_waiting", 1, None),
-        ):
-            value = getattr(self, name)
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            is_none = value is None and name in ("max_cached_tokens", "max_waiting")
-            if is_none or (is_int and value >= least and (most is None or value <= most)):
-                continue
-            bounds = f"at least {least}" if most is None else f"{least}..{most}"
-            raise ValueError(f"{name}: expected {bounds}, got {value!r}")
 
 
 class EngineCore:
@@ -75,7 +35,6 @@ class EngineCore:
 
     def __init__(self, target: LlamaModel, drafter: Drafter, limits: EngineLimits) -> None:
         self._target = target
-        self._limits = limits
         self.cache = make_cache(target, drafter, limits)
         vocab_size = target.config.vocab_size
         self._drafting = Drafting(drafter, target, limits.max_nodes)
@@ -83,9 +42,12 @@ class EngineCore:
         self._stages = Stages.of(target, self.cache)
         self._launched = LaunchedRounds(self._stages, self._drafting)
         self._pending: Pending | None = None  # launched, and not read
-        self.scheduler = Scheduler(limits.max_batch, limits.max_waiting, self._has_room)
         self._must_start_over = False
         self.device = DeviceWatch(target.device)
+        parts = self._batch, self._drafting, self.device, self._catch_up, self._fail
+        self._places = Places(self.cache, shared_cache(drafter), limits, *parts)
+        self.scheduler = self._places.scheduler
+        self._prefill = Prefill(target, limits, self._places, *parts)
 
     def add(self, request: Request) -> None:
         """A request waits for its turn.
@@ -111,7 +73,7 @@ class EngineCore:
             self._start_over()
         try:
             with self.device.working():
-                self._prefill()
+                self._prefill.run()
                 if len(self._batch):
                     self._round()
         except BaseException as error:
@@ -121,6 +83,20 @@ class EngineCore:
             self._must_start_over = True
             self._start_over()
             raise
+
+    @property
+    def stats(self) -> EngineStats:
+        """What there is now."""
+        scheduler, cache, places = self.scheduler, self.cache, self._places
+        return EngineStats(
+            num_running=len(scheduler.admitted),
+            num_waiting=scheduler.num_waiting,
+            num_pages=cache.num_pages,
+            num_held_pages=cache.num_held_pages,
+            num_shared_pages=cache.num_shared_pages,
+            prefix_queries=places.num_looked_up,
+            prefix_hits=places.num_found,
+        )
 
     def end(self, request: Request, last: StreamChunk) -> None:
         """Tell a request's last chunk and forget it."""
@@ -136,7 +112,7 @@ class EngineCore:
         try:
             with self.device.working():
                 self._catch_up()
-                self._release(request)
+                self._places.release(request, is_sound=not self._must_start_over)
             self.scheduler.remove(request)
         except BaseException:
             self._must_start_over = True
@@ -149,63 +125,15 @@ class EngineCore:
             with self.device.working():
                 for request in list(self.scheduler):
                     self.remove(request)
+                self._places.close()
                 self.cache.retire()
         except Exception as error:
             if not self.device.is_lost(error):  # or its memory is gone anyway
                 raise
         del self._target, self._stages, self._drafting, self._batch, self.scheduler, self.cache
-        del self._launched
+        del self._launched, self._places, self._prefill
 
-    # --- pages --------------------------------------------------------------------------------
-
-    def _has_room(self, request: Request) -> bool:
-        limits, num_tokens = self._limits, len(request.token_ids)
-        num_rows = max(limits.prefill_chunk, limits.max_nodes)
-        return self.cache.can_hold(num_tokens + limits.max_nodes, num_rows)
-
-    def _reserve(self, request: Request, num_tokens: int) -> bool:
-        """Pages for an admitted request; False if it had to give way, or to end, itself.
-
-        Whoever came last gives way, by giving up its pages and being computed again later.
-        """
-        while request.cached is not None:
-            try:
-                self.cache.reserve(request.cached, num_tokens)
-                return True
-            except MemoryError as error:
-                if not self._make_way(request, error):
-                    return False
-        return False
-
-    def _make_way(self, request: Request, error: MemoryError) -> bool:
-        """Somebody gives memory back; False if it was the request itself."""
-        if self._pending is not None:  # and pages may be free then
-            self._catch_up()
-            return not request.is_over
-        admitted = self.scheduler.admitted
-        if len(admitted) == 1:
-            self._fail(request, str(error))
-            return False
-        self._preempt(admitted[-1])
-        return admitted[-1] is not request
-
-    def _preempt(self, request: Request) -> None:
-        """All it keeps is its tokens: the noise is a counter, so they are what they would be."""
-        self._release(request)
-        self.scheduler.preempt(request)
-
-    def _release(self, request: Request) -> None:
-        with ExitStack() as releases:
-            releases.callback(self._close, request)
-            releases.callback(self._drafting.finish, request)
-            if self.device.fault is None:  # or nothing can be written to the batch's tables
-                self._batch.leave(request)
-            self._drafting.regroup()
-
-    def _close(self, request: Request) -> None:
-        if request.cached is not None:
-            self.cache.close(request.cached)
-            request.cached = None
+    # --- what goes wrong ------------------------------------------------------------------------
 
     def _start_over(self) -> None:
         """After an interrupt nobody knows which of a round's writes were made: what users have been
@@ -217,63 +145,10 @@ class EngineCore:
         with self.device.working():
             for request in reversed(self.scheduler.admitted):
                 request.forget_untold()  # first: interrupted, it is still to be done again
-                self._preempt(request)
+                self._places.preempt(request, is_sound=False)
             self._batch.clear()
         self._drafting.take_restarts()  # all have been
         self._must_start_over = False
-
-    # --- prompts ------------------------------------------------------------------------------
-
-    def _prefill(self) -> None:
-        """Run at most a chunk of prompts; those that are through join the batch."""
-        left = self._limits.prefill_chunk
-        while left > 0:
-            request = self._next_to_prefill()
-            if request is None:
-                return
-            left -= self._prefill_piece(request, left)
-
-    def _next_to_prefill(self) -> Request | None:
-        decoding = self._batch.requests
-        for request in self.scheduler.admitted:
-            if request not in decoding:
-                return request
-        admitted = self.scheduler.admit()
-        if admitted is not None:
-            admitted.cached = self.cache.open()
-            self._drafting.start(admitted)
-        return admitted
-
-    def _prefill_piece(self, request: Request, most: int) -> int:
-        """Run up to ``most`` tokens of a prompt; how many there were, at least one for the way."""
-        count = min(most, request.num_to_prefill)
-        held = request.cached
-        assert held is not None, "an admitted request has a place for pages"
-        if not self._reserve(request, held.length + count):
-            return 1
-        device, first = self._target.device, held.length
-        started = device.mark()
-        try:
-            self._extend(request, first, first + count)
-        except Exception as error:
-            if self.device.is_lost(error):
-                raise
-            self._fail(request, f"{type(error).__name__}: {error}")
-            return max(1, count)
-        request.prefills.append((started, device.mark()))
-        if request.num_to_prefill == 0:
-            self._catch_up()
-            self._batch.join(request)
-            self._drafting.regroup()
-        return max(1, count)
-
-    def _extend(self, request: Request, first: int, end: int) -> None:
-        assert request.cached is not None, "an admitted request has a place for pages"
-        batch = CacheBatch(self.cache, [request.cached])
-        ids, taps = request.token_ids[first:end], self._drafting.taps([request])
-        for start, piece in self._target.extend(ids, batch, taps=taps):
-            self._drafting.prefill(request, first + start, piece)
-        self.cache.release(request.cached)  # a chunk's pages are many
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -283,7 +158,7 @@ class EngineCore:
         self._catch_up()
         for request in list(self._batch.requests):
             if request.cached is not None:  # or it has given way to an older one by now
-                self._reserve(request, request.cached.length + 1)
+                self._places.reserve(request, request.cached.length + 1)
         if not len(self._batch):
             return
         try:
@@ -327,11 +202,12 @@ class EngineCore:
             return False
         return True
 
-    def _catch_up(self) -> None:
-        """Read the round that is under way, if there is one: the tables may be edited then."""
+    def _catch_up(self) -> bool:
+        """Read the round that is under way, so that tables may be edited; whether there was one."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._take(pending)
+        return pending is not None
 
     def _take(self, pending: Pending) -> None:
         done = self._launched.read(pending, self._batch, is_ahead=self._pending is not None)
@@ -348,7 +224,7 @@ class EngineCore:
             self._catch_up()  # before anybody is looked at: some may end by it
         for request in restarts:
             if request.cached is not None:
-                self._preempt(request)
+                self._places.preempt(request)
 
     def _shrink(self, error: Exception) -> None:
         """There was no memory for a round of this many: all are taken up again, one fewer."""
@@ -379,6 +255,7 @@ class EngineCore:
         stats.accept_ms += done.accept_ms
         if outcome.accept_length < 0:
             position = len(request.token_ids)
+            self._places.forget()  # whatever it came of is not to be found again
             return request.failed(f"logits: NaN or no finite value at position {position}")
         count, logprobs = outcome.num_taken, done.read.logprobs
         taken = request.append(

@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, MutableSequence, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, NoReturn, overload
 
 from specrt.cache import KVCache
 from specrt.draft.base import Drafter, DraftParams
-from specrt.engine.core import EngineCore, EngineLimits
+from specrt.engine.core import EngineCore
 from specrt.engine.intake import Asked, Intake
+from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.request import Request
-from specrt.engine.results import GenerationResult, StreamChunk
+from specrt.engine.results import EngineStats, GenerationResult, StreamChunk
+from specrt.engine.turns import Turns
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
 from specrt.sampling import SamplingOptions, SamplingParams
-from specrt.types import QueueFullError, RequestHandle
+from specrt.types import RequestHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +41,7 @@ class Engine:
         target: the model whose words are spoken.
         drafter: proposes; never changes the words.
         tokenizer: for text prompts and text output.
-        **limits: fields of :class:`~specrt.engine.core.EngineLimits`.
+        **limits: fields of :class:`~specrt.engine.limits.EngineLimits`.
 
     Raises:
         ValueError: a limit is out of range, or the drafter reads hidden states that the target
@@ -57,6 +59,7 @@ class Engine:
             self._core = EngineCore(target, drafter, self.limits)
         self._intake = Intake(target.config, tokenizer, drafter, self.limits)
         self._lock = target.lock
+        self._turns = Turns(self._core, self._lock, self._enqueue, self._check_open)
         self._outbox: list[StreamChunk] = []
         self._ids = count()
         self._owner = object()
@@ -98,6 +101,7 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
+        self._turns.close()
         self._core.close()
         del self.target, self.drafter, self.tokenizer, self._core, self._intake
 
@@ -133,6 +137,16 @@ class Engine:
         """
         self._check_open()
         return SamplingParams.from_defaults(self.target.config.generation)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it holds now, and what it has found so far; any thread may ask.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        return self._core.stats
 
     # --- whole answers ------------------------------------------------------------------------
 
@@ -204,7 +218,7 @@ class Engine:
         self._check_open()
         requests, many = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
         results = dict[int, GenerationResult]()
-        with closing(self._answers(requests, is_streamed=False)) as stream:
+        with closing(self._turns.answers(requests, is_streamed=False)) as stream:
             for chunk in stream:
                 if chunk.result is not None:
                     results[chunk.index] = chunk.result
@@ -228,7 +242,7 @@ class Engine:
         """
         self._check_open()
         requests, _ = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
-        return self._answers(requests, is_streamed=True)
+        return self._turns.answers(requests, is_streamed=True)
 
     # --- step by step -------------------------------------------------------------------------
 
@@ -280,7 +294,7 @@ class Engine:
         """
         self._check_open()
         device = self._core.device
-        self._lock.run(partial(self._step, deque()))
+        self._turns.step(deque())
         count = len(self._outbox)
         # No call from here on: neither Ctrl-C nor another thread comes in between.
         told = self._outbox[:count]
@@ -312,14 +326,26 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """One prompt's token ids; arguments as for :meth:`generate`.
+    def encode(
+        self, prompt: Prompt, *, name: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
+        """One prompt's token ids; arguments as for :meth:`generate`, ``name`` for errors.
 
         Raises:
             ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
         self._check_open()
-        return self._intake.encoder(add_special_tokens).encode(prompt)
+        return self._intake.encoder(add_special_tokens).encode(prompt, name)
+
+    def check_draft(self, draft: DraftParams | None) -> None:
+        """Refuse a shape that the engine or its drafter does not take, as :meth:`generate` would.
+
+        Raises:
+            ValueError: so; names the field.
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        self._intake.check_draft(draft)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -343,58 +369,6 @@ class Engine:
         self._core.add(request)
         return request
 
-    # --- turns --------------------------------------------------------------------------------
-
-    def _answers(
-        self, asked: deque[Asked], is_streamed: bool
-    ) -> Generator[StreamChunk, None, None]:
-        """What comes of some requests, while this thread or another steps the engine."""
-        box, mine = deque[StreamChunk](), dict[RequestHandle, Request]()
-        try:
-            while asked or mine:
-                self._feed(asked, is_streamed, box, mine)
-                self._lock.run(partial(self._step, box))
-                while box:
-                    chunk = box.popleft()
-                    if chunk.result is not None:
-                        del mine[chunk.handle]
-                    yield chunk
-        finally:
-            # Maybe by the garbage collector in the middle of another stream's round.
-            self._lock.do_when_free(partial(self._drop, mine))
-
-    def _feed(
-        self,
-        asked: deque[Asked],
-        is_streamed: bool,
-        box: deque[StreamChunk],
-        mine: dict[RequestHandle, Request],
-    ) -> None:
-        """Add what the queue has room for."""
-        self._check_open()
-        while asked:
-            try:
-                request = self._enqueue(asked[0], is_streamed, box)
-            except QueueFullError:
-                return
-            mine[request.handle] = request
-            asked.popleft()
-
-    def _step(self, box: deque[StreamChunk]) -> None:
-        """Step, unless what is wanted has come by another thread's step."""
-        if not box:
-            self._check_open()
-            self._core.step()
-
     def _abort(self, request: Request) -> None:
         if not self._is_closed and not request.is_over:
             self._core.end(request, request.failed("", "abort"))
-
-    def _drop(self, requests: dict[RequestHandle, Request]) -> None:
-        """Free what a stream's requests hold, whichever way it ended; nobody hears of it."""
-        if self._is_closed:
-            return
-        with ExitStack() as releases:  # all of them, though one may raise
-            # The last one registered is the first done: the oldest, which the queue finds at once.
-            for request in reversed(requests.values()):
-                releases.callback(self._core.remove, request)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
-from specrt.engine.core import EngineLimits
+from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import Prompt, PromptEncoder, split_prompts
 from specrt.engine.request import Request
 from specrt.engine.results import StreamChunk
@@ -146,5 +146,6 @@ class Intake:
             seed=params.seed or 0,
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
+            cache_salt=params.cache_salt,
         )
         return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)

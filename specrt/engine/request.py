@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from specrt.cache import CachedSequence
 from specrt.device import Mark
@@ -12,6 +13,8 @@ from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.engine.stop import FinishReason, OutputEnd
 from specrt.sampling import SamplingParams
 from specrt.types import RequestHandle, RoundStats, SequenceState
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -33,8 +36,12 @@ class Request:
     """Called with what each round gives it: a box's own ``append`` (see :meth:`tell`)."""
     index: int = 0
     """Which prompt of its call."""
+    choice: int = 0
+    """Which of its prompt's answers."""
     cached: CachedSequence | None = None
     """Its pages; None while it waits."""
+    is_looked_up: bool = False
+    """Whether its beginning was looked for among what is kept."""
     is_drafted: bool = True
     """False once its drafter has failed it."""
     is_started: bool = False
@@ -59,6 +66,16 @@ class Request:
         self.token_ids = list(self.state.token_ids)  # prompt, then output
         self.prompt_len = len(self.token_ids)
         self.max_len = self.state.max_len
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host takes part in its rounds."""
+        return self.params.top_logprobs > 0 or self.params.report_trees
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its prompt is run although its keys and values may be known."""
+        return self.params.prompt_logprobs is not None
 
     @property
     def num_to_prefill(self) -> int:
@@ -104,6 +121,8 @@ class Request:
             num_accepted=min(accept_length, len(taken)),
             result=self._result() if self.end.reason is not None else None,
             handle=self.handle,
+            choice=self.choice,
+            logprobs=self._untold(self.logprobs, taken) if self.params.wants_logprobs else None,
         )
 
     def tell(self, chunk: StreamChunk) -> None:
@@ -129,6 +148,9 @@ class Request:
             self.end.push(token)
         self.end.take_text()
 
+    def _untold(self, values: Sequence[T], taken: Sequence[int]) -> list[T]:
+        return list(values[self.num_told : self.num_told + len(taken)])
+
     def _result(self) -> GenerationResult:
         return GenerationResult(
             text=self.end.whole_text(),
@@ -136,8 +158,9 @@ class Request:
             prompt_token_ids=self.token_ids[: self.prompt_len],
             finish_reason=self.end.reason or "error",
             stop_reason=self.end.stop_reason,
-            logprobs=self.logprobs if self.params.logprobs else None,
+            logprobs=self.logprobs if self.params.wants_logprobs else None,
             seed=self.params.seed or 0,
             stats=self.stats,
             error=self.error,
+            choice=self.choice,
         )

@@ -9,12 +9,19 @@ from __future__ import annotations
 import math
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
+
+import torch
 
 from specrt.config import GenerationDefaults
 from specrt.option_hints import with_option_hints
+from specrt.sampling.structured import StructuredOutput, refusal
+
+LogitsProcessor: TypeAlias = Callable[[list[int], torch.Tensor], torch.Tensor]
+"""From a sequence's token ids so far (prompt, then output) and the target's logits behind them,
+``[V]`` float32 on the host, both copies, to the logits to go on with, of that shape and dtype."""
 
 MODEL_FIELDS = (
     "temperature",
@@ -26,12 +33,9 @@ MODEL_FIELDS = (
     "suppress_tokens",
 )
 """The fields of :class:`SamplingParams` that a model may have values of its own for."""
+MAX_CHOICES = 1024
+"""Answers that one prompt may have."""
 _FLOAT = struct.Struct("=f")
-
-
-def refusal(name: str, expected: str, got: object) -> ValueError:
-    """The error of a field that is out of range."""
-    return ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -71,14 +75,19 @@ def _is_number(value: object) -> bool:
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 
-    Processing order (transformers'): logit_bias, repetition_penalty, presence and frequency
-    penalties, temperature, top_k (ties kept), top_p over what top_k left, min_p.
+    Processing order: logits_processor, then what it cannot undo (allowed_token_ids,
+    min_new_tokens, bad_words, structured), then transformers' order: logit_bias,
+    repetition_penalty, presence and frequency penalties, temperature, top_k (ties kept), top_p over
+    what top_k left, min_p.
 
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
     """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    """Before so many output tokens no stop token comes, the end of the sequence's among them, and
+    stop strings do not count."""
     temperature: float = 0.0
     """0 is greedy: the largest processed logit, the lowest id on ties."""
     top_k: int | None = 0
@@ -99,6 +108,19 @@ class SamplingParams:
     writes them, ``"50256"``."""
     suppress_tokens: Sequence[int] | None = None
     """Token ids that never come; None is the model's own, ``()`` is none."""
+    bad_words: Sequence[str] | None = None
+    """Texts that the output does not come to have, each as the tokenizer spells it with and without
+    a space before it; of other spellings nothing is known."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Token ids besides which none comes, stop tokens included."""
+    logits_processor: LogitsProcessor | None = None
+    """Edits the target's raw logits. It must depend on its arguments alone: it is asked once or
+    more for a position, and for drafted tokens that do not come to be. What it raises, or returns
+    that is no logits, ends its request with an error."""
+    structured: StructuredOutput | None = None
+    """What the output's text conforms to, whole: a stop token comes where it may end, and nothing
+    else where it cannot go on. (``max_new_tokens`` may cut it off.) A mapping of its one field is
+    taken as one."""
     seed: int | None = None
     """64 bits (negative values wrap); None: the engine draws one (``with_seed``)."""
     stop: str | Sequence[str] | None = None
@@ -110,6 +132,19 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     """Report each token's log-probability under the target's unprocessed law."""
+    top_logprobs: int = 0
+    """Report so many of the likeliest tokens at each output token's place, of equal ones the lowest
+    id first, and with them ``logprobs``."""
+    prompt_logprobs: int | None = None
+    """Report each prompt token's log-probability, and so many of the likeliest at its place."""
+    skip_special_tokens: bool = True
+    """Whether the text leaves special tokens out; False writes them as the tokenizer does."""
+    report_trees: bool = False
+    """Report each round's tree, and which path of it was accepted (``StreamChunk.tree``)."""
+    n: int = 1
+    """Answers to the prompt. Answer i is that of the seed + i, mod 2**64."""
+    cache_salt: str = ""
+    """Beginnings of texts are shared among requests with the same one only; moves times alone."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -118,14 +153,22 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", _with_int_keys(self.logit_bias))
+        if isinstance(self.structured, Mapping):
+            object.__setattr__(self, "structured", StructuredOutput.of(self.structured))
         self._check_ranges()
         self._check_filters()
         self._check_bias()
         self._check_stops()
+        self._check_edits()
+        self._check_reports()
 
     def _check_ranges(self) -> None:
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
             raise refusal("max_new_tokens", "an int >= 1", self.max_new_tokens)
+        least = self.min_new_tokens
+        if not _is_int(least) or not 0 <= least <= self.max_new_tokens:
+            expected = f"an int in [0, max_new_tokens, {self.max_new_tokens}]"
+            raise refusal("min_new_tokens", expected, least)
         # Logits divided by less could overflow float32.
         if not _is_number(self.temperature) or not (
             self.temperature == 0.0 or 1e-5 <= self.temperature < math.inf
@@ -169,7 +212,7 @@ class SamplingParams:
             not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops)
         ):
             raise refusal("stop", "None, a non-empty str or a sequence of them", self.stop)
-        for name in ("stop_token_ids", "suppress_tokens"):
+        for name in ("stop_token_ids", "suppress_tokens", "allowed_token_ids"):
             ids: object = getattr(self, name)
             if ids is not None and (
                 isinstance(ids, str)
@@ -177,9 +220,46 @@ class SamplingParams:
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
                 raise refusal(name, "None or a sequence of ints >= 0", ids)
-        for name in ("include_stop_str_in_output", "ignore_eos", "logprobs"):
+        if not isinstance(self.cache_salt, str):
+            raise refusal("cache_salt", "a str", self.cache_salt)
+
+    def _check_edits(self) -> None:
+        words: object = self.bad_words
+        if words is not None and (
+            isinstance(words, str)
+            or not isinstance(words, Sequence)
+            or any(not isinstance(word, str) or not word.strip() for word in words)
+        ):
+            raise refusal("bad_words", "None or a sequence of texts that are no space", words)
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise refusal("allowed_token_ids", "None or at least one id", self.allowed_token_ids)
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise refusal("logits_processor", "None or a callable", self.logits_processor)
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise refusal("structured", "None or a StructuredOutput", self.structured)
+
+    def _check_reports(self) -> None:
+        for name in (
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "logprobs",
+            "skip_special_tokens",
+            "report_trees",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise refusal(name, "a bool", getattr(self, name))
+        if not _is_int(self.top_logprobs) or self.top_logprobs < 0:
+            raise refusal("top_logprobs", "an int >= 0", self.top_logprobs)
+        count = self.prompt_logprobs
+        if count is not None and (not _is_int(count) or count < 0):
+            raise refusal("prompt_logprobs", "None or an int >= 0", count)
+        if not _is_int(self.n) or not 1 <= self.n <= MAX_CHOICES:
+            raise refusal("n", f"an int in [1, {MAX_CHOICES}]", self.n)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether output tokens' log-probabilities are reported."""
+        return self.logprobs or self.top_logprobs > 0
 
     @property
     def is_greedy(self) -> bool:
@@ -230,11 +310,21 @@ class SamplingParams:
             return self
         return replace(self, seed=secrets.randbits(63) if seed is None else seed)
 
+    def choices(self) -> list[SamplingParams]:
+        """Of each of the ``n`` answers, with seeds if there are several."""
+        if self.n == 1:
+            return [self]
+        first = self.with_seed()
+        assert first.seed is not None, "it has one now"
+        seeds = ((first.seed + choice) % 2**64 for choice in range(1, self.n))
+        return [first, *(replace(first, seed=seed) for seed in seeds)]
+
 
 class SamplingOptions(TypedDict, total=False):
     """The fields of :class:`SamplingParams` as keyword arguments of a call."""
 
     max_new_tokens: int
+    min_new_tokens: int
     temperature: float
     top_k: int | None
     top_p: float
@@ -244,12 +334,22 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float] | None
     suppress_tokens: Sequence[int] | None
+    bad_words: Sequence[str] | None
+    allowed_token_ids: Sequence[int] | None
+    logits_processor: LogitsProcessor | None
+    structured: StructuredOutput | None
     seed: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     include_stop_str_in_output: bool
     ignore_eos: bool
     logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: int | None
+    skip_special_tokens: bool
+    report_trees: bool
+    n: int
+    cache_salt: str
 
 
 def one_each(

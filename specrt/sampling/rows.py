@@ -11,7 +11,8 @@ import torch
 from specrt.device import Device
 from specrt.ops.tree_accept import workspace_parts, workspace_size
 from specrt.reuse import power_of_two
-from specrt.sampling.params import SamplingParams, refusal
+from specrt.sampling.params import SamplingParams
+from specrt.sampling.structured import refusal
 
 # csrc/core/sampling_row.h, SamplingRow.
 _ROW = struct.Struct("=d5f3iQ2q")
@@ -144,7 +145,7 @@ class SamplingRows:
             bias_values=bias_values,
             workspace=self._scratch(count) if needs_scratch else None,
             vocab_size=self._vocab_size,
-            want_logprobs=any(p.logprobs for p in params),
+            want_logprobs=any(p.wants_logprobs for p in params),
         )
 
     def _packed_biases(self, count: int) -> tuple[list[int], list[float]]:

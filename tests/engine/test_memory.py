@@ -22,8 +22,8 @@ from specrt.draft.base import CachingDrafter, Drafter, EmptyDrafter
 from specrt.draft.kind import DrafterOptions
 from specrt.draft.kinds import load_drafter
 from specrt.draft.small_model.drafter import SmallModelDrafter
-from specrt.engine.core import EngineLimits
 from specrt.engine.engine import Engine
+from specrt.engine.limits import EngineLimits
 from specrt.engine.memory import MARGIN, PAGE_SIZE, size_check, workspace_bytes
 from specrt.models.layouts import weight_bytes
 from specrt.models.loader import load_weights

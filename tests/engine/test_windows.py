@@ -98,8 +98,9 @@ def test_texts_are_the_same_however_they_are_made(model: LlamaModel) -> None:
     # Whoever came last gives its pages up, and its tokens are a prompt then.
     short = make_engine(model, drafter, max_nodes=20, max_cached_tokens=4 * PAGE)
     preempted = list[object]()
-    preempt = short._core._preempt
-    short._core._preempt = lambda request: (preempted.append(request), preempt(request))
+    places = short._core._places
+    preempt = places.preempt
+    places.preempt = lambda request: (preempted.append(request), preempt(request))
     assert say(short) == expected
     assert preempted
 

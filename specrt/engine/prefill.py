@@ -1,0 +1,104 @@
+"""Prompts of those that were admitted, run in pieces between the rounds of those that decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from specrt.cache import CacheBatch
+from specrt.engine.batch import Batch
+from specrt.engine.drafting import Drafting
+from specrt.engine.fault import DeviceWatch
+from specrt.engine.limits import EngineLimits
+from specrt.engine.places import Places
+from specrt.engine.request import Request
+from specrt.models.model import LlamaModel
+
+
+class Prefill:
+    """Admits requests and runs their prompts; those that are through join the batch.
+
+    Args:
+        target: runs them.
+        limits: how much at once.
+        places: who has pages, and the queue.
+        batch: of those that decode.
+        drafting: whose drafter is told.
+        device: whether it still answers.
+        catch_up: reads the round that is under way.
+        fail: ends a request, and says why.
+    """
+
+    def __init__(
+        self,
+        target: LlamaModel,
+        limits: EngineLimits,
+        places: Places,
+        batch: Batch,
+        drafting: Drafting,
+        device: DeviceWatch,
+        catch_up: Callable[[], bool],
+        fail: Callable[[Request, str], None],
+    ) -> None:
+        self._target = target
+        self._limits = limits
+        self._places = places
+        self._batch = batch
+        self._drafting = drafting
+        self._device = device
+        self._catch_up = catch_up
+        self._fail = fail
+
+    def run(self) -> None:
+        """Run at most a chunk of prompts; those that are through join the batch."""
+        left = self._limits.prefill_chunk
+        while left > 0:
+            request = self._next()
+            if request is None:
+                return
+            left -= self._run_piece(request, left)
+
+    def _next(self) -> Request | None:
+        decoding, scheduler = self._batch.requests, self._places.scheduler
+        for request in scheduler.admitted:
+            if request not in decoding:
+                return request
+        admitted = scheduler.admit()
+        if admitted is not None:
+            admitted.cached = self._places.cache.open()
+            self._drafting.start(admitted)
+        return admitted
+
+    def _run_piece(self, request: Request, most: int) -> int:
+        """Run up to ``most`` tokens of a prompt; how many there were, at least one for the way."""
+        # Not before: what is kept by now may be what was run a moment ago.
+        if not self._places.begin(request):
+            return 1
+        count = min(most, request.num_to_prefill)
+        held = request.cached
+        assert held is not None, "an admitted request has a place for pages"
+        if not self._places.reserve(request, held.length + count):
+            return 1
+        device, first = self._target.device, held.length
+        started = device.mark()
+        try:
+            self._extend(request, first, first + count)
+        except Exception as error:
+            if self._device.is_lost(error):
+                raise
+            self._fail(request, f"{type(error).__name__}: {error}")
+            return max(1, count)
+        request.prefills.append((started, device.mark()))
+        if request.num_to_prefill == 0:
+            self._catch_up()
+            self._batch.join(request)
+            self._drafting.regroup()
+        return max(1, count)
+
+    def _extend(self, request: Request, first: int, end: int) -> None:
+        assert request.cached is not None, "an admitted request has a place for pages"
+        batch = CacheBatch(self._places.cache, [request.cached])
+        ids, taps = request.token_ids[first:end], self._drafting.taps([request])
+        for start, piece in self._target.extend(ids, batch, taps=taps):
+            self._drafting.prefill(request, first + start, piece)
+        self._places.keep(request)
+        self._places.cache.release(request.cached)  # a chunk's pages are many
