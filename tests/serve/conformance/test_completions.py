@@ -143,17 +143,17 @@ def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, model: str)
 
 def test_logit_bias_bans_and_forces(client: openai.OpenAI, model: str) -> None:
     forced = client.completions.create(
-        model=model, prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={"100": 100}
+        model=model, prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={"1000": 100}
     )
     other = client.completions.create(
-        model=model, prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={"101": 100}
+        model=model, prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={"1001": 100}
     )
     banned = client.completions.create(
         model=model,
         prompt=PROMPT,
         max_tokens=4,
         temperature=0,
-        logit_bias={"100": 100, "101": -100},
+        logit_bias={"1000": 100, "1001": -100},
     )
     assert forced.choices[0].text != other.choices[0].text
     assert banned.choices[0].text == forced.choices[0].text
@@ -167,7 +167,7 @@ def test_penalties_change_the_text(client: openai.OpenAI, model: str) -> None:
             prompt=PROMPT,
             max_tokens=6,
             temperature=0,
-            logit_bias={"100": 50, "101": 49.9},  # type: ignore[dict-item]
+            logit_bias={"1000": 50, "1001": 49.9},  # type: ignore[dict-item]
             **penalty,
         )
         .choices[0]

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+LENGTH = 16
 PROMPTS = [f"Question: Ann has {count} coins. Tell of them.\nAnswer:" for count in range(8)]
 
 
@@ -20,7 +21,7 @@ def said(client: openai.OpenAI, model: str, number: int, **options: Any) -> str:
     answer = client.completions.create(
         model=model,
         prompt=PROMPTS[number],
-        max_tokens=32,
+        max_tokens=LENGTH,
         **{"temperature": 1.0, "seed": number, **options},
     )
     return str(answer.choices[0].text)
@@ -51,7 +52,7 @@ def test_in_a_batch(client: openai.OpenAI, model: str, alone: list[str]) -> None
 def test_as_one_request(client: openai.OpenAI, model: str) -> None:
     """Prompts of one request share its seed, as eight requests of that seed would."""
     answer = client.completions.create(
-        model=model, prompt=PROMPTS, max_tokens=32, temperature=1.0, seed=77
+        model=model, prompt=PROMPTS, max_tokens=LENGTH, temperature=1.0, seed=77
     )
     expected = [said(client, model, number, seed=77) for number in range(8)]
     assert [choice.text for choice in answer.choices] == expected
@@ -59,7 +60,7 @@ def test_as_one_request(client: openai.OpenAI, model: str) -> None:
 
 @pytest.mark.extension
 @pytest.mark.parametrize(
-    "speculative", [{"enabled": False}, {"enabled": True}, {"enabled": True, "max_tokens": 5}]
+    "speculative", [{"enabled": False}, {"enabled": True}, {"enabled": True, "max_tokens": 2}]
 )
 def test_drafted_or_not(
     client: openai.OpenAI, model: str, alone: list[str], speculative: dict[str, Any]
@@ -80,7 +81,7 @@ def test_whatever_the_law(client: openai.OpenAI, model: str, options: dict[str, 
 def test_a_choice_is_a_seed(client: openai.OpenAI, model: str) -> None:
     """Choice i of a seed is the text of that seed + i."""
     answer = client.completions.create(
-        model=model, prompt=PROMPTS[0], max_tokens=32, temperature=1.0, seed=40, n=3
+        model=model, prompt=PROMPTS[0], max_tokens=LENGTH, temperature=1.0, seed=40, n=3
     )
     expected = [said(client, model, 0, seed=40 + i) for i in range(3)]
     assert [choice.text for choice in answer.choices] == expected
@@ -89,7 +90,7 @@ def test_a_choice_is_a_seed(client: openai.OpenAI, model: str) -> None:
 @pytest.mark.extension
 def test_a_stream_says_the_same(client: openai.OpenAI, model: str, alone: list[str]) -> None:
     stream = client.completions.create(
-        model=model, prompt=PROMPTS[3], max_tokens=32, temperature=1.0, seed=3, stream=True
+        model=model, prompt=PROMPTS[3], max_tokens=LENGTH, temperature=1.0, seed=3, stream=True
     )
     assert "".join(c.choices[0].text for c in stream if c.choices) == alone[3]
 
