@@ -118,7 +118,7 @@ class EngineOptions:
 
     def load(self, *, max_batch: int = 8, **limits: int | None) -> Engine:
         """As :func:`load_engine`."""
-        return load_engine(**vars(self), max_batch=max_batch, **limits)
+        return load_engine(**vars(self), max_batch=max_batch, **limits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from threading import Condition, Thread, current_thread
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from specrt.draft.base import DraftParams
 from specrt.engine.engine import Engine
@@ -20,7 +20,8 @@ T = TypeVar("T")
 _MOST_UNREAD = 16
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """One request of a stream."""
 
     index: int

@@ -157,12 +157,12 @@ class Tokenizer:
         for name in set(options or ()).intersection(_NO_VARIABLES):
             raise ValueError(f"options: expected variables of the chat template, got {name!r}")
         given = {**(options or {}), "add_generation_prompt": add_generation_prompt}
-        render = partial(self._render, **(given | ({"tools": list(tools)} if tools else {})))
+        render = partial(self._render, options=given | ({"tools": [*tools]} if tools else {}))
         knows_tool_calls = "tool_calls" in str(template)
         text = render(template_messages(messages, render, knows_tool_calls=knows_tool_calls))
         return self.encode(text, add_special_tokens=False)
 
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, options: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError  # with transformers, not before
 
         try:

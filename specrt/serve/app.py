@@ -19,6 +19,7 @@ from specrt.serve.logs import RequestLog
 from specrt.serve.metrics import Metrics
 from specrt.serve.options import ServeOptions
 from specrt.serve.page_routes import page_routes
+from specrt.serve.responses import response_routes
 from specrt.serve.service import Service
 from specrt.serve.tokens import token_routes
 
@@ -65,7 +66,7 @@ def make_app(engine: AsyncEngine, name: str, options: ServeOptions | None = None
     )
     app.state.service = service
     install(app)
-    for routes in (chat_routes, completion_routes, token_routes, about_routes):
+    for routes in (chat_routes, completion_routes, response_routes, token_routes, about_routes):
         app.include_router(routes(service, ERRORS))
     if options.page:
         app.include_router(page_routes())
@@ -105,7 +106,7 @@ def _describe(app: FastAPI) -> None:
             parts = schema["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 parts.pop(name, None)
-            for route in ("/v1/chat/completions", "/v1/completions"):
+            for route in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
                 content = schema["paths"][route]["post"]["responses"]["200"]["content"]
                 content["text/event-stream"] = {"schema": {"type": "string"}}
         return app.openapi_schema or {}

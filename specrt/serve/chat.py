@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def chat_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answering = await _start(service, body, request)
+        answering = await start_chat(service, body, request)
         if body.stream:
             writer = ChatWriter(service, body, answering)
             options = service.options
@@ -58,6 +58,29 @@ def chat_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
         return JsonResponse(_answer(service, body, answering, results).model_dump())
 
     return routes
+
+
+async def start_chat(
+    service: Service,
+    body: ChatRequest,
+    request: Request,
+    names: Mapping[str, str] | None = None,
+) -> Answering:
+    """Have a conversation answered.
+
+    Args:
+        service: by which.
+        body: the conversation.
+        request: of HTTP.
+        names: what errors call fields that the route has by other names.
+
+    Raises:
+        ApiError: it is refused, or there is no room.
+    """
+    try:
+        return await _start(service, body, request)
+    except ApiError as error:
+        raise error.renamed(names or {}) from error
 
 
 async def _start(service: Service, body: ChatRequest, request: Request) -> Answering:
@@ -298,7 +321,7 @@ class ChatWriter:
 
     def failing(self, error: ApiError) -> bytes:
         """An error's event."""
-        return event(error.body())
+        return event(error.body()) + DONE
 
     def _end(self, choice: int, result: GenerationResult, reader: CallReader | None) -> bytes:
         if result.error is not None:

@@ -27,24 +27,24 @@ class ChatRequest(SamplingFields):
     """What is said so far, and how the next turn is to be made."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
-    metadata: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
-    store: Literal[False] | None = Field(None, description="Nothing is stored.")
-    service_tier: str | None = Field(None, description="Accepted, without effect.")
-    safety_identifier: str | None = Field(None, description="Accepted, without effect.")
-    prompt_cache_key: str | None = Field(None, description="Accepted, without effect.")
-    reasoning_effort: str | None = Field(None, description="Accepted, without effect.")
-    verbosity: str | None = Field(None, description="Accepted, without effect.")
+    prediction: dict[str, Any] | None = Field(default=None, description="Accepted, without effect.")
+    metadata: dict[str, Any] | None = Field(default=None, description="Accepted, without effect.")
+    store: Literal[False] | None = Field(default=None, description="Nothing is stored.")
+    service_tier: str | None = Field(default=None, description="Accepted, without effect.")
+    safety_identifier: str | None = Field(default=None, description="Accepted, without effect.")
+    prompt_cache_key: str | None = Field(default=None, description="Accepted, without effect.")
+    reasoning_effort: str | None = Field(default=None, description="Accepted, without effect.")
+    verbosity: str | None = Field(default=None, description="Accepted, without effect.")
     modalities: list[Literal["text"]] | None = None
 
 

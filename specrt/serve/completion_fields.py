@@ -22,10 +22,10 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[str], Field(min_length=1, max_length=1024)]
         | Annotated[list[_Ids], Field(min_length=1, max_length=1024)]
     )
-    max_tokens: int | None = Field(None, ge=0, description="Default: 16; 0 goes with echo.")
+    max_tokens: int | None = Field(default=None, ge=0, description="Default: 16; 0 goes with echo.")
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, ge=1, description="Only as n is.")
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = Field(default=None, ge=1, description="Only as n is.")
     response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = Field(
         None, description="Whether texts get what the tokenizer adds (bos); true if left out."

@@ -232,7 +232,8 @@ class CompletionWriter:
         report = round_report(chunk, self.service.texts) if self._has_rounds else None
         logprobs = None
         if self.body.logprobs is not None and chunk.token_ids:
-            top = chunk.top_logprobs or [()] * len(chunk.token_ids)
+            none: list[Sequence[TokenLogprob]] = [()] * len(chunk.token_ids)
+            top = chunk.top_logprobs or none
             made = logprobs_of(
                 chunk.token_ids, chunk.logprobs or (), top, self.service.texts, self._sizes[number]
             )
@@ -253,7 +254,7 @@ class CompletionWriter:
 
     def failing(self, error: ApiError) -> bytes:
         """An error's event."""
-        return event(error.body())
+        return event(error.body()) + DONE
 
     def _end(self, chunk: StreamChunk, reason: str | None) -> bytes:
         result = chunk.result

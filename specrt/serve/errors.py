@@ -80,6 +80,15 @@ class ApiError(HTTPException):
         super().__init__(status, message, dict(headers or {}))
         self.param, self.code = param, code or _CODES.get(status, "error")
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same about a field that is called otherwise."""
+        for name, other in names.items():
+            if self.param is not None and re.match(rf"{name}\b", self.param):
+                param = other + self.param[len(name) :]
+                message = self.detail.replace(self.param, param, 1)
+                return ApiError(self.status_code, message, param, self.code, self.headers)
+        return self
+
     def body(self) -> dict[str, Any]:
         """The error object."""
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"

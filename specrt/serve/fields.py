@@ -26,13 +26,13 @@ class StreamOptions(Strict):
     """What a stream has besides."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description="Accepted, without effect.")
+    include_obfuscation: bool | None = Field(default=None, description="Accepted, without effect.")
 
 
 class Speculative(Strict):
     """How this request's tokens are drafted; its text does not depend on it."""
 
-    enabled: bool | None = Field(None, description="False: plain decoding.")
+    enabled: bool | None = Field(default=None, description="False: plain decoding.")
     max_tokens: Annotated[int, Field(ge=0, le=63)] | None = Field(
         None, description="Drafted tokens of a round, from the root down."
     )
@@ -47,13 +47,13 @@ class Speculative(Strict):
 class Wishes(Strict):
     """What answers tell of the engine's rounds."""
 
-    trees: bool | None = Field(None, description="Stream each round's tree.")
+    trees: bool | None = Field(default=None, description="Stream each round's tree.")
 
 
 class StructuredOutputs(Strict):
     """A form of text; exactly one of the fields."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -74,8 +74,8 @@ class JsonSchemaFormat(Strict):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="The schema is always kept to.")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = Field(default=None, description="The schema is always kept to.")
 
 
 class ResponseFormat(Strict):
@@ -102,25 +102,27 @@ class ResponseFormat(Strict):
 class SamplingFields(Strict):
     """How tokens are chosen and when an answer ends: OpenAI's fields and those of vLLM."""
 
-    model: str | None = Field(None, description="As /v1/models has it; the only one if left out.")
-    temperature: float | None = Field(None, ge=0, le=1e5, description="0 is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=1024)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    model: str | None = Field(
+        default=None, description="As /v1/models has it; the only one if left out."
+    )
+    temperature: float | None = Field(default=None, ge=0, le=1e5, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    n: int | None = Field(default=None, ge=1, le=1024)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: _Text | _Texts | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, lt=1e5)
-    logit_bias: dict[str, float] | None = Field(None, max_length=_MOST_BIASES)
-    min_tokens: int | None = Field(None, ge=0)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, lt=1e5)
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=_MOST_BIASES)
+    min_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: Ids | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     bad_words: _Texts | None = None
-    allowed_token_ids: list[_ID] | None = Field(None, max_length=1 << 18)
+    allowed_token_ids: list[_ID] | None = Field(default=None, max_length=1 << 18)
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -130,8 +132,8 @@ class SamplingFields(Strict):
     stream_options: StreamOptions | None = None
     speculative: Speculative | None = None
     x_specrt: Wishes | None = None
-    cache_salt: str | None = Field(None, max_length=256)
-    user: str | None = Field(None, description="Accepted, without effect.")
+    cache_salt: str | None = Field(default=None, max_length=256)
+    user: str | None = Field(default=None, description="Accepted, without effect.")
 
     def form(self) -> StructuredOutput | None:
         """The form that the text is to have.

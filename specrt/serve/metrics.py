@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from specrt.engine.engine import Engine
 from specrt.engine.results import GenerationResult
@@ -17,6 +19,43 @@ _SECONDS = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_Figures = dict[str, tuple[str, float]]
+
+
+class EngineFigures(Collector):
+    """What an engine says of itself, asked when somebody looks.
+
+    Args:
+        engine: asked.
+        name: of the model.
+    """
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self._name = engine, name
+
+    def collect(self) -> Iterator[Metric]:
+        """Its figures now."""
+        try:
+            stats = self._engine.stats
+        except RuntimeError:  # it was closed
+            return
+        held = stats.num_held_pages / stats.num_pages if stats.num_pages else 0.0
+        gauges: _Figures = {
+            "vllm:num_requests_running": ("Requests that have a place.", stats.num_running),
+            "vllm:num_requests_waiting": ("Requests that wait for one.", stats.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of the pages that are held; 1 is all.", held),
+            "specrt:num_shared_pages": ("Pages kept for later prompts.", stats.num_shared_pages),
+        }
+        counts: _Figures = {
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up.", stats.prefix_queries),
+            "vllm:prefix_cache_hits": ("Prompt tokens found.", stats.prefix_hits),
+        }
+        families: tuple[Any, ...] = (GaugeMetricFamily, gauges), (CounterMetricFamily, counts)
+        for family, figures in families:
+            for name, (text, value) in figures.items():
+                made = family(name, text, labels=("model_name",))
+                made.add_metric((self._name,), value)
+                yield made
 
 
 class Metrics:
@@ -30,12 +69,10 @@ class Metrics:
     def __init__(self, engine: Engine, name: str) -> None:
         self.registry = CollectorRegistry()
         self._name = name
-        self._engine = engine
-        self._gauges()
+        self.registry.register(EngineFigures(engine, name))
         count, spread = self._counter, self._histogram
         self.prompt_tokens = count("vllm:prompt_tokens", "Prompt tokens.")
         self.generation_tokens = count("vllm:generation_tokens", "Output tokens.")
-        self.cached_tokens = count("specrt:cached_tokens", "Prompt tokens found in the cache.")
         self.prefix_queries = count("vllm:prefix_cache_queries", "Prompt tokens looked up.")
         self.prefix_hits = count("vllm:prefix_cache_hits", "Prompt tokens found in the cache.")
         self.num_drafts = count("vllm:spec_decode_num_drafts", "Rounds of drafted requests.")
@@ -91,26 +128,6 @@ class Metrics:
             self.num_accepted.inc(stats.num_accepted_tokens)
         for position, count in enumerate(stats.accepted_by_depth):
             self._per_position.labels(self._name, str(position)).inc(count)
-
-    def _gauges(self) -> None:
-        figures: dict[str, tuple[str, Callable[[], float]]] = {
-            "vllm:num_requests_running": ("That run.", self._num_running),
-            "vllm:num_requests_waiting": ("That wait.", self._num_waiting),
-            "vllm:kv_cache_usage_perc": ("Share of pages held, 1 is all.", self._usage),
-        }
-        for name, (text, read) in figures.items():
-            gauge = Gauge(name, text, ("model_name",), registry=self.registry)
-            gauge.labels(self._name).set_function(read)
-
-    def _num_running(self) -> float:
-        return float(self._engine.stats.num_running)
-
-    def _num_waiting(self) -> float:
-        return float(self._engine.stats.num_waiting)
-
-    def _usage(self) -> float:
-        stats = self._engine.stats
-        return stats.num_held_pages / stats.num_pages if stats.num_pages else 0.0
 
     def _counter(self, name: str, text: str) -> Any:
         made = Counter(name, text, ("model_name",), registry=self.registry)

@@ -1,4 +1,4 @@
-"""What all routes share: an engine, its name, limits, figures, and whether it still takes requests."""
+"""What all routes share: an engine, its name, limits, figures, whether it takes requests."""
 
 from __future__ import annotations
 

@@ -94,6 +94,7 @@ class EventStream(Response):
         try:
             with self._answering.watched(receive):
                 await send(start)
+                self._sent = time.monotonic()
                 if self._ping_seconds:
                     ping = asyncio.get_running_loop().create_task(self._ping(send))
                 await asyncio.wait_for(self._write(send), self._limit_seconds + _GRACE_SECONDS)
@@ -113,9 +114,9 @@ class EventStream(Response):
         except ClientDisconnect:
             return
         except ApiError as error:
-            await self._send(send, writer.failing(error) + DONE)
+            await self._send(send, writer.failing(error))
         except RuntimeError as error:  # the engine's thread or GPU is gone
-            await self._send(send, writer.failing(ApiError(503, str(error))) + DONE)
+            await self._send(send, writer.failing(ApiError(503, str(error))))
         else:
             await self._send(send, writer.closing())
         await send({"type": "http.response.body", "body": b""})

@@ -22,8 +22,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
