@@ -137,6 +137,7 @@ class AsyncStream(AsyncIterator[StreamChunk]):
         self.prompt_ids: list[list[int]] = []
         """Token ids of each prompt, once it is started."""
         self._box: Inbox | None = None
+        self._is_read = False
         self._num_open = sum(map(len, self.params))
 
     def __aiter__(self) -> AsyncStream:
@@ -161,12 +162,17 @@ class AsyncStream(AsyncIterator[StreamChunk]):
             raise
 
     async def __anext__(self) -> StreamChunk:
-        await self.start()
+        if self._is_read:
+            raise RuntimeError("stream: another task waits for its next chunk")
+        self._is_read = True
         try:
+            await self.start()
             chunk = await self._next()
         except BaseException:
             self._drop()
             raise
+        finally:
+            self._is_read = False
         if chunk.result is not None:
             self._num_open -= 1
         return chunk
@@ -219,8 +225,6 @@ class AsyncStream(AsyncIterator[StreamChunk]):
                     return box.chunks.popleft()
                 if box.fault is not None:
                     raise box.fault
-                if box.waiter is not None and not box.waiter.done():
-                    raise RuntimeError("stream: another task is waiting for its next chunk")
                 waiter = box.waiter = box.loop.create_future()
             await waiter
         raise StopAsyncIteration

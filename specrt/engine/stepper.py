@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import AbstractEventLoop, Future
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Condition, Thread, current_thread
 from typing import TypeVar
@@ -139,6 +140,8 @@ class Stepper:
             self._end_all(error)
             return
         self._end_all(RuntimeError("engine: its AsyncEngine was closed"))
+        with suppress(Exception):
+            self._engine.step()  # the last chunks of what was ended are nobody's
 
     def _wait(self) -> bool:
         """Sleep until something is to be stepped; False: never again."""
@@ -187,11 +190,9 @@ class Stepper:
             for inbox in inboxes:
                 inbox.fault = fault
             self._wake(list(inboxes))
-        for handle in handles:
-            try:
+        with suppress(Exception):  # the engine is closed, or what broke it breaks this too
+            for handle in handles:
                 self._engine.abort(handle)
-            except Exception:  # the engine is closed, or what broke it breaks this too
-                return
 
 
 def _resolve(waiters: Sequence[Future[None]]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
@@ -139,8 +139,30 @@ class Answering(AsyncIterator[StreamChunk]):
         num_asked = sum(map(len, stream.params))
         for _ in range(num_asked - len(self.results)):
             metrics.count_end("abort")
+        self._tell_log()
         if self._first is None or self._last is None:
             return
         metrics.whole.observe(self._last - self._asked)
         metrics.queue.observe(max(0.0, self._first - self._asked - prefill))
         metrics.decode.observe(self._last - self._first)
+
+    def _tell_log(self) -> None:
+        results = self.in_order()
+        rounds = sum(result.stats.num_rounds for result in results)
+        num_tokens = sum(len(result.token_ids) for result in results)
+        figures: dict[str, Any] = {
+            "prompt_tokens": sum(map(len, self.stream.prompt_ids)),
+            "output_tokens": num_tokens,
+            "tau": round(num_tokens / rounds, 2) if rounds else None,
+            "first_ms": None if self._first is None else _ms(self._first - self._asked),
+            "ended": self.early or ",".join(result.finish_reason for result in results),
+        }
+        if self._service.options.log_prompts:
+            decode = self._service.tokenizer.decode
+            figures["prompts"] = [decode(ids) for ids in self.stream.prompt_ids]
+            figures["answers"] = [result.text for result in results]
+        self.request.scope["specrt.figures"] = figures
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

@@ -90,7 +90,7 @@ def _add_layers(app: FastAPI, service: Service) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-    app.add_middleware(RequestLog, metrics=service.metrics, logs_prompts=options.log_prompts)
+    app.add_middleware(RequestLog, metrics=service.metrics)
 
 
 def _describe(app: FastAPI) -> None:

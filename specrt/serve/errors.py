@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from specrt.types import QueueFullError
@@ -30,6 +31,8 @@ _CODES = {
     504: "timeout",
 }
 _RETRY_SECONDS = 1
+CLIENT_GONE = 499
+"""nginx's status of what nobody waited for."""
 # How our own errors begin: the field they are about, as they know it.
 _FIELD = re.compile(r"^([a-z_]\w*(?:\[[^\]]*\])*(?:\.\w+)*)(?:, \w+)*: ")
 _NAMES = {
@@ -191,9 +194,13 @@ def install(app: FastAPI) -> None:
             error = ApiError(error.status_code, str(error.detail), headers=error.headers)
         return error.response()
 
+    async def on_gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
     async def on_any(_: Request, error: Exception) -> Response:
         return ApiError(500, "the server failed; its log says more").response()
 
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientDisconnect, on_gone)
     app.add_exception_handler(Exception, on_any)

@@ -11,17 +11,15 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specrt.serve.errors import ApiError
+from specrt.serve.errors import CLIENT_GONE, ApiError
 
 if TYPE_CHECKING:
     from specrt.serve.metrics import Metrics
 
 LOG = logging.getLogger("specrt.serve")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_CLIENT_GONE = 499  # nginx's
 
 
 class JsonLines(logging.Formatter):
@@ -59,11 +57,10 @@ class RequestLog:
     Args:
         app: what answers.
         metrics: count answers.
-        logs_prompts: whether bodies of requests are written down too.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, logs_prompts: bool) -> None:
-        self._app, self._metrics, self._logs_prompts = app, metrics, logs_prompts
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a call on and write it down."""
@@ -84,15 +81,13 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, tell)
-        except ClientDisconnect:
-            state["status"] = state["status"] or _CLIENT_GONE
         except Exception:
             LOG.exception("a request failed", extra={"fields": {"request": name}})
             if not state["status"]:
                 error = ApiError(500, "the server failed; its log says more")
                 await error.response()(scope, receive, tell)
         finally:
-            self._write(scope, name, state["status"] or _CLIENT_GONE, time.monotonic() - started)
+            self._write(scope, name, state["status"] or CLIENT_GONE, time.monotonic() - started)
 
     def _write(
         self, scope: MutableMapping[str, Any], name: str, status: int, seconds: float
