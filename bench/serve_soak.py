@@ -47,10 +47,10 @@ class Sample:
     threads: int
     running: float
     waiting: float
-    pages: float
-    """Share of all that are held, those kept for later prompts included."""
-    unshared: float
-    """Pages held by sequences, which rest: 0 if none leaked."""
+    held: float
+    """Share of all pages that requests hold, which rest: 0 if none leaked."""
+    shared: float
+    """Pages kept for later prompts."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def sample_of(num_requests: int, told: dict[str, float], held: Any) -> Sample:
         told["num_requests_running"],
         told["num_requests_waiting"],
         told["kv_cache_usage_perc"],
-        told.get("num_held_pages", 0.0) - told.get("num_shared_pages", 0.0),
+        told["num_shared_pages"],
     )
 
 
@@ -121,7 +121,7 @@ def verdict(done: Soak) -> dict[str, bool]:
         "no text differs": done.num_differing == 0,
         "no other problem": not [p for p in done.problems if not p.startswith("differs")],
         "all requests end": all(s.running == s.waiting == 0 for s in done.samples),
-        "no page is leaked": all(sample.unshared == 0 for sample in done.samples),
+        "no page is leaked": all(sample.held == 0 for sample in done.samples),
         "no thread is leaked": last.threads <= first.threads,
         "no file is leaked": last.files <= first.files,
         "memory is flat": all(abs(kb / middle - 1) <= _FLAT for kb in memory),
