@@ -90,6 +90,34 @@ class SamplingOptions:
     ] = False
     ignore_eos: Annotated[bool, _option("--ignore-eos", help="Go on past its end.")] = False
     logprobs: Annotated[bool, _option("--logprobs", help="Add them to the JSON.")] = False
+    top_logprobs: Annotated[
+        int, _option(help="Add so many of each place's likeliest tokens to the JSON.")
+    ] = 0
+    prompt_logprobs: Annotated[
+        int | None, _option(help="Add the prompt's to the JSON, and so many of the likeliest.")
+    ] = None
+    skip_special_tokens: Annotated[
+        bool,
+        _option(
+            "--skip-special-tokens/--no-skip-special-tokens",
+            help="Whether text leaves special tokens out.",
+        ),
+    ] = True
+    n: Annotated[int, _option(help="Answers to each prompt; seeds count up.")] = 1
+
+    def check_shown(self, *, is_json: bool, where: str) -> None:
+        """Whether what is asked for is shown.
+
+        Args:
+            is_json: whether results are printed as JSON.
+            where: what would show it.
+
+        Raises:
+            ValueError: an option asks for what only JSON shows; names it.
+        """
+        for name, off in (("logprobs", False), ("top_logprobs", 0), ("prompt_logprobs", None)):
+            if not is_json and getattr(self, name) != off:
+                raise ValueError(f"{name}: goes with {where}, which shows them")
 
     def params(self) -> SamplingParams:
         """The same, checked, the model's own left open.

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from specrt.cache import CacheBatch
-from specrt.engine.batch import Batch
+from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
 from specrt.engine.places import Places
+from specrt.engine.reports import Reports
 from specrt.engine.request import Request
 from specrt.models.model import LlamaModel
 
 
 class Prefill:
-    """Admits requests and runs their prompts; those that are through join the batch.
+    """Admits requests and runs their prompts; those that are through join a batch.
 
     Args:
         target: runs them.
         limits: how much at once.
         places: who has pages, and the queue.
-        batch: of those that decode.
+        reports: told of prompts whose log-probabilities are wanted.
+        batches: of those that decode.
         drafting: whose drafter is told.
         device: whether it still answers.
         catch_up: reads the round that is under way.
@@ -33,7 +35,8 @@ class Prefill:
         target: LlamaModel,
         limits: EngineLimits,
         places: Places,
-        batch: Batch,
+        reports: Reports,
+        batches: Batches,
         drafting: Drafting,
         device: DeviceWatch,
         catch_up: Callable[[], bool],
@@ -42,14 +45,15 @@ class Prefill:
         self._target = target
         self._limits = limits
         self._places = places
-        self._batch = batch
+        self._reports = reports
+        self._batches = batches
         self._drafting = drafting
         self._device = device
         self._catch_up = catch_up
         self._fail = fail
 
     def run(self) -> None:
-        """Run at most a chunk of prompts; those that are through join the batch."""
+        """Run at most a chunk of prompts; those that are through join a batch."""
         left = self._limits.prefill_chunk
         while left > 0:
             request = self._next()
@@ -58,7 +62,7 @@ class Prefill:
             left -= self._run_piece(request, left)
 
     def _next(self) -> Request | None:
-        decoding, scheduler = self._batch.requests, self._places.scheduler
+        decoding, scheduler = self._batches.requests, self._places.scheduler
         for request in scheduler.admitted:
             if request not in decoding:
                 return request
@@ -90,15 +94,18 @@ class Prefill:
         request.prefills.append((started, device.mark()))
         if request.num_to_prefill == 0:
             self._catch_up()
-            self._batch.join(request)
+            self._batches.join(request)
             self._drafting.regroup()
         return max(1, count)
 
     def _extend(self, request: Request, first: int, end: int) -> None:
         assert request.cached is not None, "an admitted request has a place for pages"
         batch = CacheBatch(self._places.cache, [request.cached])
-        ids, taps = request.token_ids[first:end], self._drafting.taps([request])
+        ids, drafters = request.token_ids[first:end], self._drafting.taps([request])
+        taps = self._reports.prompt_taps(request, drafters)
         for start, piece in self._target.extend(ids, batch, taps=taps):
-            self._drafting.prefill(request, first + start, piece)
+            self._reports.take_prompt(request, first + start, piece)
+            own = {tap: states for tap, states in piece.items() if tap in drafters}
+            self._drafting.prefill(request, first + start, own)
         self._places.keep(request)
         self._places.cache.release(request.cached)  # a chunk's pages are many

@@ -153,8 +153,9 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", _with_int_keys(self.logit_bias))
-        if isinstance(self.structured, Mapping):
-            object.__setattr__(self, "structured", StructuredOutput.of(self.structured))
+        form: object = self.structured
+        if isinstance(form, Mapping):
+            object.__setattr__(self, "structured", StructuredOutput.of(form))
         self._check_ranges()
         self._check_filters()
         self._check_bias()
