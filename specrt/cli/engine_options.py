@@ -116,9 +116,9 @@ class EngineOptions:
     lora: Lora = None
     threads: Threads = None
 
-    def load(self, *, max_batch: int = 8) -> Engine:
+    def load(self, *, max_batch: int = 8, max_shared_tokens: int | None = None) -> Engine:
         """As :func:`load_engine`."""
-        return load_engine(**vars(self), max_batch=max_batch)
+        return load_engine(**vars(self), max_batch=max_batch, max_shared_tokens=max_shared_tokens)
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def load_engine(
     threads: int | None,
     max_nodes: int = 64,
     max_batch: int = 8,
+    max_shared_tokens: int | None = None,
     controller: str | ControlOptions | None = None,
     draft_weights: str | None = None,
     hot_tokens: str | None = None,
@@ -149,8 +150,9 @@ def load_engine(
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            draft_window, eager, quantize, activations, lora: as for :func:`specrt.load`.
+        target, drafter, device, dtype, max_nodes, max_batch, max_shared_tokens, controller,
+            draft_weights, hot_tokens, draft_window, eager, quantize, activations, lora: as for
+            :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
 
     Raises:
@@ -168,6 +170,7 @@ def load_engine(
         dtype=dtype,
         max_nodes=max_nodes,
         max_batch=max_batch,
+        max_shared_tokens=max_shared_tokens,
         controller=controller,
         draft_weights=draft_weights,
         hot_tokens=hot_tokens,

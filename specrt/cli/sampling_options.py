@@ -90,6 +90,9 @@ class SamplingOptions:
     ] = False
     ignore_eos: Annotated[bool, _option("--ignore-eos", help="Go on past its end.")] = False
     logprobs: Annotated[bool, _option("--logprobs", help="Add them to the JSON.")] = False
+    cache_salt: Annotated[
+        str, _option(help="Share beginnings with prompts of the same one only.")
+    ] = ""
 
     def params(self) -> SamplingParams:
         """The same, checked, the model's own left open.
