@@ -92,6 +92,7 @@ def demo(
         dtype=dtype or ("float32" if is_small else "auto"),
         threads=threads,
         controller=controller,
+        max_shared_tokens=0,  # who is compared computes the prompt
     )
     own = engine.target
     shown = drafter_name(drafter, own.config, is_gpu=own.device.is_gpu)
