@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specrt.draft.base import DraftParams
     from specrt.draft.length.control import ControlOptions
+    from specrt.engine.async_engine import AsyncEngine
     from specrt.engine.engine import Engine
-    from specrt.engine.results import GenerationResult, RoundTree, StreamChunk, TokenLogprob
+    from specrt.engine.results import (
+        EngineStats,
+        GenerationResult,
+        RoundTree,
+        StreamChunk,
+        TokenLogprob,
+    )
     from specrt.loading import generate, load
     from specrt.sampling import SamplingParams, StructuredOutput
     from specrt.types import CheckpointError, QueueFullError, RequestHandle
@@ -17,10 +24,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "CheckpointError",
     "ControlOptions",
     "DraftParams",
     "Engine",
+    "EngineStats",
     "GenerationResult",
     "QueueFullError",
     "RequestHandle",
@@ -35,10 +44,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "specrt.engine.async_engine",
     "CheckpointError": "specrt.types",
     "ControlOptions": "specrt.draft.length.control",
     "DraftParams": "specrt.draft.base",
     "Engine": "specrt.engine.engine",
+    "EngineStats": "specrt.engine.results",
     "GenerationResult": "specrt.engine.results",
     "QueueFullError": "specrt.types",
     "RequestHandle": "specrt.types",

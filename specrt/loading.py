@@ -75,6 +75,7 @@ def load(
     prefill_chunk: int = 512,
     max_cached_tokens: int | None = None,
     max_waiting: int | None = None,
+    max_shared_tokens: int | None = None,
     progress: bool = True,
     fold: bool | None = None,
     coupled: bool = True,
@@ -120,6 +121,9 @@ def load(
             out, who came last gives way and is computed again later. None: as memory allows; on a
             GPU what is free when the engine is made.
         max_waiting: requests that may wait for a place; None: any number.
+        max_shared_tokens: tokens that no request uses and that are kept for prompts which begin
+            alike; 0: nothing is shared. None: on a GPU as many as there is room for, on a CPU
+            65536, or what fits in 1 GiB.
         progress: show a bar on a terminal while loading.
         fold: FSPAD and EAGLE: replace the weights that are functions of the token by tables; None
             does so where it pays.
@@ -163,9 +167,10 @@ def load(
         )
     if not (drafter is None or isinstance(drafter, str | os.PathLike)):
         check_drafter(drafter, "drafter")
-    limits = EngineLimits(max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting)
-    window = _parse_window(draft_window)
-    place = parse_device(device)
+    limits = EngineLimits(
+        max_batch, max_nodes, prefill_chunk, max_cached_tokens, max_waiting, max_shared_tokens
+    )
+    window, place = _parse_window(draft_window), parse_device(device)
     path = target_path(target, local_files_only=local_files_only)
     adapter = None if lora is None else local_path(lora, local_files_only=local_files_only)
     config = ModelConfig.from_directory(path, adapter=adapter)

@@ -163,6 +163,8 @@ class SequenceState:
     sampling_row: torch.Tensor | None = None
     """``[8]`` int64: the request's sampling as kernels read it (``specrt.sampling.sampling_row``).
     Drafters that couple their trees to the target's noise need it; the engine always gives it."""
+    cache_salt: str = ""
+    """Of what is kept of it nothing may be used for a sequence with another."""
 
     @property
     def num_left(self) -> int:
@@ -188,6 +190,8 @@ class RoundStats:
     verify_ms: float = 0.0
     accept_ms: float = 0.0
     prefill_ms: float = 0.0
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were found, and not computed."""
     accept_lengths: list[int] = field(default_factory=list)
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)

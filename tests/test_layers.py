@@ -17,6 +17,8 @@ LAYERS = [
     {"ops", "targets"},
     {"device"},
     {"sampling", "pages"},
+    {"prefixes"},
+    {"kv_cache"},
     {"cache", "tree", "accept"},
     {"models"},
     {"draft"},

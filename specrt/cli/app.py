@@ -18,6 +18,7 @@ from specrt.cli.engine_options import (
     Controller,
     Drafter,
     EngineOptions,
+    ServedEngine,
     drafter_name,
     load_engine,
 )
@@ -37,6 +38,8 @@ from specrt.cli.sampling_options import (
     SamplingOptions,
     left_to_the_model,
 )
+from specrt.cli.serve import EngineSizes
+from specrt.serve.options import ServeOptions
 from specrt.targets import BUILTIN, SMOLLM2, how_to_install, is_installed
 
 app = typer.Typer(
@@ -89,6 +92,7 @@ def demo(
         dtype=dtype or ("float32" if is_small else "auto"),
         threads=threads,
         controller=controller,
+        max_shared_tokens=0,  # who is compared computes the prompt
     )
     own = engine.target
     shown = drafter_name(drafter, own.config, is_gpu=own.device.is_gpu)
@@ -164,6 +168,15 @@ def generate(
     encoded = encode(engine, prompts, add_special_tokens=add_special_tokens)
     write = command.write_stream if stream else command.write_results
     write(engine, encoded, params, is_json=json)
+
+
+@app.command()
+@with_options
+def serve(*, options: ServedEngine, sizes: EngineSizes, server: ServeOptions) -> None:
+    """Serve a model to OpenAI's clients, and a page to talk to it."""
+    from specrt.cli import serve as command
+
+    command.run(options, sizes, server)
 
 
 @app.command()

@@ -116,9 +116,9 @@ class EngineOptions:
     lora: Lora = None
     threads: Threads = None
 
-    def load(self, *, max_batch: int = 8) -> Engine:
+    def load(self, *, max_batch: int = 8, **limits: int | None) -> Engine:
         """As :func:`load_engine`."""
-        return load_engine(**vars(self), max_batch=max_batch)
+        return load_engine(**vars(self), max_batch=max_batch, **limits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,13 @@ class ChatEngine(EngineOptions):
     """Of a chat: the bundled model is none that answers."""
 
     target: Target = SMOLLM2
+
+
+@dataclass(frozen=True)
+class ServedEngine(EngineOptions):
+    """Of a server: what it serves is its first word."""
+
+    target: Annotated[str, typer.Argument(help="As --target of generate.")] = BUILTIN
 
 
 def load_engine(
@@ -137,6 +144,7 @@ def load_engine(
     threads: int | None,
     max_nodes: int = 64,
     max_batch: int = 8,
+    max_shared_tokens: int | None = None,
     controller: str | ControlOptions | None = None,
     draft_weights: str | None = None,
     hot_tokens: str | None = None,
@@ -145,13 +153,16 @@ def load_engine(
     quantize: str | None = None,
     activations: str | None = None,
     lora: str | None = None,
+    **limits: int | None,
 ) -> Engine:
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            draft_window, eager, quantize, activations, lora: as for :func:`specrt.load`.
+        target, drafter, device, dtype, max_nodes, max_batch, max_shared_tokens, controller,
+            draft_weights, hot_tokens, draft_window, eager, quantize, activations, lora: as for
+            :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
+        **limits: further fields of :class:`specrt.engine.limits.EngineLimits`.
 
     Raises:
         CheckpointError: a checkpoint is missing or broken.
@@ -168,6 +179,7 @@ def load_engine(
         dtype=dtype,
         max_nodes=max_nodes,
         max_batch=max_batch,
+        max_shared_tokens=max_shared_tokens,
         controller=controller,
         draft_weights=draft_weights,
         hot_tokens=hot_tokens,
@@ -176,6 +188,7 @@ def load_engine(
         quantize=quantize,
         activations=activations,
         lora=lora,
+        **limits,  # type: ignore[arg-type]
     )
 
 

@@ -104,6 +104,9 @@ class SamplingOptions:
         ),
     ] = True
     n: Annotated[int, _option(help="Answers to each prompt; seeds count up.")] = 1
+    cache_salt: Annotated[
+        str, _option(help="Share beginnings with prompts of the same one only.")
+    ] = ""
 
     def check_shown(self, *, is_json: bool, where: str) -> None:
         """Whether what is asked for is shown.

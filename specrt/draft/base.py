@@ -137,6 +137,30 @@ class CachingDrafter(Protocol):
         page."""
 
 
+@runtime_checkable
+class PrefixDrafter(Protocol):
+    """What a drafter has besides if of equal beginnings of sequences it needs only one.
+
+    It keeps by itself what it has of a sequence (:meth:`KVCache.keep`), for those with the same
+    ``state.cache_salt``. To a drafter without these methods the target shows every token of a
+    prompt, and so runs it, if it reads hidden states; one that reads none is told where the target
+    began by its first :meth:`Drafter.prefill`, and may hear of none at all.
+    """
+
+    def num_known(self, state: SequenceState, most: int) -> int:
+        """How many of a prompt's first tokens, ``most`` at most, it need not see run.
+
+        Asked behind :meth:`Drafter.start`, again where the target has fewer.
+        """
+
+    def begin_at(self, state: SequenceState, count: int) -> None:
+        """The target runs a prompt from position ``count`` on, which :meth:`num_known` gave.
+
+        Raises:
+            MemoryError: there is no memory for its draft cache; the sequence goes on undrafted.
+        """
+
+
 @dataclass(frozen=True)
 class BatchTables:
     """A batch as launches of a round find it, at addresses that stay: B rows on the device."""

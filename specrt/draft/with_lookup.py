@@ -17,13 +17,20 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from specrt.cache import KVCache
-from specrt.draft.base import Budget, CachingDrafter, Drafter, DraftParams, ShapedDrafter
+from specrt.draft.base import (
+    Budget,
+    CachingDrafter,
+    Drafter,
+    DraftParams,
+    PrefixDrafter,
+    ShapedDrafter,
+)
 from specrt.draft.prompt_lookup.drafter import Guesses, PromptLookupDrafter
 from specrt.types import AcceptResult, Proposal, SequenceState
 
 
 @runtime_checkable
-class RatedDrafter(CachingDrafter, ShapedDrafter, Drafter, Protocol):
+class RatedDrafter(CachingDrafter, PrefixDrafter, ShapedDrafter, Drafter, Protocol):
     """A trained drafter that knows what its rounds bring. It may be passed over: a round that
     another has proposed it observes like one of the root alone."""
 
@@ -76,6 +83,14 @@ class WithLookup:
     def prefill(self, state: SequenceState, start: int, taps: Mapping[str, torch.Tensor]) -> None:
         """The trained drafter reads the prompt; the lookup has it in the state."""
         self.trained.prefill(state, start, taps)
+
+    def num_known(self, state: SequenceState, most: int) -> int:
+        """As the trained drafter's; the lookup needs nothing."""
+        return self.trained.num_known(state, most)
+
+    def begin_at(self, state: SequenceState, count: int) -> None:
+        """As the trained drafter's."""
+        self.trained.begin_at(state, count)
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """What was looked up, or the trained drafter's trees."""

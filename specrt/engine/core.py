@@ -16,12 +16,12 @@ from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.launched import LaunchedRounds, Pending
 from specrt.engine.limits import EngineLimits
-from specrt.engine.memory import make_cache
+from specrt.engine.memory import make_cache, shared_cache
 from specrt.engine.places import Places
 from specrt.engine.prefill import Prefill
 from specrt.engine.reports import Told
 from specrt.engine.request import Request
-from specrt.engine.results import StreamChunk
+from specrt.engine.results import EngineStats, StreamChunk
 from specrt.engine.round import Round, Stages, run_round
 from specrt.models.model import LlamaModel
 
@@ -47,7 +47,7 @@ class EngineCore:
         self._must_start_over = False
         self.device = DeviceWatch(target.device)
         parts = self._batches, self._drafting, self.device, self._catch_up, self._fail
-        self._places = Places(self.cache, limits, *parts)
+        self._places = Places(self.cache, shared_cache(drafter), limits, *parts)
         self.scheduler = self._places.scheduler
         self._prefill = Prefill(target, limits, self._places, self._stages.reports, *parts)
 
@@ -86,6 +86,20 @@ class EngineCore:
             self._start_over()
             raise
 
+    @property
+    def stats(self) -> EngineStats:
+        """What there is now."""
+        scheduler, cache, places = self.scheduler, self.cache, self._places
+        return EngineStats(
+            num_running=len(scheduler.admitted),
+            num_waiting=scheduler.num_waiting,
+            num_pages=cache.num_pages,
+            num_held_pages=cache.num_held_pages,
+            num_shared_pages=cache.num_shared_pages,
+            prefix_queries=places.num_looked_up,
+            prefix_hits=places.num_found,
+        )
+
     def end(self, request: Request, last: StreamChunk) -> None:
         """Tell a request's last chunk and forget it."""
         request.tell(last)  # first: interrupted, it is removed later, and never told twice
@@ -100,7 +114,7 @@ class EngineCore:
         try:
             with self.device.working():
                 self._catch_up()
-                self._places.release(request)
+                self._places.release(request, is_sound=not self._must_start_over)
             self.scheduler.remove(request)
         except BaseException:
             self._must_start_over = True
@@ -113,6 +127,7 @@ class EngineCore:
             with self.device.working():
                 for request in list(self.scheduler):
                     self.remove(request)
+                self._places.close()
                 self.cache.retire()
         except Exception as error:
             if not self.device.is_lost(error):  # or its memory is gone anyway
@@ -132,7 +147,7 @@ class EngineCore:
         with self.device.working():
             for request in reversed(self.scheduler.admitted):
                 request.forget_untold()  # first: interrupted, it is still to be done again
-                self._places.preempt(request)
+                self._places.preempt(request, is_sound=False)
             self._batches.clear()
         self._drafting.take_restarts()  # all have been
         self._must_start_over = False
@@ -244,6 +259,7 @@ class EngineCore:
         stats.verify_ms += done.verify_ms
         stats.accept_ms += done.accept_ms
         if outcome.accept_length < 0:
+            self._places.forget()  # whatever it came of is not to be found again
             at = f" at position {len(request.token_ids)}"
             return request.failed(done.errors.get(row, "logits: NaN or no finite value") + at)
         count, logprobs = outcome.num_taken, done.read.logprobs

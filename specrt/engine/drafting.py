@@ -14,21 +14,22 @@ from dataclasses import dataclass
 import torch
 
 from specrt.cache import CacheBatch
-from specrt.device import Device
 from specrt.draft.base import (
     Budget,
     Drafter,
     EmptyDrafter,
     LaunchedDrafter,
+    PrefixDrafter,
     RootsAlone,
     RoundPlan,
     StageTimes,
 )
 from specrt.draft.length.costs import RoundCost
+from specrt.engine.merged import Merged
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
-from specrt.models.step import check_tap
+from specrt.models.step import LOGITS_TAP, check_tap
 from specrt.tree import check_proposal
 from specrt.types import AcceptResult, Proposal, RoundReport, SequenceState
 
@@ -140,6 +141,30 @@ class Drafting:
             self._warn("finish", error)
         request.is_started = False  # not before: interrupted, it has to be done again
 
+    def num_known(self, request: Request, most: int) -> int:
+        """How many of its prompt's first tokens, ``most`` at most, need not be run for the drafter.
+
+        A drafter that is shown hidden states, and does not say, is shown those of every token.
+        """
+        drafter, counts = self._drafter, list[int]()
+        if not request.is_drafted or not isinstance(drafter, PrefixDrafter):
+            is_shown = request.is_drafted and any(tap != LOGITS_TAP for tap in self._taps)
+            return 0 if is_shown else most
+
+        def ask() -> None:
+            count = drafter.num_known(request.state, most)
+            if not isinstance(count, int) or not 0 <= count <= most:
+                raise ValueError(f"num_known: expected an int in 0..{most}, got {count!r}")
+            counts.append(count)
+
+        return counts[0] if self._try([request], ask) else most
+
+    def begin_at(self, request: Request, count: int) -> None:
+        """The first so many tokens of its prompt, which :meth:`num_known` gave, are not run."""
+        drafter = self._drafter
+        if request.is_drafted and isinstance(drafter, PrefixDrafter):
+            self._try([request], lambda: drafter.begin_at(request.state, count))
+
     # --- a round of launches alone ------------------------------------------------------------
 
     def plan(self, requests: Sequence[Request], cost: RoundCost) -> Planned | None:
@@ -227,8 +252,8 @@ class Drafting:
             self._groups[key] = _groups_of(requests)
         return self._groups[key]
 
-    def _merged(self, batch: int) -> _Merged:
-        return _Merged(batch, self._target.config.vocab_size, self._target.device)
+    def _merged(self, batch: int) -> Merged:
+        return Merged(batch, self._target.config.vocab_size, self._target.device)
 
     def _lower(self, group: Group, batch: CacheBatch, roots: torch.Tensor) -> LowerLayers:
         """The target's layers, to be lent for a group."""
@@ -238,7 +263,7 @@ class Drafting:
         return LowerLayers(self._target, some, torch.stack([roots[row] for row in group.rows]))
 
     def _ask(
-        self, group: Group, lower: LowerLayers, merged: _Merged | None, cost: RoundCost
+        self, group: Group, lower: LowerLayers, merged: Merged | None, cost: RoundCost
     ) -> Proposal | None:
         """What the drafter proposes for a group; None if it fails."""
         given: list[Proposal] = []
@@ -334,66 +359,3 @@ def _rows_of(
         report=None if result.report is None else result.report.of(rows),
     )
     return part, {name: some(tap) for name, tap in taps.items()}
-
-
-class _Merged:
-    """Proposals of several groups, row by row; a row that nobody takes is its root alone.
-
-    They lie on the host as long as all that were taken do, for then it knows their sizes.
-    """
-
-    def __init__(self, batch: int, vocab_size: int, device: Device) -> None:
-        self._vocab_size = vocab_size
-        self._device = device
-        self._ints = torch.zeros(2, batch, 1, dtype=torch.int32)
-        self._num_nodes = torch.ones(batch, dtype=torch.int32)
-        self._probs: torch.Tensor | None = None
-
-    def take(self, rows: Sequence[int], proposal: Proposal) -> None:
-        """Copy a group's proposal into its rows; one that cannot be copied leaves roots alone."""
-        here, probs = self._beside(proposal), proposal.draft_probs
-        size = here.draft_tokens.shape[1]
-        self._ints = _padded(self._ints, size, dim=2)
-        counts = here.num_nodes.clamp(max=size)
-        for place, row in enumerate(rows):
-            self._ints[0, row, :size].copy_(here.draft_tokens[place])
-            self._ints[1, row, :size].copy_(here.parents[place])
-        for place, row in enumerate(rows):
-            self._num_nodes[row].copy_(counts[place])
-        if probs is not None and probs.shape[2] == self._vocab_size:
-            self._take_probs(rows, self._device.there(probs))
-
-    def proposal(self) -> Proposal:
-        """Of the whole batch."""
-        tokens, parents = self._ints
-        probs = self._probs
-        if probs is not None:
-            probs = _padded(probs, tokens.shape[1], dim=1)
-        return Proposal(tokens, parents, self._num_nodes, probs)
-
-    def _beside(self, proposal: Proposal) -> Proposal:
-        """``proposal`` where this one lies, which may move from the host to the device."""
-        device = self._device
-        if device.holds(proposal.draft_tokens) and not device.holds(self._ints):
-            self._ints = device.there(self._ints)
-            self._num_nodes = device.there(self._num_nodes)
-        if device.holds(proposal.draft_tokens) or not device.holds(self._ints):
-            return proposal
-        fields = proposal.draft_tokens, proposal.parents, proposal.num_nodes
-        return Proposal(*map(device.there, fields))
-
-    def _take_probs(self, rows: Sequence[int], probs: torch.Tensor) -> None:
-        """Laws; rows of others are none, as zeros are none."""
-        size = probs.shape[1]
-        if self._probs is None:
-            self._probs = self._device.zeros(len(self._num_nodes), size, self._vocab_size)
-        self._probs = _padded(self._probs, size, dim=1)
-        for place, row in enumerate(rows):
-            self._probs[row, :size].copy_(probs[place])
-
-
-def _padded(table: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """``table`` with at least ``size`` entries in a dimension, zeros behind."""
-    missing = max(0, size - table.shape[dim])
-    behind = [0, 0] * (table.dim() - 1 - dim) + [0, missing]
-    return torch.nn.functional.pad(table, behind) if missing else table

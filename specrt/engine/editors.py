@@ -84,7 +84,7 @@ class Editors:
         return Editor(prompt, params.logits_processor, masks, stop_ids, num_left)
 
     def _spellings(self, params: SamplingParams) -> list[tuple[int, ...]]:
-        """Each bad word's tokens, behind a space and not.
+        """Each bad word's tokens, behind a space and not; none that ends with another.
 
         Raises:
             ValueError: there are none, or not of this vocabulary.
@@ -96,4 +96,4 @@ class Editors:
                 if not run or max(run) >= self._vocab_size:
                     raise ValueError(f"bad_words: expected words of tokens, got {word!r}")
                 found[run] = None
-        return list(found)
+        return [run for run in found if not any(run[i:] in found for i in range(1, len(run)))]

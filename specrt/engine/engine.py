@@ -18,7 +18,7 @@ from specrt.engine.intake import Asked, Intake
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import OnePrompt, Prompt
 from specrt.engine.request import Request
-from specrt.engine.results import GenerationResult, StreamChunk
+from specrt.engine.results import EngineStats, GenerationResult, StreamChunk
 from specrt.engine.turns import Turns
 from specrt.models.model import LlamaModel
 from specrt.models.tokenizer import Tokenizer
@@ -140,6 +140,16 @@ class Engine:
         """
         self._check_open()
         return SamplingParams.from_defaults(self.target.config.generation)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it holds now, and what it has found so far; any thread may ask.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        return self._core.stats
 
     # --- whole answers ------------------------------------------------------------------------
 
@@ -324,14 +334,26 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """One prompt's token ids; arguments as for :meth:`generate`.
+    def encode(
+        self, prompt: Prompt, *, name: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
+        """One prompt's token ids; arguments as for :meth:`generate`, ``name`` for errors.
 
         Raises:
             ValueError: the prompt is empty or none, or has ids outside the vocabulary.
         """
         self._check_open()
-        return self._intake.encoder(add_special_tokens).encode(prompt)
+        return self._intake.encoder(add_special_tokens).encode(prompt, name)
+
+    def check_draft(self, draft: DraftParams | None) -> None:
+        """Refuse a shape that the engine or its drafter does not take, as :meth:`generate` would.
+
+        Raises:
+            ValueError: so; names the field.
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        self._intake.check_draft(draft)
 
     def _check_open(self) -> None:
         if self._is_closed:

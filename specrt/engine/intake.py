@@ -159,6 +159,7 @@ class Intake:
             seed=params.seed or 0,
             temperature=params.temperature,
             sampling_row=sampling_row(params, len(ids)),
+            cache_salt=params.cache_salt,
         )
         tell, place = box.append, (asked.number, asked.choice)
         return Request(handle, params, asked.draft, state, new_end, tell, *place, editor)

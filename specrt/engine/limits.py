@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from specrt.tree import MAX_NODES
 
+_MAY_BE_NONE = "max_cached_tokens", "max_waiting", "max_shared_tokens"
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -27,6 +29,10 @@ class EngineLimits:
     None: as memory allows."""
     max_waiting: int | None = None
     """Requests that may wait for a place; None: any number."""
+    max_shared_tokens: int | None = None
+    """Tokens that no request uses and that are kept for those that begin alike, in whole pages; 0:
+    nothing is shared. None: on a GPU as many as there are pages for, on a CPU what fits in 1 GiB,
+    65536 at most. Pages that are kept are given up as soon as they are needed."""
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -35,10 +41,11 @@ class EngineLimits:
             ("prefill_chunk", 1, None),
             ("max_cached_tokens", 1, None),
             ("max_waiting", 1, None),
+            ("max_shared_tokens", 0, None),
         ):
             value = getattr(self, name)
             is_int = isinstance(value, int) and not isinstance(value, bool)
-            is_none = value is None and name in ("max_cached_tokens", "max_waiting")
+            is_none = value is None and name in _MAY_BE_NONE
             if is_none or (is_int and value >= least and (most is None or value <= most)):
                 continue
             bounds = f"at least {least}" if most is None else f"{least}..{most}"

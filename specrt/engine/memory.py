@@ -17,7 +17,7 @@ import torch
 from specrt.cache import KVCache
 from specrt.config import ModelConfig
 from specrt.device import Device
-from specrt.draft.base import CachingDrafter, Drafter
+from specrt.draft.base import CachingDrafter, Drafter, PrefixDrafter
 from specrt.models.layouts import matrix_shapes
 from specrt.models.model import LlamaModel
 from specrt.models.prefill import GPU_PIECE
@@ -32,6 +32,8 @@ MARGIN = 1 << 30
 """Bytes left to CUDA's libraries and graphs, to attention's and acceptance's workspaces (of some 15
 MB for each size of trees, 128 MB for pieces of prompts), to drafters' buffers and to tables that
 grow with the texts."""
+
+_KEPT_TOKENS, _KEPT_BYTES = 1 << 16, 1 << 30  # on a CPU, where nobody says how many
 
 _NOWHERE = Device(torch.device("meta"))
 
@@ -54,6 +56,10 @@ class Limits(Protocol):
     @property
     def max_cached_tokens(self) -> int | None:
         """Tokens whose keys and values are held; None: as many as there is room for."""
+
+    @property
+    def max_shared_tokens(self) -> int | None:
+        """Tokens that are kept while no sequence holds them; None: as many as suit."""
 
 
 def size_check(
@@ -103,6 +109,25 @@ def make_cache(target: LlamaModel, drafter: Drafter, limits: Limits) -> KVCache:
     if target.device.is_gpu:
         _fix(cache, target, drafter, limits)
     return cache
+
+
+def share_beginnings(cache: KVCache, limits: Limits) -> None:
+    """Let an engine's sequences share what they begin with, of its target or its drafter.
+
+    A GPU's pages are there anyway, and are given up when they are needed. On a CPU what is kept
+    takes memory, and so it is bounded.
+    """
+    most = limits.max_shared_tokens
+    if most is None and not cache.device.is_gpu:
+        most = min(_KEPT_TOKENS, _KEPT_BYTES // cache.page_bytes * cache.page_size)
+    cache.share(most)
+
+
+def shared_cache(drafter: Drafter) -> KVCache | None:
+    """A drafter's own, if of equal beginnings it needs only one."""
+    if isinstance(drafter, PrefixDrafter) and isinstance(drafter, CachingDrafter):
+        return drafter.cache if isinstance(drafter.cache, KVCache) else None
+    return None
 
 
 def workspace_bytes(config: ModelConfig, dtype: torch.dtype, limits: Limits) -> int:

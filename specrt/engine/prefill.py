@@ -74,6 +74,9 @@ class Prefill:
 
     def _run_piece(self, request: Request, most: int) -> int:
         """Run up to ``most`` tokens of a prompt; how many there were, at least one for the way."""
+        # Not before: what is kept by now may be what was run a moment ago.
+        if not self._places.begin(request):
+            return 1
         count = min(most, request.num_to_prefill)
         held = request.cached
         assert held is not None, "an admitted request has a place for pages"
@@ -104,4 +107,5 @@ class Prefill:
             self._reports.take_prompt(request, first + start, piece)
             own = {tap: states for tap, states in piece.items() if tap in drafters}
             self._drafting.prefill(request, first + start, own)
+        self._places.keep(request)
         self._places.cache.release(request.cached)  # a chunk's pages are many

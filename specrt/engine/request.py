@@ -52,6 +52,8 @@ class Request:
     """Edits the logits that its tokens are taken of."""
     cached: CachedSequence | None = None
     """Its pages; None while it waits."""
+    is_looked_up: bool = False
+    """Whether its beginning was looked for among what is kept."""
     is_drafted: bool = True
     """False once its drafter has failed it."""
     is_started: bool = False

@@ -87,3 +87,23 @@ class StreamChunk:
     """Of ``token_ids``, as :attr:`GenerationResult.top_logprobs`."""
     tree: RoundTree | None = None
     """The round's, if asked for (``report_trees``); None where no round gave the chunk."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine holds at a moment, and what it has found so far."""
+
+    num_running: int
+    """Requests that have a place: those whose prompt is run and those that decode."""
+    num_waiting: int
+    num_pages: int
+    """Of the target's keys and values that there are; on a CPU they become more as they are
+    needed."""
+    num_held_pages: int
+    """Those that requests hold."""
+    num_shared_pages: int
+    """Those that later requests may begin with, whether one holds them now or not."""
+    prefix_queries: int
+    """Tokens of all prompts so far that might have been there; the last one of each is run."""
+    prefix_hits: int
+    """Those of them that were."""

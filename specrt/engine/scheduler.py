@@ -41,6 +41,11 @@ class Scheduler:
         return self._max_waiting is not None and len(self._waiting) >= self._max_waiting
 
     @property
+    def num_waiting(self) -> int:
+        """Requests without a place."""
+        return len(self._waiting)
+
+    @property
     def admitted(self) -> list[Request]:
         """Requests with pages, the oldest first."""
         return list(self._admitted)

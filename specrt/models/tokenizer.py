@@ -18,6 +18,12 @@ from specrt.types import CheckpointError
 # The first that is there; transformers makes up an empty tokenizer where there is none.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Parameters of transformers' call, a template of one's own among them.
+_NO_VARIABLES = (
+    *("conversation", "messages", "chat_template", "tokenize", "tokenizer_kwargs", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "continue_final_message"),
+    *("return_assistant_tokens_mask", "tools", "add_generation_prompt", "documents"),
+)
 # Texts on which a converted tokenizer may differ from SentencePiece.
 _PROBES = ("a", " a", "  ", "The quick  brown\n\tfox, 1234.5 ", "é…€😀中")
 
@@ -122,36 +128,49 @@ class Tokenizer:
             )
         )
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return "tools" in str(self.inner.chat_template)
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation and the opening of the assistant's next turn.
 
         Args:
             messages: with ``role`` and ``content``, which is text or parts of text.
             add_generation_prompt: False leaves that opening out.
+            tools: functions that may be called, in OpenAI's form.
+            options: further variables of the template (``enable_thinking``).
 
         Raises:
-            ValueError: the tokenizer has no chat template, the template refuses the messages, or
-                one of them is not well-formed (named by its index).
+            ValueError: the tokenizer has no chat template, the template refuses the messages, it
+                has no place for tools, or a message is not well-formed (named by its index).
         """
         template = self.inner.chat_template
         if template is None:
             raise ValueError("prompt: chat messages given, but the tokenizer has no chat template")
-        render = partial(self._render, add_generation_prompt=add_generation_prompt)
+        if tools and not self.takes_tools:
+            raise ValueError("tools: this model's chat template has no place for them")
+        for name in set(options or ()).intersection(_NO_VARIABLES):
+            raise ValueError(f"options: expected variables of the chat template, got {name!r}")
+        given = {**(options or {}), "add_generation_prompt": add_generation_prompt}
+        render = partial(self._render, options=given | ({"tools": [*tools]} if tools else {}))
         knows_tool_calls = "tool_calls" in str(template)
         text = render(template_messages(messages, render, knows_tool_calls=knows_tool_calls))
         return self.encode(text, add_special_tokens=False)
 
-    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, options: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError  # with transformers, not before
 
         try:
-            return str(
-                self.inner.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            return str(self.inner.apply_chat_template(messages, tokenize=False, **options))
         except TemplateError as error:
             raise ValueError(f"prompt: the chat template refuses it: {error}") from error
         except Exception as error:  # whatever a template's expressions can raise

@@ -143,6 +143,8 @@ class SamplingParams:
     """Report each round's tree, and which path of it was accepted (``StreamChunk.tree``)."""
     n: int = 1
     """Answers to the prompt. Answer i is that of the seed + i, mod 2**64."""
+    cache_salt: str = ""
+    """Beginnings of texts are shared among requests with the same one only; moves times alone."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -219,6 +221,8 @@ class SamplingParams:
                 or any(not _is_int(token) or token < 0 for token in ids)
             ):
                 raise refusal(name, "None or a sequence of ints >= 0", ids)
+        if not isinstance(self.cache_salt, str):
+            raise refusal("cache_salt", "a str", self.cache_salt)
 
     def _check_edits(self) -> None:
         words: object = self.bad_words
@@ -346,6 +350,7 @@ class SamplingOptions(TypedDict, total=False):
     skip_special_tokens: bool
     report_trees: bool
     n: int
+    cache_salt: str
 
 
 def one_each(

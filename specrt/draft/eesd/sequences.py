@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import ref
@@ -113,6 +114,19 @@ class ExitSequences:
             MemoryError: the exit's cache has no pages for them.
         """
         self._absorb(state, taps[self.exit_model.tap][0])
+        self._cache.keep(self._drafts[state].cached, state.cache_salt, state.token_ids)
+
+    def num_known(self, state: SequenceState, most: int) -> int:
+        """Those whose rows the exit's cache has."""
+        return self._cache.find(state.cache_salt, state.token_ids, most)[0]
+
+    def begin_at(self, state: SequenceState, count: int) -> None:
+        """Take these rows up.
+
+        Raises:
+            MemoryError: the exit's cache has no page for their end.
+        """
+        self._cache.take_up(self._drafts[state].cached, state.cache_salt, state.token_ids, count)
 
     # --- a round ------------------------------------------------------------------------------
 
@@ -194,7 +208,14 @@ class ExitSequences:
     def _close(self, state: SequenceState) -> None:
         """Free the sequence's pages, if it had been opened."""
         draft = self._drafts.get(state)
-        if draft is not None:
+        if draft is None:
+            return
+        try:
+            if self._cache.is_shared:
+                with suppress(MemoryError):
+                    self._catch_up([state])  # or plain rounds' tokens would be missing
+                self._cache.keep(draft.cached, state.cache_salt, state.token_ids, is_over=True)
+        finally:
             self._cache.close(draft.cached)
             self._drafts.pop(state)  # not before: interrupted, it is found again
 
@@ -230,8 +251,10 @@ class ExitSequences:
         for state in states:
             draft = self._drafts[state]
             if draft.pending:
-                self._absorb(state, torch.cat(draft.pending))
-                draft.pending = []
+                pending = torch.cat(draft.pending)
+                self._cache.reserve(draft.cached, draft.cached.length + len(pending))
+                draft.pending = []  # first: interrupted, they are missing, and not there twice
+                self._absorb(state, pending)
 
     def _absorb(self, state: SequenceState, hidden: torch.Tensor) -> None:
         cached = self._drafts[state].cached

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from specrt.cache import CacheBatch, CachedSequence, KVCache
+from specrt.cache import CacheBatch, KVCache
 from specrt.device import Device, Mark
 from specrt.draft.base import Budget, DraftParams
+from specrt.draft.fspad.kept import Draft, kept_as
 from specrt.draft.fspad.layer import DraftLayer, Rows
 from specrt.draft.fspad.pairs import MAX_LEVELS, MAX_PAIRS, PairTable
 from specrt.draft.fspad.round import Choice, RoundBuffers, RoundKey, num_candidates
@@ -48,30 +49,6 @@ class _Shape(NamedTuple):
 _EAGLE2 = _Shape(depth=6, top_k=10, total_tokens=60)
 _AUTO = _Shape(depth=9, top_k=4, total_tokens=64)
 _MAX_ROUNDS = 32  # kinds of round whose buffers are kept
-
-
-@dataclass(eq=False)
-class _Draft:
-    """What is kept for one sequence."""
-
-    cached: CachedSequence
-    _parts: list[torch.Tensor]
-    """What ``pending`` consists of; joined when it is read, for many rounds may be another's."""
-
-    @property
-    def pending(self) -> torch.Tensor:
-        """``[m, H]``: features whose pairs have not been run."""
-        if len(self._parts) > 1:
-            self._parts = [torch.cat(self._parts)]
-        return self._parts[0]
-
-    @pending.setter
-    def pending(self, features: torch.Tensor) -> None:
-        self._parts = [features]
-
-    def add(self, features: torch.Tensor) -> None:
-        """Take features ``[n, H]``, which nobody else writes to."""
-        self._parts.append(features.to(self._parts[0].dtype))
 
 
 class _Plan(NamedTuple):
@@ -122,7 +99,7 @@ class FspadDrafter:
         self.is_coupled = is_coupled
         self._device = layer.device
         self._cache = KVCache(layer.padded, layer.weights.dtype, device=self._device)
-        self._drafts: dict[SequenceState, _Draft] = {}
+        self._drafts: dict[SequenceState, Draft] = {}
         self._measured = measured = _measured(self._device)
         self._policy: TreePolicy = measured
         if control is not None:
@@ -151,7 +128,7 @@ class FspadDrafter:
         if not self._drafts:
             self._measured.welcome(state.num_left)
         hidden, dtype = self.layer.config.layer.hidden_size, self.layer.activation_dtype
-        self._drafts[state] = _Draft(
+        self._drafts[state] = Draft(
             self._cache.open(), [self._device.empty(0, hidden, dtype=dtype)]
         )
 
@@ -159,6 +136,21 @@ class FspadDrafter:
         """Run the prompt's pairs but the last, whose output the first tree grows from."""
         self._drafts[state].add(taps[FINAL_TAP][0].clone())  # valid only now
         self._absorb(state, keep=1)
+        self._cache.keep(self._drafts[state].cached, *kept_as(state))
+
+    def num_known(self, state: SequenceState, most: int) -> int:
+        """Those whose pairs the draft cache has; but not of all that are run, for the first tree
+        grows from the last one's feature."""
+        salt, tokens = kept_as(state)
+        return self._cache.find(salt, tokens, min(most, len(tokens) - 1))[0]
+
+    def begin_at(self, state: SequenceState, count: int) -> None:
+        """Take these pairs up.
+
+        Raises:
+            MemoryError: there is no page for their end.
+        """
+        self._cache.take_up(self._drafts[state].cached, *kept_as(state), count)
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Run the newly accepted pairs, then grow a tree level by level.
@@ -206,6 +198,7 @@ class FspadDrafter:
         """Free the sequence's pages."""
         draft = self._drafts.get(state)
         if draft is not None:
+            self._cache.keep(draft.cached, *kept_as(state), is_over=True)
             self._cache.close(draft.cached)
             self._drafts.pop(state)  # not before: interrupted, it is found again
 

@@ -145,6 +145,20 @@ class SmallModelDrafter:
         """Keep pace with the target, piece by piece; nothing is read from it."""
         if self._reach(state) > 0:
             self._extend(state, min(start + MAX_NODES, len(state.token_ids) - 1))
+            self._cache.keep(self._cached[state], state.cache_salt, state.token_ids)
+
+    def num_known(self, state: SequenceState, most: int) -> int:
+        """All: what its cache lacks it runs by itself."""
+        return most
+
+    def begin_at(self, state: SequenceState, count: int) -> None:
+        """Take up what rows of these its cache has.
+
+        Raises:
+            MemoryError: there is no page for their end.
+        """
+        if self._reach(state) > 0:
+            self._cache.take_up(self._cached[state], state.cache_salt, state.token_ids, count)
 
     def propose(self, states: Sequence[SequenceState], budget: Budget) -> Proposal:
         """Catch up with the accepted tokens, then grow the tree depth by depth.
@@ -174,6 +188,7 @@ class SmallModelDrafter:
         """Free the sequence's pages."""
         cached = self._cached.get(state)
         if cached is not None:
+            self._cache.keep(cached, state.cache_salt, state.token_ids, is_over=True)
             self._cache.close(cached)
             self._cached.pop(state)  # not before: interrupted, it is found again
 

@@ -1,0 +1,222 @@
+"""The one thread that steps an engine for readers in event loops, and what waits for them."""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop, Future
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from threading import Condition, Thread, current_thread
+from typing import TypeVar
+
+from specrt.draft.base import DraftParams
+from specrt.engine.engine import Engine
+from specrt.engine.results import GenerationResult, StreamChunk
+from specrt.sampling import SamplingParams
+from specrt.types import RequestHandle
+
+T = TypeVar("T")
+# Of each request: further ones are merged, so that a slow reader costs its text and no more.
+_MOST_UNREAD = 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One request of a stream."""
+
+    index: int
+    """Which prompt it is of."""
+    choice: int
+    """Which of that prompt's answers."""
+    ids: list[int]
+    params: SamplingParams
+    draft: DraftParams | None
+
+
+@dataclass(eq=False)
+class Inbox:
+    """What came of a stream's requests and was not read yet; of one reader, in one loop."""
+
+    loop: AbstractEventLoop
+    numbers: dict[RequestHandle, tuple[int, int]] = field(default_factory=dict)
+    """Of each of its requests: which prompt it is of, and which of that prompt's answers."""
+    chunks: deque[StreamChunk] = field(default_factory=deque)
+    waiter: Future[None] | None = None
+    """Resolved in the loop when there is something to read."""
+    fault: BaseException | None = None
+    """Why there will be nothing more."""
+
+    def put(self, chunk: StreamChunk) -> None:
+        """Add a chunk; to the last one of its request, where many wait."""
+        index, choice = self.numbers[chunk.handle]
+        if index or choice:
+            chunk = replace(chunk, index=index, choice=choice, result=_numbered(chunk, choice))
+        if len(self.chunks) >= _MOST_UNREAD * len(self.numbers):
+            for place in range(len(self.chunks) - 1, -1, -1):
+                if self.chunks[place].handle is chunk.handle:
+                    self.chunks[place] = _merged(self.chunks[place], chunk)
+                    return
+        self.chunks.append(chunk)
+
+
+class Stepper:
+    """Steps an engine while any of its requests is open, in a thread of its own.
+
+    The thread alone steps and aborts; it sleeps where there is nothing to do. Inboxes are written
+    and read under one lock, which nobody holds while a round runs.
+
+    Args:
+        engine: whose :meth:`~Engine.step` is called here and nowhere else.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.changes = Condition()  # its lock guards what follows
+        self._inboxes: dict[RequestHandle, Inbox] = {}
+        self._aborts: deque[RequestHandle] = deque()
+        self._fault: BaseException | None = None
+        self._is_stopped = False
+        self._thread: Thread | None = None
+
+    def require(self) -> None:
+        """Refuse what would need the thread, if it is gone.
+
+        Raises:
+            RuntimeError: so; names why.
+        """
+        if self._fault is not None:
+            fault = f"{type(self._fault).__name__}: {self._fault}"
+            raise RuntimeError(f"engine: its stepping thread ended by an error ({fault})")
+        if self._is_stopped:
+            raise RuntimeError("engine: expected an open AsyncEngine, got one that was closed")
+
+    def add(self, asked: Sequence[Wanted], box: Inbox) -> None:
+        """Add requests, all or none.
+
+        Raises:
+            ValueError, RuntimeError, QueueFullError: as :meth:`Engine.add`.
+        """
+        with self.changes:
+            self.require()
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="specrt-stepper", daemon=True)
+                self._thread.start()
+            try:
+                for one in asked:
+                    handle = self._engine.add(one.ids, one.params, one.draft)
+                    box.numbers[handle] = one.index, one.choice
+                    self._inboxes[handle] = box
+            except BaseException:
+                self.abort(box)
+                raise
+            finally:
+                self.changes.notify()
+
+    def abort(self, box: Inbox) -> None:
+        """End what is open of a stream, before the next round. Nobody hears of it.
+
+        Takes no lock, for the garbage collector may ask in a thread that holds it. While anything
+        is open the thread is awake and will look.
+        """
+        self._aborts.extend(list(box.numbers))
+
+    def stop(self) -> None:
+        """End the thread behind the round it is in, and all open streams with it."""
+        with self.changes:
+            self._is_stopped = True
+            self.changes.notify()
+        if self._thread is not None and self._thread is not current_thread():
+            self._thread.join()
+
+    # --- the thread's own ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._hand_out(self._engine.step())
+        except BaseException as error:  # of whatever kind: readers must not wait for ever
+            self._fault = error
+            self._end_all(error)
+            return
+        self._end_all(RuntimeError("engine: its AsyncEngine was closed"))
+        with suppress(Exception):
+            self._engine.step()  # the last chunks of what was ended are nobody's
+
+    def _wait(self) -> bool:
+        """Sleep until something is to be stepped; False: never again."""
+        with self.changes:
+            while not (self._inboxes or self._aborts or self._is_stopped):
+                self.changes.wait()
+        while self._aborts:
+            handle = self._aborts.popleft()
+            with self.changes:
+                self._inboxes.pop(handle, None)
+            self._engine.abort(handle)
+        return not self._is_stopped
+
+    def _hand_out(self, chunks: Sequence[StreamChunk]) -> None:
+        with self.changes:
+            told = []
+            for chunk in chunks:
+                inbox = self._inboxes.get(chunk.handle)
+                if inbox is None:  # aborted
+                    continue
+                if chunk.result is not None:
+                    del self._inboxes[chunk.handle]
+                inbox.put(chunk)
+                told.append(inbox)
+            self._wake(told)
+
+    def _wake(self, inboxes: Sequence[Inbox]) -> None:
+        """Resolve what readers wait for: one call a loop, however many there are."""
+        waiting: dict[AbstractEventLoop, list[Future[None]]] = {}
+        for inbox in inboxes:
+            if inbox.waiter is not None:
+                waiting.setdefault(inbox.loop, []).append(inbox.waiter)
+                inbox.waiter = None
+        for loop, waiters in waiting.items():
+            try:
+                loop.call_soon_threadsafe(_resolve, waiters)
+            except RuntimeError:  # the loop was closed: nobody will read
+                for inbox in inboxes:
+                    if inbox.loop is loop:
+                        self.abort(inbox)
+
+    def _end_all(self, fault: BaseException) -> None:
+        with self.changes:
+            handles, inboxes = list(self._inboxes), set(self._inboxes.values())
+            self._inboxes.clear()
+            for inbox in inboxes:
+                inbox.fault = fault
+            self._wake(list(inboxes))
+        with suppress(Exception):  # the engine is closed, or what broke it breaks this too
+            for handle in handles:
+                self._engine.abort(handle)
+
+
+def _resolve(waiters: Sequence[Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+def _numbered(chunk: StreamChunk, choice: int) -> GenerationResult | None:
+    return None if chunk.result is None else replace(chunk.result, choice=choice)
+
+
+def _merged(first: StreamChunk, second: StreamChunk) -> StreamChunk:
+    """Two chunks of a request as one; of rounds that were merged no tree is known."""
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        num_accepted=first.num_accepted + second.num_accepted,
+        logprobs=_joined(first.logprobs, second.logprobs),
+        top_logprobs=_joined(first.top_logprobs, second.top_logprobs),
+        tree=None,
+    )
+
+
+def _joined(first: list[T] | None, second: list[T] | None) -> list[T] | None:
+    return None if first is None or second is None else first + second
