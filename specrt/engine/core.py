@@ -169,6 +169,7 @@ class EngineCore:
         except (MemoryError, torch.OutOfMemoryError) as error:
             self._shrink(error)
             return
+        self._prefill.pace.observe_round(done.draft_ms + done.verify_ms + done.accept_ms)
         self._deliver(list(batch.requests), done)
 
     def _launch_round(self, batch: Batch) -> bool:

@@ -9,6 +9,7 @@ from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
+from specrt.engine.pace import Pace
 from specrt.engine.places import Places
 from specrt.engine.reports import Reports
 from specrt.engine.request import Request
@@ -43,7 +44,8 @@ class Prefill:
         fail: Callable[[Request, str], None],
     ) -> None:
         self._target = target
-        self._limits = limits
+        self.pace = Pace(limits.prefill_chunk)
+        """Told here what prompts took, elsewhere what rounds did; on a CPU."""
         self._places = places
         self._reports = reports
         self._batches = batches
@@ -54,12 +56,18 @@ class Prefill:
 
     def run(self) -> None:
         """Run at most a chunk of prompts; those that are through join a batch."""
-        left = self._limits.prefill_chunk
+        left = self._left()
         while left > 0:
             request = self._next()
             if request is None:
                 return
             left -= self._run_piece(request, left)
+
+    def _left(self) -> int:
+        """Tokens that this step may run."""
+        # What prompts take on a GPU is known too late, and is little.
+        is_waited_for = not self._target.device.is_gpu and len(self._batches.requests) > 0
+        return self.pace.chunk(is_waited_for=is_waited_for)
 
     def _next(self) -> Request | None:
         decoding, scheduler = self._batches.requests, self._places.scheduler
@@ -91,7 +99,10 @@ class Prefill:
                 raise
             self._fail(request, f"{type(error).__name__}: {error}")
             return max(1, count)
-        request.prefills.append((started, device.mark()))
+        ended = device.mark()
+        request.prefills.append((started, ended))
+        if not device.is_gpu:
+            self.pace.observe_prompt(count, device.ms_between(started, ended))
         if request.num_to_prefill == 0:
             self._catch_up()
             self._batches.join(request)
