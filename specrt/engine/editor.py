@@ -3,17 +3,24 @@
 What is edited is the row that acceptance reads, before biases, penalties and filters: so a token
 is the target's under the edited law whoever drafted it. Nothing is kept of a path that was not
 taken: what an edit knows follows from the tokens it is given.
+
+Rows are numpy's here: torch would have all threads share one, and wait for the last of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from specrt.sampling import LogitsProcessor
+
+Row: TypeAlias = npt.NDArray[np.float32]
+"""``[V]``: logits."""
 
 
 class EditError(Exception):
@@ -26,7 +33,7 @@ class Mask(Protocol):
     name: str
     """The option that asked for it."""
 
-    def forbid(self, output: Sequence[int], row: torch.Tensor) -> None:
+    def forbid(self, output: Sequence[int], row: Row) -> None:
         """Set the logits of tokens that may not come behind ``output`` to -inf.
 
         Raises:
@@ -45,12 +52,12 @@ class AllowedTokens:
     name = "allowed_token_ids"
 
     def __init__(self, ids: Sequence[int], vocab_size: int) -> None:
-        self._is_out = torch.ones(vocab_size, dtype=torch.bool)
+        self._is_out = np.ones(vocab_size, dtype=np.bool_)
         self._is_out[list(ids)] = False
 
-    def forbid(self, output: Sequence[int], row: torch.Tensor) -> None:
+    def forbid(self, output: Sequence[int], row: Row) -> None:
         """As :class:`Mask`."""
-        row.masked_fill_(self._is_out, -math.inf)
+        row[self._is_out] = -math.inf
 
 
 class LeastTokens:
@@ -67,7 +74,7 @@ class LeastTokens:
         self._count = count
         self._stop_ids = list(stop_ids)
 
-    def forbid(self, output: Sequence[int], row: torch.Tensor) -> None:
+    def forbid(self, output: Sequence[int], row: Row) -> None:
         """As :class:`Mask`."""
         if len(output) < self._count:
             row[self._stop_ids] = -math.inf
@@ -85,7 +92,7 @@ class BadWords:
     def __init__(self, spellings: Sequence[Sequence[int]]) -> None:
         self._spellings = [(list(spelling[:-1]), spelling[-1]) for spelling in spellings]
 
-    def forbid(self, output: Sequence[int], row: torch.Tensor) -> None:
+    def forbid(self, output: Sequence[int], row: Row) -> None:
         """As :class:`Mask`."""
         for before, last in self._spellings:
             if list(output[len(output) - len(before) :]) == before:
@@ -121,17 +128,17 @@ class Editor:
         """Whether nothing comes behind ``output``: there is nothing to edit."""
         return len(output) >= self._max_new_tokens or not self._stop_ids.isdisjoint(output)
 
-    def edited(self, output: Sequence[int], raw: torch.Tensor) -> torch.Tensor:
+    def edited(self, output: Sequence[int], raw: Row) -> Row:
         """The logits to go on with behind ``output``.
 
         Args:
             output: output tokens, accepted or on the path to a drafted one.
-            raw: ``[V]`` float32 on the host, the target's; left as it is.
+            raw: the target's; left as it is.
 
         Raises:
             EditError: an edit fails, or leaves no token.
         """
-        row = raw.clone()
+        row = raw.copy()
         if self._processor is not None:
             row = self._processed([*self._prompt, *output], row)
         for mask in self._masks:
@@ -144,23 +151,26 @@ class Editor:
         first = [] if self._processor is None else ["logits_processor"]
         return first + [mask.name for mask in self._masks]
 
-    def _processed(self, ids: list[int], row: torch.Tensor) -> torch.Tensor:
+    def _processed(self, ids: list[int], row: Row) -> Row:
         assert self._processor is not None, "asked for"
         shape = row.shape
         try:
             with torch.no_grad():
-                given = self._processor(ids, row)
+                given = self._processor(ids, torch.from_numpy(row))
         except Exception as error:
             raise EditError(f"logits_processor: {type(error).__name__}: {error}") from error
         if not isinstance(given, torch.Tensor):
             raise EditError(f"logits_processor: expected a tensor, got {type(given).__name__}")
-        if given.shape != shape or given.dtype != torch.float32 or given.device.type != "cpu":
+        if (
+            tuple(given.shape) != shape
+            or given.dtype != torch.float32
+            or given.device.type != "cpu"
+        ):
             raise EditError(
                 f"logits_processor: expected {list(shape)} float32 on the host, got "
                 f"{list(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
             )
-        highest = given.max()
-        if highest.isnan() or highest == math.inf:
+        found: Row = given.detach().numpy().copy()  # it may keep what it gave
+        if not found.max() < math.inf:
             raise EditError("logits_processor: expected numbers or -inf, got NaN or +inf")
-        # It may keep what it gave.
-        return given.detach().clone()
+        return found

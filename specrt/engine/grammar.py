@@ -12,9 +12,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from specrt.engine.editor import EditError
+from specrt.engine.editor import EditError, Row
 from specrt.models.tokenizer import Tokenizer
 from specrt.reuse import Recent
 from specrt.sampling import StructuredOutput
@@ -103,21 +102,21 @@ class GrammarMask:
         self._matcher = begin()
         self._read: list[int] = []  # tokens that it has taken
 
-    def forbid(self, output: Sequence[int], row: torch.Tensor) -> None:
+    def forbid(self, output: Sequence[int], row: Row) -> None:
         """As :class:`~specrt.engine.editor.Mask`."""
         self._go_to(output)
         matcher = self._matcher
-        is_out = torch.ones(len(row), dtype=torch.bool)
+        is_in = np.zeros(len(row), dtype=np.bool_)
         if not matcher.is_stopped():
             bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            is_in = np.unpackbits(bits, count=min(len(row), 8 * len(bits)), bitorder="little")
-            is_out[: len(is_in)] = torch.from_numpy(is_in) == 0
-            is_out[self._eos_ids] = True
+            count = min(len(row), 8 * len(bits))
+            is_in[:count] = np.unpackbits(bits, count=count, bitorder="little")
+            is_in[self._eos_ids] = False
         if matcher.is_error():
-            raise EditError(f"structured: {matcher.get_error().splitlines()[0]}")
+            raise self._fault()
         if matcher.is_accepting():
-            is_out[self._stop_ids] = False
-        row.masked_fill_(is_out, -torch.inf)
+            is_in[self._stop_ids] = True
+        row[~is_in] = -np.inf
 
     def _go_to(self, output: Sequence[int]) -> None:
         count = len(self._read)
@@ -125,8 +124,12 @@ class GrammarMask:
             self._matcher, self._read, count = self._begin(), [], 0
         rest = list(output[count:])
         if rest and not self._matcher.consume_tokens(rest):
-            raise EditError(f"structured: {self._matcher.get_error().splitlines()[0]}")
+            raise self._fault()
         self._read += rest
+
+    def _fault(self) -> EditError:
+        lines = self._matcher.get_error().strip().splitlines()
+        return EditError(f"structured: {lines[0] if lines else 'llguidance failed'}"[:300])
 
 
 def _grammar(form: StructuredOutput) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from specrt.accept import accept, empty_result, logprobs_of
 from specrt.device import Device
-from specrt.engine.editor import EditError
+from specrt.engine.editor import EditError, Row
 from specrt.engine.request import Request
 from specrt.sampling import SamplingTable
 from specrt.types import AcceptResult, DraftTree
@@ -208,7 +208,7 @@ class Edits:
         self.errors: dict[int, str] = {}
         """Of sequences whose root's logits could not be edited."""
 
-    def edited(self, b: int, node: int, raw: torch.Tensor) -> torch.Tensor | None:
+    def edited(self, b: int, node: int, raw: Row) -> Row | None:
         """A node's logits, edited; None: the walk ends before it.
 
         What fails further down the tree fails again as a root, if the text comes to it.
@@ -252,7 +252,7 @@ def walk(
     """
     result = empty_result(tree, history.sampling.want_logprobs)
     walks = Walks(tree, () if edits is None else edits.rows)
-    raw: dict[int, torch.Tensor] = {}
+    raw: dict[int, Row] = {}
     if edits is not None:  # whose walks may not even begin
         _write_nothing(result)
     nodes = [0] * walks.batch
@@ -272,14 +272,14 @@ def walk(
         )
         nodes = walks.next_node.tolist()
     for row, logits in raw.items():
-        source.logits[row] = logits
+        source.logits.numpy()[row] = logits
     if edits is not None and result.logprobs is not None:
         _tell_raw_logprobs(edits.rows, source, walks, result)
     return result, walks
 
 
 def _edit(
-    edits: Edits, source: Source, walks: Walks, nodes: Sequence[int], raw: dict[int, torch.Tensor]
+    edits: Edits, source: Source, walks: Walks, nodes: Sequence[int], raw: dict[int, Row]
 ) -> None:
     """Edit the rows that walks have come to; what stood there goes to ``raw``."""
     for b in edits.rows:
@@ -287,14 +287,14 @@ def _edit(
         if node < 0:
             continue
         place = walks.rows[b * walks.num_nodes + node]
-        row = source.logits[place]
+        row = source.logits.numpy()[place]
         edited = edits.edited(b, node, row)
         if edited is None:
             walks.next_node[b] = -1
             continue
         if edited is not row:
-            raw[place] = row.clone()
-            row.copy_(edited)
+            raw[place] = row.copy()
+            row[:] = edited
         walks.open(b, node)
 
 
