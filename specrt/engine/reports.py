@@ -26,8 +26,7 @@ from specrt.tree import ChainTrees
 from specrt.types import DraftTree
 
 _ROWS_A_PIECE = 16
-"""Rows of logits that are looked at together: of the largest vocabularies some 40 MB of keys."""
-_ID_BITS = 32
+"""Rows of logits that are looked at together: 10 MB of the largest vocabularies, 20 of ranks."""
 
 RowOf = Callable[[int, int], torch.Tensor]
 """Gives the raw logits ``[V]`` float32 of a sequence, by its row, and a node on its path."""
@@ -152,6 +151,7 @@ class _LawReader:
     """
 
     def __init__(self, vocab_size: int, device: Device) -> None:
+        self._vocab_size = vocab_size
         self._device = device
         self._accepting = Accepting(vocab_size, device)
         self._trees = ChainTrees(device)
@@ -161,7 +161,7 @@ class _LawReader:
         self._greedy = greedy.table(_ROWS_A_PIECE)
         self._zeros = device.zeros(_ROWS_A_PIECE, 1, dtype=torch.int32)
         self._ones = device.zeros(_ROWS_A_PIECE, dtype=torch.int32).fill_(1)
-        self._from_last = device.there(torch.arange(vocab_size - 1, -1, -1))
+        self._from_last = device.there(torch.arange(vocab_size, 0, -1, dtype=torch.int32))
 
     def read(
         self, pieces: Iterable[torch.Tensor], tokens: Sequence[int], count: int
@@ -179,7 +179,7 @@ class _LawReader:
         """
         if not tokens:
             return []
-        count = min(count, len(self._from_last))
+        count = min(count, self._vocab_size)
         there = self._device.there(torch.tensor(tokens)).split(_ROWS_A_PIECE)
         words = [self._words(rows, ids, count) for rows, ids in zip(pieces, there, strict=True)]
         ids, bits = self._device.read(torch.cat(words)).split([count, count + 1], dim=1)
@@ -209,8 +209,12 @@ class _LawReader:
 
     def _likeliest(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """``[r, count]`` int64: ids by their logits, of equal ones the lowest first."""
-        bits = (rows + 0.0).view(torch.int32)  # where -0 is 0
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        keys = (ordered.long() << _ID_BITS) | self._from_last
-        found: torch.Tensor = keys.topk(count, dim=1).values & (2**_ID_BITS - 1)
-        return len(self._from_last) - 1 - found
+        if count == 0:
+            return rows.new_empty(len(rows), 0, dtype=torch.int64)
+        last = rows.topk(count, dim=1).values[:, -1:]
+        # Fewer than `count` are above the last one; of its equals the first ids come along.
+        above = 2 * self._vocab_size
+        ranks = torch.where(rows > last, above, torch.where(rows == last, self._from_last, 0))
+        ids = ranks.topk(count, dim=1).indices.sort(dim=1).values
+        order = rows.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
+        return ids.gather(1, order)
