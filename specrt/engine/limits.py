@@ -32,8 +32,8 @@ class EngineLimits:
     """Requests that may wait for a place; None: any number."""
     max_shared_tokens: int | None = None
     """Tokens that no request uses and that are kept for those that begin alike, in whole pages; 0:
-    nothing is shared. None: on a GPU as many as there are pages for, on a CPU what fits in 1 GiB,
-    65536 at most. Pages that are kept are given up as soon as they are needed."""
+    nothing is shared. None: on a GPU, and with ``max_cached_tokens``, as many as there are pages
+    for, else what fits in 1 GiB, 65536 at most. They are given up as soon as pages are needed."""
 
     def __post_init__(self) -> None:
         for name, least, most in (
