@@ -45,7 +45,7 @@ class Grammars:
     def compile(self, form: StructuredOutput) -> LLMatcher:
         """A matcher at its beginning, to be copied.
 
-        Compiling is limited in time and size by llguidance (``LLParserLimits``), some 100 ms.
+        Compiling is limited in size by llguidance (``LLParserLimits``), and may take seconds.
 
         Raises:
             ValueError: the form is none, can match no text, or is too large; llguidance is not
@@ -54,7 +54,11 @@ class Grammars:
         key = form.kind, form.source
         with self._lock:
             found = self._compiled.get(key)
-            return self._compiled.put(key, self._made(form)) if found is None else found
+        if found is None:
+            found = self._made(form)  # outside of the lock: others' forms are ready meanwhile
+            with self._lock:
+                self._compiled.put(key, found)
+        return found
 
     def mask(self, form: StructuredOutput, stop_ids: Sequence[int]) -> GrammarMask:
         """What :meth:`compile` gives, for one request.
