@@ -175,8 +175,27 @@ def test_info_says_which_driver_there_is_and_which_is_needed(
 def test_sampling_options_are_those_of_sampling_params() -> None:
     options = inspect.signature(commands.generate).parameters
     for name, parameter in inspect.signature(SamplingParams).parameters.items():
+        if name == "logits_processor":  # no text
+            continue
         default = options[name].default
         assert default == parameter.default or not (default or parameter.default), name
+
+
+def test_an_output_of_a_form(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    args = ("--target", "builtin", "--prompt", PROMPT, "--drafter", "none")
+    (one,) = generate_json(capsys, *args, "--structured", '{"choice": ["maybe"]}')
+    assert (one["text"], one["finish_reason"]) == ("maybe", "stop")
+    args = ("--target", target, *args[2:])
+    for given, named in (
+        ("{", "structured: expected JSON"),
+        ('{"regex": 5}', "regex: expected a non-empty text"),
+        ('{"regex": "a"}', "structured: llguidance cannot read"),
+    ):
+        code, _, err = run(capsys, "generate", *args, "--structured", given)
+        assert code == 2 and named in err
+    code, _, err = run(capsys, "generate", *args, "--allowed-token-ids", "a")
+    assert code == 2 and "allowed_token_ids: expected token ids, got 'a'" in err
 
 
 # --- generate -------------------------------------------------------------------------------------
