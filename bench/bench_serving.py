@@ -23,7 +23,7 @@ import argparse
 import asyncio
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import specrt
@@ -93,10 +93,8 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
                 "stepped p99/p50": statistics.median(
                     alone.gap(0.99) / alone.gap(0.5) for _, alone in pairs
                 ),
-                "cost %": 100
-                * statistics.median(alone.rate / http.rate - 1 for http, alone in pairs),
-                "cost cpu %": 100
-                * statistics.median(http.cpu_ms / alone.cpu_ms - 1 for http, alone in pairs),
+                "cost %": _percent(alone.rate / http.rate - 1 for http, alone in pairs),
+                "cost cpu %": _percent(http.cpu_ms / alone.cpu_ms - 1 for http, alone in pairs),
                 "loop %": 100
                 * statistics.median(
                     http.loop_cpu / (http.cpu - http.loop_cpu) for http, _ in pairs
@@ -108,7 +106,11 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
     return rows
 
 
-def _middle(ratios: Any) -> float | None:
+def _percent(shares: Iterable[float]) -> float:
+    return 100 * statistics.median(shares)
+
+
+def _middle(ratios: Iterable[float]) -> float | None:
     values = list(ratios)
     return statistics.median(values) if values else None
 
