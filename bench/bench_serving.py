@@ -9,6 +9,8 @@ one, in turn, ``--repeats`` times. Medians over repeats; ratios are of one repea
 ``p50``, ``p99``: ms between two events of a stream; ``p99/p50`` is of one repeat.
 ``cost %``: how much more time a token takes than stepped; ``cost cpu %``: how much more processor
 time (of the server alone), which neighbours on the machine disturb less.
+``loop %``: the server's event loop's processor time (HTTP, JSON, events), over all the rest of
+the server's: its own cost a step, whatever else the machine does.
 ``client %``: the client's processor time, of one core's.
 ``auto/best``: throughput of ``auto`` over the better of ``on`` and ``off``, in the summary.
 ``first``: ms to the first token of a ``--prompt`` tokens long prompt, of a server that rests, asked
@@ -95,6 +97,10 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
                 * statistics.median(alone.rate / http.rate - 1 for http, alone in pairs),
                 "cost cpu %": 100
                 * statistics.median(http.cpu_ms / alone.cpu_ms - 1 for http, alone in pairs),
+                "loop %": 100
+                * statistics.median(
+                    http.loop_cpu / (http.cpu - http.loop_cpu) for http, _ in pairs
+                ),
                 "client %": 100
                 * statistics.median(http.client_cpu / (http.end - http.begun) for http, _ in pairs),
             }
