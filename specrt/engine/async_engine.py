@@ -220,13 +220,10 @@ class AsyncStream(AsyncIterator[StreamChunk]):
         box = self._box
         while self._num_open:
             assert box is not None, "a stream that was started has an inbox"
-            with self._owner._stepper.changes:
-                if box.chunks:
-                    return box.chunks.popleft()
-                if box.fault is not None:
-                    raise box.fault
-                waiter = box.waiter = box.loop.create_future()
-            await waiter
+            found = box.take()
+            if isinstance(found, StreamChunk):
+                return found
+            await found
         raise StopAsyncIteration
 
     def _drop(self) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from threading import Condition, Thread, current_thread
+from threading import Condition, Lock, Thread, current_thread
 from typing import TypeVar
 
 from specrt.draft.base import DraftParams
@@ -36,7 +36,10 @@ class Wanted:
 
 @dataclass(eq=False)
 class Inbox:
-    """What came of a stream's requests and was not read yet; of one reader, in one loop."""
+    """What came of a stream's requests and was not read yet; of one reader, in one loop.
+
+    Written and read under its own lock, for moments.
+    """
 
     loop: AbstractEventLoop
     numbers: dict[RequestHandle, tuple[int, int]] = field(default_factory=dict)
@@ -46,9 +49,38 @@ class Inbox:
     """Resolved in the loop when there is something to read."""
     fault: BaseException | None = None
     """Why there will be nothing more."""
+    lock: Lock = field(default_factory=Lock)
 
-    def put(self, chunk: StreamChunk) -> None:
-        """Add a chunk; to the last one of its request, where many wait."""
+    def take(self) -> StreamChunk | Future[None]:
+        """The oldest chunk; where there is none yet, what is resolved when there is.
+
+        Raises:
+            BaseException: what ended the stepping thread.
+        """
+        with self.lock:
+            if self.chunks:
+                return self.chunks.popleft()
+            if self.fault is not None:
+                raise self.fault
+            self.waiter = self.loop.create_future()
+            return self.waiter
+
+    def put(self, chunk: StreamChunk) -> Future[None] | None:
+        """Add a chunk; what is to be resolved, if somebody waits."""
+        with self.lock:
+            self._put(chunk)
+            waiter, self.waiter = self.waiter, None
+            return waiter
+
+    def fail(self, fault: BaseException) -> Future[None] | None:
+        """Let readers raise what ended the thread; what is to be resolved, as :meth:`put`."""
+        with self.lock:
+            self.fault = fault
+            waiter, self.waiter = self.waiter, None
+            return waiter
+
+    def _put(self, chunk: StreamChunk) -> None:
+        """To the last chunk of its request, where many wait."""
         index, choice = self.numbers[chunk.handle]
         if index or choice:
             chunk = replace(chunk, index=index, choice=choice, result=_numbered(chunk, choice))
@@ -63,8 +95,7 @@ class Inbox:
 class Stepper:
     """Steps an engine while any of its requests is open, in a thread of its own.
 
-    The thread alone steps and aborts; it sleeps where there is nothing to do. Inboxes are written
-    and read under one lock, which nobody holds while a round runs.
+    The thread alone steps and aborts; it sleeps where there is nothing to do.
 
     Args:
         engine: whose :meth:`~Engine.step` is called here and nowhere else.
@@ -72,7 +103,7 @@ class Stepper:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.changes = Condition()  # its lock guards what follows
+        self._changes = Condition()  # its lock guards what follows
         self._inboxes: dict[RequestHandle, Inbox] = {}
         self._aborts: deque[RequestHandle] = deque()
         self._fault: BaseException | None = None
@@ -97,7 +128,7 @@ class Stepper:
         Raises:
             ValueError, RuntimeError, QueueFullError: as :meth:`Engine.add`.
         """
-        with self.changes:
+        with self._changes:
             self.require()
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="specrt-stepper", daemon=True)
@@ -111,7 +142,7 @@ class Stepper:
                 self.abort(box)
                 raise
             finally:
-                self.changes.notify()
+                self._changes.notify()
 
     def abort(self, box: Inbox) -> None:
         """End what is open of a stream, before the next round. Nobody hears of it.
@@ -123,9 +154,9 @@ class Stepper:
 
     def stop(self) -> None:
         """End the thread behind the round it is in, and all open streams with it."""
-        with self.changes:
+        with self._changes:
             self._is_stopped = True
-            self.changes.notify()
+            self._changes.notify()
         if self._thread is not None and self._thread is not current_thread():
             self._thread.join()
 
@@ -145,51 +176,46 @@ class Stepper:
 
     def _wait(self) -> bool:
         """Sleep until something is to be stepped; False: never again."""
-        with self.changes:
+        with self._changes:
             while not (self._inboxes or self._aborts or self._is_stopped):
-                self.changes.wait()
+                self._changes.wait()
         while self._aborts:
             handle = self._aborts.popleft()
-            with self.changes:
+            with self._changes:
                 self._inboxes.pop(handle, None)
             self._engine.abort(handle)
         return not self._is_stopped
 
     def _hand_out(self, chunks: Sequence[StreamChunk]) -> None:
-        with self.changes:
-            told = []
+        told = []
+        with self._changes:
             for chunk in chunks:
                 inbox = self._inboxes.get(chunk.handle)
-                if inbox is None:  # aborted
-                    continue
-                if chunk.result is not None:
-                    del self._inboxes[chunk.handle]
-                inbox.put(chunk)
-                told.append(inbox)
-            self._wake(told)
+                if inbox is not None:  # or it was aborted
+                    told.append((inbox, chunk))
+                    if chunk.result is not None:
+                        del self._inboxes[chunk.handle]
+        self._wake([(inbox, inbox.put(chunk)) for inbox, chunk in told])
 
-    def _wake(self, inboxes: Sequence[Inbox]) -> None:
+    def _wake(self, waiting: Sequence[tuple[Inbox, Future[None] | None]]) -> None:
         """Resolve what readers wait for: one call a loop, however many there are."""
-        waiting: dict[AbstractEventLoop, list[Future[None]]] = {}
-        for inbox in inboxes:
-            if inbox.waiter is not None:
-                waiting.setdefault(inbox.loop, []).append(inbox.waiter)
-                inbox.waiter = None
-        for loop, waiters in waiting.items():
+        waiters: dict[AbstractEventLoop, list[Future[None]]] = {}
+        for inbox, waiter in waiting:
+            if waiter is not None:
+                waiters.setdefault(inbox.loop, []).append(waiter)
+        for loop, each in waiters.items():
             try:
-                loop.call_soon_threadsafe(_resolve, waiters)
+                loop.call_soon_threadsafe(_resolve, each)
             except RuntimeError:  # the loop was closed: nobody will read
-                for inbox in inboxes:
+                for inbox, _ in waiting:
                     if inbox.loop is loop:
                         self.abort(inbox)
 
     def _end_all(self, fault: BaseException) -> None:
-        with self.changes:
+        with self._changes:
             handles, inboxes = list(self._inboxes), set(self._inboxes.values())
             self._inboxes.clear()
-            for inbox in inboxes:
-                inbox.fault = fault
-            self._wake(list(inboxes))
+        self._wake([(inbox, inbox.fail(fault)) for inbox in inboxes])
         with suppress(Exception):  # the engine is closed, or what broke it breaks this too
             for handle in handles:
                 self._engine.abort(handle)

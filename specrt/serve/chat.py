@@ -29,7 +29,7 @@ from specrt.serve.chat_fields import (
 from specrt.serve.errors import ApiError, JsonResponse, refused
 from specrt.serve.sampling import sampling_params
 from specrt.serve.service import Service, new_id
-from specrt.serve.streaming import DONE, EventStream, event, round_report
+from specrt.serve.streaming import DONE, EventStream, TextEvent, event, round_report
 from specrt.serve.token_texts import TokenTexts
 from specrt.serve.tools import CallReader, forced_form
 from specrt.serve.usage import finish_reason, speculation_of, usage_of
@@ -290,6 +290,7 @@ class ChatWriter:
             "model": self.service.name,
             "system_fingerprint": None,
         }
+        self._plain = [TextEvent(partial(self._said, choice)) for choice in self._readers]
 
     def opening(self) -> bytes:
         """The role of each choice."""
@@ -304,7 +305,9 @@ class ChatWriter:
         logprobs = self._logprobs(chunk)
         report = round_report(chunk, self.service.texts) if self._has_rounds else None
         data = b""
-        if text or logprobs is not None or report is not None:
+        if logprobs is None and report is None:
+            data = self._plain[chunk.choice].of(text) if text else b""
+        else:
             delta = {"content": text}
             data = self._event(chunk.choice, delta, logprobs=logprobs, report=report)
         if chunk.result is not None:
@@ -339,6 +342,9 @@ class ChatWriter:
                 reason = "tool_calls" if reason == "stop" else reason
         report = speculation_of([result]).model_dump()
         return data + self._event(choice, {}, reason=reason, report=report)
+
+    def _said(self, choice: int, text: str) -> bytes:
+        return self._event(choice, {"content": text})
 
     def _logprobs(self, chunk: StreamChunk) -> dict[str, Any] | None:
         if not self.body.logprobs or not chunk.token_ids:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +24,7 @@ from specrt.serve.completion_fields import (
 from specrt.serve.errors import ApiError, JsonResponse, refused
 from specrt.serve.sampling import sampling_params
 from specrt.serve.service import Service, new_id
-from specrt.serve.streaming import DONE, EventStream, event, round_report
+from specrt.serve.streaming import DONE, EventStream, TextEvent, event, round_report
 from specrt.serve.token_texts import TokenTexts
 from specrt.serve.usage import finish_reason, speculation_of, usage_of
 
@@ -215,6 +216,9 @@ class CompletionWriter:
             "created": int(time.time()),
             "model": self.service.name,
         }
+        self._plain = [
+            TextEvent(partial(self._event, number)) for number in range(len(self._sizes))
+        ]
 
     def opening(self) -> bytes:
         """The prompts, if they are to be echoed."""
@@ -239,8 +243,9 @@ class CompletionWriter:
             )
             self._sizes[number] += sum(map(len, made.tokens))
             logprobs = made.model_dump()
-        data = b""
-        if chunk.text or logprobs is not None or report is not None:
+        if logprobs is None and report is None:
+            data = self._plain[number].of(chunk.text) if chunk.text else b""
+        else:
             data = self._event(number, chunk.text, logprobs=logprobs, report=report)
         return data + (self._end(chunk, None) if chunk.result is not None else b"")
 

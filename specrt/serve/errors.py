@@ -31,6 +31,7 @@ _CODES = {
     504: "timeout",
 }
 _RETRY_SECONDS = 1
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 CLIENT_GONE = 499
 """nginx's status of what nobody waited for."""
 # How our own errors begin: the field they are about, as they know it.
@@ -115,8 +116,7 @@ class JsonResponse(Response):
 
 def to_json(content: Any) -> bytes:
     """JSON as UTF-8, without needless spaces."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
+    return _JSON.encode(content).encode("utf-8", "replace")
 
 
 def refused(error: ValueError | TypeError, param: str | None = None) -> ApiError:

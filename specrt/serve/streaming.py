@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -47,6 +47,7 @@ _HEADERS = {
 }
 DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
+_MARK = "\0text"
 _GRACE_SECONDS = 5.0
 
 
@@ -138,6 +139,21 @@ def event(data: Any, name: str | None = None) -> bytes:
     """One event."""
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + to_json(data) + b"\n\n"
+
+
+class TextEvent:
+    """An event in which nothing but a text changes: the rest of it is written once.
+
+    Args:
+        make: makes one of a text.
+    """
+
+    def __init__(self, make: Callable[[str], bytes]) -> None:
+        self._before, self._behind = make(_MARK).split(to_json(_MARK))
+
+    def of(self, text: str) -> bytes:
+        """The event of a text."""
+        return self._before + to_json(text) + self._behind
 
 
 def round_report(chunk: StreamChunk, texts: TokenTexts) -> dict[str, Any]:

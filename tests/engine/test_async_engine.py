@@ -306,8 +306,8 @@ def test_what_is_wrong_is_said_at_the_call(engine: Engine) -> None:
     served = AsyncEngine(engine)
     with pytest.raises(ValueError, match="temperature: expected"):
         served.stream([1], temperature=-1.0)
+    small = AsyncEngine(make_engine(engine.target, max_nodes=2))
     with pytest.raises(ValueError, match="total_tokens: expected at most"):
-        small = AsyncEngine(make_engine(engine.target, max_nodes=2))
         small.stream([1], draft=DraftParams(total_tokens=3))
     with pytest.raises(ValueError, match="prompts: expected text"):
         served.stream(3)  # type: ignore[arg-type]
