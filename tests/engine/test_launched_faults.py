@@ -160,7 +160,7 @@ def test_all_that_an_engine_launches_goes_to_the_device_s_stream(
         for name in names:
             monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
 
-    def broken(drafting: Drafting, requests: Sequence[Request]) -> None:
+    def broken(drafting: Drafting, *asked: object) -> None:
         raise KeyboardInterrupt
 
     with make_engine(model, max_batch=3) as engine:
