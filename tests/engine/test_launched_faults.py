@@ -18,7 +18,6 @@ from specrt.draft.base import Budget, EmptyDrafter, RootsAlone, RoundPlan, Stage
 from specrt.engine import batch as batch_module
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
-from specrt.engine.request import Request
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
