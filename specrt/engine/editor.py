@@ -138,7 +138,7 @@ class Editor:
         Raises:
             EditError: an edit fails, or leaves no token.
         """
-        row = raw.copy()
+        row: Row = raw.copy()
         if self._processor is not None:
             row = self._processed([*self._prompt, *output], row)
         for mask in self._masks:
