@@ -18,7 +18,6 @@ from specrt.draft.base import Budget, EmptyDrafter, RootsAlone, RoundPlan, Stage
 from specrt.engine import batch as batch_module
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
-from specrt.engine.request import Request
 from specrt.models.loader import Weights, load_weights
 from specrt.models.model import LlamaModel
 from specrt.models.placement import place_weights
@@ -160,7 +159,7 @@ def test_all_that_an_engine_launches_goes_to_the_device_s_stream(
         for name in names:
             monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
 
-    def broken(drafting: Drafting, requests: Sequence[Request]) -> None:
+    def broken(drafting: Drafting, *asked: object) -> None:
         raise KeyboardInterrupt
 
     with make_engine(model, max_batch=3) as engine:

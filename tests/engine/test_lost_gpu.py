@@ -70,7 +70,7 @@ def test_tables_that_cannot_be_written_any_more(
 ) -> None:
     gpu = FragileGpu(model, monkeypatch, 20)
     engine = make_engine(model, max_batch=3)
-    batch = engine._core._batch
+    batch = engine._core._batches
     leave, clear = batch.leave, batch.clear
     monkeypatch.setattr(batch, "leave", lambda request: (gpu.wait(), leave(request)))
     monkeypatch.setattr(batch, "clear", lambda: (gpu.wait(), clear()))
