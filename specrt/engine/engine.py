@@ -355,6 +355,17 @@ class Engine:
         self._check_open()
         self._intake.check_draft(draft)
 
+    def check_sampling(self, params: SamplingParams) -> None:
+        """Refuse parameters that this engine cannot follow, as :meth:`generate` would. A form of
+        output is compiled here, and found again when a request is added.
+
+        Raises:
+            ValueError: so; names the field.
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        self._intake.editors.checked(params)
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("engine: expected an open one, got one that was closed")

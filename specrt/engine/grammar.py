@@ -45,7 +45,7 @@ class Grammars:
     def compile(self, form: StructuredOutput) -> LLMatcher:
         """A matcher at its beginning, to be copied.
 
-        Compiling is limited in time and size by llguidance (``LLParserLimits``), some 100 ms.
+        Compiling is limited in size by llguidance (``LLParserLimits``), and may take seconds.
 
         Raises:
             ValueError: the form is none, can match no text, or is too large; llguidance is not
@@ -54,7 +54,11 @@ class Grammars:
         key = form.kind, form.source
         with self._lock:
             found = self._compiled.get(key)
-            return self._compiled.put(key, self._made(form)) if found is None else found
+        if found is None:
+            found = self._made(form)  # outside of the lock: others' forms are ready meanwhile
+            with self._lock:
+                self._compiled.put(key, found)
+        return found
 
     def mask(self, form: StructuredOutput, stop_ids: Sequence[int]) -> GrammarMask:
         """What :meth:`compile` gives, for one request.
@@ -164,7 +168,8 @@ def _tokens_of(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> LLTokenizer:
     try:
         return from_tokenizer(inner, eos_token=list(eos_ids) or None)
     except Exception as error:  # of whatever the tokenizer is made of
+        what = " ".join(str(error).split())[:200]
         raise ValueError(
             f"structured: llguidance cannot read a {type(inner).__name__}, the target's tokenizer: "
-            f"{error}"
+            f"{what}"
         ) from error

@@ -168,7 +168,7 @@ class SamplingParams:
             raise refusal("max_new_tokens", "an int >= 1", self.max_new_tokens)
         least = self.min_new_tokens
         if not _is_int(least) or not 0 <= least <= self.max_new_tokens:
-            expected = f"an int in [0, max_new_tokens, {self.max_new_tokens}]"
+            expected = f"an int in 0..max_new_tokens ({self.max_new_tokens})"
             raise refusal("min_new_tokens", expected, least)
         # Logits divided by less could overflow float32.
         if not _is_number(self.temperature) or not (
