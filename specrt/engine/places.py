@@ -66,6 +66,8 @@ class Places:
         sizes = len(ids) + limits.max_nodes, max(limits.prefill_chunk, limits.max_nodes)
         if self.cache.can_hold(*sizes):
             return True
+        if request.reads_prompt:
+            return False
         _, num_held = self.cache.find(request.params.cache_salt, ids, len(ids) - 1)
         return self.cache.can_hold(*sizes, num_held)
 
@@ -106,7 +108,7 @@ class Places:
         ids, salt, most = request.token_ids, request.params.cache_salt, request.num_to_prefill
         if cached.length or most <= 0 or self._limits.max_shared_tokens == 0:
             return
-        if request.params.prompt_logprobs is not None:  # every token is to be run and told of
+        if request.reads_prompt:  # every token is to be run and told of
             return
         count, _ = self.cache.find(salt, ids, most)
         while count and (known := self._drafting.num_known(request, count)) < count:

@@ -220,6 +220,18 @@ def test_a_prompt_that_gave_way_is_not_read_again(
     assert num_read[0] == sum(len(prompt) - 1 for prompt in PROMPTS)
 
 
+def test_a_prompt_that_is_kept_is_read_all_the_same(model: LlamaModel) -> None:
+    prompt = [(3 * i * i + i) % VOCAB for i in range(150)]
+    params = SamplingParams(max_new_tokens=3, prompt_logprobs=1)
+    expected = make_engine(model).generate(prompt, params)
+    engine = make_engine(model)
+    engine.generate(prompt, max_new_tokens=1)
+    shared = engine.generate(prompt, max_new_tokens=1)
+    assert shared.stats.num_cached_tokens > 0
+    found = engine.generate(prompt, replace(params, n=2))
+    assert [told(one) for one in found] == [told(expected)] * 2
+
+
 def test_a_prompt_that_was_not_run_to_its_end(model: LlamaModel) -> None:
     engine = make_engine(model, prefill_chunk=8)
     prompt = PROMPTS[1][:20]
