@@ -116,8 +116,6 @@ class EventStream(Response):
             return
         except ApiError as error:
             await self._send(send, writer.failing(error))
-        except RuntimeError as error:  # the engine's thread or GPU is gone
-            await self._send(send, writer.failing(ApiError(503, str(error))))
         else:
             await self._send(send, writer.closing())
         await send({"type": "http.response.body", "body": b""})

@@ -26,9 +26,9 @@ def served() -> Iterator[AsyncEngine]:
         made.close()
 
 
-def client(served: AsyncEngine, host: str = "localhost", **options: Any) -> TestClient:
+def client(served: AsyncEngine, name: str = "localhost", **options: Any) -> TestClient:
     app = make_app(served, "tiny", ServeOptions(**options))
-    return TestClient(app, base_url=f"http://{host}")
+    return TestClient(app, base_url=f"http://{name}")
 
 
 def bearer(key: str) -> dict[str, str]:
