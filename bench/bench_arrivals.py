@@ -191,6 +191,7 @@ def longest_wait(engine: Engine, length: int, vocab_size: int, repeats: int) -> 
 def make_engine(args: argparse.Namespace, drafter: str, **limits: int) -> Engine:
     """An engine of the target that was asked for."""
     chosen = None if drafter == PLAIN else drafter
+    limits |= {"max_shared_tokens": 0}  # the same prompts are run again and again
     if args.target != RANDOM:
         dtype = args.dtype
         return specrt.load(args.target, chosen, dtype=dtype, progress=False, **limits)  # type: ignore[arg-type]

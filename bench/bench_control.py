@@ -59,7 +59,7 @@ class Contender:
 
 def contenders(args: argparse.Namespace, dtype: str) -> dict[str, Contender]:
     """Plain decoding, fixed lengths, the learning rules, and trees where asked for."""
-    engine = specrt.load(args.target, None, dtype=dtype, progress=False)
+    engine = specrt.load(args.target, None, dtype=dtype, max_shared_tokens=0, progress=False)
     plain = without_drafter(engine)
     names = [f"fixed-{length}" for length in range(1, args.max_draft + 1)]
     names += [name for name in CONTROLLERS if name != "fixed"]
@@ -77,7 +77,7 @@ def contenders(args: argparse.Namespace, dtype: str) -> dict[str, Contender]:
 def _engine(engine: Engine, drafter: str, controller: str) -> Engine:
     options = DrafterOptions(control=parse_control(controller))
     made = load_drafter(drafter, engine.target, None, options)
-    return Engine(engine.target, made, engine.tokenizer)
+    return Engine(engine.target, made, engine.tokenizer, max_shared_tokens=0)
 
 
 def run(

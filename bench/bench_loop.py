@@ -93,7 +93,7 @@ def make_engine(drafter: Fixed, batch: int) -> Engine:
     config = ModelConfig.from_dict(CONFIG)
     model = LlamaModel(config, random_weights(config, "cpu", torch.float32))
     tokenizer: Any = SilentTokenizer()
-    return Engine(model, drafter, tokenizer, max_batch=batch)
+    return Engine(model, drafter, tokenizer, max_batch=batch, max_shared_tokens=0)
 
 
 def bare_round(stubs: Stubs, drafter: Fixed, outputs: Sequence[list[int]]) -> None:

@@ -78,7 +78,8 @@ class Ours:
     """
 
     def __init__(self, target: str, drafter: str | None, dtype: str) -> None:
-        self.engine = specrt.load(target, drafter, dtype=dtype, progress=False)
+        # Each run computes its prompt, as the others do.
+        self.engine = specrt.load(target, drafter, dtype=dtype, max_shared_tokens=0, progress=False)
 
     def run(self, request: Request) -> Output:
         """As :meth:`Contender.run`."""

@@ -174,7 +174,8 @@ class SharedTarget:
         return load_drafter(path, self.model, self._dtype, options)
 
     def _contender(self, variant: Variant, drafter: Drafter) -> Contender:
-        engine = Engine(self.model, drafter, self._tokenizer, max_nodes=self._max_nodes)
+        limits = {"max_nodes": self._max_nodes, "max_shared_tokens": 0}
+        engine = Engine(self.model, drafter, self._tokenizer, **limits)
         return Contender(variant, engine)
 
 

@@ -80,7 +80,8 @@ class Ours:
         graphs: TimedSteps | None,
         draft: DraftParams | None = None,
     ) -> None:
-        self._engine = Engine(model, drafter, NoTokenizer(), max_batch=1)  # type: ignore[arg-type]
+        tokenizer: Any = NoTokenizer()
+        self._engine = Engine(model, drafter, tokenizer, max_batch=1, max_shared_tokens=0)
         self._graphs = graphs
         self._device, self._draft = model.device, draft
 

@@ -60,6 +60,10 @@ _FEW_TOKENS = 8
 _NO_TOKEN = 1 << 30  # transformers warns of any below 0
 
 
+ALONE = {"max_shared_tokens": 0}
+"""Each run computes its prompt, as others' do."""
+
+
 class EngineOf:
     """Our engine, past the ends of texts; ``draft`` is its trees' shape."""
 
@@ -213,16 +217,16 @@ def make_race(args: argparse.Namespace, scratch: Path) -> Race:
     """All that were asked for and can be had; drafters over one copy of our weights."""
     loaded = load(args.gguf, progress=False)
     model = loaded.target
-    plain = Engine(model, EmptyDrafter(), loaded.tokenizer)
+    plain = Engine(model, EmptyDrafter(), loaded.tokenizer, **ALONE)
     contenders: dict[str, Contender] = {PLAIN: EngineOf(plain)}
     sizes = {PLAIN: step_bytes(model.weights)}
     for name in [] if args.drafters == "none" else args.drafters.split(","):
         drafter = load_drafter(name, model, None, DrafterOptions())
-        contenders[f"ours {name}"] = EngineOf(Engine(model, drafter, loaded.tokenizer))
+        contenders[f"ours {name}"] = EngineOf(Engine(model, drafter, loaded.tokenizer, **ALONE))
     exact = tuple(contenders)
     for form in args.forms:
         if form != FILE:
-            engine = load(args.gguf, None, progress=False, **FORMS[form])
+            engine = load(args.gguf, None, progress=False, **FORMS[form], **ALONE)
             contenders[f"ours {form}"] = EngineOf(engine)
             sizes[f"ours {form}"] = step_bytes(engine.target.weights)
     peers = _peers(args, scratch)

@@ -23,7 +23,7 @@ import torch
 
 from bench.contenders import Output, Request
 from bench.draft_contenders import Tree
-from bench.generate_gguf import EngineOf
+from bench.generate_gguf import ALONE, EngineOf
 from bench.harness import Row, parser, report, start
 from bench.planted import PlantedDrafter, PlantedRounds, Trace, recorded_trace
 from bench.whole_rounds import LayerKind, layer_round, random_layer
@@ -72,7 +72,7 @@ def contender(engine: Engine, case: Case, answer: Sequence[int]) -> EngineOf:
         assert isinstance(made, FspadDrafter)
         drafter = PlantedRounds(made, answer, trace, vocab_size, model.device)
         params = tree.params
-    return EngineOf(Engine(model, drafter, engine.tokenizer, max_nodes=64), params)
+    return EngineOf(Engine(model, drafter, engine.tokenizer, max_nodes=64, **ALONE), params)
 
 
 def run(engine: Engine, cases: Sequence[Case], request: Request, repeats: int) -> list[Row]:
@@ -81,7 +81,7 @@ def run(engine: Engine, cases: Sequence[Case], request: Request, repeats: int) -
     Raises:
         SystemExit: a text is not plain decoding's.
     """
-    plain = EngineOf(Engine(engine.target, EmptyDrafter(), engine.tokenizer))
+    plain = EngineOf(Engine(engine.target, EmptyDrafter(), engine.tokenizer, **ALONE))
     answer = plain.run(request).token_ids
     contenders = {PLAIN: plain} | {str(case): contender(engine, case, answer) for case in cases}
     outputs: dict[str, list[Output]] = {name: [] for name in contenders}

@@ -87,7 +87,8 @@ class Rounds:
         room = len(job.prompt) + job.num_tokens + _SPARE_TOKENS
         tokenizer: Any = NoTokenizer()
         with around():
-            self._engine = Engine(model, drafter, tokenizer, max_batch=1, max_cached_tokens=room)
+            limits = {"max_batch": 1, "max_cached_tokens": room, "max_shared_tokens": 0}
+            self._engine = Engine(model, drafter, tokenizer, **limits)
 
     def run(self) -> Timed:
         """Answer the prompt once; the first time loads and captures what later ones launch."""

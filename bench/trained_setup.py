@@ -93,6 +93,7 @@ class Setup:
             device=self.device,
             max_batch=batch,
             max_cached_tokens=2048 + 512 * batch,
+            max_shared_tokens=0,  # each run computes its prompt
             progress=False,
             eager=is_eager,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from specrt.ops.history_append import HEADER_SIZE, ReportWord
 from specrt.ops.linear import TILE_TOKENS, TileMaxima
 from specrt.ops.tree_accept import gpu_workspace_size, tree_accept
 from specrt.reuse import Recent
-from specrt.sampling import SamplingTable
+from specrt.sampling import SamplingParams, SamplingTable
 from specrt.types import AcceptResult, DraftTree, RoundReport
 
 _MAX_SHAPES = 32  # of rounds on a GPU, whose scratch is kept
@@ -108,6 +110,29 @@ def empty_result(tree: DraftTree, want_logprobs: bool) -> AcceptResult:
     path, tokens = torch.empty_like(tree.draft_tokens), torch.empty_like(tree.draft_tokens)
     logprobs = torch.empty_like(path, dtype=torch.float32) if want_logprobs else None
     return AcceptResult(path, torch.empty_like(tree.num_nodes), tokens, logprobs)
+
+
+def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-softmax at a token each, the very bits that :func:`accept` reports.
+
+    Args:
+        logits: ``[R, V]`` float32 on the host, without NaN or +inf.
+        tokens: R of them.
+
+    Returns:
+        ``[R]`` float32.
+    """
+    count, vocab_size = logits.shape
+    # What a walk of one node takes, whatever it is: its log-probability is the logits' own.
+    forced = [SamplingParams(logit_bias={token: 1e30}, logprobs=True) for token in tokens]
+    sampling = SamplingTable.build(forced, [0] * count, vocab_size)
+    roots, lone = torch.zeros(count, 1, dtype=torch.int32), torch.ones(count, dtype=torch.int32)
+    tree = DraftTree(roots, roots - 1, roots, roots[:, :, None].long(), lone)
+    result = accept(tree, logits[:, None], sampling, roots, lone, want_logprobs=True)
+    assert result.logprobs is not None, "asked for"
+    at_tokens = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    # (No bias lifts -inf.)
+    return torch.where(at_tokens == -math.inf, -math.inf, result.logprobs[:, 0])
 
 
 def empty_maxima(tree: DraftTree, sampling: SamplingTable, history_len: torch.Tensor) -> TileMaxima:

@@ -122,8 +122,8 @@ def load(
             GPU what is free when the engine is made.
         max_waiting: requests that may wait for a place; None: any number.
         max_shared_tokens: tokens that no request uses and that are kept for prompts which begin
-            alike; 0: nothing is shared. None: on a GPU as many as there is room for, on a CPU
-            65536, or what fits in 1 GiB.
+            alike; 0: nothing is shared. None: on a GPU, and with ``max_cached_tokens``, as many as
+            there is room for, else 65536, or what fits in 1 GiB.
         progress: show a bar on a terminal while loading.
         fold: FSPAD and EAGLE: replace the weights that are functions of the token by tables; None
             does so where it pays.

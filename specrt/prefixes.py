@@ -172,14 +172,13 @@ class PrefixTree:
 
     def give_back(self, index: int, count: int) -> None:
         """Free so many kept pages of a group, if there are, what was used longest ago first."""
-        pool = self._pools[index]
+        pool, before = self._pools[index], None
         left = pool.num_kept_pages - count
-        if count <= 0:
-            return
-        for node in list(self._order if pool.group.window is None else self._by_window):
-            if pool.num_kept_pages <= left:
-                return
-            self._give_up(node, index)
+        # Once, but where an interrupt has left the order as it should not be.
+        while left < pool.num_kept_pages != before:
+            before = pool.num_kept_pages
+            for node in self._oldest(index, before - left):
+                self._give_up(node, index)
 
     def clear(self) -> None:
         """Nobody finds any of it any more; what sequences hold goes once they let go of it."""
@@ -188,6 +187,24 @@ class PrefixTree:
             self.give_back(index, pool.num_kept_pages)
 
     # ------------------------------------------------------------------------------------------
+
+    def _oldest(self, index: int, count: int) -> Sequence[_Node]:
+        """Nodes to be given up, in this order, for so many pages of a group."""
+        pool, held, found = self._pools[index], list[_Node](), dict[_Node, None]()
+        is_full = pool.group.window is None
+        order = self._order if is_full else self._by_window
+        for node in order:
+            page = node.pages[index]
+            if pool.is_held(page):
+                held.append(node)
+            elif not is_full or found.keys() >= set(node.children.values()):
+                found[node] = None
+                count -= page != SCRATCH_PAGE
+            if count == 0:
+                break
+        for node in held:  # they are in use, and need not be looked at again soon
+            order.move_to_end(node)
+        return tuple(found)
 
     def _num_hidden(self, pool: PagePool, num_tokens: int) -> int:
         return pool.group.num_hidden(num_tokens - self._num_again)

@@ -25,7 +25,8 @@ LAYERS = [
     {"engine", "train"},
     {"loading"},
     {"lab"},
-    {"cli", "serve", "__init__"},
+    {"serve"},
+    {"cli", "__init__"},
     {"__main__"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

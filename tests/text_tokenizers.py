@@ -42,6 +42,11 @@ def byte_level() -> Tokenizer:
     return _tokenizer(map(letters, [*BYTES, *parts]), decoders.ByteLevel())
 
 
+def printable() -> Tokenizer:
+    """97 tokens: the special ones, and a character each from the space on."""
+    return _tokenizer(map(letters, BYTES[32:125]), decoders.ByteLevel())
+
+
 def llama() -> Tokenizer:
     """Llama 2's form: spaces as pieces, the first of a text left out, and bytes."""
     pieces = ["▁", "▁▁", "▁▁▁▁", "▁a", "b", ":", "▁yes", "▁the", "yes", "\ufffd", "é"]

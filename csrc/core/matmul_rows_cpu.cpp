@@ -162,8 +162,72 @@ void all_rows(const MatmulParams& p, int64_t output, int num_outputs) {
     }
 }
 
+#if defined(__AVX512F__)
+// Many rows: weights of kPanel outputs and a block of rows stay in L1 together, and the lanes of
+// sixteen results are added up at once.
+constexpr int kPanel = 16, kLeastPanelRows = 12;
+constexpr int64_t kMostPanelDepth = 1024;
+
+// The end of one row's sixteen results.
+inline void finish_panel(const MatmulParams& p, int64_t row, int64_t output, V16 y) {
+    if (p.scale) y = mul(y, mul(load(p.scale + output), splat(kUnitOfE4M3)));
+    if (p.bias) y = add(y, load(p.bias + output));
+    if (p.residual) y = add(y, load(p.residual + row * p.residual_stride + output));
+    store(y, p.out + row * p.out_stride + output);
+}
+
+template <typename W, int R>
+void panel_rows(const MatmulParams& p, int64_t row, int64_t output) {
+    V16 folded[R][kPanel / kOutputs];
+    Operands<W, R> from;
+    for (int r = 0; r < R; ++r) from.x[r] = p.x + (row + r) * p.x_stride;
+    for (int q = 0; q < kPanel / kOutputs; ++q) {
+        for (int j = 0; j < kOutputs; ++j)
+            from.w[j] = static_cast<const W*>(p.weight) + (output + q * kOutputs + j) * p.depth;
+        V16 acc[R][kOutputs];
+        accumulate<V16>(from, p.depth, 0, {row, output, kOutputs, nullptr, 0, 0}, acc);
+        for (int r = 0; r < R; ++r) folded[r][q] = fold4(acc[r]);
+    }
+    for (int r = 0; r < R; ++r)
+        finish_panel(p, row + r, output,
+                     reduce_folded(folded[r][0], folded[r][1], folded[r][2], folded[r][3]));
+}
+
+template <typename W, int R = kRows>
+void panel_rows_of(const MatmulParams& p, int64_t row, int64_t output, int64_t num_rows) {
+    if constexpr (R == 1) {
+        panel_rows<W, 1>(p, row, output);
+    } else {
+        if (num_rows >= R) {
+            panel_rows<W, R>(p, row, output);
+        } else {
+            panel_rows_of<W, R - 1>(p, row, output, num_rows);
+        }
+    }
+}
+
+template <typename W>
+void panel(const MatmulParams& p, int64_t output) {
+    const int64_t num_blocks = (p.num_rows + kRows - 1) / kRows;
+    for (int64_t i = 0, row = 0; i < num_blocks; ++i) {
+        const int64_t end = p.num_rows * (i + 1) / num_blocks;
+        panel_rows_of<W>(p, row, output, end - row);
+        row = end;
+    }
+}
+#endif
+
 template <typename W>
 void outputs_of_part(const MatmulParams& p, int part, int num_parts) {
+#if defined(__AVX512F__)
+    if (p.num_rows >= kLeastPanelRows && p.depth <= kMostPanelDepth &&
+        p.num_outputs % kPanel == 0) {
+        const int64_t num_panels = p.num_outputs / kPanel;
+        const int64_t last = num_panels * (part + 1) / num_parts;
+        for (int64_t i = num_panels * part / num_parts; i < last; ++i) panel<W>(p, i * kPanel);
+        return;
+    }
+#endif
     const int64_t num_blocks = (p.num_outputs + kOutputs - 1) / kOutputs;
     const int64_t end = num_blocks * (part + 1) / num_parts;
     for (int64_t b = num_blocks * part / num_parts; b < end; ++b) {

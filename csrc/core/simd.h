@@ -223,6 +223,28 @@ inline __m128 fold_to_4(V16 a) {
 inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
+// Four vectors, each folded to four lanes: 4 i .. 4 i + 3 are what `fold_to_4` makes of the i-th.
+inline V16 fold4(const V16 a[4]) {
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44),
+                                    _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xee));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(a[2].v, a[3].v, 0x44),
+                                    _mm512_shuffle_f32x4(a[2].v, a[3].v, 0xee));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd))};
+}
+// The sums of the sixteen vectors of which `fold4` made these four, in their order.
+inline V16 reduce_folded(V16 a, V16 b, V16 c, V16 d) {
+    const auto halved = [](__m512 x, __m512 y) {
+        return _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
+    };
+    const __m512 ab = halved(a.v, b.v), cd = halved(c.v, d.v);
+    const __m512 sums =
+        _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+    // Of lane i of each quarter q: the sum of vector i of the q-th four.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm512_permutexvar_ps(order, sums)};
+}
 
 #elif defined(__AVX2__)
 

@@ -92,6 +92,7 @@ def demo(
         dtype=dtype or ("float32" if is_small else "auto"),
         threads=threads,
         controller=controller,
+        max_shared_tokens=0,  # who is compared computes the prompt
     )
     own = engine.target
     shown = drafter_name(drafter, own.config, is_gpu=own.device.is_gpu)
@@ -113,8 +114,9 @@ def chat(
     """Talk to a model in the terminal, or to a pipe's lines."""
     from specrt.cli import chat as command
 
-    if sampling.logprobs:
-        raise ValueError("logprobs: goes with generate --json, which shows them")
+    sampling.check_shown(is_json=False, where="generate --json")
+    if sampling.n != 1:
+        raise ValueError(f"n: expected 1, as a chat goes on from one answer, got {sampling.n}")
     params = sampling.params()
     engine = options.load(max_batch=1)
     if sampling.model_defaults:
@@ -156,8 +158,7 @@ def generate(
     from specrt.cli import generate as command
     from specrt.cli.prompts import encode, own_sampling, read_prompts
 
-    if sampling.logprobs and not json:
-        raise ValueError("logprobs: goes with --json, which shows them")
+    sampling.check_shown(is_json=json, where="--json")
     common = sampling.params()
     prompts = read_prompts(prompt, file, is_jsonl=jsonl, is_chat=chat)
     params = own_sampling(prompts, common)

@@ -165,12 +165,12 @@ def _bench(options: EngineOptions, wanted: BenchOptions, file: ResultFile | None
             raise ValueError(
                 f"drafter: {PLAIN} is what plain decoding is called; --drafters NAME=DIR"
             )
-        engine = options.load()
+        engine = options.load(max_shared_tokens=0)
         named = {shown: shown if options.drafter == AUTO else options.drafter}
         engines = dict.fromkeys(named, engine)
     else:
         named = name_drafters(wanted.drafters, config, is_gpu=is_gpu)
-        engine = replace(options, drafter=NONE).load()
+        engine = replace(options, drafter=NONE).load(max_shared_tokens=0)
         engines = contenders(engine, options.target, named)
     if file is not None:
         given = {name: named[name] for name in engines}

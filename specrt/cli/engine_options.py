@@ -144,6 +144,7 @@ def load_engine(
     threads: int | None,
     max_nodes: int = 64,
     max_batch: int = 8,
+    max_shared_tokens: int | None = None,
     controller: str | ControlOptions | None = None,
     draft_weights: str | None = None,
     hot_tokens: str | None = None,
@@ -157,8 +158,9 @@ def load_engine(
     """Load a target and a drafter as named on the command line.
 
     Args:
-        target, drafter, device, dtype, max_nodes, max_batch, controller, draft_weights, hot_tokens,
-            draft_window, eager, quantize, activations, lora: as for :func:`specrt.load`.
+        target, drafter, device, dtype, max_nodes, max_batch, max_shared_tokens, controller,
+            draft_weights, hot_tokens, draft_window, eager, quantize, activations, lora: as for
+            :func:`specrt.load`.
         threads: of the kernels; None leaves torch's choice.
         **limits: further fields of :class:`specrt.engine.limits.EngineLimits`.
 
@@ -177,6 +179,7 @@ def load_engine(
         dtype=dtype,
         max_nodes=max_nodes,
         max_batch=max_batch,
+        max_shared_tokens=max_shared_tokens,
         controller=controller,
         draft_weights=draft_weights,
         hot_tokens=hot_tokens,

@@ -153,7 +153,7 @@ class AsyncStream(AsyncIterator[StreamChunk]):
             return
         box = self._box = Inbox(asyncio.get_running_loop())
         try:
-            if _is_short(self._prompts):
+            if _is_short(self._prompts) and not self._has_forms():
                 self._enqueue(box)
             else:
                 await asyncio.to_thread(self._enqueue, box)
@@ -212,9 +212,16 @@ class AsyncStream(AsyncIterator[StreamChunk]):
             for index, (ids, each) in enumerate(zip(self.prompt_ids, self.params, strict=True))
             for choice, params in enumerate(each)
         ]
+        if self._has_forms():  # here, for the stepping thread waits for who adds
+            for each in self.params:
+                engine.check_sampling(each[0])
         stepper.add(asked, box)
         if not self._num_open:  # dropped meanwhile: its task was cancelled
             stepper.abort(box)
+
+    def _has_forms(self) -> bool:
+        """Whether something is to be compiled first."""
+        return any(each[0].structured is not None for each in self.params)
 
     async def _next(self) -> StreamChunk:
         box = self._box

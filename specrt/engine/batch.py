@@ -9,6 +9,7 @@ import torch
 from specrt import ops
 from specrt.cache import CacheBatch, KVCache
 from specrt.draft.base import BatchTables
+from specrt.draft.length.costs import GPU_SLOPE, RoundCost
 from specrt.engine.request import Request
 from specrt.ops.history_append import report_size
 from specrt.reuse import power_of_two
@@ -34,6 +35,8 @@ class Batch:
 
     def __init__(self, cache: KVCache, max_batch: int, vocab_size: int) -> None:
         self._device = device = cache.device
+        self.cost = RoundCost(GPU_SLOPE) if device.is_gpu else RoundCost()
+        """What verifying rows takes."""
         self._vocab_size = vocab_size
         self._requests: list[Request] = []
         self._cached = CacheBatch(cache, [])

@@ -11,6 +11,7 @@ import torch
 
 from specrt.draft.base import Drafter
 from specrt.engine.batch import Batch
+from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.launched import LaunchedRounds, Pending
@@ -18,6 +19,7 @@ from specrt.engine.limits import EngineLimits
 from specrt.engine.memory import make_cache, shared_cache
 from specrt.engine.places import Places
 from specrt.engine.prefill import Prefill
+from specrt.engine.reports import Told
 from specrt.engine.request import Request
 from specrt.engine.results import EngineStats, StreamChunk
 from specrt.engine.round import Round, Stages, run_round
@@ -38,16 +40,16 @@ class EngineCore:
         self.cache = make_cache(target, drafter, limits)
         vocab_size = target.config.vocab_size
         self._drafting = Drafting(drafter, target, limits.max_nodes)
-        self._batch = Batch(self.cache, limits.max_batch, vocab_size)
+        self._batches = Batches(self.cache, limits.max_batch, vocab_size)
         self._stages = Stages.of(target, self.cache)
         self._launched = LaunchedRounds(self._stages, self._drafting)
         self._pending: Pending | None = None  # launched, and not read
         self._must_start_over = False
         self.device = DeviceWatch(target.device)
-        parts = self._batch, self._drafting, self.device, self._catch_up, self._fail
+        parts = self._batches, self._drafting, self.device, self._catch_up, self._fail
         self._places = Places(self.cache, shared_cache(drafter), limits, *parts)
         self.scheduler = self._places.scheduler
-        self._prefill = Prefill(target, limits, self._places, *parts)
+        self._prefill = Prefill(target, limits, self._places, self._stages.reports, *parts)
 
     def add(self, request: Request) -> None:
         """A request waits for its turn.
@@ -74,8 +76,8 @@ class EngineCore:
         try:
             with self.device.working():
                 self._prefill.run()
-                if len(self._batch):
-                    self._round()
+                for batch in self._batches:
+                    self._round(batch)
         except BaseException as error:
             if self.device.is_lost(error):
                 self._fail_all()
@@ -130,7 +132,7 @@ class EngineCore:
         except Exception as error:
             if not self.device.is_lost(error):  # or its memory is gone anyway
                 raise
-        del self._target, self._stages, self._drafting, self._batch, self.scheduler, self.cache
+        del self._target, self._stages, self._drafting, self._batches, self.scheduler, self.cache
         del self._launched, self._places, self._prefill
 
     # --- what goes wrong ------------------------------------------------------------------------
@@ -146,37 +148,40 @@ class EngineCore:
             for request in reversed(self.scheduler.admitted):
                 request.forget_untold()  # first: interrupted, it is still to be done again
                 self._places.preempt(request, is_sound=False)
-            self._batch.clear()
+            self._batches.clear()
         self._drafting.take_restarts()  # all have been
         self._must_start_over = False
 
     # --- rounds -------------------------------------------------------------------------------
 
-    def _round(self) -> None:
-        if self._launch_round():
-            return
-        self._catch_up()
-        for request in list(self._batch.requests):
+    def _round(self, batch: Batch) -> None:
+        if batch is self._batches.launched:
+            if self._launch_round(batch):
+                return
+            self._catch_up()
+        for request in list(batch.requests):
             if request.cached is not None:  # or it has given way to an older one by now
                 self._places.reserve(request, request.cached.length + 1)
-        if not len(self._batch):
+        if not len(batch):
             return
         try:
-            done = run_round(self._stages, self._drafting, self._batch)
+            done = run_round(self._stages, self._drafting, batch)
         except (MemoryError, torch.OutOfMemoryError) as error:
             self._shrink(error)
             return
-        self._deliver(list(self._batch.requests), done)
+        self._prefill.pace.observe_round(done.draft_ms + done.verify_ms + done.accept_ms)
+        self._deliver(list(batch.requests), done)
 
-    def _launch_round(self) -> bool:
+    def _launch_round(self, batch: Batch) -> bool:
         """Launch a round, then read the one before; whether there was one to launch."""
-        decoding = self._batch.requests
-        planned = self._drafting.plan(decoding) if self._target.device.is_gpu else None
+        decoding, planned = batch.requests, None
+        if self._target.device.is_gpu:
+            planned = self._drafting.plan(decoding, batch.cost)
         if planned is None or not self._reserve_ahead(planned.plan.num_nodes):
             return False
         before = self._pending
         try:
-            self._pending = self._launched.launch(planned, self._batch, before)
+            self._pending = self._launched.launch(planned, batch, before)
         except (MemoryError, torch.OutOfMemoryError) as error:
             self._shrink(error)
             return True
@@ -195,7 +200,7 @@ class EngineCore:
         none left."""
         unread = 0 if self._pending is None else self._pending.planned.plan.num_nodes
         try:
-            for request in self._batch.requests:
+            for request in self._batches.launched.requests:
                 assert request.cached is not None, "a request that decodes has pages"
                 self.cache.reserve(request.cached, request.cached.length + unread + num_nodes)
         except MemoryError:
@@ -210,7 +215,8 @@ class EngineCore:
         return pending is not None
 
     def _take(self, pending: Pending) -> None:
-        done = self._launched.read(pending, self._batch, is_ahead=self._pending is not None)
+        is_ahead = self._pending is not None
+        done = self._launched.read(pending, self._batches.launched, is_ahead=is_ahead)
         self._deliver(pending.requests, done)
 
     def _deliver(self, requests: Sequence[Request], done: Round) -> None:
@@ -228,7 +234,7 @@ class EngineCore:
 
     def _shrink(self, error: Exception) -> None:
         """There was no memory for a round of this many: all are taken up again, one fewer."""
-        decoding = list(self._batch.requests)
+        decoding = list(self._batches.requests)
         if len(decoding) == 1:
             self._fail(decoding[0], str(error))
         else:
@@ -254,17 +260,20 @@ class EngineCore:
         stats.verify_ms += done.verify_ms
         stats.accept_ms += done.accept_ms
         if outcome.accept_length < 0:
-            position = len(request.token_ids)
             self._places.forget()  # whatever it came of is not to be found again
-            return request.failed(f"logits: NaN or no finite value at position {position}")
+            at = f" at position {len(request.token_ids)}"
+            return request.failed(done.errors.get(row, "logits: NaN or no finite value") + at)
         count, logprobs = outcome.num_taken, done.read.logprobs
+        told = done.told[row] if done.told else Told()
         taken = request.append(
-            done.read.tokens[row][:count], None if logprobs is None else logprobs[row][:count]
+            done.read.tokens[row][:count],
+            None if logprobs is None else logprobs[row][:count],
+            told.top_logprobs,
         )
         has_ended = request.end.reason is not None
         assert has_ended or not outcome.ending, "an end that the text does not have"
         stats.record(outcome.num_nodes, len(taken) - 1, outcome.deepest)
-        return request.chunk(taken, outcome.accept_length)
+        return request.chunk(taken, outcome.accept_length, told.tree)
 
     def _fail_all(self) -> None:
         """End all requests: their device is lost."""

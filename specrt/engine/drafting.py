@@ -24,7 +24,7 @@ from specrt.draft.base import (
     RoundPlan,
     StageTimes,
 )
-from specrt.draft.length.costs import GPU_SLOPE, RoundCost
+from specrt.draft.length.costs import RoundCost
 from specrt.engine.merged import Merged
 from specrt.engine.request import Request
 from specrt.models.layer_run import LowerLayers
@@ -100,9 +100,7 @@ class Drafting:
             check_tap(tap, target.config.num_layers)
         self._target = target
         self.max_nodes = max_nodes
-        self._groups: tuple[Group, ...] | None = None
-        self.cost = RoundCost(GPU_SLOPE) if target.device.is_gpu else RoundCost()
-        """What verifying rows takes."""
+        self._groups: dict[tuple[Request, ...], tuple[Group, ...]] = {}
         self._to_restart: list[Request] = []
         missing = [name for name in _LAUNCHED if not hasattr(drafter, name)]
         if 0 < len(missing) < len(_LAUNCHED):
@@ -113,8 +111,8 @@ class Drafting:
             )
 
     def regroup(self) -> None:
-        """A sequence has joined or left the batch."""
-        self._groups = None
+        """A sequence has joined or left a batch."""
+        self._groups.clear()
 
     def taps(self, requests: Sequence[Request]) -> tuple[str, ...]:
         """Hidden states that are to be read from the target for these."""
@@ -169,8 +167,13 @@ class Drafting:
 
     # --- a round of launches alone ------------------------------------------------------------
 
-    def plan(self, requests: Sequence[Request]) -> Planned | None:
-        """A round that needs no host, if the drafter and what it is asked for are such."""
+    def plan(self, requests: Sequence[Request], cost: RoundCost) -> Planned | None:
+        """A round that needs no host, if the drafter and what it is asked for are such.
+
+        Args:
+            requests: of a batch.
+            cost: what verifying its rows takes.
+        """
         groups = self._grouped(requests)
         # What is made of it may well propose.
         if not groups or type(self._drafter) is EmptyDrafter:
@@ -180,7 +183,7 @@ class Drafting:
             return None
         if group.requests[0].is_suspect:
             return None
-        budget = Budget(self.max_nodes, self.cost, group.requests[0].draft)
+        budget = Budget(self.max_nodes, cost, group.requests[0].draft)
         self._try(requests, lambda: plans.append(_checked(drafter.plan(group.states, budget))))
         plan = plans[0] if plans else None
         if plan is None or not 1 <= plan.num_nodes <= self.max_nodes:
@@ -205,13 +208,16 @@ class Drafting:
 
     # --- a round ------------------------------------------------------------------------------
 
-    def propose(self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor) -> Draft:
+    def propose(
+        self, requests: Sequence[Request], batch: CacheBatch, roots: torch.Tensor, cost: RoundCost
+    ) -> Draft:
         """Trees for a batch.
 
         Args:
             requests: B of them.
             batch: the target's cache of them.
             roots: ``[B]`` int32, their last tokens, where the target is.
+            cost: what verifying rows of this batch takes.
         """
         groups = self._grouped(requests)
         is_whole = any(group.is_whole for group in groups)
@@ -219,7 +225,7 @@ class Drafting:
         parts = []
         for group in groups:
             lower = self._lower(group, batch, roots)
-            proposal = self._ask(group, lower, merged)
+            proposal = self._ask(group, lower, merged, cost)
             if proposal is None:
                 continue
             parts.append((group, proposal))
@@ -241,9 +247,10 @@ class Drafting:
                 self.regroup()
 
     def _grouped(self, requests: Sequence[Request]) -> tuple[Group, ...]:
-        if self._groups is None:
-            self._groups = _groups_of(requests)
-        return self._groups
+        key = tuple(requests)
+        if key not in self._groups:
+            self._groups[key] = _groups_of(requests)
+        return self._groups[key]
 
     def _merged(self, batch: int) -> Merged:
         return Merged(batch, self._target.config.vocab_size, self._target.device)
@@ -255,12 +262,14 @@ class Drafting:
         some = CacheBatch(batch.cache, [batch.sequences[row] for row in group.rows])
         return LowerLayers(self._target, some, torch.stack([roots[row] for row in group.rows]))
 
-    def _ask(self, group: Group, lower: LowerLayers, merged: Merged | None) -> Proposal | None:
+    def _ask(
+        self, group: Group, lower: LowerLayers, merged: Merged | None, cost: RoundCost
+    ) -> Proposal | None:
         """What the drafter proposes for a group; None if it fails."""
         given: list[Proposal] = []
 
         def ask() -> None:
-            budget = Budget(self.max_nodes, self.cost, group.requests[0].draft, lower)
+            budget = Budget(self.max_nodes, cost, group.requests[0].draft, lower)
             with closing(lower):
                 proposal = self._drafter.propose(group.states, budget)
             check_proposal(proposal, len(group.rows), self._target.device)

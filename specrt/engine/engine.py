@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, overload
 from specrt.cache import KVCache
 from specrt.draft.base import Drafter, DraftParams
 from specrt.engine.core import EngineCore
+from specrt.engine.editors import Editors
 from specrt.engine.intake import Asked, Intake
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import OnePrompt, Prompt
@@ -57,7 +58,9 @@ class Engine:
         self.limits = EngineLimits(**limits)  # type: ignore[arg-type]
         with target.device.working():  # where its memory is used
             self._core = EngineCore(target, drafter, self.limits)
-        self._intake = Intake(target.config, tokenizer, drafter, self.limits)
+        config = target.config
+        editors = Editors(tokenizer, config.vocab_size, config.eos_ids)
+        self._intake = Intake(config, tokenizer, drafter, self.limits, editors)
         self._lock = target.lock
         self._turns = Turns(self._core, self._lock, self._enqueue, self._check_open)
         self._outbox: list[StreamChunk] = []
@@ -205,9 +208,10 @@ class Engine:
             **options: fields of :class:`SamplingParams`, which replace those of ``sampling``.
 
         Returns:
-            A :class:`GenerationResult`, or a list of them in the order of the prompts. A sequence
-            that failed (no memory, NaN) has ``finish_reason == "error"`` and leaves the others
-            untouched.
+            A :class:`GenerationResult`, or a list of them in the order of the prompts. With ``n``
+            above 1 a list, even of one prompt: all answers to the first, then those to the next. A
+            sequence that failed (no memory, NaN) has ``finish_reason == "error"`` and leaves the
+            others untouched.
 
         Raises:
             ValueError: no prompt or an empty one, one longer than the context, bad sampling
@@ -217,12 +221,12 @@ class Engine:
         """
         self._check_open()
         requests, many = self._intake.take(prompts, sampling, draft, options, add_special_tokens)
-        results = dict[int, GenerationResult]()
+        results = dict[tuple[int, int], GenerationResult]()
         with closing(self._turns.answers(requests, is_streamed=False)) as stream:
             for chunk in stream:
                 if chunk.result is not None:
-                    results[chunk.index] = chunk.result
-        ordered = [results[index] for index in range(len(results))]
+                    results[chunk.index, chunk.choice] = chunk.result
+        ordered = [results[place] for place in sorted(results)]
         return ordered if many else ordered[0]
 
     def stream(
@@ -234,7 +238,8 @@ class Engine:
         add_special_tokens: bool = True,
         **options: Unpack[SamplingOptions],
     ) -> Generator[StreamChunk, None, None]:
-        """As :meth:`generate`, but yield tokens as each round accepts them.
+        """As :meth:`generate`, but yield tokens as each round accepts them; ``chunk.index`` says of
+        which prompt, ``chunk.choice`` of which of its answers.
 
         Closing the iterator, or any exception in the loop around it, frees what the sequences hold.
         Arguments are checked at the call, before the first chunk is asked for; requests are added
@@ -273,11 +278,14 @@ class Engine:
             What the request's chunks are known by (``chunk.handle``), and :meth:`abort` takes.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as :meth:`generate`.
+            ValueError, TypeError, RuntimeError: as :meth:`generate`; ``n`` is more than 1.
             QueueFullError: as many requests wait as may (``max_waiting``); nothing was added.
         """
         self._check_open()
         asked, many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
+        if asked[0].params.n > 1:
+            count = asked[0].params.n
+            raise ValueError(f"n: expected 1, got {count}; add each answer, with a seed of its own")
         if many:
             raise ValueError("prompt: expected one, got a list of them; add each")
         return self._enqueue(asked[0], True, self._outbox).handle
@@ -346,6 +354,17 @@ class Engine:
         """
         self._check_open()
         self._intake.check_draft(draft)
+
+    def check_sampling(self, params: SamplingParams) -> None:
+        """Refuse parameters that this engine cannot follow, as :meth:`generate` would. A form of
+        output is compiled here, and found again when a request is added.
+
+        Raises:
+            ValueError: so; names the field.
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
+        self._intake.editors.checked(params)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from specrt.config import ModelConfig
 from specrt.draft.base import Drafter, DraftParams, ShapedDrafter
+from specrt.engine.editors import Editors
 from specrt.engine.limits import EngineLimits
 from specrt.engine.prompts import Prompt, PromptEncoder, split_prompts
 from specrt.engine.request import Request
@@ -21,10 +23,12 @@ from specrt.types import RequestHandle, SequenceState
 
 
 class Asked(NamedTuple):
-    """One prompt of a call."""
+    """One answer to a prompt of a call."""
 
     number: int
-    """Which of them."""
+    """Which prompt."""
+    choice: int
+    """Which of its answers."""
     ids: list[int]
     params: SamplingParams
     draft: DraftParams
@@ -38,6 +42,7 @@ class Intake:
     tokenizer: Tokenizer
     drafter: Drafter
     limits: EngineLimits
+    editors: Editors
 
     def encoder(self, add_special_tokens: bool) -> PromptEncoder:
         """Makes token ids of prompts."""
@@ -51,7 +56,8 @@ class Intake:
         options: Mapping[str, object],
         add_special_tokens: bool,
     ) -> tuple[deque[Asked], bool]:
-        """What is asked, prompt by prompt, and whether there were many; all of it can be answered.
+        """What is asked, prompt by prompt, and whether that may be many answers; all of it can be
+        given.
 
         Raises:
             ValueError, TypeError: as :meth:`specrt.engine.engine.Engine.generate`.
@@ -71,8 +77,10 @@ class Intake:
                     f"logit_bias, suppress_tokens: expected token ids < {vocab}, "
                     f"got {max(p.logit_bias)}"
                 )
-            asked.append(Asked(index, ids, p, draft or DraftParams()))
-        return asked, many
+            p = self.editors.checked(p)
+            for choice, one in enumerate(p.choices()):
+                asked.append(Asked(index, choice, ids, one, draft or DraftParams()))
+        return asked, many or len(asked) > 1
 
     def check_draft(self, draft: DraftParams | None) -> None:
         """Refuse a shape that the engine or the drafter does not take.
@@ -126,15 +134,20 @@ class Intake:
         ids, params = asked.ids, asked.params.with_seed()
         wanted = len(ids) + params.max_new_tokens
         max_len = min(wanted, self.config.max_positions)
+        editor = self.editors.editor(params, ids, max_len)
         eos_ids = () if params.ignore_eos else self.config.eos_ids
+
+        stop_ids = {**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)}
 
         def new_end() -> OutputEnd:
             return OutputEnd(
-                TextTracker(self.tokenizer.decode, ids, self.tokenizer.special_tokens),
-                stop_ids={**{i: i for i in params.stop_token_ids or ()}, **dict.fromkeys(eos_ids)},
+                self._tracker(params, ids),
+                stop_ids=stop_ids,
                 stop_strings=params.stop_strings,
+                special_tokens=self.tokenizer.special_tokens,
                 keeps_stop=params.include_stop_str_in_output,
                 num_left=max_len - len(ids),
+                num_sure=params.min_new_tokens,
                 limit_reason="length" if max_len == wanted else "context",
                 is_streamed=is_streamed,
             )
@@ -148,4 +161,13 @@ class Intake:
             sampling_row=sampling_row(params, len(ids)),
             cache_salt=params.cache_salt,
         )
-        return Request(handle, params, asked.draft, state, new_end, box.append, asked.number)
+        tell, place = box.append, (asked.number, asked.choice)
+        return Request(handle, params, asked.draft, state, new_end, tell, *place, editor)
+
+    def _tracker(self, params: SamplingParams, prompt: Sequence[int]) -> TextTracker:
+        special, decode = self.tokenizer.special_tokens, self.tokenizer.decode
+        if params.skip_special_tokens:
+            return TextTracker(decode, prompt, special)
+        # Ids of a padded vocabulary are no tokens, and have no text.
+        unused = {token: text for token, text in special.items() if not text}
+        return TextTracker(partial(decode, skip_special_tokens=False), prompt, unused)

@@ -134,8 +134,8 @@ class LaunchedRounds:
         self._drafting.told(pending.planned, pending.requests, read.for_drafters(), times)
         # (As in rounds that the host takes part in.)
         verified_ms = times.verify + times.accept
-        self._drafting.cost.observe(pending.planned.plan.num_nodes * len(counts), verified_ms)
-        return Round(read, *times)
+        batch.cost.observe(pending.planned.plan.num_nodes * len(counts), verified_ms)
+        return Round(read, {}, *times)
 
     def _round(self, planned: Planned, batch: Batch) -> _LaunchedRound:
         tables = batch.tables

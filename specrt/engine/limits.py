@@ -22,7 +22,8 @@ class EngineLimits:
     max_nodes: int = 64
     """The largest tree that is verified, its root included."""
     prefill_chunk: int = 512
-    """Tokens of prompts that are run between two rounds of those that decode."""
+    """Tokens of prompts that are run between two rounds of those that decode, at most; on a CPU
+    fewer, as many as take two rounds' time, so that these do not wait long."""
     max_cached_tokens: int | None = None
     """Tokens of all sequences whose keys and values are held, in whole pages; who came last gives
     way where they run out. Of layers that see a window this holds by itself, of what they keep.
@@ -31,8 +32,8 @@ class EngineLimits:
     """Requests that may wait for a place; None: any number."""
     max_shared_tokens: int | None = None
     """Tokens that no request uses and that are kept for those that begin alike, in whole pages; 0:
-    nothing is shared. None: on a GPU as many as there are pages for, on a CPU what fits in 1 GiB,
-    65536 at most. Pages that are kept are given up as soon as they are needed."""
+    nothing is shared. None: on a GPU, and with ``max_cached_tokens``, as many as there are pages
+    for, else what fits in 1 GiB, 65536 at most. They are given up as soon as pages are needed."""
 
     def __post_init__(self) -> None:
         for name, least, most in (

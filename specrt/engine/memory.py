@@ -33,7 +33,7 @@ MARGIN = 1 << 30
 MB for each size of trees, 128 MB for pieces of prompts), to drafters' buffers and to tables that
 grow with the texts."""
 
-_KEPT_TOKENS, _KEPT_BYTES = 1 << 16, 1 << 30  # on a CPU, where nobody says how many
+_KEPT_TOKENS, _KEPT_BYTES = 1 << 16, 1 << 30  # where nobody says how many
 
 _NOWHERE = Device(torch.device("meta"))
 
@@ -114,11 +114,11 @@ def make_cache(target: LlamaModel, drafter: Drafter, limits: Limits) -> KVCache:
 def share_beginnings(cache: KVCache, limits: Limits) -> None:
     """Let an engine's sequences share what they begin with, of its target or its drafter.
 
-    A GPU's pages are there anyway, and are given up when they are needed. On a CPU what is kept
-    takes memory, and so it is bounded.
+    Where the number of pages is fixed or limited, all may be kept: they are given up when they are
+    needed. Else what is kept takes memory, and so it is bounded.
     """
     most = limits.max_shared_tokens
-    if most is None and not cache.device.is_gpu:
+    if most is None and cache.max_pages is None:
         most = min(_KEPT_TOKENS, _KEPT_BYTES // cache.page_bytes * cache.page_size)
     cache.share(most)
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from specrt.cache import CachedSequence, KVCache
-from specrt.engine.batch import Batch
+from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
@@ -17,13 +17,13 @@ from specrt.engine.scheduler import Scheduler
 
 
 class Places:
-    """What each request of an engine holds: pages, a row of the batch, the drafter's part.
+    """What each request of an engine holds: pages, a row of a batch, the drafter's part.
 
     Args:
         cache: the target's.
         drafts: the drafter's, if it shares beginnings too.
         limits: how much at once.
-        batch: of those that decode.
+        batches: of those that decode.
         drafting: whose drafter holds something for each.
         device: whether it still answers.
         catch_up: reads the round that is under way; whether there was one.
@@ -35,7 +35,7 @@ class Places:
         cache: KVCache,
         drafts: KVCache | None,
         limits: EngineLimits,
-        batch: Batch,
+        batches: Batches,
         drafting: Drafting,
         device: DeviceWatch,
         catch_up: Callable[[], bool],
@@ -48,7 +48,7 @@ class Places:
         self.num_looked_up = self.num_found = 0
         """Tokens of prompts, and of these those that were kept."""
         self._limits = limits
-        self._batch = batch
+        self._batches = batches
         self._drafting = drafting
         self._device = device
         self._catch_up = catch_up
@@ -106,6 +106,8 @@ class Places:
         ids, salt, most = request.token_ids, request.params.cache_salt, request.num_to_prefill
         if cached.length or most <= 0 or self._limits.max_shared_tokens == 0:
             return
+        if request.params.prompt_logprobs is not None:  # every token is to be run and told of
+            return
         count, _ = self.cache.find(salt, ids, most)
         while count and (known := self._drafting.num_known(request, count)) < count:
             count, _ = self.cache.find(salt, ids, known)
@@ -145,8 +147,8 @@ class Places:
         with ExitStack() as releases:
             releases.callback(self._close, request, is_sound)
             releases.callback(self._drafting.finish, request)
-            if self._device.fault is None:  # or nothing can be written to the batch's tables
-                self._batch.leave(request)
+            if self._device.fault is None:  # or nothing can be written to the batches' tables
+                self._batches.leave(request)
             self._drafting.regroup()
 
     def _close(self, request: Request, is_sound: bool) -> None:

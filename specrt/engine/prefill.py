@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from specrt.cache import CacheBatch
-from specrt.engine.batch import Batch
+from specrt.engine.batches import Batches
 from specrt.engine.drafting import Drafting
 from specrt.engine.fault import DeviceWatch
 from specrt.engine.limits import EngineLimits
+from specrt.engine.pace import Pace
 from specrt.engine.places import Places
+from specrt.engine.reports import Reports
 from specrt.engine.request import Request
 from specrt.models.model import LlamaModel
 
 
 class Prefill:
-    """Admits requests and runs their prompts; those that are through join the batch.
+    """Admits requests and runs their prompts; those that are through join a batch.
 
     Args:
         target: runs them.
         limits: how much at once.
         places: who has pages, and the queue.
-        batch: of those that decode.
+        reports: told of prompts whose log-probabilities are wanted.
+        batches: of those that decode.
         drafting: whose drafter is told.
         device: whether it still answers.
         catch_up: reads the round that is under way.
@@ -33,32 +36,41 @@ class Prefill:
         target: LlamaModel,
         limits: EngineLimits,
         places: Places,
-        batch: Batch,
+        reports: Reports,
+        batches: Batches,
         drafting: Drafting,
         device: DeviceWatch,
         catch_up: Callable[[], bool],
         fail: Callable[[Request, str], None],
     ) -> None:
         self._target = target
-        self._limits = limits
+        self.pace = Pace(limits.prefill_chunk)
+        """Told here what prompts took, elsewhere what rounds did; on a CPU."""
         self._places = places
-        self._batch = batch
+        self._reports = reports
+        self._batches = batches
         self._drafting = drafting
         self._device = device
         self._catch_up = catch_up
         self._fail = fail
 
     def run(self) -> None:
-        """Run at most a chunk of prompts; those that are through join the batch."""
-        left = self._limits.prefill_chunk
+        """Run at most a chunk of prompts; those that are through join a batch."""
+        left = self._left()
         while left > 0:
             request = self._next()
             if request is None:
                 return
             left -= self._run_piece(request, left)
 
+    def _left(self) -> int:
+        """Tokens that this step may run."""
+        # What prompts take on a GPU is known too late, and is little.
+        is_waited_for = not self._target.device.is_gpu and len(self._batches.requests) > 0
+        return self.pace.chunk(is_waited_for=is_waited_for)
+
     def _next(self) -> Request | None:
-        decoding, scheduler = self._batch.requests, self._places.scheduler
+        decoding, scheduler = self._batches.requests, self._places.scheduler
         for request in scheduler.admitted:
             if request not in decoding:
                 return request
@@ -87,18 +99,24 @@ class Prefill:
                 raise
             self._fail(request, f"{type(error).__name__}: {error}")
             return max(1, count)
-        request.prefills.append((started, device.mark()))
+        ended = device.mark()
+        request.prefills.append((started, ended))
+        if not device.is_gpu:
+            self.pace.observe_prompt(count, device.ms_between(started, ended))
         if request.num_to_prefill == 0:
             self._catch_up()
-            self._batch.join(request)
+            self._batches.join(request)
             self._drafting.regroup()
         return max(1, count)
 
     def _extend(self, request: Request, first: int, end: int) -> None:
         assert request.cached is not None, "an admitted request has a place for pages"
         batch = CacheBatch(self._places.cache, [request.cached])
-        ids, taps = request.token_ids[first:end], self._drafting.taps([request])
+        ids, drafters = request.token_ids[first:end], self._drafting.taps([request])
+        taps = self._reports.prompt_taps(request, drafters)
         for start, piece in self._target.extend(ids, batch, taps=taps):
-            self._drafting.prefill(request, first + start, piece)
+            self._reports.take_prompt(request, first + start, piece)
+            own = {tap: states for tap, states in piece.items() if tap in drafters}
+            self._drafting.prefill(request, first + start, own)
         self._places.keep(request)
         self._places.cache.release(request.cached)  # a chunk's pages are many

@@ -55,9 +55,11 @@ class GenerationResult:
     """Of each output token's place the likeliest tokens, if asked for, the likeliest first; nothing
     where the target's logits are no law (an infinity that a bias mended)."""
     prompt_logprobs: list[float | None] | None = None
-    """Of each prompt token, if asked for; None of the first, for which there is no law."""
+    """Of each prompt token, if asked for; None of the first, for which there is no law, and of
+    those that a request which failed did not come to."""
     prompt_top_logprobs: list[list[TokenLogprob]] | None = None
-    """As ``top_logprobs``, of each prompt token's place, if asked for; nothing of the first."""
+    """As ``top_logprobs``, of each prompt token's place, if asked for; nothing where
+    ``prompt_logprobs`` is None."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -12,7 +12,10 @@ from specrt.cache import CacheBatch, CachedSequence, KVCache
 from specrt.device import Device
 from specrt.engine.batch import Batch
 from specrt.engine.drafting import Drafting
+from specrt.engine.edited import EditedAcceptance
 from specrt.engine.head_by_need import HeadByNeed
+from specrt.engine.reports import Reports, Told
+from specrt.engine.walks import Accepted, History, RawLogits
 from specrt.models.layer_run import LowerLayers
 from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP
@@ -25,12 +28,16 @@ class Round:
     """What came of a round, and what it took."""
 
     read: Read
+    errors: Mapping[int, str]
+    """Of rows for which nothing came of it: what was wrong, where that is known."""
     draft_ms: float
     """Proposing, and settling what was proposed."""
     verify_ms: float
     accept_ms: float
     """From logits to the report, and what the drafter makes of it, by the host's clock; logits by
     need are made in it."""
+    told: Sequence[Told] = ()
+    """What somebody asked to be told of it; empty where nobody did."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,17 @@ class Stages:
     settler: Settler
     accepting: Accepting
     head: HeadByNeed
+    reports: Reports
+    edited: EditedAcceptance
 
     @classmethod
     def of(cls, target: LlamaModel, cache: KVCache) -> Stages:
         """A target's, with its cache."""
         vocab_size, device = target.config.vocab_size, target.device
         settler, accepting = Settler(vocab_size, device), Accepting(vocab_size, device)
-        return cls(target, cache, settler, accepting, HeadByNeed(target))
+        head = HeadByNeed(target)
+        edited = EditedAcceptance(head, vocab_size, device)
+        return cls(target, cache, settler, accepting, head, Reports(target), edited)
 
     def verify(
         self, tree: DraftTree, cached: CacheBatch, taps: tuple[str, ...], lower: LowerLayers | None
@@ -61,13 +72,15 @@ class Stages:
             taps = (*taps, FINAL_TAP)
         return self.target.forward(tree, cached, taps=taps, has_logits=False, lower=lower)
 
-    def accept(self, tree: DraftTree, output: VerifyOutput, batch: Batch) -> AcceptResult:
+    def accept(self, tree: DraftTree, output: VerifyOutput, batch: Batch) -> Accepted:
         """What comes of :meth:`verify`."""
+        if any(request.editor is not None for request in batch.requests):
+            return self.edited.accept(tree, output, batch)
+        sequences = batch.sampling, batch.history, batch.history_len
         if output.logits.shape[1] == 0:
-            return self.head.accept(tree, output.taps[FINAL_TAP], batch)
-        return self.accepting.accept(
-            tree, output.logits, batch.sampling, batch.history, batch.history_len
-        )
+            return self.head.accept(tree, output.taps[FINAL_TAP], History(*sequences))
+        result = self.accepting.accept(tree, output.logits, *sequences)
+        return Accepted(result, RawLogits(output.logits))
 
 
 def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
@@ -86,20 +99,22 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
     """
     device = stages.cache.device
     marks = [device.mark()]
-    draft = drafting.propose(batch.requests, batch.cached(), batch.roots)
+    draft = drafting.propose(batch.requests, batch.cached(), batch.roots, batch.cost)
     size = _make_room(stages.cache, batch, draft.proposal, drafting.max_nodes)
     tree = stages.settler.settle(draft.proposal, batch.roots, batch.room, size)
     marks.append(device.mark())
     cached, taps = batch.cached(), drafting.taps(batch.requests)
     output = stages.verify(tree, cached, taps, draft.lower)
     marks.append(device.mark())
-    result = stages.accept(tree, output, batch)
+    accepted = stages.accept(tree, output, batch)
+    result = accepted.result
     rows = batch.append(tree, result)
     cached.move(result.path, batch.num_path)
     marks.append(device.mark())
     seen = device.read(rows).numpy()
     known = perf_counter()  # nothing waits for a GPU behind the report, nor for marks there
     read = Read(seen, tree.draft_tokens.shape[1])
+    told_of = stages.reports.of_round(batch.requests, tree, read, accepted.raw.row)
     cached.advance([outcome.num_taken for outcome in read.outcomes])
     if draft.parts:
         told = AcceptResult(
@@ -108,8 +123,8 @@ def run_round(stages: Stages, drafting: Drafting, batch: Batch) -> Round:
         drafting.observe(draft, told, {tap: output.taps[tap] for tap in taps})
     draft_ms, verify_ms, accept_ms = (device.ms_between(*pair) for pair in pairwise(marks))
     accept_ms += 1e3 * (perf_counter() - known)
-    drafting.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
-    return Round(read, draft_ms, verify_ms, accept_ms)
+    batch.cost.observe(tree.draft_tokens.numel(), verify_ms + accept_ms)
+    return Round(read, accepted.errors, draft_ms, verify_ms, accept_ms, told_of)
 
 
 def _make_room(cache: KVCache, batch: Batch, proposal: Proposal, most: int) -> int:

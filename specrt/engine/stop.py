@@ -24,7 +24,7 @@ class TextTracker:
     half a character, and waits for the next token.
 
     Args:
-        decode: text of token ids, special tokens left out. A byte that is no character spoils
+        decode: text of token ids, ``special_tokens`` left out. A byte that is no character spoils
             nothing but itself (:meth:`specrt.models.tokenizer.Tokenizer.decode`).
         context: the prompt.
         special_tokens: those that ``decode`` leaves out, with their text.
@@ -84,17 +84,21 @@ class OutputEnd:
     """Decides after each token whether the output ends with it, and what text may be shown.
 
     Stop strings are looked for in the text with those special tokens written out that are part of
-    one; what is shown leaves them out. Of several the one that is complete first ends the output,
-    of those that end together the longest: the same however the text is split into tokens. The
-    text of a stop token counts for nothing, unless ``keeps_stop``.
+    one; what is shown leaves them out, but for those that the tracker has in its text. Of several
+    the one that is complete first ends the output, of those that end together the longest: the same
+    however the text is split into tokens. The text of a stop token counts for nothing, unless
+    ``keeps_stop``.
 
     Args:
         tracker: of this output.
         stop_ids: tokens that end the output (they are kept as its last token), each with the
             ``stop_reason`` it gives.
         stop_strings: texts that end the output.
+        special_tokens: with their text, those that the tracker has in the text too; None: it has
+            none of them.
         keeps_stop: whether what ended the output, token or string, is part of the text.
         num_left: tokens that may come.
+        num_sure: tokens before which no stop string counts.
         limit_reason: the reason when they are used up.
         is_streamed: whether text is shown before the end; else, and without stop strings, all of it
             is decoded at once.
@@ -106,8 +110,10 @@ class OutputEnd:
         *,
         stop_ids: Mapping[int, int | None],
         stop_strings: Sequence[str],
+        special_tokens: Mapping[int, str] | None = None,
         keeps_stop: bool,
         num_left: int,
+        num_sure: int = 0,
         limit_reason: FinishReason,
         is_streamed: bool,
     ) -> None:
@@ -116,10 +122,16 @@ class OutputEnd:
         """Tokens that end the output."""
         self._keeps_stop = keeps_stop
         self._num_left = num_left
+        self._num_unsure = num_left - num_sure
+        """Tokens that may still come once stop strings count."""
         self._limit_reason: FinishReason = limit_reason
-        self._marks = _marks(tracker.special_tokens, stop_strings)
+        unshown = tracker.special_tokens
+        if special_tokens is not None and not keeps_stop:
+            stops = special_tokens.keys() & stop_ids.keys()
+            unshown = {**unshown, **{token: special_tokens[token] for token in stops}}
+        self._marks = _marks(unshown, stop_strings)
         self._unmark = dict.fromkeys(map(ord, self._marks.values()))
-        self._stops = _spellings(stop_strings, self._marks, tracker.special_tokens)
+        self._stops = _spellings(stop_strings, self._marks, unshown)
         self._is_followed = is_streamed or bool(stop_strings)
         self._unread: list[int] = []  # tokens to be decoded at the end
         self._text = ""  # not shown yet, with marks
@@ -185,6 +197,8 @@ class OutputEnd:
         """Add text; True if a stop string is complete with it, behind which nothing counts."""
         size = len(self._text)
         self._text += new
+        if self._num_left > self._num_unsure:
+            return False
         found = []
         for spelling, stop in self._stops:
             start = self._text.find(spelling, max(0, size - len(spelling) + 1))

@@ -189,13 +189,15 @@ def without_drafter(engine: Engine) -> Engine:
 
 
 def with_drafter(engine: Engine, drafter: Drafter) -> Engine:
-    """An engine of the same target, in memory once, with another drafter."""
+    """An engine of the same target, in memory once, with another drafter; each run computes its
+    prompts."""
     return Engine(
         engine.target,
         drafter,
         engine.tokenizer,
         max_batch=engine.max_batch,
         max_nodes=engine.max_nodes,
+        max_shared_tokens=0,
     )
 
 

@@ -65,15 +65,16 @@ class Tokenizer:
             )
         return [int(token) for token in ids]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out and spaces as they are.
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids, spaces as they are, special tokens left out unless they are not to be.
 
         Byte tokens that are no UTF-8 spoil nothing but themselves, as in SentencePiece; in
         ``transformers`` each byte of the whole run becomes a U+FFFD.
         """
-        text = self._decode(token_ids)
+        text = self._decode(token_ids, skip_special_tokens)
         if "\ufffd" in text and self._byte_tokens:
-            return self._decode(self._as_characters(token_ids))
+            ids = self._as_characters(token_ids, skip_special_tokens)
+            return self._decode(ids, skip_special_tokens)
         return text
 
     @cached_property
@@ -104,10 +105,11 @@ class Tokenizer:
             return {}
         return {token: byte for byte, token in enumerate(tokens)}
 
-    def _as_characters(self, token_ids: Sequence[int]) -> list[int]:
+    def _as_characters(self, token_ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
         """The same tokens, with bytes that are no UTF-8 replaced by those of U+FFFD."""
         tokens = list(self._byte_tokens)
-        spoken = (token for token in token_ids if token not in self.special_tokens)
+        left_out = self.special_tokens if skip_special_tokens else ()
+        spoken = (token for token in token_ids if token not in left_out)
         fixed: list[int] = []
         for is_bytes, run in groupby(spoken, self._byte_tokens.__contains__):
             if is_bytes:
@@ -117,10 +119,12 @@ class Tokenizer:
                 fixed += run
         return fixed
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(
             self.inner.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
             )
         )
 

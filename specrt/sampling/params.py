@@ -153,8 +153,9 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", _with_int_keys(self.logit_bias))
-        if isinstance(self.structured, Mapping):
-            object.__setattr__(self, "structured", StructuredOutput.of(self.structured))
+        form: object = self.structured
+        if isinstance(form, Mapping):
+            object.__setattr__(self, "structured", StructuredOutput.of(form))
         self._check_ranges()
         self._check_filters()
         self._check_bias()
@@ -167,7 +168,7 @@ class SamplingParams:
             raise refusal("max_new_tokens", "an int >= 1", self.max_new_tokens)
         least = self.min_new_tokens
         if not _is_int(least) or not 0 <= least <= self.max_new_tokens:
-            expected = f"an int in [0, max_new_tokens, {self.max_new_tokens}]"
+            expected = f"an int in 0..max_new_tokens ({self.max_new_tokens})"
             raise refusal("min_new_tokens", expected, least)
         # Logits divided by less could overflow float32.
         if not _is_number(self.temperature) or not (

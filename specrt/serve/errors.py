@@ -32,6 +32,8 @@ _CODES = {
 }
 _RETRY_SECONDS = 1
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_UNREADABLE = "There was an error parsing the body"
+"""FastAPI's words for a body that fails its parser in another way than by its grammar (depth)."""
 CLIENT_GONE = 499
 """nginx's status of what nobody waited for."""
 # How our own errors begin: the field they are about, as they know it.
@@ -127,7 +129,7 @@ def refused(error: ValueError | TypeError, param: str | None = None) -> ApiError
         name, rest = found[1], message[found.end() :]
         head = re.split(r"[\[.]", name)[0]
         param = _NAMES.get(head, name)
-        message = f"{param}: {rest}"
+        message = f"{param}: {rest}".replace("max_new_tokens", "max_tokens")
     code = "context_length_exceeded" if "leave no room in the context" in message else None
     return ApiError(400, message, param, code)
 
@@ -190,7 +192,9 @@ def install(app: FastAPI) -> None:
 
     async def on_http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), "registered for it"
-        if not isinstance(error, ApiError):
+        if error.detail == _UNREADABLE:
+            error = ApiError(400, "body: expected JSON that can be read", code="invalid_json")
+        elif not isinstance(error, ApiError):
             error = ApiError(error.status_code, str(error.detail), headers=error.headers)
         return error.response()
 

@@ -39,9 +39,8 @@ class Speculative(Strict):
 
     def draft(self) -> DraftParams | None:
         """The same for the engine."""
-        if self.enabled is False:
-            return DraftParams(depth=0)
-        return None if self.max_tokens is None else DraftParams(depth=self.max_tokens)
+        most = 0 if self.enabled is False else self.max_tokens
+        return None if most is None else DraftParams(depth=most, total_tokens=most + 1)
 
 
 class Wishes(Strict):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,6 +27,7 @@ from specrt.ops import build
 from specrt.sampling import SamplingParams
 from specrt.targets import PackagedTarget
 from tests.checkpoints import edit_config, edit_tensors, make_checkpoint, make_draft_checkpoint
+from tests.cli.test_cli_options import NOT_OPTIONS
 from tests.gguf_files import write_gguf
 
 PROMPT = "to be or not to be, that is to be or not"
@@ -77,7 +79,7 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "specrt", *args]
 
 
-def generate_json(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, object]]:
+def generate_json(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]]:
     code, out, err = run(capsys, "generate", "--json", "--max-new-tokens", "40", *args)
     assert (code, err) == (0, "")
     return [json.loads(line) for line in out.splitlines()]
@@ -175,8 +177,27 @@ def test_info_says_which_driver_there_is_and_which_is_needed(
 def test_sampling_options_are_those_of_sampling_params() -> None:
     options = inspect.signature(commands.generate).parameters
     for name, parameter in inspect.signature(SamplingParams).parameters.items():
+        if name in NOT_OPTIONS:
+            continue
         default = options[name].default
         assert default == parameter.default or not (default or parameter.default), name
+
+
+def test_an_output_of_a_form(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    args = ("--target", "builtin", "--prompt", PROMPT, "--drafter", "none")
+    (one,) = generate_json(capsys, *args, "--structured", '{"choice": ["maybe"]}')
+    assert (one["text"], one["finish_reason"]) == ("maybe", "stop")
+    args = ("--target", target, *args[2:])
+    for given, named in (
+        ("{", "structured: expected JSON"),
+        ('{"regex": 5}', "regex: expected a non-empty text"),
+        ('{"regex": "a"}', "structured: llguidance cannot read"),
+    ):
+        code, _, err = run(capsys, "generate", *args, "--structured", given)
+        assert code == 2 and named in err
+    code, _, err = run(capsys, "generate", *args, "--allowed-token-ids", "a")
+    assert code == 2 and "allowed_token_ids: expected token ids, got 'a'" in err
 
 
 # --- generate -------------------------------------------------------------------------------------
@@ -213,6 +234,35 @@ def test_json_has_the_seed_that_was_drawn(capsys: pytest.CaptureFixture[str], ta
     assert drawn["seed"] != other["seed"]
     (again,) = generate_json(capsys, *args, "--seed", str(drawn["seed"]))
     assert (again["text"], again["seed"]) == (drawn["text"], drawn["seed"])
+
+
+def test_json_has_what_is_told_of_an_output(
+    capsys: pytest.CaptureFixture[str], target: str, tmp_path: Path
+) -> None:
+    args = ("--target", target, "--temperature", "0.9", "--seed", "5", "--prompt", PROMPT)
+    args = (*args, "--top-logprobs", "2", "--prompt-logprobs", "1", "--n", "2")
+    first, second = generate_json(capsys, *args)
+    assert [(one["index"], one["choice"], one["seed"]) for one in (first, second)] == [
+        (0, 0, 5), (0, 1, 6),
+    ]  # fmt: skip
+    for one in (first, second):
+        assert len(one["top_logprobs"]) == len(one["logprobs"]) == len(one["token_ids"])
+        assert all(len(top) == 2 for top in one["top_logprobs"])
+        assert one["top_logprobs"][0][0].keys() == {"token_id", "logprob"}
+        assert one["prompt_logprobs"][0] is None and one["prompt_top_logprobs"][0] == []
+        assert len(one["prompt_logprobs"]) == one["num_prompt_tokens"]
+        assert all(len(top) == 1 for top in one["prompt_top_logprobs"][1:])
+    told = generate_json(capsys, *args, "--stream")
+    results = [one for one in told if "stats" in one]
+    assert [{**one, "stats": 0} for one in results] == [
+        {**one, "stats": 0} for one in (first, second)
+    ]
+    chunks = [one for one in told if one["choice"] == 1 and "chunk" in one]
+    assert [top for chunk in chunks for top in chunk["top_logprobs"]] == second["top_logprobs"]
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPT, "report_trees": True}) + "\n")
+    chunk, *_ = generate_json(capsys, "--target", target, "-f", str(file), "--stream")
+    assert chunk["tree"]["parents"][0] == -1 and chunk["tree"]["path"][0] == 0
 
 
 def test_streamed_text_is_the_text(capsys: pytest.CaptureFixture[str], target: str) -> None:
@@ -286,6 +336,9 @@ def test_stop_and_logit_bias(capsys: pytest.CaptureFixture[str], target: str) ->
         (("--top-p", "1.5"), "top_p"),
         (("--top-k", "-3"), "top_k"),
         (("--max-new-tokens", "0"), "max_new_tokens"),
+        (("--n", "0"), "n: expected an int in"),
+        (("--top-logprobs", "2"), "top_logprobs: goes with --json"),
+        (("--prompt-logprobs", "0"), "prompt_logprobs: goes with --json"),
         (("--logit-bias", "five=1"), "five=1"),
         (("--dtype", "int3"), "dtype"),
         (("--device", "tpu"), "device"),

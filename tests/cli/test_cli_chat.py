@@ -100,6 +100,8 @@ def test_options_are_those_of_generate(
     assert out == engine.generate([{"role": "user", "content": "abc"}], params).text + "\n"
     code, _, err = run(capsys, monkeypatch, "abc\n", *args, "--logprobs")
     assert code == 2 and "logprobs: goes with generate --json" in err
+    code, _, err = run(capsys, monkeypatch, "abc\n", *args, "--n", "2")
+    assert code == 2 and "n: expected 1" in err
 
 
 def test_what_a_template_refuses_ends_nothing(

@@ -25,6 +25,7 @@ from tests.engine.exits import make_drafter as make_eesd
 from tests.engine.exits import make_exit_pair
 from tests.engine.support import RandomTreeDrafter, make_engine, make_model
 from tests.interrupts import interrupt
+from tests.test_prefix_pages import check_pools
 
 VOCAB = 97
 NUM_CASES = 24
@@ -102,6 +103,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
 # --- what goes wrong --------------------------------------------------------------------------
 
 
+FLAKY = "start", "num_known", "begin_at", "prefill", "propose", "observe", "finish"
+
+
 class Flaky:
     """A drafter that raises now and then, in any of its methods, before or after its work."""
 
@@ -110,7 +114,7 @@ class Flaky:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._drafter, name)
-        if name not in ("start", "prefill", "propose", "observe", "finish"):
+        if name not in FLAKY:
             return value
 
         def call(*arguments: Any) -> Any:
@@ -276,9 +280,13 @@ class Run:
         for told in self.told.values():
             check_result(told)
         assert self.engine.cache.num_held_pages == 0
+        check_pools(self.engine.cache, [])
         for name in ("_cache", "cache"):
             cache = getattr(self.drafter, name, None)
             assert cache is None or cache.num_held_pages == 0, "the drafter keeps pages"
+            if cache is not None:
+                check_pools(cache, [])
+        self.happened["found"] += self.engine.stats.prefix_hits
 
 
 def check_result(told: Told) -> None:
@@ -315,6 +323,7 @@ def run_all(
 
 
 PLANTED = (
+    "found",
     "preempted",
     "aborted",
     "interrupted",

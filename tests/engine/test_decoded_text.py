@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,8 +17,12 @@ TOKENIZERS = {name: make() for name, make in KINDS.items()}
 BYTE_LEVEL, LLAMA = TOKENIZERS["byte_level"], TOKENIZERS["llama"]
 
 
-def tracker(tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> TextTracker:
-    return TextTracker(tokenizer.decode, prompt, tokenizer.special_tokens)
+def tracker(
+    tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skips_special: bool = True
+) -> TextTracker:
+    if skips_special:
+        return TextTracker(tokenizer.decode, prompt, tokenizer.special_tokens)
+    return TextTracker(partial(tokenizer.decode, skip_special_tokens=False), prompt)
 
 
 def said(
@@ -27,12 +32,14 @@ def said(
     stop: Sequence[str] = (),
     *,
     is_streamed: bool = False,
+    skips_special: bool = True,
 ) -> str:
     """An output's text; what was shown before its end is part of it."""
     end = OutputEnd(
-        tracker(tokenizer, prompt),
+        tracker(tokenizer, prompt, skips_special=skips_special),
         stop_ids={},
         stop_strings=stop,
+        special_tokens=tokenizer.special_tokens,
         keeps_stop=False,
         num_left=len(tokens),
         limit_reason="length",
@@ -65,19 +72,23 @@ def token_lists(name: str, min_size: int, max_size: int) -> st.SearchStrategy[li
 
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_text_depends_on_the_tokens_alone(name: str, data: st.DataObject) -> None:
+@given(st.data(), st.booleans())
+def test_text_depends_on_the_tokens_alone(
+    name: str, data: st.DataObject, skips_special: bool
+) -> None:
     """Not on streaming, nor on stop strings that do not come, with special tokens or without."""
     tokenizer = TOKENIZERS[name]
+    spoken = partial(said, tokenizer, skips_special=skips_special)
+    decode = partial(tokenizer.decode, skip_special_tokens=skips_special)
     prompt = data.draw(token_lists(name, 0, 12))
     tokens = data.draw(token_lists(name, 1, 60))
-    text = said(tokenizer, prompt, tokens)
-    assert said(tokenizer, prompt, tokens, is_streamed=True) == text
-    assert said(tokenizer, prompt, tokens, ["never", "\ufffd never"]) == text
-    assert said(tokenizer, prompt, tokens, ["the never"], is_streamed=True) == text
-    before = tokenizer.decode(prompt)
+    text = spoken(prompt, tokens)
+    assert spoken(prompt, tokens, is_streamed=True) == text
+    assert spoken(prompt, tokens, ["never", "\ufffd never"]) == text
+    assert spoken(prompt, tokens, ["the never"], is_streamed=True) == text
+    before = decode(prompt)
     if not before.endswith("\ufffd"):  # else the output may go on with a character of the prompt
-        assert before + text == tokenizer.decode(prompt + tokens)
+        assert before + text == decode(prompt + tokens)
 
 
 @pytest.mark.parametrize(

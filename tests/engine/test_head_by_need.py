@@ -7,6 +7,7 @@ import torch
 
 from specrt.engine import head_by_need
 from specrt.engine.head_by_need import HeadByNeed
+from specrt.engine.walks import Walks
 from specrt.models.model import LlamaModel
 from specrt.sampling import SamplingParams
 from specrt.types import DraftTree
@@ -24,14 +25,14 @@ SETTINGS = {"greedy": GREEDY, "seed 1": sampled(1), "penalties": PENALISED}
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Every head takes part, however small; gives the rows of each pass over it."""
     passes: list[list[int]] = []
-    inner = HeadByNeed._multiply
+    inner = HeadByNeed.multiply
 
     def multiply(self: HeadByNeed, features: torch.Tensor, wanted: list[int], begin: int) -> None:
         passes.append(wanted)
         inner(self, features, wanted, begin)
 
     monkeypatch.setattr(head_by_need, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(HeadByNeed, "_multiply", multiply)
+    monkeypatch.setattr(HeadByNeed, "multiply", multiply)
     return passes
 
 
@@ -70,7 +71,7 @@ def test_the_likeliest_come_first_and_what_is_known_never_again() -> None:
     parents = torch.tensor([[-1, 0, 0, 1, 1, 3, 2], [-1, 0, 1, 2, 3, 4, 5]], dtype=torch.int32)
     zeros = torch.zeros_like(parents)
     count = torch.tensor([7, 3], dtype=torch.int32)
-    walks = head_by_need._Walks(DraftTree(zeros, parents, zeros, zeros.long(), count))
+    walks = Walks(DraftTree(zeros, parents, zeros, zeros.long(), count))
     first = walks.choose([0, 0], 6)
     # Below 0: 1 (0.7), 3 below it (0.49), and not 2 (0.15).
     assert first == [0, 1, 3, 7, 8, 9]

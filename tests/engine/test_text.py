@@ -68,3 +68,53 @@ def test_what_ended_it_is_said_and_kept_if_asked_for(engine: Engine, is_kept: bo
     assert outcome(B, stop_token_ids=[B]) == ("b" if is_kept else "", B)
     assert outcome(B, stop="bb") == ("bb" if is_kept else "", "bb")
     assert outcome(END, stop=["<|im_end|>"]) == ("<|im_end|>" if is_kept else "", "<|im_end|>")
+
+
+def test_special_tokens_are_shown_if_asked_for(engine: Engine) -> None:
+    """In streams, and behind a prompt that ends with one."""
+    params = replace(SAMPLED, temperature=3.0, skip_special_tokens=False)
+    prompts = [*PROMPTS, [A, 3], [3]]
+    results = engine.generate(prompts, params)
+    assert sum("<|im_end|>" in result.text for result in results) > 2
+    for prompt, result in zip(prompts, results, strict=True):
+        before = TOKENIZER.inner.decode(prompt, clean_up_tokenization_spaces=False)
+        whole = TOKENIZER.inner.decode(
+            prompt + result.token_ids, clean_up_tokenization_spaces=False
+        )
+        assert before + result.text == whole
+    chunks = list(engine.stream(prompts, params))
+    for i, result in enumerate(results):
+        assert "".join(c.text for c in chunks if c.index == i) == result.text
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_what_ends_an_output_is_shown_with_the_stop_alone(
+    engine: Engine, is_kept: bool, is_streamed: bool
+) -> None:
+    """A special token that ends it is not text by itself; stop strings are what they were."""
+
+    def outcome(token: int, **options: object) -> tuple[str, int | str | None]:
+        params = replace(
+            always(token),
+            include_stop_str_in_output=is_kept,
+            skip_special_tokens=False,
+            **options,  # type: ignore[arg-type]
+        )
+        if not is_streamed:
+            return shown(engine.generate([B], params))
+        chunks = list(engine.stream([B], params))
+        result = chunks[-1].result
+        assert result is not None
+        assert "".join(chunk.text for chunk in chunks) == result.text
+        return shown(result)
+
+    assert outcome(2) == ("</s>" if is_kept else "", None)
+    assert outcome(2, stop="</s>") == ("</s>" if is_kept else "", "</s>")
+    assert outcome(2, stop="b</s>") == ("</s>" if is_kept else "", None)
+    assert outcome(2, ignore_eos=True, stop_token_ids=[2]) == ("</s>" if is_kept else "", 2)
+    twice = "<|im_end|>" * 2
+    assert outcome(END, stop=[twice]) == (twice if is_kept else "", twice)
+    assert outcome(END, stop_token_ids=[END]) == ("<|im_end|>" if is_kept else "", END)
+    # Of a part of its name too, now that it is text.
+    assert outcome(END, stop="im_") == ("<|im_" if is_kept else "<|", "im_")

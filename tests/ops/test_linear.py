@@ -39,16 +39,20 @@ def test_as_exact_as_torch(dtype: torch.dtype, outputs: int, depth: int) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("outputs", "depth"), [(5, 33), (130, 256)])
+@pytest.mark.parametrize(("outputs", "depth"), [(5, 33), (130, 256), (48, 72), (32, 1040)])
 def test_bits_depend_on_the_row_alone(dtype: torch.dtype, outputs: int, depth: int) -> None:
     weight, x = random(outputs, depth, seed=1).to(dtype), random(128, depth)
-    alone = torch.cat([ops.linear(x[i : i + 1], weight) for i in range(128)])
+    bias, residual = random(outputs, seed=2), random(128, outputs, seed=3)
+    alone = torch.cat(
+        [ops.linear(x[i : i + 1], weight, bias, residual[i : i + 1]) for i in range(128)]
+    )
     for isa in _C.build_info()["cpu_isas"]:
         _C.set_isa(isa)
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 31, 64, 127, 128):
-                assert torch.equal(ops.linear(x[:rows], weight), alone[:rows]), (isa, rows)
+                many = ops.linear(x[:rows], weight, bias, residual[:rows])
+                assert torch.equal(many, alone[:rows]), (isa, rows)
 
 
 def test_every_row_count() -> None:

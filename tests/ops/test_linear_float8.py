@@ -81,7 +81,7 @@ def test_the_order_of_sums(backend: Backend) -> None:
         assert torch.equal(run(x, matrix), expected)
 
 
-@pytest.mark.parametrize("shape", [(24, 80), (8, 1040)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 80), (32, 80), (8, 1040)], ids=str)
 def test_bits_depend_on_the_row_alone(backend: Backend, shape: tuple[int, int]) -> None:
     matrix = matrix_of(random_bytes(shape, backend), backend)
     dtype = dtypes_of(backend)[0]
