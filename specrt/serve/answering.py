@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from specrt.engine.async_engine import AsyncStream
 from specrt.engine.results import GenerationResult, StreamChunk
-from specrt.serve.errors import ApiError
+from specrt.serve.errors import ApiError, refused
 
 if TYPE_CHECKING:
     from specrt.serve.service import Service
@@ -76,7 +76,12 @@ class Answering(AsyncIterator[StreamChunk]):
         self.end("gone")
 
     async def __anext__(self) -> StreamChunk:
-        chunk = await self.stream.__anext__()
+        try:
+            chunk = await self.stream.__anext__()
+        except StopAsyncIteration:
+            raise
+        except Exception as error:  # what ended the engine's thread
+            raise ApiError(503, f"the engine failed: {error}", code="engine_failed") from error
         now, metrics = time.monotonic(), self._metrics
         if self._last is None:
             self._first = now
@@ -98,11 +103,8 @@ class Answering(AsyncIterator[StreamChunk]):
             ClientDisconnect: nobody waits any more.
         """
         with self.watched(receive):
-            try:
-                async for _ in self:
-                    pass
-            except RuntimeError as error:  # the engine's thread or GPU is gone
-                raise ApiError(503, str(error)) from error
+            async for _ in self:
+                pass
         self.require()
         return self.in_order()
 
@@ -124,6 +126,8 @@ class Answering(AsyncIterator[StreamChunk]):
         if self.early == "drained":
             raise ApiError(503, "the server was shut down")
         for result in self.results.values():
+            if result.error is not None and result.error.startswith("structured: "):
+                raise refused(ValueError(result.error))  # a form that grows too large on its way
             if result.error is not None:
                 raise ApiError(500, f"the answer failed: {result.error}", code="generation_failed")
 
