@@ -80,7 +80,7 @@ async def start_chat(
     try:
         return await _start(service, body, request)
     except ApiError as error:
-        raise error.renamed(names or {}) from error
+        raise error.renamed(body.form_names()).renamed(names or {}) from error
 
 
 async def _start(service: Service, body: ChatRequest, request: Request) -> Answering:
@@ -143,6 +143,8 @@ async def prompt_ids(service: Service, body: ChatRequest) -> list[int]:
     Raises:
         ValueError: the template refuses it.
     """
+    texts = [m.content for m in body.messages if isinstance(m.content, str)]
+    await service.check_texts(texts, "messages")
     messages = [_plain(message) for message in body.messages]
     offers = bool(body.tools) and body.tool_choice != "none"
     if is_forced(body):  # the text's form makes the call, whatever the template says

@@ -47,6 +47,15 @@ class ChatRequest(SamplingFields):
     verbosity: str | None = Field(default=None, description="Accepted, without effect.")
     modalities: list[Literal["text"]] | None = None
 
+    def form_names(self) -> dict[str, str]:
+        """As of any request; a call of a tool has its form of the tools."""
+        names = super().form_names()
+        if self.tools and self.tool_choice not in (None, "none", "auto"):
+            return {**names, "json_schema": "tools"}
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            return {**names, "json_schema": "response_format.json_schema.schema"}
+        return names
+
 
 class TokenOfLogprobs(BaseModel):
     """A token and its log-probability."""

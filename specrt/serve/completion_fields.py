@@ -44,6 +44,13 @@ class CompletionRequest(SamplingFields):
             raise ValueError("response_format: expected it alone, got structured_outputs besides")
         return self.response_format.form()
 
+    def form_names(self) -> dict[str, str]:
+        """As of any request, and of ``response_format``."""
+        names = super().form_names()
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            return {**names, "json_schema": "response_format.json_schema.schema"}
+        return names
+
 
 class CompletionLogprobs(BaseModel):
     """Of each token; ``top_logprobs`` by text, the token itself among them."""

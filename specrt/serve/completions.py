@@ -45,7 +45,10 @@ def completion_routes(service: Service, errors: dict[int | str, dict[str, Any]])
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answering = await _start(service, body, request)
+        try:
+            answering = await _start(service, body, request)
+        except ApiError as error:
+            raise error.renamed(body.form_names()) from error
         if body.stream:
             writer = CompletionWriter(service, body, answering)
             options = service.options
@@ -118,6 +121,8 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]
             for index, one in enumerate(prompts)
         ]
 
+    texts = [one for one in prompts if isinstance(one, str)]
+    await service.check_texts(texts, "prompt")
     try:
         is_short = sum(map(len, prompts)) < _SHORT
         encoded = encode() if is_short else await asyncio.to_thread(encode)

@@ -41,7 +41,6 @@ _FIELD = re.compile(r"^([a-z_]\w*(?:\[[^\]]*\])*(?:\.\w+)*)(?:, \w+)*: ")
 _NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
-    "json_schema": "response_format",
     "structured": "structured_outputs",
     "depth": "speculative",
     "total_tokens": "speculative",
@@ -121,11 +120,11 @@ def to_json(content: Any) -> bytes:
     return _JSON.encode(content).encode("utf-8", "replace")
 
 
-def refused(error: ValueError | TypeError, param: str | None = None) -> ApiError:
+def refused(error: ValueError | TypeError) -> ApiError:
     """The answer to what the engine refuses: its message begins with the field's name."""
-    message = str(error)
+    message, param = str(error), None
     found = _FIELD.match(message)
-    if param is None and found:
+    if found:
         name, rest = found[1], message[found.end() :]
         head = re.split(r"[\[.]", name)[0]
         param = _NAMES.get(head, name)

@@ -152,3 +152,12 @@ class SamplingFields(Strict):
         if given:
             return StructuredOutput(**given)  # type: ignore[arg-type]
         return None if self.structured_outputs is None else self.structured_outputs.form()
+
+    def form_names(self) -> dict[str, str]:
+        """By what the engine calls a form's field, what the request calls it."""
+        is_guided = self.structured_outputs is None
+        own = {kind: f"guided_{kind}" for kind in ("regex", "choice", "grammar")}
+        if is_guided:
+            return {**own, "json_schema": "guided_json"}
+        given = {kind: f"structured_outputs.{kind}" for kind in own}
+        return {**given, "json_schema": "structured_outputs.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from specrt.types import QueueFullError
 
 if TYPE_CHECKING:
     from specrt.serve.metrics import Metrics
+
+_LETTERS = 16  # of a token, more than any text's have on average
 
 
 @dataclass(eq=False)
@@ -75,6 +78,19 @@ class Service:
         room = max(1, self.config.max_positions - num_prompt)
         wanted = room if default is None else min(default, room)
         return wanted if most is None else min(wanted, most)
+
+    async def check_texts(self, texts: Sequence[str], name: str) -> None:
+        """Refuse texts far beyond the context before all of them is encoded, which takes seconds.
+
+        Raises:
+            ApiError: 400.
+        """
+        context = self.config.max_positions
+        for text in texts:
+            if len(text) > _LETTERS * context:
+                beginning = text[: _LETTERS * context]
+                ids = await asyncio.to_thread(self.tokenizer.encode, beginning)
+                self.check_prompt(ids, name)
 
     def check_prompt(self, ids: Sequence[int], name: str) -> None:
         """Refuse a prompt that is longer than this server takes.

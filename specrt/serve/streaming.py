@@ -87,21 +87,20 @@ class EventStream(Response):
         self._answering, self._writer = answering, writer
         self._ping_seconds, self._limit_seconds = ping_seconds, limit_seconds
         self._sent = 0.0
+        self._pings: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        ping = None
         try:
             with self._answering.watched(receive):
                 await send(start)
                 self._sent = time.monotonic()
                 if self._ping_seconds:
-                    ping = asyncio.get_running_loop().create_task(self._ping(send))
+                    self._pings = asyncio.get_running_loop().create_task(self._ping(send))
                 await asyncio.wait_for(self._write(send), self._limit_seconds + _GRACE_SECONDS)
         finally:
-            if ping is not None:
-                ping.cancel()
+            self._stop_pings()
 
     async def _write(self, send: Send) -> None:
         answering, writer = self._answering, self._writer
@@ -118,11 +117,16 @@ class EventStream(Response):
             await self._send(send, writer.failing(error))
         else:
             await self._send(send, writer.closing())
+        self._stop_pings()  # nothing may come behind the end
         await send({"type": "http.response.body", "body": b""})
 
     async def _send(self, send: Send, data: bytes) -> None:
         self._sent = time.monotonic()
         await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def _stop_pings(self) -> None:
+        if self._pings is not None:
+            self._pings.cancel()
 
     async def _ping(self, send: Send) -> None:
         while True:

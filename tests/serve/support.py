@@ -94,12 +94,12 @@ def load_small(**limits: int) -> Engine:
 
 
 @contextmanager
-def running(engine: Engine, **options: Any) -> Iterator[Running]:
+def running(engine: Engine, name: str = "tiny", **options: Any) -> Iterator[Running]:
     """Serve an engine, which stays its owner's."""
     chosen = ServeOptions(port=0, **options)
     with listen(chosen) as listening:
         served = AsyncEngine(engine)
-        app = make_app(served, "tiny", chosen)
+        app = make_app(served, name, chosen)
         started = threading.Event()
         server = Server(config_of(app, chosen), app.state.service, started.set)
         thread = threading.Thread(target=server.run, args=([listening],))
