@@ -27,6 +27,10 @@ _MAX_COMPILED = 32  # grammars that are kept
 _JSON_SPACE = " ?"
 
 
+# Of llguidance's automata: a mask within 50 ms, where its own limits allow a second.
+_FIRST_FUEL, _STEP_FUEL = 100_000, 20_000
+
+
 class Grammars:
     """Compiles forms of text for one tokenizer, and keeps the last ones.
 
@@ -72,9 +76,14 @@ class Grammars:
 
     def _made(self, form: StructuredOutput) -> LLMatcher:
         tokenizer = self._tokens()
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(tokenizer, _grammar(form), log_level=0)
+        limits = LLParserLimits(initial_lexer_fuel=_FIRST_FUEL, step_lexer_fuel=_STEP_FUEL)
+        matcher = LLMatcher(tokenizer, _grammar(form), log_level=0, limits=limits)
+        if not matcher.is_error():
+            tried = matcher.deep_copy()
+            tried.compute_bitmask()  # here, not in a round: some forms are found too large by it
+            matcher = tried if tried.is_error() else matcher
         if matcher.is_error():
             lines = matcher.get_error().strip().splitlines()
             raise ValueError(f"{form.kind}: {' '.join(line.strip() for line in lines[:4])}"[:500])

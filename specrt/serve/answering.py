@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from specrt.engine.async_engine import AsyncStream
 from specrt.engine.results import GenerationResult, StreamChunk
-from specrt.serve.errors import ApiError
+from specrt.serve.errors import ApiError, refused
 
 if TYPE_CHECKING:
     from specrt.serve.service import Service
@@ -126,6 +126,8 @@ class Answering(AsyncIterator[StreamChunk]):
         if self.early == "drained":
             raise ApiError(503, "the server was shut down")
         for result in self.results.values():
+            if result.error is not None and result.error.startswith("structured: "):
+                raise refused(ValueError(result.error))  # a form that grows too large on its way
             if result.error is not None:
                 raise ApiError(500, f"the answer failed: {result.error}", code="generation_failed")
 

@@ -55,6 +55,9 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
+        if not host:
+            close = {"Connection": "close"}
+            return ApiError(400, "host: expected a Host header, got none", headers=close)
         if self._hosts is not None and _name_of(host) not in self._hosts:
             return ApiError(421, "host: expected one of this server's names; see --allow-host")
         origin = headers.get("origin")

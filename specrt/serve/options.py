@@ -127,7 +127,7 @@ def need_packages() -> None:
     Raises:
         ValueError: one is missing; names it and what installs it.
     """
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "uvicorn", "httptools", "prometheus_client"):
         try:
             __import__(name)
         except ModuleNotFoundError:

@@ -9,13 +9,28 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from specrt.serve.errors import ApiError
 from specrt.serve.logs import LOG
 from specrt.serve.options import ServeOptions
 from specrt.serve.service import Service
 
 _BACKLOG = 2048
 _LAST_SECONDS = 3  # that connections have to close
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's reader of HTTP; what is none is refused in the form of all errors."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, and hang up."""
+        answer = ApiError(400, msg, code="invalid_http", headers={"Connection": "close"}).response()
+        fields = b"".join(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\n" + fields + b"\r\n" + bytes(answer.body)
+        )
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -100,6 +115,7 @@ def config_of(app: object, options: ServeOptions) -> uvicorn.Config:
         app,  # type: ignore[arg-type]
         host=options.host,
         port=options.port,
+        http=Protocol,
         backlog=_BACKLOG,
         log_config=None,
         access_log=False,

@@ -23,10 +23,7 @@ from specrt.train.loop.options import DataOptions, EesdDataOptions, EesdOptions,
 COMMANDS = (
     "demo", "chat", "generate", "bench", "info", "distill-data", "convert", "replay", "train",
 )  # fmt: skip
-NOT_OPTIONS = {
-    "allowed_token_ids", "bad_words", "logits_processor", "min_new_tokens", "report_trees",
-    "structured",
-}  # fmt: skip
+NOT_OPTIONS = {"logits_processor", "report_trees"}
 """What a command line cannot say, or does not show."""
 RENAMED = {
     "batch_size": "--batch",

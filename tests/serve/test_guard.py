@@ -93,7 +93,7 @@ def test_names_of_this_machine(served: AsyncEngine, host: str) -> None:
     assert client(served).get("/health", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "[::1", "1.2.3.4"])
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "[::1", "1.2.3.4"])
 def test_other_names_are_refused_on_loopback(served: AsyncEngine, host: str) -> None:
     response = client(served).get("/health", headers={"Host": host})
     assert response.status_code == 421
