@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 from collections.abc import Iterable, Sequence
@@ -84,7 +85,8 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
                 "speculation": mode,
                 "tokens/s": statistics.median(http.rate for http, _ in pairs),
                 "to one": _middle(
-                    http.rate / one.rate for (http, _), (one, _) in zip(pairs, first, strict=False)
+                    _over(http.rate, one.rate)
+                    for (http, _), (one, _) in zip(pairs, first, strict=False)
                 ),
                 "p50": statistics.median(http.gap(0.5) for http, _ in pairs),
                 "p99": statistics.median(http.gap(0.99) for http, _ in pairs),
@@ -106,6 +108,11 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
     return rows
 
 
+def _over(value: float, base: float) -> float:
+    """Their ratio; NaN where a window was too short to see anything."""
+    return value / base if base else math.nan
+
+
 def _percent(shares: Iterable[float]) -> float:
     return 100 * statistics.median(shares)
 
@@ -124,7 +131,7 @@ def auto_over_best(found: dict[tuple[int, str], list[Pair]]) -> dict[str, float]
             continue
         auto, off, on = ([http.rate for http, _ in pairs or ()] for pairs in by_mode)
         ratios[str(streams)] = statistics.median(
-            a / max(b, c) for a, b, c in zip(auto, off, on, strict=True)
+            _over(a, max(b, c)) for a, b, c in zip(auto, off, on, strict=True)
         )
     return ratios
 
@@ -164,7 +171,7 @@ def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.threads = args.threads or 2
     if args.quick:
         args.streams, args.repeats, args.prompt = args.streams[:2], 1, 200
-        args.seconds, args.warm_up, args.lengths = 0.3, 0.1, [4, 8]
+        args.seconds, args.warm_up, args.lengths = min(args.seconds, 2.0), 0.5, [4, 8]
     return args
 
 

@@ -222,7 +222,8 @@ def stepped(
     engine: Engine, jobs: Iterator[Job], streams: int, speculation: str, depth: int, load: Load
 ) -> Load:
     """The same on an engine in this thread."""
-    draft = {OFF: DraftParams(depth=0), ON: DraftParams(depth=depth)}.get(speculation)
+    wishes = {OFF: DraftParams(depth=0), ON: DraftParams(depth=depth, total_tokens=depth + 1)}
+    draft = wishes.get(speculation)
     running: dict[Any, tuple[float, float | None]] = {}
     cpu = None
     while (now := time.perf_counter()) < load.end:

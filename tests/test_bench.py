@@ -20,6 +20,7 @@ from bench import (
     bench_draft_window,
     bench_drafters,
     bench_generate,
+    bench_serving,
     contenders,
     harness,
 )
@@ -40,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 END_TO_END = {
     "bench_generate", "bench_drafters", "bench_draft_window", "bench_control", "bench_arrivals",
     "bench_load", "bench_chain",
+    "bench_serving",
 }  # fmt: skip
 ON_A_GPU = {"bench_round"}
 BENCHES = {file.stem for file in (ROOT / "bench").glob("bench_*.py")}
@@ -144,6 +146,37 @@ def test_arrivals_bench(run: Run) -> None:
     assert [row["drafter"] for row in result["rows"]] == ["none", "prompt-lookup"]
     assert all(row["differs"] == 0 and row["ratio"] > 0 for row in result["rows"])
     assert result["summary"]["wait"]["512"] > 0
+
+
+@pytest.mark.slow
+@needs_target
+def test_serving_bench(run: Run) -> None:
+    result = run("bench_serving", "--modes", "off", "--seconds", "2")
+    assert [row["streams"] for row in result["rows"]] == [1, 4]
+    assert all(row["tokens/s"] > 0 and row["stepped"] > 0 for row in result["rows"])
+    assert result["summary"]["first_ms"]["ratio"] > 0
+
+
+def test_serving_bench_compares_within_a_repeat() -> None:
+    """Ratios are of one repeat, so that a machine that slows down slows both."""
+
+    def made(rate: float, gaps: list[float]) -> bench_serving.Load:
+        load = bench_serving.Load(0.0, 1.0, num_tokens=round(rate), gaps=gaps, cpu=1.0)
+        return load
+
+    def pairs(*rates: float) -> list[bench_serving.Pair]:
+        return [(made(rate, [0.01] * 98 + [0.04] * 2), made(2 * rate, [0.01])) for rate in rates]
+
+    found = {
+        (1, "auto"): pairs(10, 20, 40),
+        (32, "auto"): pairs(30, 80, 120),
+        (32, "off"): pairs(60, 80, 60),
+        (32, "on"): pairs(10, 160, 60),
+    }
+    one, many, *_ = bench_serving.rows_of(found)
+    assert (one["tokens/s"], many["tokens/s"], many["to one"]) == (20, 80, 3.0)
+    assert (many["cost %"], many["p99/p50"]) == (100.0, pytest.approx(4.0))
+    assert bench_serving.auto_over_best(found) == {"32": 0.5}
 
 
 @needs_target

@@ -304,8 +304,7 @@ ROUTES = [
 # What is no HTTP is the HTTP library's to refuse: 400 in its own words, or nothing at all.
 NO_HTTP = [
     Bad("noise", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 4 + b"\r\n\r\n", is_http=False),
-    Bad("no version", b"GET /health\r\n\r\n", is_http=False),
-    Bad("no host", b"GET /health HTTP/1.1\r\n\r\n", is_http=False),
+    Bad("no host", http_request("GET", "/health", None, {"Host": None}), is_http=False),
     Bad("a header without a colon", b"GET /health HTTP/1.1\r\nHost localhost\r\n\r\n",
         is_http=False),
     Bad("a negative length",

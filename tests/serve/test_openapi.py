@@ -108,7 +108,7 @@ def try_all(schema: BaseSchema, path: str, method: str, count: int) -> None:
 
 @pytest.mark.parametrize("path", POSTED)
 def test_posted(schema: BaseSchema, path: str) -> None:
-    try_all(schema, path, "POST", 12)
+    try_all(schema, path, "POST", 8)
 
 
 @pytest.mark.parametrize("path", GOTTEN)
