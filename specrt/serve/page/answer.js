@@ -32,10 +32,9 @@ export class Answer {
     this.numbers = make("p", "numbers");
     this.element.append(make("span", "who", title), this.shown, this.numbers);
     Answer.#known.set(this.shown, this);
-    this.#started = performance.now();
   }
 
-  #started;
+  #started = 0;
   #first = null;
   #last = null;
   #firstTokens = 0;
@@ -44,6 +43,11 @@ export class Answer {
   #aligner = new Aligner();
   #runs = [];
   #line = null;
+
+  /** Its request is sent now. */
+  begin() {
+    this.#started = performance.now();
+  }
 
   /** One event of the stream. */
   take(event) {
@@ -107,7 +111,9 @@ export class Answer {
     if (text) this.#runs.push({ text, token: null });
     this.flush();
     const special = tokens.map((token) => token.text).join("");
-    if (special && this.finish === "stop") this.shown.append(make("span", "special", special));
+    if (special && this.finish === "stop") {
+      (this.#line ?? this.shown).append(make("span", "special", special));
+    }
     this.numbers.textContent = this.#words(how);
   }
 

@@ -19,7 +19,15 @@ const talk = at("talk");
 const promptBox = at("prompt");
 const isCalm = matchMedia("(prefers-reduced-motion: reduce)");
 
-const state = { model: null, turns: [], running: null, last: null, chosen: null, pinned: false };
+const state = {
+  model: null,
+  turns: [], // messages of the conversation
+  running: null, // what stops the answer under way
+  last: null, // the newest answer
+  chosen: null, // the round that is shown: { answer, place }
+  isPinned: false, // whether somebody chose it
+  isBelow: true, // whether the newest text is in sight, and is to stay there
+};
 
 /* --- settings ------------------------------------------------------------------------------- */
 
@@ -95,6 +103,7 @@ async function send() {
   turn.append(asked(prompt, wanted));
   at("empty").hidden = true;
   talk.append(turn);
+  state.isBelow = true;
   await answered(turn, prompt, wanted);
 }
 
@@ -186,7 +195,8 @@ function judge(verdict, plain, fast, isStopped) {
 
 async function stream(answer, { path, body }, key, signal) {
   state.last = answer;
-  state.pinned = false;
+  state.isPinned = false;
+  answer.begin();
   let since = performance.now();
   let how = "broke off";
   try {
@@ -276,14 +286,13 @@ function schedule() {
 /** Show what came; the longer that takes, the seldomer it is done, and the page answers always. */
 function paint(isLast) {
   const started = performance.now();
-  const isBelow = talk.scrollTop + talk.clientHeight > talk.scrollHeight - 40;
   state.last?.flush();
   if (isLast || started >= nextFigures) {
     nextFigures = started + FIGURES_MS;
     showFigures();
-    if (!state.pinned && (isLast || !isCalm.matches)) showNewest();
+    if (!state.isPinned && (isLast || !isCalm.matches)) showNewest();
   }
-  if (isBelow) talk.scrollTop = talk.scrollHeight;
+  if (state.isBelow) talk.scrollTop = talk.scrollHeight;
   nextPaint = performance.now() + 3 * (performance.now() - started);
 }
 
@@ -321,7 +330,7 @@ function choose(answer, place, isLit) {
 }
 
 function pin(answer, place) {
-  state.pinned = true;
+  state.isPinned = true;
   choose(answer, place, true);
 }
 
@@ -341,7 +350,7 @@ function tell(words) {
 
 function clear() {
   if (state.running) return;
-  Object.assign(state, { turns: [], last: null, chosen: null, pinned: false });
+  Object.assign(state, { turns: [], last: null, chosen: null, isPinned: false });
   for (const turn of talk.querySelectorAll(".turn")) turn.remove();
   at("empty").hidden = false;
   at("tree").replaceChildren();
@@ -377,6 +386,10 @@ async function findModels() {
 }
 
 /* --- what people do -------------------------------------------------------------------------- */
+
+talk.addEventListener("scroll", () => {
+  state.isBelow = talk.scrollTop + talk.clientHeight > talk.scrollHeight - 40;
+});
 
 talk.addEventListener("pointerover", (event) => {
   const span = event.target.closest("[data-round]");
