@@ -3,6 +3,8 @@
 import { Aligner } from "./tokens.js";
 import { plural } from "./tree.js";
 
+const MOST_RUNS = 300; // shown at once: then the page gets its turn
+const LONG_LINE = 600; // runs; a block is laid out anew with each that is added to it
 const ENDS = { length: "cut off at max tokens" };
 
 /**
@@ -24,6 +26,8 @@ export class Answer {
     this.report = null;
     this.usage = null;
     this.finish = null;
+    this.words = ""; // its figures, once it has ended
+    this.isShown = false; // all of it, and its figures
     this.element = make("div", "answer");
     this.shown = make("div", "text");
     this.shown.tabIndex = 0;
@@ -43,6 +47,7 @@ export class Answer {
   #aligner = new Aligner();
   #runs = [];
   #line = null;
+  #special = "";
 
   /** Its request is sent now. */
   begin() {
@@ -99,22 +104,26 @@ export class Answer {
     };
   }
 
-  /** Show what came since the last time. */
+  /** Show what came since the last time, or a part of it if it is much. */
   flush() {
-    for (const run of this.#runs) this.#append(run);
-    this.#runs = [];
+    for (const run of this.#runs.splice(0, MOST_RUNS)) this.#append(run);
+    if (this.isBehind || !this.words) return;
+    if (this.#special) (this.#line ?? this.shown).append(make("span", "special", this.#special));
+    this.numbers.textContent = this.words;
+    this.isShown = true;
   }
 
-  /** Show all of it, and how it ended: `how` where it did not by itself. */
+  /** Whether there is more to show than the last flush took. */
+  get isBehind() {
+    return this.#runs.length > 0;
+  }
+
+  /** Nothing more comes: how it ended, where it did not by itself. */
   end(how = null) {
     const { text, tokens } = this.#aligner.end();
     if (text) this.#runs.push({ text, token: null });
-    this.flush();
-    const special = tokens.map((token) => token.text).join("");
-    if (special && this.finish === "stop") {
-      (this.#line ?? this.shown).append(make("span", "special", special));
-    }
-    this.numbers.textContent = this.#words(how);
+    this.words = this.#words(how);
+    if (this.finish === "stop") this.#special = tokens.map((token) => token.text).join("");
   }
 
   /** Light the text of a round, or put it out. */
@@ -133,7 +142,9 @@ export class Answer {
       const isSame = last && last.className.replace(" on", "") === kind && isOf(last, token);
       if (isSame) last.firstChild.appendData(piece);
       else this.#line.append(this.#span(kind, piece, token));
-      if (piece.endsWith("\n")) this.#line = null;
+      const count = this.#line.childElementCount;
+      const isLong = count >= 2 * LONG_LINE || (count >= LONG_LINE && /\s$/.test(piece));
+      if (piece.endsWith("\n") || isLong) this.#line = null;
     }
   }
 
@@ -157,7 +168,7 @@ export class Answer {
     if (this.report) words.push(`rounds took the server ${Math.round(this.report.round_ms)} ms`);
     const end = how ?? ENDS[this.finish];
     if (end) words.push(end);
-    return words.join(" · ");
+    return words.join(" · ") || "nothing came";
   }
 }
 

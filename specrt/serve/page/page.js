@@ -134,7 +134,7 @@ async function single(turn, prompt, wanted, signal) {
   turn.append(answer.element);
   await stream(answer, request(prompt, wanted, { isDrafted: wanted.isDrafted }), wanted.key, signal);
   keep(prompt, answer, wanted);
-  tell(`${spoken(answer)} ${answer.numbers.textContent}`);
+  tell(`${spoken(answer)} ${answer.words}`);
 }
 
 /** Plain decoding and speculation, one behind the other: at once they would share the machine. */
@@ -196,6 +196,7 @@ function judge(verdict, plain, fast, isStopped) {
 async function stream(answer, { path, body }, key, signal) {
   state.last = answer;
   state.isPinned = false;
+  open.add(answer);
   answer.begin();
   let since = performance.now();
   let how = "broke off";
@@ -271,6 +272,7 @@ function spoken(answer) {
 
 /* --- what is shown --------------------------------------------------------------------------- */
 
+const open = new Set(); // answers of which not all is shown yet
 let frame = 0;
 let nextPaint = 0;
 let nextFigures = 0;
@@ -283,17 +285,22 @@ function schedule() {
   });
 }
 
-/** Show what came; the longer that takes, the seldomer it is done, and the page answers always. */
+/** Show what came, in half of the time at most: the page answers always. */
 function paint(isLast) {
   const started = performance.now();
-  state.last?.flush();
+  for (const answer of open) {
+    answer.flush();
+    if (answer.isShown) open.delete(answer);
+    else if (answer.isBehind) schedule();
+  }
   if (isLast || started >= nextFigures) {
     nextFigures = started + FIGURES_MS;
     showFigures();
     if (!state.isPinned && (isLast || !isCalm.matches)) showNewest();
   }
   if (state.isBelow) talk.scrollTop = talk.scrollHeight;
-  nextPaint = performance.now() + 3 * (performance.now() - started);
+  const ended = performance.now();
+  nextPaint = 2 * ended - started;
 }
 
 function showFigures() {
