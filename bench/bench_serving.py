@@ -9,6 +9,8 @@ one, in turn, ``--repeats`` times. Medians over repeats; ratios are of one repea
 ``p50``, ``p99``: ms between two events of a stream; ``p99/p50`` is of one repeat.
 ``cost %``: how much more time a token takes than stepped; ``cost cpu %``: how much more processor
 time (of the server alone), which neighbours on the machine disturb less.
+``loop %``: the server's event loop's processor time (HTTP, JSON, events), over all the rest of
+the server's: its own cost a step, whatever else the machine does.
 ``client %``: the client's processor time, of one core's.
 ``auto/best``: throughput of ``auto`` over the better of ``on`` and ``off``, in the summary.
 ``first``: ms to the first token of a ``--prompt`` tokens long prompt, of a server that rests, asked
@@ -21,7 +23,7 @@ import argparse
 import asyncio
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import specrt
@@ -91,10 +93,12 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
                 "stepped p99/p50": statistics.median(
                     alone.gap(0.99) / alone.gap(0.5) for _, alone in pairs
                 ),
-                "cost %": 100
-                * statistics.median(alone.rate / http.rate - 1 for http, alone in pairs),
-                "cost cpu %": 100
-                * statistics.median(http.cpu_ms / alone.cpu_ms - 1 for http, alone in pairs),
+                "cost %": _percent(alone.rate / http.rate - 1 for http, alone in pairs),
+                "cost cpu %": _percent(http.cpu_ms / alone.cpu_ms - 1 for http, alone in pairs),
+                "loop %": 100
+                * statistics.median(
+                    http.loop_cpu / (http.cpu - http.loop_cpu) for http, _ in pairs
+                ),
                 "client %": 100
                 * statistics.median(http.client_cpu / (http.end - http.begun) for http, _ in pairs),
             }
@@ -102,7 +106,11 @@ def rows_of(found: dict[tuple[int, str], list[Pair]]) -> list[Row]:
     return rows
 
 
-def _middle(ratios: Any) -> float | None:
+def _percent(shares: Iterable[float]) -> float:
+    return 100 * statistics.median(shares)
+
+
+def _middle(ratios: Iterable[float]) -> float | None:
     values = list(ratios)
     return statistics.median(values) if values else None
 

@@ -144,9 +144,8 @@ def report_of(done: Soak, server: dict[str, Any], args: argparse.Namespace) -> d
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole soak."""
-    works = with_answers(
-        make_works(args.works, args.seed, is_short=args.short), plain_engine(args.target)
-    )
+    with plain_engine(args.target) as engine:
+        works = with_answers(make_works(args.works, args.seed, is_short=args.short), engine)
     visits = make_visits(args.requests, works, KEYS, args.seed)
     keys = [option for key in KEYS for option in ("--api-key", key)]
     options = ["--drafter", args.drafter, "--dtype", "float32", "--served-model-name", NAME, *keys]

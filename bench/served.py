@@ -29,6 +29,8 @@ class Held:
     threads: int
     cpu_seconds: float
     """Of all its threads, since it began."""
+    main_seconds: float
+    """Of its first thread: of a server's event loop."""
 
 
 def held_by(pid: int) -> Held:
@@ -37,14 +39,19 @@ def held_by(pid: int) -> Held:
     status = dict(
         line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line
     )
-    # The name in parentheses may hold spaces; 14 and 15 of all fields are user and system time.
-    times = (folder / "stat").read_text().rpartition(")")[2].split()
     return Held(
         resident_kb=int(status["VmRSS"].split()[0]),
         files=len(list((folder / "fd").iterdir())),
         threads=int(status["Threads"]),
-        cpu_seconds=(int(times[11]) + int(times[12])) / _TICKS,
+        cpu_seconds=_cpu_seconds(folder / "stat"),
+        main_seconds=_cpu_seconds(folder / "task" / str(pid) / "stat"),
     )
+
+
+def _cpu_seconds(stat: Path) -> float:
+    """User and system time, fields 14 and 15; the name in parentheses may hold spaces."""
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 class Served:

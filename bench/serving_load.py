@@ -66,6 +66,8 @@ class Load:
     """Seconds from a request to its first token."""
     cpu: float = 0.0
     """Processor seconds of whoever computes."""
+    loop_cpu: float = 0.0
+    """Those of them that a server's event loop takes."""
     client_cpu: float = 0.0
     """Those of the client."""
 
@@ -168,12 +170,14 @@ def over_http(
     async def run() -> None:
         tasks = [asyncio.create_task(stream()) for _ in range(streams)]
         await asyncio.sleep(load.begun - time.perf_counter())
-        before, cpu, own = await generated(address), served.held().cpu_seconds, time.process_time()
+        before, held, own = await generated(address), served.held(), time.process_time()
         load.begun = time.perf_counter()
         await asyncio.sleep(load.end - load.begun)
         load.num_tokens = await generated(address) - before
         load.end = time.perf_counter()
-        load.cpu = served.held().cpu_seconds - cpu
+        after = served.held()
+        load.cpu = after.cpu_seconds - held.cpu_seconds
+        load.loop_cpu = after.main_seconds - held.main_seconds
         load.client_cpu = time.process_time() - own
         ended = [task for task in tasks if task.done()]
         for task in tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,7 @@ class SamplingOptions:
     """All of them, by the names of :class:`specrt.sampling.SamplingParams`."""
 
     max_new_tokens: MaxNewTokens = 256
+    min_new_tokens: Annotated[int, _option(help="Before so many, nothing ends the output.")] = 0
     temperature: Temperature = 0.0
     top_k: Annotated[int, _option(help="0 or -1: off.")] = 0
     top_p: Annotated[float, _option(help="1: off.")] = 1.0
@@ -70,6 +72,21 @@ class SamplingOptions:
     suppress_tokens: Annotated[
         list[int] | None,
         _option(help="Token that never comes; repeatable; default: the model's own."),
+    ] = None
+    bad_words: Annotated[list[str] | None, _option(help="Text that does not come; repeatable.")] = (
+        None
+    )
+    allowed_token_ids: Annotated[
+        list[str] | None,
+        _option(metavar="ID,...", help="Tokens besides which none comes; repeatable."),
+    ] = None
+    structured: Annotated[
+        str | None,
+        _option(
+            metavar="JSON",
+            help='What the text conforms to: {"json_schema": {...}}, {"regex": "..."}, '
+            '{"choice": [...]} or {"grammar": "..."}.',
+        ),
     ] = None
     model_defaults: Annotated[
         bool,
@@ -135,7 +152,11 @@ class SamplingOptions:
             "logit_bias": _parse_logit_bias(self.logit_bias or ()) or None,
             "suppress_tokens": tuple(self.suppress_tokens) if self.suppress_tokens else None,
             "stop": tuple(self.stop or ()),
-            "stop_token_ids": _parse_token_ids(self.stop_token_ids or ()),
+            "stop_token_ids": _parse_token_ids("stop_token_ids", self.stop_token_ids),
+            "bad_words": tuple(self.bad_words) if self.bad_words else None,
+            "allowed_token_ids": _parse_token_ids("allowed_token_ids", self.allowed_token_ids)
+            or None,
+            "structured": _parse_structured(self.structured),
         }
         return SamplingParams(**given)
 
@@ -173,12 +194,23 @@ def _parse_logit_bias(items: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def _parse_token_ids(items: Sequence[str]) -> tuple[int, ...]:
+def _parse_token_ids(name: str, items: Sequence[str] | None) -> tuple[int, ...]:
     """Ids, several to one item with commas between them."""
+    given = items or ()
     try:
-        return tuple(int(item) for item in _split(items))
+        return tuple(int(item) for item in _split(given))
     except ValueError:
-        raise ValueError(f"stop_token_ids: expected token ids, got {' '.join(items)!r}") from None
+        raise ValueError(f"{name}: expected token ids, got {' '.join(given)!r}") from None
+
+
+def _parse_structured(text: str | None) -> object:
+    """A form of output as JSON has it, unchecked."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"structured: expected JSON ({error}), got {text!r}") from None
 
 
 def _split(items: Sequence[str]) -> list[str]:

@@ -170,7 +170,7 @@ class Editor:
                 f"logits_processor: expected {list(shape)} float32 on the host, got "
                 f"{list(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
             )
-        found: Row = given.detach().numpy().copy()  # it may keep what it gave
+        found: Row = np.array(given.detach().numpy())  # a copy: it may keep what it gave
         if not found.max() < math.inf:
             raise EditError("logits_processor: expected numbers or -inf, got NaN or +inf")
         return found

@@ -168,7 +168,8 @@ def _tokens_of(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> LLTokenizer:
     try:
         return from_tokenizer(inner, eos_token=list(eos_ids) or None)
     except Exception as error:  # of whatever the tokenizer is made of
+        what = " ".join(str(error).split())[:200]
         raise ValueError(
             f"structured: llguidance cannot read a {type(inner).__name__}, the target's tokenizer: "
-            f"{error}"
+            f"{what}"
         ) from error

@@ -183,6 +183,23 @@ def test_sampling_options_are_those_of_sampling_params() -> None:
         assert default == parameter.default or not (default or parameter.default), name
 
 
+def test_an_output_of_a_form(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    args = ("--target", "builtin", "--prompt", PROMPT, "--drafter", "none")
+    (one,) = generate_json(capsys, *args, "--structured", '{"choice": ["maybe"]}')
+    assert (one["text"], one["finish_reason"]) == ("maybe", "stop")
+    args = ("--target", target, *args[2:])
+    for given, named in (
+        ("{", "structured: expected JSON"),
+        ('{"regex": 5}', "regex: expected a non-empty text"),
+        ('{"regex": "a"}', "structured: llguidance cannot read"),
+    ):
+        code, _, err = run(capsys, "generate", *args, "--structured", given)
+        assert code == 2 and named in err
+    code, _, err = run(capsys, "generate", *args, "--allowed-token-ids", "a")
+    assert code == 2 and "allowed_token_ids: expected token ids, got 'a'" in err
+
+
 # --- generate -------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ class Running:
     engine: Engine
     service: Service
     client: httpx2.Client
+    server: Server
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
         return self.client.post(path, json=body)
@@ -63,6 +66,16 @@ def parsed(text: str) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
+def raw(server: Running, body: bytes, **headers: str) -> socket.socket:
+    """A connection over which a chat was asked for."""
+    made = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    fields = {"Host": "localhost", "Content-Type": "application/json"}
+    fields |= {"Content-Length": str(len(body))} | headers
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    made.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + body)
+    return made
+
+
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     """Wait for what comes by itself."""
     end = time.monotonic() + seconds
@@ -95,8 +108,9 @@ def running(engine: Engine, **options: Any) -> Iterator[Running]:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         try:
             with httpx2.Client(base_url=url, timeout=60) as client:
-                yield Running(url, engine, app.state.service, client)
+                yield Running(url, engine, app.state.service, client, server)
         finally:
-            server.should_exit = True
+            server.handle_exit(signal.SIGTERM, None)
+            server.handle_exit(signal.SIGTERM, None)  # at once
             thread.join()
             served.close()

@@ -153,7 +153,7 @@ def test_a_streaming_response(client: openai.OpenAI, model: str) -> None:
 def test_accepted_and_rejected_predictions(client: openai.OpenAI, model: str) -> None:
     """OpenAI's counters of predicted tokens, filled from speculation."""
     answer = client.chat.completions.create(
-        model=model, messages=ASKED, max_tokens=40, temperature=0
+        model=model, messages=ASKED, max_tokens=24, temperature=0
     )
     assert answer.usage is not None
     told = answer.usage.completion_tokens_details
@@ -166,7 +166,7 @@ def test_accepted_and_rejected_predictions(client: openai.OpenAI, model: str) ->
 @pytest.mark.extension
 def test_a_repeated_prompt_is_found_in_the_cache(client: openai.OpenAI, model: str) -> None:
     asked: list[ChatCompletionMessageParam] = [
-        {"role": "user", "content": "Ann reads nine pages a day. " * 30}
+        {"role": "user", "content": "Ann reads nine pages a day. " * 16}
     ]
     found = []
     for _ in range(2):

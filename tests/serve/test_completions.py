@@ -1,0 +1,197 @@
+"""``/v1/completions``, ``/v1/responses`` and the routes about tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import ANY
+
+import pytest
+
+from tests.serve.support import QUESTION, Running, load_small, running
+
+TEXTS = "/v1/completions"
+PROMPT = "Question: What is 3 plus 4?\nAnswer:"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with load_small(max_batch=4) as engine, running(engine) as made:
+        yield made
+
+
+def test_forms_of_a_prompt(server: Running) -> None:
+    ids = server.engine.encode(PROMPT)
+    want = server.engine.generate(PROMPT, max_new_tokens=8)
+    for prompt in (PROMPT, ids, [PROMPT], [ids]):
+        got = server.ok(TEXTS, prompt=prompt, **GREEDY)
+        (choice,) = got["choices"]
+        assert choice == {
+            "index": 0, "text": want.text, "logprobs": None,
+            "finish_reason": "length", "stop_reason": None,
+        }  # fmt: skip
+        assert got["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_many_prompts_and_choices(server: Running) -> None:
+    prompts = [PROMPT, "Once"]
+    want = [
+        server.engine.generate(prompt, max_new_tokens=6, temperature=1.0, seed=seed).text
+        for prompt in prompts
+        for seed in (3, 4)
+    ]
+    options = {"prompt": prompts, "n": 2, "seed": 3, "max_tokens": 6}
+    got = server.ok(TEXTS, **options)
+    assert [choice["text"] for choice in got["choices"]] == want
+    texts = [""] * 4
+    for event in server.events(TEXTS, **options)[:-1]:
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == want
+
+
+def test_sixteen_tokens_where_nothing_is_said(server: Running) -> None:
+    got = server.ok(TEXTS, prompt=PROMPT, ignore_eos=True)
+    assert got["usage"]["completion_tokens"] == 16
+
+
+def test_echo_and_no_token_at_all(server: Running) -> None:
+    said = server.ok(TEXTS, prompt="Once", echo=True, **GREEDY)["choices"][0]["text"]
+    assert said == "Once" + server.ok(TEXTS, prompt="Once", **GREEDY)["choices"][0]["text"]
+    nothing = server.ok(TEXTS, prompt="Once", echo=True, max_tokens=0)["choices"][0]
+    assert nothing["text"] == "Once"
+    *chunks, last = server.events(TEXTS, prompt="Once", echo=True, **GREEDY)
+    assert last == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == said
+
+
+def test_logprobs_in_the_old_form(server: Running) -> None:
+    want = server.engine.generate(PROMPT, max_new_tokens=8, logprobs=True)
+    given = server.ok(TEXTS, prompt=PROMPT, logprobs=0, **GREEDY)["choices"][0]["logprobs"]
+    assert given["token_logprobs"] == want.logprobs
+    assert "".join(given["tokens"]) == want.text
+    for token, start in zip(given["tokens"], given["text_offset"], strict=True):
+        assert want.text[start:].startswith(token)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a", "b" * 9000]}, "prompt[1]"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ],
+)
+def test_what_is_wrong_is_named(server: Running, body: dict[str, Any], param: str) -> None:
+    response = server.post(TEXTS, **body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] is not None and error["param"].startswith(param), error
+    assert error["message"].startswith(error["param"]), error
+
+
+# --- /v1/responses --------------------------------------------------------------------------------
+
+
+def test_a_response_is_the_chats_answer(server: Running) -> None:
+    chat = server.ok("/v1/chat/completions", messages=QUESTION, **GREEDY)
+    options = {"input": QUESTION[0]["content"], "temperature": 0, "max_output_tokens": 8}
+    got = server.ok("/v1/responses", **options)
+    assert got["status"] == "incomplete"
+    assert got["incomplete_details"] == {"reason": "max_output_tokens"}
+    ((part,),) = [message["content"] for message in got["output"]]
+    assert part["text"] == chat["choices"][0]["message"]["content"]
+    assert got["usage"]["output_tokens"] == 8
+    with server.client.stream("POST", "/v1/responses", json={**options, "stream": True}) as answer:
+        lines = "".join(answer.iter_text()).splitlines()
+    assert lines[0] == "event: response.created" and "event: response.incomplete" in lines
+    assert server.ok("/v1/responses", **{**options, "input": QUESTION})["output"] == [
+        {**got["output"][0], "id": ANY}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": ""}, "input"),
+        ({"input": "a", "previous_response_id": "x"}, "previous_response_id"),
+        ({"input": "a", "tools": [{}]}, "tools"),
+        ({"input": "b " * 4000}, "input"),
+        ({"input": "a", "instructions": "b"}, "input"),
+    ],
+)
+def test_what_a_response_cannot_be(server: Running, body: dict[str, Any], param: str) -> None:
+    response = server.post("/v1/responses", **body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+# --- tokens, and the server itself ----------------------------------------------------------------
+
+
+def test_tokens_there_and_back(server: Running) -> None:
+    got = server.ok("/tokenize", prompt=PROMPT, return_token_strs=True)
+    assert got["tokens"] == server.engine.encode(PROMPT)
+    assert got["count"] == len(got["tokens"])
+    assert "".join(got["token_strs"]).endswith(PROMPT)
+    assert server.ok("/detokenize", tokens=got["tokens"])["prompt"] == PROMPT
+    chat = server.ok("/tokenize", messages=QUESTION)
+    assert chat["tokens"] == server.engine.encode(QUESTION)
+    for body in ({}, {"prompt": "a", "messages": QUESTION}):
+        assert server.post("/tokenize", **body).status_code == 400
+    assert server.post("/detokenize", tokens=[10**9]).status_code == 400
+
+
+def test_what_the_server_says_of_itself(server: Running) -> None:
+    client = server.client
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "tiny" and model["object"] == "model"
+    assert client.get("/v1/models/tiny").json() == model
+    assert client.get("/v1/models/huge").status_code == 404
+    assert client.get("/health").json() == {"status": "ok"}
+    assert "version" in client.get("/version").json()
+    assert client.get("/docs").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)]
+)
+def test_every_error_has_the_form(server: Running, method: str, path: str, status: int) -> None:
+    response = server.client.request(method, path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_half_a_character_is_refused(server: Running) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = server.client.post(TEXTS, content=b'{"prompt": "\\ud800"}', headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt":' * 5000, b"null"])
+def test_bodies_that_are_no_object(server: Running, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = server.client.post(TEXTS, content=body, headers=headers)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_openapi_names_every_route_and_its_errors(server: Running) -> None:
+    schema = server.client.get("/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/completions", "/tokenize", "/health"} <= set(
+        schema["paths"]
+    )
+    for path in schema["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+            assert "400" in operation["responses"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
