@@ -244,6 +244,16 @@ def test_characters_cut_between_chunks_come_whole(tab: Tab, server: Canned) -> N
     assert tab.texts(".text") == ["\U0001f600\U0001f600 \u00e9"]
 
 
+def test_a_character_is_whose_its_last_token_is(tab: Tab, server: Canned) -> None:
+    first = round_of(["a", "\ufffd"], "\ufffd", text="a\u2603")
+    late = round_of([" b"], "\ufffd", text=" b")
+    server.stream(first, late, round_of(["\ufffd", "c"], "d", text="\u20accd"), end(8, 3))
+    tab.ask("Hello")
+    tab.wait("8 tokens")
+    assert tab.texts(".text .d") == ["a", " b", "\u20acc"]
+    assert tab.texts(".text .t") == ["\u2603", "d"]
+
+
 def test_a_long_answer_leaves_the_page_alive(tab: Tab, server: Canned) -> None:
     goes_on, count = threading.Event(), 4000
     drafted = [" one", " two", " three", " four"]
@@ -283,6 +293,10 @@ def test_a_rounds_tree_by_pointer_keys_and_slider(tab: Tab, server: Canned) -> N
         "(all) => all.map((one) => one.getAttribute('class'))"
     )
     assert kinds == ["root", "accepted", "accepted", "refused", "own"]
+    rows = page.locator("#tree text").evaluate_all(
+        "(all) => all.map((one) => Number(one.getAttribute('y')))"
+    )
+    assert rows[0] == rows[1] == rows[2] == rows[4] < rows[3], "what was taken is the first row"
     assert tab.texts(".on") == [" four apples", ","]
     answer = page.get_by_role("group", name=re.compile("Answer"))
     answer.focus()
@@ -524,8 +538,11 @@ def test_zoom_and_small_windows_lose_nothing(
 
 def test_less_motion_draws_one_tree(tab: Tab, server: Canned) -> None:
     tab.page.emulate_media(reduced_motion="reduce", color_scheme="dark")
-    server.stream(*(round_of([" a"], " b") for _ in range(50)), threading.Event())
+    soon, rounds = threading.Event(), [round_of([" a"], " b") for _ in range(25)]
+    server.stream(*rounds, soon, *rounds, threading.Event())
     tab.ask("Go")
+    tab.page.locator(".text", has_text="b").wait_for()
+    soon.set()  # the stream falls silent soon after figures were shown
     tab.page.locator("#count", has_text="100").wait_for()
     assert tab.page.locator("#tree svg").count() == 0
     tab.page.keyboard.press("Escape")

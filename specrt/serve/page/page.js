@@ -297,6 +297,8 @@ function paint(isLast) {
     nextFigures = started + FIGURES_MS;
     showFigures();
     if (!state.isPinned && (isLast || !isCalm.matches)) showNewest();
+  } else {
+    schedule(); // the last figures of a stream that falls silent
   }
   if (state.isBelow) talk.scrollTop = talk.scrollHeight;
   const ended = performance.now();
