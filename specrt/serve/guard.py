@@ -11,9 +11,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specrt.serve.errors import ApiError
+from specrt.serve.page_routes import PAGE_FILES
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_OPEN = ("/", "/health", "/version", "/openapi.json", "/page.js", "/page.css", "/favicon.ico")
+_OPEN = (*PAGE_FILES, "/health", "/version", "/openapi.json", "/favicon.ico")
 
 
 class Guard:
