@@ -29,11 +29,12 @@ class Batches:
             self._hosted = Batch(cache, max_batch, vocab_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Those in which somebody decodes."""
-        if len(self.launched):
-            yield self.launched
-        if self._hosted is not self.launched and len(self._hosted):
-            yield self._hosted
+        """Those in which somebody decodes, or did when this was asked for."""
+        # No generator: an interrupt's way out would close it, a call in which a further Ctrl-C
+        # is not known to be one.
+        both = self.launched, self._hosted
+        some = both[: 1 if self._hosted is self.launched else 2]
+        return iter([batch for batch in some if len(batch)])
 
     @property
     def requests(self) -> Sequence[Request]:

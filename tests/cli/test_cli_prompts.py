@@ -89,7 +89,6 @@ def test_a_lines_own_parameters(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "temprature": 1}, "temprature: no sampling option; expected temperature "),
         ({"prompt": "a", "max_tokens": 5}, "max_tokens: no sampling option; expected max_new_tok"),
-        ({"prompt": "a", "n": 1}, "n: no sampling option; a prompt has one output"),
         ({"prompt": "a", "tools": []}, "tools: no sampling option"),
         ({"prompt": "a", "system": "x"}, "system: no sampling option"),
         ({"prompt": "a", "messages": HI}, "expected an object with one of .*prompt, messages$"),

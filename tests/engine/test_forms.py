@@ -116,14 +116,14 @@ def test_logits_by_need_are_changed_like_all(monkeypatch: pytest.MonkeyPatch) ->
     params = replace(GREEDY, temperature=0.7, seed=3)
     asked = prompts(4, VOCAB)
     results = make_engine(target, max_batch=1).generate(asked, replace(params, logprobs=True))
-    passes, inner = list[int](), HeadByNeed._multiply
+    passes, inner = list[int](), HeadByNeed.multiply
 
     def multiply(self: HeadByNeed, features: torch.Tensor, wanted: list[int], begin: int) -> None:
         passes.append(len(wanted))
         inner(self, features, wanted, begin)
 
     monkeypatch.setattr(head_by_need, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(HeadByNeed, "_multiply", multiply)
+    monkeypatch.setattr(HeadByNeed, "multiply", multiply)
     answers = {tuple(p): a for p, a in zip(asked, texts(results), strict=True)}
     drafter = RandomTreeDrafter(answers, VOCAB, 20)
     engine = make_engine(target, drafter, max_batch=3, max_nodes=20)
