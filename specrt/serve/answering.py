@@ -39,6 +39,7 @@ class Answering(AsyncIterator[StreamChunk]):
         """Why it was ended, if it did not end by itself."""
         self._service = service
         self._metrics = service.metrics
+        self._num_asked = sum(map(len, stream.params))
         self._asked = time.monotonic()
         self._last: float | None = None
         self._first: float | None = None
@@ -49,8 +50,9 @@ class Answering(AsyncIterator[StreamChunk]):
         return self.stream.params[0][0].seed or 0
 
     def end(self, reason: Early) -> None:
-        """Stop; its reader comes to its end, and the engine's requests within a round."""
-        if self.early is None:
+        """Stop; its reader comes to its end, and the engine's requests within a round. What has all
+        been answered is not ended early: servers call a client gone behind the last byte too."""
+        if self.early is None and len(self.results) < self._num_asked:
             self.early = reason
             self.stream.close()
 
@@ -140,8 +142,7 @@ class Answering(AsyncIterator[StreamChunk]):
         for result in self.results.values():
             metrics.count_result(result)
             prefill = max(prefill, result.stats.prefill_ms / 1000)
-        num_asked = sum(map(len, stream.params))
-        for _ in range(num_asked - len(self.results)):
+        for _ in range(self._num_asked - len(self.results)):
             metrics.count_end("abort")
         self._tell_log()
         if self._first is None or self._last is None:

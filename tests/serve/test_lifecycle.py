@@ -199,6 +199,7 @@ def test_logs_have_ids_and_no_prompt_unless_asked(engine: Engine, logs_prompts: 
             bad = {"X-Request-Id": "a b\tc"}
             other = server.client.post(CHAT, json={"messages": "Xylophone"}, headers=bad)
             assert len(other.headers["x-request-id"]) == 32
+            server.client.post(CHAT, json={**body, "stream": True}).read()
     finally:
         for handler in handlers:
             log.removeHandler(handler)
@@ -206,6 +207,7 @@ def test_logs_have_ids_and_no_prompt_unless_asked(engine: Engine, logs_prompts: 
     said = [json.loads(line) for line in handlers[0].lines if '"request":' in line]
     assert said[0]["request"] == "mine-1" and said[0]["status"] == 200
     assert said[0]["output_tokens"] == 2 and said[1]["status"] == 400
+    assert said[2]["ended"] == "length", "nobody left before the end"
     for handler in handlers:
         assert any("Xylophone" in line for line in handler.lines) is logs_prompts
 
