@@ -10,7 +10,8 @@ from specrt.sampling import StructuredOutput
 from specrt.serve.fields import ResponseFormat, SamplingFields
 from specrt.serve.usage import Speculation, Usage
 
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# One error is enough: of a million ids each would be one, made while everybody waits.
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
@@ -18,9 +19,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         str
-        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=1024)]
-        | Annotated[list[_Ids], Field(min_length=1, max_length=1024)]
+        | _Ids
+        | Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)]
+        | Annotated[list[_Ids], Field(min_length=1, max_length=1024, fail_fast=True)]
     )
     max_tokens: int | None = Field(default=None, ge=0, description="Default: 16; 0 goes with echo.")
     echo: bool | None = None

@@ -45,6 +45,7 @@ _NAMES = {
     "depth": "speculative",
     "total_tokens": "speculative",
     "prompt_logprobs": "logprobs",
+    "options": "chat_template_kwargs",
 }
 
 

@@ -10,7 +10,7 @@ from specrt.draft.base import DraftParams
 from specrt.sampling import StructuredOutput
 
 _ID = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[_ID], Field(max_length=4096)]
+Ids = Annotated[list[_ID], Field(max_length=4096, fail_fast=True)]
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
 _Texts = Annotated[list[_Text], Field(max_length=64)]
 _MOST_BIASES = 1024
@@ -121,7 +121,7 @@ class SamplingFields(Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     bad_words: _Texts | None = None
-    allowed_token_ids: list[_ID] | None = Field(default=None, max_length=1 << 18)
+    allowed_token_ids: list[_ID] | None = Field(default=None, max_length=1 << 18, fail_fast=True)
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

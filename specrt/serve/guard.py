@@ -77,7 +77,10 @@ class Guard:
         return None
 
     def _is_known(self, origin: str, host: str) -> bool:
-        is_own = urlsplit(origin).netloc.lower() == host.lower()
+        try:
+            is_own = urlsplit(origin).netloc.lower() == host.lower()
+        except ValueError:  # no address at all
+            return False
         return is_own or "*" in self._origins or origin in self._origins
 
     def _salt(self, token: str) -> str | None:

@@ -73,8 +73,6 @@ class Metrics:
         count, spread = self._counter, self._histogram
         self.prompt_tokens = count("vllm:prompt_tokens", "Prompt tokens.")
         self.generation_tokens = count("vllm:generation_tokens", "Output tokens.")
-        self.prefix_queries = count("vllm:prefix_cache_queries", "Prompt tokens looked up.")
-        self.prefix_hits = count("vllm:prefix_cache_hits", "Prompt tokens found in the cache.")
         self.num_drafts = count("vllm:spec_decode_num_drafts", "Rounds of drafted requests.")
         self.num_draft_tokens = count("vllm:spec_decode_num_draft_tokens", "Drafted tokens.")
         self.num_accepted = count("vllm:spec_decode_num_accepted_tokens", "Accepted of them.")

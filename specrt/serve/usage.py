@@ -57,7 +57,8 @@ def usage_of(prompts: Sequence[Sequence[int]], results: Sequence[GenerationResul
     num_output = sum(len(result.token_ids) for result in results)
     drafted = sum(one.num_draft_tokens for one in stats)
     accepted = sum(one.num_accepted_tokens for one in stats)
-    cached = sum(one.num_cached_tokens for one in stats)
+    # Of several answers to a prompt the later ones find what the first one has computed.
+    cached = sum(one.stats.num_cached_tokens for one in results if one.choice == 0)
     return Usage(
         prompt_tokens=num_prompt,
         completion_tokens=num_output,
