@@ -167,6 +167,8 @@ def test_figures_by_the_peers_names(engine: Engine) -> None:
     assert 'http_requests_total{handler="/v1/chat/completions",method="POST",status="400"}' in text
     for name in ("num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total"):
         assert f'vllm:{name}{{model_name="tiny"}}' in text
+    kinds = [line for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(kinds) == len(set(kinds)), "a figure stands twice"
 
 
 class Lines(logging.Handler):
