@@ -309,7 +309,8 @@ class SamplingParams:
         """These parameters with a seed: their own, else the one given, else a fresh random one."""
         if self.seed is not None:
             return self
-        return replace(self, seed=secrets.randbits(63) if seed is None else seed)
+        # No more bits than a double holds: JSON of JavaScript and jq would give back another seed.
+        return replace(self, seed=secrets.randbits(53) if seed is None else seed)
 
     def choices(self) -> list[SamplingParams]:
         """Of each of the ``n`` answers, with seeds if there are several."""
