@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from specrt.draft.base import DraftParams
@@ -132,7 +131,7 @@ class AsyncStream(AsyncIterator[StreamChunk]):
         self._owner = owner  # or its thread would end
         self._prompts, self._draft = prompts, draft
         self._add_special_tokens = add_special_tokens
-        self.params = [choices_of(one) for one in params]
+        self.params = [one.with_seed().choices() for one in params]
         """Of each prompt the parameters of its answers, each with a seed."""
         self.prompt_ids: list[list[int]] = []
         """Token ids of each prompt, once it is started."""
@@ -240,13 +239,6 @@ class AsyncStream(AsyncIterator[StreamChunk]):
 
     def __del__(self) -> None:
         self._drop()
-
-
-def choices_of(params: SamplingParams) -> list[SamplingParams]:
-    """Parameters of each of ``n`` answers: seeds from the first one's on, modulo 2**64."""
-    params = params.with_seed()
-    seed = params.seed or 0
-    return [replace(params, n=1, seed=(seed + choice) % 2**64) for choice in range(params.n)]
 
 
 def _is_short(prompts: Sequence[Any]) -> bool:

@@ -283,8 +283,8 @@ class Engine:
         """
         self._check_open()
         asked, many = self._intake.take(prompt, sampling, draft, options, add_special_tokens)
-        if asked[0].params.n > 1:
-            count = asked[0].params.n
+        count = asked[-1].choice + 1
+        if count > 1:
             raise ValueError(f"n: expected 1, got {count}; add each answer, with a seed of its own")
         if many:
             raise ValueError("prompt: expected one, got a list of them; add each")

@@ -313,10 +313,10 @@ class SamplingParams:
         return replace(self, seed=secrets.randbits(53) if seed is None else seed)
 
     def choices(self) -> list[SamplingParams]:
-        """Of each of the ``n`` answers, with seeds if there are several."""
+        """Of each of the ``n`` answers by itself, with seeds if there are several."""
         if self.n == 1:
             return [self]
-        first = self.with_seed()
+        first = replace(self.with_seed(), n=1)
         assert first.seed is not None, "it has one now"
         seeds = ((first.seed + choice) % 2**64 for choice in range(1, self.n))
         return [first, *(replace(first, seed=seed) for seed in seeds)]

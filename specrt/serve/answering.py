@@ -40,6 +40,7 @@ class Answering(AsyncIterator[StreamChunk]):
         self._service = service
         self._metrics = service.metrics
         self._num_asked = sum(map(len, stream.params))
+        self._num_tokens = 0
         self._asked = time.monotonic()
         self._last: float | None = None
         self._first: float | None = None
@@ -91,6 +92,7 @@ class Answering(AsyncIterator[StreamChunk]):
         else:
             metrics.between.observe(now - self._last)
         self._last = now
+        self._num_tokens += len(chunk.token_ids)
         metrics.generation_tokens.inc(len(chunk.token_ids))
         result = chunk.result
         if result is not None:
@@ -157,7 +159,7 @@ class Answering(AsyncIterator[StreamChunk]):
         num_tokens = sum(len(result.token_ids) for result in results)
         figures: dict[str, Any] = {
             "prompt_tokens": sum(map(len, self.stream.prompt_ids)),
-            "output_tokens": num_tokens,
+            "output_tokens": self._num_tokens,  # of answers that were cut, too
             "tau": round(num_tokens / rounds, 2) if rounds else None,
             "first_ms": None if self._first is None else _ms(self._first - self._asked),
             "ended": self.early or ",".join(result.finish_reason for result in results),

@@ -61,7 +61,7 @@ def completion_routes(service: Service, errors: dict[int | str, dict[str, Any]])
             choices=[
                 _choice(service, body, number, result) for number, result in enumerate(results)
             ],
-            usage=usage_of(answering.stream.prompt_ids, results),
+            usage=usage_of(answering.stream.prompt_ids, results, has_output=body.max_tokens != 0),
             x_specrt=speculation_of(results),
         )
         return JsonResponse(answer.model_dump())
@@ -259,7 +259,11 @@ class CompletionWriter:
         if not self._has_usage:
             return DONE
         answering = self.answering
-        usage = usage_of(answering.stream.prompt_ids, answering.in_order())
+        usage = usage_of(
+            answering.stream.prompt_ids,
+            answering.in_order(),
+            has_output=self.body.max_tokens != 0,
+        )
         return event({**self._head, "choices": [], "usage": usage.model_dump()}) + DONE
 
     def failing(self, error: ApiError) -> bytes:

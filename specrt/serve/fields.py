@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specrt.draft.base import DraftParams
 from specrt.sampling import StructuredOutput
@@ -14,12 +14,22 @@ Ids = Annotated[list[_ID], Field(max_length=4096, fail_fast=True)]
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
 _Texts = Annotated[list[_Text], Field(max_length=64)]
 _MOST_BIASES = 1024
+_MOST_FIELDS = 256
 
 
 class Strict(BaseModel):
     """Fields of exactly their types; what is unknown is refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # Errors may be logged, and what was said is not.
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, data: Any) -> Any:
+        """One error for very many fields, and not one for each."""
+        if isinstance(data, dict) and len(data) > _MOST_FIELDS:
+            raise ValueError(f"expected at most {_MOST_FIELDS} fields, got {len(data)}")
+        return data
 
 
 class StreamOptions(Strict):

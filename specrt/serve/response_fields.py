@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,7 +39,8 @@ class TextOptions(Strict):
 class ResponseRequest(SamplingFields):
     """What is said so far, and how the next turn is to be made."""
 
-    input: str | list[InputItem]
+    # One turn fewer than a chat may have: the instructions are one.
+    input: str | Annotated[list[InputItem], Field(max_length=4095)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     top_logprobs: Literal[0] | None = None

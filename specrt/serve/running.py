@@ -79,7 +79,9 @@ class Server(uvicorn.Server):
         service = self._service
         loop = asyncio.get_running_loop()
         end = loop.time() + service.options.drain_seconds
-        while service.open and loop.time() < end and not self.should_exit:
+        while (service.open or service.num_starting) and not self.should_exit:
+            if loop.time() >= end:
+                break
             await asyncio.sleep(0.02)
         service.end_open()
         self.should_exit = True

@@ -41,6 +41,8 @@ class Service:
     """Whether nothing new is taken."""
     open: set[Answering] = field(default_factory=set)
     """Requests that are being answered."""
+    num_starting: int = 0
+    """Those that are being encoded, or whose grammar is compiled."""
 
     def __post_init__(self) -> None:
         inner = self.engine.engine
@@ -134,6 +136,7 @@ class Service:
         if count > most:
             message = f"n: expected at most {most} answers on this server, got {count}"
             raise ApiError(400, message, "n")
+        self.num_starting += 1
         try:
             stream = self.engine.stream(prompts, params, draft)
             answering = Answering(self, stream, request)
@@ -146,6 +149,8 @@ class Service:
             raise ApiError(400, str(error), "structured_outputs") from error
         except RuntimeError as error:  # its thread or its GPU is gone
             raise ApiError(503, str(error)) from error
+        finally:
+            self.num_starting -= 1
         return answering
 
     def end_open(self) -> None:

@@ -13,6 +13,8 @@ from specrt.sampling import StructuredOutput
 from specrt.serve.fields import Strict
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_SAMPLES = ("const", "enum", "default", "examples")
+"""Keys of a schema whose values are none."""
 
 
 class Function(Strict):
@@ -72,19 +74,40 @@ def forced_form(tools: Sequence[Tool], choice: str | NamedTool) -> StructuredOut
     ]
     if not wanted:
         raise ValueError("tool_choice: expected the name of one of the tools, got another")
+    base = "#" if len(wanted) == 1 else "#/anyOf/{}"
     calls = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": function.name},
-                "arguments": function.parameters or {"type": "object"},
+                "arguments": _moved(
+                    function.parameters or {"type": "object"},
+                    f"{base.format(place)}/properties/arguments",
+                ),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for function in wanted
+        for place, function in enumerate(wanted)
     ]
     return StructuredOutput(json_schema=calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+
+def _moved(part: Any, root: str) -> Any:
+    """A schema that lies at ``root`` of another: its pointers (``$ref``) begin there."""
+    if isinstance(part, list):
+        return [_moved(one, root) for one in part]
+    if not isinstance(part, dict):
+        return part
+    return {key: _moved_value(key, value, root) for key, value in part.items()}
+
+
+def _moved_value(key: str, value: Any, root: str) -> Any:
+    if key in _SAMPLES:
+        return value
+    if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+        return root + value[1:]
+    return _moved(value, root)
 
 
 class CallReader:

@@ -50,11 +50,16 @@ class Speculation(BaseModel):
     round_ms: float
 
 
-def usage_of(prompts: Sequence[Sequence[int]], results: Sequence[GenerationResult]) -> Usage:
-    """Tokens of prompts, each counted once, and of their answers."""
+def usage_of(
+    prompts: Sequence[Sequence[int]],
+    results: Sequence[GenerationResult],
+    *,
+    has_output: bool = True,
+) -> Usage:
+    """Tokens of prompts, each counted once, and of their answers, if these were asked for."""
     stats = [result.stats for result in results]
     num_prompt = sum(map(len, prompts))
-    num_output = sum(len(result.token_ids) for result in results)
+    num_output = sum(len(result.token_ids) for result in results) if has_output else 0
     drafted = sum(one.num_draft_tokens for one in stats)
     accepted = sum(one.num_accepted_tokens for one in stats)
     # Of several answers to a prompt the later ones find what the first one has computed.

@@ -79,6 +79,7 @@ def _headers(label: str, statuses: tuple[int, ...], **headers: str | None) -> Ba
 BODIES = [
     _text("", "nothing"),
     _text("{", "cut off", word="JSON"),
+    _text(json.dumps({f"x{i}": 1 for i in range(300)}), "very many fields", word="256 fields"),
     _text('{"prompt": "a"', "cut off in an object", word="JSON"),
     _text("{'prompt': 'a'}", "Python's quotes", word="JSON"),
     _text('{"prompt": "a",}', "a comma too many", word="JSON"),

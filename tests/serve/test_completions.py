@@ -56,11 +56,24 @@ def test_sixteen_tokens_where_nothing_is_said(server: Running) -> None:
     assert got["usage"]["completion_tokens"] == 16
 
 
+def test_what_choices_find_of_their_own_prompt_is_not_cached(server: Running) -> None:
+    got = server.ok(TEXTS, prompt="Once more. " * 40, n=3, cache_salt="fresh", **GREEDY)
+    assert got["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert got["x_specrt"]["cached_tokens"] > 0
+    again = server.ok(TEXTS, prompt="Once more. " * 40, n=3, cache_salt="fresh", **GREEDY)
+    size = again["usage"]["prompt_tokens"]
+    assert 0 < again["usage"]["prompt_tokens_details"]["cached_tokens"] < size
+
+
 def test_echo_and_no_token_at_all(server: Running) -> None:
     said = server.ok(TEXTS, prompt="Once", echo=True, **GREEDY)["choices"][0]["text"]
     assert said == "Once" + server.ok(TEXTS, prompt="Once", **GREEDY)["choices"][0]["text"]
-    nothing = server.ok(TEXTS, prompt="Once", echo=True, max_tokens=0)["choices"][0]
-    assert nothing["text"] == "Once"
+    nothing = server.ok(TEXTS, prompt="Once", echo=True, max_tokens=0)
+    assert nothing["choices"][0]["text"] == "Once"
+    assert nothing["usage"]["completion_tokens"] == 0
+    options = {"include_usage": True}
+    *_, told, last = server.events(TEXTS, prompt="Once", max_tokens=0, stream_options=options)
+    assert last == "[DONE]" and told["usage"]["completion_tokens"] == 0
     *chunks, last = server.events(TEXTS, prompt="Once", echo=True, **GREEDY)
     assert last == "[DONE]"
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == said
@@ -125,6 +138,7 @@ def test_a_response_is_the_chats_answer(server: Running) -> None:
         ({"input": "a", "previous_response_id": "x"}, "previous_response_id"),
         ({"input": "a", "tools": [{}]}, "tools"),
         ({"input": "b " * 4000}, "input"),
+        ({"input": [{"role": "user", "content": "b"}] * 4096}, "input"),
         ({"input": "a", "instructions": "b"}, "input"),
     ],
 )

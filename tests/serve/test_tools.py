@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,33 @@ def test_a_forced_call_has_the_form_of_its_tool() -> None:
     with pytest.raises(ValueError, match="tool_choice: expected the name of one of the tools"):
         forced_form(tools[:1], named)
     assert read(CALL, 5, is_forced=True) == ("", [("add", '{"a": 1}')])
+
+
+def test_pointers_of_a_tool_s_schema_still_find_what_they_name() -> None:
+    parameters = {
+        "type": "object",
+        "properties": {
+            "a": {"$ref": "#/$defs/A"},
+            "again": {"type": "array", "items": {"$ref": "#"}},
+            "sample": {"const": {"$ref": "#/$defs/A"}},
+        },
+        "$defs": {"A": {"type": "integer"}},
+    }
+    tools = [Tool(type="function", function=Function(name=n, parameters=parameters)) for n in "xy"]
+    for form, place in (
+        (forced_form(tools, "required"), 1),
+        (forced_form(tools[:1], "required"), 0),
+    ):
+        schema = json.loads(form.source)
+        call = schema["anyOf"][place] if "anyOf" in schema else schema
+        moved = call["properties"]["arguments"]["properties"]
+        assert _at(schema, moved["a"]["$ref"]) == {"type": "integer"}
+        assert _at(schema, moved["again"]["items"]["$ref"])["properties"] == moved
+        assert moved["sample"] == {"const": {"$ref": "#/$defs/A"}}
+
+
+def _at(schema: dict[str, Any], pointer: str) -> Any:
+    found: Any = schema
+    for part in pointer.removeprefix("#/").split("/"):
+        found = found[int(part)] if isinstance(found, list) else found[part]
+    return found
