@@ -111,6 +111,25 @@ def test_time_that_is_over(engine: Engine) -> None:
         until(lambda: is_at_rest(engine))
 
 
+def test_the_log_counts_what_a_cut_answer_said(engine: Engine) -> None:
+    log, lines = logging.getLogger("specrt.serve"), Lines(JsonLines())
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(lines)
+    try:
+        with running(engine, request_seconds=0.5) as server:
+            before = server.figure("vllm:generation_tokens_total")
+            server.events(CHAT, **LONG)
+            count = server.figure("vllm:generation_tokens_total") - before
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(level)
+    (said,) = (
+        json.loads(line) for line in lines.lines if '"ended":"timeout"' in line.replace(" ", "")
+    )
+    assert said["output_tokens"] == count > 0
+
+
 def test_a_failing_engine_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(engine) as server:
         monkeypatch.setattr(engine, "step", lambda: 1 / 0)
