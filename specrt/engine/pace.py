@@ -46,6 +46,16 @@ class Pace:
         tokens = int(_WAIT * self._round_ms / max(self._row_ms, 1e-6))
         return min(self._most, max(_LEAST_CHUNK, tokens))
 
+    def price(self, num_tokens: int, *, is_waited_for: bool) -> int:
+        """Tokens of a chunk that a piece takes up: a short one reads all weights as a long one
+        does, and many prompts of which all but the end was found may join in one step.
+
+        Args:
+            num_tokens: of the piece.
+            is_waited_for: whether any sequence decodes.
+        """
+        return max(_LEAST_CHUNK if is_waited_for else 1, num_tokens)
+
 
 def _mean(known: float | None, ms: float) -> float:
     if known is None:

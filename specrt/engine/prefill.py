@@ -56,18 +56,15 @@ class Prefill:
 
     def run(self) -> None:
         """Run at most a chunk of prompts; those that are through join a batch."""
-        left = self._left()
+        # What prompts take on a GPU is known too late, and is little.
+        is_waited_for = not self._target.device.is_gpu and len(self._batches.requests) > 0
+        left = self.pace.chunk(is_waited_for=is_waited_for)
         while left > 0:
             request = self._next()
             if request is None:
                 return
-            left -= self._run_piece(request, left)
-
-    def _left(self) -> int:
-        """Tokens that this step may run."""
-        # What prompts take on a GPU is known too late, and is little.
-        is_waited_for = not self._target.device.is_gpu and len(self._batches.requests) > 0
-        return self.pace.chunk(is_waited_for=is_waited_for)
+            num_tokens = self._run_piece(request, left)
+            left -= self.pace.price(num_tokens, is_waited_for=is_waited_for)
 
     def _next(self) -> Request | None:
         decoding, scheduler = self._batches.requests, self._places.scheduler
@@ -81,15 +78,15 @@ class Prefill:
         return admitted
 
     def _run_piece(self, request: Request, most: int) -> int:
-        """Run up to ``most`` tokens of a prompt; how many there were, at least one for the way."""
+        """Run up to ``most`` tokens of a prompt; how many there were."""
         # Not before: what is kept by now may be what was run a moment ago.
         if not self._places.begin(request):
-            return 1
+            return 0
         count = min(most, request.num_to_prefill)
         held = request.cached
         assert held is not None, "an admitted request has a place for pages"
         if not self._places.reserve(request, held.length + count):
-            return 1
+            return 0
         device, first = self._target.device, held.length
         started = device.mark()
         try:
@@ -98,7 +95,7 @@ class Prefill:
             if self._device.is_lost(error):
                 raise
             self._fail(request, f"{type(error).__name__}: {error}")
-            return max(1, count)
+            return count
         ended = device.mark()
         request.prefills.append((started, ended))
         if not device.is_gpu:
@@ -107,7 +104,7 @@ class Prefill:
             self._catch_up()
             self._batches.join(request)
             self._drafting.regroup()
-        return max(1, count)
+        return count
 
     def _extend(self, request: Request, first: int, end: int) -> None:
         assert request.cached is not None, "an admitted request has a place for pages"

@@ -51,3 +51,9 @@ def test_one_slow_round_does_not_open_the_gate() -> None:
     for _ in range(60):
         pace.observe_round(20.0)
     assert pace.chunk(is_waited_for=True) == 40
+
+
+def test_a_short_piece_counts_as_the_pass_that_it_is() -> None:
+    pace = measured(512, 1.0, 40.0)
+    assert [pace.price(n, is_waited_for=True) for n in (0, 1, 8, 32, 100)] == [32, 32, 32, 32, 100]
+    assert [pace.price(n, is_waited_for=False) for n in (0, 1, 8, 100)] == [1, 1, 8, 100]
