@@ -176,7 +176,9 @@ def test_serving_bench_compares_within_a_repeat() -> None:
     one, many, *_ = bench_serving.rows_of(found)
     assert (one["tokens/s"], many["tokens/s"], many["to one"]) == (20, 80, 3.0)
     assert (many["cost %"], many["p99/p50"]) == (100.0, pytest.approx(4.0))
-    assert bench_serving.auto_over_best(found) == {"32": 0.5}
+    assert bench_serving.auto_over_best(found, lambda pair: pair[0].rate) == {"32": 0.5}
+    by_cpu = bench_serving.auto_over_best(found, lambda pair: 1 / pair[1].cpu_ms)
+    assert by_cpu == {"32": pytest.approx(0.5)}
 
 
 @needs_target
