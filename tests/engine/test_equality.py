@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,16 +30,30 @@ def model(request: pytest.FixtureRequest, checkpoint: Path) -> LlamaModel:
     return make_model(checkpoint, request.param)
 
 
-def plain(model: LlamaModel, params: SamplingParams, count: int = 6) -> list[list[int]]:
-    engine = make_engine(model, max_batch=1)
-    return texts(engine.generate(prompts(count, VOCAB), params))
+@pytest.fixture(scope="module")
+def plain(model: LlamaModel) -> Callable[[str], list[list[int]]]:
+    """Plain decoding's texts of six prompts, one after another, in a setting."""
+
+    @cache
+    def answered(setting: str) -> list[list[int]]:
+        engine = make_engine(model, max_batch=1)
+        return texts(engine.generate(prompts(6, VOCAB), SETTINGS[setting]))
+
+    return answered
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+each_setting = pytest.mark.parametrize(
+    "setting",
+    ["greedy", "seed 1", "penalties", pytest.param("seed 2", marks=pytest.mark.slow)],
+)
+
+
+@each_setting
 @pytest.mark.parametrize("num_nodes", [2, 8, 16, 33, 64, 65, 128])
-def test_random_trees_change_nothing(model: LlamaModel, setting: str, num_nodes: int) -> None:
-    params = SETTINGS[setting]
-    expected = plain(model, params)
+def test_random_trees_change_nothing(
+    model: LlamaModel, plain: Callable[[str], list[list[int]]], setting: str, num_nodes: int
+) -> None:
+    params, expected = SETTINGS[setting], plain(setting)
     answers = {tuple(p): a for p, a in zip(prompts(6, VOCAB), expected, strict=True)}
     drafter = RandomTreeDrafter(answers, VOCAB, num_nodes)
     engine = make_engine(model, drafter, max_batch=4, max_nodes=num_nodes)
@@ -59,13 +75,16 @@ def drafters(model: LlamaModel, checkpoint: Path) -> dict[str, Drafter]:
     }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@each_setting
 @pytest.mark.parametrize("max_batch", [1, 4])
 def test_drafters_change_nothing(
-    model: LlamaModel, checkpoint: Path, setting: str, max_batch: int
+    model: LlamaModel,
+    plain: Callable[[str], list[list[int]]],
+    checkpoint: Path,
+    setting: str,
+    max_batch: int,
 ) -> None:
-    params = SETTINGS[setting]
-    expected = plain(model, params)
+    params, expected = SETTINGS[setting], plain(setting)
     for name, drafter in drafters(model, checkpoint).items():
         engine = make_engine(model, drafter, max_batch=max_batch)
         assert texts(engine.generate(prompts(6, VOCAB), params)) == expected, name
