@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from specrt import __version__
 from specrt.engine.async_engine import AsyncEngine
 from specrt.serve.about import about_routes
-from specrt.serve.bodies import BodyLimit
+from specrt.serve.bodies import BodyLimit, need_json
 from specrt.serve.chat import chat_routes
 from specrt.serve.completions import completion_routes
 from specrt.serve.errors import ErrorBody, install
@@ -30,6 +30,7 @@ _ABOUT = {
     404: "No such model or path",
     408: "The body took too long",
     413: "The body is too large",
+    415: "The body is not said to be JSON",
     421: "Not a name of this server",
     500: "The answer failed",
     503: "Too many wait, or the server ends",
@@ -67,7 +68,7 @@ def make_app(engine: AsyncEngine, name: str, options: ServeOptions | None = None
     app.state.service = service
     install(app)
     for routes in (chat_routes, completion_routes, response_routes, token_routes, about_routes):
-        app.include_router(routes(service, ERRORS))
+        app.include_router(routes(service, ERRORS), dependencies=[Depends(need_json)])
     if options.page:
         app.include_router(page_routes())
     _add_layers(app, service)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.serve.running import KEY, NAME, http_request
@@ -74,6 +74,12 @@ def _headers(label: str, statuses: tuple[int, ...], **headers: str | None) -> Ba
     body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1}).encode()
     request = http_request("POST", COMPLETIONS, body, named)
     return Bad(label, request, statuses, word=" ")
+
+
+def _kind(label: str, given: str | None) -> Bad:
+    """A good body that is said to be something else."""
+    refused = _headers(label, (415,), Content_Type=given)
+    return replace(refused, word="content-type: expected application/json, got")
 
 
 BODIES = [
@@ -270,8 +276,11 @@ HEADERS = [
     _headers("an empty key", (401,), Authorization="Bearer "),
     _headers("a key of no ASCII", (401,), Authorization="Bearer \xe4\xf6\xfc"),
     _headers("a long key", (401, 431, 400), Authorization="Bearer " + "a" * 20_000),
-    _headers("a text as content type", (400, 415), Content_Type="text/plain"),
-    _headers("a form as content type", (400, 415), Content_Type="multipart/form-data"),
+    _kind("no content type", None),
+    _kind("a text as content type", "text/plain"),
+    _kind("curl's own content type", "application/x-www-form-urlencoded"),
+    _kind("a form as content type", "multipart/form-data; boundary=x"),
+    _kind("two content types", "application/json, text/plain"),
     _headers("another host", (421,), Host="evil.example"),
     _headers("an absurd host", (400, 421), Host="[::"),
     _headers("another origin", (403,), Origin="http://evil.example"),

@@ -34,6 +34,13 @@ def test_forms_of_a_prompt(server: Running) -> None:
         assert got["usage"]["prompt_tokens"] == len(ids)
 
 
+@pytest.mark.parametrize("kind", ["APPLICATION/JSON; charset=utf-8", "application/x.y+json"])
+def test_kinds_of_json(server: Running, kind: str) -> None:
+    body = b'{"prompt": "Once", "max_tokens": 1}'
+    response = server.client.post(TEXTS, content=body, headers={"Content-Type": kind})
+    assert response.status_code == 200, response.text
+
+
 def test_many_prompts_and_choices(server: Running) -> None:
     prompts = [PROMPT, "Once"]
     want = [
