@@ -54,7 +54,7 @@ def make_app(engine: AsyncEngine, name: str, options: ServeOptions | None = None
         The application; ``app.state.service`` is what its routes share.
 
     Raises:
-        ValueError, OSError: keys that cannot be read or used.
+        ValueError: keys that cannot be read or used.
     """
     options = options or ServeOptions()
     service = Service(engine, options, name, Metrics(engine.engine, name))
