@@ -77,6 +77,15 @@ def test_a_client_that_goes_ends_its_request(server: Running, is_streamed: bool)
     assert server.figure("vllm:num_requests_running") == 0
 
 
+@pytest.mark.parametrize("path", ["/health", "/", "/page.js"])
+def test_head_is_get_without_a_body(server: Running, path: str) -> None:
+    got, head = server.client.get(path), server.client.head(path)
+    assert got.status_code == head.status_code == 200
+    assert got.content and not head.content
+    for name in ("content-type", "content-length"):
+        assert got.headers[name] == head.headers[name]
+
+
 def test_a_full_queue_says_when_to_come_again(server: Running) -> None:
     first = raw(server, asked(stream=True))
     until(lambda: server.engine.stats.num_running == 1)
