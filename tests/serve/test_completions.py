@@ -41,6 +41,19 @@ def test_kinds_of_json(server: Running, kind: str) -> None:
     assert response.status_code == 200, response.text
 
 
+def test_whole_numbers_may_be_written_as_floats(server: Running) -> None:
+    floats = {
+        "max_tokens": 6.0, "seed": 3.0, "n": 2.0, "top_k": 40.0, "logprobs": 0.0, "min_tokens": 1.0,
+        "speculative": {"max_tokens": 3.0},
+    }  # fmt: skip
+    whole = {**{name: int(value) for name, value in floats.items() if name != "speculative"},
+             "speculative": {"max_tokens": 3}}  # fmt: skip
+    got, want = (server.ok(TEXTS, prompt=PROMPT, **one)["choices"] for one in (floats, whole))
+    assert got == want
+    answer = server.ok("/v1/responses", input="Once", max_output_tokens=2.0, n=1.0, temperature=1)
+    assert answer["usage"]["output_tokens"] <= 2
+
+
 def test_many_prompts_and_choices(server: Running) -> None:
     prompts = [PROMPT, "Once"]
     want = [
