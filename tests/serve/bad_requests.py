@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.serve.running import KEY, NAME, http_request
+from tests.serve.support import KEY, NAME, http_request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MOST_BYTES = 100_000
