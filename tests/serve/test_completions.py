@@ -8,9 +8,20 @@ from unittest.mock import ANY
 
 import pytest
 
+from specrt.serve.response_fields import ResponseRequest
+from specrt.serve.responses import as_chat
 from tests.serve.support import QUESTION, Running, load_small, running
 
 TEXTS = "/v1/completions"
+ADD: dict[str, Any] = {
+    "type": "function", "name": "add",
+    "parameters": {
+        "type": "object",
+        "properties": {name: {"type": "integer", "minimum": 0, "maximum": 9} for name in "ab"},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+}  # fmt: skip
 PROMPT = "Question: What is 3 plus 4?\nAnswer:"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 
@@ -156,7 +167,22 @@ def test_a_response_is_the_chats_answer(server: Running) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": "a", "previous_response_id": "x"}, "previous_response_id"),
-        ({"input": "a", "tools": [{}]}, "tools"),
+        ({"input": "a", "tools": [{}]}, "tools[0].type"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "a", "tools": [{**ADD, "name": "a b"}]}, "tools[0].name"),
+        ({"input": "a", "tools": [ADD]}, "tools"),  # the template takes none
+        ({"input": "a", "tools": [ADD], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+        (
+            {"input": "a", "tools": [ADD], "tool_choice": {"type": "function", "name": "x"}},
+            "tool_choice",
+        ),
+        ({"input": "a", "tool_choice": "required"}, "tools"),
+        ({"input": [{"type": "reasoning"}]}, "input[0]"),
+        ({"input": [{"role": "king", "content": "a"}]}, "input[0].role"),
+        (
+            {"input": [{"type": "function_call", "name": "add", "arguments": "{}"}]},
+            "input[0].call_id",
+        ),
         ({"input": "b " * 4000}, "input"),
         ({"input": [{"role": "user", "content": "b"}] * 4096}, "input"),
         ({"input": "a", "instructions": "b"}, "input"),
@@ -166,6 +192,57 @@ def test_what_a_response_cannot_be(server: Running, body: dict[str, Any], param:
     response = server.post("/v1/responses", **body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+FORCED: dict[str, Any] = {
+    "input": "What is 3 plus 4?", "temperature": 0, "max_output_tokens": 60,
+    "tools": [ADD], "tool_choice": {"type": "function", "name": "add"},
+}  # fmt: skip
+
+
+def test_a_call_is_the_chats(server: Running) -> None:
+    function = {name: value for name, value in ADD.items() if name != "type"}
+    chat = server.ok(
+        "/v1/chat/completions",
+        messages=QUESTION,
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "add"}},
+        temperature=0,
+        max_tokens=60,
+    )
+    (want,) = chat["choices"][0]["message"]["tool_calls"]
+    got = server.ok("/v1/responses", **FORCED)
+    (call,) = got["output"]
+    assert call == {
+        "type": "function_call", "id": ANY, "call_id": ANY, "status": "completed",
+        **want["function"],
+    }  # fmt: skip
+    assert call["id"] != call["call_id"] and got["status"] == "completed"
+    assert got["tool_choice"] == {"type": "function", "name": "add"}
+    assert got["tools"][0].items() >= ADD.items() and got["parallel_tool_calls"]
+
+
+def test_what_is_made_of_calls_and_their_results() -> None:
+    called = {"type": "function_call", "id": "fc_1", "status": "completed", "name": "add"}
+    items = [
+        {"role": "user", "content": "What is 3 plus 4?"},
+        {"type": "message", "role": "assistant", "content": "Let me see."},
+        {**called, "call_id": "1", "arguments": '{"a": 3}'},
+        {**called, "call_id": "2", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "7"},
+        {**called, "call_id": "3", "arguments": "{}"},
+    ]
+    body = ResponseRequest.model_validate({"input": items})
+    calls = [
+        {"id": one, "type": "function", "function": {"name": "add", "arguments": arguments}}
+        for one, arguments in (("1", '{"a": 3}'), ("2", "{}"), ("3", "{}"))
+    ]
+    assert [turn.model_dump(exclude_unset=True) for turn in as_chat(body).messages] == [
+        {"role": "user", "content": "What is 3 plus 4?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls[:2]},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+        {"role": "assistant", "content": None, "tool_calls": calls[2:]},
+    ]
 
 
 # --- tokens, and the server itself ----------------------------------------------------------------
