@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
 import pytest
 
+from specrt import SamplingParams
+from specrt.serve.chat import calls_in
 from specrt.serve.response_fields import ResponseRequest
-from specrt.serve.responses import as_chat
-from tests.serve.support import QUESTION, Running, load_small, running
+from specrt.serve.responses import ResponseMaker, ResponseWriter, as_chat
+from tests.serve.support import QUESTION, Running, load_small, parsed, running
 
 TEXTS = "/v1/completions"
 ADD: dict[str, Any] = {
@@ -220,6 +224,54 @@ def test_a_call_is_the_chats(server: Running) -> None:
     assert call["id"] != call["call_id"] and got["status"] == "completed"
     assert got["tool_choice"] == {"type": "function", "name": "add"}
     assert got["tools"][0].items() >= ADD.items() and got["parallel_tool_calls"]
+
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "said", "num_calls"),
+    [
+        ("Seven.", "Seven.", 0),
+        (" Let me. \n" + CALL, "Let me.", 1),
+        ("\n\n" + CALL + CALL, None, 2),
+        ("", "", 0),
+        (" ", " ", 0),
+        ("<tool_call>{", "<tool_call>{", 0),
+    ],
+)
+def test_streams_tell_texts_from_calls(
+    server: Running, text: str, said: str | None, num_calls: int, size: int
+) -> None:
+    body = ResponseRequest.model_validate({"input": "a", "tools": [ADD]})
+    result = server.engine.generate("Once", max_new_tokens=1)
+    result = replace(result, text=text, finish_reason="stop")
+    stream = SimpleNamespace(params=[[SamplingParams()]], prompt_ids=[[1]])
+    answering: Any = SimpleNamespace(
+        request=SimpleNamespace(scope={}), stream=stream, in_order=lambda: [result]
+    )
+    chat = as_chat(body)
+    maker = ResponseMaker(server.service, body, chat, answering)
+    writer = ResponseWriter(maker)
+    data = writer.opening()
+    for start in range(0, len(text), size):
+        piece: Any = SimpleNamespace(text=text[start : start + size])
+        data += writer.chunk(piece)
+    events = parsed((data + writer.closing()).decode())
+    assert [one["sequence_number"] for one in events] == list(range(len(events)))
+    output = events[-1]["response"]["output"]
+    ended = [one for one in events if one["type"] == "response.output_item.done"]
+    assert [one["item"] for one in ended] == output
+    assert [one["output_index"] for one in ended] == list(range(len(output)))
+    told = "".join(one["delta"] for one in events if one["type"].endswith("output_text.delta"))
+    whole = maker.items(result, *calls_in(chat, text))
+    kinds = [item.type for item in whole]
+    assert [item["type"] for item in output] == kinds
+    assert kinds == ["message"] * (said is not None) + ["function_call"] * num_calls
+    if said is not None:
+        assert output[0]["content"][0]["text"] == told
+        assert told.strip() == said.strip() and whole[0].content[0].text == said
 
 
 def test_what_is_made_of_calls_and_their_results() -> None:
