@@ -36,6 +36,8 @@ _ABOUT = {
     503: "Too many wait, or the server ends",
     504: "The answer took too long",
 }
+# Without a type: readers of it take it for a stream's, or for an event's.
+_EVENTS = {"description": "Server-sent events, where the request has `stream: true`."}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _ABOUT.items()
 }
@@ -109,7 +111,7 @@ def _describe(app: FastAPI) -> None:
                 parts.pop(name, None)
             for route in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
                 content = schema["paths"][route]["post"]["responses"]["200"]["content"]
-                content["text/event-stream"] = {"schema": {"type": "string"}}
+                content["text/event-stream"] = {"schema": _EVENTS}
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]
