@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -123,16 +122,31 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
         ``[R]`` float32.
     """
     count, vocab_size = logits.shape
-    # What a walk of one node takes, whatever it is: its log-probability is the logits' own.
-    forced = [SamplingParams(logit_bias={token: 1e30}, logprobs=True) for token in tokens]
-    sampling = SamplingTable.build(forced, [0] * count, vocab_size)
+    sampling = SamplingTable.build([SamplingParams(logprobs=True)] * count, [0] * count, vocab_size)
     roots, lone = torch.zeros(count, 1, dtype=torch.int32), torch.ones(count, dtype=torch.int32)
     tree = DraftTree(roots, roots - 1, roots, roots[:, :, None].long(), lone)
     result = accept(tree, logits[:, None], sampling, roots, lone, want_logprobs=True)
-    assert result.logprobs is not None, "asked for"
-    at_tokens = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    # (No bias lifts -inf.)
-    return torch.where(at_tokens == -math.inf, -math.inf, result.logprobs[:, 0])
+    return logprobs_from_best(logits, torch.tensor(tokens)[:, None], result)[:, 0]
+
+
+def logprobs_from_best(
+    logits: torch.Tensor, tokens: torch.Tensor, best: AcceptResult
+) -> torch.Tensor:
+    """Log-softmax at any tokens of rows, from what acceptance reports of the best ones.
+
+    Args:
+        logits: ``[R, V]`` float32.
+        tokens: ``[R, k]`` int64.
+        best: of walks of one node each, greedy and with log-probabilities.
+
+    Returns:
+        ``[R, k]`` float32, the very bits that :func:`accept` reports of these tokens where it takes
+        them; NaN in rows that are no law.
+    """
+    assert best.logprobs is not None, "asked for"
+    tops = best.tokens.clamp(min=0).long()
+    # (In the order in which the kernel takes the differences.)
+    return logits.gather(1, tokens) - logits.gather(1, tops) + best.logprobs
 
 
 def empty_maxima(tree: DraftTree, sampling: SamplingTable, history_len: torch.Tensor) -> TileMaxima:

@@ -21,10 +21,9 @@ from specrt.draft.kind import DrafterOptions, DraftWindow
 from specrt.draft.kinds import (
     AUTO,
     WITH_LOOKUP,
-    bundled_names,
     check_drafter,
+    check_fit,
     default_drafter,
-    drafter_directory,
     load_drafter,
     without_lookup,
 )
@@ -176,7 +175,7 @@ def load(
     config = ModelConfig.from_directory(path, adapter=adapter)
     _log_defaults(path, config)
     drafter = _named(drafter, config, path, is_gpu=place.type != "cpu")
-    chosen = _parse_dtype(dtype)
+    chosen = parse_dtype(dtype)
     target_dtype = choose_dtype(config, chosen, place)
     packing = choose_packing(target_dtype, place, quantize, activations)
     check_sizes(replace(config, head_dim=choose_head_dim(config, place)), limits.max_nodes, place)
@@ -239,13 +238,11 @@ def _named(
     *,
     is_gpu: bool,
 ) -> str | os.PathLike[str] | Drafter | None:
-    """What ``"auto"`` means; what is bundled for others is refused before a target is loaded."""
-    if isinstance(drafter, str):
-        if drafter == AUTO:
-            return default_drafter(config, is_gpu=is_gpu)
-        own, _ = without_lookup(drafter)
-        if own in bundled_names():
-            drafter_directory(own, config, path)
+    """What ``"auto"`` means; what does not fit is refused before a target is loaded."""
+    if drafter == AUTO:
+        return default_drafter(config, is_gpu=is_gpu)
+    if isinstance(drafter, str | os.PathLike):
+        check_fit(drafter, config, path)
     return drafter
 
 
@@ -272,7 +269,12 @@ def _log_defaults(path: Path, config: ModelConfig) -> None:
         logging.getLogger("specrt").info("%s: %s", path, quantization.notice)
 
 
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A dtype as users name it; None: ``"auto"``.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":

@@ -12,6 +12,7 @@ from specrt.cli.options import RUNTIME, Device, Dtype, Target, Threads
 from specrt.draft.kinds import (
     AUTO,
     WITH_LOOKUP,
+    check_fit,
     check_name,
     default_drafter,
     describe_names,
@@ -115,6 +116,35 @@ class EngineOptions:
     activations: Activations = None
     lora: Lora = None
     threads: Threads = None
+
+    def check(self) -> None:
+        """Refuse what needs no weights to be refused, as :meth:`load` does: options, paths, a
+        drafter of another target. What the Hub has is left to that, for it may have to be fetched.
+
+        Raises:
+            CheckpointError, ValueError: as :func:`load_engine`.
+        """
+        from specrt.config import hub_name
+        from specrt.config.lora import read_adapter_config
+        from specrt.draft.kind import DrafterOptions
+        from specrt.draft.length.control import parse_control
+        from specrt.loading import parse_dtype
+        from specrt.models.packing import choose_packing
+        from specrt.models.placement import choose_dtype, parse_device
+
+        check_name(self.drafter)
+        place, dtype = parse_device(self.device), parse_dtype(self.dtype)
+        control = None if self.controller is None else parse_control(self.controller)
+        DrafterOptions(control=control, weights=self.draft_weights)
+        if self.hot_tokens is not None and not Path(self.hot_tokens).is_file():
+            raise ValueError(f"hot_tokens: no such file: {self.hot_tokens}")
+        if hub_name(self.target) is not None or hub_name(self.lora or "") is not None:
+            return
+        config = target_config(self.target, self.lora)
+        if self.lora is not None:
+            read_adapter_config(self.lora)
+        choose_packing(choose_dtype(config, dtype, place), place, self.quantize, self.activations)
+        check_fit(self.drafter, config, target_path(self.target))
 
     def load(self, *, max_batch: int = 8, **limits: int | None) -> Engine:
         """As :func:`load_engine`."""

@@ -49,15 +49,20 @@ class EngineSizes:
 def run(engine_options: EngineOptions, sizes: EngineSizes, options: ServeOptions) -> None:
     """Load a target and serve it until a signal ends that.
 
+    What is wrong is said as soon as it can be known: first what options and configurations tell,
+    then whether the address is free, then what only weights tell.
+
     Raises:
         ValueError: a package is missing, the address is taken, a key is none.
-        OSError: the file of keys cannot be read.
         CheckpointError: of the target or the drafter.
     """
     need_packages()
+    from specrt.engine.limits import EngineLimits
     from specrt.serve.running import listen
 
     keys = options.keys()
+    EngineLimits(max_nodes=engine_options.max_nodes, **vars(sizes))
+    engine_options.check()
     with listen(options) as listening:  # before what takes long
         if not options.is_loopback and not keys:
             errors.note(f"anybody who reaches {options.host} may call: there is no --api-key")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from specrt.config import ModelConfig
     from specrt.draft.base import Drafter
     from specrt.draft.length.control import ControlOptions
     from specrt.models.model import LlamaModel
@@ -113,3 +114,7 @@ class Kind:
     has_narrowing: bool = False
     """Whether its matrices may be rounded, its tokens chosen and its sight bounded
     (``options.weights``, ``hot_tokens``, ``window``) as it is loaded."""
+    check: Callable[[Path, ModelConfig, Path | None], None] | None = None
+    """Raise CheckpointError where a checkpoint of this kind does not fit a target (its
+    configuration, and where it lies if known): what can be told before the target's weights are
+    read. None: nothing can; :attr:`load` refuses it in any case."""

@@ -168,6 +168,22 @@ def _of_another_target(name: str, own: list[str], target_path: Path | None) -> V
     )
 
 
+def check_fit(name: str | os.PathLike[str], target: ModelConfig, target_path: Path) -> None:
+    """Refuse a drafter before its target's weights are read; of the Hub nothing is fetched.
+
+    Raises:
+        CheckpointError: there is none of that name, or it was made for another target.
+    """
+    from specrt.config import hub_name
+
+    own = without_lookup(name)[0] if isinstance(name, str) else name
+    if own in (NONE, AUTO) or hub_name(own) is not None:
+        return
+    kind, directory = _find(own, target, target_path)
+    if kind.check is not None and directory is not None:
+        kind.check(directory, target, target_path)
+
+
 def load_drafter(
     name: str | os.PathLike[str] | None,
     target: LlamaModel,

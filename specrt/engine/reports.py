@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from specrt.accept import Accepting, Read
+from specrt.accept import Accepting, Read, logprobs_from_best
 from specrt.device import Device
 from specrt.engine.request import Request, TokenLaw
 from specrt.engine.results import RoundTree, TokenLogprob
@@ -23,7 +23,7 @@ from specrt.models.model import LlamaModel
 from specrt.models.step import FINAL_TAP
 from specrt.sampling import SamplingParams, SamplingRows
 from specrt.tree import ChainTrees
-from specrt.types import DraftTree
+from specrt.types import AcceptResult, DraftTree
 
 _ROWS_A_PIECE = 16
 """Rows of logits that are looked at together: 10 MB of the largest vocabularies, 20 of ranks."""
@@ -192,20 +192,16 @@ class _LawReader:
     def _words(self, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
         """``[r, 2 * count + 1]`` int32: the likeliest ids, then the bits of log-probabilities, of
         these and of ``tokens``."""
-        best, norms = self._best(rows)
         ids = torch.cat([self._likeliest(rows, count), tokens[:, None]], dim=1)
-        # (In the order in which the kernel takes the differences.)
-        logprobs = rows.gather(1, ids) - rows.gather(1, best) + norms
+        logprobs = logprobs_from_best(rows, ids, self._best(rows))
         return torch.cat([ids[:, :count].int(), logprobs.view(torch.int32)], dim=1)
 
-    def _best(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[r, 1]``: best tokens and their log-probabilities, NaN where there is no law."""
+    def _best(self, rows: torch.Tensor) -> AcceptResult:
+        """Best tokens and their log-probabilities, NaN where there is no law."""
         count = len(rows)
         zeros, ones = self._zeros[:count], self._ones[:count]
         table = replace(self._greedy, rows=self._greedy.rows[:count])
-        found = self._accepting.accept(self._trees.of(zeros), rows[:, None], table, zeros, ones)
-        assert found.logprobs is not None, "asked for"
-        return found.tokens.clamp(min=0).long(), found.logprobs
+        return self._accepting.accept(self._trees.of(zeros), rows[:, None], table, zeros, ones)
 
     def _likeliest(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """``[r, count]`` int64: ids by their logits, of equal ones the lowest first."""

@@ -65,6 +65,7 @@ def about_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> A
         service.check_model(name)
         return JsonResponse(model.model_dump())
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", response_model=Health, responses=errors, summary="Whether it serves")
     async def health() -> Response:
         if service.is_draining:

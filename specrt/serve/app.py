@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from specrt import __version__
 from specrt.engine.async_engine import AsyncEngine
 from specrt.serve.about import about_routes
-from specrt.serve.bodies import BodyLimit
+from specrt.serve.bodies import BodyLimit, need_json
 from specrt.serve.chat import chat_routes
 from specrt.serve.completions import completion_routes
 from specrt.serve.errors import ErrorBody, install
@@ -30,11 +30,14 @@ _ABOUT = {
     404: "No such model or path",
     408: "The body took too long",
     413: "The body is too large",
+    415: "The body is not said to be JSON",
     421: "Not a name of this server",
     500: "The answer failed",
     503: "Too many wait, or the server ends",
     504: "The answer took too long",
 }
+# Without a type: readers of it take it for a stream's, or for an event's.
+_EVENTS = {"description": "Server-sent events, where the request has `stream: true`."}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _ABOUT.items()
 }
@@ -53,7 +56,7 @@ def make_app(engine: AsyncEngine, name: str, options: ServeOptions | None = None
         The application; ``app.state.service`` is what its routes share.
 
     Raises:
-        ValueError, OSError: keys that cannot be read or used.
+        ValueError: keys that cannot be read or used.
     """
     options = options or ServeOptions()
     service = Service(engine, options, name, Metrics(engine.engine, name))
@@ -67,7 +70,7 @@ def make_app(engine: AsyncEngine, name: str, options: ServeOptions | None = None
     app.state.service = service
     install(app)
     for routes in (chat_routes, completion_routes, response_routes, token_routes, about_routes):
-        app.include_router(routes(service, ERRORS))
+        app.include_router(routes(service, ERRORS), dependencies=[Depends(need_json)])
     if options.page:
         app.include_router(page_routes())
     _add_layers(app, service)
@@ -108,7 +111,7 @@ def _describe(app: FastAPI) -> None:
                 parts.pop(name, None)
             for route in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
                 content = schema["paths"][route]["post"]["responses"]["200"]["content"]
-                content["text/event-stream"] = {"schema": {"type": "string"}}
+                content["text/event-stream"] = {"schema": _EVENTS}
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]

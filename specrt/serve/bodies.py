@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specrt.serve.errors import ApiError
@@ -67,6 +68,26 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"body: expected at most {self._most} bytes, got more")
+
+
+async def need_json(request: Request) -> None:
+    """Refuse a body that is not said to be JSON: what curl sends of itself is a form.
+
+    Raises:
+        ApiError: 415.
+    """
+    if request.method not in _WITH_BODY:
+        return
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return
+    got = repr(given[:100]) if given else "none"
+    raise ApiError(
+        415,
+        f"Content-Type: expected application/json, got {got} (curl: "
+        "-H 'Content-Type: application/json')",
+    )
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -31,7 +31,7 @@ from specrt.serve.sampling import sampling_params
 from specrt.serve.service import Service, new_id
 from specrt.serve.streaming import DONE, EventStream, TextEvent, event, round_report
 from specrt.serve.token_texts import TokenTexts
-from specrt.serve.tools import CallReader, forced_form
+from specrt.serve.tools import CallReader, ToolCall, forced_form
 from specrt.serve.usage import finish_reason, speculation_of, usage_of
 
 _SHORT = 2000
@@ -210,15 +210,10 @@ def _answer(
 
 
 def _choice(service: Service, body: ChatRequest, result: GenerationResult) -> ChatChoice:
-    text, reason, calls = result.text, finish_reason(result), None
-    reader = reader_of(body)
-    if reader is not None:
-        shown = reader.feed(text)
-        rest, found = reader.end()
-        if found:
-            calls = found[:1] if body.parallel_tool_calls is False else found
-            text = shown + rest
-            reason = "tool_calls" if reason == "stop" else reason
+    reason = finish_reason(result)
+    text, calls = calls_in(body, result.text)
+    if calls and reason == "stop":
+        reason = "tool_calls"
     logprobs = None
     if body.logprobs:
         content = logprobs_of(
@@ -227,7 +222,7 @@ def _choice(service: Service, body: ChatRequest, result: GenerationResult) -> Ch
         logprobs = ChoiceLogprobs(content=content)
     return ChatChoice(
         index=result.choice,
-        message=AnswerMessage(content=(text.strip() or None) if calls else text, tool_calls=calls),
+        message=AnswerMessage(content=text, tool_calls=calls or None),
         logprobs=logprobs,
         finish_reason=reason,  # type: ignore[arg-type]
         stop_reason=result.stop_reason,
@@ -240,6 +235,23 @@ def reader_of(body: ChatRequest) -> CallReader | None:
         return None
     names = [tool.function.name for tool in body.tools]
     return CallReader(names, is_forced=is_forced(body))
+
+
+def calls_in(body: ChatRequest, text: str) -> tuple[str | None, list[ToolCall]]:
+    """A whole text without its calls (None: it is nothing else), and these."""
+    reader = reader_of(body)
+    if reader is None:
+        return text, []
+    shown = reader.feed(text)
+    rest, calls = reader.end()
+    if not calls:
+        return text, []
+    return (shown + rest).strip() or None, wanted_calls(body, calls)
+
+
+def wanted_calls(body: ChatRequest, calls: list[ToolCall]) -> list[ToolCall]:
+    """Those that an answer may have."""
+    return calls[:1] if body.parallel_tool_calls is False else calls
 
 
 def logprobs_of(
@@ -336,10 +348,9 @@ class ChatWriter:
             rest, calls = reader.end()
             if rest:
                 data += self._event(choice, {"content": rest})
-            if self.body.parallel_tool_calls is False:
-                calls = calls[:1]
             if calls:
-                given = [{"index": i, **call.model_dump()} for i, call in enumerate(calls)]
+                wanted = enumerate(wanted_calls(self.body, calls))
+                given = [{"index": i, **call.model_dump()} for i, call in wanted]
                 data += self._event(choice, {"tool_calls": given})
                 reason = "tool_calls" if reason == "stop" else reason
         report = speculation_of([result]).model_dump()

@@ -179,7 +179,7 @@ def _without_types(location: Sequence[Any]) -> list[Any]:
         part
         for part in location
         if isinstance(part, int)
-        or not re.match(r"^(str|int|float|bool|list|dict|constrained|[A-Z])(\b|\[|-)", str(part))
+        or not re.match(r"^(str|int|float|bool|list|dict|constrained|[A-Z]\w*)(\b|\[|-)", str(part))
     ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from functools import lru_cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,18 +20,48 @@ _MOST_FIELDS = 256
 
 
 class Strict(BaseModel):
-    """Fields of exactly their types; what is unknown is refused."""
+    """Fields of exactly their types; what is unknown is refused.
+
+    A whole number may be written as clients do whose numbers are all floats: ``16.0``.
+    """
 
     # Errors may be logged, and what was said is not.
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _check_size(cls, data: Any) -> Any:
-        """One error for very many fields, and not one for each."""
-        if isinstance(data, dict) and len(data) > _MOST_FIELDS:
+    def _prepare(cls, data: Any) -> Any:
+        """One error for very many fields, and not one for each; whole numbers as such."""
+        if not isinstance(data, dict):
+            return data
+        if len(data) > _MOST_FIELDS:
             raise ValueError(f"expected at most {_MOST_FIELDS} fields, got {len(data)}")
-        return data
+        names = _whole_fields(cls)
+        whole = {
+            name: int(value)
+            for name, value in data.items()
+            if isinstance(value, float) and value.is_integer() and name in names
+        }
+        return {**data, **whole} if whole else data
+
+
+@lru_cache
+def _whole_fields(kind: type[BaseModel]) -> frozenset[str]:
+    """Fields that take integers and no floats."""
+    kinds = {name: _plain_kinds(field.annotation) for name, field in kind.model_fields.items()}
+    return frozenset(name for name, found in kinds.items() if int in found and float not in found)
+
+
+def _plain_kinds(annotation: Any) -> set[Any]:
+    """The types of a field's values, those of lists left out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _plain_kinds(arguments[0])
+    if origin is Literal:
+        return set(map(type, arguments))
+    if origin in (Union, UnionType):
+        return set().union(*map(_plain_kinds, arguments))
+    return {annotation}
 
 
 class StreamOptions(Strict):

@@ -99,21 +99,32 @@ class ServeOptions:
         """All keys, of the file too; none: anybody may call.
 
         Raises:
-            ValueError: the file has none, or a key is empty or not of printable ASCII.
-            OSError: the file cannot be read.
+            ValueError: the file cannot be read or has none, or a key is empty or not of printable
+                ASCII.
         """
-        keys = [*(self.api_key or ())]
-        if self.api_key_file is not None:
-            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
-            found = [line.strip() for line in lines]
-            of_file = [line for line in found if line and not line.startswith("#")]
-            if not of_file:
-                raise ValueError(f"api_key_file: expected keys, found none in {self.api_key_file}")
-            keys += of_file
+        keys = [*(self.api_key or ()), *self._keys_of_file()]
         for key in keys:
-            if not key or not key.isascii() or not key.isprintable() or " " in key:
+            if not key:
+                raise ValueError("api_key: expected a key, got an empty one")
+            if not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError("api_key: expected printable ASCII without spaces, got another")
         return tuple(dict.fromkeys(keys))
+
+    def _keys_of_file(self) -> list[str]:
+        if self.api_key_file is None:
+            return []
+        try:
+            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(
+                f"api_key_file: {self.api_key_file} cannot be read: {reason}"
+            ) from error
+        found = [line.strip() for line in lines]
+        keys = [line for line in found if line and not line.startswith("#")]
+        if not keys:
+            raise ValueError(f"api_key_file: expected keys, found none in {self.api_key_file}")
+        return keys
 
     @property
     def is_loopback(self) -> bool:

@@ -42,7 +42,7 @@ def page_routes() -> APIRouter:
 def _add(routes: APIRouter, path: str, file: Path) -> None:
     kind = f"{_KINDS[file.suffix]}; charset=utf-8"
 
-    @routes.get(path, include_in_schema=False)
+    @routes.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
     async def page_file() -> Response:
         if not file.is_file():
             raise ApiError(404, f"{path}: this installation has no page")

@@ -1,19 +1,18 @@
-"""Requests and answers of ``/v1/responses``: text, without tools and without a store."""
+"""Requests and answers of ``/v1/responses``: text and calls of functions, without a store."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from specrt.serve.fields import JsonSchemaFormat, SamplingFields, Strict
+from specrt.serve.tools import Function, FunctionName
 from specrt.serve.usage import Speculation
 
 
-class InputItem(BaseModel):
+class MessageItem(Strict):
     """One turn."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
@@ -21,6 +20,61 @@ class InputItem(BaseModel):
     id: str | None = None
     status: str | None = None
     phase: str | None = None
+
+
+class CallItem(Strict):
+    """A call that the model has made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class CallOutputItem(Strict):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[dict[str, Any]]
+    id: str | None = None
+    status: str | None = None
+
+
+_ITEMS = {"function_call": "Call", "function_call_output": "CallOutput", "message": "Message"}
+
+
+def _tag(item: Any) -> str | None:
+    given = item.get("type") if isinstance(item, dict) else None
+    return "Message" if given is None else _ITEMS.get(given) if isinstance(given, str) else None
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("Message")]
+    | Annotated[CallItem, Tag("Call")]
+    | Annotated[CallOutputItem, Tag("CallOutput")],
+    Discriminator(
+        _tag,
+        custom_error_type="unknown_item",
+        custom_error_message=f"expected an item of the type {', '.join(sorted(_ITEMS))}",
+    ),
+]
+
+
+class _OfFunctions(Strict):
+    """A last base, so that its field is the first one: another kind has other fields."""
+
+    type: Literal["function"]
+
+
+class FunctionTool(Function, _OfFunctions):
+    """A function that the model may call; other tools there are none."""
+
+
+class NamedFunction(FunctionName, _OfFunctions):
+    """The function that is to be called."""
 
 
 class TextFormat(JsonSchemaFormat):
@@ -49,8 +103,8 @@ class ResponseRequest(SamplingFields):
     background: Literal[False] | None = None
     metadata: dict[str, Any] | None = Field(default=None, description="Given back.")
     parallel_tool_calls: bool | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0, description="None are taken.")
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[FunctionTool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     reasoning: dict[str, Any] | None = Field(default=None, description="Accepted, without effect.")
     truncation: Literal["disabled"] | None = None
     store: bool | None = Field(default=None, description="Nothing is stored, whatever it says.")
@@ -77,6 +131,17 @@ class OutputMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     status: Literal["in_progress", "completed", "incomplete"]
     content: list[OutputText]
+
+
+class OutputCall(BaseModel):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function_call"] = "function_call"
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed"] = "completed"
 
 
 class InputTokensDetails(BaseModel):
@@ -119,15 +184,15 @@ class ResponseAnswer(BaseModel):
     instructions: str | None
     max_output_tokens: int | None
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     parallel_tool_calls: bool = False
     previous_response_id: None = None
     store: bool = False
     temperature: float
     top_p: float
     text: dict[str, Any]
-    tool_choice: Literal["none"] = "none"
-    tools: list[Any] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "none"
+    tools: list[FunctionTool] = []
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
     metadata: dict[str, Any]

@@ -1,24 +1,30 @@
-"""``/v1/responses``: OpenAI's newer form of a conversation's next turn, as far as it is text."""
+"""``/v1/responses``: OpenAI's newer form of a conversation's next turn: text and calls."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from specrt.engine.results import GenerationResult, StreamChunk
 from specrt.serve.answering import Answering
-from specrt.serve.chat import start_chat
+from specrt.serve.chat import calls_in, reader_of, start_chat, wanted_calls
 from specrt.serve.chat_fields import ChatRequest, Message
 from specrt.serve.errors import ApiError, JsonResponse
 from specrt.serve.fields import JsonSchemaFormat, ResponseFormat, SamplingFields
 from specrt.serve.response_fields import (
+    CallItem,
+    CallOutputItem,
+    FunctionTool,
     IncompleteDetails,
     InputTokensDetails,
+    MessageItem,
+    NamedFunction,
+    OutputCall,
     OutputMessage,
     OutputText,
     ResponseAnswer,
@@ -27,6 +33,7 @@ from specrt.serve.response_fields import (
 )
 from specrt.serve.service import Service, new_id
 from specrt.serve.streaming import EventStream, event
+from specrt.serve.tools import Function, FunctionCall, FunctionName, NamedTool, Tool, ToolCall
 from specrt.serve.usage import finish_reason, speculation_of, usage_of
 
 
@@ -42,15 +49,17 @@ def response_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -
     )
     async def responses(body: ResponseRequest, request: Request) -> Response:
         service.check_model(body.model)
-        answering = await start_chat(service, _as_chat(body), request, names=_NAMES)
-        made = ResponseMaker(service, body, answering)
+        chat = as_chat(body)
+        answering = await start_chat(service, chat, request, names=_NAMES)
+        made = ResponseMaker(service, body, chat, answering)
         if body.stream:
             options = service.options
             return EventStream(
                 answering, ResponseWriter(made), options.ping_seconds, options.request_seconds
             )
         results = await answering.whole(request.receive)
-        return JsonResponse(made.answer(results[0]).model_dump())
+        text, calls = calls_in(chat, results[0].text)
+        return JsonResponse(made.answer(results[0], made.items(results[0], text, calls)))
 
     return routes
 
@@ -58,8 +67,12 @@ def response_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
-def _as_chat(body: ResponseRequest) -> ChatRequest:
-    """The same as a request of the older form."""
+def as_chat(body: ResponseRequest) -> ChatRequest:
+    """The same as a request of the older form.
+
+    Raises:
+        ApiError: nothing is said.
+    """
     if not body.input:
         raise ApiError(400, "input: expected a text or turns, got none", "input")
     turns: list[Message] = []
@@ -68,14 +81,44 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
     if isinstance(body.input, str):
         turns.append(Message(role="user", content=body.input))
     else:
-        turns += [Message(role=item.role, content=item.content) for item in body.input]
+        for item in body.input:
+            _add_item(turns, item)
     shared = {name: getattr(body, name) for name in SamplingFields.model_fields}
+    tools = [Tool(type="function", function=_function(tool)) for tool in body.tools or ()]
     return ChatRequest(
         **{name: value for name, value in shared.items() if value is not None},
         messages=turns,
         max_tokens=body.max_output_tokens,
         response_format=_format(body),
+        tools=tools or None,
+        tool_choice=_choice(body),
+        parallel_tool_calls=body.parallel_tool_calls,
     )
+
+
+def _choice(body: ResponseRequest) -> Literal["none", "auto", "required"] | NamedTool | None:
+    choice = body.tool_choice
+    if not isinstance(choice, NamedFunction):
+        return choice
+    return NamedTool(type="function", function=FunctionName(name=choice.name))
+
+
+def _function(tool: FunctionTool) -> Function:
+    return Function(**tool.model_dump(exclude={"type"}))
+
+
+def _add_item(turns: list[Message], item: MessageItem | CallItem | CallOutputItem) -> None:
+    """Add what an item says: a turn, or a call to the turn of the model's that it is of."""
+    if isinstance(item, MessageItem):
+        turns.append(Message(role=item.role, content=item.content))
+    elif isinstance(item, CallOutputItem):
+        turns.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+    else:
+        if not turns or turns[-1].role != "assistant":
+            turns.append(Message(role="assistant", content=None))
+        function = FunctionCall(name=item.name, arguments=item.arguments)
+        call = ToolCall(id=item.call_id, function=function).model_dump()
+        turns[-1].tool_calls = [*(turns[-1].tool_calls or ()), call]
 
 
 def _format(body: ResponseRequest) -> ResponseFormat | None:
@@ -94,6 +137,8 @@ class ResponseMaker:
 
     service: Service
     body: ResponseRequest
+    chat: ChatRequest
+    """The same as a request of the older form."""
     answering: Answering
 
     def __post_init__(self) -> None:
@@ -101,16 +146,22 @@ class ResponseMaker:
         self.message_id = new_id("msg", self.answering.request)
         self._created = int(time.time())
 
-    def message(self, result: GenerationResult) -> OutputMessage:
-        """The answer's one message."""
-        whole = finish_reason(result) == "stop"
-        return OutputMessage(
-            id=self.message_id,
-            status="completed" if whole else "incomplete",
-            content=[OutputText(text=result.text)],
-        )
+    def items(
+        self, result: GenerationResult, text: str | None, calls: Sequence[ToolCall]
+    ) -> list[OutputMessage | OutputCall]:
+        """What an answer is: a message, if it says anything, and calls."""
+        status = _status(result)
+        items: list[OutputMessage | OutputCall] = []
+        if text is not None:
+            content = [OutputText(text=text)]
+            items.append(OutputMessage(id=self.message_id, status=status, content=content))
+        return [*items, *map(_output_call, calls)]
 
-    def answer(self, result: GenerationResult | None) -> ResponseAnswer:
+    def answer(
+        self,
+        result: GenerationResult | None,
+        items: Sequence[OutputMessage | OutputCall] = (),
+    ) -> dict[str, Any]:
         """The whole; without a result as it is at the beginning."""
         body, params = self.body, self.answering.stream.params[0][0]
         text = {"format": {"type": "text"}}
@@ -123,25 +174,21 @@ class ResponseMaker:
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
             model=self.service.name,
-            output=[],
+            output=list(items),
+            parallel_tool_calls=bool(body.tools) and body.parallel_tool_calls is not False,
             temperature=params.temperature,
             top_p=params.top_p,
             text=text,
+            tool_choice=(body.tool_choice or "auto") if body.tools else "none",
+            tools=body.tools or [],
             metadata=body.metadata or {},
         )
-        if result is None:
-            return made
-        message = self.message(result)
-        whole = message.status == "completed"
-        return made.model_copy(
-            update={
-                "status": message.status,
-                "incomplete_details": None if whole else IncompleteDetails(),
-                "output": [message],
-                "usage": self._usage([result]),
-                "x_specrt": speculation_of([result]),
-            }
-        )
+        if result is not None:
+            made.status = _status(result)
+            made.incomplete_details = None if made.status == "completed" else IncompleteDetails()
+            made.usage = self._usage([result])
+            made.x_specrt = speculation_of([result])
+        return made.model_dump()
 
     def _usage(self, results: Sequence[GenerationResult]) -> ResponseUsage:
         usage = usage_of(self.answering.stream.prompt_ids, results)
@@ -154,6 +201,16 @@ class ResponseMaker:
         )
 
 
+def _status(result: GenerationResult) -> Literal["completed", "incomplete"]:
+    return "completed" if finish_reason(result) == "stop" else "incomplete"
+
+
+def _output_call(call: ToolCall) -> OutputCall:
+    own = f"fc_{call.id.removeprefix('call_')}"
+    function = call.function
+    return OutputCall(id=own, call_id=call.id, name=function.name, arguments=function.arguments)
+
+
 class ResponseWriter:
     """The events of a streamed response.
 
@@ -163,61 +220,91 @@ class ResponseWriter:
 
     def __init__(self, maker: ResponseMaker) -> None:
         self._maker = maker
+        self._reader = reader_of(maker.chat)
         self._count = 0
         self._place = {"item_id": maker.message_id, "output_index": 0, "content_index": 0}
+        self._told = ""
+        self._blank = ""  # held back: before a call it is none of a message
+        self._has_message = False
 
     def opening(self) -> bytes:
-        """That it began, and what it is made of."""
-        begun = {"response": self._maker.answer(None).model_dump()}
-        item = OutputMessage(id=self._maker.message_id, status="in_progress", content=[])
-        return b"".join(
-            (
-                self._event("response.created", begun),
-                self._event("response.in_progress", begun),
-                self._event(
-                    "response.output_item.added", {"output_index": 0, "item": item.model_dump()}
-                ),
-                self._event(
-                    "response.content_part.added",
-                    {**self._place, "part": OutputText(text="").model_dump()},
-                ),
-            )
-        )
+        """That it began."""
+        begun = {"response": self._maker.answer(None)}
+        return self._event("response.created", begun) + self._event("response.in_progress", begun)
 
     def chunk(self, chunk: StreamChunk) -> bytes:
         """New text."""
-        if not chunk.text:
+        text = chunk.text if self._reader is None else self._reader.feed(chunk.text)
+        text, self._blank = self._blank + text, ""
+        if not self._has_message and not text.strip():
+            self._blank = text
             return b""
-        data = {**self._place, "delta": chunk.text, "logprobs": []}
-        return self._event("response.output_text.delta", data)
+        return self._say(text)
 
     def closing(self) -> bytes:
-        """The whole."""
+        """The calls, and the whole."""
         maker = self._maker
         (result,) = maker.answering.in_order()
-        message = maker.message(result)
-        answer = maker.answer(result)
-        return b"".join(
-            (
-                self._event(
-                    "response.output_text.done",
-                    {**self._place, "text": result.text, "logprobs": []},
-                ),
-                self._event(
-                    "response.content_part.done",
-                    {**self._place, "part": message.content[0].model_dump()},
-                ),
-                self._event(
-                    "response.output_item.done", {"output_index": 0, "item": message.model_dump()}
-                ),
-                self._event(f"response.{answer.status}", {"response": answer.model_dump()}),
-            )
-        )
+        rest, calls = ("", []) if self._reader is None else self._reader.end()
+        calls, text = wanted_calls(maker.chat, calls), self._blank + rest
+        data = b""
+        if text.strip() or self._has_message or not calls:
+            data = self._say(text)
+        items = maker.items(result, self._told if self._has_message else None, calls)
+        for place, item in enumerate(items):
+            if isinstance(item, OutputMessage):
+                data += self._end_message(place, item)
+            else:
+                data += self._call(place, item)
+        answer = maker.answer(result, items)
+        return data + self._event(f"response.{answer['status']}", {"response": answer})
 
     def failing(self, error: ApiError) -> bytes:
         """An error's event."""
         detail = error.body()["error"]
         return self._event("error", {name: detail[name] for name in ("code", "message", "param")})
+
+    def _say(self, text: str) -> bytes:
+        """Text of the message, which begins with it."""
+        data = b""
+        if not self._has_message:
+            self._has_message = True
+            item = OutputMessage(id=self._maker.message_id, status="in_progress", content=[])
+            part = OutputText(text="").model_dump()
+            data = self._item("added", 0, item)
+            data += self._event("response.content_part.added", {**self._place, "part": part})
+        if not text:
+            return data
+        self._told += text
+        said = {**self._place, "delta": text, "logprobs": []}
+        return data + self._event("response.output_text.delta", said)
+
+    def _end_message(self, place: int, item: OutputMessage) -> bytes:
+        part = item.content[0]
+        done = {**self._place, "text": part.text, "logprobs": []}
+        data = self._event("response.output_text.done", done)
+        ended = {**self._place, "part": part.model_dump()}
+        data += self._event("response.content_part.done", ended)
+        return data + self._item("done", place, item)
+
+    def _call(self, place: int, item: OutputCall) -> bytes:
+        begun = item.model_copy(update={"arguments": "", "status": "in_progress"})
+        where = {"item_id": item.id, "output_index": place}
+        kind = "response.function_call_arguments"
+        return b"".join(
+            (
+                self._item("added", place, begun),
+                self._event(f"{kind}.delta", {**where, "delta": item.arguments}),
+                self._event(
+                    f"{kind}.done", {**where, "name": item.name, "arguments": item.arguments}
+                ),
+                self._item("done", place, item),
+            )
+        )
+
+    def _item(self, what: str, place: int, item: OutputMessage | OutputCall) -> bytes:
+        data = {"output_index": place, "item": item.model_dump()}
+        return self._event(f"response.output_item.{what}", data)
 
     def _event(self, kind: str, data: dict[str, Any]) -> bytes:
         number, self._count = self._count, self._count + 1

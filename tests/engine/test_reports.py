@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from specrt.accept import logprobs_of
+from specrt.accept import accept, logprobs_of
 from specrt.cache import CacheBatch
 from specrt.device import Device
 from specrt.draft.prompt_lookup.drafter import PromptLookupDrafter
@@ -19,7 +19,7 @@ from specrt.engine.engine import Engine
 from specrt.engine.reports import _LawReader
 from specrt.engine.results import GenerationResult, StreamChunk, TokenLogprob
 from specrt.models.model import LlamaModel
-from specrt.sampling import SamplingParams
+from specrt.sampling import SamplingParams, SamplingTable
 from specrt.tree import chain_tree
 from specrt.types import DraftTree
 from tests.engine.support import RandomTreeDrafter, make_engine, prompts, sampled, texts
@@ -169,10 +169,28 @@ def read_laws(device: Device, rows: torch.Tensor, tokens: Sequence[int], k: int)
     return _LawReader(VOCAB, device).read(there.split(16), tokens, k)
 
 
+def accepted(rows: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    """What acceptance reports of tokens that it is made to take, and cannot take of minus infinity:
+    a walk of one node has the log-probability of the raw logits, whatever lifts its token."""
+    count = len(tokens)
+    if count == 0:
+        return []
+    forced = [SamplingParams(logit_bias={token: 1e30}, logprobs=True) for token in tokens]
+    sampling = SamplingTable.build(forced, [0] * count, rows.shape[1])
+    roots, ones = torch.zeros(count, 1, dtype=torch.int32), torch.ones(count, dtype=torch.int32)
+    found = accept(
+        chain_tree(roots), rows[:, None].contiguous(), sampling, roots, ones, want_logprobs=True
+    )
+    assert found.logprobs is not None
+    values = zip(found.logprobs[:, 0].tolist(), rows[range(count), tokens].tolist(), strict=True)
+    return [-math.inf if logit == -math.inf else value for value, logit in values]
+
+
 def check_tied_rows(device: Device, counts: Sequence[int]) -> None:
     rows, tokens = tied_rows(), [(5 * i) % VOCAB for i in range(21)]
     good = [i for i in range(21) if i not in (2, 3, 4)]
-    exact = logprobs_of(rows[good], [tokens[i] for i in good]).tolist()
+    exact = accepted(rows[good], [tokens[i] for i in good])
+    assert logprobs_of(rows[good], [tokens[i] for i in good]).tolist() == exact
     for k in counts:
         laws = read_laws(device, rows, tokens, k)
         for i in (2, 3, 4):
@@ -181,9 +199,7 @@ def check_tied_rows(device: Device, counts: Sequence[int]) -> None:
         for i in good:
             ids = [one.token_id for one in laws[i].top]
             assert ids == likeliest(rows[i], k)
-            assert [one.logprob for one in laws[i].top] == logprobs_of(
-                rows[[i] * len(ids)], ids
-            ).tolist()
+            assert [one.logprob for one in laws[i].top] == accepted(rows[[i] * len(ids)], ids)
 
 
 def test_ties_go_by_id_and_what_is_no_law_has_none() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.serve.running import KEY, NAME, http_request
+from tests.serve.support import KEY, NAME, http_request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MOST_BYTES = 100_000
@@ -76,6 +76,12 @@ def _headers(label: str, statuses: tuple[int, ...], **headers: str | None) -> Ba
     return Bad(label, request, statuses, word=" ")
 
 
+def _kind(label: str, given: str | None) -> Bad:
+    """A good body that is said to be something else."""
+    refused = _headers(label, (415,), Content_Type=given)
+    return replace(refused, word="content-type: expected application/json, got")
+
+
 BODIES = [
     _text("", "nothing"),
     _text("{", "cut off", word="JSON"),
@@ -142,6 +148,10 @@ FIELDS = [
     _field("max_tokens", 1.5),
     _field("max_tokens", "many"),
     _field("max_tokens", True),
+    _field("max_tokens", 1e400, "beyond all floats"),
+    _field("max_tokens", "16"),
+    _field("speculative", {"max_tokens": 2.5}, param="speculative.max_tokens"),
+    _chat_field("logprobs", 1.0),
     _field("temperature", -0.1),
     _field("temperature", "hot"),
     _field("temperature", 1e300),
@@ -270,8 +280,11 @@ HEADERS = [
     _headers("an empty key", (401,), Authorization="Bearer "),
     _headers("a key of no ASCII", (401,), Authorization="Bearer \xe4\xf6\xfc"),
     _headers("a long key", (401, 431, 400), Authorization="Bearer " + "a" * 20_000),
-    _headers("a text as content type", (400, 415), Content_Type="text/plain"),
-    _headers("a form as content type", (400, 415), Content_Type="multipart/form-data"),
+    _kind("no content type", None),
+    _kind("a text as content type", "text/plain"),
+    _kind("curl's own content type", "application/x-www-form-urlencoded"),
+    _kind("a form as content type", "multipart/form-data; boundary=x"),
+    _kind("two content types", "application/json, text/plain"),
     _headers("another host", (421,), Host="evil.example"),
     _headers("an absurd host", (400, 421), Host="[::"),
     _headers("another origin", (403,), Origin="http://evil.example"),

@@ -1,4 +1,4 @@
-"""A server in a thread, as a process would run it."""
+"""A server in a thread, as a process would run it, and requests of plain bytes to it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +20,24 @@ from specrt.serve.options import ServeOptions
 from specrt.serve.running import Server, config_of, listen
 from specrt.serve.service import Service
 
+NAME, KEY = "tested", "the-key-of-the-tests"
 QUESTION = [{"role": "user", "content": "What is 3 plus 4?"}]
+_SECONDS = 30.0
 
 
 @dataclass
 class Running:
     """A server that answers."""
 
-    url: str
+    port: int
     engine: Engine
     service: Service
     client: httpx2.Client
     server: Server
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
         return self.client.post(path, json=body)
@@ -60,6 +66,27 @@ class Running:
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object, its form checked."""
+        told = json.loads(self.body)
+        assert told.keys() == {"error"}, told
+        error = told["error"]
+        assert error.keys() == {"message", "type", "param", "code"}, error
+        assert isinstance(error["message"], str) and error["message"]
+        assert isinstance(error["type"], str) and isinstance(error["code"], str)
+        assert error["param"] is None or isinstance(error["param"], str)
+        return dict(error)
+
+
 def parsed(text: str) -> list[Any]:
     pieces = [piece for piece in text.split("\n\n") if piece and not piece.startswith(":")]
     lines = [piece.splitlines()[-1].removeprefix("data: ") for piece in pieces]
@@ -67,12 +94,10 @@ def parsed(text: str) -> list[Any]:
 
 
 def raw(server: Running, body: bytes, **headers: str) -> socket.socket:
-    """A connection over which a chat was asked for."""
-    made = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
-    fields = {"Host": "localhost", "Content-Type": "application/json"}
-    fields |= {"Content-Length": str(len(body))} | headers
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    made.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + body)
+    """A connection over which a chat was asked for, and that stays open."""
+    fields = {"Authorization": None, "Connection": None, **headers}
+    made = socket.create_connection(("127.0.0.1", server.port))
+    made.sendall(http_request("POST", "/v1/chat/completions", body, fields))
     return made
 
 
@@ -105,12 +130,73 @@ def running(engine: Engine, name: str = "tiny", **options: Any) -> Iterator[Runn
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         assert started.wait(30)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        port = listening.getsockname()[1]
         try:
-            with httpx2.Client(base_url=url, timeout=60) as client:
-                yield Running(url, engine, app.state.service, client, server)
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                yield Running(port, engine, app.state.service, client, server)
         finally:
             server.handle_exit(signal.SIGTERM, None)
             server.handle_exit(signal.SIGTERM, None)  # at once
             thread.join()
             served.close()
+
+
+def http_request(
+    method: str,
+    path: str,
+    body: bytes | None = b"",
+    headers: Mapping[str, str | None] | None = None,
+) -> bytes:
+    """A request as it is written; a header of None is left out, as are those of a body of None."""
+    fields: dict[str, str | None] = {
+        "Host": "localhost",
+        "Authorization": f"Bearer {KEY}",
+        "Connection": "close",
+    }
+    if body is not None:
+        fields |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    fields.update(headers or {})
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""])
+    return head.encode("latin-1") + (body or b"")
+
+
+def send(port: int, request: bytes, *, is_closed: bool = False) -> Answer | None:
+    """Send bytes and read to the end.
+
+    Args:
+        port: of the server.
+        request: whatever it is.
+        is_closed: whether nothing more will come behind them, which the server is told.
+
+    Returns:
+        None: it hung up without a word.
+    """
+    with socket.create_connection(("127.0.0.1", port), timeout=_SECONDS) as made:
+        try:
+            made.sendall(request)
+            if is_closed:
+                made.shutdown(socket.SHUT_WR)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused before all was read
+        data = b""
+        try:
+            while piece := made.recv(1 << 16):
+                data += piece
+        except ConnectionResetError:
+            pass  # what it had not read was thrown away
+    return answer_of(data) if data else None
+
+
+def answer_of(data: bytes) -> Answer:
+    """Taken apart; chunks put together."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    headers = {name.lower(): value.strip() for name, _, value in pairs}
+    if headers.get("transfer-encoding") == "chunked":
+        rest, body = body, b""
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    return Answer(int(first.split()[1]), headers, body)

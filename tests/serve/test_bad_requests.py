@@ -9,9 +9,8 @@ import pytest
 
 import specrt
 from specrt import builtin
-from specrt.serve.options import ServeOptions
 from tests.serve.bad_requests import ALL, MOST_BYTES, Bad
-from tests.serve.running import KEY, NAME, Running, http_request, running, send
+from tests.serve.support import KEY, NAME, Running, http_request, running, send
 
 pytestmark = pytest.mark.skipif(
     not (builtin.target_path() / "config.json").is_file(), reason="the bundled target is not here"
@@ -20,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    options = ServeOptions(api_key=[KEY], max_body_bytes=MOST_BYTES, body_seconds=5.0)
-    with specrt.load("builtin", progress=False) as engine, running(engine, options) as made:
+    options = {"api_key": [KEY], "max_body_bytes": MOST_BYTES, "body_seconds": 5.0}
+    with specrt.load("builtin", progress=False) as engine, running(engine, NAME, **options) as made:
         yield made
 
 
@@ -54,7 +53,7 @@ def _alive(server: Running) -> Iterator[None]:
     yield
     answer = send(server.port, http_request("GET", "/health", None))
     assert answer is not None and answer.status == 200
-    assert not server.app.state.service.open
+    assert not server.service.open
 
 
 def test_it_still_answers_right(server: Running) -> None:

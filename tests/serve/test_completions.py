@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
 import pytest
 
-from tests.serve.support import QUESTION, Running, load_small, running
+from specrt import SamplingParams
+from specrt.serve.chat import calls_in
+from specrt.serve.response_fields import ResponseRequest
+from specrt.serve.responses import ResponseMaker, ResponseWriter, as_chat
+from tests.serve.support import QUESTION, Running, load_small, parsed, running
 
 TEXTS = "/v1/completions"
+ADD: dict[str, Any] = {
+    "type": "function", "name": "add",
+    "parameters": {
+        "type": "object",
+        "properties": {name: {"type": "integer", "minimum": 0, "maximum": 9} for name in "ab"},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+}  # fmt: skip
 PROMPT = "Question: What is 3 plus 4?\nAnswer:"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 
@@ -32,6 +47,26 @@ def test_forms_of_a_prompt(server: Running) -> None:
             "finish_reason": "length", "stop_reason": None,
         }  # fmt: skip
         assert got["usage"]["prompt_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize("kind", ["APPLICATION/JSON; charset=utf-8", "application/x.y+json"])
+def test_kinds_of_json(server: Running, kind: str) -> None:
+    body = b'{"prompt": "Once", "max_tokens": 1}'
+    response = server.client.post(TEXTS, content=body, headers={"Content-Type": kind})
+    assert response.status_code == 200, response.text
+
+
+def test_whole_numbers_may_be_written_as_floats(server: Running) -> None:
+    floats = {
+        "max_tokens": 6.0, "seed": 3.0, "n": 2.0, "top_k": 40.0, "logprobs": 0.0, "min_tokens": 1.0,
+        "speculative": {"max_tokens": 3.0},
+    }  # fmt: skip
+    whole = {**{name: int(value) for name, value in floats.items() if name != "speculative"},
+             "speculative": {"max_tokens": 3}}  # fmt: skip
+    got, want = (server.ok(TEXTS, prompt=PROMPT, **one)["choices"] for one in (floats, whole))
+    assert got == want
+    answer = server.ok("/v1/responses", input="Once", max_output_tokens=2.0, n=1.0, temperature=1)
+    assert answer["usage"]["output_tokens"] <= 2
 
 
 def test_many_prompts_and_choices(server: Running) -> None:
@@ -136,7 +171,22 @@ def test_a_response_is_the_chats_answer(server: Running) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": "a", "previous_response_id": "x"}, "previous_response_id"),
-        ({"input": "a", "tools": [{}]}, "tools"),
+        ({"input": "a", "tools": [{}]}, "tools[0].type"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "a", "tools": [{**ADD, "name": "a b"}]}, "tools[0].name"),
+        ({"input": "a", "tools": [ADD]}, "tools"),  # the template takes none
+        ({"input": "a", "tools": [ADD], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+        (
+            {"input": "a", "tools": [ADD], "tool_choice": {"type": "function", "name": "x"}},
+            "tool_choice",
+        ),
+        ({"input": "a", "tool_choice": "required"}, "tools"),
+        ({"input": [{"type": "reasoning"}]}, "input[0]"),
+        ({"input": [{"role": "king", "content": "a"}]}, "input[0].role"),
+        (
+            {"input": [{"type": "function_call", "name": "add", "arguments": "{}"}]},
+            "input[0].call_id",
+        ),
         ({"input": "b " * 4000}, "input"),
         ({"input": [{"role": "user", "content": "b"}] * 4096}, "input"),
         ({"input": "a", "instructions": "b"}, "input"),
@@ -146,6 +196,105 @@ def test_what_a_response_cannot_be(server: Running, body: dict[str, Any], param:
     response = server.post("/v1/responses", **body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+FORCED: dict[str, Any] = {
+    "input": "What is 3 plus 4?", "temperature": 0, "max_output_tokens": 60,
+    "tools": [ADD], "tool_choice": {"type": "function", "name": "add"},
+}  # fmt: skip
+
+
+def test_a_call_is_the_chats(server: Running) -> None:
+    function = {name: value for name, value in ADD.items() if name != "type"}
+    chat = server.ok(
+        "/v1/chat/completions",
+        messages=QUESTION,
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "add"}},
+        temperature=0,
+        max_tokens=60,
+    )
+    (want,) = chat["choices"][0]["message"]["tool_calls"]
+    got = server.ok("/v1/responses", **FORCED)
+    (call,) = got["output"]
+    assert call == {
+        "type": "function_call", "id": ANY, "call_id": ANY, "status": "completed",
+        **want["function"],
+    }  # fmt: skip
+    assert call["id"] != call["call_id"] and got["status"] == "completed"
+    assert got["tool_choice"] == {"type": "function", "name": "add"}
+    assert got["tools"][0].items() >= ADD.items() and got["parallel_tool_calls"]
+
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "said", "num_calls"),
+    [
+        ("Seven.", "Seven.", 0),
+        (" Let me. \n" + CALL, "Let me.", 1),
+        ("\n\n" + CALL + CALL, None, 2),
+        ("", "", 0),
+        (" ", " ", 0),
+        ("<tool_call>{", "<tool_call>{", 0),
+    ],
+)
+def test_streams_tell_texts_from_calls(
+    server: Running, text: str, said: str | None, num_calls: int, size: int
+) -> None:
+    body = ResponseRequest.model_validate({"input": "a", "tools": [ADD]})
+    result = server.engine.generate("Once", max_new_tokens=1)
+    result = replace(result, text=text, finish_reason="stop")
+    stream = SimpleNamespace(params=[[SamplingParams()]], prompt_ids=[[1]])
+    answering: Any = SimpleNamespace(
+        request=SimpleNamespace(scope={}), stream=stream, in_order=lambda: [result]
+    )
+    chat = as_chat(body)
+    maker = ResponseMaker(server.service, body, chat, answering)
+    writer = ResponseWriter(maker)
+    data = writer.opening()
+    for start in range(0, len(text), size):
+        piece: Any = SimpleNamespace(text=text[start : start + size])
+        data += writer.chunk(piece)
+    events = parsed((data + writer.closing()).decode())
+    assert [one["sequence_number"] for one in events] == list(range(len(events)))
+    output = events[-1]["response"]["output"]
+    ended = [one for one in events if one["type"] == "response.output_item.done"]
+    assert [one["item"] for one in ended] == output
+    assert [one["output_index"] for one in ended] == list(range(len(output)))
+    told = "".join(one["delta"] for one in events if one["type"].endswith("output_text.delta"))
+    whole = maker.items(result, *calls_in(chat, text))
+    kinds = [item.type for item in whole]
+    assert [item["type"] for item in output] == kinds
+    assert kinds == ["message"] * (said is not None) + ["function_call"] * num_calls
+    if said is not None:
+        assert output[0]["content"][0]["text"] == told
+        assert told.strip() == said.strip() and whole[0].content[0].text == said
+
+
+def test_what_is_made_of_calls_and_their_results() -> None:
+    called = {"type": "function_call", "id": "fc_1", "status": "completed", "name": "add"}
+    items = [
+        {"role": "user", "content": "What is 3 plus 4?"},
+        {"type": "message", "role": "assistant", "content": "Let me see."},
+        {**called, "call_id": "1", "arguments": '{"a": 3}'},
+        {**called, "call_id": "2", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "7"},
+        {**called, "call_id": "3", "arguments": "{}"},
+    ]
+    body = ResponseRequest.model_validate({"input": items})
+    calls = [
+        {"id": one, "type": "function", "function": {"name": "add", "arguments": arguments}}
+        for one, arguments in (("1", '{"a": 3}'), ("2", "{}"), ("3", "{}"))
+    ]
+    assert [turn.model_dump(exclude_unset=True) for turn in as_chat(body).messages] == [
+        {"role": "user", "content": "What is 3 plus 4?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls[:2]},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+        {"role": "assistant", "content": None, "tool_calls": calls[2:]},
+    ]
 
 
 # --- tokens, and the server itself ----------------------------------------------------------------

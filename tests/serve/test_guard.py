@@ -64,6 +64,9 @@ def test_keys_of_a_file(served: AsyncEngine, tmp_path: Path) -> None:
     file.write_text("# none\n")
     with pytest.raises(ValueError, match="api_key_file: expected keys"):
         client(served, api_key_file=str(file))
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="api_key_file: .*keys cannot be read: it is not UTF-8"):
+        client(served, api_key_file=str(file))
     with pytest.raises(ValueError, match="api_key: expected printable"):
         client(served, api_key=["a key"])
 

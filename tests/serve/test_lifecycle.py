@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from specrt import Engine
+from specrt import Engine, builtin
+from specrt.cli import main
 from specrt.serve.logs import JsonLines, PlainLines
+from tests.checkpoints import edit_config
 from tests.serve.support import (
     QUESTION,
     Running,
@@ -71,6 +75,15 @@ def test_a_client_that_goes_ends_its_request(server: Running, is_streamed: bool)
     until(lambda: is_at_rest(server.engine))
     until(lambda: server.figure("vllm:request_success_total") == before + 1)
     assert server.figure("vllm:num_requests_running") == 0
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/page.js"])
+def test_head_is_get_without_a_body(server: Running, path: str) -> None:
+    got, head = server.client.get(path), server.client.head(path)
+    assert got.status_code == head.status_code == 200
+    assert got.content and not head.content
+    for name in ("content-type", "content-length"):
+        assert got.headers[name] == head.headers[name]
 
 
 def test_a_full_queue_says_when_to_come_again(server: Running) -> None:
@@ -267,6 +280,50 @@ def test_an_address_that_is_taken_is_said_before_anything_is_loaded() -> None:
             listen(ServeOptions(port=port))
     with pytest.raises(ValueError, match="host: nowhere.invalid cannot be listened at"):
         listen(ServeOptions(host="nowhere.invalid"))
+
+
+PORT_IS_TAKEN = "port: 127.0.0.1:{port} cannot be listened at"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], PORT_IS_TAKEN),
+        (["no/such-target.gguf"], "no/such-target.gguf"),
+        (["--drafter", "no-such"], "drafter: expected none, auto"),
+        (["--drafter", "./no-such"], "no-such: no such directory"),
+        (["--drafter", "OTHERS"], "made for another target"),
+        (["--lora", "./no-such"], "no-such"),
+        (["--hot-tokens", "no-such.json"], "hot_tokens: no such file: no-such.json"),
+        (["--device", "tpu"], "device: expected 'cpu'"),
+        (["--dtype", "int3"], "dtype: expected auto or one of"),
+        (["--quantize", "int3"], "quantize: expected"),
+        (["--controller", "fixed-x"], "controller: expected"),
+        (["--draft-weights", "int3"], "draft_weights: expected"),
+        (["--max-batch", "0"], "max_batch: expected at least 1"),
+        (["--api-key-file", "no-such"], "api_key_file: no-such cannot be read: No such file"),
+        (["--api-key", ""], "api_key: expected a key, got an empty one"),
+    ],
+)
+def test_what_options_tell_comes_first_then_the_port_then_the_model(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("SPECRT_API_KEY", raising=False)
+    if "OTHERS" in options:
+        shutil.copytree(builtin.drafter_paths("builtin")["fspad"], tmp_path / "others")
+        edit_config(tmp_path / "others", target={"name": "other", "fingerprint": "0"})
+        options = ["--drafter", str(tmp_path / "others")]
+    loaded: list[object] = []
+    monkeypatch.setattr("specrt.loading.load", lambda *given, **named: loaded.append(given))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", *options, "--port", str(port)]) == 2
+    assert message.format(port=port) in capsys.readouterr().err
+    assert not loaded
 
 
 def test_no_thread_is_left(engine: Engine) -> None:

@@ -20,8 +20,7 @@ from schemathesis.specs.openapi.checks import (
 
 import specrt
 from specrt import builtin
-from specrt.serve.options import ServeOptions
-from tests.serve.running import KEY, NAME, Running, http_request, running, send
+from tests.serve.support import KEY, NAME, Running, http_request, running, send
 
 pytestmark = pytest.mark.skipif(
     not (builtin.target_path() / "config.json").is_file(), reason="the bundled target is not here"
@@ -42,8 +41,10 @@ _CHECKS = [
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     """Answers of four tokens, so that examples cost little."""
-    options = ServeOptions(api_key=[KEY], max_output_tokens=4, max_choices=4)
-    with specrt.load("builtin", "none", progress=False) as engine, running(engine, options) as made:
+    with (
+        specrt.load("builtin", "none", progress=False) as engine,
+        running(engine, NAME, api_key=[KEY], max_output_tokens=4, max_choices=4) as made,
+    ):
         yield made
 
 

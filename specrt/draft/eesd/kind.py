@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from specrt.draft.kind import DrafterRequest, Kind
 
 if TYPE_CHECKING:
+    from specrt.config import ModelConfig
     from specrt.draft.base import Drafter
 
 
@@ -15,6 +16,12 @@ def _matches(directory: Path) -> bool:
     from specrt.draft.eesd.checkpoint import is_exit_checkpoint
 
     return is_exit_checkpoint(directory)
+
+
+def _check(directory: Path, target: ModelConfig, target_path: Path | None) -> None:
+    from specrt.draft.eesd.checkpoint import read_exit
+
+    read_exit(directory, target)
 
 
 def _load(request: DrafterRequest) -> Drafter:
@@ -33,4 +40,4 @@ def _load(request: DrafterRequest) -> Drafter:
     return kind(exit_model, options.control, is_coupled=options.is_coupled)
 
 
-EESD = Kind("eesd", "an EESD drafter", _load, _matches, has_control=True)
+EESD = Kind("eesd", "an EESD drafter", _load, _matches, has_control=True, check=_check)

@@ -198,6 +198,17 @@ def read_checkpoint(
     return config, tensors
 
 
+def check_fit(path: str | os.PathLike[str], target: ModelConfig) -> None:
+    """Refuse a drafter that was made for another target; no tensor is read.
+
+    Raises:
+        CheckpointError: so, or its configuration is missing or broken.
+    """
+    file = config_file(path)
+    data = read_json(file)
+    _check_target(file, _read_config(file, data, open_drafter(file.parent)), target)
+
+
 def reduce_vocabulary(
     config: DraftConfig, tensors: Mapping[str, torch.Tensor], counts: torch.Tensor, size: int
 ) -> tuple[DraftConfig, dict[str, torch.Tensor]]:

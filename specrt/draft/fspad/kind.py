@@ -12,6 +12,7 @@ from specrt.draft.kind import DrafterOptions, DrafterRequest, Kind
 if TYPE_CHECKING:
     import torch
 
+    from specrt.config import ModelConfig
     from specrt.draft.base import Drafter
     from specrt.draft.fspad.checkpoint import DraftConfig
     from specrt.draft.fspad.layer import DraftLayer
@@ -23,6 +24,12 @@ def _matches(directory: Path) -> bool:
     from specrt.draft.fspad.checkpoint import is_draft_checkpoint
 
     return is_draft_checkpoint(directory)
+
+
+def _check(directory: Path, target: ModelConfig, target_path: Path | None) -> None:
+    from specrt.draft.fspad.checkpoint import check_fit
+
+    check_fit(directory, target)
 
 
 def _load(request: DrafterRequest) -> Drafter:
@@ -116,4 +123,5 @@ FSPAD = Kind(
     _matches,
     has_control=True,
     has_narrowing=True,
+    check=_check,
 )

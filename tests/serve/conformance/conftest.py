@@ -54,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Here and not in pyproject.toml, which a copy of this folder does not have beside it.
     config.addinivalue_line("markers", "extension: what specrt's server has beyond OpenAI's")
 
 
