@@ -23,7 +23,7 @@ class EngineLimits:
     """The largest tree that is verified, its root included."""
     prefill_chunk: int = 512
     """Tokens of prompts that are run between two rounds of those that decode, at most; on a CPU
-    fewer, as many as take two rounds' time, so that these do not wait long."""
+    fewer, as many as take one and a half rounds' time, so that these do not wait long."""
     max_cached_tokens: int | None = None
     """Tokens of all sequences whose keys and values are held, in whole pages; who came last gives
     way where they run out. Of layers that see a window this holds by itself, of what they keep.

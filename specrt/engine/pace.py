@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_WAIT = 2.0  # rounds that prompts may take between two of them
+_WAIT = 1.5  # rounds that prompts may take between two of them
 _FIRST_CHUNK = 128  # tokens, before anything was measured
 _LEAST_CHUNK = 32  # tokens; fewer would read all weights for next to nothing
 _MEMORY = 0.9  # weight of the past

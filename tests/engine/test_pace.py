@@ -28,9 +28,9 @@ def test_before_anything_was_measured() -> None:
 
 @pytest.mark.parametrize(
     ("row_ms", "round_ms", "tokens"),
-    [(1.0, 40.0, 80), (0.5, 40.0, 160), (1.0, 4.0, 32), (0.01, 40.0, 512), (0.0, 40.0, 512)],
+    [(1.0, 40.0, 60), (0.5, 40.0, 120), (1.0, 4.0, 32), (0.01, 40.0, 512), (0.0, 40.0, 512)],
 )
-def test_two_rounds_time(row_ms: float, round_ms: float, tokens: int) -> None:
+def test_one_and_a_half_rounds_time(row_ms: float, round_ms: float, tokens: int) -> None:
     assert measured(512, row_ms, round_ms).chunk(is_waited_for=True) == tokens
 
 
@@ -41,16 +41,16 @@ def test_a_limit_is_kept() -> None:
 def test_short_pieces_tell_nothing() -> None:
     pace = measured(512, 1.0, 40.0)
     pace.observe_prompt(1, 50.0)
-    assert pace.chunk(is_waited_for=True) == 80
+    assert pace.chunk(is_waited_for=True) == 60
 
 
 def test_one_slow_round_does_not_open_the_gate() -> None:
     pace = measured(512, 1.0, 40.0)
     pace.observe_round(60_000.0)
-    assert pace.chunk(is_waited_for=True) == 104  # 0.9 * 40 + 0.1 * 160 ms, twice
+    assert pace.chunk(is_waited_for=True) == 78  # 0.9 * 40 + 0.1 * 160 ms, one and a half times
     for _ in range(60):
-        pace.observe_round(20.0)
-    assert pace.chunk(is_waited_for=True) == 40
+        pace.observe_round(30.0)
+    assert pace.chunk(is_waited_for=True) == 45
 
 
 def test_a_short_piece_counts_as_the_pass_that_it_is() -> None:
