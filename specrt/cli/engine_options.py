@@ -126,16 +126,18 @@ class EngineOptions:
         """
         from specrt.config import hub_name
         from specrt.config.lora import read_adapter_config
-        from specrt.draft.kind import DrafterOptions
+        from specrt.draft.kind import DrafterOptions, DraftWindow
         from specrt.draft.length.control import parse_control
         from specrt.loading import parse_dtype
         from specrt.models.packing import choose_packing
         from specrt.models.placement import choose_dtype, parse_device
 
+        set_threads(self.threads)
         check_name(self.drafter)
         place, dtype = parse_device(self.device), parse_dtype(self.dtype)
         control = None if self.controller is None else parse_control(self.controller)
-        DrafterOptions(control=control, weights=self.draft_weights)
+        window = None if self.draft_window is None else DraftWindow(self.draft_window)
+        DrafterOptions(control=control, weights=self.draft_weights, window=window)
         if self.hot_tokens is not None and not Path(self.hot_tokens).is_file():
             raise ValueError(f"hot_tokens: no such file: {self.hot_tokens}")
         if hub_name(self.target) is not None or hub_name(self.lora or "") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 
 from specrt.cli import errors
 from specrt.cli.options import RUNTIME
-from specrt.serve.options import ServeOptions, default_name, need_packages, url_of
+from specrt.serve.options import API_KEY_NAME, ServeOptions, default_name, need_packages, url_of
 
 if TYPE_CHECKING:
     from specrt.cli.engine_options import EngineOptions
@@ -61,6 +62,8 @@ def run(engine_options: EngineOptions, sizes: EngineSizes, options: ServeOptions
     from specrt.serve.running import listen
 
     keys = options.keys()
+    if not keys and API_KEY_NAME in os.environ:  # a secret that did not come is no wish for none
+        raise ValueError(f"{API_KEY_NAME}: expected a key, got an empty one")
     EngineLimits(max_nodes=engine_options.max_nodes, **vars(sizes))
     engine_options.check()
     with listen(options) as listening:  # before what takes long

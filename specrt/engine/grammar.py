@@ -79,7 +79,11 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(initial_lexer_fuel=_FIRST_FUEL, step_lexer_fuel=_STEP_FUEL)
-        matcher = LLMatcher(tokenizer, _grammar(form), log_level=0, limits=limits)
+        try:
+            grammar = _grammar(form)
+        except ValueError as error:
+            raise ValueError(f"{form.kind}: {error}") from error
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
             tried = matcher.deep_copy()
             tried.compute_bitmask()  # here, not in a round: some forms are found too large by it

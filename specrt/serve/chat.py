@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -60,19 +60,13 @@ def chat_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -> AP
     return routes
 
 
-async def start_chat(
-    service: Service,
-    body: ChatRequest,
-    request: Request,
-    names: Mapping[str, str] | None = None,
-) -> Answering:
+async def start_chat(service: Service, body: ChatRequest, request: Request) -> Answering:
     """Have a conversation answered.
 
     Args:
         service: by which.
         body: the conversation.
         request: of HTTP.
-        names: what errors call fields that the route has by other names.
 
     Raises:
         ApiError: it is refused, or there is no room.
@@ -80,7 +74,7 @@ async def start_chat(
     try:
         return await _start(service, body, request)
     except ApiError as error:
-        raise error.renamed(body.form_names()).renamed(names or {}) from error
+        raise error.renamed(body.form_names()) from error
 
 
 async def _start(service: Service, body: ChatRequest, request: Request) -> Answering:
@@ -174,7 +168,7 @@ def _plain(message: Message) -> dict[str, Any]:
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
                 function["arguments"] = json.loads(function["arguments"] or "{}")
-            except ValueError:  # it stays what it is: some templates take text
+            except (ValueError, RecursionError):  # it stays what it is: some templates take text
                 continue
     return plain
 

@@ -89,7 +89,7 @@ class ApiError(HTTPException):
     def renamed(self, names: Mapping[str, str]) -> ApiError:
         """The same about a field that is called otherwise."""
         for name, other in names.items():
-            if self.param is not None and re.match(rf"{name}\b", self.param):
+            if self.param is not None and re.match(rf"{re.escape(name)}(?!\w)", self.param):
                 param = other + self.param[len(name) :]
                 message = self.detail.replace(self.param, param, 1)
                 return ApiError(self.status_code, message, param, self.code, self.headers)
@@ -169,8 +169,9 @@ def _validation(error: RequestValidationError) -> ApiError:
 
 
 def _plainest(errors: Sequence[Any]) -> Any:
-    """Of all errors the one that goes deepest: of a union's members that which fits best."""
-    return max(errors, key=lambda error: len(error["loc"]))
+    """Of all errors the one that goes deepest: of a union's members that which fits best, one whose
+    type is right before others."""
+    return max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def _without_types(location: Sequence[Any]) -> list[Any]:

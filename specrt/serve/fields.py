@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from specrt.draft.base import DraftParams
 from specrt.sampling import StructuredOutput
@@ -17,6 +18,19 @@ _Text = Annotated[str, Field(min_length=1, max_length=1000)]
 _Texts = Annotated[list[_Text], Field(max_length=64)]
 _MOST_BIASES = 1024
 _MOST_FIELDS = 256
+
+
+def _sayable(value: dict[str, Any]) -> dict[str, Any]:
+    """Python reads NaN and Infinity, and none may be given back: that is no JSON."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("expected what JSON can say, without NaN and Infinity") from error
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_sayable)]
+"""Whatever it holds, it can be given back."""
 
 
 class Strict(BaseModel):
@@ -115,7 +129,7 @@ class JsonSchemaFormat(Strict):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: JsonObject | None = Field(default=None, alias="schema")
     strict: bool | None = Field(default=None, description="The schema is always kept to.")
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+API_KEY_NAME = "SPECRT_API_KEY"
+"""Of the environment variable."""
 _SERVER, _LIMITS = "Server", "Limits"
 
 
@@ -37,7 +39,7 @@ class ServeOptions:
     ] = None
     api_key: Annotated[
         list[str] | None,
-        _server(help="A key that clients give; repeatable.", envvar="SPECRT_API_KEY"),
+        _server(help="A key that clients give; repeatable.", envvar=API_KEY_NAME),
     ] = None
     api_key_file: Annotated[
         str | None, _server(help="A file of such keys, one a line; # begins a comment.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from specrt.serve.fields import JsonSchemaFormat, SamplingFields, Strict
+from specrt.serve.fields import JsonObject, JsonSchemaFormat, SamplingFields, Strict
 from specrt.serve.tools import Function, FunctionName
 from specrt.serve.usage import Speculation
 
@@ -101,7 +101,7 @@ class ResponseRequest(SamplingFields):
     text: TextOptions | None = None
     n: Literal[1] | None = None
     background: Literal[False] | None = None
-    metadata: dict[str, Any] | None = Field(default=None, description="Given back.")
+    metadata: JsonObject | None = Field(default=None, description="Given back.")
     parallel_tool_calls: bool | None = None
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None

@@ -50,7 +50,10 @@ def response_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -
     async def responses(body: ResponseRequest, request: Request) -> Response:
         service.check_model(body.model)
         chat = as_chat(body)
-        answering = await start_chat(service, chat, request, names=_NAMES)
+        try:
+            answering = await start_chat(service, chat, request)
+        except ApiError as error:
+            raise error.renamed({**_turns_of(body)[1], **_NAMES}) from error
         made = ResponseMaker(service, body, chat, answering)
         if body.stream:
             options = service.options
@@ -64,7 +67,12 @@ def response_routes(service: Service, errors: dict[int | str, dict[str, Any]]) -
     return routes
 
 
-_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}
 
 
 def as_chat(body: ResponseRequest) -> ChatRequest:
@@ -75,25 +83,37 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
     """
     if not body.input:
         raise ApiError(400, "input: expected a text or turns, got none", "input")
-    turns: list[Message] = []
-    if body.instructions is not None:
-        turns.append(Message(role="system", content=body.instructions))
-    if isinstance(body.input, str):
-        turns.append(Message(role="user", content=body.input))
-    else:
-        for item in body.input:
-            _add_item(turns, item)
     shared = {name: getattr(body, name) for name in SamplingFields.model_fields}
     tools = [Tool(type="function", function=_function(tool)) for tool in body.tools or ()]
     return ChatRequest(
         **{name: value for name, value in shared.items() if value is not None},
-        messages=turns,
+        messages=_turns_of(body)[0],
         max_tokens=body.max_output_tokens,
         response_format=_format(body),
         tools=tools or None,
         tool_choice=_choice(body),
         parallel_tool_calls=body.parallel_tool_calls,
     )
+
+
+def _turns_of(body: ResponseRequest) -> tuple[list[Message], dict[str, str]]:
+    """All that is said, and by what the older form calls each part what the request does."""
+    turns: list[Message] = []
+    names: dict[str, str] = {}
+    if body.instructions is not None:
+        turns.append(Message(role="system", content=body.instructions))
+        names["messages[0]"] = "instructions"
+    if isinstance(body.input, str):
+        names[f"messages[{len(turns)}]"] = "input"
+        turns.append(Message(role="user", content=body.input))
+        return turns, names
+    for place, item in enumerate(body.input):
+        _add_item(turns, item)
+        turn = f"messages[{len(turns) - 1}]"
+        if isinstance(item, CallOutputItem):
+            names[f"{turn}.content"] = f"input[{place}].output"
+        names.setdefault(turn, f"input[{place}]")
+    return turns, names
 
 
 def _choice(body: ResponseRequest) -> Literal["none", "auto", "required"] | NamedTool | None:

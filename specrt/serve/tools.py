@@ -10,11 +10,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from specrt.sampling import StructuredOutput
-from specrt.serve.fields import Strict
+from specrt.serve.fields import JsonObject, Strict
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _SAMPLES = ("const", "enum", "default", "examples")
 """Keys of a schema whose values are none."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+"""Keys of a schema whose values are schemas by names, which are no keys of one."""
 
 
 class Function(Strict):
@@ -22,7 +24,7 @@ class Function(Strict):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -75,29 +77,32 @@ def forced_form(tools: Sequence[Tool], choice: str | NamedTool) -> StructuredOut
     if not wanted:
         raise ValueError("tool_choice: expected the name of one of the tools, got another")
     base = "#" if len(wanted) == 1 else "#/anyOf/{}"
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function.name},
-                "arguments": _moved(
-                    function.parameters or {"type": "object"},
-                    f"{base.format(place)}/properties/arguments",
-                ),
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for place, function in enumerate(wanted)
-    ]
+    try:
+        calls = [_form_of(one, base.format(place)) for place, one in enumerate(wanted)]
+    except RecursionError:
+        raise ValueError("tools: expected parameters of fewer levels") from None
     return StructuredOutput(json_schema=calls[0] if len(calls) == 1 else {"anyOf": calls})
 
 
+def _form_of(function: Function, place: str) -> dict[str, Any]:
+    parameters = function.parameters or {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function.name},
+            "arguments": _moved(parameters, f"{place}/properties/arguments"),
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
 def _moved(part: Any, root: str) -> Any:
-    """A schema that lies at ``root`` of another: its pointers (``$ref``) begin there."""
+    """A schema that lies at ``root`` of another: its pointers (``$ref``) begin there, but for those
+    within one that has a name of its own (``$id``)."""
     if isinstance(part, list):
         return [_moved(one, root) for one in part]
-    if not isinstance(part, dict):
+    if not isinstance(part, dict) or isinstance(part.get("$id"), str):
         return part
     return {key: _moved_value(key, value, root) for key, value in part.items()}
 
@@ -105,7 +110,10 @@ def _moved(part: Any, root: str) -> Any:
 def _moved_value(key: str, value: Any, root: str) -> Any:
     if key in _SAMPLES:
         return value
-    if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+    if key in _NAMED and isinstance(value, dict):
+        return {name: _moved(one, root) for name, one in value.items()}
+    is_pointer = isinstance(value, str) and (value == "#" or value.startswith("#/"))
+    if key == "$ref" and is_pointer:
         return root + value[1:]
     return _moved(value, root)
 
@@ -149,7 +157,8 @@ class CallReader:
         """The rest of the text, and the calls."""
         held, self._held = self._held, ""
         if held.lstrip().startswith(_OPEN):
-            return _tagged(held, self._names)
+            rest, calls = _tagged(held, self._names)
+            return (rest, calls) if calls else (held, [])
         found = _bare(held, self._names)
         return (held, []) if found is None else ("", found)
 

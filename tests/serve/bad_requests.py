@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +57,25 @@ def _chat_field(name: str, value: Any, label: str = "", param: str = "", **more:
     """The same of a chat."""
     request = _chat(**{name: value}, **more)
     return Bad(f"chat {name}: {label or json.dumps(value)[:40]}", request, param=param or name)
+
+
+def _tool(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "a", "parameters": parameters}}
+
+
+def _deep(levels: int) -> bytes:
+    """A chat that is to call a tool with such a schema."""
+    mark = "here"
+    request = json.dumps(
+        {
+            "model": NAME,
+            "messages": [{"role": "user", "content": "a"}],
+            "tools": [_tool({"not": mark})],
+            "tool_choice": "required",
+        }
+    )
+    schema = '{"not":' * levels + "{}" + "}" * levels
+    return _body(request.replace(f'"{mark}"', schema).encode(), CHAT)
 
 
 def _without(name: str) -> bytes:
@@ -265,6 +285,14 @@ CHATS = [
         [{"type": "function", "function": {"name": "a b"}}],
         "a name with a space",
         param="tools[0].function.name",
+    ),
+    _chat_field("tools", [_tool({"a": math.nan})], "NaN", param="tools[0].function.parameters"),
+    Bad("a tool's deep schema", _deep(200), param="tools"),
+    Bad("a tool's deeper schema", _deep(600), param="tools"),
+    Bad(
+        "a response's metadata: Infinity",
+        _body(b'{"input": "a", "metadata": {"a": Infinity}}', "/v1/responses"),
+        param="metadata",
     ),
     _chat_field("tool_choice", "required", "without tools", param="tools"),
     _chat_field("tool_choice", "perhaps"),

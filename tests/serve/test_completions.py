@@ -187,6 +187,19 @@ def test_a_response_is_the_chats_answer(server: Running) -> None:
             {"input": [{"type": "function_call", "name": "add", "arguments": "{}"}]},
             "input[0].call_id",
         ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "image"}]}], "instructions": "b"},
+            "input[0].content[0]",
+        ),
+        (
+            {
+                "input": [
+                    {"type": "function_call_output", "call_id": "1", "output": [{"type": "image"}]}
+                ]
+            },
+            "input[0].output[0]",
+        ),
+        ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"input": "b " * 4000}, "input"),
         ({"input": [{"role": "user", "content": "b"}] * 4096}, "input"),
         ({"input": "a", "instructions": "b"}, "input"),
@@ -272,6 +285,13 @@ def test_streams_tell_texts_from_calls(
     if said is not None:
         assert output[0]["content"][0]["text"] == told
         assert told.strip() == said.strip() and whole[0].content[0].text == said
+
+
+def test_arguments_that_are_no_json_stay_text(server: Running) -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "add"}
+    for arguments in ("oops", "[" * 20_000):
+        items = [{"role": "user", "content": "a"}, {**call, "arguments": arguments}]
+        server.ok("/v1/responses", input=items, max_output_tokens=1)
 
 
 def test_what_is_made_of_calls_and_their_results() -> None:

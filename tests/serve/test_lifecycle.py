@@ -296,6 +296,8 @@ PORT_IS_TAKEN = "port: 127.0.0.1:{port} cannot be listened at"
         (["--lora", "./no-such"], "no-such"),
         (["--hot-tokens", "no-such.json"], "hot_tokens: no such file: no-such.json"),
         (["--device", "tpu"], "device: expected 'cpu'"),
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--draft-window", "0"], "draft_window: expected"),
         (["--dtype", "int3"], "dtype: expected auto or one of"),
         (["--quantize", "int3"], "quantize: expected"),
         (["--controller", "fixed-x"], "controller: expected"),
@@ -324,6 +326,19 @@ def test_what_options_tell_comes_first_then_the_port_then_the_model(
         assert main(["serve", *options, "--port", str(port)]) == 2
     assert message.format(port=port) in capsys.readouterr().err
     assert not loaded
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_a_key_that_did_not_come_opens_nothing(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPECRT_API_KEY", given)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--port", port]) == 2
+        assert "SPECRT_API_KEY: expected a key, got an empty one" in capsys.readouterr().err
+        assert main(["serve", "--port", port, "--api-key", "a"]) == 2
+    assert "cannot be listened at" in capsys.readouterr().err
 
 
 def test_no_thread_is_left(engine: Engine) -> None:

@@ -38,6 +38,7 @@ def read(text: str, size: int, *, is_forced: bool = False) -> tuple[str, list[tu
             [("add", '{"a": 1}'), ("ask", "{}")],
         ),
         ("<tool_call>{oops</tool_call>", "<tool_call>{oops</tool_call>", []),
+        ("<tool_call></tool_call> a ", "<tool_call></tool_call> a ", []),
         ('{"name": "add", "parameters": {"a": 2}}', "", [("add", '{"a": 2}')]),
         (f"{CALL}; {CALL}", "", [("add", '{"a": 1}')] * 2),
         (f"[{CALL}]", "", [("add", '{"a": 1}')]),
@@ -80,8 +81,11 @@ def test_pointers_of_a_tool_s_schema_still_find_what_they_name() -> None:
             "a": {"$ref": "#/$defs/A"},
             "again": {"type": "array", "items": {"$ref": "#"}},
             "sample": {"const": {"$ref": "#/$defs/A"}},
+            "default": {"$ref": "#/$defs/A"},
+            "anchored": {"$ref": "#a"},
+            "named": {"$id": "http://a", "$ref": "#/$defs/A", "$defs": {"A": {"type": "null"}}},
         },
-        "$defs": {"A": {"type": "integer"}},
+        "$defs": {"A": {"type": "integer", "$anchor": "a"}},
     }
     tools = [Tool(type="function", function=Function(name=n, parameters=parameters)) for n in "xy"]
     for form, place in (
@@ -91,7 +95,10 @@ def test_pointers_of_a_tool_s_schema_still_find_what_they_name() -> None:
         schema = json.loads(form.source)
         call = schema["anyOf"][place] if "anyOf" in schema else schema
         moved = call["properties"]["arguments"]["properties"]
-        assert _at(schema, moved["a"]["$ref"]) == {"type": "integer"}
+        for name in ("a", "default"):
+            assert _at(schema, moved[name]["$ref"])["type"] == "integer"
+        for name in ("anchored", "named"):
+            assert moved[name] == parameters["properties"][name]
         assert _at(schema, moved["again"]["items"]["$ref"])["properties"] == moved
         assert moved["sample"] == {"const": {"$ref": "#/$defs/A"}}
 
